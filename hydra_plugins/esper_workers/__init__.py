@@ -1,0 +1,33 @@
+"""Hydra's door to ``esper.compare``: plugins must live here. Imported at every start, so it stays light."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class WorkersLauncher(Launcher):
+    """``hydra/launcher=workers``: the jobs of a sweep in processes that are reused, compared at the end.
+
+    Args:
+        workers: processes at once; 0 means one per GPU, or per core where there is no GPU.
+        threads: CPU threads of numerical libraries in each (torch's own are ``trainer.threads``).
+        retry: run jobs again that failed in an earlier start of the same sweep.
+    """
+
+    def __init__(self, workers: int = 0, threads: int = 1, retry: bool = False) -> None:
+        self.workers, self.threads, self.retry = workers, threads, retry
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs and judge the arms."""
+        from esper.compare.launch import launch
+
+        return launch(self, job_overrides, initial_job_idx)
