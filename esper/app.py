@@ -1,0 +1,188 @@
+"""The command line: compose → validate → build → run → report. ``esper`` and ``python -m esper`` both start here."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from esper.cli import help, programs
+from esper.errors import TrackerError, UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+#: Exit codes, as the shell counts them.
+FAILED, REFUSED, PREEMPTED, INTERRUPTED, TERMINATED = 1, 2, 75, 130, 143
+
+_ELSEWHERE = "or set output=<another folder>"
+
+#: What to do when the system refuses a file.
+STORAGE = {
+    errno.ENOSPC: f"free some space, {_ELSEWHERE}",
+    errno.EDQUOT: f"free some space, {_ELSEWHERE}",
+    errno.EACCES: f"get the right to use it, {_ELSEWHERE}",
+    errno.EPERM: f"get the right to use it, {_ELSEWHERE}",
+    errno.EROFS: f"make it writable, {_ELSEWHERE}",
+    errno.ENOTDIR: f"move the file that is in the way, {_ELSEWHERE}",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where Ctrl-C would be, so that one way of ending cleanly serves both."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code.
+
+    0 done, 1 failed, 2 refused, 75 SIGTERM with everything saved (resume it), 130 Ctrl-C, 143 SIGTERM.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        words = _own_options(words)
+        program = programs.named(words)
+        return program.load()(words[1:]) if program else train(words)
+    except UserError as error:
+        return _say(str(error), REFUSED)
+    except TrackerError as error:
+        return _say(f"the run is done, but {error}.", FAILED)
+    except KeyboardInterrupt as stop:
+        return _stopped(stop)
+    except BrokenPipeError:  # `esper --help | head`: whoever read us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        return _say(f"{error.filename or 'An output'}: {str(error.strerror).lower()}; {STORAGE[error.errno]}.", FAILED)
+
+
+def train(words: Sequence[str]) -> int:
+    """One training run, or the runs of a sweep.
+
+    Raises:
+        UserError: anything in ``words`` that is not accepted, before the first run starts.
+    """
+    if {"--help", "-h"} & set(words):
+        print(help.text(), flush=True)
+        return 0
+    if any(word.startswith(("resume=", "fork=")) and word != "resume=auto" for word in words):
+        from esper.running.resume import main as go_on
+
+        return go_on(words)
+    from esper.cli.compose import check_jobs
+
+    flags = _parse(words)
+    check_jobs(flags.overrides, flags.multirun)
+    return _hydra(words)
+
+
+def _own_options(words: Sequence[str]) -> list[str]:
+    """The words without ``--config-dir <folder>``, whose options are taken in for everything that follows."""
+    parser = _Parser(prog="esper", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    flags, rest = parser.parse_known_args(list(words))
+    if flags.config_dir is not None:
+        from esper.cli import conf
+
+        conf.add(flags.config_dir)
+    return rest
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Options and overrides apart; the options are Hydra's own and read by it again."""
+    parser = _Parser(prog="esper", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("--resolve", action="store_true")
+    return parser.parse_intermixed_args(list(words))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        options = "the options are --help, --multirun, --cfg job and --config-dir"
+        raise UserError(f"{message}; {options}, and settings are written key=value, as in seed=1.")
+
+
+def _hydra(words: Sequence[str]) -> int:
+    """Hands over to Hydra for the run's folder, the log and the sweep; every job comes back to ``_job``."""
+    import hydra
+
+    from esper.cli import conf
+    from esper.cli.overrides import quoted
+
+    refused: list[UserError] = []
+    broken: list[TrackerError | OSError] = []
+
+    def job(tree: DictConfig) -> float:
+        """One run; returns the primary validation metric, which is what a sweeper optimizes."""
+        try:
+            return _job(tree)
+        except UserError as error:
+            logging.getLogger("esper").info("refused: %s", error)
+            _say(str(error), REFUSED)
+            refused.append(error)
+        except TrackerError as error:  # not through Hydra, which would add a line about the job's overrides
+            broken.append(error)
+        except OSError as error:
+            if error.errno not in STORAGE:
+                raise
+            broken.append(error)
+        return float("nan")
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # a traceback that shows the fault, should there be one
+    own = [word for folder in conf.own() for word in ("--config-dir", str(folder))]
+    sys.argv = ["esper", *own, *quoted(words)]
+    hydra.main(version_base="1.3", config_path=str(conf.folder()), config_name="config")(job)()
+    if broken:
+        raise broken[0]
+    return REFUSED if refused else 0
+
+
+def _job(tree: DictConfig) -> float:
+    from hydra.core.hydra_config import HydraConfig
+
+    from esper.cli.compose import from_hydra
+    from esper.running.run import run
+
+    runtime: Any = HydraConfig.get().runtime
+    config, folder = from_hydra(tree, dict(runtime.choices)), Path(runtime.output_dir)
+    state = None
+    if config.resume == "auto":
+        from esper.running.resume import auto
+
+        start = auto(config, folder)
+        config, folder, state = start.config, start.folder, start.state
+    try:
+        return run(config, folder, state=state).primary
+    except OSError as error:
+        if error.errno in STORAGE and error.filename is None:  # a write that failed does not say where
+            error.filename = str(folder)
+        raise
+
+
+def _stopped(stop: KeyboardInterrupt) -> int:
+    """The sentence and the code of a run that somebody ended; ``run`` put its folder into ``stop``."""
+    kept = f"; what there is so far lies in {stop.args[0]}" if stop.args else ""
+    if type(stop).__name__ == "Preempted":
+        return _say(f"ended by SIGTERM, everything is saved: esper resume={stop.args[0]} goes on", PREEMPTED)
+    if isinstance(stop, Terminated):
+        return _say(f"ended by SIGTERM{kept}", TERMINATED)
+    return _say(f"ended by Ctrl-C{kept}", INTERRUPTED)
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+def _say(sentence: str, code: int) -> int:
+    print(f"esper: {sentence}", file=sys.stderr)
+    return code

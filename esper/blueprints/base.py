@@ -1,0 +1,84 @@
+"""What every blueprint states: its parameters' shapes, where they start, what it computes and what it costs.
+
+A blueprint is a configuration with pure functions; the parameters of all branches that grew from it at one site lie
+stacked in a ``SlotBank``, so that one batched product serves them all.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.blueprints.geometry import Geometry
+from esper.fields import setting
+
+Parameters = dict[str, Tensor]
+
+RECEPTIVE_FIELDS = ("chunk", "layer")
+ACTIVATIONS = {
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+@dataclass
+class Blueprint:
+    """Base of the stacked blueprints. ``C`` is the width a branch writes, ``Cin`` what it reads, ``A`` branches at once."""
+
+    name: str = ""
+    receptive_field: str = setting("layer", choices=RECEPTIVE_FIELDS, help="what a branch reads: its chunk or the whole layer")
+
+    spatial = False
+    output = ""
+
+    def fits(self, geometry: Geometry) -> str | None:
+        """Why a branch cannot grow at such a site, or None."""
+        return None
+
+    def shapes(self, reads: int, writes: int, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of one branch."""
+        raise NotImplementedError(type(self).__name__)
+
+    def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """``net(x)``: ``[A or 1, rows, Cin] → [A, rows, C]``; parameters are stacked over ``A``."""
+        raise NotImplementedError(type(self).__name__)
+
+    def fan_in(self, name: str, shape: tuple[int, ...]) -> int:
+        """Number of inputs that one output of this parameter sums over; 0 for one that starts at zero."""
+        return shape[0] if len(shape) > 1 else 0
+
+    def initialise(self, reads: int, writes: int, geometry: Geometry, generator: torch.Generator, silent: bool) -> Parameters:
+        """Start values of one branch, float32 on the CPU.
+
+        Weights are uniform in ±1/√fan_in (He et al. 2015 with a = √5, as ``torch.nn.Linear``). ``silent`` puts the last
+        layer at zero, so that germinating changes nothing; otherwise it starts as ordinary weights do (reconstruction).
+        """
+        values: Parameters = {}
+        for name, shape in self.shapes(reads, writes, geometry).items():
+            fan = self.fan_in(name, shape)
+            if fan == 0 or (silent and name == self.output):
+                values[name] = torch.zeros(shape)
+            else:
+                bound = 1.0 / math.sqrt(fan)
+                values[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        return values
+
+    def reads(self, geometry: Geometry, writes: int) -> int:
+        """Width a branch reads when it writes ``writes`` features."""
+        return geometry.width if self.receptive_field == "layer" else writes
+
+    def parameters(self, geometry: Geometry, seed: int = 0) -> int:
+        """Parameters that a branch of this seed adds, padding not counted."""
+        start, end = geometry.bounds(seed)
+        shapes = self.shapes(self.reads(geometry, end - start), end - start, geometry)
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    def macs(self, geometry: Geometry, seed: int = 0) -> int:
+        """Multiply-accumulates of one sample's forward pass through a branch (matrix products and convolutions)."""
+        start, end = geometry.bounds(seed)
+        shapes = self.shapes(self.reads(geometry, end - start), end - start, geometry)
+        return geometry.positions * sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)

@@ -1,0 +1,33 @@
+"""``glu``: δ(x) = (σ(x·wg + bg) ⊙ (x·wv + bv))·w2 + b2, a gated linear unit (Dauphin et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.blueprints.base import Blueprint, Parameters
+from esper.blueprints.geometry import Geometry
+from esper.fields import setting
+
+
+@dataclass
+class GLU(Blueprint):
+    """One gated hidden layer of ``hidden`` units."""
+
+    name: str = "glu"
+    hidden: int = setting(32, low=1, help="hidden units")
+
+    output = "w2"
+
+    def shapes(self, reads: int, writes: int, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """``wg``, ``wv``: ``[Cin, H]``, ``bg``, ``bv``: ``[H]``, ``w2``: ``[H, C]``, ``b2``: ``[C]``."""
+        into, hidden = (reads, self.hidden), (self.hidden,)
+        return {"wg": into, "bg": hidden, "wv": into, "bv": hidden, "w2": (self.hidden, writes), "b2": (writes,)}
+
+    def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """``(σ(x·wg + bg) ⊙ (x·wv + bv))·w2 + b2``."""
+        gate = torch.sigmoid(torch.matmul(x, parameters["wg"]) + parameters["bg"].unsqueeze(1))
+        value = torch.matmul(x, parameters["wv"]) + parameters["bv"].unsqueeze(1)
+        return torch.matmul(gate * value, parameters["w2"]) + parameters["b2"].unsqueeze(1)

@@ -1,0 +1,30 @@
+"""``low_rank``: δ(x) = (x·down)·up, the residual form of LoRA (Hu et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.blueprints.base import Blueprint, Parameters
+from esper.blueprints.geometry import Geometry
+from esper.fields import setting
+
+
+@dataclass
+class LowRank(Blueprint):
+    """A linear map of rank ``rank`` from what the branch reads to its chunk."""
+
+    name: str = "low_rank"
+    rank: int = setting(4, low=1, help="rank of the product")
+
+    output = "up"
+
+    def shapes(self, reads: int, writes: int, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """``down``: ``[Cin, R]``, ``up``: ``[R, C]``."""
+        return {"down": (reads, self.rank), "up": (self.rank, writes)}
+
+    def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """``(x·down)·up``."""
+        return torch.matmul(torch.matmul(x, parameters["down"]), parameters["up"])

@@ -1,0 +1,32 @@
+"""``mlp``: δ(x) = act(x·w1 + b1)·w2 + b2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.blueprints.base import ACTIVATIONS, Blueprint, Parameters
+from esper.blueprints.geometry import Geometry
+from esper.fields import setting
+
+
+@dataclass
+class MLP(Blueprint):
+    """One hidden layer of ``hidden`` units."""
+
+    name: str = "mlp"
+    hidden: int = setting(16, low=1, help="hidden units")
+    activation: str = setting("relu", choices=tuple(ACTIVATIONS), help="activation of the hidden layer")
+
+    output = "w2"
+
+    def shapes(self, reads: int, writes: int, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """``w1``: ``[Cin, H]``, ``b1``: ``[H]``, ``w2``: ``[H, C]``, ``b2``: ``[C]``."""
+        return {"w1": (reads, self.hidden), "b1": (self.hidden,), "w2": (self.hidden, writes), "b2": (writes,)}
+
+    def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
+        """``act(x·w1 + b1)·w2 + b2``."""
+        hidden = torch.matmul(x, parameters["w1"]) + parameters["b1"].unsqueeze(1)
+        return torch.matmul(ACTIVATIONS[self.activation](hidden), parameters["w2"]) + parameters["b2"].unsqueeze(1)

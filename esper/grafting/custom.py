@@ -1,0 +1,59 @@
+"""``custom``: a rule of the user's own, an object with ``signals`` and ``plan(state, context) -> Plan``.
+
+The ramp, its end, the hold budget and the aborts stay those that all strategies share. For its memory a rule has the
+columns ``own_0`` … ``own_3`` of the state (``column`` reads one, ``Plan.updates`` writes them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from esper.errors import UserError
+from esper.grafting.base import GraftingConfig, GraftingContext, GraftingOutput, HoldingConfig, Plan, Strategy
+
+NAME = "custom"
+
+
+class Rule(Protocol):
+    """How fast α climbs; vectorised over the ``n`` branches that graft."""
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Fields of the context that it reads: one that is not finite aborts the branch."""
+
+    def plan(self, state: Tensor, context: GraftingContext) -> Plan:
+        """The ticks of ramp to cover now, ``[n]``; ``state`` is ``[n, STATE_WIDTH]``."""
+
+
+@dataclass
+class CustomStrategy(HoldingConfig):
+    """The shared settings and the rule."""
+
+    name: str = NAME
+    rule: Any = None
+
+
+class _Custom(Strategy):
+    """Asks the rule that the settings hold."""
+
+    def step(self, config: GraftingConfig, state: Tensor, context: GraftingContext) -> GraftingOutput:
+        assert isinstance(config, CustomStrategy) and config.rule is not None, config
+        rule: Rule = config.rule
+        held = Strategy(NAME, CustomStrategy, tuple(rule.signals), lambda config, state, context: rule.plan(state, context))
+        return held.step(config, state, context)
+
+
+def custom(rule: Any) -> CustomStrategy:
+    """Settings that run on ``rule``. Raises UserError for an object that is none."""
+    if not callable(getattr(rule, "plan", None)) or not isinstance(getattr(rule, "signals", None), tuple):
+        raise UserError(
+            f"{type(rule).__name__} is no grafting rule: it needs a tuple 'signals' and a method plan(state, context); "
+            "see docs/own-strategy.md."
+        )
+    return CustomStrategy(rule=rule)
+
+
+CUSTOM = _Custom(NAME, CustomStrategy, (), lambda *_: None)  # its plan is the rule's: see step

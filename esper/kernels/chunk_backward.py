@@ -1,0 +1,212 @@
+"""Backward of the active chunks: ``dx = dy + (∂δ/∂x)ᵀ g`` and the branches' gradients, isolated objectives included."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from esper.kernels.chunk_forward import all_blocks_delta, block_delta, hidden_units, load_block
+from esper.kernels.language import activate, activate_gradient, assignment, chunk_size, chunk_start, row_offsets
+
+
+@triton.jit
+def hidden_slopes(x, into, bias, gate, gate_bias, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """Hidden units of one block, and their derivatives by the value side's and the gate side's pre-activations."""
+    value, switch = hidden_units(x, into, bias, gate, gate_bias, BIAS, GATED, PRECISION)
+    if GATED:
+        slope = tl.sigmoid(switch)
+        hidden = slope * value
+        switch_slope = hidden * (1.0 - slope)
+    else:
+        hidden = activate(value, ACT)
+        slope = activate_gradient(value, ACT)
+        switch_slope = slope
+    return hidden, slope, switch_slope
+
+
+@triton.jit
+def chunk_backward_kernel(
+    x, dy, dx, live, lesson, route, order, w1, b1, wg, bg, w2, b2, dw1, db1, dwg, dbg, dw2, db2, residual,
+    seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
+    C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
+    AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+    LESSONS: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one active seed, one block of HB hidden units, every ``parts``-th block of BM rows.
+
+    Parameter gradients are partial sums ``[program, …]`` that ``collect_kernel`` adds up. INPUT also writes ``dx``,
+    possible when one block holds all hidden units. A lesson ``(scale, weight)`` with weight ≠ 0 learns
+    ``weight·½‖δ + scale·dy‖²`` instead, and lets ``dy`` pass.
+    """
+    pid, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HB
+    blocks = tl.cdiv(rows, BM)
+    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), blocks)
+    if parts == 0:
+        return
+    strength = tl.load(live + seed)
+    scale, weight = 0.0, 0.0
+    if LESSONS:
+        scale, weight = tl.load(lesson + seed * 2), tl.load(lesson + seed * 2 + 1)
+    slot = tl.load(route + seed * 3 + 1).to(tl.int64)
+    echo = tl.load(route + seed * 3 + 2) & 1
+    start = chunk_start(seed, seeds, width, C, EVEN)
+    size = chunk_size(start, seed, seeds, width, C, EVEN)
+    col, unit = tl.arange(0, CP), tl.arange(0, HB)
+    inside = col < size
+    column = (start + col).to(tl.int64)
+    shift = tl.zeros([CP], tl.float32)
+    if BIAS:
+        shift = tl.load(b2 + slot * C + col, mask=inside, other=0.0)
+    # Sums over rows are products with ones on the matrix units: no exchange between warps in the loop.
+    ones = tl.full([16, BM], 1.0, tl.float32).to(x.dtype.element_ty)
+    g_shift = tl.zeros([16, CP], tl.float32)
+    if AFFINE:
+        factor = tl.load(w1 + slot * C + col, mask=inside, other=0.0)
+        g_factor, g_shift = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
+    else:
+        dtype = x.dtype.element_ty
+        into, bias, gate, gate_bias, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, dtype)
+        # Without lessons α multiplies the weights once instead of dy in every tile.
+        back = out if LESSONS else (out * strength).to(dtype)
+        g_into, g_out, g_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([HB, CP], tl.float32), tl.zeros([16, HB], tl.float32)
+        if GATED:
+            g_gate, g_gate_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([16, HB], tl.float32)
+    missed = tl.zeros([BM], tl.float32)
+    for block in range(part, blocks, parts):
+        row = block * BM + tl.arange(0, BM)
+        mask = (row < rows)[:, None] & inside[None, :]
+        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
+        arrives = dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc
+        tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
+        gb = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
+        arriving = gb.to(tl.float32)
+        g = arriving
+        if LESSONS:
+            g = strength * arriving
+            if weight != 0.0:
+                wide = tile.to(tl.float32)
+                if AFFINE:
+                    delta = wide * factor[None, :]
+                else:
+                    delta = tl.zeros([BM, CP], tl.float32)
+                    if H <= HB:
+                        delta = block_delta(tile, delta, into, bias, gate, gate_bias, out, BIAS, GATED, ACT, PRECISION)
+                    else:
+                        delta = all_blocks_delta(tile, delta, w1, b1, wg, bg, w2, slot, size, C, H, CP, HB, BIAS, GATED, ACT, PRECISION)
+                delta = tl.where(mask, delta + shift[None, :] - wide * echo + scale * arriving, 0.0)
+                missed += tl.sum(delta * delta, 1)
+                g = weight * delta
+            gb = g.to(tile.dtype)
+        if AFFINE:
+            g_shift += tl.sum(g, 0)
+            g_factor += tl.sum(g * tile.to(tl.float32), 0)
+            d_tile = (g if LESSONS else strength * g) * factor[None, :]
+        else:
+            # In this order the fewest tiles are alive at once.
+            hidden, slope, switch_slope = hidden_slopes(tile, into, bias, gate, gate_bias, BIAS, GATED, ACT, PRECISION)
+            g_out = tl.dot(tl.trans(hidden.to(tile.dtype)), gb, acc=g_out, input_precision=PRECISION)
+            d_hidden = tl.dot(gb, tl.trans(back), input_precision=PRECISION)
+            d_value = (d_hidden * slope).to(tile.dtype)
+            g_into = tl.dot(tl.trans(tile), d_value, acc=g_into, input_precision=PRECISION)
+            if BIAS:
+                g_shift = tl.dot(ones, gb, acc=g_shift, input_precision=PRECISION)
+                g_bias = tl.dot(ones, d_value, acc=g_bias, input_precision=PRECISION)
+            if GATED:
+                d_switch = (d_hidden * switch_slope).to(tile.dtype)
+                g_gate = tl.dot(tl.trans(tile), d_switch, acc=g_gate, input_precision=PRECISION)
+                g_gate_bias = tl.dot(ones, d_switch, acc=g_gate_bias, input_precision=PRECISION)
+            if INPUT:
+                d_tile = tl.dot(d_value, tl.trans(into), input_precision=PRECISION)
+                if GATED:
+                    d_tile = tl.dot(d_switch, tl.trans(gate), acc=d_tile, input_precision=PRECISION)
+        if INPUT:
+            if echo != 0:
+                d_tile -= g if LESSONS else strength * g
+            total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if LESSONS else d_tile)  # never 0·NaN
+            writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
+            tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
+    rest = 1.0 if LESSONS else strength
+    if not AFFINE:
+        g_out *= rest
+        g_shift, g_bias = tl.sum(g_shift, 0) / 16, tl.sum(g_bias, 0) / 16
+        if GATED:
+            g_gate_bias = tl.sum(g_gate_bias, 0) / 16
+    else:
+        g_factor *= rest
+    g_shift *= rest
+    if BIAS:  # noqa: SIM102 - decided when compiling, the next one when running
+        if first == 0:
+            tl.store(db2 + pid * C + col, g_shift, mask=col < C)
+    if AFFINE:
+        tl.store(dw1 + pid * C + col, g_factor, mask=col < C)
+    else:
+        known, real = first + unit < H, col < C
+        tl.store(dw1 + pid * C * H + col[:, None] * H + (first + unit)[None, :], g_into, mask=real[:, None] & known[None, :])
+        tl.store(dw2 + pid * C * H + (first + unit)[:, None] * C + col[None, :], g_out, mask=known[:, None] & real[None, :])
+        if BIAS:
+            tl.store(db1 + pid * H + first + unit, g_bias, mask=known)
+        if GATED:
+            tl.store(dwg + pid * C * H + col[:, None] * H + (first + unit)[None, :], g_gate, mask=real[:, None] & known[None, :])
+            tl.store(dbg + pid * H + first + unit, g_gate_bias, mask=known)
+    if LESSONS:  # noqa: SIM102 - as above
+        if first == 0:
+            tl.store(residual + pid, tl.sum(missed))
+
+
+@triton.jit
+def chunk_input_gradient_kernel(
+    x, dy, dx, live, lesson, route, order, w1, b1, wg, bg, w2,
+    seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
+    C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LESSONS: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dx`` alone, block after block of hidden units, where one block cannot hold them all."""
+    blocks = tl.cdiv(rows, BM)
+    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), blocks)
+    if parts == 0:
+        return
+    strength = tl.load(live + seed)
+    weight = 0.0
+    if LESSONS:
+        weight = tl.load(lesson + seed * 2 + 1)
+    slot = tl.load(route + seed * 3 + 1).to(tl.int64)
+    echo = (tl.load(route + seed * 3 + 2) & 1).to(tl.float32)
+    through = tl.where(weight == 0.0, strength, 0.0)
+    start = chunk_start(seed, seeds, width, C, EVEN)
+    size = chunk_size(start, seed, seeds, width, C, EVEN)
+    col = tl.arange(0, CP)
+    column = (start + col).to(tl.int64)
+    for block in range(part, blocks, parts):
+        row = block * BM + tl.arange(0, BM)
+        mask = (row < rows)[:, None] & (col < size)[None, :]
+        tile = tl.load(x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc, mask=mask, other=0.0)
+        arriving = tl.load(dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc, mask=mask, other=0.0)
+        g = through * arriving.to(tl.float32)
+        d_tile = tl.zeros([BM, CP], tl.float32)
+        for first in range(0, H, HB):
+            into, bias, gate, gate_bias, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, tile.dtype)
+            _, slope, switch_slope = hidden_slopes(tile, into, bias, gate, gate_bias, BIAS, GATED, ACT, PRECISION)
+            d_hidden = tl.dot(g.to(tile.dtype), tl.trans(out), input_precision=PRECISION)
+            d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)
+            if GATED:
+                d_tile = tl.dot((d_hidden * switch_slope).to(tile.dtype), tl.trans(gate), acc=d_tile, input_precision=PRECISION)
+        total = arriving.to(tl.float32) + d_tile - echo * g
+        tl.store(dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc, total.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def collect_kernel(partial, gradient, route, order, rank, rows, programs, bank, numel, BM: tl.constexpr, BN: tl.constexpr,
+                   BY_SEED: tl.constexpr):  # fmt: skip
+    """``gradient[slot]`` (or ``[seed]``) = sum of its seed's ``partial[program]`` in a fixed order; one program a seed and BN elements."""
+    seed, element = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
+    place = tl.load(rank + seed)
+    if (place < 0) | (tl.load(route + seed * 3) != bank):
+        return
+    count = tl.load(order)
+    parts = tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
+    total = tl.zeros([BN], tl.float32)
+    for part in range(0, parts):
+        total += tl.load(partial + (part * count + place).to(tl.int64) * numel + element, mask=element < numel, other=0.0)
+    slot = seed.to(tl.int64) if BY_SEED else tl.load(route + seed * 3 + 1).to(tl.int64)
+    tl.store(gradient + slot * numel + element, total, mask=element < numel)

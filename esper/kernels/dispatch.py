@@ -1,0 +1,151 @@
+"""The one door to the kernels: picks the path for a site, runs it, and now and then checks it against the reference."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.errors import UserError
+from esper.kernels import reference
+from esper.kernels.config import KernelConfig
+from esper.kernels.geometry import as_rows
+from esper.kernels.kinds import KINDS
+from esper.kernels.reference_branches import ReferenceBranches
+
+MAX_CHUNK, MAX_HIDDEN = 128, 256
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
+"""Relative RMS that a canary accepts, ten times the tests' bound in float32 and the same in 16 bits."""
+
+_log = logging.getLogger("esper.kernels")
+_said: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What a site's branches returned: ``y`` like ``x``; ``live [S]`` = α, 0 where inactive or contained; ``power [S]`` = Σδ²;
+    ``health [S, 4]`` or None."""
+
+    y: Tensor
+    live: Tensor
+    power: Tensor
+    health: Tensor | None
+
+
+def missing() -> str:
+    """Why the kernels cannot run here, in words; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA GPU was found"
+    return ""
+
+
+def chosen_by_hash(feature: str, name: str, fraction: float) -> bool:
+    """Stable choice of a fraction of names; every feature has its own cohort."""
+    digest = hashlib.blake2b(f"{feature}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+class Kernels:
+    """One a run. ``alerts`` collects what the engine is to publish; after a mismatch everything takes torch to the end of the run.
+
+    Raises :class:`UserError` where ``kernel=triton`` is asked for and cannot be had.
+    """
+
+    def __init__(self, config: KernelConfig) -> None:
+        self.config = config
+        self.alerts: list[str] = []
+        self.tripped = False
+        self.checking = False
+        self.aside = False  # set while MACs are counted: the seed layers then take their groups' products
+        why = missing()
+        if config.name == "triton" and why:
+            raise UserError(
+                f"kernel=triton was asked for, but {why}; use kernel=auto or kernel=torch, or run on a machine with a GPU and Triton."
+            )
+        self.possible = config.name != "torch" and not why
+        if config.name == "auto" and why and why not in _said:
+            _said.add(why)
+            _log.info("kernel=auto takes plain torch: %s.", why)
+
+    def begin(self, tick: int) -> None:
+        """Say which tick it is; a fixed fraction of ticks, the same in every repetition, is checked."""
+        self.checking = self.possible and not self.tripped and chosen_by_hash("canary", str(tick), self.config.canary)
+
+    def takes(self, device: torch.device) -> bool:
+        """Whether branches on this device are for the kernels at all: on a GPU, or where ``triton`` insists (the interpreter)."""
+        return self.possible and (device.type == "cuda" or self.config.name == "triton")
+
+    def path(self, site: str, x: Tensor) -> str:
+        """``"triton"`` or ``"torch"`` for this site and activation."""
+        fits = x.dtype in TOLERANCE and x.numel() > 0 and (x.is_cuda or self.config.name == "triton")
+        wanted = self.possible and not self.tripped and fits
+        return "triton" if wanted and chosen_by_hash("kernel", site, self.config.rollout) else "torch"
+
+    def telemetry(self, site: str, x: Tensor, seeds: int, near_zero: float) -> Tensor:
+        """Health ``[S, 4]`` of ``x [..., W]`` (see ``reference.telemetry``); reads ``x`` once and writes nothing like it."""
+        if self.path(site, x) == "torch":
+            return reference.telemetry(x, seeds, near_zero)
+        from esper.kernels.telemetry import telemetry
+
+        health = telemetry(x, seeds, near_zero)
+        if self.checking:
+            self._compare(site, "telemetry", health, reference.telemetry(x.reshape(-1, x.shape[-1]), seeds, near_zero), 1e-3)
+        return health
+
+    def branches(
+        self, site: str, x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
+        near_zero: float | None = None, lesson: Tensor | None = None,
+    ) -> Grown:  # fmt: skip
+        """``y = x + α·δ(x)`` for ``x [..., W]``, with gradients for ``x`` and the parameters; telemetry of ``x`` if ``near_zero``.
+
+        ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bit 0: δ = net(x) - x); ``kinds`` names the banks,
+        comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``lesson`` see ``reference_branches.backward``.
+        """
+        taken = self.path(site, x) if fits(x.shape[-1], alpha.shape[0], kinds, parameters) else "torch"
+        if taken == "torch":
+            return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
+        from esper.kernels.branches import branches
+
+        y, live, power, health = branches(
+            as_rows(x), alpha, route, lesson, kinds, parameters, near_zero is not None, 0.0 if near_zero is None else near_zero
+        )
+        grown = Grown(y.view(x.shape), live, power, None if near_zero is None else health)
+        if self.checking:
+            with torch.no_grad():
+                expected = _by_reference(x, alpha, route, kinds, parameters, None, None)
+            self._compare(site, "branches", grown.y, expected.y, TOLERANCE[x.dtype])
+        return grown
+
+    def _compare(self, site: str, what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+        """Trip on a mismatch. Where both are not finite in the same places, the rest is compared."""
+        found, expected = found.detach().double(), expected.detach().double()
+        same = torch.equal(found.isfinite(), expected.isfinite())
+        found, expected = (torch.where(t.isfinite(), t, 0.0) for t in (found, expected))
+        far = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+        if same and far <= tolerance:
+            return
+        self.tripped, self.checking = True, False
+        text = f"kernel {what} at {site} is {far:.1e} from the reference (allowed {tolerance:.0e}); plain torch from here on"
+        self.alerts.append(text)
+        _log.error(text)
+
+
+def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
+    """Whether chunks and hidden widths are within what the kernels take; wider ones go to the library's products."""
+    chunk = -(-width // seeds)
+    hidden = max((p.shape[2] for p in parameters if p.dim() == 3 and p.shape[1] == chunk), default=1)
+    return chunk <= MAX_CHUNK and hidden <= MAX_HIDDEN and all(kind in KINDS for kind in kinds.split(","))
+
+
+def _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson) -> Grown:
+    rows = x.reshape(-1, x.shape[-1])
+    y, live, power = ReferenceBranches.apply(rows, alpha, route, lesson, kinds, *parameters)
+    health = None if near_zero is None else reference.telemetry(rows, alpha.shape[0], near_zero)
+    return Grown(y.view(x.shape), live, power, health)

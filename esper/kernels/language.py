@@ -1,0 +1,94 @@
+"""Pieces that several kernels share: addresses, chunk bounds, activations and their derivatives."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_offsets(row, inner, outer_stride, inner_stride, FLAT: tl.constexpr):
+    """Element offset of each row in int64; a site can hold more than 2**31 elements."""
+    if FLAT:
+        return row.to(tl.int64) * inner_stride
+    else:
+        return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def chunk_start(seed, seeds, width, C: tl.constexpr, EVEN: tl.constexpr):
+    """First feature of a seed's chunk, floor(seed * width / seeds); EVEN chunks of C features let the compiler see the alignment."""
+    if EVEN:
+        return seed * C
+    else:
+        return (seed.to(tl.int64) * width // seeds).to(tl.int32)  # the product needs int64
+
+
+@triton.jit
+def chunk_size(start, seed, seeds, width, C: tl.constexpr, EVEN: tl.constexpr):
+    """Features of a seed's chunk: C, or one fewer in an uneven site."""
+    if EVEN:
+        return start * 0 + C
+    else:
+        return chunk_start(seed + 1, seeds, width, C, EVEN) - start
+
+
+@triton.jit
+def assignment(order, pid, programs, blocks):
+    """Which seed and row part a program works on: ``order`` holds a bank's count of active seeds, then the seeds.
+
+    Programs are dealt out over the active seeds alone, so that few of them still fill the device. Returns (seed, part, parts);
+    parts is 0 for a program without work.
+    """
+    count = tl.load(order)
+    parts = tl.minimum(programs // tl.maximum(count, 1), blocks)
+    parts = tl.minimum(tl.maximum(parts, 1), 128)
+    parts = tl.where(pid < count * parts, parts, 0)
+    rank = pid % tl.maximum(count, 1)
+    seed = tl.load(order + 1 + rank, mask=parts > 0, other=0)
+    return seed, pid // tl.maximum(count, 1), parts
+
+
+@triton.jit
+def activate(h, ACT: tl.constexpr):
+    """identity, relu, gelu (exact, erf) or silu, in float32."""
+    if ACT == "relu":
+        # NaN must survive, so that containment sees it.
+        return tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACT == "gelu":
+        return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+    elif ACT == "silu":
+        return h * tl.sigmoid(h)
+    else:
+        return h
+
+
+@triton.jit
+def activate_gradient(h, ACT: tl.constexpr):
+    """Derivative of :func:`activate` at ``h``."""
+    if ACT == "relu":
+        return tl.where(h > 0.0, 1.0, 0.0)
+    elif ACT == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
+        return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * density
+    elif ACT == "silu":
+        gate = tl.sigmoid(h)
+        return gate * (1.0 + h * (1.0 - gate))
+    else:
+        return tl.full(h.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def weight_tile(pointer, slot, read, write, first, reads, writes, READS: tl.constexpr, WRITES: tl.constexpr, dtype: tl.constexpr):
+    """``[read, write]`` tile of one slot of a stack ``[cap, READS, WRITES]``, zero outside the first ``reads`` × ``writes``."""
+    offset = slot * (READS * WRITES) + read[:, None] * WRITES + (first + write)[None, :]
+    mask = (read[:, None] < reads) & ((first + write)[None, :] < writes)
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def weight_tile_rows(pointer, slot, read, write, first, reads, writes, READS: tl.constexpr, WRITES: tl.constexpr, dtype: tl.constexpr):
+    """As :func:`weight_tile`, but ``first`` shifts the rows read (a block of hidden units of the second layer)."""
+    offset = slot * (READS * WRITES) + (first + read)[:, None] * WRITES + write[None, :]
+    mask = ((first + read)[:, None] < reads) & (write[None, :] < writes)
+    return tl.load(pointer + offset, mask=mask, other=0.0).to(dtype)

@@ -1,0 +1,172 @@
+"""Launch settings by rule from the device's limits: no autotune, so that the same machine always adds in the same order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the rule needs of a device: multiprocessors, shared memory a block may use (bytes), registers and threads of one of them."""
+
+    capability: tuple[int, int]
+    processors: int
+    shared: int
+    registers: int = 65536
+    threads: int = 2048
+
+    @property
+    def wgmma(self) -> bool:
+        """Hopper's warp-group products, which take their right operand from shared memory."""
+        return self.capability[0] == 9
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rows a block, hidden units a block, warps, pipeline stages, programs in all."""
+
+    rows: int
+    hidden: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# The interpreter runs programs one after another: one multiprocessor keeps them few, three parts keep the reductions honest.
+INTERPRETED = Limits((0, 0), processors=2, shared=1 << 20)
+
+
+@lru_cache
+def _limits(index: int) -> Limits:
+    device = torch.cuda.get_device_properties(index)
+    return Limits(
+        (device.major, device.minor),
+        device.multi_processor_count,
+        device.shared_memory_per_block_optin,
+        device.regs_per_multiprocessor,
+        device.max_threads_per_multi_processor,
+    )
+
+
+def limits(device: torch.device) -> Limits:
+    """Limits of a CUDA device; for the interpreter (CPU tensors) made-up ones."""
+    if device.type != "cuda":
+        return INTERPRETED
+    return _limits(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def power_of_two(n: int, low: int = 1) -> int:
+    """Smallest power of two ≥ n and ≥ low."""
+    return max(low, 1 << max(0, n - 1).bit_length())
+
+
+def row_parts(groups: int, rows: int, block: int, resident: int, limit: Limits) -> int:
+    """Row parts a group of seeds: enough to fill the device once with ``resident`` programs a multiprocessor, at most one a block."""
+    return max(1, min(limit.processors * resident // groups, -(-rows // block), 64))
+
+
+def programs(seeds: int, resident: int, limit: Limits) -> int:
+    """Programs of a kernel over active seeds: the device filled once, and one for every seed in case all are active."""
+    return max(seeds, limit.processors * resident)
+
+
+def resident(registers: int, warps: int, shared: int, limit: Limits) -> int:
+    """Programs that one multiprocessor holds at once, by registers a thread, threads and shared memory (at least 1)."""
+    threads = 32 * warps
+    return max(1, min(limit.registers // (threads * registers), limit.threads // threads, limit.shared // max(shared, 1)))
+
+
+def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits) -> Launch:
+    """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
+
+    Sweep on an H200, bfloat16, relu (docs/bench/kernel_sweep.csv): 64 rows with 4 warps beat 128 rows by a tenth at widths 32 and 64;
+    at 128, 8 warps; three stages always beat two. Shared memory shrinks stages first, then hidden block, then rows.
+    """
+    if affine:
+        return Launch(max(16, min(128, 8192 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
+    block = 64 if itemsize == 2 else 32
+    warps, tile, stages = 4 if max(chunk, hidden) <= 64 else 8, hidden, 3
+    while forward_shared(block, chunk, tile, gated, itemsize, stages) > limit.shared:
+        if stages > 1:
+            stages -= 1
+        elif tile > 32:
+            tile //= 2
+        else:
+            block //= 2
+            assert block >= 16, "no block fits"
+    used = forward_shared(block, chunk, tile, gated, itemsize, stages)
+    registers = min(255, block * (tile + 3 * chunk) // (32 * warps) + 64)
+    return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
+
+
+def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
+    """Upper bound in bytes: all weights, the pipelined input tiles, one converted hidden tile, one output tile in float32."""
+    weights = chunk * hidden * (3 if gated else 2) * itemsize
+    return weights + stages * block * chunk * itemsize + block * hidden * itemsize + block * chunk * 4
+
+
+def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits) -> Launch:
+    """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
+
+    Same sweep: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 64 rows with 8 warps and two stages.
+    """
+    if affine:
+        return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
+    tile, products = hidden, 3 if gated else 2
+    while tile > 16 and products * chunk * tile > limit.registers // 2:  # half of the registers for the accumulators
+        tile //= 2
+    warps = 4 if products * chunk * tile <= 8192 else 8
+    block = 32 if itemsize > 2 else 128 if products * chunk * tile <= 2048 else 64
+    block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
+    stages = 3 if warps == 4 else 2
+    while backward_shared(block, chunk, tile, gated, itemsize, stages) > limit.shared:
+        if stages > 1:
+            stages -= 1
+        elif block > 16:
+            block //= 2
+        else:
+            tile //= 2
+            assert tile >= 16, "no block fits"
+    used = backward_shared(block, chunk, tile, gated, itemsize, stages)
+    registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
+    return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
+
+
+def backward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
+    """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32."""
+    weights = chunk * hidden * (5 if gated else 3) * itemsize
+    tiles = 2 * stages * block * chunk * itemsize
+    return weights + tiles + max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
+
+
+@dataclass(frozen=True)
+class PassingLaunch:
+    """Rows, seeds and places of a tile, pipeline stages, row parts."""
+
+    rows: int
+    seeds: int
+    places: int
+    stages: int
+    parts: int
+
+
+def passing(width: int, seeds: int, rows: int, limit: Limits) -> PassingLaunch:
+    """Settings of the copying kernel: tiles of whole neighbouring chunks, 256 features wide where chunks allow."""
+    place = min(power_of_two(-(-width // seeds)), 256)
+    group = max(1, min(power_of_two(seeds), 256 // place))
+    block = max(1, min(16, power_of_two(rows)))
+    return PassingLaunch(block, group, place, 3, row_parts(-(-seeds // group), rows, block, 4, limit))
+
+
+def whole_rows(width: int, seeds: int, rows: int, limit: Limits) -> tuple[int, int, int, int, int, int] | None:
+    """Rows, seeds, places, warps, parts, stages of the whole-row telemetry kernel; None where a row is too wide for registers."""
+    place, group = power_of_two(-(-width // seeds)), power_of_two(seeds)
+    if place * group > 8192:
+        return None
+    warps = 8 if place * group > 4096 else 4
+    block = max(1, min(2048 // (place * group), power_of_two(rows)))
+    parts = max(1, min(limit.processors * 3, -(-rows // block)))
+    return block, group, place, warps, parts, 5

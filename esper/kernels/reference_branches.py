@@ -1,0 +1,214 @@
+"""Branches on their chunks in plain torch, forward and backward spelled out: the CPU's path and the kernels' yardstick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.kernels.geometry import chunk_bounds, feature_owner, padded_index
+from esper.kernels.kinds import KINDS, Kind, Layers, layers, split_banks
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The branches of one bank that take part: their seeds, slots ``[k]``, and which entries are real (None: all)."""
+
+    seeds: Tensor
+    slots: Tensor
+    real: Tensor | None
+
+    @classmethod
+    def of(cls, mine: Tensor, route: Tensor, capacity: int) -> Chosen:
+        """On a CPU exactly the seeds in ``mine`` (bool ``[S]``); elsewhere, with no wait for the device, one entry a slot."""
+        if mine.device.type == "cpu" and not torch.compiler.is_compiling():
+            seeds = mine.nonzero()[:, 0]
+            return cls(seeds, route[seeds, 1].long(), None)
+        slot = torch.where(mine, route[:, 1].long(), capacity)
+        owner = torch.zeros(capacity + 1, dtype=torch.int64, device=mine.device)
+        owner = owner.scatter(0, slot, torch.arange(mine.shape[0], device=mine.device))[:capacity]
+        real = torch.zeros(capacity + 1, dtype=torch.bool, device=mine.device).scatter(0, slot, torch.ones_like(mine))[:capacity]
+        return cls(owner, torch.arange(capacity, device=mine.device), real)
+
+    def only_real(self, values: Tensor) -> Tensor:
+        """Zero the entries ``values[k, …]`` that stand for no branch."""
+        return values if self.real is None else values.masked_fill(~self.real.view(-1, *[1] * (values.dim() - 1)), 0)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Shape of a site: width, seeds, and the padded chunks' features and mask ``[S, C]``."""
+
+    width: int
+    seeds: int
+    index: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, seeds: int) -> Site:
+        """For activations ``x [rows, W]``."""
+        return cls(x.shape[1], seeds, *padded_index(x.shape[1], seeds, x.device))
+
+    def read(self, x: Tensor, chosen: Chosen) -> Tensor:
+        """Chunks of the chosen seeds, ``[k, rows, C]``, padded places zero."""
+        index, mask = self.index[chosen.seeds], self.mask[chosen.seeds]
+        return x.index_select(1, index.flatten()).view(x.shape[0], *index.shape).transpose(0, 1).masked_fill(~mask[:, None], 0)
+
+    def spread(self, values: Tensor, chosen: Chosen) -> Tensor:
+        """The inverse of :meth:`read`: ``[k, rows, C] -> [rows, W]``, zero elsewhere. A gather, so that GPUs repeat their bits."""
+        count, rows, place = values.shape
+        if count == 0:
+            return values.new_zeros(rows, self.width)
+        seat = chosen.seeds if chosen.real is None else torch.where(chosen.real, chosen.seeds, self.seeds)
+        rank = torch.full((self.seeds + 1,), count, device=values.device).scatter(0, seat, torch.arange(count, device=values.device))
+        owner = feature_owner(self.width, self.seeds, values.device)
+        within = torch.arange(self.width, device=values.device) - chunk_bounds(self.width, self.seeds, values.device)[owner]
+        rank = rank[owner]
+        place_of = torch.where(rank < count, rank * place + within, count * place)
+        flat = torch.cat([values.transpose(0, 1).reshape(rows, count * place), values.new_zeros(rows, 1)], 1)
+        return flat.index_select(1, place_of)
+
+
+def _derivative(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if activation == "relu":
+        return torch.where(h < 0, 0.0, h), (h > 0).to(h.dtype)
+    if activation == "gelu":
+        below = 0.5 * (1 + torch.erf(h * math.sqrt(0.5)))
+        return h * below, below + h * torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi)
+    if activation == "silu":
+        gate = torch.sigmoid(h)
+        return h * gate, gate * (1 + h * (1 - gate))
+    return h, torch.ones_like(h)
+
+
+def _rows(bank: Layers, chosen: Chosen, dtype: torch.dtype) -> Layers:
+    names = ("w1", "b1", "w2", "b2", "wg", "bg")
+    return Layers(**{name: getattr(bank, name).index_select(0, chosen.slots).to(dtype) for name in names})
+
+
+def _hidden(c: Tensor, p: Layers, kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden units, and what they multiply the gradient by for both pre-activations; the value side's raw numbers last."""
+    h = c @ p.w1 + p.b1[:, None] if kind.bias else c @ p.w1
+    if kind.gated:
+        gate = torch.sigmoid(c @ p.wg + p.bg[:, None])
+        return gate * h, gate, h * gate * (1 - gate), h
+    a, slope = _derivative(h, kind.activation)
+    return a, slope, slope, h
+
+
+def delta(c: Tensor, p: Layers, kind: Kind, echo: Tensor) -> Tensor:
+    """δ of chunks ``c [k, rows, C]``; ``echo [k]`` is 1 where the input is subtracted."""
+    if kind.affine:
+        out = c * p.w1[:, None] + p.b2[:, None]
+    else:
+        out = _hidden(c, p, kind)[0] @ p.w2
+        out = out + p.b2[:, None] if kind.bias else out
+    return out - echo[:, None, None] * c
+
+
+def _echo(route: Tensor, chosen: Chosen, dtype: torch.dtype) -> Tensor:
+    return (route[chosen.seeds, 2] & 1).to(dtype)
+
+
+def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = x + α·δ(x)`` where a branch is routed and α ≠ 0: ``(y [rows, W], live [S], power [S])``.
+
+    Containment: where ``Σδ²`` over the call (float32; float16 adds: a result beyond 65504) or α is not finite, the branch adds
+    nothing and ``live`` is 0; elsewhere ``live`` is α. ``power`` is ``Σδ²``. ``route[s] = (bank, slot, bit 0: subtract the input)``.
+    """
+    site, seeds = Site.of(x, alpha.shape[0]), alpha.shape[0]
+    live = torch.where(route[:, 0] >= 0, alpha, 0)
+    power = torch.zeros_like(alpha)
+    y = x
+    for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
+        bank = layers(name, tensors)
+        chosen = Chosen.of((route[:, 0] == number) & (alpha != 0), route, bank.capacity)
+        chunks = site.read(x, chosen)
+        out = delta(chunks, _rows(bank, chosen, x.dtype), KINDS[name], _echo(route, chosen, x.dtype))
+        out = out.masked_fill(~site.mask[chosen.seeds][:, None], 0)
+        strength = alpha[chosen.seeds].to(x.dtype)
+        squares = out.square() if x.dtype == torch.float64 else out.float().square()
+        if x.dtype == torch.float16:
+            squares = squares.masked_fill((chunks + strength[:, None, None] * out).isinf(), torch.inf)
+        squares = chosen.only_real(squares.sum((1, 2)))
+        fine = squares.isfinite() & strength.isfinite()
+        added = torch.where(fine[:, None, None], strength[:, None, None] * out, 0)
+        y = y + site.spread(chosen.only_real(added), chosen)
+        seat = chosen.seeds if chosen.real is None else torch.where(chosen.real, chosen.seeds, seeds)
+        power = torch.cat([power, power[:1]]).scatter(0, seat, squares.to(power.dtype))[:seeds]
+        live = torch.cat([live, live[:1]]).scatter(0, seat, torch.where(fine, alpha[chosen.seeds], 0))[:seeds]
+    return (y.clone() if y is x else y), live, power
+
+
+def backward(
+    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """``(dx [rows, W], a gradient for each parameter, residual [S])`` for ``live`` as :func:`forward` returned it.
+
+    A lesson ``[S, 2]`` of ``(scale, weight)`` with weight ≠ 0 makes the seed learn ``weight·½‖δ + scale·dy‖²`` in isolation (scale
+    = η·B: functional gradient; scale = 0: reconstruction); then ``dx = dy`` on its chunk, ``residual`` is the squared norm.
+    """
+    site = Site.of(x, live.shape[0])
+    taught = torch.zeros_like(live, dtype=torch.bool) if lesson is None else lesson[:, 1] != 0
+    dx, grads, residual = dy, [], torch.zeros_like(live)
+    for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
+        bank, kind = layers(name, tensors), KINDS[name]
+        chosen = Chosen.of((route[:, 0] == number) & ((live != 0) | taught), route, bank.capacity)
+        c, arriving, p = site.read(x, chosen), site.read(dy, chosen), _rows(bank, chosen, x.dtype)
+        echo, isolated = _echo(route, chosen, x.dtype)[:, None, None], taught[chosen.seeds][:, None, None]
+        g = live[chosen.seeds].to(x.dtype)[:, None, None] * arriving
+        if lesson is not None:
+            scale, weight = lesson[chosen.seeds].to(x.dtype)[:, :, None, None].unbind(1)
+            missed = delta(c, p, kind, echo[:, 0, 0]) + scale * arriving
+            missed = torch.where(isolated & site.mask[chosen.seeds][:, None], missed, 0)
+            g = torch.where(isolated, weight * missed, g)
+            seat = chosen.seeds if chosen.real is None else torch.where(chosen.real, chosen.seeds, site.seeds)
+            sums = chosen.only_real(missed.square().sum((1, 2))).to(residual.dtype)
+            residual = torch.cat([residual, residual[:1]]).scatter(0, seat, sums)[: site.seeds]
+        found, d_chunk = _gradients(c, g, p, kind)
+        d_chunk = torch.where(isolated, 0, d_chunk - echo * g)
+        dx = dx + site.spread(chosen.only_real(d_chunk), chosen)
+        for tensor, gradient in zip(tensors, found, strict=True):
+            whole = torch.zeros_like(tensor)
+            grads.append(whole.index_copy(0, chosen.slots, chosen.only_real(gradient).to(tensor.dtype)))
+    return (dx.clone() if dx is dy else dx), grads, residual
+
+
+def _gradients(c: Tensor, g: Tensor, p: Layers, kind: Kind) -> tuple[list[Tensor], Tensor]:
+    """Gradients of a bank's stacks in their order, and of the chunk, given ``g``, the gradient of δ."""
+    if kind.affine:
+        return [(g * c).sum(1), g.sum(1)], g * p.w1[:, None]
+    hidden, slope, gate_slope, _ = _hidden(c, p, kind)
+    back = g @ p.w2.mT
+    d_value = back * slope
+    d_chunk = d_value @ p.w1.mT
+    if not kind.bias:
+        return [c.mT @ d_value, hidden.mT @ g], d_chunk
+    found = [c.mT @ d_value, d_value.sum(1), hidden.mT @ g, g.sum(1)]
+    if kind.gated:
+        d_switch = back * gate_slope
+        found += [c.mT @ d_switch, d_switch.sum(1)]
+        d_chunk = d_chunk + d_switch @ p.wg.mT
+    return found, d_chunk
+
+
+class ReferenceBranches(torch.autograd.Function):
+    """:func:`forward` and :func:`backward` as one differentiable step; α, routes and lessons carry no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, alpha, route, lesson, kinds, *parameters):
+        """Returns ``(y, live, power)``."""
+        y, live, power = forward(x, alpha, route, kinds, list(parameters))
+        ctx.save_for_backward(x, live, route, lesson, *parameters)
+        ctx.kinds = kinds
+        ctx.mark_non_differentiable(live, power)
+        return y, live, power
+
+    @staticmethod
+    def backward(ctx, dy, _live, _power):
+        """Gradients of ``x`` and the parameters."""
+        x, live, route, lesson, *parameters = ctx.saved_tensors
+        dx, grads, _ = backward(x, dy, live, lesson, route, ctx.kinds, parameters)
+        return dx, None, None, None, None, *grads

@@ -1,0 +1,27 @@
+"""Seeds on a host: sites, the seed layer, the branches that grow and how a forward blends them."""
+
+from esper.seeds.branches import Branch, BranchTable
+from esper.seeds.config import SitesConfig, TelemetryConfig
+from esper.seeds.garden import Garden
+from esper.seeds.layer import SeedLayer
+from esper.seeds.recording import COLUMNS, Recording
+from esper.seeds.sites import Site, find_sites
+
+CONFIGS: dict[str, dict[str, type]] = {
+    "sites": {"auto": SitesConfig},
+    "telemetry": {"default": TelemetryConfig},
+}
+
+__all__ = [
+    "COLUMNS",
+    "CONFIGS",
+    "Branch",
+    "BranchTable",
+    "Garden",
+    "Recording",
+    "SeedLayer",
+    "Site",
+    "SitesConfig",
+    "TelemetryConfig",
+    "find_sites",
+]

@@ -1,0 +1,159 @@
+"""The forward pass of the branches at a site, on plain torch: ``y = x + Σ α·δ(x)``, with every branch contained.
+
+A branch whose δ holds a non-finite value adds nothing to that forward, is counted, and lets no gradient through: the host
+cannot feel it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import Geometry
+from esper.seeds.fused import Fused
+from esper.seeds.plan import BlockGroup, Group, Injection, Plan
+from esper.seeds.recording import Recording
+
+
+def blend(x: Tensor, plan: Plan, geometry: Geometry, recording: Recording | None = None) -> Tensor:
+    """``x`` plus what the plan's branches add; same shape and dtype.
+
+    Where a recording wants it, it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).
+    """
+    y, ratios = x, None if recording is None else recording.ratios
+    for group in plan:
+        if isinstance(group, Fused):
+            group.forwards += 1
+            if not group.kernels.aside:
+                y = group(x, None if recording is None else recording.statistics, ratios)  # always first: y is still x
+                continue
+            for part in group.apart():
+                y = _add_group(x, y, part, geometry, ratios)
+            continue
+        if isinstance(group, Injection):
+            y = y.index_add(group.dim, group.target, group.addition.to(y.dtype))
+            continue
+        if isinstance(group, BlockGroup):
+            y = _add_block(x, y, group, geometry, ratios)
+        else:
+            y = _add_group(x, y, group, geometry, ratios)
+        group.forwards += 1
+    return y
+
+
+def chunks_of(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> Tensor:
+    """What the group's branches write to: ``[A, rows, C]`` (features), ``[A, batch, C, …]`` (spatial) or ``[1, …]`` (block)."""
+    if isinstance(group, BlockGroup):
+        return x.unsqueeze(0)
+    dim = geometry.dim if geometry.dim >= 0 else x.dim() - 1
+    branches = len(group.branches)
+    if group.seeds is None:
+        chosen = x.index_select(dim, group.index).unflatten(dim, (branches, -1))
+    else:
+        chosen = x.unflatten(dim, (geometry.seeds, -1)).index_select(dim, group.seeds)
+    if group.bank.blueprint.spatial:
+        chunk = chosen.transpose(0, 1)
+        shape = (branches, 1, -1, *([1] * geometry.spatial))
+    else:
+        chunk = chosen.movedim((dim, dim + 1), (-2, -1)).reshape(-1, branches, group.index.numel() // branches).transpose(0, 1)
+        shape = (branches, 1, -1)
+    if group.mask is None:
+        return chunk
+    return torch.where(group.mask.view(shape), chunk, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def branch_outputs(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """``(δ, chunk)`` before α, both shaped as ``chunks_of`` says."""
+    chunk = chunks_of(x, group, geometry)
+    if isinstance(group, BlockGroup):
+        devices = [x.device] if x.is_cuda else []
+        with torch.random.fork_rng(devices=devices, enabled=group.aside):
+            delta = group.bank.delta(group.slot, _guarded(chunk, 0, 1).squeeze(0), group.learning)
+        return delta.unsqueeze(0), chunk
+    branches = len(group.branches)
+    if group.bank.blueprint.spatial:
+        reads = chunk.transpose(0, 1) if _reads_chunk(group) else x.unsqueeze(1)
+    else:
+        dim = geometry.dim if geometry.dim >= 0 else x.dim() - 1
+        reads = chunk if _reads_chunk(group) else x.movedim(dim, -1).reshape(1, -1, geometry.width)
+    reads = _guarded(reads, 1 if group.bank.blueprint.spatial else 0, branches)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and group.learns):
+        rows = group.bank.gather(group.slots, group.learning, x.dtype)
+    delta = group.bank.blueprint.forward(rows, reads)
+    if group.bank.blueprint.spatial:
+        delta = delta.transpose(0, 1)
+    if group.residual is not None:
+        delta = delta - group.residual.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1))) * chunk
+    return delta, chunk
+
+
+def _reads_chunk(group: Group) -> bool:
+    return group.bank.blueprint.receptive_field == "chunk"
+
+
+def _guarded(reads: Tensor, dim: int, branches: int) -> Tensor:
+    """What the branches along ``dim`` read; one whose gradient is not finite sends none back, and spoils no other's."""
+    shape = list(reads.shape)
+    shape[dim] = branches
+    reads = reads.expand(shape)
+    if reads.requires_grad:
+        axes = tuple(axis for axis in range(reads.dim()) if axis != dim)
+        reads.register_hook(lambda gradient: _sound_alone(gradient, axes))
+    return reads
+
+
+def _plainly_finite(x: Tensor) -> bool:
+    """Whether one look shows that all of ``x`` is finite: a finite sum has no other summands. Only a CPU can look without waiting."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(float(x.detach().sum()))
+
+
+def _sound_alone(gradient: Tensor | None, axes: tuple[int, ...]) -> Tensor | None:
+    if gradient is None or gradient.numel() == 0 or _plainly_finite(gradient):
+        return gradient
+        return gradient
+    largest = torch.linalg.vector_norm(gradient, ord=float("inf"), dim=axes, keepdim=True)
+    return torch.where(torch.isfinite(largest), gradient, torch.zeros((), dtype=gradient.dtype, device=gradient.device))
+
+
+def _contained(delta: Tensor, group: Group | BlockGroup) -> Tensor:
+    if _plainly_finite(delta):
+        return delta
+    sound = torch.isfinite(delta.detach()).flatten(1).all(1)
+    group.failures += ~sound
+    return torch.where(sound.view(-1, *([1] * (delta.dim() - 1))), delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
+
+
+def _add_group(x: Tensor, y: Tensor, group: Group, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
+    delta, chunk = branch_outputs(x, group, geometry)
+    added = _contained(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
+    if ratios is not None:
+        _note_ratios(ratios, group.branches, added, chunk)
+    if group.bank.blueprint.spatial:
+        dim, added = 1, added.transpose(0, 1)
+    else:
+        dim = geometry.dim if geometry.dim >= 0 else x.dim() - 1
+        lead = x.movedim(dim, -1).shape[:-1]
+        added = added.transpose(0, 1).reshape(*lead, *added.shape[::2]).movedim((-2, -1), (dim, dim + 1))
+    added = added.to(y.dtype)
+    if group.seeds is not None:
+        return y.unflatten(dim, (geometry.seeds, -1)).index_add(dim, group.seeds, added).flatten(dim, dim + 1)
+    added = added.flatten(dim, dim + 1)
+    return y.index_add(dim, group.target, added if group.real is None else added.index_select(dim, group.real))
+
+
+def _add_block(x: Tensor, y: Tensor, group: BlockGroup, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
+    delta, whole = branch_outputs(x, group, geometry)
+    added = _contained(delta, group) * group.alpha.to(delta.dtype)
+    if ratios is not None:
+        _note_ratios(ratios, group.branches, added, whole)
+    return y + added.squeeze(0).to(y.dtype)
+
+
+def _note_ratios(ratios: dict[int, Tensor], branches: list[int], added: Tensor, chunk: Tensor) -> None:
+    with torch.no_grad():
+        above = added.detach().float().flatten(1).square().mean(1)
+        below = chunk.detach().float().flatten(1).square().mean(1)
+        values = (above / below.clamp(min=1e-24)).sqrt()
+    ratios.update(zip(branches, values.unbind(), strict=True))

@@ -1,0 +1,179 @@
+"""From a grown model to a plain one: the same outputs, nothing of esper's machinery, no seed that never grew.
+
+``export_with_cards`` also says what was built in where, so that ``regraft`` can build the same modules into a fresh host and
+a saved state fits it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints import CONFIGS, BlockBank, Blueprint, Geometry
+from esper.blueprints.plain import plain_net
+from esper.seeds.branches import Branch
+from esper.seeds.folding import fold, foldable, matrix
+from esper.seeds.garden import Garden
+from esper.seeds.grown import Deepened, GrownBlock, GrownBranch, GrownSite
+from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer
+
+Card = dict[str, Any]
+
+
+def export(garden: Garden) -> nn.Module:
+    """A copy of the model without seeds, with every branch that adds to its output folded in or built in as a plain module."""
+    return export_with_cards(garden)[0]
+
+
+def export_with_cards(garden: Garden) -> tuple[nn.Module, list[Card]]:
+    """The plain model, and one JSON-able card for every site at which it differs from the host."""
+    with _detached(garden):
+        plain = copy.deepcopy(garden.model)
+    cards = []
+    modules = [plain.get_submodule(site.name) for site in garden.sites]  # found before any of them is replaced
+    with torch.no_grad():
+        for number, module in enumerate(modules):
+            if garden.blended(number):
+                cards.append(_build_in(garden, number, module, plain))
+    for parameter in plain.parameters():
+        parameter.grad = None
+    return plain, cards
+
+
+def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any) -> None:
+    """Build modules of the same shapes as the cards say into a fresh host; their values come from a saved state.
+
+    ``blueprint_of(entry)`` makes the blueprint of a branch's entry. Raises KeyError or AttributeError where the host has no such module.
+    """
+    modules = [host.get_submodule(card["site"]) for card in cards]
+    for card, module in zip(cards, modules, strict=True):
+        if card["folded"]:
+            if card["bias"] and module.bias is None:
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                module.bias = nn.Parameter(weight.new_zeros(card["width"]))
+            continue
+        branches = [_empty_branch(card, entry, module, blueprint_of) for entry in card["branches"]]
+        _replace(host, module, _joined(module, branches, card["width"], card["dim"]))
+
+
+def _build_in(garden: Garden, number: int, module: nn.Module, plain: nn.Module) -> Card:
+    site, blended = garden.sites[number], garden.blended(number)
+    geometry = site.geometry
+    card: Card = {"site": site.name, "width": geometry.width, "dim": _dim(geometry), "folded": False}
+    blueprints: list[object] = [garden.layers[number].bank(branch.blueprint).blueprint for branch in blended]
+    if not any(branch.residual for branch in blended) and foldable(module, plain, blueprints):
+        fold(module, [_term(garden, branch) for branch in blended])
+        return card | {"folded": True, "bias": module.bias is not None}
+    branches = [_as_host(_branch(garden, branch), module) for branch in blended]
+    _replace(plain, module, _joined(module, branches, geometry.width, card["dim"]))
+    return card | {"branches": [_card(garden, branch) for branch in blended]}
+
+
+def _joined(module: nn.Module, branches: list[GrownBranch | GrownBlock], width: int, dim: int) -> nn.Module:
+    only = branches[0]
+    if len(branches) == 1 and isinstance(only, GrownBlock) and only.alpha == 1.0:
+        return Deepened(module, only.block)
+    return GrownSite(module, branches, width, dim)
+
+
+def _dim(geometry: Geometry) -> int:
+    """The features' axis counted from the end, so that it holds with and without a batch axis."""
+    return -1 - geometry.spatial if geometry.dim == 1 else -1
+
+
+def _term(garden: Garden, branch: Branch) -> tuple[float, Any]:
+    bank = garden.layers[branch.site].bank(branch.blueprint)
+    assert not isinstance(bank, BlockBank)
+    values = _cut(bank.blueprint, bank.geometry, branch.seed, bank.values(branch.slot))
+    return float(garden.branches.alpha[branch.id]), matrix(bank.blueprint, values, bank.geometry, branch.seed)
+
+
+def _branch(garden: Garden, branch: Branch) -> GrownBranch | GrownBlock:
+    bank = garden.layers[branch.site].bank(branch.blueprint)
+    geometry = garden.sites[branch.site].geometry
+    alpha = float(garden.branches.alpha[branch.id])
+    if isinstance(bank, BlockBank):
+        return GrownBlock(copy.deepcopy(bank.blocks[str(branch.slot)]), geometry.width, _dim(geometry), alpha)
+    values = _cut(bank.blueprint, geometry, branch.seed, bank.values(branch.slot))
+    return _plain_branch(bank.blueprint, values, geometry, branch.seed, alpha, branch.residual)
+
+
+def _plain_branch(
+    blueprint: Blueprint, values: dict[str, Tensor], geometry: Geometry, seed: int, alpha: float, residual: bool
+) -> GrownBranch:
+    spatial = geometry.spatial if geometry.dim == 1 else 0
+    net, scale = plain_net(blueprint, values, spatial, alpha)
+    start, end = geometry.bounds(seed)
+    chunk = blueprint.receptive_field == "chunk" and (start, end) != (0, geometry.width)
+    return GrownBranch(net, start, end, _dim(geometry), chunk, scale, alpha if residual else 0.0)
+
+
+def _cut(blueprint: Blueprint, geometry: Geometry, seed: int, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One slot's parameters without the padding of uneven chunks."""
+    start, end = geometry.bounds(seed)
+    shapes = blueprint.shapes(blueprint.reads(geometry, end - start), end - start, geometry)
+    return {name: values[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
+
+
+def _card(garden: Garden, branch: Branch) -> Card:
+    bank = garden.layers[branch.site].bank(branch.blueprint)
+    geometry = garden.sites[branch.site].geometry
+    alpha = float(garden.branches.alpha[branch.id])
+    card = {"blueprint": branch.blueprint, "alpha": alpha, "seed": branch.seed, "residual": branch.residual}
+    if isinstance(bank, BlockBank):
+        return card | {"block": True}
+    kind = type(bank.blueprint)
+    target = "" if kind in CONFIGS.values() else f"{kind.__module__}:{kind.__qualname__}"
+    settings = dataclasses.asdict(bank.blueprint)
+    return card | {"target": target, "settings": settings, "geometry": dataclasses.asdict(geometry), "block": False}
+
+
+def _empty_branch(card: Card, entry: Card, module: nn.Module, blueprint_of: Any) -> GrownBranch | GrownBlock:
+    if entry["block"]:
+        return GrownBlock(copy.deepcopy(module), card["width"], card["dim"], entry["alpha"])
+    blueprint, geometry = blueprint_of(entry), Geometry(**entry["geometry"])
+    start, end = geometry.bounds(entry["seed"])
+    shapes = blueprint.shapes(blueprint.reads(geometry, end - start), end - start, geometry)
+    zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return _as_host(_plain_branch(blueprint, zeros, geometry, entry["seed"], entry["alpha"], entry["residual"]), module)
+
+
+def _as_host(branch: GrownBranch | GrownBlock, module: nn.Module) -> GrownBranch | GrownBlock:
+    """The branch on the device and in the dtype of the host's module, where that has parameters."""
+    kind = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return branch if kind is None else branch.to(kind.device, kind.dtype)
+
+
+def _replace(model: nn.Module, old: nn.Module, module: nn.Module) -> None:
+    """Put ``module`` in the place of ``old``, under every name that the model has for it."""
+    names = [other for other, found in model.named_modules(remove_duplicate=False) if found is old]
+    for other in names:
+        parent, _, child = other.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+@contextmanager
+def _detached(garden: Garden) -> Iterator[None]:
+    """Within: the model as if nothing had ever been attached to it; afterwards every hook is in its old place."""
+    dicts = [garden.model._forward_pre_hooks, *(site.module._forward_hooks for site in garden.sites)]
+    before = [(hooks, dict(hooks)) for hooks in dicts]
+    for hooks in dicts:
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), (SeedLayer, Attached))]:
+            del hooks[key]
+    for site in garden.sites:
+        del site.module._modules[ATTRIBUTE]
+    try:
+        yield
+    finally:
+        for site, layer in zip(garden.sites, garden.layers, strict=True):
+            site.module._modules[ATTRIBUTE] = layer
+        for hooks, saved in before:
+            hooks.clear()
+            hooks.update(saved)

@@ -1,0 +1,85 @@
+"""``SeedLayer``: all the seeds of one site as one module, called on the site's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints import BlockBank, SlotBank
+from esper.kernels import Kernels
+from esper.seeds.blend import blend
+from esper.seeds.grown import on_first
+from esper.seeds.plan import Plan
+from esper.seeds.recording import Recording
+from esper.seeds.sites import Site
+
+ATTRIBUTE = "seed_layer"
+"""Name under which the layer hangs on its site's module."""
+
+
+class Attached:
+    """Base of what else hangs on a model by a hook of its own, so that an export leaves it behind."""
+
+
+class SeedLayer(nn.Module):
+    """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` as the present ``plan`` says.
+
+    ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
+    ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.name = site.name
+        self.geometry = site.geometry
+        self.banks = nn.ModuleDict()
+        self.plan: Plan = []
+        self.recording: Recording | None = None
+        self.rooted = False
+        self.kernels: Kernels | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, width]`` (or channels first) → the same shape and dtype."""
+        recording = self.recording
+        if recording is not None:
+            recording.read(x, self.name, self.kernels)
+        if not self.plan:
+            y = x
+        else:
+            y = blend(x, self.plan, self.geometry, recording)
+            if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+                y = y.contiguous(memory_format=torch.channels_last)  # adding to features by index would leave the host's format
+        if recording is not None and torch.is_grad_enabled():
+            if recording.keep and not y.requires_grad:
+                # Data entering the host: an objective wants the gradient there all the same. A copy, because the host may
+                # go on in place, which autograd forbids on a leaf.
+                y = y.detach().requires_grad_().clone()
+            if y.requires_grad:
+                y = y.clone() if y._is_view() else y  # autograd drops the hooks of a view on which the host goes on in place
+                y.register_hook(recording.keep_gradient)
+        if self.rooted and torch.is_grad_enabled() and not y.requires_grad:
+            y = y.detach().requires_grad_().clone()  # a clone, since the host may go on in place
+        return y
+
+    def bank(self, blueprint: str) -> SlotBank | BlockBank:
+        """The bank of one blueprint's branches here."""
+        bank = self.banks[blueprint]
+        assert isinstance(bank, (SlotBank, BlockBank))
+        return bank
+
+    def attach(self, module: nn.Module) -> None:
+        """Hang on a module: as its child, so that ``to``, ``state_dict`` and DDP see it, and as its forward hook."""
+        module.add_module(ATTRIBUTE, self)
+        module.register_forward_hook(self._on_output)
+
+    def _on_output(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        return on_first(output, self)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter or buffer lives; the CPU where it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,77 @@
+"""What one forward and backward pass showed of a site: read only at the ticks at which somebody asks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import Geometry
+from esper.kernels import Kernels
+from esper.kernels.geometry import feature_owner
+from esper.kernels.reference import telemetry
+
+COLUMNS = (
+    "stage",
+    "alpha",
+    "mean",
+    "variance",
+    "near_zero",
+    "correlation",
+    "grad_norm",
+    "branch_rms_ratio",
+    "grad_ratio",
+    "age",
+    "generation",
+    "gain",
+)
+"""Columns of a telemetry row, in order; all float32."""
+
+
+class Recording:
+    """Statistics of a site's activation in its last forward, and the gradient that came back to it.
+
+    With ``keep`` the activation itself is kept too (the objectives that regress on it need it); a copy, because a
+    module behind the site may change it in place.
+    """
+
+    def __init__(self, geometry: Geometry, near_zero: float, health: bool = True, keep: bool = False) -> None:
+        self.geometry = geometry
+        self.near_zero = near_zero
+        self.health = health
+        self.keep = keep
+        self.statistics: Tensor | None = None
+        self.input: Tensor | None = None
+        self.gradient: Tensor | None = None
+        self.ratios: dict[int, Tensor] | None = {} if health else None
+
+    def read(self, x: Tensor, site: str = "", kernels: Kernels | None = None) -> None:
+        """Read an activation ``[…, width]`` (or channels first) before the site's branches act on it."""
+        with torch.no_grad():
+            if self.health:
+                self.statistics = self._health(x.detach(), site, kernels)
+            if self.keep:
+                self.input = x.detach().clone()
+
+    def _health(self, x: Tensor, site: str, kernels: Kernels | None) -> Tensor:
+        seeds = self.geometry.seeds
+        x = features_last(x, self.geometry)
+        return telemetry(x, seeds, self.near_zero) if kernels is None else kernels.telemetry(site, x, seeds, self.near_zero)
+
+    def keep_gradient(self, gradient: Tensor | None) -> None:
+        """Backward hook at the site's output."""
+        self.gradient = None if gradient is None else gradient.detach()
+
+    def gradient_norms(self) -> Tensor:
+        """L2 norm of the gradient in every chunk, float32 ``[seeds]``; NaN where no gradient came back."""
+        seeds = self.geometry.seeds
+        if self.gradient is None:
+            return torch.full((seeds,), float("nan"))
+        gradient = features_last(self.gradient, self.geometry).float()
+        squares = gradient.square().sum(tuple(range(gradient.dim() - 1))).cpu()
+        owner = feature_owner(self.geometry.width, seeds)
+        return torch.zeros(seeds).index_add_(0, owner, squares).sqrt()
+
+
+def features_last(x: Tensor, geometry: Geometry) -> Tensor:
+    """A view ``[…, width]`` of an activation."""
+    return x if geometry.dim == -1 else x.movedim(geometry.dim, -1)

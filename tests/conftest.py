@@ -1,0 +1,37 @@
+"""Fixtures that several folders share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run in its interpreter
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The top folder of the checkout under test."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def esper(tmp_path: Path) -> Run:
+    """Runs ``esper`` as a user would, in an empty folder, and returns exit code, stdout and stderr."""
+
+    def run(*words: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "esper", *words]
+        root = Path(__file__).resolve().parent.parent
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = str(root)
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run

@@ -1,0 +1,173 @@
+"""Exported models: plain modules, the same outputs, linear branches folded, nothing that never grew; saved and built again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from growing import Loop, Net, batch, build, germinate, same
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from esper import load_model
+from esper.blueprints import CONFIGS, Affine
+from esper.errors import UserError
+from esper.lifecycle import Stage
+from esper.running.export import export_onnx, export_pt2
+from esper.saved import load_weights, save_model
+from esper.seeds.grown import Deepened, GrownSite
+
+GROWN: dict[str, tuple[str, Any, str, type]] = {
+    "mlp": ("mlp", "mlp", "fc1", GrownSite),
+    "glu": ("mlp", "glu", "fc2", GrownSite),
+    "affine": ("mlp", "affine", "fc1", nn.Linear),
+    "affine_layer": ("mlp", Affine(receptive_field="layer"), "fc2", nn.Linear),
+    "low_rank": ("mlp", "low_rank", "fc1", nn.Linear),
+    "conv": ("cnn_group", "conv", "stem", GrownSite),
+    "conv_mlp": ("cnn_batch", "mlp", "stages.0.blocks.0.conv1", GrownSite),
+    "conv_low_rank": ("cnn_group", "low_rank", "stem", nn.Conv2d),
+    "block": ("transformer", "block", "blocks.0", Deepened),
+    "tokens": ("transformer", "mlp", "blocks.0.mlp.fc1", GrownSite),
+}
+
+
+def grown(case: str, stage: Stage = Stage.EVALUATING, **settings: Any) -> Loop:
+    """A loop whose seeds 0 and, but for blocks, 1 at the case's site are blended in."""
+    host, blueprint, site, _ = GROWN[case]
+    seeds = [0] if blueprint == "block" else [0, 1]
+    sites = [site] if blueprint == "block" else "auto"
+    loop = Loop(host, {1: [germinate(site, seed) for seed in seeds]}, {"blueprint": blueprint, "sites": sites, **settings})
+    loop.until(stage)
+    loop.model.eval()
+    return loop
+
+
+@pytest.mark.parametrize("case", list(GROWN))
+def test_the_exported_model_gives_the_same_outputs_from_plain_modules(case: str) -> None:
+    loop = grown(case)
+    plain = loop.grow.export().eval()
+    x = batch(GROWN[case][0], 7)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), loop.model(x), rtol=1e-5, atol=1e-6)
+    assert type(plain.get_submodule(GROWN[case][2])) is GROWN[case][3]
+    assert not any("seed_layer" in name for name, _ in plain.named_modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+    assert all(
+        type(module).__module__.startswith(("torch", "growing", "esper.hosts", "esper.seeds.grown", "esper.blueprints.plain"))
+        for module in plain.modules()
+    )
+    if GROWN[case][3] in (nn.Linear, nn.Conv2d):  # folded: no parameter more than the host has
+        assert [p.shape for p in plain.parameters()] == [p.shape for p in build(GROWN[case][0]).parameters()]
+
+
+@pytest.mark.parametrize("case", ["mlp", "affine", "conv"])
+def test_alpha_in_the_middle_of_the_ramp_is_exported_too(case: str) -> None:
+    loop = grown(case, Stage.GRAFTING)
+    loop.step()
+    loop.model.eval()
+    assert 0 < loop.grow.garden.branches.alpha[0] < 1
+    x = batch(GROWN[case][0], 7)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loop.grow.export().eval()(x), loop.model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_seeds_that_never_grew_leave_the_host_bit_for_bit() -> None:
+    loop = Loop().run(3)
+    same(loop.grow.export().state_dict(), loop.host_state())
+    assert repr(loop.grow.export()) == repr(build("mlp"))
+
+
+def test_the_linear_layer_of_gpt2_is_folded_into_and_exporting_leaves_the_model_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=20, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    from esper.seeds import Garden, find_sites
+
+    ids = torch.arange(16).reshape(2, 8)
+    garden = Garden(model, find_sites(model, ["mlp_hidden"], 2, lambda: model(ids)), CONFIGS["affine"](), seed=0)
+    branch = garden.germinate(1, "affine", "linear")
+    garden.layers[0].bank("affine").stacks["scale"].data.fill_(0.3)
+    branch.stage = Stage.FOSSILIZED
+    garden.branches.alpha[0] = 0.5
+    garden.touch(0)
+    garden.refresh()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    from esper.seeds.exporting import export
+
+    plain = export(garden)
+    same(before, model.state_dict())
+    assert type(plain.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits)
+    assert plain.lm_head.weight is plain.transformer.wte.weight
+
+
+@pytest.mark.parametrize("case", ["mlp", "conv", "block"])
+def test_torch_export_runs_the_exported_model_for_any_batch(case: str, tmp_path: Path) -> None:
+    loop = grown(case)
+    example, x = batch(GROWN[case][0], 1, 2)[0], batch(GROWN[case][0], 7, 5)[0]
+    program = torch.export.load(export_pt2(loop.grow.export().eval(), example, tmp_path / "model.pt2")).module()
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), loop.model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["mlp", "conv"])
+def test_onnx_runs_the_exported_model_for_any_batch(case: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    loop = grown(case)
+    plain = loop.grow.export().eval()
+    example, x = batch(GROWN[case][0], 1, 2)[0], batch(GROWN[case][0], 7, 5)[0]
+    with torch.no_grad():
+        expected = loop.model(x)
+    session = onnxruntime.InferenceSession(export_onnx(plain, example, tmp_path / "model.onnx"))
+    torch.testing.assert_close(torch.from_numpy(session.run(None, {"inputs": x.numpy()})[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", list(GROWN))
+def test_saved_as_safetensors_it_is_built_again_without_the_trainer(case: str, tmp_path: Path) -> None:
+    loop = grown(case)
+    loop.grow.save(tmp_path)
+    again = load_model(tmp_path, build(GROWN[case][0]))
+    same(again.state_dict(), loop.grow.export().state_dict())
+    x = batch(GROWN[case][0], 7)[0]
+    with torch.no_grad():
+        assert torch.equal(again(x), loop.grow.export().eval()(x))
+
+
+def test_a_loaded_model_is_a_host_that_grows_on_and_is_saved_again(tmp_path: Path) -> None:
+    grown("mlp").grow.save(tmp_path / "first")
+    host = load_weights(build("mlp"), str(tmp_path / "first"))
+    save_model(tmp_path / "second", host, [])
+    same(load_model(tmp_path / "second", build("mlp")).state_dict(), host.state_dict())
+
+
+def test_tied_weights_stay_tied_on_disk_and_off_it(tmp_path: Path) -> None:
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=20, bos_token_id=0, eos_token_id=0))
+    save_model(tmp_path, model, [])
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    again: Any = load_model(tmp_path, hf.GPT2LMHeadModel(model.config))
+    same(again.state_dict(), model.state_dict())
+    assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
+    grown("mlp").grow.save(tmp_path)
+    with pytest.raises(UserError, match=r"holds no saved model"):
+        load_model(tmp_path / "nothing", build("mlp"))
+    with pytest.raises(UserError, match="esper did not build: pass a fresh one"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match="does not fit this host"):
+        load_model(tmp_path, build("cnn_group"))
+    with pytest.raises(UserError, match="there is no such file"):
+        load_weights(build("mlp"), str(tmp_path / "none.safetensors"))
+    save_file(Net().state_dict(), tmp_path / "bare.safetensors")
+    same(load_weights(build("mlp"), str(tmp_path / "bare.safetensors")).state_dict(), load_file(tmp_path / "bare.safetensors"))
+    (tmp_path / "model.json").write_text(json.dumps({"format": "esper model", "version": 99}), encoding="utf-8")
+    with pytest.raises(UserError, match="has version 99; this esper reads version 1"):
+        load_model(tmp_path, build("mlp"))
