@@ -1,0 +1,34 @@
+"""What a controller is: it hears every message of a run and answers each tick with commands."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from esper.bus.messages import Command, Message
+
+#: The producer name under which the trainer knows a controller's commands.
+PRODUCER = "controller"
+
+
+class Controller(Protocol):
+    """Decides which seed germinates what, when it advances, when it goes.
+
+    It knows the bus's messages alone. The same messages in the same order lead to the same commands: runs repeat.
+    """
+
+    def observe(self, message: Message) -> None:
+        """Take note of an event, a telemetry message or an acknowledgement."""
+
+    def decide(self, tick: int) -> list[Command]:
+        """Commands on everything observed up to ``tick``; the trainer applies them at the next tick."""
+
+    def state(self) -> dict[str, Any]:
+        """All that it remembers, JSON-able, for a checkpoint."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+
+
+def command_id(tick: int, n: int) -> str:
+    """Id of the ``n``-th command decided at ``tick``: the same when a resumed run decides it again."""
+    return f"{PRODUCER}-{tick}-{n}"

@@ -1,0 +1,86 @@
+"""How many parameters a run has grown, and how many it may."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from esper.bus.messages import Message, RunStarted, Transition
+from esper.controllers.view import LOST, Seed
+from esper.errors import UserError
+from esper.lifecycle.stages import Stage
+
+
+class Budget:
+    """Parameters of the branches under way and kept, against a limit.
+
+    Reads of each site's dict in RunStarted: ``blueprints`` ({name: {"parameters": …}}), ``blueprint`` (the run's own,
+    what an empty name in a command means) and ``host_parameters``.
+    """
+
+    def __init__(self, blueprint: str, max_parameters: int, max_growth: float) -> None:
+        self._blueprint = blueprint
+        self._max_parameters, self._max_growth = max_parameters, max_growth
+        self.limit = math.inf
+        self._sites: dict[str, dict[str, Any]] = {}
+        self._grown: dict[Seed, int] = {}
+        self._kept = 0
+
+    @property
+    def used(self) -> int:
+        """Parameters of all branches under way or FOSSILIZED."""
+        return self._kept + sum(self._grown.values())
+
+    def observe(self, message: Message) -> None:
+        """Take note of the sites and of branches that come and go."""
+        if isinstance(message, RunStarted):
+            self._sites = {site["name"]: site for site in message.sites}
+            self.limit = self._find_limit()
+        elif isinstance(message, Transition):
+            seed = (message.site, message.seed)
+            if message.target == Stage.GERMINATED:
+                self._grown[seed] = self.cost(message.site, message.blueprint)
+            elif message.target == Stage.FOSSILIZED:
+                self._kept += self._grown.pop(seed, 0)
+            elif message.target in LOST:
+                self._grown.pop(seed, None)
+
+    def _find_limit(self) -> float:
+        limit = float(self._max_parameters) or math.inf
+        if self._max_growth > 0.0:
+            hosts = [site["host_parameters"] for site in self._sites.values() if "host_parameters" in site]
+            assert hosts, "RunStarted says no host_parameters, so max_growth has nothing to be a multiple of"
+            limit = min(limit, self._max_growth * max(hosts))
+        return limit
+
+    def cost(self, site: str, blueprint: str = "") -> int:
+        """Parameters that a branch at ``site`` adds; of an unknown blueprint, as many as the largest there."""
+        described = self._sites[site]
+        costs = {name: int(adds["parameters"]) for name, adds in described.get("blueprints", {}).items()}
+        wanted = blueprint or self._blueprint or described.get("blueprint", "")
+        return costs.get(wanted, max(costs.values(), default=0))
+
+    def check(self) -> None:
+        """Raise UserError when the wanted blueprint fits none of the sites, or the limit not even one branch."""
+        if self._blueprint and not any(self._blueprint in site.get("blueprints", {}) for site in self._sites.values()):
+            fitting = sorted({name for site in self._sites.values() for name in site.get("blueprints", {})})
+            raise UserError(
+                f"controller.blueprint={self._blueprint} fits no site of this host; "
+                f"blueprints that do: {', '.join(fitting) or 'none'}."
+            )
+        cheapest = min(map(self.cost, self._sites), default=0)
+        if cheapest > self.limit:
+            raise UserError(
+                f"controller.max_parameters={self._max_parameters} and controller.max_growth={self._max_growth} allow "
+                f"{self.limit:.0f} parameters, and the smallest branch has {cheapest}, so nothing would ever germinate; raise the "
+                "limit, or choose a smaller blueprint."
+            )
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"grown": [[*seed, size] for seed, size in self._grown.items()], "kept": self._kept}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._grown = {(site, seed): size for site, seed, size in state["grown"]}
+        self._kept = state["kept"]

@@ -1,0 +1,140 @@
+"""``heuristic``: germinates where the host's capacity lies idle, at a set time or when learning stalls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from esper.bus.messages import Command, Germinate, Message, Metrics, RunStarted, Telemetry
+from esper.controllers.attempts import Attempts
+from esper.controllers.base import command_id
+from esper.controllers.budget import Budget
+from esper.controllers.health import Health
+from esper.controllers.plateau import Plateau
+from esper.controllers.view import RunView, Seed, check_duration
+from esper.errors import UserError
+from esper.fields import setting
+from esper.lifecycle.stages import Stage
+from esper.processes import ControllerPlace
+
+
+@dataclass
+class HeuristicConfig(ControllerPlace):
+    """When a wave of germinations starts, how large it is, where it goes, and what it may cost."""
+
+    name: str = "heuristic"
+    germinate_at: str = setting("10%", unit="duration or empty", help="time of the first wave; empty: only plateaus start waves")
+    plateau: str = setting("", unit="duration or empty", help="a wave starts after this long without improvement; empty: never")
+    metric: str = setting("validation/loss", help="whose plateau counts")
+    direction: str = setting("min", choices=("min", "max"), help="which way that metric gets better")
+    min_improvement: float = setting(
+        0.001, low=0.0, help="smallest improvement that ends a plateau, as a share of the best"
+    )
+    until: str = setting("50%", unit="duration", help="no germination after this: growing late does less")
+    count: int = setting(4, low=0, unit="seeds", help="germinations of one wave")
+    max_active: int = setting(4, low=1, unit="seeds", help="most seeds between GERMINATED and FINE_TUNING at a time")
+    max_parameters: int = setting(0, low=0, help="most parameters that all branches may add; 0: no limit")
+    max_growth: float = setting(0.0, low=0.0, unit="hosts", help="the same as a multiple of the host's; 0: no limit")
+    variance: float = setting(0.6, low=-1.0, high=1.0, help="weight of a low activation variance")
+    near_zero: float = setting(0.3, low=-1.0, high=1.0, help="weight of the fraction of activations near zero")
+    correlation: float = setting(0.1, low=-1.0, high=1.0, help="weight of the correlation with the rest of the site")
+    blueprint: str = setting("", help="what germinates; empty: the run's blueprint")
+    strategy: str = setting("", help="how it is blended in; empty: the run's grafting")
+    embargo: str = setting("10%", unit="duration", help="how long a refused or culled seed is not tried again")
+
+    def build(self, seed: int) -> HeuristicController:
+        """The controller; the run's ``seed`` is not used. Raises UserError when nothing can ever start a wave."""
+        for text in filter(None, (self.germinate_at, self.plateau, self.until, self.embargo)):
+            check_duration(text)
+        if not self.germinate_at and not self.plateau:
+            raise UserError(
+                "controller.germinate_at and controller.plateau are both empty, so nothing would ever germinate; "
+                "give one of them (e.g. 10%), or choose controller=none."
+            )
+        return HeuristicController(self)
+
+
+class HeuristicController:
+    """Starts waves, and fills each with the dormant seeds that score highest as far as room and budget allow."""
+
+    def __init__(self, config: HeuristicConfig) -> None:
+        self.config = config
+        self.view = RunView()
+        self.attempts = Attempts()
+        self.health = Health()
+        self.budget = Budget(config.blueprint, config.max_parameters, config.max_growth)
+        self.plateau = Plateau(config.direction, config.min_improvement)
+        self.first_done = not config.germinate_at
+        self.goal = 0  # germinations of all waves so far, counted when they are applied
+
+    def observe(self, message: Message) -> None:
+        """Take note of whatever bears on when, where and how much to grow."""
+        self.view.observe(message)
+        self.attempts.observe(message)
+        self.budget.observe(message)
+        if isinstance(message, RunStarted):
+            self.attempts.rest_ticks = self.view.ticks(self.config.embargo)
+            self.budget.check()
+        elif isinstance(message, Telemetry):
+            self.health.observe(message)
+        elif isinstance(message, Metrics) and self.config.metric in message.values:
+            self.plateau.observe(message.tick, message.values[self.config.metric])
+
+    def decide(self, tick: int) -> list[Command]:
+        """Germinate the best seeds that the present wave still wants."""
+        if not self.view.started or tick > self.view.ticks(self.config.until):
+            return []
+        self._start_wave(tick)
+        wanted = self.goal - self.attempts.applied - len(self.attempts.open)
+        if wanted <= 0:
+            return []
+        active = set(self.view.active()) | set(self.attempts.open)
+        room = max(0, min(wanted, self.config.max_active - len(active)))
+        places = self._affordable(self._ranked(tick))[:room] if room else []
+        return [self._germinate(tick, n, place) for n, place in enumerate(places)]
+
+    def _start_wave(self, tick: int) -> None:
+        if not self.first_done and tick >= self.view.ticks(self.config.germinate_at):
+            self.first_done = True
+        elif not self.config.plateau or self.plateau.lasts(tick) < self.view.ticks(self.config.plateau):
+            return
+        # What an earlier wave could not place is not added to this one: the seeds it lacked are the same.
+        self.goal = self.attempts.applied + len(self.attempts.open) + self.config.count
+        self.plateau.restart(tick)
+
+    def _ranked(self, tick: int) -> list[Seed]:
+        """Dormant seeds that may be tried, the neediest first; equal ones in the order of sites and seeds."""
+        weights = (self.config.variance, self.config.near_zero, self.config.correlation)
+        needs = {site: self.health.need(site, weights) for site in self.view.sites}
+        seeds = [s for s in self.view.seeds(stage=Stage.DORMANT) if self.attempts.may_try(s, tick)]
+        scored = [(needs[site][seed], (site, seed)) for site, seed in seeds if seed in needs[site]]
+        return [place for _, place in sorted(scored, key=lambda entry: -entry[0])]
+
+    def _affordable(self, places: list[Seed]) -> list[Seed]:
+        """Those of ``places`` that fit the budget one after the other."""
+        left = self.budget.limit - self.budget.used - sum(self.budget.cost(site) for site, _ in self.attempts.open)
+        fitting = []
+        for site, seed in places:
+            cost = self.budget.cost(site)
+            if cost <= left:
+                left -= cost
+                fitting.append((site, seed))
+        return fitting
+
+    def _germinate(self, tick: int, n: int, place: Seed) -> Germinate:
+        site, seed = place
+        names = {"blueprint": self.config.blueprint, "strategy": self.config.strategy}
+        command = Germinate(id=command_id(tick, n), site=site, seed=seed, **names)
+        self.attempts.sent(command)
+        return command
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able."""
+        parts = {name: getattr(self, name).state() for name in ("view", "attempts", "health", "budget", "plateau")}
+        return parts | {"first_done": self.first_done, "goal": self.goal}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        for name in ("view", "attempts", "health", "budget", "plateau"):
+            getattr(self, name).load_state(state[name])
+        self.first_done, self.goal = state["first_done"], state["goal"]

@@ -1,0 +1,104 @@
+"""``random``: the control arm. It germinates a set number of seeds, at places and times drawn by lot."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from esper.bus.messages import Command, Germinate, Message, RunStarted
+from esper.controllers.attempts import Attempts
+from esper.controllers.base import PRODUCER, command_id
+from esper.controllers.view import RunView, check_duration
+from esper.errors import UserError
+from esper.fields import setting
+from esper.lifecycle.stages import Stage
+from esper.processes import ControllerPlace
+
+
+@dataclass
+class RandomConfig(ControllerPlace):
+    """How many seeds, between when and when."""
+
+    name: str = "random"
+    count: int = setting(4, low=0, unit="seeds", help="seeds that germinate in the run; a refused one is replaced")
+    earliest: str = setting("10%", unit="duration", help="times are drawn evenly from here …")
+    latest: str = setting("10%", unit="duration", help="… to here; the same time for both draws places alone")
+    site: str = setting("*", help="sites among which places are drawn (name or glob)")
+    blueprint: str = setting("", help="what germinates; empty: the run's blueprint")
+    strategy: str = setting("", help="how it is blended in; empty: the run's grafting")
+    embargo: str = setting("10%", unit="duration", help="how long a refused or culled seed is not tried again")
+
+    def build(self, seed: int) -> RandomController:
+        """The controller, drawing from its own generator, a function of the run's random ``seed``."""
+        for text in (self.earliest, self.latest, self.embargo):
+            check_duration(text)
+        return RandomController(self, seed)
+
+
+class RandomController:
+    """Draws its times when the run starts, and a place among the dormant seeds when a time has come."""
+
+    def __init__(self, config: RandomConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.view = RunView()
+        self.attempts = Attempts()
+        self.times: list[int] = []
+        self.draws = 0
+
+    def observe(self, message: Message) -> None:
+        """Take note of the run's start, of stages and of answers."""
+        self.view.observe(message)
+        self.attempts.observe(message)
+        if isinstance(message, RunStarted):
+            self.attempts.rest_ticks = self.view.ticks(self.config.embargo)
+            self.times = self._draw_times()
+
+    def _draw_times(self) -> list[int]:
+        first, last = self.view.ticks(self.config.earliest), self.view.ticks(self.config.latest)
+        if first > last:
+            raise UserError(
+                f"controller.earliest={self.config.earliest} is after controller.latest={self.config.latest}; "
+                "give a time span that does not end before it begins."
+            )
+        lot = self._lot("times")
+        return sorted(lot.randint(first, last) for _ in range(self.config.count))
+
+    def _lot(self, *purpose: str | int) -> random.Random:
+        """A generator of its own for one purpose, so that all that a checkpoint needs is how many draws there were."""
+        text = "\x1f".join(map(str, (self.seed, PRODUCER, *purpose)))
+        return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big"))
+
+    def decide(self, tick: int) -> list[Command]:
+        """Germinate as many as are due and neither applied nor under way."""
+        due = sum(time <= tick for time in self.times) - self.attempts.applied - len(self.attempts.open)
+        commands: list[Command] = []
+        for n in range(due):
+            places = self.view.seeds(self.config.site, Stage.DORMANT)
+            places = [place for place in places if self.attempts.may_try(place, tick)]
+            if not places:
+                break
+            site, seed = self._lot("place", self.draws).choice(places)
+            self.draws += 1
+            command = Germinate(
+                id=command_id(tick, n),
+                site=site,
+                seed=seed,
+                blueprint=self.config.blueprint,
+                strategy=self.config.strategy,
+            )
+            self.attempts.sent(command)
+            commands.append(command)
+        return commands
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; the times are drawn again when the run goes on."""
+        return {"view": self.view.state(), "attempts": self.attempts.state(), "draws": self.draws}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.view.load_state(state["view"])
+        self.attempts.load_state(state["attempts"])
+        self.draws = state["draws"]

@@ -1,0 +1,100 @@
+"""Connects a controller to a run's bus, in the training process or in its own."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+from esper.bus.messages import Decided, RunEnded, TickEnded
+from esper.bus.protocol import Bus, Delivery
+from esper.controllers.base import PRODUCER, Controller
+
+#: Events first: they say which sites there are, before anything is said about them.
+_HEARD = ("events", "acks", "telemetry")
+
+
+class ControllerRunner:
+    """Feeds a controller what the run says, and sends its commands, each tick's followed by Decided.
+
+    Make it before the run starts: a stream that nobody listens to is not kept.
+    """
+
+    def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller") -> None:
+        self.controller = controller
+        self._consumers = {stream: bus.consumer(stream, run, PRODUCER, name) for stream in _HEARD}
+        self._producer = bus.producer("commands", run, PRODUCER)
+        self._last = TickEnded(tick=-1)
+        self._lock = threading.Lock()  # a checkpoint asks for the state from another thread than ``serve``
+        self._serving = False
+
+    def step(self, tick: int) -> None:
+        """In the training process: decide on everything said up to ``tick``, which the trainer has just ended."""
+        self.hear()
+        assert self._last.tick == tick, f"asked to decide on tick {tick}, but the last that ended is {self._last.tick}"
+        self._decide(self._last)
+
+    def hear(self) -> None:
+        """Feed the controller everything said so far, which its state then holds; nothing to do where ``serve`` does."""
+        if self._serving:
+            return
+        for stream in _HEARD:
+            self._hear_all(stream)
+
+    def serve(self, block_s: float = 1.0, idle_s: float | None = None) -> str | None:
+        """In a process of its own: decide on every tick that ends, until the run does.
+
+        Args:
+            block_s: how long one read waits, in seconds.
+            idle_s: give up after hearing nothing for this long; None waits for ever.
+
+        Returns:
+            The status with which the run ended, or None after ``idle_s`` without a word.
+        """
+        silent_s, self._serving = 0.0, True
+        while idle_s is None or silent_s < idle_s:
+            deliveries = self._consumers["events"].read(block_s=block_s)
+            silent_s = 0.0 if deliveries else silent_s + block_s
+            for delivery in deliveries:
+                with self._lock:
+                    self._hear([delivery])
+                    if isinstance(delivery.message, TickEnded):
+                        self._hear_all("acks")
+                        self._hear_all("telemetry")
+                        self._decide(delivery.message)
+                self._consumers["events"].ack([delivery])
+                if isinstance(delivery.message, RunEnded):
+                    return delivery.message.status
+        return None
+
+    def _hear_all(self, stream: str) -> None:
+        while deliveries := self._consumers[stream].read(1000):
+            self._hear(deliveries)
+            self._consumers[stream].ack(deliveries)
+
+    def _hear(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            if isinstance(delivery.message, TickEnded):
+                self._last = delivery.message
+            self.controller.observe(delivery.message)
+
+    def _decide(self, ended: TickEnded) -> None:
+        for command in self.controller.decide(ended.tick):
+            self._producer.publish(command)
+        mark = f"{PRODUCER}-{ended.tick}-decided"
+        self._producer.publish(Decided(id=mark, tick=ended.tick, epoch=ended.epoch))
+
+    def state(self) -> dict[str, Any]:
+        """The controller's state, JSON-able, for a checkpoint."""
+        with self._lock:
+            return copy.deepcopy(self.controller.state())
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; before the run starts."""
+        self.controller.load_state(state)
+
+    def close(self) -> None:
+        """Send what is left and release the streams."""
+        self._producer.close()
+        for consumer in self._consumers.values():
+            consumer.close()

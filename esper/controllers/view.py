@@ -1,0 +1,84 @@
+"""What a controller knows of a run, gathered from messages alone."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from esper.bus.messages import Message, RunStarted, Transition
+from esper.errors import UserError
+from esper.lifecycle.duration import parse
+from esper.lifecycle.stages import Stage
+
+#: Site and seed number.
+Seed = tuple[str, int]
+
+#: Stages in which a seed has a branch that is not yet kept for good.
+ACTIVE = range(Stage.GERMINATED, Stage.FOSSILIZED)
+#: Stages that end a branch without keeping it.
+LOST = (Stage.CULLED, Stage.CANCELLED, Stage.ROLLED_BACK)
+
+
+class RunView:
+    """Sites, length and stages of the run it hears about.
+
+    A site's dict may carry ``stages``, one number a seed, where a run goes on from a checkpoint; a seed of which
+    nothing was heard is DORMANT.
+    """
+
+    def __init__(self) -> None:
+        self.total_ticks = 0
+        self.sites: dict[str, dict[str, Any]] = {}
+        self.stages: dict[Seed, int] = {}
+
+    @property
+    def started(self) -> bool:
+        """Whether RunStarted was heard."""
+        return self.total_ticks > 0
+
+    def observe(self, message: Message) -> None:
+        """Take note of RunStarted and Transition."""
+        if isinstance(message, RunStarted):
+            self.total_ticks = message.total_ticks
+            self.sites = {site["name"]: site for site in message.sites}
+            for name, site in self.sites.items():
+                for seed in range(site["seeds"]):
+                    known = self.stages.get((name, seed), int(Stage.DORMANT))
+                    self.stages[name, seed] = site["stages"][seed] if "stages" in site else known
+        elif isinstance(message, Transition):
+            self.stages[message.site, message.seed] = message.target
+
+    def seeds(self, site: str = "*", stage: int | None = None) -> list[Seed]:
+        """Seeds of the sites that match the glob, in the order of the sites, that are in ``stage`` (None: in any)."""
+        return [
+            (name, seed)
+            for name, described in self.sites.items()
+            if fnmatchcase(name, site)
+            for seed in range(described["seeds"])
+            if stage is None or self.stages[name, seed] == stage
+        ]
+
+    def active(self) -> list[Seed]:
+        """Seeds whose branch is under way: GERMINATED to FINE_TUNING."""
+        return [seed for seed, stage in self.stages.items() if stage in ACTIVE]
+
+    def ticks(self, text: str) -> int:
+        """A duration in ticks of this run; raises UserError for epochs, whose length no message tells."""
+        check_duration(text)
+        return parse(text).ticks(self.total_ticks, 0)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able; the sites come again with RunStarted."""
+        return {"stages": [[*seed, stage] for seed, stage in self.stages.items()]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.stages = {(site, seed): stage for site, seed, stage in state["stages"]}
+
+
+def check_duration(text: str) -> None:
+    """Raise UserError unless ``text`` is a duration in steps or percent."""
+    if parse(text).unit == "epoch":
+        raise UserError(
+            f"A controller cannot see epochs, so '{text}' tells it nothing; write for example 50step or 5%."
+        )

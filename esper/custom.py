@@ -1,0 +1,220 @@
+"""Parts of the user's own: ``package.module:Name`` from packages that were allowed by name, and from nowhere else.
+
+A configuration file is data; what it may import is the user's decision, made once outside of it: ``ESPER_ALLOW=my_pkg`` in
+the environment, or ``allow: [my_pkg]`` in ``esper.yaml`` in the folder that esper is started in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esper.errors import UserError
+from esper.fields import setting
+from esper.processes import ControllerPlace
+
+VARIABLE = "ESPER_ALLOW"
+FILE = "esper.yaml"
+
+
+def allowed() -> list[str]:
+    """The packages that ``ESPER_ALLOW`` (commas between) and ``./esper.yaml`` name.
+
+    Raises:
+        UserError: an ``esper.yaml`` that is not ``allow: [names]``.
+    """
+    names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
+    path = Path(FILE)
+    if path.is_file():
+        import yaml
+
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{FILE} cannot be read as YAML: {' '.join(str(error).split())}.") from error
+        given = tree.get("allow", []) if isinstance(tree, Mapping) else None
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise UserError(f"{FILE} must hold the packages that may be imported, as in: allow: [my_pkg].")
+        names += given
+    return [name for name in names if name]
+
+
+def locate(target: str, key: str) -> Any:
+    """What ``target`` (``package.module:Name``) names; ``key`` is the setting it was given as, for sentences.
+
+    Raises:
+        UserError: no target, a package that is not allowed, no such module or no such name in it.
+    """
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise UserError(f"{key}={target or '(empty)'} is not accepted: {key} takes package.module:Name, as in {key}=my_pkg.nets:MyNet.")
+    package = module.split(".")[0]
+    if not any(module == name_ or module.startswith(f"{name_}.") for name_ in allowed()):
+        raise UserError(
+            f"{key}={target} would import '{package}', which nobody allowed: set {VARIABLE}={package} "
+            f"or write allow: [{package}] into ./{FILE}."
+        )
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's package lies where esper is started; the console script does not look there
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # the user's module is there and itself imports something that is not: its traceback says where
+        raise UserError(f"{key}={target}: there is no module '{error.name}' in {os.getcwd()} or among the installed packages.") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UserError(f"{key}={target}: the module '{module}' has no '{name}'.")
+        found = getattr(found, part)
+    return found
+
+
+def make(target: str, args: Mapping[str, Any], group: str) -> Any:
+    """``target(**args)`` for the setting ``<group>.target``.
+
+    Raises:
+        UserError: as ``locate``, and for arguments that the target does not take, or misses.
+    """
+    found = locate(target, f"{group}.target")
+    if not callable(found):
+        raise UserError(f"{group}.target={target} is a {type(found).__name__}; it must be a class or a function.")
+    check_arguments(found, args, group, target)
+    return found(**args)
+
+
+def check_arguments(found: Any, args: Mapping[str, Any], group: str, target: str) -> None:
+    """Raise UserError unless ``found`` can be called with these keyword arguments (where its signature can be read)."""
+    try:
+        signature = inspect.signature(found)
+    except ValueError:
+        return
+    try:
+        signature.bind(**args)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "nothing"
+        raise UserError(f"{group}.args does not fit {target}: {error}; it takes {takes}.") from error
+
+
+def _asks_for(found: Any, name: str) -> bool:
+    try:
+        return name in inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+@dataclass
+class CustomModel:
+    """A host of the user's own: ``target(**args)``, or ``target(task=…, **args)`` where it takes a parameter ``task``."""
+
+    name: str = "custom"
+    target: str = setting("", help="package.module:Name of an nn.Module, or of a function that gives one")
+    args: dict[str, Any] = setting({}, help="its keyword arguments")
+    weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
+
+    def build(self, task: Any, generator: Any) -> Any:
+        """The host; what it draws from torch's global generator while it is made comes from the run's seed."""
+        import torch
+
+        found = locate(self.target, "model.target")
+        args = {**self.args, "task": task} if _asks_for(found, "task") else self.args
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            host = make(self.target, args, "model")
+        if not isinstance(host, torch.nn.Module):
+            raise UserError(f"model.target={self.target} gave a {type(host).__name__}; a host is a torch.nn.Module.")
+        return host
+
+
+@dataclass
+class CustomTask:
+    """A task of the user's own: ``target(**args)`` gives an ``esper.tasks.Task`` (``esper.tasks.task_of`` makes one)."""
+
+    name: str = "custom"
+    target: str = setting("", help="package.module:name of a function that gives a Task")
+    args: dict[str, Any] = setting({}, help="its keyword arguments")
+
+    def build(self) -> Any:
+        """The task."""
+        from esper.tasks.base import Task
+
+        task = make(self.target, self.args, "task")
+        if not isinstance(task, Task):
+            raise UserError(f"task.target={self.target} gave a {type(task).__name__}; make a Task with esper.tasks.task_of(…).")
+        return task
+
+
+@dataclass
+class CustomBlueprint:
+    """A blueprint of the user's own: ``target(**args)`` is an ``esper.blueprints.Blueprint``."""
+
+    name: str = "custom"
+    target: str = setting("", help="package.module:Name of a dataclass derived from esper.blueprints.Blueprint")
+    args: dict[str, Any] = setting({}, help="its settings")
+
+    def build(self) -> Any:
+        """The blueprint, under a name of its own."""
+        from esper.blueprints import CONFIGS, Block, Blueprint
+
+        made = make(self.target, self.args, "blueprint")
+        if not isinstance(made, (Blueprint, Block)):
+            raise UserError(f"blueprint.target={self.target} gave a {type(made).__name__}; derive it from esper.blueprints.Blueprint.")
+        if not made.name or (made.name in CONFIGS and type(made) is not CONFIGS[made.name]):
+            raise UserError(f"blueprint.target={self.target} is named '{made.name}'; give it a name that no other blueprint has.")
+        return made
+
+
+@dataclass
+class CustomGrafting:
+    """A grafting strategy of the user's own: ``target(**args)`` has ``plan(state, context)`` and the ``signals`` it reads."""
+
+    name: str = "custom"
+    ramp: str = setting("5%", unit="duration", help="ticks from alpha_min to alpha_max, undisturbed")
+    alpha_min: float = setting(0.0, low=0.0, high=1.0, help="alpha at the start of the ramp")
+    alpha_max: float = setting(1.0, low=0.0, high=1.0, help="alpha at the end of the ramp")
+    max_hold: float = setting(1.0, low=0.0, high=10.0, unit="ramps", help="ramp that holding may cost in all")
+    target: str = setting("", help="package.module:Name of a rule")
+    args: dict[str, Any] = setting({}, help="its keyword arguments")
+
+    def build(self) -> Any:
+        """The strategy's settings, with the rule in them."""
+        from esper.grafting.custom import custom
+
+        made = custom(make(self.target, self.args, "grafting"))
+        return dataclasses.replace(made, ramp=self.ramp, alpha_min=self.alpha_min, alpha_max=self.alpha_max, max_hold=self.max_hold)
+
+
+@dataclass
+class CustomController(ControllerPlace):
+    """A controller of the user's own: ``target(**args)``, or ``target(seed=…, **args)`` where it takes a parameter ``seed``."""
+
+    name: str = "custom"
+    target: str = setting("", help="package.module:Name of a controller")
+    args: dict[str, Any] = setting({}, help="its keyword arguments")
+
+    def build(self, seed: int) -> Any:
+        """The controller."""
+        found = locate(self.target, "controller.target")
+        made = make(self.target, {**self.args, "seed": seed} if _asks_for(found, "seed") else self.args, "controller")
+        missing = [name for name in ("observe", "decide", "state", "load_state") if not callable(getattr(made, name, None))]
+        if missing:
+            raise UserError(
+                f"controller.target={self.target} has no method {missing[0]}; a controller has observe, decide, state and load_state."
+            )
+        return made
+
+
+#: Group -> the dataclass of its option ``custom``.
+OPTIONS: dict[str, type] = {
+    "model": CustomModel,
+    "task": CustomTask,
+    "blueprint": CustomBlueprint,
+    "grafting": CustomGrafting,
+    "controller": CustomController,
+}

@@ -1,0 +1,61 @@
+"""A multilayer perceptron over flattened inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esper.fields import setting
+from esper.hosts.base import ACTIVATIONS, initialise, require, untouched_global_rng
+from esper.tasks.base import Task
+
+
+class MLP(nn.Module):
+    """Flattened ``inputs``, ``depth`` hidden layers ``fc1, act1, fc2, act2, …`` and a linear ``head``.
+
+    ``inputs`` has a name so that seeds may sit there too (``sites.match=[inputs,fc*]``): before the first narrow layer.
+    """
+
+    growth_sites = ("inputs", "fc*")
+    """The hidden layers' outputs, before their activations."""
+
+    def __init__(self, features: int, width: int, depth: int, classes: int, activation: str) -> None:
+        super().__init__()
+        self.inputs = nn.Flatten()
+        for layer in range(1, depth + 1):
+            self.add_module(f"fc{layer}", nn.Linear(features if layer == 1 else width, width))
+            self.add_module(f"act{layer}", ACTIVATIONS[activation]())
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits ``[N, classes]`` of inputs ``[N, *shape]``."""
+        hidden = inputs
+        for layer in self.children():
+            hidden = layer(hidden)
+        return hidden
+
+
+@dataclass
+class MLPConfig:
+    """The default host: so small that growing has something to win."""
+
+    name: str = "mlp"
+    width: int = setting(6, low=1, high=65536, unit="features", help="features of every hidden layer")
+    depth: int = setting(2, low=1, high=64, unit="layers", help="hidden layers")
+    activation: str = setting("relu", choices=tuple(ACTIVATIONS), help="after every hidden layer")
+    weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
+
+    def build(self, task: Task, generator: torch.Generator) -> MLP:
+        """The host for ``task``, every parameter drawn from ``generator``.
+
+        Raises:
+            UserError: the task's inputs are tokens.
+        """
+        require(task.inputs == "real", self.name, task, "numbers as inputs", "use model=transformer")
+        features = torch.Size(task.input_shape).numel()
+        with untouched_global_rng():
+            host = MLP(features, self.width, self.depth, task.outputs, self.activation)
+        initialise(host, generator)
+        return host

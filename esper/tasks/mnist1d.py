@@ -1,0 +1,94 @@
+"""MNIST-1D (Greydanus & Kobak 2020): the ten digits as noisy series of 40 values, from the authors' generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esper.errors import UserError
+from esper.fields import setting
+from esper.randomness import seed_for
+from esper.tasks.base import Task
+from esper.tasks.classification import Samples, classification, divide
+
+PUBLISHED_SEED = 42
+
+
+@dataclass
+class Mnist1dConfig:
+    """The published 4,000 for training and 1,000 for testing; judge and validation are further draws."""
+
+    name: str = "mnist1d"
+    split_seed: int = setting(0, low=0, help="draws and divides judge and validation, whatever the run's seed")
+    train: int = setting(4000, low=10, high=4000, unit="samples", help="training samples, of the 4,000 published")
+    judge: int = setting(1000, low=10, high=100000, unit="samples", help="samples that gates are decided on")
+    validation: int = setting(1000, low=10, high=100000, unit="samples", help="samples of the curves")
+
+    def build(self) -> Task:
+        """Run the generator with its published settings.
+
+        Raises:
+            UserError: the package ``mnist1d`` is not installed.
+        """
+        train, test = published()
+        extra = -(-(self.judge + self.validation) // 10) * 10
+        further = generated(extra, seed_for(self.split_seed, "mnist1d") % 2**32)
+        sets = divide(self.name, further, self.split_seed, {"judge": self.judge, "validation": self.validation})
+        sets |= divide(self.name, train, self.split_seed, {"train": self.train})
+        return classification(self.name, sets | {"test": test}, 10, "MNIST-1D, series of 40 values")
+
+
+def published() -> tuple[Samples, Samples]:
+    """The published training and test samples, up to the shift and scale that the generator ends with."""
+    inputs, targets = generated(5000, PUBLISHED_SEED)
+    return (inputs[:4000], targets[:4000]), (inputs[4000:], targets[4000:])
+
+
+def generated(count: int, seed: int) -> Samples:
+    """``count`` samples, as many of each class, not normalised: float32 ``[count, 1, 40]``, int64 ``[count]``.
+
+    The steps of the package's ``make_dataset`` in its order of draws, without its last step: that one shifts and
+    scales by statistics of all samples together, and here only the training set may decide these.
+    """
+    import numpy as np
+
+    data, transform = _generator()
+    settings, templates = data.get_dataset_args(), data.get_templates()
+    with _own_global_rng(seed):
+        series = [
+            transform(templates["x"][label], templates["t"], settings)[0]
+            for label in range(10)
+            for _ in range(count // 10)
+        ]
+        order = np.random.permutation(len(series))
+    targets = np.repeat(templates["y"], count // 10)[order]
+    inputs = torch.from_numpy(np.stack(series)[order]).float().unsqueeze(1)
+    return inputs, torch.from_numpy(targets).long()
+
+
+def _generator() -> tuple[Any, Any]:
+    try:
+        from mnist1d import data
+        from mnist1d.transform import transform
+    except ImportError as error:
+        raise UserError(
+            "task=mnist1d needs the package mnist1d, which is not installed; run: pip install mnist1d"
+        ) from error
+    return data, transform
+
+
+@contextmanager
+def _own_global_rng(seed: int) -> Iterator[None]:
+    """The package draws from numpy's global generator: seed it, and put back what was there."""
+    import numpy as np
+
+    kept = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(kept)

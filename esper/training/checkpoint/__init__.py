@@ -1,0 +1,1 @@
+"""Checkpoints: everything a run needs to go on with the same bits. See ``docs/checkpoints.md``."""

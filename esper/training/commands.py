@@ -1,0 +1,216 @@
+"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done.
+
+The engine knows commands by the name of their class and their fields, not by the bus's types, so that it runs where no
+bus is installed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from esper.errors import UserError
+from esper.grafting import STRATEGY_NAMES, hand_over
+from esper.lifecycle import GATES, Stage
+from esper.lifecycle.machine import Trial
+from esper.seeds import COLUMNS
+from esper.training.advance import Advance
+from esper.training.gatekeeper import Gatekeeper
+from esper.training.life import Life
+from esper.training.undo import Before
+
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+class Refused(Exception):
+    """A command that cannot be carried out; the reason in words."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """One change to one seed: ``kind`` is germinate, move, strategy or pause."""
+
+    kind: str
+    row: int
+    target: Stage = Stage.DORMANT
+    blueprint: str = ""
+    strategy: str = ""
+    paused: bool = False
+
+
+class Executor:
+    """Applies one command at a time at a tick boundary: all of it or nothing."""
+
+    def __init__(self, life: Life, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
+        self.life = life
+        self.gates = gates
+        self.advance = advance
+        self.garden = life.garden
+        self.rows_of = rows_of
+        self.refusals: dict[str, int] = {}
+
+    def apply(self, command: Any, tick: int) -> tuple[str, str]:
+        """(``applied`` | ``refused`` | ``expired``, reason)."""
+        if 0 <= command.deadline < tick:
+            return "expired", f"its deadline was tick {command.deadline}, this is tick {tick}"
+        try:
+            actions = self._plan(command, self.life.machine.trial(), tick)
+            self._do_all(actions, command.id)
+        except Refused as refused:
+            self.refusals[str(refused)] = self.refusals.get(str(refused), 0) + 1
+            return "refused", str(refused)
+        return "applied", ""
+
+    def _do_all(self, actions: list[Action], command: str) -> None:
+        """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
+        before = Before(self.life, [action.row for action in actions])
+        try:
+            with self.life.together():
+                for action in actions:
+                    self._do(action, f"command {command}")
+        except BaseException as error:
+            before.restore()
+            if isinstance(error, UserError):
+                raise Refused(str(error)) from error
+            raise
+
+    # --- working out ---
+
+    def _plan(self, command: Any, trial: Trial, tick: int) -> list[Action]:
+        kind = type(command).__name__
+        if kind == "Germinate":
+            return [self._germinate(command, trial)]
+        if kind == "ApplyTogether":
+            return [action for part in command.commands for action in self._plan(part, trial, tick)]
+        if kind == "EmergencyStop":
+            return self._stop_everything(trial)
+        if kind == "SetStage":
+            return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
+        if kind == "Cancel":
+            return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
+        if kind == "ChangeStrategy":
+            if command.strategy not in self.life.strategies:
+                raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
+            rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
+            return [Action("strategy", row, strategy=command.strategy) for row in rows]
+        if kind in ("PauseGrafting", "ResumeGrafting"):
+            rows = self._grafting(command.select, trial, (Stage.GRAFTING,))
+            return [Action("pause", row, paused=kind == "PauseGrafting") for row in rows]
+        raise Refused(f"the trainer knows no command {kind}")
+
+    def _germinate(self, command: Any, trial: Trial) -> Action:
+        row = self.garden.row(command.site, command.seed)
+        if row is None:
+            raise Refused(self._no_such_seed(command.site, command.seed))
+        blueprint = command.blueprint or self.garden.default_blueprint
+        reason = trial.refusal(row, Stage.GERMINATED) or self.garden.misfit(row, blueprint)
+        if reason is None and command.strategy and command.strategy not in self.life.strategies:
+            reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}"
+        if reason is not None:
+            raise Refused(reason)
+        trial.apply(row, Stage.GERMINATED, "")
+        return Action("germinate", row, blueprint=blueprint, strategy=command.strategy)
+
+    def _move(self, row: int, target: Stage, trial: Trial, tick: int) -> Action:
+        if target is Stage.GERMINATED:
+            raise Refused("a seed germinates by the command Germinate, which names blueprint and strategy")
+        reason = trial.refusal(row, target)
+        branch = self.garden.branch_at(row)
+        source = trial.stage_of(row)
+        if reason is None and (source, target) in GATES:
+            if branch is None or branch.stage is not source or not self.gates.ask(branch, target, tick):
+                reason = f"the gate '{GATES[(source, target)]}' before {target.name} is not open"
+        if reason is not None:
+            raise Refused(reason)
+        trial.apply(row, target, "")
+        return Action("move", row, target=target)
+
+    def _stop_everything(self, trial: Trial) -> list[Action]:
+        away = {
+            Stage.GERMINATED: Stage.CANCELLED,
+            Stage.TRAINING: Stage.CANCELLED,
+            Stage.GRAFTING: Stage.CULLED,
+            Stage.STABILIZATION: Stage.ROLLED_BACK,
+            Stage.EVALUATING: Stage.CULLED,
+            Stage.FINE_TUNING: Stage.CULLED,
+        }
+        rows = trial.rows_in(*away)
+        return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows]
+
+    def _select(self, select: Any, trial: Trial) -> list[int]:
+        sites = [n for n, site in enumerate(self.garden.sites) if site.name == select.site or fnmatchcase(site.name, select.site)]
+        if not sites:
+            names = ", ".join(site.name for site in self.garden.sites)
+            raise Refused(f"no site matches '{select.site}'; there are {names}")
+        rows = []
+        for number in sites:
+            count = self.garden.sites[number].geometry.seeds
+            wanted = range(count) if select.seeds is None else select.seeds
+            for seed in wanted:
+                if not 0 <= seed < count:
+                    raise Refused(self._no_such_seed(self.garden.sites[number].name, seed))
+                rows.append(self.garden.first_row[number] + seed)
+        if select.stage is not None:
+            there = set(trial.rows_in(Stage(select.stage))) if select.stage in list(Stage) else set()
+            rows = [row for row in rows if row in there]
+        rows = [row for row in rows if all(self._holds(predicate, row) for predicate in select.where)]
+        if not rows:
+            raise Refused("no seed meets the selection")
+        return rows
+
+    def _holds(self, predicate: Any, row: int) -> bool:
+        if predicate.column not in COLUMNS or predicate.op not in COMPARISONS:
+            raise Refused(f"'{predicate.column} {predicate.op}' is no predicate; columns: {', '.join(COLUMNS)}; {' '.join(COMPARISONS)}")
+        return COMPARISONS[predicate.op](self.rows_of(row)[COLUMNS.index(predicate.column)], predicate.value)
+
+    def _grafting(self, select: Any, trial: Trial, stages: tuple[Stage, ...]) -> list[int]:
+        rows = self._select(select, trial)
+        for row in rows:
+            if trial.stage_of(row) not in stages:
+                names = " or ".join(stage.name for stage in stages)
+                raise Refused(f"seed row {row} is {trial.stage_of(row).name}; this command needs {names}")
+        return rows
+
+    def _stage(self, number: int) -> Stage:
+        if number not in list(Stage):
+            raise Refused(f"there is no stage {number}; stages are 0 to {len(Stage) - 1}")
+        return Stage(number)
+
+    def _no_such_seed(self, site: str, seed: int) -> str:
+        if site not in self.garden.by_name:
+            return f"there is no site '{site}'; there are {', '.join(self.garden.by_name)}"
+        count = self.garden.sites[self.garden.by_name[site]].geometry.seeds
+        return f"site '{site}' has seeds 0 to {count - 1}, not {seed}"
+
+    # --- doing ---
+
+    def _do(self, action: Action, cause: str) -> None:
+        table, branch = self.garden.table, self.garden.branch_at(action.row)
+        if action.kind == "germinate":
+            self.life.germinate(action.row, action.blueprint, action.strategy, cause)
+        elif action.kind == "move":
+            self.life.move(action.row, action.target, cause)
+        elif action.kind == "pause":
+            table.paused[action.row] = action.paused
+        else:
+            assert action.kind == "strategy" and branch is not None
+            branch.strategy = action.strategy
+            table.strategy[action.row] = STRATEGY_NAMES.index(action.strategy)
+            if branch.stage is Stage.GRAFTING:
+                self._hand_over(branch.id)
+
+    def _hand_over(self, branch: int) -> None:
+        branches = self.garden.branches
+        context = self.advance.context([branches[branch]])
+        rows = context.paused | True
+        branches.grafting[branch] = hand_over(branches.grafting[[branch]], rows, context)[0]

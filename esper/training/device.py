@@ -1,0 +1,51 @@
+"""Where a run computes and in what precision, decided once and said in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from esper.errors import UserError
+from esper.training.config import TrainerConfig
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(config: TrainerConfig) -> torch.device:
+    """The device that ``trainer.device`` names; raises UserError for a GPU that is not there."""
+    present = torch.cuda.is_available()
+    if config.device == "cuda" and not present:
+        raise UserError("trainer.device=cuda, but torch sees no GPU here; use trainer.device=cpu (or auto), or install a torch for your GPU.")
+    device = torch.device("cuda", torch.cuda.current_device()) if present and config.device != "cpu" else torch.device("cpu")
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UserError("trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32.")
+    return device
+
+
+def describe(device: torch.device, config: TrainerConfig) -> str:
+    """One line for a person: what is computed on, and a GPU that is left unused."""
+    if device.type == "cuda":
+        return f"device: {torch.cuda.get_device_name(device)} (cuda:{device.index}), {config.precision}"
+    threads = config.threads or torch.get_num_threads()
+    unused = f"; a GPU is present but unused ({torch.cuda.get_device_name(0)})" if torch.cuda.is_available() else ""
+    return f"device: cpu, {threads} thread{'s' if threads > 1 else ''}, {config.precision}{unused}"
+
+
+@contextmanager
+def numerics(config: TrainerConfig) -> Iterator[None]:
+    """Within: the determinism and the number of threads that the config asks for; put back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it first starts
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        with torch.autograd.set_detect_anomaly(config.detect_anomaly):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_num_threads(before[1])

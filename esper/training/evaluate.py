@@ -1,0 +1,41 @@
+"""Measuring a model on a held-out set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from esper.seeds.sites import quiet_evaluation
+from esper.tasks.base import Task
+from esper.tasks.loading import Batches
+
+
+def evaluate(model: nn.Module, task: Task, batches: Batches) -> dict[str, float]:
+    """``loss`` and every metric of the task, as means over the samples of all batches (float64)."""
+    sums: dict[str, float] = {}
+    count = 0
+    with quiet_evaluation(model):
+        for batch in batches.epoch():
+            output = model(batch[0])
+            values: dict[str, Tensor] = {"loss": task.sample_loss(output, batch)}
+            values |= {name: metric.compute(output, batch) for name, metric in task.metrics.items()}
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+            count += len(batch[1])
+    return {name: total / count for name, total in sums.items()}
+
+
+def held_out(task: Task, which: str, device: torch.device, batch_size: int = 512) -> Batches:
+    """The batches of ``judge``, ``validation`` or ``test`` in their own order."""
+    dataset = getattr(task, which)
+    return Batches(dataset, batch_size, 0, task.collate, device=device, shuffle=False, drop_last=False)
+
+
+class Repeated:
+    """Batches as an iterable that can be gone through again and again, which is what a judge reads."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return self._batches.epoch()

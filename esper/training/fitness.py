@@ -1,0 +1,69 @@
+"""Which models can carry seeds: what is refused, in words, and what is unwrapped."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+
+from esper.errors import UserError
+from esper.seeds.layer import ATTRIBUTE
+
+#: Packages whose layers hold weights that are no floating-point numbers.
+_QUANTIZED = (
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.intrinsic.quantized",
+    "torch.nn.quantized",
+    "bitsandbytes",
+    "auto_gptq",
+    "awq",
+    "gptqmodel",
+    "hqq",
+)
+
+
+def fit(model: nn.Module) -> nn.Module:
+    """The model that seeds go on: ``model`` itself, or what ``torch.compile`` wraps.
+
+    Raises:
+        UserError: a model on which seeds could not live, with what to do instead.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise UserError("nn.DataParallel copies the model at every step, so seeds cannot live on it; use DistributedDataParallel.")
+    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
+        torch.compiler.reset()  # what was compiled before knows nothing of hooks that come now, and would never ask
+    if any(hasattr(module, ATTRIBUTE) for module in model.modules()):
+        raise UserError("This model carries seeds already; call export() on the first handle, or attach once.")
+    if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
+        raise UserError("This model has no parameters, so there is nothing to grow beside.")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise UserError(f"'{name}' is nn.DataParallel, which copies it at every step; use DistributedDataParallel.")
+        if _quantized(module):
+            raise UserError(
+                f"The layer '{name}' ({type(module).__name__}) is quantized; seeds need layers in floating point: attach to the "
+                "model before it is quantized, export, and quantize the exported model."
+            )
+        _refuse_reentrant(name, module)
+    if not any(p.is_floating_point() for p in model.parameters()):
+        raise UserError("This model has no parameters in floating point, so there is nothing to grow beside.")
+    return model
+
+
+def _quantized(module: nn.Module) -> bool:
+    if type(module).__module__.startswith(_QUANTIZED):
+        return True
+    weight = module._parameters.get("weight")
+    return weight is not None and not weight.is_floating_point()
+
+
+def _refuse_reentrant(name: str, module: nn.Module) -> None:
+    """transformers keeps the checkpointing function on its modules; the reentrant one cannot give gradients to chosen tensors."""
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+        raise UserError(
+            f"'{name or type(module).__name__}' uses reentrant gradient checkpointing, under which no branch could learn; enable it with "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )

@@ -1,0 +1,98 @@
+"""Measuring what the gates ask for, keeping the closest value of each, and saying every answer on the bus."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
+from esper.seeds import Branch, Garden
+from esper.training.judge import Gain, Judge
+from esper.training.objectives import Objective
+from esper.training.port import Port
+from esper.training.signals import LossSignal
+
+
+@dataclass
+class GateRecord:
+    """How often a gate was asked, how often it opened, and the value that came closest to the threshold."""
+
+    threshold: float
+    asked: int = 0
+    passed: int = 0
+    closest: float = float("nan")
+
+
+class Gatekeeper:
+    """Answers gates for the branches of a garden; a value that is missing or not finite opens none."""
+
+    def __init__(
+        self, config: LifecycleConfig, garden: Garden, judge: Judge | None, objective: Objective, loss: LossSignal, port: Port
+    ) -> None:
+        self.config = config
+        self.garden = garden
+        self.judge = judge
+        self.objective = objective
+        self.loss = loss
+        self.port = port
+        self.records: dict[str, GateRecord] = {}
+        self.diverged: set[int] = set()
+        self._said_spoiled = False
+
+    def ask(self, branch: Branch, target: Stage, tick: int) -> bool:
+        """Whether the gate before ``branch.stage → target`` is open now (transitions without one always are)."""
+        gate = GATES.get((branch.stage, target))
+        if gate is None:
+            return True
+        if gate in ("gain", "final_gain"):
+            return self.look([branch], tick)[0]
+        value, threshold = self._cheap(gate, branch)
+        return self._answer(gate, branch, value, threshold, tick, 0)
+
+    def look(self, branches: list[Branch], tick: int) -> list[bool]:
+        """One look at the judge set for branches in EVALUATING or FINE_TUNING; each look spends error rate."""
+        if self.judge is None or not branches:
+            return [False] * len(branches)
+        table = self.garden.table
+        errors = []
+        for branch in branches:
+            table.looks[branch.row] += 1
+            errors.append(spent(self.config.significance, int(table.looks[branch.row])))
+        gains = self.judge.look(branches, errors)
+        if self.judge.spoiled and not self._said_spoiled:
+            self._said_spoiled = True
+            text = f"{self.judge.spoiled} losses on the judge set are not finite even without the branch, so no gate opens; check its data"
+            self.port.alert(tick, "error", "judge_not_finite", text, "", -1)
+        return [self._take(branch, gain, tick) for branch, gain in zip(branches, gains, strict=True)]
+
+    def _take(self, branch: Branch, gain: Gain, tick: int) -> bool:
+        branch.gain, branch.bound = gain.mean, gain.bound
+        self.diverged.discard(branch.id)
+        if gain.samples and not math.isfinite(gain.mean):
+            self.diverged.add(branch.id)
+        self.garden.table.score[branch.row] = gain.mean
+        gate = "gain" if branch.stage is Stage.EVALUATING else "final_gain"
+        look = int(self.garden.table.looks[branch.row])
+        return self._answer(gate, branch, gain.bound, self.config.gain, tick, look)
+
+    def _cheap(self, gate: str, branch: Branch) -> tuple[float, float]:
+        if gate == "readiness":
+            return self.objective.readiness.get(branch.id, float("nan")), self.config.readiness
+        if gate == "stability":
+            return self.loss.steadiness(), self.config.stability
+        assert gate == "ramp", gate
+        return float(self.garden.branches.alpha[branch.id]), self.ramp_end[branch.strategy]
+
+    ramp_end: dict[str, float] = {}
+    """Alpha at which each strategy's ramp is over; set by the engine from the strategies' settings."""
+
+    def _answer(self, gate: str, branch: Branch, value: float, threshold: float, tick: int, look: int) -> bool:
+        passed = passes(value, threshold) and (value > 0.0 or gate not in ("gain", "final_gain"))  # 0 ≥ 0 is no gain
+        record = self.records.setdefault(gate, GateRecord(threshold))
+        record.asked += 1
+        record.passed += passed
+        if math.isfinite(value) and not value <= record.closest:
+            record.closest = value
+        site = self.garden.sites[branch.site].name
+        self.port.gate(tick, site, branch.seed, branch.id, gate, value, threshold, passed, look)
+        return passed

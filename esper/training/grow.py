@@ -1,0 +1,330 @@
+"""``Grow``: the small API by which a training loop grows its model; esper's own loop uses it too.
+
+In any loop: ``after_backward(batch)`` after the backward pass of a (micro-)batch, ``tick(loss)`` after the optimizer's
+step, ``observe(…)`` when a held-out metric was measured, ``export()`` at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import UserError
+from esper.grafting import GraftingConfig, signals_of
+from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
+from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
+from esper.seeds import Branch, Garden, TelemetryConfig
+from esper.training.advance import Advance
+from esper.training.checkpoint import store
+from esper.training.checkpoint.engine import grow_state, load_grow, refuse_misfit, topology
+from esper.training.commands import Executor
+from esper.training.gatekeeper import Gatekeeper
+from esper.training.judge import Judge, LossFunction
+from esper.training.life import Life
+from esper.training.macs import Meter
+from esper.training.objectives import Objective
+from esper.training.observing import Observer
+from esper.training.optimizer import BranchLearning, BranchOptimizer
+from esper.training.passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
+from esper.training.port import NullPort, Port
+from esper.training.signals import LossSignal
+from esper.training.stopwatch import Stopwatch
+
+
+@dataclass
+class GrowSettings:
+    """Everything ``attach`` was told beside the model: see there."""
+
+    lifecycle: LifecycleConfig
+    ages: Ages
+    grafting: GraftingConfig
+    telemetry: TelemetryConfig
+    learning: BranchLearning
+    total_ticks: int
+    steps_per_tick: int = 1
+    accumulate: int = 1
+    count_macs: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Grow:
+    """Grows one model. Build it with ``esper.training.attach``."""
+
+    def __init__(
+        self,
+        garden: Garden,
+        settings: GrowSettings,
+        loss: LossFunction,
+        judge: Iterable[Any] | None,
+        judge_loss: LossFunction | None,
+        optimizer: torch.optim.Optimizer | None,
+        scaler: Any | None,
+        port: Port | None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.garden = garden
+        self.settings = settings
+        self.loss = loss
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.port: Port = NullPort() if port is None else port
+        self.meter = Meter(garden.kernels)
+        self.clock = Stopwatch()
+        self.replay = DropoutReplay(garden.model)
+        self.signal = LossSignal()
+        life, lifecycle = settings.lifecycle, settings.ages
+        self.machine = Machine(garden.table, lifecycle, life.reseed, life.training_slots)
+        self.objective = Objective(life.objective, garden, loss, self.replay, self.meter)
+        self.life = Life(garden, self.machine, settings.grafting, self.objective, self.port, optimizer)
+        device = next(iter(host_parameters(garden.model).values())).device
+        self.judge = None if judge is None else Judge(garden, judge_loss or loss, judge, device, self.meter)
+        self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.port)
+        self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
+        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.signal)
+        self.branch_optimizer = BranchOptimizer(garden, settings.learning)
+        self.observer = Observer(garden, settings.telemetry, self.objective)
+        self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
+        self._initial_lr = [_initial_lr(group) for group in optimizer.param_groups] if optimizer is not None else []
+        self._scale = 1.0
+        self._last_batch: Any = None
+        self.steps = 0
+        self.tick_number = 0
+        self._begin(state)
+
+    def _begin(self, state: dict[str, Any] | None) -> None:
+        """Say that the run starts, or goes on from ``state``."""
+        if state is not None:
+            load_grow(self, state)
+        self.port.started(self.tick_number, self.settings.total_ticks, self.observer.site_cards())
+        self.garden.refresh()
+        self._prepare()
+
+    # --- the loop's calls ---
+
+    def after_backward(self, batch: Any, loss: Tensor | float | None = None) -> None:
+        """Call after ``loss.backward()`` of each micro-batch, with that batch as the model saw it (on its device).
+
+        TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) spares a measuring forward.
+        """
+        self._last_batch = batch
+        self._scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        if self.settings.count_macs:
+            self._count(batch)
+        if self.judge is not None:
+            self.judge.remember(batch)
+        if self.garden.in_stage(Stage.TRAINING):
+            with self.clock.timing("shadow"):
+                value = None if loss is None else float(loss)
+                self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
+
+    def tick(self, metric: Tensor | float | None = None) -> bool:
+        """Call after ``optimizer.step()``; ``metric`` is the step's training loss. Returns whether this was a tick.
+
+        A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
+        """
+        if self._skipped():
+            self.branch_optimizer.clear()
+            self.objective.pending.clear()
+            return False
+        learning = self.garden.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
+        self.objective.merge()
+        self._unscale(learning)
+        if self.observer.due:
+            self.observer.note_gradients(self._scale)
+        if learning:
+            self.branch_optimizer.step(learning, self._lr_factor())
+        self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
+        if metric is not None:
+            self.signal.update(float(metric))
+        self.steps += 1
+        if self.steps % self.settings.steps_per_tick == 0:
+            self._boundary()
+        self._prepare()
+        return True
+
+    def forget_step(self) -> None:
+        """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
+        self.objective.pending.clear()
+        self.objective.failed.clear()
+        self.branch_optimizer.clear()
+        for group in (group for layer in self.garden.layers for group in layer.plan):
+            group.failures.zero_()
+            group.forwards = 0
+
+    def observe(self, values: dict[str, float], primary: str | None = None, maximize: bool = True) -> None:
+        """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
+        if primary is not None:
+            self.advance.metric = values[primary] if maximize else -values[primary]
+        self.port.metrics(self.tick_number, {key: float(value) for key, value in values.items()})
+
+    def close(self, status: str = "FINISHED", summary: dict[str, Any] | None = None) -> None:
+        """End of the run: said on the bus; the seed layers stay on the model, for ``export`` and ``save``."""
+        self.port.ended(self.tick_number, status, summary or {})
+        self.replay.close()
+        self.port.close()
+
+    # --- a tick ---
+
+    def _publish_kernel_alerts(self) -> None:
+        kernels = self.garden.kernels
+        while kernels is not None and kernels.alerts:
+            self.port.alert(self.tick_number, "error", "kernel_mismatch", kernels.alerts.pop(0), "", -1)
+
+    def _boundary(self) -> None:
+        self.tick_number += 1
+        self.life.tick = self.tick_number
+        self._collect_failures()
+        self._publish_kernel_alerts()
+        self._measure_counterfactuals()
+        self.advance.begin()
+        with self.clock.timing("judge"):
+            for command in self.port.commands(self.tick_number):
+                self._obey(command)
+            self.advance.finish(self.tick_number)
+        self.garden.refresh()
+        if self.observer.due:
+            for site, rows in self.observer.rows():
+                self.port.telemetry(self.tick_number, site, rows)
+        self.port.end_tick(self.tick_number)
+
+    def _obey(self, command: Any) -> None:
+        if type(command).__name__ == "RequestReport":
+            self.port.report(self.tick_number, command.id, self.garden.table.counts(), self.observer.branch_cards())
+            self.port.acknowledge(command.id, "applied", "", self.tick_number)
+            return
+        status, reason = self.executor.apply(command, self.tick_number)
+        self.port.acknowledge(command.id, status, reason, self.tick_number)
+
+    def _collect_failures(self) -> None:
+        rates: dict[int, float] = {}
+        for layer in self.garden.layers:
+            for group in layer.plan:
+                if group.forwards:
+                    for branch, failures in zip(group.branches, (group.failures / group.forwards).tolist(), strict=True):
+                        rates[branch] = failures
+                    group.failures.zero_()
+                    group.forwards = 0
+        rates.update({branch: 1.0 for branch in self.objective.failed})
+        rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
+        self.objective.failed.clear()
+        self.branch_optimizer.failures.clear()
+        self.advance.error_rates = rates
+        for branch, rate in rates.items():
+            if rate > 0 and self.garden.branches[branch].stage is Stage.FOSSILIZED:
+                site = self.garden.sites[self.garden.branches[branch].site].name
+                text = f"the fossilized branch {branch} at {site} gave non-finite values; they were left out"
+                self.port.alert(self.tick_number, "error", "fossil_not_finite", text, site, self.garden.branches[branch].seed)
+
+    def _measure_counterfactuals(self) -> None:
+        if self._last_batch is None or self.tick_number % self.settings.telemetry.every:
+            return
+        model = self.garden.model
+        for branch in self.garden.in_stage(Stage.GRAFTING):
+            if "counterfactual" not in signals_of(self.life.strategies[branch.strategy]):
+                continue
+            with self.clock.timing("judge"), torch.no_grad(), untouched_buffers(model), self.observer.silent():
+                on = self._measured_loss()
+                with self.garden.without(branch):
+                    off = self._measured_loss()
+            self.advance.counterfactual[branch.id] = off - on
+
+    def _measured_loss(self) -> float:
+        key = ("counterfactual", self.garden.structure(), shapes_of(self._last_batch))
+        with self.replay.again(), self.meter.counting("objective", key):
+            return float(self.loss(self.garden.model, self._last_batch).mean())
+
+    def _unscale(self, learning: list[Branch]) -> None:
+        """Undo the loss scale where the task's gradient came in; what an objective gave was never scaled."""
+        if self._scale == 1.0:
+            return
+        for branch in learning:
+            bank = self.garden.layers[branch.site].bank(branch.blueprint)
+            if branch.stage in BLENDED:
+                bank.scale_gradient(branch.slot, 1.0 / self._scale)
+
+    def _prepare(self) -> None:
+        """Set up what the next forward must record."""
+        upcoming = self.tick_number + 1
+        last_step = (self.steps + 1) % self.settings.steps_per_tick == 0
+        self.observer.prepare(upcoming if last_step else 0)
+        if self.garden.kernels is not None:
+            self.garden.kernels.begin(upcoming)
+        self.replay.wanted = bool(self.garden.in_stage(Stage.TRAINING, Stage.GRAFTING))
+
+    def _skipped(self) -> bool:
+        return self.scaler is not None and float(self.scaler.get_scale()) < self._scale
+
+    def _lr_factor(self) -> float:
+        if self.optimizer is None:
+            return 1.0
+        group = self.optimizer.param_groups[0]
+        highest = float(group.get("max_lr", self._initial_lr[0]))  # OneCycleLR climbs from its initial_lr to max_lr
+        return float(group["lr"]) / highest if highest else 1.0  # a host that is frozen by its rate has no schedule
+
+    # --- cost ---
+
+    def _count(self, batch: Any) -> None:
+        key = (self.garden.structure(), shapes_of(batch))
+        if not self.meter.knows("step", key):
+            self._rehearse(key, batch)
+        self.meter.add("step", key)
+
+    def _rehearse(self, key: Any, batch: Any) -> None:
+        """Run the step's forward and backward once more under torch's counter, leaving no trace."""
+        model = self.garden.model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with self.replay.again(), untouched_buffers(model), self.observer.silent(), self.meter.learning("step", key):
+            with torch.enable_grad():
+                loss = self.loss(model, batch).mean()
+                if parameters and loss.requires_grad:
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    # --- travelling ---
+
+    def save_branches(self, folder: Path) -> Path:
+        """Write seeds, branches and their lives, without the host, as a checkpoint under ``folder``; returns its path."""
+        return store.write(store.copy({"grow": grow_state(self)}, self.steps, self.tick_number, topology(self), None), folder).path
+
+    def load_branches(self, path: Path) -> None:
+        """Take over what ``save_branches`` wrote on a host of the same topology; weights of the host stay as they are.
+
+        Raises UserError for another host, other sites, or a file that is not whole.
+        """
+        checkpoint, state = store.read(path)
+        refuse_misfit(checkpoint.manifest["topology"], topology(self), f"The checkpoint {path}")
+        load_grow(self, state["grow"])
+        self._prepare()
+
+    # --- the end ---
+
+    def export(self) -> nn.Module:
+        """A plain module with everything that grew and nothing else: see ``esper.seeds.exporting``."""
+        from esper.seeds.exporting import export
+
+        return export(self.garden)
+
+    def save(self, folder: str | Path, host: dict[str, Any] | None = None) -> Path:
+        """The exported model as safetensors with a description, into ``folder``: see ``esper.saved``, which loads it again."""
+        from esper.saved import save_model
+        from esper.seeds.exporting import export_with_cards
+
+        model, cards = export_with_cards(self.garden)
+        return save_model(folder, model, cards, host)
+
+
+def _initial_lr(group: dict[str, Any]) -> float:
+    rate = float(group.get("initial_lr", group["lr"]))
+    if not math.isfinite(rate):
+        raise UserError(f"The optimizer's learning rate is {rate}; give a finite number.")
+    return rate
+
+
+def _as_float32(value: float) -> float:
+    """The value as alphas hold it: 0.7 is not reached by the float32 next below it."""
+    return float(torch.tensor(value, dtype=torch.float32))

@@ -1,0 +1,71 @@
+"""Training MACs: multiply-accumulates of every pass, counted from the shapes of its matrix products and convolutions.
+
+A pass of one kind, structure and batch shape always costs the same, so each is counted once, by torch's own counter of
+floating-point operations, and added up from then on. Additions, norms and activations are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from esper.kernels import Kernels
+
+
+class Meter:
+    """MACs by kind of pass: ``step`` (forward and backward), ``shadow``, ``objective``, ``judge``."""
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self.kernels = kernels
+        self.spent: dict[str, int] = {}
+        self._known: dict[Hashable, int] = {}
+
+    @property
+    def total(self) -> int:
+        """All MACs so far."""
+        return sum(self.spent.values())
+
+    def knows(self, kind: str, key: Hashable) -> bool:
+        """Whether a pass of this kind and key was counted already."""
+        return (kind, key) in self._known
+
+    @contextmanager
+    def counting(self, kind: str, key: Hashable) -> Iterator[None]:
+        """Add what happens inside, counting it the first time a key is seen."""
+        if (kind, key) in self._known:
+            yield
+        else:
+            with self._counter() as counter:
+                yield
+            self._known[(kind, key)] = counter.get_total_flops() // 2
+        self.add(kind, key)
+
+    @contextmanager
+    def learning(self, kind: str, key: Hashable) -> Iterator[None]:
+        """Count what happens inside for later, without adding it."""
+        with self._counter() as counter:
+            yield
+        self._known[(kind, key)] = counter.get_total_flops() // 2
+
+    @contextmanager
+    def _counter(self) -> Iterator[FlopCounterMode]:
+        """Torch's counter; fused kernels, whose work it cannot see, step aside for the products they stand for."""
+        before = None if self.kernels is None else self.kernels.aside
+        try:
+            if self.kernels is not None:
+                self.kernels.aside = True
+            with FlopCounterMode(display=False) as counter:
+                yield counter
+        finally:
+            if self.kernels is not None:
+                self.kernels.aside = bool(before)
+
+    def add(self, kind: str, key: Hashable) -> None:
+        """Add a pass that was counted before."""
+        self.spent[kind] = self.spent.get(kind, 0) + self._known[(kind, key)]
+
+    def cost(self, kind: str, key: Hashable) -> int:
+        """MACs of one pass that was counted before."""
+        return self._known[(kind, key)]

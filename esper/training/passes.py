@@ -1,0 +1,100 @@
+"""Extra passes through the host that must leave no trace: same dropout masks, buffers put back, no gradient kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.seeds.layer import ATTRIBUTE, Attached
+
+
+class DropoutReplay(Attached):
+    """Remembers the global RNG as it was before the host's last forward, so that another forward draws the same masks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wanted = False
+        self._state: Tensor | None = None
+        self._cuda: Tensor | None = None
+        self._handle = model.register_forward_pre_hook(self._remember)
+
+    def _remember(self, module: nn.Module, inputs: Any) -> None:
+        if self.wanted and torch.is_grad_enabled():
+            self._state = torch.get_rng_state()
+            self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within: the RNG as before the last forward; afterwards: as it was before entering."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            if self._state is not None:
+                torch.set_rng_state(self._state)
+            if self._cuda is not None:
+                torch.cuda.set_rng_state(self._cuda)
+            yield
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+
+
+def host_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers of the host, by name; those of the seeds are not its."""
+    return {name: buffer for name, buffer in model.named_buffers() if f"{ATTRIBUTE}." not in name}
+
+
+def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of the host, by name; those of the branches are not its."""
+    return {name: parameter for name, parameter in model.named_parameters() if f"{ATTRIBUTE}." not in name}
+
+
+@contextmanager
+def untouched_buffers(model: nn.Module) -> Iterator[None]:
+    """Within, forwards may move buffers (norm statistics); afterwards every buffer, seeds' too, is as before."""
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                module._buffers[name] = buffer  # a forward may have put another tensor in its place
+                buffer.copy_(value)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors of a batch (tensor, tuple, list or mapping, nested) on ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
+def shapes_of(batch: Any) -> tuple[Any, ...]:
+    """Shapes of the tensors in a batch, as a hashable key."""
+    if isinstance(batch, Tensor):
+        return tuple(batch.shape)
+    if isinstance(batch, Mapping):
+        return tuple((key, shapes_of(value)) for key, value in batch.items())
+    if isinstance(batch, (tuple, list)):
+        return tuple(shapes_of(value) for value in batch)
+    return ()
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Evaluation mode for the layers that keep running statistics, so that training does not move them."""
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.eval()

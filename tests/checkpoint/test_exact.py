@@ -1,0 +1,34 @@
+"""Whatever is taken between two steps and taken over by a fresh trainer leads to the same bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.checkpoint.conftest import Make, bits, train_until
+
+RUNS = {
+    "mlp": (),
+    "drift": ("grafting=drift",),
+    "momentum, sgd": ("grafting=momentum", "optimizer=sgd"),
+    "adaptive, functional gradient": ("grafting=adaptive", "lifecycle.objective=functional_gradient"),
+    "performance, low rank": ("grafting=performance", "blueprint=low_rank"),
+    "stability, accumulation": ("grafting=stability", "trainer.accumulate=2"),
+    "reconstruction, glu": ("lifecycle.objective=reconstruction", "blueprint=glu"),
+    "batch norm": ("model=cnn", "blueprint=conv", "sites.per_site=2", "trainer.batch_size=16"),
+    "blocks, dropout": ("model=cnn", "blueprint=block", "sites.per_site=1", "trainer.batch_size=16"),
+}
+
+
+@pytest.mark.parametrize("words", RUNS.values(), ids=RUNS.keys())
+def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(make: Make, words: tuple[str, ...]) -> None:
+    undisturbed = make(*words)
+    undisturbed.fit()
+    first = make(*words)
+    states = [train_until(first, step) for step in (14, 33)]
+    for state in states:
+        second = make(*words, state=state)
+        second.fit()
+        assert bits(second) == bits(undisturbed)
+        assert second.outcome == undisturbed.outcome
+        assert second.grow.meter.spent == undisturbed.grow.meter.spent
+        assert repr(second.grow.observer.branch_cards()) == repr(undisturbed.grow.observer.branch_cards())  # a NaN gain too

@@ -1,0 +1,63 @@
+"""Every controller's settings: bound to their files, built, and refused in words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from esper.bus.inbox import CONTROLLER
+from esper.bus.messages import Message
+from esper.controllers import CONFIGS, Controller
+from esper.controllers.base import PRODUCER, command_id
+from esper.errors import UserError
+
+CONF = Path(__file__).parents[2] / "conf" / "controller"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_yaml_holds_the_defaults_of_the_dataclass(name):
+    given = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    assert given == OmegaConf.to_container(OmegaConf.structured(CONFIGS[name]))
+    assert next(iter(given)) == "name"
+
+
+def test_every_controller_has_a_yaml():
+    assert {path.stem for path in CONF.glob("*.yaml")} == {*CONFIGS, "custom"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_controller_says_nothing_before_it_has_heard_of_a_run(name):
+    controller: Controller = CONFIGS[name]().build(0)
+    controller.observe(Message())
+    assert controller.decide(0) == []
+    assert controller.decide(10_000) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (CONFIGS["random"](earliest="2epoch"), "'2epoch' tells it nothing"),
+        (CONFIGS["heuristic"](plateau="soon"), "'soon' is no duration"),
+        (CONFIGS["heuristic"](germinate_at=""), "both empty"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_when_it_is_built(config, text):
+    with pytest.raises(UserError, match=text):
+        config.build(0)
+
+
+def test_commands_count_only_with_the_decision_that_the_trainer_waits_for():
+    assert PRODUCER == CONTROLLER
+    assert command_id(7, 2) == "controller-7-2"
+
+
+def test_controllers_know_no_trainer():
+    code = (
+        "import sys, esper.controllers; "
+        "print([m for m in sys.modules if m.startswith(('esper.training', 'esper.seeds', 'esper.grafting', 'mlflow'))])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,136 @@
+"""Injected faults: the governor recovers or stops with a report, and without a fault nobody notices it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from esper.errors import UserError
+from esper.lifecycle import Stage
+from esper.training.trainer import Trainer
+from tests.checkpoint.conftest import Make, bits
+
+SLOW = ("trainer.steps=80", "grafting.ramp=30step", "lifecycle.grafting_max=90%")
+
+
+def alerts(trainer: Trainer) -> list[str]:
+    return [str(words[3]) for name, *words in trainer.port.heard if name == "alert"]
+
+
+def steps(trainer: Trainer, count: int) -> None:
+    trainer.model.train()
+    for _ in range(count):
+        trainer.advance()
+
+
+def finite(trainer: Trainer) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
+
+
+def test_a_governor_that_has_nothing_to_do_changes_no_bit(make: Make) -> None:
+    guarded, alone = make(), make("trainer.governor=false")
+    guarded.fit()
+    alone.fit()
+    assert bits(guarded) == bits(alone) and not alerts(guarded)
+
+
+def test_a_batch_of_nan_is_not_learned_and_harms_no_seed(make: Make) -> None:
+    trainer = make(*SLOW)
+    steps(trainer, 22)
+    before = [branch.stage for branch in trainer.grow.garden.branches.living()]
+    assert Stage.GRAFTING in before
+    good = trainer._batch
+    trainer._batch = lambda number: (torch.full_like(good(number)[0], float("nan")), good(number)[1])
+    steps(trainer, 1)
+    trainer._batch = good
+    assert finite(trainer) and len(alerts(trainer)) == 1 and "the loss is nan" in alerts(trainer)[0]
+    assert [branch.stage for branch in trainer.grow.garden.branches.living()] == before
+    assert trainer.grow.tick_number == 23
+    trainer.fit()
+    assert finite(trainer)
+
+
+def test_an_exploding_branch_is_found_and_rolled_back_and_the_others_stay(make: Make) -> None:
+    trainer = make(*SLOW)
+    steps(trainer, 24)
+    grafting = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    culprit, others = grafting[1], [branch for branch in grafting if branch is not grafting[1]]
+    bank = trainer.grow.garden.layers[culprit.site].bank(culprit.blueprint)
+    with torch.no_grad():
+        bank.stacks["b2"][culprit.slot] = 1e30
+    steps(trainer, 1)
+    assert culprit.stage is Stage.ROLLED_BACK and not culprit.alive
+    assert all(branch.stage is Stage.GRAFTING for branch in others)
+    assert f"branch {culprit.id}" in alerts(trainer)[0] and finite(trainer)
+
+
+def test_weights_with_a_flipped_bit_return_to_the_last_good_snapshot_with_the_optimizer(make: Make) -> None:
+    trainer = make()
+    steps(trainer, 30)
+    assert trainer.governor is not None and trainer.governor.snapshot is not None
+    weight = trainer.optimizer.param_groups[0]["params"][0]
+    with torch.no_grad():
+        weight.view(torch.int32).reshape(-1)[3] ^= 1 << 30
+    trainer.optimizer.state[weight]["exp_avg"].fill_(float("inf"))
+    steps(trainer, 3)
+    assert len(alerts(trainer)) == 1 and finite(trainer)
+    assert all(bool(torch.isfinite(v).all()) for s in trainer.optimizer.state.values() for v in s.values())
+
+
+def test_a_learning_rate_times_1000_is_undone(make: Make) -> None:
+    trainer = make("trainer.steps=80")
+    steps(trainer, 40)
+    for group in trainer.optimizer.param_groups:
+        group["initial_lr"] *= 1000.0
+    steps(trainer, 1)
+    for group in trainer.optimizer.param_groups:
+        group["initial_lr"] /= 1000.0
+    steps(trainer, 4)
+    assert len(alerts(trainer)) == 1
+    assert float(trainer.grow.signal.fast) < 10.0
+
+
+def test_a_poisoned_gradient_is_never_applied(make: Make) -> None:
+    trainer = make()
+    steps(trainer, 12)
+    handle = trainer.optimizer.param_groups[0]["params"][0].register_hook(lambda gradient: gradient * float("nan"))
+    steps(trainer, 1)
+    handle.remove()
+    assert finite(trainer) and "the gradient is nan" in alerts(trainer)[0]
+
+
+def test_failures_that_repeat_stop_the_run_with_a_report(make: Make) -> None:
+    trainer = make()
+    steps(trainer, 10)
+    good = trainer._batch
+    trainer._batch = lambda number: (good(number)[0] * float("inf"), good(number)[1])
+    with pytest.raises(UserError, match=r"rolled back 6 times.*step 10: the loss is nan.*step 15"):
+        steps(trainer, 20)
+
+
+def test_a_flipped_bit_that_no_activation_feels_enters_no_snapshot(make: Make) -> None:
+    trainer = make("sites.match=[fc2]")
+    good = trainer._batch
+
+    def without_first_pixel(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = good(number)
+        return inputs.flatten(1).index_fill(1, torch.tensor([0]), 0.0).view_as(inputs), targets
+
+    trainer._batch = without_first_pixel
+    steps(trainer, 30)
+    weight = trainer.optimizer.param_groups[0]["params"][0].detach()
+    weight.view(torch.int32)[0, 0] ^= 1 << 30
+    assert float(weight.abs().max()) > 1e30
+    steps(trainer, 3)
+    assert float(weight.abs().max()) < 10.0 and "the largest weight is" in alerts(trainer)[0]
+
+
+def test_a_full_gpu_stops_with_a_sentence(make: Make) -> None:
+    trainer = make()
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trainer.grow.after_backward = full
+    with pytest.raises(UserError, match=r"memory is full at step 1, with 0 branches grown; lower trainer.batch_size"):
+        trainer.fit()

@@ -1,0 +1,114 @@
+"""A rollback puts host, optimizer and the other branches back as they were, and rewinds nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from growing import Loop, germinate, same, set_stage, short
+
+from esper.lifecycle import Stage
+from esper.training.passes import untouched_buffers
+from esper.training.snapshot import Snapshot
+
+S = Stage
+
+
+def optimizer_state(loop: Loop) -> dict[str, torch.Tensor]:
+    state = loop.optimizer.state_dict()["state"]
+    return {f"{number}.{name}": torch.as_tensor(value).clone() for number, held in state.items() for name, value in held.items()}
+
+
+def branch_rows(loop: Loop, number: int, blueprint: str) -> dict[str, torch.Tensor]:
+    branch = loop.grow.garden.branches[number]
+    bank: Any = loop.grow.garden.layers[branch.site].bank(blueprint)
+    if blueprint == "block":
+        key = str(branch.slot)
+        rows = {name: value.clone() for name, value in bank.blocks[key].state_dict().items()}
+        rows |= {f"{name}.{i}": m.clone() for name, pair in bank.moments[key].items() for i, m in enumerate(pair)}
+        return rows | {"steps": torch.tensor(bank.steps[key])}
+    rows = {name: stack.detach()[branch.slot].clone() for name, stack in bank.stacks.items()}
+    rows |= {f"{name}.{i}": m[branch.slot].clone() for name, pair in bank.moments.items() for i, m in enumerate(pair)}
+    return rows | {"steps": bank.steps[branch.slot].clone()}
+
+
+@pytest.mark.parametrize(("host", "blueprint"), [("batch_norm", "mlp"), ("cnn_batch", "block")])
+def test_a_rollback_restores_host_optimizer_and_the_other_branches(host: str, blueprint: str):
+    lifecycle = short(training_min="10step", stabilization_min="9step", readiness=-1e9)
+    loop = Loop(host, settings={"lifecycle": lifecycle, "blueprint": blueprint}, total=100)
+    names = [site.name for site in loop.grow.garden.sites]
+    loop.port.script = {1: [germinate(names[0])], 8: [germinate(names[1])]}
+    loop.until(S.GRAFTING)
+    kept = loop.host_state(), optimizer_state(loop), branch_rows(loop, 1, blueprint)
+    other = loop.grow.garden.branches[1]
+    assert other.stage is S.TRAINING
+    loop.run(6)
+    loop.optimizer.param_groups[0]["lr"] = 0.123
+    t, path = loop.grow.tick_number, list(other.path)
+    assert loop.grow.executor.apply(set_stage(S.ROLLED_BACK, names[0]), t) == ("applied", "")
+    loop.grow.garden.refresh()
+    same(kept[0], loop.host_state())
+    same(kept[1], optimizer_state(loop))
+    assert other.stage is S.TRAINING
+    same(kept[2], branch_rows(loop, 1, blueprint))
+    assert loop.grow.tick_number == t and loop.optimizer.param_groups[0]["lr"] == 0.123
+    assert other.path == path, "it is no transition of the other seeds"
+    assert [stage for stage, _ in loop.grow.garden.branches[0].path][-1] == "ROLLED_BACK"
+    loop.run(8)
+    assert [stage for stage, _ in loop.grow.garden.branches[0].path][-1] == "DORMANT"
+    assert loop.grow.life.counts["rolled_back"] == 1
+
+
+def test_a_branch_that_is_not_blended_is_rolled_back_alone():
+    loop = Loop(settings={"lifecycle": short(readiness=1.0)}, commands={1: [germinate()]}).run(4)
+    before = loop.host_state()
+    assert loop.grow.executor.apply(set_stage(S.ROLLED_BACK), loop.grow.tick_number) == ("applied", "")
+    same(before, loop.host_state())
+
+
+def test_a_host_that_is_not_sound_is_no_good_snapshot():
+    loop = Loop(commands={1: [germinate(seed=0)], 20: [germinate(seed=1)]})
+    loop.until(S.GRAFTING)
+    good = loop.grow.life.snapshot
+    assert good is not None and good.healthy
+    with torch.no_grad():
+        loop.model.head.bias[0] = float("inf")
+    assert not Snapshot(loop.model, loop.optimizer, loop.grow.garden, 9).healthy
+    loop.run(25 - loop.grow.tick_number)
+    assert loop.grow.life.snapshot is good, "the last good one is kept"
+    loop.grow.life.roll_back()
+    assert bool(torch.isfinite(loop.model.head.bias).all())
+
+
+def test_rolling_back_without_a_snapshot_leaves_everything():
+    loop = Loop().run(2)
+    before = loop.host_state()
+    loop.grow.life.roll_back()
+    same(before, loop.host_state())
+
+
+def test_a_stabilization_that_never_settles_ends_in_a_rollback(monkeypatch: pytest.MonkeyPatch):
+    lifecycle = short(stability=0.8, stabilization_max="5step")
+    loop = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate()]})
+    monkeypatch.setattr(loop.grow.signal, "steadiness", lambda: 0.79)
+    loop.until(S.ROLLED_BACK)
+    assert loop.port.stages()[-1] == ("STABILIZATION", "ROLLED_BACK")
+
+
+def test_buffers_are_put_back_even_where_a_forward_exchanged_them():
+    class Counting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+            self.register_buffer("nothing", None)
+
+        def forward(self) -> None:
+            self.calls = self.calls + 1
+
+    model = Counting()
+    held = model.calls
+    with untouched_buffers(model):
+        model()
+        assert float(model.calls) == 1.0
+    assert model.calls is held and float(held) == 0.0
