@@ -1,0 +1,101 @@
+"""Bookkeeping of the in-process bus: one log a producer, one position and one pending list a consumer group."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import msgspec
+
+from esper.bus.messages import Message
+
+
+class Entry(msgspec.Struct):
+    """One published message; ``message`` is None while its bytes wait in the overflow file at ``place``."""
+
+    epoch: int
+    sequence: int
+    time: float
+    after: tuple[str, ...]
+    message: Message | None
+    size: int
+    place: tuple[int, int] = (0, 0)
+
+    @property
+    def id(self) -> str:
+        """``<epoch>-<sequence>``."""
+        return f"{self.epoch}-{self.sequence}"
+
+
+class Pending(msgspec.Struct):
+    """A message handed out and not yet acknowledged: to whom, how often, when last (monotonic seconds)."""
+
+    owner: str
+    deliveries: int
+    since: float
+    entry: Entry
+
+
+@dataclass
+class Group:
+    """Where a consumer group stands in one log."""
+
+    next: int = 0
+    pending: dict[str, Pending] = field(default_factory=dict)
+    replayed: deque[tuple[str, Any]] = field(default_factory=deque)
+    epoch: int = 0
+    sequence: int = 0
+
+    def gap(self, entry: Entry) -> int:
+        """How many sequence numbers are missing before ``entry``; moves on to it."""
+        missing = entry.sequence - 1 - (self.sequence if entry.epoch == self.epoch else 0)
+        self.epoch, self.sequence = entry.epoch, entry.sequence
+        return missing
+
+
+@dataclass
+class Log:
+    """What one producer published; ``base`` is the index of the first entry still held."""
+
+    name: str
+    epoch: int = 0
+    base: int = 0
+    trimmed: tuple[int, int] = (0, 0)  # epoch and sequence of the last entry let go of
+    stored: int = 0
+    entries: deque[Entry] = field(default_factory=deque)
+    groups: dict[str, Group] = field(default_factory=dict)
+
+    def join(self, group: str) -> None:
+        """Let a group in, reading from the oldest entry still held; harmless for one that is in."""
+        if group not in self.groups:
+            self.groups[group] = Group(next=self.base, epoch=self.trimmed[0], sequence=self.trimmed[1])
+
+    @property
+    def end(self) -> int:
+        """Index after the last entry."""
+        return self.base + len(self.entries)
+
+    def window(self, first: int, last: int) -> list[Entry]:
+        """Entries with indices in ``[first, last)``."""
+        if first == self.base and last == self.end:
+            return list(self.entries)
+        if last == self.end:  # a deque is slow to index in its middle, quick from either end
+            tail = list(islice(reversed(self.entries), last - first))
+            tail.reverse()
+            return tail
+        return list(islice(self.entries, first - self.base, last - self.base))
+
+    def trim(self) -> int:
+        """Let go of entries every group has read (pending ones are kept by their group); bytes of memory freed."""
+        if not self.groups:
+            return 0
+        floor = min(group.next for group in self.groups.values())
+        freed = 0
+        while self.base < floor:
+            entry = self.entries.popleft()
+            freed += entry.size if entry.message is not None else 0
+            self.base += 1
+            self.trimmed = (entry.epoch, entry.sequence)
+        return freed

@@ -1,0 +1,59 @@
+"""How other processes find a run's bus: a note in the run's folder says which bus, which run, and what the run is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from esper.bus.config import EmbeddedConfig, RedisConfig, ServerConfig
+from esper.bus.protocol import Bus
+from esper.errors import UserError
+
+NOTE = "join.json"
+KINDS: dict[str, type[ServerConfig]] = {"embedded": EmbeddedConfig, "redis": RedisConfig}
+
+
+class Invitation(msgspec.Struct):
+    """What a run says to those who may join; ``record`` describes the run (see ``esper.tracking.record``)."""
+
+    run: str
+    bus: dict[str, Any]
+    record: dict[str, Any]
+
+
+def invite(folder: Path, run: str, config: ServerConfig, record: dict[str, Any]) -> None:
+    """Write the note; credentials are not in it."""
+    path = folder / "bus" / NOTE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.encode(Invitation(run, dataclasses.asdict(config), record)))
+    partial.replace(path)
+
+
+def invitation(folder: Path) -> Invitation:
+    """The note of a run's folder; raises UserError when there is none to join."""
+    path = folder / "bus" / NOTE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} is not the folder of a run that others can join: give the output folder of a run with"
+            " bus=embedded or bus=redis"
+        )
+    found = msgspec.json.decode(path.read_bytes(), type=Invitation)
+    if found.bus.get("name") not in KINDS:
+        raise UserError(f"the run in {folder} has bus={found.bus.get('name')}, which lives in its process alone")
+    return found
+
+
+def join(folder: Path) -> tuple[Bus, Invitation]:
+    """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached."""
+    from esper.bus.server.bus import ServerBus
+    from esper.bus.server.connection import address_of
+    from esper.bus.server.embedded import address_in
+
+    found = invitation(folder)
+    config = KINDS[found.bus["name"]](**found.bus)
+    address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
+    return ServerBus(config, address, folder / "bus"), found

@@ -1,0 +1,189 @@
+"""Orders in which a consumer can have its messages, whatever order they arrive in.
+
+Waiting is bounded: after ``hold_s`` seconds a message is released although something before it is missing, and what
+then still comes is released as it comes; both are counted as ``late`` (and sequence numbers passed over as ``gaps``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Protocol
+
+from esper.bus.counts import Counts
+from esper.bus.ids import Id, parse
+from esper.bus.protocol import ORDERS, Consumer, Delivery
+
+
+class Order(Protocol):
+    """Takes deliveries as they arrive and releases them in order; ``now`` is monotonic seconds."""
+
+    def push(self, delivery: Delivery, now: float) -> None:
+        """One arrived."""
+
+    def ready(self, now: float) -> list[Delivery]:
+        """What may be handled now."""
+
+
+class StreamOrder:
+    """Every producer's messages in the order of their numbers."""
+
+    def __init__(self, hold_s: float, counts: Counts) -> None:
+        self._hold_s, self._counts = hold_s, counts
+        self._held: dict[str, dict[Id, tuple[Delivery, float]]] = {}
+        self._released: dict[str, Id] = {}
+
+    def push(self, delivery: Delivery, now: float) -> None:
+        """One arrived."""
+        self._held.setdefault(delivery.producer, {}).setdefault(parse(delivery.id), (delivery, now))
+
+    def ready(self, now: float) -> list[Delivery]:
+        """What may be handled now, each producer's in order."""
+        found = []
+        for producer, held in self._held.items():
+            for id in sorted(held):
+                delivery, since = held[id]
+                if not self._release(producer, id, now - since >= self._hold_s):
+                    break
+                del held[id]
+                found.append(delivery)
+        return found
+
+    def _release(self, producer: str, id: Id, expired: bool) -> bool:
+        epoch, sequence = self._released.get(producer, (0, 0))
+        if id <= (epoch, sequence):  # passed over before, or delivered again
+            self._counts.add("late")
+            return True
+        missing = id[1] - 1 - (sequence if id[0] == epoch else 0)
+        if missing > 0 and not expired:
+            return False
+        if missing > 0:
+            self._counts.add("gaps", missing)
+        self._released[producer] = id
+        return True
+
+
+class GlobalOrder:
+    """All producers' messages merged by the senders' clocks (ties by name and number).
+
+    A message waits until every producer heard of so far has said something later: that is the watermark. A producer
+    that is silent longer than ``hold_s`` is not waited for.
+    """
+
+    def __init__(self, hold_s: float, counts: Counts, producers: tuple[str, ...] = ()) -> None:
+        self._stream = StreamOrder(hold_s, counts)
+        self._hold_s, self._counts = hold_s, counts
+        self._queues: dict[str, deque[tuple[Delivery, float]]] = {name: deque() for name in producers}
+        self._frontier: dict[str, float] = dict.fromkeys(producers, float("-inf"))
+        self._last: tuple[float, str, Id] = (float("-inf"), "", (0, 0))
+
+    def push(self, delivery: Delivery, now: float) -> None:
+        """One arrived."""
+        self._stream.push(delivery, now)
+
+    def ready(self, now: float) -> list[Delivery]:
+        """What may be handled now, in global order."""
+        for delivery in self._stream.ready(now):
+            self._queues.setdefault(delivery.producer, deque()).append((delivery, now))
+            known = self._frontier.get(delivery.producer, float("-inf"))
+            self._frontier[delivery.producer] = max(known, delivery.time)
+        found = []
+        while heads := [queue[0] for queue in self._queues.values() if queue]:
+            delivery, since = min(heads, key=lambda head: self._key(head[0]))
+            silent = any(not queue and self._frontier[name] <= delivery.time for name, queue in self._queues.items())
+            if silent and now - since < self._hold_s:
+                break
+            self._queues[delivery.producer].popleft()
+            if self._key(delivery) < self._last:
+                self._counts.add("late")
+            self._last = max(self._last, self._key(delivery))
+            found.append(delivery)
+        return found
+
+    @staticmethod
+    def _key(delivery: Delivery) -> tuple[float, str, Id]:
+        return delivery.time, delivery.producer, parse(delivery.id)
+
+
+class CausalOrder:
+    """Stream order, and no message before those its sender named in ``after`` (``producer/epoch-sequence``)."""
+
+    def __init__(self, hold_s: float, counts: Counts) -> None:
+        self._stream = StreamOrder(hold_s, counts)
+        self._hold_s, self._counts = hold_s, counts
+        self._queues: dict[str, deque[tuple[Delivery, float]]] = {}
+        self._released: dict[str, Id] = {}
+
+    def push(self, delivery: Delivery, now: float) -> None:
+        """One arrived."""
+        self._stream.push(delivery, now)
+
+    def ready(self, now: float) -> list[Delivery]:
+        """What may be handled now, causes before effects."""
+        for delivery in self._stream.ready(now):
+            self._queues.setdefault(delivery.producer, deque()).append((delivery, now))
+        found = []
+        progress = True
+        while progress:
+            progress = False
+            for producer, queue in self._queues.items():
+                while queue and self._may_go(*queue[0], now):
+                    delivery = queue.popleft()[0]
+                    self._released[producer] = max(self._released.get(producer, (0, 0)), parse(delivery.id))
+                    found.append(delivery)
+                    progress = True
+        return found
+
+    def _may_go(self, delivery: Delivery, since: float, now: float) -> bool:
+        for name in delivery.after:
+            producer, _, id = name.rpartition("/")
+            if self._released.get(producer, (0, 0)) < parse(id):
+                if now - since < self._hold_s:
+                    return False
+                self._counts.add("late")
+                break
+        return True
+
+
+class OrderedConsumer:
+    """A consumer whose reads come in an order; held messages stay pending on the bus, so a crash loses none of them."""
+
+    def __init__(self, consumer: Consumer, order: Order) -> None:
+        self._consumer, self._order = consumer, order
+        self._ready: deque[Delivery] = deque()
+
+    def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
+        """Up to ``count`` messages in order, waiting at most ``block_s`` seconds for the first."""
+        deadline = time.monotonic() + block_s
+        while True:
+            left = deadline - time.monotonic()
+            arrived = self._consumer.read(count, max(0.0, min(left, 0.05)) if not self._ready else 0.0)
+            now = time.monotonic()
+            for delivery in arrived:
+                self._order.push(delivery, now)
+            self._ready.extend(self._order.ready(now))
+            if self._ready or now >= deadline:
+                return [self._ready.popleft() for _ in range(min(count, len(self._ready)))]
+
+    def ack(self, deliveries: list[Delivery]) -> None:
+        """Acknowledge after handling."""
+        self._consumer.ack(deliveries)
+
+    def close(self) -> None:
+        """Release; what is held stays pending."""
+        self._consumer.close()
+
+
+def in_order(
+    consumer: Consumer, order: str, hold_s: float, counts: Counts, producers: tuple[str, ...] = ()
+) -> Consumer:
+    """``consumer`` read in one of ``none | stream | global | causal`` order.
+
+    Global order waits for all ``producers`` from the start; one that is not named counts from its first message on.
+    """
+    assert order in ORDERS, order
+    if order == "none":
+        return consumer
+    if order == "global":
+        return OrderedConsumer(consumer, GlobalOrder(hold_s, counts, producers))
+    return OrderedConsumer(consumer, (StreamOrder if order == "stream" else CausalOrder)(hold_s, counts))

@@ -1,0 +1,1 @@
+"""Programs around a run's bus, each ``main(argv) -> exit code``: control, track and bus."""

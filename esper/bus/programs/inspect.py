@@ -1,0 +1,133 @@
+"""``esper bus status | tail | dead-letters <run folder>``: what is on a run's bus, for people and programs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from esper.bus.joining import join
+from esper.bus.protocol import STREAMS
+from esper.bus.server.bus import ServerBus
+from esper.bus.server.status import status
+from esper.errors import UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the commands; the exit code is 0, or 1 where there was nothing to act on."""
+    options = _parser().parse_args(list(argv))
+    bus, found = join(options.folder.resolve())
+    try:
+        run = options.run or found.run
+        return COMMANDS[options.command](bus, run, options)
+    finally:
+        bus.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="esper bus", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("status", "streams, groups, what waits and for how long"),
+        ("tail", "messages as they come"),
+        ("dead-letters", "list, replay or purge what was given up on"),
+    ):
+        command = commands.add_parser(name, help=text)
+        if name == "dead-letters":
+            command.add_argument("action", choices=("list", "replay", "purge"))
+        command.add_argument("folder", type=Path, help="output folder of the run")
+        command.add_argument("--run", help="another run on the same server")
+        command.add_argument("--json", action="store_true", help="one JSON document, or one a line")
+        if name == "tail":
+            command.add_argument("--stream", choices=STREAMS, default="events")
+            command.add_argument("--count", type=int, default=20, help="how many of the newest to begin with")
+            command.add_argument("--follow", action="store_true", help="go on until interrupted")
+        if name == "dead-letters":
+            command.add_argument("--id", action="append", default=[], help="which (repeatable); without it all")
+    return parser
+
+
+def _status(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
+    found = status(bus, run)
+    if options.json:
+        _write(found)
+        return 0
+    columns = ("stream", "producer", "entries", "last id", "group", "pending", "behind", "oldest unacknowledged")
+    rows = []
+    for stream in found.streams:
+        groups = stream.groups or [None]
+        for group in groups:
+            about = ("–",) * 4
+            if group is not None:
+                about = (group.name, group.pending, group.behind, f"{group.oldest_s:.1f} s" if group.pending else "–")
+            rows.append((stream.stream, stream.producer, stream.entries, stream.last, *about))
+    _table(f"run {run}: {found.dead_letters} dead letters, server {found.server}", columns, rows)
+    return 0
+
+
+def _tail(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
+    for producer, id, envelope in bus.newest(options.stream, run, options.count, options.follow):
+        message = msgspec.to_builtins(envelope.body)
+        message.pop("data", None)  # a telemetry buffer says nothing to a reader
+        if options.json:
+            _write({"producer": producer, "id": id, "time": envelope.time, "message": message})
+            continue
+        kind = message.pop("kind")
+        moment = time.strftime("%H:%M:%S", time.localtime(envelope.time))
+        print(moment, f"{producer} {id}", kind, *(f"{name}={value}" for name, value in message.items()), flush=True)
+    return 0
+
+
+def _dead_letters(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
+    letters = bus.dead_letters(run)
+    chosen = [letter for letter in letters if not options.id or letter.id in options.id]
+    if unknown := set(options.id) - {letter.id for letter in letters}:
+        raise UserError(
+            f"there is no dead letter {', '.join(sorted(unknown))}: `esper bus dead-letters list` names them"
+        )
+    if options.action != "list":
+        act = bus.replay if options.action == "replay" else bus.purge
+        done = act(run, [letter.id for letter in chosen])
+        word = "replayed" if options.action == "replay" else "purged"
+        _write({word: done}) if options.json else print(f"{done} dead letters {word}")
+        return 0 if done else 1
+    if options.json:
+        _write(letters)
+        return 0
+    columns = ("id", "stream", "producer", "message id", "group", "deliveries", "kind", "reason")
+    rows = [
+        (
+            *(letter.id, letter.stream, letter.producer, letter.origin, letter.group, letter.deliveries),
+            *(type(letter.message).__name__ if letter.message is not None else "unreadable", letter.reason),
+        )
+        for letter in letters
+    ]
+    _table(f"dead letters of run {run}", columns, rows)
+    return 0
+
+
+def _write(value: Any) -> None:
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+COMMANDS: dict[str, Callable[[ServerBus, str, argparse.Namespace], int]] = {
+    "status": _status,
+    "tail": _tail,
+    "dead-letters": _dead_letters,
+}

@@ -1,0 +1,104 @@
+"""``esper track <run folder>``: the run's trackers in a process of their own, which may be killed and started again.
+
+Every start reads the run from its beginning in a consumer group of its own and writes what the sinks hold anew (they
+replace what an earlier life wrote), so that a kill leaves neither hole nor double. The server therefore has to hold the
+run's messages: ``bus.keep_mb`` says how many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from esper.bus.ids import parse
+from esper.bus.joining import join
+from esper.bus.messages import Message, RunEnded, RunStarted
+from esper.bus.server.bus import ServerBus
+from esper.errors import UserError
+
+GROUP = "tracker-"
+
+
+def fresh_group(bus: ServerBus, run: str, streams: Sequence[str]) -> str:
+    """A consumer group for this start, in place of the one of an earlier start.
+
+    Raises UserError when the server no longer has the run from its beginning.
+    """
+    started = 0
+    for stream in streams:
+        for key in bus.streams(run, stream):
+            first = bus.client.xrange(key, count=1)
+            if first and parse(first[0][0])[1] > 1:
+                raise UserError(
+                    f"the server let go of the beginning of run {run} (bus.keep_mb={bus.config.keep_mb}), so what was"
+                    " tracked cannot be written anew: the parts kept so far stay in the run's folder"
+                )
+            for group in bus.client.xinfo_groups(key) if bus.client.exists(key) else ():  # an empty stream may have one
+                name = group["name"].decode()
+                if name.startswith(GROUP):
+                    started = max(started, int(name.removeprefix(GROUP)))
+                    bus.client.xgroup_destroy(key, name)
+    return f"{GROUP}{started + 1}"
+
+
+class _Ending:
+    """A tracker that only notices how the run ended."""
+
+    wants_model = False
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.status = "KILLED"
+
+    def open(self, record: object) -> None:
+        """Nothing to prepare."""
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Look for the last event."""
+        for message in messages:
+            if isinstance(message, RunEnded):
+                self.status = message.status
+                self.over.set()
+            elif isinstance(message, RunStarted):  # the run was resumed
+                self.over.clear()
+
+    def flush(self) -> None:
+        """Nothing is kept."""
+
+    def close(self, status: str, summary: object) -> None:
+        """Nothing to end."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Track the run in a folder until it ends; 0 when everything was kept."""
+    parser = argparse.ArgumentParser(prog="esper track", description=__doc__)
+    parser.add_argument("folder", type=Path, help="output folder of a run with tracking.process=external")
+    options = parser.parse_args(list(argv))
+    from esper.tracking import CONFIGS, RunRecord, TrackerRunner, build_trackers
+    from esper.tracking.runner import STREAMS
+
+    bus, found = join(options.folder.resolve())
+    record = msgspec.convert(found.record, RunRecord)
+    settings = record.config["tracking"]
+    kind = CONFIGS[settings["name"]]
+    names = set(kind.__dataclass_fields__)
+    config = kind(**{key: value for key, value in settings.items() if key in names})
+    ending = _Ending()
+    group = fresh_group(bus, found.run, STREAMS)
+    runner = TrackerRunner(bus, record, [*build_trackers(config), ending], group=group)
+    print(f"tracking {found.run} with tracking={settings['name']}", file=sys.stderr, flush=True)
+    runner.start()
+    try:
+        while runner.error is None:
+            if ending.over.wait(0.5) and runner.drain() and ending.over.is_set():  # and it was not resumed since
+                break
+        runner.close(ending.status)
+    finally:
+        bus.close()
+    print(f"the run ended: {ending.status}", file=sys.stderr)
+    return 0

@@ -1,0 +1,119 @@
+"""The one contract every bus backend keeps; ``tests/contract`` runs the same suite over each of them.
+
+A stream is written by named producers, each the single writer of its own numbering ``<epoch>-<sequence>``: the epoch
+is new with every start of that producer, the sequence counts from 1 without a hole.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+import msgspec
+
+from esper.bus.config import MemoryConfig
+from esper.bus.counts import Counts
+from esper.bus.messages import Message
+from esper.errors import UserError
+
+STREAMS = ("telemetry", "events", "commands", "acks")
+ORDERS = ("none", "stream", "global", "causal")
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """One message handed to a consumer.
+
+    ``id`` is its stream entry ``<epoch>-<sequence>`` in the numbering of ``producer``; ``deliveries`` is how often the
+    bus has handed it out, this time included; ``time`` is the sender's clock and ``after`` its stated predecessors.
+    """
+
+    id: str
+    message: Message
+    deliveries: int = 1
+    producer: str = "main"
+    time: float = 0.0
+    after: tuple[str, ...] = ()
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """A message that was delivered too often or could not be read; ``message`` is None in the latter case."""
+
+    id: str
+    stream: str
+    producer: str
+    origin: str
+    group: str
+    deliveries: int
+    reason: str
+    message: Message | None
+
+
+class Fenced(UserError):
+    """A newer start of the same producer took over: this one must stop publishing."""
+
+
+class Producer(Protocol):
+    """The single writer of one stream of one run."""
+
+    epoch: int
+
+    def publish(self, message: Message, after: tuple[str, ...] = ()) -> None:
+        """Hand a message over without ever waiting for the network; raises Fenced after a newer start was noticed."""
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was published is stored, at most ``timeout_s`` seconds; whether it is."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class Consumer(Protocol):
+    """A named member of a consumer group: every message goes to one member, and stays pending until acknowledged."""
+
+    def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
+        """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first.
+
+        First what this name left unacknowledged in an earlier life, then what dead members left, then what is new.
+        """
+
+    def ack(self, deliveries: list[Delivery]) -> None:
+        """Acknowledge after handling."""
+
+    def close(self) -> None:
+        """Release; what was not acknowledged stays pending for another member to claim."""
+
+
+class Bus(Protocol):
+    """Streams of runs, written by producers and read by consumer groups.
+
+    ``incidents`` collects what happens to the bus itself, as (code, sentence): the server gone, back, refusing.
+    """
+
+    config: MemoryConfig
+    incidents: deque[tuple[str, str]]
+    counters: Counts
+
+    @property
+    def local(self) -> Bus:
+        """The in-process bus on which parts of the training process meet: itself where there is no server."""
+
+    def producer(self, stream: str, run: str, name: str = "main") -> Producer:
+        """The writer ``name`` of ``stream`` (one of STREAMS) of ``run``, in a new epoch."""
+
+    def consumer(self, stream: str, run: str, group: str, name: str) -> Consumer:
+        """Member ``name`` of consumer group ``group``, reading ``stream`` of ``run`` from its beginning."""
+
+    def dead_letters(self, run: str) -> list[DeadLetter]:
+        """What was given up on, oldest first."""
+
+    def replay(self, run: str, ids: list[str]) -> int:
+        """Hand dead letters with these ids to their group once more; how many there were."""
+
+    def purge(self, run: str, ids: list[str]) -> int:
+        """Forget dead letters with these ids; how many there were."""
+
+    def counts(self) -> dict[str, int]:
+        """What this process sent, received, dropped …, by the names of ``esper.bus.counts``."""
+
+    def close(self) -> None:
+        """Release everything; servers started by this bus are stopped."""

@@ -1,0 +1,1 @@
+"""The bus on a Redis-protocol server (Redis or Valkey, 6.2 or newer)."""

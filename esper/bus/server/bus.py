@@ -1,0 +1,257 @@
+"""The Bus protocol over one server: producers share a writer thread, consumers have a connection each."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from esper.bus.codec import Envelope, Refused, decode
+from esper.bus.config import EmbeddedConfig, ServerConfig
+from esper.bus.counts import Counts
+from esper.bus.memory import MemoryBus
+from esper.bus.messages import ClaimCheck, Message
+from esper.bus.protocol import STREAMS, DeadLetter
+from esper.bus.server import keys, scripts
+from esper.bus.server.claim_check import check_in, check_out
+from esper.bus.server.connection import Address, connect, readable
+from esper.bus.server.consumer import ServerConsumer
+from esper.bus.server.embedded import EmbeddedServer
+from esper.bus.server.outbox import Outbox
+from esper.bus.server.trimming import Trimmer
+from esper.bus.server.writer import Writer
+from esper.bus.spool import Spool
+
+RETRIES = 5
+FOLLOW_S = 0.1
+CLOSE_S = 5.0  # how long closing waits for the server before what is left goes to disk
+
+
+class ServerBus:
+    """Streams on a Redis-protocol server; ``folder`` holds the spool and large payloads."""
+
+    def __init__(self, config: ServerConfig, address: Address, folder: Path) -> None:
+        import redis
+
+        self.config, self.address, self.folder = config, address, folder
+        self.counters = Counts()
+        self.incidents: deque[tuple[str, str]] = deque(maxlen=1000)
+        self.client = connect(address, config.timeout_s, RETRIES)
+        try:
+            self.client.ping()
+        except redis.RedisError as error:
+            raise readable(address, error) from None
+        self._start = self.client.register_script(scripts.START)
+        self._replay = self.client.register_script(scripts.REPLAY)
+        self._local: MemoryBus | None = None
+        self._outboxes: list[Outbox] = []
+        self._trimmer = Trimmer(connect(address, config.timeout_s), config)
+        self.writer = Writer(connect(address, config.timeout_s), config, self.counters, self._incident)
+        self.writer.each_round(self._trimmer.work)
+
+    def _incident(self, code: str, sentence: str) -> None:
+        self.incidents.append((code, sentence))
+
+    @property
+    def local(self) -> MemoryBus:
+        """A bus in memory beside the server, on which the parts of this process meet without it."""
+        if self._local is None:
+            self._local = MemoryBus(self.config, self.folder)
+        return self._local
+
+    def producer(self, stream: str, run: str, name: str = "main") -> ServerProducer:
+        """The writer ``name`` of a stream in a new epoch; what an earlier process left on disk is sent first."""
+        assert stream in STREAMS, stream
+        spool_folder = self.folder / "spool" / f"{quote(run, safe='')}.{stream}.{quote(name, safe='')}"
+        epoch = self._new_epoch(stream, run, name, spool_folder / "epoch")
+        spool = Spool(spool_folder, self.config.spool_mb << 20, self.config.drop)
+        outbox = Outbox(run, name, epoch, self.config, spool, self.counters, self._seal)
+        self._outboxes.append(outbox)
+        self.writer.add(outbox, stream)
+        self._trimmer.watch(keys.entries(run, stream, name))
+        return ServerProducer(self, outbox, urgent=stream in ("commands", "acks"))
+
+    def _new_epoch(self, stream: str, run: str, name: str, note: Path) -> int:
+        """One more than any before, by the server's count and by our own note of the last."""
+        lowest = int(note.read_text()) + 1 if note.exists() else 1
+        epoch = int(
+            self._start(
+                keys=[keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)], args=[run, name, lowest]
+            )
+        )
+        note.parent.mkdir(parents=True, exist_ok=True)
+        partial = note.with_suffix(".partial")
+        partial.write_text(str(epoch))
+        partial.replace(note)
+        return epoch
+
+    def _seal(self, wire: bytes, envelope: Envelope) -> bytes:
+        return check_in(self.folder / "payloads", wire, envelope)
+
+    def consumer(self, stream: str, run: str, group: str, name: str) -> ServerConsumer:
+        """A member of a consumer group over all producers of a stream."""
+        assert stream in STREAMS, stream
+        return ServerConsumer(
+            connect(self.address, self.config.timeout_s),
+            connect(self.address, self.config.timeout_s, RETRIES),
+            self.config,
+            self.counters,
+            self.folder / "payloads",
+            stream,
+            run,
+            group,
+            name,
+        )
+
+    def dead_letters(self, run: str) -> list[DeadLetter]:
+        """What was given up on, oldest first."""
+        return [self._letter(id.decode(), fields) for id, fields in self.client.xrange(keys.dead(run))]
+
+    def _letter(self, id: str, fields: dict[bytes, bytes]) -> DeadLetter:
+        def text(name: bytes) -> str:
+            return fields.get(name, b"").decode(errors="replace")
+
+        message: Message | None
+        try:
+            envelope = decode(fields.get(b"m", b""))
+            if isinstance(envelope.body, ClaimCheck):
+                envelope = check_out(self.folder / "payloads", envelope)
+            message = envelope.body
+        except Refused:
+            message = None
+        return DeadLetter(
+            id=id,
+            stream=text(b"stream"),
+            producer=text(b"producer"),
+            origin=text(b"origin"),
+            group=text(b"group"),
+            deliveries=int(text(b"deliveries") or 0),
+            reason=text(b"reason"),
+            message=message,
+        )
+
+    def replay(self, run: str, ids: list[str]) -> int:
+        """Hand dead letters to their group once more, with a fresh delivery count; each moves atomically."""
+        moved = 0
+        for id, fields in self.client.xrange(keys.dead(run)):
+            if id.decode() not in ids:
+                continue
+            target = keys.replays(run, fields[b"stream"].decode(), fields[b"group"].decode())
+            kept: list[Any] = [id]
+            for name in (b"m", b"producer", b"origin"):
+                kept += (name, fields[name])
+            moved += self._replay(keys=[keys.dead(run), target], args=kept)
+        return moved
+
+    def purge(self, run: str, ids: list[str]) -> int:
+        """Forget dead letters."""
+        return self.client.xdel(keys.dead(run), *ids) if ids else 0
+
+    def streams(self, run: str, stream: str) -> list[str]:
+        """Keys of the streams of all producers."""
+        names = sorted(member.decode() for member in self.client.smembers(keys.producers(run, stream)))
+        return [keys.entries(run, stream, name) for name in names]
+
+    def newest(self, stream: str, run: str, count: int, follow: bool) -> Iterator[tuple[str, str, Envelope]]:
+        """The newest ``count`` messages of every producer, then, with ``follow``, what comes; no group takes part."""
+        stands: dict[str, str] = {}
+        while True:
+            for name in sorted(member.decode() for member in self.client.smembers(keys.producers(run, stream))):
+                key = keys.entries(run, stream, name)
+                if name in stands:
+                    entries = self.client.xrange(key, f"({stands[name]}", "+", 1000)
+                else:
+                    entries = self.client.xrevrange(key, count=count)[::-1]
+                for id, fields in entries:
+                    stands[name] = id.decode()
+                    try:
+                        yield name, id.decode(), decode(fields.get(b"m", b""))
+                    except Refused:
+                        continue  # dead letters show it
+            if not follow:
+                return
+            time.sleep(FOLLOW_S)
+
+    def counts(self) -> dict[str, int]:
+        """Counters of this process, with ``spool_bytes`` and ``waiting`` (published, not confirmed)."""
+        return self.counters.snapshot() | {
+            "spool_bytes": sum(outbox.spool_bytes for outbox in self._outboxes),
+            "waiting": sum(outbox.waiting for outbox in self._outboxes),
+        }
+
+    def close(self) -> None:
+        """Send what waits, for at most CLOSE_S seconds; the rest goes to disk and is sent by the next start."""
+        deadline = time.monotonic() + CLOSE_S
+        for outbox in self._outboxes:
+            while outbox.waiting and not outbox.fenced and not self.writer.open and time.monotonic() < deadline:
+                self.writer.wake(urgent=True)
+                with outbox.settled:
+                    outbox.settled.wait(0.05)
+        self.writer.stop()
+        for outbox in self._outboxes:
+            outbox.to_disk()
+            outbox.close()
+        self._trimmer.close()
+        self.client.close()
+        if self._local is not None:
+            self._local.close()
+
+
+class ServerProducer:
+    """The single writer of one stream; ``publish`` appends to a queue in memory."""
+
+    def __init__(self, bus: ServerBus, outbox: Outbox, urgent: bool) -> None:
+        self._bus, self._outbox, self._urgent = bus, outbox, urgent
+        self.epoch = outbox.epoch
+
+    def publish(self, message: Message, after: tuple[str, ...] = ()) -> None:
+        """Queue for the writer thread; raises Fenced once the server has seen a newer start of this producer."""
+        self._outbox.put(message, after)
+        self._bus.writer.wake(self._urgent)
+
+    def send(self, message: Message, timeout_s: float) -> bool:
+        """Publish and wait until it is stored; for programs that have nothing else to do meanwhile."""
+        self._outbox.put(message, ())
+        self._bus.writer.send_now()
+        return not self._outbox.waiting or self.flush(timeout_s)
+
+    def barrier(self, timeout_s: float) -> bool:
+        """Make everything published survive this process and a server that then loses its tail; whether it is there.
+
+        What the server has not confirmed after ``timeout_s`` seconds, and what it confirmed last, is put on disk.
+        """
+        stored = self.flush(timeout_s)
+        self._outbox.to_disk()
+        return stored
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the server has everything, at most ``timeout_s`` seconds; whether it has."""
+        deadline = time.monotonic() + timeout_s
+        with self._outbox.settled:
+            while self._outbox.waiting and not self._outbox.fenced:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._bus.writer.wake(urgent=True)
+                self._outbox.settled.wait(min(left, 0.1))
+        return not self._outbox.fenced
+
+    def close(self) -> None:
+        """Flush; the queue itself is released with the bus."""
+        self.flush(CLOSE_S if not self._bus.writer.open else 0.0)
+
+
+class EmbeddedBus(ServerBus):
+    """A ServerBus that starts its own server and stops it in the end."""
+
+    def __init__(self, config: EmbeddedConfig, folder: Path) -> None:
+        self.server = EmbeddedServer(folder / "server", config.port)
+        super().__init__(config, self.server.address, folder)
+
+    def close(self) -> None:
+        """Close the bus, then stop the server."""
+        super().close()
+        self.server.stop()

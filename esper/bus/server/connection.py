@@ -1,0 +1,123 @@
+"""Connections: TLS and ACL users where configured, credentials from the environment only and never in a message."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from esper.bus.config import RedisConfig
+from esper.errors import UserError
+
+if TYPE_CHECKING:
+    import redis
+
+USER_VARIABLE = "ESPER_BUS_USER"
+PASSWORD_VARIABLE = "ESPER_BUS_PASSWORD"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True, repr=False)
+class Address:
+    """Where a server is and how to log in; its ``repr`` shows no secret."""
+
+    host: str
+    port: int
+    database: int = 0
+    user: str | None = None
+    password: str | None = None
+    tls: bool = False
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+
+    def __repr__(self) -> str:
+        return f"{'rediss' if self.tls else 'redis'}://{self.host}:{self.port}/{self.database}"
+
+
+def address_of(config: RedisConfig) -> Address:
+    """The address in a configuration, with user and password from the environment; raises UserError when unusable."""
+    parts = urlsplit(config.url)
+    if parts.username or parts.password:
+        raise UserError(
+            "bus.url has a user or password in it, which would be written into every saved config:"
+            f" put them into {USER_VARIABLE} and {PASSWORD_VARIABLE}"
+        )
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+        raise UserError(
+            f"bus.url={config.url!r} is no server address: give redis://host:port/0 or rediss://host:port/0"
+        )
+    database = parts.path.strip("/") or "0"
+    if not database.isdigit():
+        raise UserError(f"bus.url={config.url!r} names database {database!r}: give a number")
+    tls = parts.scheme == "rediss"
+    if not tls and os.environ.get(PASSWORD_VARIABLE) and parts.hostname not in LOOPBACK:
+        raise UserError(
+            f"bus.url={config.url!r} would send the password of {PASSWORD_VARIABLE} unencrypted to another machine:"
+            " use rediss://"
+        )
+    return Address(
+        host=parts.hostname,
+        port=parts.port or 6379,
+        database=int(database),
+        user=os.environ.get(USER_VARIABLE) or None,
+        password=os.environ.get(PASSWORD_VARIABLE) or None,
+        tls=tls,
+        tls_ca=config.tls_ca,
+        tls_cert=config.tls_cert,
+        tls_key=config.tls_key,
+    )
+
+
+def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis:
+    """A client of one server, not yet connected.
+
+    ``retries`` is 0 for whatever must know that a reply was lost (producers, group reads); commands that may be
+    repeated get redis-py's own Retry with exponential backoff.
+    """
+    import redis
+    from redis.backoff import ExponentialBackoff, NoBackoff
+    from redis.retry import Retry
+
+    backoff = ExponentialBackoff(cap=timeout_s, base=0.02) if retries else NoBackoff()
+    tls: dict[str, Any] = {}
+    if address.tls:
+        tls = {"ssl": True, "ssl_cert_reqs": "required", "ssl_check_hostname": True}
+        tls |= {"ssl_ca_certs": address.tls_ca} if address.tls_ca else {}
+        tls |= {"ssl_certfile": address.tls_cert, "ssl_keyfile": address.tls_key} if address.tls_cert else {}
+    return redis.Redis(
+        host=address.host,
+        port=address.port,
+        db=address.database,
+        username=address.user,
+        password=address.password,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        socket_keepalive=True,
+        socket_read_size=1 << 18,
+        retry=Retry(backoff, retries),
+        retry_on_error=None,
+        protocol=2,
+        driver_info=None,
+        **tls,
+    )
+
+
+def readable(address: Address, error: Exception) -> UserError:
+    """What went wrong on the first request, as a sentence without credentials."""
+    import redis
+
+    if isinstance(error, redis.AuthenticationError):
+        return UserError(
+            f"the bus at {address!r} does not accept this login: set {USER_VARIABLE} and {PASSWORD_VARIABLE}"
+            " to a user of that server"
+        )
+    if isinstance(error, redis.exceptions.NoPermissionError):
+        return UserError(
+            f"the user of the bus at {address!r} may not do what esper needs: {error}; see docs/operations.md"
+        )
+    return UserError(
+        f"no bus answers at {address!r} ({type(error).__name__}: {error}): start the server or correct bus.url,"
+        " or use bus=embedded, which starts its own"
+    )

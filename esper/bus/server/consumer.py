@@ -1,0 +1,333 @@
+"""A member of a consumer group on a server: redelivery counts, claims and dead letters are the server's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esper.bus.codec import Envelope, Refused, decode
+from esper.bus.config import ServerConfig
+from esper.bus.counts import Counts
+from esper.bus.ids import parse
+from esper.bus.messages import ClaimCheck, Telemetry
+from esper.bus.protocol import Delivery
+from esper.bus.server import keys, scripts
+from esper.bus.server.claim_check import check_out, discard
+from esper.bus.telemetry import unpacked
+
+if TYPE_CHECKING:
+    import redis
+
+DISCOVER_S = 0.2  # how often a consumer looks for new producers of its stream
+REMEMBERED = 65_536  # acknowledged ids kept to recognise one that comes again
+
+
+@dataclass
+class Held:
+    """Where a handed-out message lies: key of its stream, entry id there, and its stored payload if it has one."""
+
+    key: str
+    entry: bytes
+    digest: str = ""
+
+
+class ServerConsumer:
+    """Reads one stream of one run, all its producers, as member ``name`` of ``group``."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        patient: redis.Redis,
+        config: ServerConfig,
+        counts: Counts,
+        payloads: Path,
+        stream: str,
+        run: str,
+        group: str,
+        name: str,
+    ) -> None:
+        self._client, self._patient = client, patient  # without and with retries
+        self._config, self._counts, self._payloads = config, counts, payloads
+        self._stream, self._run, self.group, self.name = stream, run, group, name
+        self._bury = patient.register_script(scripts.BURY)
+        self._between = patient.register_script(scripts.BETWEEN)
+        self._keys: dict[str, str] = {}  # key -> producer
+        self._not_streams: set[str] = set()
+        self._recover: dict[str, str] = {}  # key -> where reading of our own pending entries stands
+        self._held: dict[tuple[str, str], Held] = {}
+        self._done: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._fresh: list[tuple[str, str]] = []  # what the read that is going on has taken
+        self._unsent: dict[str, list[bytes]] = {}  # acknowledgements the server has not taken yet
+        self._position: dict[str, tuple[int, int]] = {}
+        self._next_discovery = self._next_claim = 0.0
+        self._lock = threading.Lock()
+
+    # --- the contract ---
+
+    def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
+        """Up to ``count`` messages, waiting at most ``block_s`` s for the first; none while the server is away."""
+        import redis
+
+        deadline = time.monotonic() + block_s
+        while True:
+            self._fresh.clear()
+            try:
+                found = self._read(count, max(0.0, deadline - time.monotonic()))
+            except (redis.ConnectionError, redis.TimeoutError):
+                self._counts.add("retries")
+                self._start_over()
+                found = []
+                time.sleep(max(0.0, min(0.05, deadline - time.monotonic())))
+            except redis.ResponseError as error:
+                if not any(word in str(error) for word in ("NOGROUP", "UNBLOCKED", "WRONGTYPE")):
+                    raise
+                self._keys.clear()  # the server came back without our group, or a key was replaced: look anew
+                self._start_over()
+                found = []
+            if found or time.monotonic() >= deadline:
+                self._counts.add("received", len(found))
+                return found
+
+    def ack(self, deliveries: list[Delivery]) -> None:
+        """Acknowledge after handling; what the server does not take now is sent with the next read."""
+        stored = []
+        with self._lock:
+            for delivery in deliveries:
+                name = (delivery.producer, delivery.id)
+                held = self._held.pop(name, None)
+                if held is None:
+                    continue
+                self._done[name] = None
+                self._unsent.setdefault(held.key, []).append(held.entry)
+                if held.digest:
+                    stored.append(held)
+            while len(self._done) > REMEMBERED:
+                self._done.popitem(last=False)
+        self._send_acks()
+        for held in stored:
+            self._finished_with(held)
+        if deliveries:
+            self._counts.add("acknowledged", len(deliveries))
+
+    def close(self) -> None:
+        """Send acknowledgements that still wait; the rest stays pending for others."""
+        self._send_acks()
+        self._client.close()
+        self._patient.close()
+
+    # --- reading ---
+
+    def _read(self, count: int, block_s: float) -> list[Delivery]:
+        now = time.monotonic()
+        if now >= self._next_discovery:
+            self._discover()
+            self._next_discovery = now + DISCOVER_S
+        if self._unsent:
+            self._send_acks()
+        found: list[Delivery] = []
+        while self._recover and not found:  # all of them come before anything new, or the order would be lost
+            found = self._own(count)
+        if not found and now >= self._next_claim:
+            found = self._claim(count)
+        return found or self._new(count, block_s)
+
+    def _discover(self) -> None:
+        """Join the group on every producer's stream and on the replayed dead letters."""
+        import redis
+
+        names = sorted(name.decode() for name in self._client.smembers(keys.producers(self._run, self._stream)))
+        wanted = {keys.entries(self._run, self._stream, name): name for name in names}
+        wanted[keys.replays(self._run, self._stream, self.group)] = ""
+        for key in sorted(wanted.keys() - self._keys.keys() - self._not_streams):
+            try:
+                self._client.xgroup_create(key, self.group, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "WRONGTYPE" in str(error):  # somebody announced a producer whose key is no stream
+                    self._counts.add("refused")
+                    self._not_streams.add(key)
+                    continue
+                if "BUSYGROUP" not in str(error):
+                    raise
+            self._keys[key] = wanted[key]
+            self._position[key] = self._group_position(key)
+            self._recover[key] = "0"
+
+    def _start_over(self) -> None:
+        """After a broken connection: replies may be lost, so look through our own pending entries again."""
+        for name in self._fresh:  # taken by the read that broke off, so in nobody's hands yet
+            self._held.pop(name, None)
+        self._recover = dict.fromkeys(self._keys, "0")
+        self._next_discovery = 0.0
+
+    def _own(self, count: int) -> list[Delivery]:
+        """Entries pending under our name that are not in somebody's hands in this process."""
+        found: list[Delivery] = []
+        for key in list(self._recover):
+            reply = self._client.xreadgroup(self.group, self.name, {key: self._recover[key]}, count=count)
+            entries = reply[0][1] if reply else []
+            if not entries:
+                del self._recover[key]
+                continue
+            self._recover[key] = entries[-1][0].decode()
+            found += self._deliver(key, entries, again=True, skip_held=True)
+        return found
+
+    def _claim(self, count: int) -> list[Delivery]:
+        """Take over what any member has held longer than ``claim_s``."""
+        idle = int(self._config.claim_s * 1000)
+        found: list[Delivery] = []
+        for key in self._keys:
+            start: Any = "0-0"
+            while len(found) < count:
+                reply = self._client.xautoclaim(key, self.group, self.name, idle, start, count=count - len(found))
+                entries = [(id, fields) for id, fields in reply[1] if fields]
+                if gone := [id for id, fields in reply[1] if not fields]:  # deleted entries, on servers before 7.0
+                    self._client.xack(key, self.group, *gone)
+                found += self._deliver(key, entries, again=True)
+                start = reply[0]
+                if start in (b"0-0", "0-0"):
+                    break
+        if len(found) < count:
+            self._next_claim = time.monotonic() + self._config.claim_s / 4
+        return found
+
+    def _new(self, count: int, block_s: float) -> list[Delivery]:
+        if not self._keys:
+            time.sleep(min(block_s, DISCOVER_S / 4))
+            return []
+        wait = min(block_s, DISCOVER_S, self._config.claim_s / 4, self._config.timeout_s / 2)
+        block = max(1, int(wait * 1000)) if wait > 0 else None
+        found: list[Delivery] = []
+        reply = self._client.xreadgroup(self.group, self.name, dict.fromkeys(self._keys, ">"), count=count, block=block)
+        for key, entries in reply or ():
+            self._note_gaps(key.decode(), entries)
+            found += self._deliver(key.decode(), entries, again=False)
+        return found
+
+    def _note_gaps(self, key: str, entries: list[tuple[bytes, Any]]) -> None:
+        """Count sequence numbers that never came: entries handed out by one read follow one another in the stream."""
+        if not self._keys[key]:
+            return
+        for id, _ in entries:
+            epoch, sequence = parse(id)
+            before = self._position[key]
+            missing = sequence - 1 - (before[1] if before[0] == epoch else 0)
+            self._position[key] = (epoch, sequence)
+            if missing > 0:  # other members of the group may have been given what we did not see
+                others = self._between(keys=[key], args=[f"{before[0]}-{before[1]}", id])
+                self._counts.add("gaps", max(0, missing - others) if others >= 0 else 0)
+
+    def _group_position(self, key: str) -> tuple[int, int]:
+        """The last entry our group was given."""
+        for group in self._client.xinfo_groups(key):
+            if group["name"] == self.group.encode():
+                return parse(group["last-delivered-id"])
+        return (0, 0)
+
+    # --- handing out ---
+
+    def _deliver(
+        self, key: str, entries: list[tuple[bytes, Any]], again: bool, skip_held: bool = False
+    ) -> list[Delivery]:
+        found: list[Delivery] = []
+        times = self._times_delivered(key, entries) if again and entries else {}
+        in_hands = {(held.key, held.entry) for held in self._held.values()} if skip_held else ()
+        for id, fields in entries:
+            if skip_held and (key, id) in in_hands:
+                continue
+            delivery = self._open(key, id, fields, times.get(id, 1))
+            if delivery is not None:
+                found.append(delivery)
+        return found
+
+    def _times_delivered(self, key: str, entries: list[tuple[bytes, Any]]) -> dict[bytes, int]:
+        pending = self._client.xpending_range(key, self.group, entries[0][0], entries[-1][0], len(entries), self.name)
+        return {entry["message_id"]: entry["times_delivered"] for entry in pending}
+
+    def _open(self, key: str, id: bytes, fields: dict[bytes, bytes], times: int) -> Delivery | None:
+        """A delivery, or None when the entry is a duplicate, unreadable or given up on."""
+        try:
+            envelope = self._envelope(key, id, fields)
+            digest = ""
+            if isinstance(envelope.body, ClaimCheck):
+                digest = envelope.body.digest
+                envelope = check_out(self._payloads, envelope)
+            message = unpacked(envelope.body) if isinstance(envelope.body, Telemetry) else envelope.body
+        except Refused as error:
+            self._counts.add("refused")
+            self._give_up(key, id, fields, times, str(error))
+            return None
+        name = (envelope.producer, envelope.id)
+        if name in self._done and self._keys[key]:
+            self._counts.add("duplicates")
+            self._unsent.setdefault(key, []).append(id)
+            return None
+        if times > self._config.deliveries:
+            self._give_up(key, id, fields, times - 1, f"delivered {times - 1} times without an acknowledgement")
+            return None
+        self._held[name] = Held(key, id, digest)
+        self._fresh.append(name)
+        return Delivery(envelope.id, message, times, envelope.producer, envelope.time, envelope.after)
+
+    def _envelope(self, key: str, id: bytes, fields: dict[bytes, bytes]) -> Envelope:
+        wire = fields.get(b"m")
+        if wire is None:
+            raise Refused("malformed", "a stream entry has no message in it")
+        envelope = decode(wire)
+        if envelope.run != self._run:
+            raise Refused("run", f"a message of run {envelope.run!r} came in on the streams of run {self._run!r}")
+        producer = self._keys[key]
+        if producer and (envelope.producer != producer or envelope.id.encode() != id):
+            raise Refused("malformed", "a message does not belong to the stream entry it came in")
+        return envelope
+
+    def _give_up(self, key: str, id: bytes, fields: dict[bytes, bytes], times: int, reason: str) -> None:
+        letter: dict[str, Any] = {
+            "m": fields.get(b"m", b""),
+            "stream": self._stream,
+            "producer": self._keys[key] or fields.get(b"producer", b""),
+            "origin": fields.get(b"origin", id),
+            "group": self.group,
+            "deliveries": times,
+            "reason": reason,
+        }
+        flat = [part for pair in letter.items() for part in pair]
+        if self._bury(keys=[key, keys.dead(self._run)], args=[self.group, id, *flat]):
+            self._counts.add("dead_letters")
+
+    # --- acknowledging ---
+
+    def _send_acks(self) -> None:
+        import redis
+
+        with self._lock:
+            unsent, self._unsent = self._unsent, {}
+        try:
+            pipeline = self._patient.pipeline(transaction=False)
+            for key, entries in unsent.items():
+                pipeline.xack(key, self.group, *entries)
+            if unsent:
+                pipeline.execute()
+        except (redis.ConnectionError, redis.TimeoutError):
+            self._counts.add("retries")
+            with self._lock:
+                for key, entries in unsent.items():
+                    self._unsent.setdefault(key, []).extend(entries)
+
+    def _finished_with(self, held: Held) -> None:
+        """Remove a stored payload once every group on its stream has acknowledged it; the last of them does."""
+        import redis
+
+        try:
+            for group in self._patient.xinfo_groups(held.key):
+                if parse(group["last-delivered-id"]) < parse(held.entry):
+                    return
+                if self._patient.xpending_range(held.key, group["name"], held.entry, held.entry, 1):
+                    return
+        except redis.RedisError:
+            return  # it stays until `esper bus purge`
+        discard(self._payloads, held.digest)

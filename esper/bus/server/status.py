@@ -1,0 +1,83 @@
+"""What a server holds of a run: streams, groups, how far behind they are, and the health of it all."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from esper.bus.codec import Refused, decode
+from esper.bus.ids import parse
+from esper.bus.protocol import STREAMS
+from esper.bus.server import keys
+
+if TYPE_CHECKING:
+    from esper.bus.server.bus import ServerBus
+
+
+class GroupStatus(msgspec.Struct):
+    """A consumer group on one producer's stream: delivered but not acknowledged, and not yet delivered."""
+
+    name: str
+    pending: int
+    behind: int
+    oldest_s: float  # since the oldest unacknowledged message was sent, by the sender's clock
+
+
+class StreamStatus(msgspec.Struct):
+    """One producer's stream."""
+
+    stream: str
+    producer: str
+    entries: int
+    last: str
+    groups: list[GroupStatus]
+
+
+class RunStatus(msgspec.Struct):
+    """One run on a server."""
+
+    run: str
+    server: str
+    dead_letters: int
+    streams: list[StreamStatus]
+
+
+def status(bus: ServerBus, run: str) -> RunStatus:
+    """Everything there is of ``run``."""
+    client = bus.client
+    server = client.info("server")
+    name = server.get("server_name", "redis")
+    version = server.get("valkey_version") or server["redis_version"]
+    streams = []
+    for stream in STREAMS:
+        for producer in sorted(member.decode() for member in client.smembers(keys.producers(run, stream))):
+            streams.append(_stream(bus, run, stream, producer))
+    return RunStatus(run, f"{name} {version} at {bus.address!r}", client.xlen(keys.dead(run)), streams)
+
+
+def _stream(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatus:
+    key = keys.entries(run, stream, producer)
+    last = (bus.client.get(keys.last(run, stream, producer)) or b"0-0").decode()
+    if not bus.client.exists(key):
+        return StreamStatus(stream, producer, 0, last, [])
+    groups = []
+    for group in bus.client.xinfo_groups(key):
+        behind = _behind(parse(group["last-delivered-id"]), parse(last))
+        groups.append(GroupStatus(group["name"].decode(), group["pending"], behind, _oldest(bus, key, group["name"])))
+    return StreamStatus(stream, producer, bus.client.xlen(key), last, groups)
+
+
+def _behind(delivered: tuple[int, int], last: tuple[int, int]) -> int:
+    """Messages not yet delivered, from their numbers (XINFO's own lag cannot be relied on); at least that many."""
+    return max(0, last[1] - (delivered[1] if delivered[0] == last[0] else 0)) if delivered < last else 0
+
+
+def _oldest(bus: ServerBus, key: str, group: bytes) -> float:
+    first = bus.client.xpending(key, group)["min"]
+    entries = bus.client.xrange(key, first, first) if first else []
+    try:
+        return max(0.0, time.time() - decode(entries[0][1][b"m"]).time) if entries else 0.0
+    except (Refused, KeyError):
+        return 0.0

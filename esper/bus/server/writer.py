@@ -1,0 +1,257 @@
+"""The one thread that sends: it alone waits for the server, and a server that is gone opens a circuit breaker."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from esper.bus.config import ServerConfig
+from esper.bus.counts import Counts
+from esper.bus.ids import parse, text
+from esper.bus.server import keys, scripts
+from esper.bus.server.outbox import Outbox
+
+if TYPE_CHECKING:
+    import redis
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 0.02  # telemetry and events wait this long for company; commands and acknowledgements do not
+CHECK_S = 1.0  # a quiet producer looks this often whether the server still has its messages
+REFUSED_BY_SERVER_S = 0.2  # pause after the server refused an entry (out of memory, read-only replica, loading)
+Incident = Callable[[str, str], None]  # code, sentence
+
+
+class Writer:
+    """Sends what the outboxes hold, in order, each batch by one atomic script that stops at its first refusal."""
+
+    def __init__(self, client: redis.Redis, config: ServerConfig, counts: Counts, incident: Incident) -> None:
+        import pybreaker
+        import redis
+
+        self._client, self._config, self._counts, self._incident = client, config, counts, incident
+        self._append = client.register_script(scripts.APPEND)
+        self._outboxes: list[tuple[Outbox, str]] = []
+        self._chores: list[Callable[[], None]] = []
+        self._wake = threading.Event()
+        self._urgent = threading.Event()
+        self._stopping = False
+        self._sending = threading.Lock()
+        self._breaker = pybreaker.CircuitBreaker(
+            fail_max=3,
+            reset_timeout=config.retry_s,
+            exclude=[redis.ResponseError],
+            listeners=[_Listener(incident)],
+            name="bus",
+        )
+        self._thread = threading.Thread(target=self._run, name="esper-bus-writer", daemon=True)
+        self._thread.start()
+
+    def add(self, outbox: Outbox, stream: str) -> None:
+        """Send what this outbox holds, to ``stream``."""
+        self._outboxes.append((outbox, stream))
+
+    def remove(self, outbox: Outbox) -> None:
+        """Forget an outbox."""
+        self._outboxes = [pair for pair in self._outboxes if pair[0] is not outbox]
+
+    def each_round(self, chore: Callable[[], None]) -> None:
+        """Call ``chore`` from the writer thread, several times a second, before anything is sent."""
+        self._chores.append(chore)
+
+    def wake(self, urgent: bool) -> None:
+        """There is something to send; ``urgent`` does not wait for company."""
+        if urgent:
+            self._urgent.set()
+        if not self._wake.is_set():
+            self._wake.set()
+
+    @property
+    def open(self) -> bool:
+        """Whether the server counts as gone."""
+        return self._breaker.current_state == "open"
+
+    def stop(self) -> None:
+        """End the thread after the round it is in."""
+        self._stopping = True
+        self.wake(urgent=True)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            for outbox, _ in self._outboxes:  # its producer raises this at the next publish, in the trainer's thread
+                outbox.fenced = f"the bus writer ended with {type(error).__name__}: {error}"
+            raise
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._wake.wait(timeout=0.25)
+            if self._wake.is_set():
+                self._urgent.wait(timeout=LINGER_S)
+            self._urgent.clear()
+            self._wake.clear()
+            self.send_now()
+
+    def send_now(self) -> None:
+        """Send what waits from the calling thread: without the writer's thread being woken first."""
+        with self._sending:
+            self._round()
+
+    def _round(self) -> None:
+        """Send until nothing is left or the server is in trouble."""
+        import pybreaker
+        import redis
+
+        busy = True
+        while busy and not self._stopping:
+            busy = False
+            # What was said before an event must be on the server before it: the events' batch is put together first
+            # and sent last, so that a reader who sees TickEnded finds that tick's telemetry.
+            for outbox, stream in self._outboxes:
+                outbox.spill()
+                if stream == "events":
+                    outbox.batch()
+            for chore in self._chores:
+                chore()
+            for outbox, stream in sorted(self._outboxes, key=lambda pair: pair[1] == "events"):
+                if outbox.fenced or not (outbox.waiting or self._doubts(outbox)):
+                    continue
+                try:
+                    self._breaker.call(self._send_upto, outbox, stream, outbox.sequence)
+                    busy = busy or outbox.waiting > 0
+                except pybreaker.CircuitBreakerError:
+                    self._pause(min(0.05, self._config.retry_s))
+                    self.wake(urgent=True)
+                    return
+                except redis.ResponseError as error:
+                    self._said_no(error)
+                    return
+                except (redis.ConnectionError, redis.TimeoutError) as error:
+                    self._counts.add("retries")
+                    outbox.last = None  # the reply is lost, not necessarily the request: ask before sending again
+                    log.debug("bus: %s", type(error).__name__)
+                    self._pause(0.02)
+                    self.wake(urgent=True)
+                    return
+
+    def _doubts(self, outbox: Outbox) -> bool:
+        """Now and then a quiet outbox asks whether the server still has what it confirmed."""
+        if time.monotonic() < outbox.next_check:
+            return False
+        outbox.last = None
+        return True
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, but keep making room in memory."""
+        for outbox, _ in self._outboxes:
+            outbox.spill()
+        time.sleep(seconds)
+
+    def _send_upto(self, outbox: Outbox, stream: str, sequence: int) -> None:
+        """Everything of an outbox up to ``sequence``; of the events only the batch that was put together."""
+        self._send(outbox, stream)
+        while (
+            stream != "events" and outbox.waiting and outbox.confirmed < (outbox.epoch, sequence) and not outbox.fenced
+        ):
+            self._send(outbox, stream)
+
+    def _send(self, outbox: Outbox, stream: str) -> None:
+        """One batch; raises redis errors."""
+        names = [part(outbox.run, stream, outbox.name) for part in (keys.entries, keys.last, keys.epoch)]
+        names.append(keys.producers(outbox.run, stream))
+        outbox.next_check = time.monotonic() + CHECK_S
+        if outbox.last is None:
+            self._reconcile(outbox, names, (self._client.get(names[1]) or b"0-0").decode())
+        batch = outbox.batch()
+        if not batch:
+            return
+        arguments: list[bytes | str | int] = [outbox.epoch, outbox.last or "0-0"]
+        for id, wire in batch:
+            arguments += (text(id), wire)
+        status, last, error = self._append(keys=names[:3], args=arguments)
+        if status == b"fenced":
+            outbox.fenced = (
+                f"run {outbox.run!r} was started again elsewhere (start {last.decode()} of its {stream};"
+                f" this is start {outbox.epoch}), so this process stops"
+            )
+            self._incident("bus_fenced", outbox.fenced)
+        elif status == b"elsewhere":
+            self._reconcile(outbox, names, last.decode())
+        else:
+            self._settle(outbox, last.decode())
+            if status == b"stopped":
+                self._refused(outbox, names, error.decode())
+
+    def _settle(self, outbox: Outbox, last: str) -> None:
+        outbox.last = last
+        outbox.confirm(parse(last))
+
+    def _refused(self, outbox: Outbox, names: list[str], error: str) -> None:
+        """The server said no to an entry: nothing after it was sent; say so and try again later."""
+        if "equal or smaller" in error:  # the stream is ahead of its note of the last id: believe the stream
+            entry = self._client.xrevrange(names[0], count=1)
+            self._client.set(names[1], entry[0][0])
+            self._reconcile(outbox, names, entry[0][0].decode())
+            return
+        self._said_no(error)
+
+    def _said_no(self, error: object) -> None:
+        self._incident("bus_refused", f"the bus server refuses messages, which wait meanwhile: {error}")
+        self._counts.add("retries")
+        self._pause(REFUSED_BY_SERVER_S)
+        self.wake(urgent=True)
+
+    def _reconcile(self, outbox: Outbox, names: list[str], last: str) -> None:
+        """After a lost reply or a restart of the server: find out by reading back what it has, and go on from there."""
+        self._client.sadd(keys.RUNS, outbox.run)  # a server that came back empty knows neither run nor producer
+        self._client.sadd(names[3], outbox.name)
+        stands = parse(last)
+        missing = outbox.rewind(stands)
+        if missing:
+            self._counts.add("dropped", missing)
+            self._incident(
+                "bus_lost_tail",
+                f"the server lost {missing} confirmed messages more than the bus.replay={self._config.replay} kept",
+            )
+        doubtful = [(id, wire) for id, wire in outbox.batch() if id <= stands]
+        if doubtful:
+            stored = dict(self._client.xrange(names[0], text(doubtful[0][0]), text(doubtful[-1][0])))
+            for id, wire in doubtful:
+                fields = stored.get(text(id).encode())
+                if fields is not None and fields[b"m"] != wire:
+                    outbox.fenced = f"another process writes to the bus as {outbox.name!r} of run {outbox.run!r}"
+                    self._incident("bus_fenced", outbox.fenced)
+                    return
+        self._settle(outbox, last)
+
+
+class _Listener:
+    """Turns changes of the breaker into incidents (duck-typed: pybreaker is imported where it is used)."""
+
+    def __init__(self, incident: Incident) -> None:
+        self._incident = incident
+        self._down = False
+
+    def before_call(self, breaker: object, function: object, *args: object, **kwargs: object) -> None:
+        """Nothing to do."""
+
+    def failure(self, breaker: object, error: BaseException) -> None:
+        """Nothing to do."""
+
+    def success(self, breaker: object) -> None:
+        """Nothing to do."""
+
+    def state_change(self, breaker: object, old: object, new: object) -> None:
+        """Say that the server is gone, or back."""
+        name = getattr(new, "name", "")
+        if name == "open" and not self._down:  # not again after every probe that fails
+            self._down = True
+            self._incident("bus_down", "the bus server does not answer: messages wait in memory, then on disk")
+        elif name == "closed" and self._down:
+            self._down = False
+            self._incident("bus_up", "the bus server answers again: what waited is being sent")

@@ -1,0 +1,135 @@
+"""An external controller follows a trainer that goes back to its checkpoint."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from trainer import COLUMNS, ScriptedTrainer
+
+from esper.bus.config import RedisConfig
+from esper.bus.messages import Germinate
+from esper.bus.port import BusPort, ControllerSilent
+from esper.bus.programs.control import Control
+from esper.bus.server.bus import ServerBus
+from esper.errors import UserError
+
+
+class Counting:
+    """Remembers how many ticks it has decided on and says so in its commands."""
+
+    def __init__(self):
+        self.count = 0
+        self.heard = []
+
+    def observe(self, message):
+        self.heard.append(type(message).__name__)
+
+    def decide(self, tick):
+        self.count += 1
+        return [Germinate(id=f"{tick}-{self.count}", site="fc1", seed=self.count % 6)]
+
+    def state(self):
+        return {"count": self.count}
+
+    def load_state(self, state):
+        self.count = state["count"]
+
+
+@pytest.fixture
+def open_bus(server, tmp_path):
+    opened = []
+
+    def open_one(name):
+        opened.append(ServerBus(RedisConfig(timeout_s=0.5), server.address, tmp_path / name))
+        return opened[-1]
+
+    yield open_one
+    for bus in opened:
+        bus.close()
+
+
+def train(bus, run, first, last, state=None, checkpoint=-1):
+    """Ticks ``first`` to ``last`` of a run; the port's state at the checkpoint, and what was applied."""
+    port = BusPort(bus, run, COLUMNS, external=True, deadline_s=10)
+    if state is not None:
+        port.load_state(state)
+    trainer = ScriptedTrainer(port, 20)
+    trainer.tick = first
+    port.started(first, 20, [])
+    for tick in range(first + 1, last + 1):
+        trainer.step()
+        if tick == checkpoint:
+            state = port.state()
+            port.checkpoint(tick, "there", "")
+            port.barrier()
+    return port, trainer.applied, state
+
+
+def test_a_resumed_trainer_gets_the_decisions_it_would_have_got(open_bus, tmp_path):
+    run = "rewound"
+    control = Control(open_bus("control"), run, Counting(), tmp_path / "memory")
+    thread = threading.Thread(target=control.serve, daemon=True)
+    thread.start()
+    port, before, state = train(open_bus("trainer"), run, 0, 10, checkpoint=6)
+    port.close()
+    port, after, _ = train(open_bus("trainer"), run, 6, 14, state=state)
+    port.ended(14, "FINISHED", {})
+    thread.join(10)
+    assert not thread.is_alive()
+    replayed = [entry for entry in before if entry[0] > 6]
+    assert after[: len(replayed)] == replayed
+    assert [id for _, id, _ in after] == [f"{tick}-{tick}" for tick in range(6, 14)]
+    port.close()
+    control.close()
+
+
+def test_a_trainer_that_goes_back_to_where_the_controller_was_not_is_refused(open_bus, tmp_path):
+    run = "elsewhere"
+    control = Control(open_bus("control"), run, Counting(), tmp_path / "memory")
+    failures = []
+
+    def serve():
+        try:
+            control.serve()
+        except UserError as error:
+            failures.append(str(error))
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    train(open_bus("trainer"), run, 0, 5)[0].close()
+    port = BusPort(open_bus("trainer"), run, COLUMNS, external=True, deadline_s=1)
+    port.started(3, 20, [])
+    thread.join(10)
+    assert "kept nothing at that tick" in failures[0]
+    port.close()
+    control.close()
+
+
+def test_a_trainer_that_stopped_without_a_decision_gets_it_when_it_is_resumed(open_bus, tmp_path):
+    run = "silent"
+    port = BusPort(open_bus("trainer"), run, COLUMNS, external=True, deadline_s=0.2)
+    trainer = ScriptedTrainer(port, 20)
+    trainer.start()
+    with pytest.raises(ControllerSilent):
+        trainer.step()
+    port.checkpoint(1, "", "")
+    state = port.state()
+    port.barrier()
+    port.ended(1, "KILLED", {})
+    port.close()
+    port = BusPort(open_bus("trainer"), run, COLUMNS, external=True, deadline_s=0.2)
+    port.load_state(state)
+    with pytest.raises(ControllerSilent, match="tick 1 "):
+        port.started(1, 20, [])
+    port.close()
+    control = Control(open_bus("control"), run, Counting(), tmp_path / "memory")
+    thread = threading.Thread(target=control.serve, daemon=True)
+    thread.start()
+    port, applied, _ = train(open_bus("trainer"), run, 1, 5, state=state)
+    assert [id for _, id, _ in applied] == [f"{tick}-{tick}" for tick in range(1, 5)]
+    port.ended(5, "FINISHED", {})
+    thread.join(10)
+    assert not thread.is_alive()
+    port.close()
+    control.close()

@@ -1,0 +1,117 @@
+"""Orders hold for every way in which messages can be reordered, delayed and missing."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esper.bus.counts import Counts
+from esper.bus.ids import parse
+from esper.bus.messages import TickEnded
+from esper.bus.ordering import CausalOrder, GlobalOrder, StreamOrder
+from esper.bus.protocol import Delivery
+
+
+@st.composite
+def traffic(draw):
+    """Messages of up to three producers with causes among what was sent before, and an order of arrival."""
+    producers = ["a", "b", "c"][: draw(st.integers(1, 3))]
+    count = draw(st.integers(1, 30))
+    sequence = dict.fromkeys(producers, 0)
+    sent = []
+    for moment in range(count):
+        producer = draw(st.sampled_from(producers))
+        sequence[producer] += 1
+        causes = draw(st.lists(st.sampled_from(sent), max_size=2)) if sent else []
+        after = tuple(f"{cause.producer}/{cause.id}" for cause in causes)
+        sent.append(Delivery(f"1-{sequence[producer]}", TickEnded(tick=moment), 1, producer, float(moment // 2), after))
+    return sent, draw(st.permutations(sent)), producers
+
+
+def arrive(order, messages, gap_s=0.0):
+    released, now = [], 0.0
+    for message in messages:
+        order.push(message, now)
+        released += order.ready(now)
+        now += gap_s
+    return released, now
+
+
+def keep_stream_order(released):
+    last = {}
+    for delivery in released:
+        assert parse(delivery.id) > last.get(delivery.producer, (0, 0))
+        last[delivery.producer] = parse(delivery.id)
+
+
+@given(traffic())
+@settings(max_examples=100, deadline=None)
+def test_stream_order_holds_and_loses_nothing_however_messages_arrive(traffic):
+    sent, arrival, _ = traffic
+    released, _ = arrive(StreamOrder(10.0, Counts()), arrival)
+    keep_stream_order(released)
+    assert sorted(map(id, released)) == sorted(map(id, sent))
+
+
+@given(traffic(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_missing_message_holds_its_stream_for_a_bounded_time_and_is_counted(traffic, data):
+    sent, arrival, _ = traffic
+    missing = data.draw(st.sampled_from(sent))
+    counts = Counts()
+    order = StreamOrder(10.0, counts)
+    released, now = arrive(order, [message for message in arrival if message is not missing])
+    after = [m for m in sent if m.producer == missing.producer and parse(m.id) > parse(missing.id)]
+    assert not any(message in released for message in after)
+    released += order.ready(now + 10.0)
+    keep_stream_order(released)
+    assert len(released) == len(sent) - 1
+    assert counts.snapshot()["gaps"] == (1 if after else 0)
+    order.push(missing, now + 11)
+    assert order.ready(now + 11) == [missing]
+    assert counts.snapshot()["late"] == (1 if after else 0)
+
+
+@given(traffic())
+@settings(max_examples=100, deadline=None)
+def test_global_order_is_the_merge_by_the_senders_clocks(traffic):
+    sent, arrival, producers = traffic
+    order = GlobalOrder(10.0, Counts(), tuple(producers))
+    released, now = arrive(order, arrival)
+    released += order.ready(now + 30.0)
+    released += order.ready(now + 60.0)
+    assert released == sorted(sent, key=lambda m: (m.time, m.producer, parse(m.id)))
+
+
+@given(traffic())
+@settings(max_examples=100, deadline=None)
+def test_before_the_hold_runs_out_nothing_overtakes_the_watermark(traffic):
+    _, arrival, producers = traffic
+    order = GlobalOrder(10.0, Counts(), tuple(producers))
+    seen = dict.fromkeys(producers, float("-inf"))
+    for message in arrival:
+        order.push(message, 0.0)
+        seen[message.producer] = max(seen[message.producer], message.time)
+        assert all(released.time <= min(seen.values()) for released in order.ready(0.0))
+
+
+@given(traffic())
+@settings(max_examples=100, deadline=None)
+def test_causes_come_before_their_effects(traffic):
+    sent, arrival, _ = traffic
+    released, _ = arrive(CausalOrder(10.0, Counts()), arrival)
+    assert sorted(map(id, released)) == sorted(map(id, sent))
+    keep_stream_order(released)
+    position = {f"{m.producer}/{m.id}": index for index, m in enumerate(released)}
+    for index, message in enumerate(released):
+        assert all(position[cause] < index for cause in message.after)
+
+
+def test_an_effect_whose_cause_never_comes_is_held_for_a_bounded_time():
+    counts = Counts()
+    order = CausalOrder(10.0, counts)
+    effect = Delivery("1-1", TickEnded(tick=0), 1, "a", 0.0, ("b/1-1",))
+    order.push(effect, 0.0)
+    assert order.ready(9.9) == []
+    assert order.ready(20.0) == [effect]
+    assert counts.snapshot()["late"] == 1

@@ -1,0 +1,213 @@
+"""The programs around a bus, as real processes: killed and started again, and asked what is on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from trainer import COLUMNS, ScriptedTrainer
+
+from esper.bus import open_bus
+from esper.bus.config import EmbeddedConfig, MemoryConfig
+from esper.bus.joining import invite
+from esper.bus.messages import Germinate, TickEnded
+from esper.bus.port import BusPort
+from esper.bus.programs import inspect
+from esper.controllers import ControllerRunner
+from esper.controllers.random import RandomConfig
+from esper.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = {
+    "config": {
+        "seed": 3,
+        "controller": {"name": "random", "count": 12, "earliest": "5%", "latest": "70%", "embargo": "5%"},
+    }
+}
+TICKS = 60
+
+
+def started(program: str, folder: Path, *words: str) -> subprocess.Popen[str]:
+    code = f"import sys; from esper.bus.programs.{program} import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    """What is applied, and when, with the controller in the training process."""
+    bus = open_bus(MemoryConfig(), tmp_path / "inside")
+    settings = dict(RECORD["config"]["controller"].items())
+    runner = ControllerRunner(bus.local, "run", RandomConfig(**settings).build(3))
+    trainer = ScriptedTrainer(BusPort(bus, "run", COLUMNS, runner=runner), TICKS)
+    trainer.start()
+    for _ in range(TICKS):
+        trainer.step()
+    trainer.end()
+    bus.close()
+    return trainer.applied
+
+
+@pytest.mark.parametrize("kills", [0, 2])
+def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_path, undisturbed, kills):
+    assert len(undisturbed) > 12
+    bus = open_bus(EmbeddedConfig(claim_s=1.0, deliveries=50), tmp_path)
+    invite(tmp_path, "run", bus.config, RECORD)
+    trainer = ScriptedTrainer(
+        BusPort(bus, "run", COLUMNS, external=True, deadline_s=30), TICKS, step_s=0.01 if kills else 0
+    )
+    control = started("control", tmp_path)
+    trainer.start()
+    when = set(random.Random(0).sample(range(5, TICKS), kills))
+    for tick in range(TICKS):
+        if tick in when:
+            control.kill()
+            control.wait()
+            control = started("control", tmp_path)
+        trainer.step()
+    trainer.end()
+    assert control.wait(10) == 0
+    bus.close()
+    assert trainer.applied == undisturbed
+
+
+def test_status_tail_and_dead_letters_show_what_is_there(tmp_path, capsys):
+    bus = open_bus(EmbeddedConfig(claim_s=0.05, deliveries=1), tmp_path)
+    invite(tmp_path, "run", bus.config, RECORD)
+    producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "tracker", "one")
+    for tick in range(5):
+        producer.publish(TickEnded(tick=tick))
+    assert producer.flush(5)
+    consumer.ack(consumer.read(2, 1))
+    consumer.read(1, 1)
+    folder = str(tmp_path)
+
+    def ask(*words):
+        assert inspect.main([*words, folder, "--json"]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    (found,) = ask("status")
+    (stream,) = found["streams"]
+    assert (stream["stream"], stream["entries"], stream["last"]) == ("events", 5, "1-5")
+    group = stream["groups"][0]
+    assert (group["name"], group["pending"], group["behind"]) == ("tracker", 1, 2)
+    assert 0 < group["oldest_s"] < 60
+    assert [line["message"]["tick"] for line in ask("tail")] == [0, 1, 2, 3, 4]
+    while not bus.dead_letters("run"):
+        consumer.ack([delivery for delivery in consumer.read(10, 0.05) if delivery.message.tick > 2])
+    ((letter,),) = ask("dead-letters", "list")
+    assert letter["message"] == {"kind": "TickEnded", "tick": 2, "epoch": 0}
+    assert ask("dead-letters", "replay") == [{"replayed": 1}]
+    (again,) = consumer.read(10, 1)
+    assert again.message.tick == 2
+    with pytest.raises(UserError, match="no dead letter 9-9"):
+        inspect.main(["dead-letters", "purge", folder, "--id", "9-9"])
+    assert inspect.main(["dead-letters", "purge", folder]) == 1
+    assert inspect.main(["status", folder]) == 0
+    assert "tracker" in capsys.readouterr().out
+    assert inspect.main(["tail", folder, "--count", "1"]) == 0
+    assert "TickEnded tick=4" in capsys.readouterr().out
+    bus.close()
+
+
+def test_a_folder_without_a_bus_to_join_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="not the folder of a run that others can join"):
+        inspect.main(["status", str(tmp_path)])
+
+
+def test_following_shows_new_messages_as_they_come(tmp_path):
+    bus = open_bus(EmbeddedConfig(), tmp_path)
+    invite(tmp_path, "run", bus.config, RECORD)
+    producer = bus.producer("events", "run")
+    followed = bus.newest("events", "run", 1, follow=True)
+    producer.publish(TickEnded(tick=1))
+    assert producer.flush(5)
+    assert next(followed)[2].body.tick == 1
+    producer.publish(TickEnded(tick=2))
+    began = time.monotonic()
+    assert next(followed)[2].body.tick == 2
+    assert time.monotonic() - began < 2
+    bus.close()
+
+
+def record(folder: Path, tracking: dict) -> dict:
+    from esper.tracking import RunRecord
+
+    made = RunRecord(
+        run="run",
+        name="run",
+        folder=str(folder),
+        outputs=str(folder),
+        started_ms=1_700_000_000_000,
+        config={"seed": 0, "tracking": tracking},
+    )
+    return msgspec.to_builtins(made)
+
+
+def tables(folder: Path) -> dict[str, list[dict]]:
+    import pyarrow.parquet as pq
+
+    return {name: pq.read_table(folder / f"{name}.parquet").to_pylist() for name in ("transitions", "seeds", "metrics")}
+
+
+def history(folder: Path) -> dict[str, list[tuple[int, int, float]]]:
+    """All metric points in the MLflow store of a folder with one run."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    names = [name for name in run.data.metrics if not name.startswith("system/")]
+    return {
+        name: sorted(
+            (point.step, point.timestamp, point.value) for point in client.get_metric_history(run.info.run_id, name)
+        )
+        for name in names
+    }
+
+
+def train_tracked(folder: Path, kills: int, tracking: dict) -> dict[str, list[dict]]:
+    """A run whose tracker is another process, killed so often; what its Parquet files hold."""
+    bus = open_bus(EmbeddedConfig(claim_s=1.0), folder)
+    invite(folder, "run", bus.config, record(folder, tracking))
+    port = BusPort(bus, "run", COLUMNS)
+    trainer = ScriptedTrainer(port, TICKS, step_s=0.01)
+    operator = bus.producer("commands", "run", "operator")
+    track = started("track", folder)
+    trainer.start()
+    for tick in range(TICKS):
+        operator.publish(Germinate(id=f"g{tick}", site="fc1", seed=tick % 6))
+        assert operator.flush(5)
+        while not port.state()["due"]:
+            time.sleep(0.005)
+        if kills and tick % (TICKS // kills) == TICKS // kills - 1:
+            time.sleep(3)  # long enough that it has written something
+            track.kill()
+            track.wait()
+            track = started("track", folder)
+        trainer.step()
+    trainer.end()
+    assert track.wait(90) == 0, track.stderr.read()
+    bus.close()
+    return tables(folder)
+
+
+@pytest.mark.e2e
+def test_an_external_tracker_killed_and_restarted_leaves_the_history_of_an_undisturbed_one(tmp_path):
+    tracking = {"name": "mlflow", "figures": False, "model": False, "system_s": 0.0}
+    undisturbed = train_tracked(tmp_path / "calm", 0, tracking)
+    assert len(undisturbed["transitions"]) > 20
+    assert len(undisturbed["seeds"]) == TICKS * 6
+    assert train_tracked(tmp_path / "killed", 1, tracking) == undisturbed
+    calm, killed = history(tmp_path / "calm"), history(tmp_path / "killed")
+    assert len(calm["train/loss"]) == TICKS
+    assert killed == calm

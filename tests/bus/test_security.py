@@ -1,0 +1,218 @@
+"""TLS, ACL users and passwords that appear nowhere; a server of our own that others cannot enter."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import logging
+import socket
+import ssl
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from faults import wait_until
+
+from esper.bus import open_bus
+from esper.bus.config import EmbeddedConfig, RedisConfig
+from esper.bus.joining import invite
+from esper.bus.messages import TickEnded
+from esper.bus.server.connection import Address, connect
+from esper.errors import UserError
+
+SECRET = "correct-horse-battery"
+RIGHTS = next(
+    line.strip()
+    for line in (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text().splitlines()
+    if line.strip().startswith("~esper:*")
+)
+
+
+def certificate(folder, name, issuer=None):
+    """An EC key and a certificate for 127.0.0.1, signed by ``issuer`` (key, certificate) or by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    signed_by, signing = (issuer[1].subject, issuer[0]) if issuer else (subject, key)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(signed_by)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    if issuer:
+        authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer[0].public_key())
+        built = built.add_extension(authority, critical=False)
+    else:
+        usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+        built = built.add_extension(usage, critical=True)
+    signed = built.sign(signing, hashes.SHA256())
+    plain = serialization.NoEncryption()
+    (folder / f"{name}.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    )
+    (folder / f"{name}.crt").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    return key, signed
+
+
+def relay(source, target):
+    """Copy bytes until either end closes."""
+    try:
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    except OSError:
+        pass
+    finally:
+        for end in (source, target):
+            end.close()
+
+
+def terminate_tls(listener, context, port):
+    """What stunnel does: TLS outside, a plain server inside."""
+    while True:
+        try:
+            plain, _ = listener.accept()
+        except OSError:
+            return
+        try:
+            outside = context.wrap_socket(plain, server_side=True)
+        except (ssl.SSLError, OSError):
+            continue
+        inside = socket.create_connection(("127.0.0.1", port))
+        for pair in ((outside, inside), (inside, outside)):
+            threading.Thread(target=relay, args=pair, daemon=True).start()
+
+
+@pytest.fixture
+def secured(server, tmp_path):
+    """A TLS port that asks for client certificates (the packaged server has no TLS of its own: it sits behind a
+    terminator), and users of whom one has just the rights that docs/operations.md names."""
+    authority = certificate(tmp_path, "authority")
+    for name in ("server", "client"):
+        certificate(tmp_path, name, authority)
+    certificate(tmp_path, "stranger")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tmp_path / "authority.crt")
+    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+    with connect(server.address, 1) as owner:
+        owner.execute_command("ACL", "SETUSER", "esper", "reset", "on", f">{SECRET}", *RIGHTS.split())
+        owner.execute_command("ACL", "SETUSER", "reader", "reset", "on", f">{SECRET}", "~esper:*", "+ping")
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=terminate_tls, args=(listener, context, server.address.port), daemon=True).start()
+    yield listener.getsockname()[1]
+    listener.close()
+
+
+def config(port, folder, **changes):
+    paths = {"tls_ca": "authority.crt", "tls_cert": "client.crt", "tls_key": "client.key"} | changes
+    return RedisConfig(
+        url=f"rediss://127.0.0.1:{port}/0",
+        timeout_s=1,
+        **{name: str(folder / path) if path else "" for name, path in paths.items()},
+    )
+
+
+@pytest.fixture
+def login(monkeypatch):
+    monkeypatch.setenv("ESPER_BUS_USER", "esper")
+    monkeypatch.setenv("ESPER_BUS_PASSWORD", SECRET)
+
+
+def test_messages_travel_over_tls_with_a_user_that_has_only_the_rights_needed(secured, login, tmp_path):
+    bus = open_bus(config(secured, tmp_path), tmp_path)
+    producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "group", "one")
+    producer.publish(TickEnded(tick=1))
+    assert producer.flush(5)
+    (delivery,) = consumer.read(1, 2)
+    consumer.ack([delivery])
+    assert bus.dead_letters("run") == []
+    assert bus.counts()["retries"] == 0
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        bus.client.config_get("*")
+    bus.close()
+
+
+def test_a_server_whose_certificate_nobody_vouches_for_is_refused(secured, login, tmp_path):
+    with pytest.raises(UserError, match=r"no bus answers at rediss://127.0.0.1") as refused:
+        open_bus(config(secured, tmp_path, tls_ca="stranger.crt"), tmp_path)
+    assert SECRET not in str(refused.value)
+
+
+def test_a_client_without_a_certificate_is_refused(secured, login, tmp_path):
+    with pytest.raises(UserError, match="no bus answers"):
+        open_bus(config(secured, tmp_path, tls_cert="", tls_key=""), tmp_path)
+
+
+def test_a_wrong_password_is_a_sentence_without_the_password(secured, monkeypatch, tmp_path):
+    monkeypatch.setenv("ESPER_BUS_USER", "esper")
+    monkeypatch.setenv("ESPER_BUS_PASSWORD", "wrong-" + SECRET)
+    with pytest.raises(UserError, match="does not accept this login") as refused:
+        open_bus(config(secured, tmp_path), tmp_path)
+    assert SECRET not in str(refused.value)
+
+
+def test_a_user_without_rights_is_told_so(secured, monkeypatch, tmp_path):
+    monkeypatch.setenv("ESPER_BUS_USER", "reader")
+    monkeypatch.setenv("ESPER_BUS_PASSWORD", SECRET)
+    bus = open_bus(config(secured, tmp_path), tmp_path)
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        bus.producer("events", "run")
+    bus.close()
+
+
+@pytest.mark.parametrize("url", ["redis://me:secret@host/0", "rediss://:secret@host", "http://host", "redis://host/x"])
+def test_urls_with_credentials_or_without_sense_are_refused_and_credentials_not_repeated(url, tmp_path):
+    with pytest.raises(UserError) as refused:
+        open_bus(RedisConfig(url=url), tmp_path)
+    assert "secret" not in str(refused.value)
+
+
+def test_a_password_is_never_sent_in_the_clear_to_another_machine(login, tmp_path):
+    with pytest.raises(UserError, match="use rediss://"):
+        open_bus(RedisConfig(url="redis://192.0.2.1:6379/0"), tmp_path)
+
+
+def test_no_credential_is_in_logs_notes_or_representations(server, tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    bus = open_bus(EmbeddedConfig(timeout_s=0.2, retry_s=0.1), tmp_path)
+    password = bus.server.note.password
+    invite(tmp_path, "run", bus.config, {})
+    producer = bus.producer("events", "run")
+    bus.server.process.kill()
+    producer.publish(TickEnded(tick=1))
+    assert wait_until(lambda: bus.incidents)
+    private = {"address.json", "valkey.conf"}
+    said = caplog.text + repr(bus.address) + str(bus.incidents) + repr(bus.config)
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.name not in private:
+            said += path.read_bytes().decode(errors="replace")
+    assert password not in said
+    for name in private:
+        assert stat.S_IMODE((tmp_path / "bus" / "server" / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "bus" / "server").stat().st_mode) == 0o700
+    bus.close()
+
+
+def test_the_embedded_server_listens_on_loopback_and_asks_for_its_password(server):
+    stranger = connect(Address("127.0.0.1", server.address.port), 1)
+    with pytest.raises(redis.AuthenticationError):
+        stranger.ping()
+    with connect(server.address, 1) as owner:
+        assert owner.config_get("bind")["bind"] == "127.0.0.1"
+
+
+def test_nobody_answering_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"no bus answers at redis://127.0.0.1:1/0.*bus=embedded"):
+        open_bus(RedisConfig(url="redis://127.0.0.1:1/0", timeout_s=0.2), tmp_path)

@@ -1,0 +1,68 @@
+"""A training run as its bus sees it: stages follow commands, telemetry and events every tick; no network."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from esper.bus.messages import Germinate
+from esper.bus.port import BusPort
+
+COLUMNS = ("stage", "alpha", "mean", "variance", "near_zero", "correlation")
+SEEDS = 6
+
+
+def site() -> dict:
+    return {
+        "name": "fc1",
+        "kind": "linear",
+        "width": 48,
+        "seeds": SEEDS,
+        "blueprint": "mlp",
+        "blueprints": {"mlp": {"parameters": 10, "macs": 10}},
+        "host_parameters": 1000,
+    }
+
+
+class ScriptedTrainer:
+    """Applies Germinate, refuses every third, lets seeds fall dormant again: much to do for a controller."""
+
+    def __init__(self, port: BusPort, total: int, step_s: float = 0.0) -> None:
+        self.port, self.total, self.step_s = port, total, step_s
+        self.stages = [0] * SEEDS
+        self.applied: list[tuple[int, str, int]] = []
+        self.tick = 0
+
+    def start(self) -> None:
+        self.port.started(0, self.total, [site()])
+
+    def step(self) -> None:
+        """One tick."""
+        self.tick += 1
+        for command in self.port.commands(self.tick):
+            self.applied.append((self.tick, command.id, getattr(command, "seed", -1)))
+            ok = isinstance(command, Germinate) and self.stages[command.seed] == 0 and len(self.applied) % 3
+            if ok:
+                self._move(command.seed, 1)
+            self.port.acknowledge(command.id, "applied" if ok else "refused", "" if ok else "not now", self.tick)
+        if self.tick % 7 == 0:
+            for seed, stage in enumerate(self.stages):
+                if stage:
+                    self._move(seed, 9)
+                    self._move(seed, 0)
+        rows = np.zeros((SEEDS, len(COLUMNS)), np.float32)
+        rows[:, 0] = self.stages
+        rows[:, 3] = np.sin(np.arange(SEEDS) + self.tick)
+        self.port.telemetry(self.tick, "fc1", rows)
+        self.port.metrics(self.tick, {"train/loss": 1.0 / self.tick, "validation/loss": 1.0})
+        self.port.end_tick(self.tick)
+        time.sleep(self.step_s)
+
+    def end(self) -> None:
+        self.port.ended(self.tick, "FINISHED", {})
+        self.port.close()
+
+    def _move(self, seed: int, target: int) -> None:
+        source, self.stages[seed] = self.stages[seed], target
+        self.port.transition(self.tick, "fc1", seed, -1, source, target, "test")

@@ -1,0 +1,243 @@
+"""What every bus does, whatever carries the messages."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from esper.bus.counts import Counts
+from esper.bus.messages import Metrics, Telemetry, TickEnded
+from esper.bus.ordering import in_order
+from esper.bus.protocol import Fenced
+
+
+def ticks(deliveries):
+    return [delivery.message.tick for delivery in deliveries]
+
+
+def publish(producer, numbers):
+    for number in numbers:
+        producer.publish(TickEnded(tick=number))
+    assert producer.flush(5)
+
+
+def test_messages_arrive_once_and_in_order(backend, run, collect):
+    bus = backend.open()
+    consumer = bus.consumer("events", run, "group", "one")
+    publish(bus.producer("events", run), range(500))
+    assert ticks(collect(consumer, 500)) == list(range(500))
+    assert consumer.read(10, 0.05) == []
+
+
+def test_ids_count_from_one_without_a_hole_and_each_start_is_a_new_epoch(backend, run, collect):
+    bus = backend.open()
+    consumer = bus.consumer("events", run, "group", "one")
+    for _ in range(2):
+        publish(bus.producer("events", run), range(3))
+    assert [delivery.id for delivery in collect(consumer, 6)] == ["1-1", "1-2", "1-3", "2-1", "2-2", "2-3"]
+    assert bus.counts()["gaps"] == 0
+
+
+def test_a_newer_start_fences_the_old_producer(backend, run, collect):
+    bus = backend.open()
+    old = bus.producer("events", run)
+    publish(old, [1])
+    new = backend.open().producer("events", run)
+    publish(new, [2])
+    with pytest.raises(Fenced):
+        for _ in range(100):
+            old.publish(TickEnded(tick=1000))
+            old.flush(0.5)
+    assert ticks(collect(bus.consumer("events", run, "group", "one"), 3, seconds=1)) == [1, 2]
+
+
+def test_a_group_that_comes_late_reads_from_the_beginning(backend, run, collect):
+    bus = backend.open()
+    publish(bus.producer("events", run), range(10))
+    assert ticks(collect(bus.consumer("events", run, "late", "one"), 10)) == list(range(10))
+
+
+def test_every_group_gets_everything_and_within_a_group_one_member_does(backend, run, collect):
+    bus = backend.open()
+    members = [bus.consumer("events", run, "shared", name) for name in "ab"]
+    alone = bus.consumer("events", run, "alone", "one")
+    publish(bus.producer("events", run), range(200))
+    shared = []
+    while len(shared) < 200:
+        for member in members:
+            got = member.read(5)
+            member.ack(got)
+            shared += ticks(got)
+    assert sorted(shared) == list(range(200))
+    assert ticks(collect(alone, 200)) == list(range(200))
+    assert bus.counts()["gaps"] == 0
+
+
+def test_what_was_not_acknowledged_comes_again_to_the_same_name_at_once(backend, run, collect):
+    bus = backend.open()
+    publish(bus.producer("events", run), range(5))
+    first = bus.consumer("events", run, "group", "one")
+    got = first.read(5, 1)
+    assert len(got) == 5
+    first.ack(got[:2])
+    first.close()
+    again = collect(backend.open().consumer("events", run, "group", "one"), 3, seconds=0.25)
+    assert ticks(again) == [2, 3, 4]
+    assert [delivery.deliveries for delivery in again] == [2, 2, 2]
+
+
+def test_a_dead_members_messages_are_claimed_within_its_claim_time_and_a_second(backend, run):
+    bus = backend.open()
+    publish(bus.producer("events", run), range(5))
+    dead = bus.consumer("events", run, "group", "dead")
+    assert len(dead.read(5, 1)) == 5
+    died = time.monotonic()
+    alive = bus.consumer("events", run, "group", "alive")
+    found = []
+    while len(found) < 5 and time.monotonic() - died < 5:
+        got = alive.read(10, 0.05)
+        alive.ack(got)
+        found += got
+    assert time.monotonic() - died < bus.config.claim_s + 1
+    assert ticks(found) == list(range(5))
+    assert {delivery.deliveries for delivery in found} == {2}
+
+
+def test_a_message_never_acknowledged_becomes_a_dead_letter_after_n_deliveries(backend, run):
+    bus = backend.open(claim_s=0.05)
+    publish(bus.producer("events", run), [7])
+    consumer = bus.consumer("events", run, "group", "one")
+    seen = []
+    deadline = time.monotonic() + 5
+    while not bus.dead_letters(run) and time.monotonic() < deadline:
+        seen += [delivery.deliveries for delivery in consumer.read(10, 0.02)]
+    assert seen == [1, 2, 3]
+    (letter,) = bus.dead_letters(run)
+    assert letter.message == TickEnded(tick=7)
+    assert (letter.stream, letter.origin, letter.group, letter.deliveries) == ("events", "1-1", "group", 3)
+    assert "3 times" in letter.reason
+    assert consumer.read(10, 0.2) == []
+    assert bus.counts()["dead_letters"] == 1
+
+
+def test_a_dead_letter_can_be_replayed_and_purged(backend, run, collect):
+    bus = backend.open(claim_s=0.05)
+    publish(bus.producer("events", run), [7, 8])
+    consumer = bus.consumer("events", run, "group", "one")
+    deadline = time.monotonic() + 5
+    while len(bus.dead_letters(run)) < 2 and time.monotonic() < deadline:
+        consumer.read(10, 0.02)
+    first, second = bus.dead_letters(run)
+    assert bus.replay(run, [first.id]) == 1
+    (again,) = collect(consumer, 1)
+    assert (again.message, again.deliveries) == (TickEnded(tick=7), 1)
+    assert bus.purge(run, [second.id]) == 1
+    assert bus.dead_letters(run) == []
+    assert consumer.read(10, 0.1) == []
+
+
+def test_acknowledging_twice_is_harmless(backend, run):
+    bus = backend.open()
+    publish(bus.producer("events", run), [1])
+    consumer = bus.consumer("events", run, "group", "one")
+    got = consumer.read(1, 1)
+    consumer.ack(got)
+    consumer.ack(got)
+    assert consumer.read(1, 0.05) == []
+
+
+def test_several_producers_of_a_stream_keep_their_own_numbering(backend, run, collect):
+    bus = backend.open()
+    for name in ("controller", "operator"):
+        publish(bus.producer("commands", run, name), range(4))
+    found = collect(bus.consumer("commands", run, "group", "one"), 8)
+    for name in ("controller", "operator"):
+        own = [delivery for delivery in found if delivery.producer == name]
+        assert [delivery.id for delivery in own] == ["1-1", "1-2", "1-3", "1-4"]
+        assert ticks(own) == list(range(4))
+
+
+@pytest.mark.parametrize("order", ["none", "stream", "global", "causal"])
+def test_any_order_can_be_had_of_any_bus(backend, run, order):
+    bus = backend.open()
+    producers = {name: bus.producer("events", run, name) for name in ("trainer", "observer")}
+    plain = bus.consumer("events", run, "group", "one")
+    consumer = in_order(plain, order, 0.2, Counts(), tuple(producers))
+    for number in range(20):
+        cause = (f"trainer/1-{number + 1}",)
+        producers["observer"].publish(TickEnded(tick=number), cause)
+        time.sleep(0.001)
+        producers["trainer"].publish(TickEnded(tick=number))
+    assert all(producer.flush(5) for producer in producers.values())
+    found, deadline = [], time.monotonic() + 5
+    while len(found) < 40 and time.monotonic() < deadline:
+        got = consumer.read(7, 0.05)
+        consumer.ack(got)
+        found += got
+    assert len(found) == 40
+    for name in producers:
+        assert ticks([delivery for delivery in found if delivery.producer == name]) == list(range(20))
+    names = [(delivery.producer, delivery.message.tick) for delivery in found]
+    if order == "global":
+        assert [delivery.time for delivery in found] == sorted(delivery.time for delivery in found)
+    if order == "causal":
+        assert all(names.index(("trainer", n)) < names.index(("observer", n)) for n in range(20))
+    consumer.close()
+
+
+def test_runs_do_not_see_each_other(backend, run, collect):
+    bus = backend.open()
+    publish(bus.producer("events", run + "/a"), [1])
+    publish(bus.producer("events", run + "/b"), [2])
+    assert ticks(collect(bus.consumer("events", run + "/a", "group", "one"), 2, seconds=0.3)) == [1]
+
+
+def test_reading_waits_for_the_first_message_and_no_longer(backend, run):
+    bus = backend.open()
+    consumer = bus.consumer("events", run, "group", "one")
+    bus.producer("events", run)
+    start = time.monotonic()
+    assert consumer.read(1, 0.3) == []
+    assert 0.25 < time.monotonic() - start < 1
+
+
+def test_messages_beyond_memory_wait_on_disk_and_come_back_in_order(backend, run, collect):
+    bus = backend.open(memory_mb=1, spool_mb=64)
+    consumer = bus.consumer("events", run, "group", "one")
+    producer = bus.producer("events", run)
+    big = {f"metric/{i}": float(i) for i in range(200)}
+    for number in range(12_000):
+        producer.publish(Metrics(tick=number, values=big) if number % 1000 == 0 else TickEnded(tick=number))
+    assert producer.flush(10)
+    assert ticks(collect(consumer, 12_000, seconds=20)) == list(range(12_000))
+    assert bus.counts()["dropped"] == 0
+
+
+def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(run, tmp_path, server):
+    from esper.bus.config import MemoryConfig
+    from esper.bus.memory import MemoryBus
+
+    bus = MemoryBus(MemoryConfig(memory_mb=1, spool_mb=1), tmp_path)
+    consumer = bus.consumer("telemetry", run, "group", "one")
+    producer = bus.producer("telemetry", run)
+    for number in range(60):
+        producer.publish(Telemetry(site="a", ticks=[number], seeds=1, columns=["x"], data=bytes(50_000)))
+    producer.publish(Telemetry(site="a", ticks=[60], seeds=1, columns=["x"], data=b""))
+    got = [delivery for _ in range(10) for delivery in consumer.read(100)]
+    assert bus.counts()["dropped"] == bus.counts()["gaps"] == 61 - len(got) > 0
+    bus.close()
+
+
+@pytest.mark.parametrize("codec", ["raw", "delta"])
+def test_telemetry_comes_out_as_it_went_in(backend, run, codec, collect):
+    bus = backend.open() if backend.name == "memory" else backend.open(codec=codec)
+    rows = np.random.default_rng(0).normal(size=(4, 50, 12)).astype(np.float32)
+    rows[0, 0, :3] = (np.nan, np.inf, -0.0)
+    sent = Telemetry(site="a", ticks=[0, 1, 2, 3], seeds=50, columns=list("abcdefghijkl"), data=rows.tobytes())
+    producer = bus.producer("telemetry", run)
+    producer.publish(sent)
+    assert producer.flush(5)
+    (delivery,) = collect(bus.consumer("telemetry", run, "group", "one"), 1)
+    assert delivery.message == sent
