@@ -1,0 +1,144 @@
+"""``summary.json``: one run in numbers, read by the end-of-run report, comparisons and whoever opens the folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+NAME = "summary.json"
+
+
+class BranchSummary(TypedDict, total=False):
+    """One branch: ``seed`` is −1 for a block, ``path`` lists [stage name, tick].
+
+    ``gain`` is loss off − loss on, ``gain_bound`` its lower confidence bound; None where it was never judged.
+    """
+
+    site: str
+    seed: int
+    branch: int
+    generation: int
+    blueprint: str
+    strategy: str
+    path: list[list[Any]]
+    gain: float | None
+    gain_bound: float | None
+    parameters: int
+
+
+class GateSummary(TypedDict, total=False):
+    """A gate over the whole run: how often asked and passed, and the value that came closest to its threshold."""
+
+    closest: float | None
+    threshold: float | None
+    asked: int
+    passed: int
+
+
+class MetricsSummary(TypedDict):
+    """Values by name: ``test/…`` and ``validation/…`` at the end, and the best validation values."""
+
+    final: dict[str, float]
+    best: dict[str, float]
+
+
+class SeedsSummary(TypedDict):
+    """How often a seed entered these stages."""
+
+    germinated: int
+    fossilized: int
+    culled: int
+    cancelled: int
+    rolled_back: int
+
+
+class ParametersSummary(TypedDict):
+    """Parameters of the host before, and of host and kept branches after."""
+
+    before: int
+    after: int
+
+
+class SecondsSummary(TypedDict, total=False):
+    """Wall time of the step loop, and of it on shadow forwards and on judging."""
+
+    total: float
+    shadow: float
+    judge: float
+
+
+class ControlSummary(TypedDict, total=False):
+    """Metrics of the host alone, by the names in ``metrics.final``; None where no control was run."""
+
+    same_steps: dict[str, float] | None
+    same_macs: dict[str, float] | None
+
+
+class Summary(TypedDict, total=False):
+    """Everything in ``summary.json``. MACs count training alone; ``fingerprint`` knows no clock; ``bus`` counts messages of this process."""
+
+    run: str
+    name: str
+    status: str
+    primary: str
+    direction: str
+    ticks: int
+    steps: int
+    metrics: MetricsSummary
+    seeds: SeedsSummary
+    branches: list[BranchSummary]
+    gates: dict[str, GateSummary]
+    refusals: dict[str, int]
+    parameters: ParametersSummary
+    macs: int
+    seconds: SecondsSummary
+    control: ControlSummary
+    environment: dict[str, Any]
+    fingerprint: str
+    alerts: list[dict[str, Any]]
+    bus: dict[str, int]
+    output: str
+    config_hash: str
+
+
+def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write ``summary.json`` into ``folder`` in one move, keys sorted, NaN and infinities as null; its path."""
+    path = Path(folder) / NAME
+    text = json.dumps(plain(summary), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """Inverse of ``write_summary``; raises FileNotFoundError when the run left none."""
+    return json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON knows it: text keys, lists, and None for numbers that are not finite.
+
+    Raises TypeError for what is neither a mapping, a sequence, a number, text, a path nor None.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value) if isinstance(value, set | frozenset) else value
+        return [plain(item) for item in items]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):  # NumPy and torch scalars
+        return plain(value.item())
+    raise TypeError(f"{type(value).__name__} has no place in a summary: {value!r}")

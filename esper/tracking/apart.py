@@ -1,0 +1,113 @@
+"""A tracker whose work is done by another process, so that training keeps its interpreter to itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import esper
+from esper.bus.messages import Message
+from esper.tracking import frames
+from esper.tracking.config import MlflowConfig
+from esper.tracking.record import RunRecord
+from esper.tracking.tracker import TrackerError
+
+LOG = "tracker.log"
+
+
+class MlflowApart:
+    """Hands everything to ``esper.tracking.worker``; its errors come back as TrackerError."""
+
+    called = "MLflow"
+
+    def __init__(self, config: MlflowConfig) -> None:
+        self.config = config
+        self.wants_model = config.model
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def open(self, record: RunRecord) -> None:
+        """Start the process and wait until the MLflow run exists (seconds; the caller is a thread of its own)."""
+        Path(record.folder).mkdir(parents=True, exist_ok=True)
+        self._log = Path(record.folder) / LOG
+        root = str(Path(esper.__file__).resolve().parents[1])
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
+            "OMP_NUM_THREADS": "1",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"),  # its 7 take minutes
+            "CUDA_VISIBLE_DEVICES": "",  # its copy of torch must not touch the trainer's GPU; NVML sees it all the same
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "esper.tracking.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                start_new_session=True,  # Ctrl-C in the terminal is for the trainer
+            )  # fmt: skip
+        self._ask(frames.Open(self.config, record))
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Pass on; a slow process makes this wait, and the bus holds what comes meanwhile."""
+        self._send(frames.Record(list(messages)))
+
+    def flush(self) -> None:
+        """Wait until everything passed on is in the store."""
+        self._ask(frames.Flush())
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """End the run and the process."""
+        try:
+            self._ask(frames.Close(status, dict(summary)))
+        finally:
+            self._stop()
+
+    def _ask(self, frame: frames.Frame) -> None:
+        self._send(frame)
+        process = self._process
+        assert process is not None and process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], self.config.close_s)
+        if not ready:
+            self._stop()
+            raise TrackerError(
+                f"the tracking process did not answer within {self.config.close_s:.0f} s (tracking.close_s)"
+            )
+        self._answer()
+
+    def _answer(self) -> None:
+        assert self._process is not None and self._process.stdout is not None
+        try:
+            reply = frames.read(self._process.stdout, frames.Reply)
+        except EOFError:
+            code = self._process.wait()
+            raise TrackerError(
+                f"the tracking process ended with code {code}; its last words are in {self._log}"
+            ) from None
+        if reply.error:
+            raise TrackerError(reply.error)
+
+    def _send(self, frame: frames.Frame) -> None:
+        assert self._process is not None and self._process.stdin is not None, "open() comes first"
+        try:
+            frames.write(self._process.stdin, frame)
+        except BrokenPipeError:
+            self._answer()  # it said why before it went, or not even that
+            raise TrackerError(f"the tracking process went away; its last words are in {self._log}") from None
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(BrokenPipeError):  # it has gone already
+            process.stdin.close()  # type: ignore[union-attr]
+        try:
+            process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+        if self._log.exists() and not self._log.stat().st_size:
+            self._log.unlink()

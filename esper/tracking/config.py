@@ -1,0 +1,51 @@
+"""Settings of group ``tracking``: where a run's story is kept besides its own folder."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.fields import setting
+from esper.processes import TrackerPlace
+
+
+@dataclass
+class NoneConfig(TrackerPlace):
+    """The Parquet files of the run's folder and nothing else."""
+
+    name: str = "none"
+
+
+@dataclass
+class CsvConfig(TrackerPlace):
+    """``metrics.csv`` and ``events.jsonl`` in the run's folder."""
+
+    name: str = "csv"
+    figures: bool = setting(True, help="draw the figures at the end of the run")
+
+
+@dataclass
+class MlflowConfig(TrackerPlace):
+    """An MLflow run for every run, written by a process of its own."""
+
+    name: str = "mlflow"
+    uri: str = setting("", help="tracking URI; empty: sqlite in mlflow.db of the outputs folder")
+    experiment: str = setting("esper", help="MLflow experiment that the run belongs to")
+    figures: bool = setting(True, help="draw the figures at the end of the run and log them")
+    model: bool = setting(True, help="log the final model with its signature")
+    points: int = setting(500, low=2, high=100_000, help="values a per-site aggregate gets over the run, at most")
+    system_s: float = setting(5.0, low=0.0, high=3600.0, unit="s", help="interval of system metrics; 0: none")
+    close_s: float = setting(120.0, low=1.0, unit="s", help="how long the end of a run waits for the tracker")
+
+
+def tracking_uri(config: MlflowConfig, outputs: str) -> str:
+    """The URI in the settings, or sqlite in ``outputs`` (a folder, made absolute)."""
+    return config.uri or f"sqlite:///{Path(outputs).resolve()}/mlflow.db"
+
+
+def ui_command(uri: str) -> str:
+    """What to type to see the runs kept at ``uri`` in a browser."""
+    if uri.startswith(("http://", "https://")):
+        return uri
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

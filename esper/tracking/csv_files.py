@@ -1,0 +1,81 @@
+"""``metrics.csv`` and ``events.jsonl``: a run's story for eyes, spreadsheets and ``grep``."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+
+from esper.bus.messages import Message, Metrics, RunStarted, Telemetry, TickEnded
+from esper.tracking.config import CsvConfig
+from esper.tracking.record import RunRecord
+
+
+class CsvFiles:
+    """Appends as messages come; a resumed run first cuts off what it is going to say again."""
+
+    wants_model = False
+    called = "writing the CSV files"
+
+    def __init__(self, config: CsvConfig) -> None:
+        self.config = config
+        self._encode = msgspec.json.Encoder()
+
+    def open(self, record: RunRecord) -> None:
+        """Open both files in the run's folder for appending."""
+        self.record_of_run = record
+        folder = Path(record.folder)
+        self._paths = (folder / "metrics.csv", folder / "events.jsonl")
+        self._metrics, self._events = (path.open("a", newline="", encoding="utf-8") for path in self._paths)
+        self._writer = csv.writer(self._metrics)
+        if self._metrics.tell() == 0:
+            self._writer.writerow(["tick", "name", "value"])
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Metrics to the one file, every other event to the other; telemetry rows are in seeds.parquet."""
+        for message in messages:
+            if isinstance(message, Metrics):
+                self._writer.writerows([message.tick, name, value] for name, value in message.values.items())
+            elif not isinstance(message, Telemetry | TickEnded):
+                if isinstance(message, RunStarted):
+                    self._cut_after(message.tick)
+                self._events.write(self._encode.encode(message).decode() + "\n")
+
+    def _cut_after(self, tick: int) -> None:
+        """Forget what an earlier life of this run said about ticks it is now going through again."""
+        self.flush()
+        metrics, events = self._paths
+        lines = _whole_lines(metrics)
+        _rewrite(self._metrics, [line for n, line in enumerate(lines) if n == 0 or int(line.split(",", 1)[0]) <= tick])
+        events_before = [line for line in _whole_lines(events) if msgspec.json.decode(line)["tick"] <= tick]
+        _rewrite(self._events, events_before if tick > 0 else [])
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self._metrics.flush()
+        self._events.flush()
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Close the files and draw the figures."""
+        self._metrics.close()
+        self._events.close()
+        if self.config.figures:
+            from esper.tracking.figures import draw_all
+
+            draw_all(Path(self.record_of_run.folder))
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines with their ends; a process killed while writing left its last one without."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def _rewrite(file: TextIO, lines: list[str]) -> None:
+    file.seek(0)
+    file.truncate()
+    file.writelines(lines)
+    file.flush()

@@ -1,0 +1,242 @@
+"""One run as an MLflow run: parameters, tags, data set, metrics, files and the final model."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esper.bus.messages import Alert, Message, Metrics, RunStarted, Telemetry
+from esper.tracking.aggregate import Aggregates, Point
+from esper.tracking.config import MlflowConfig, tracking_uri
+from esper.tracking.continued import Continued
+from esper.tracking.description import description
+from esper.tracking.record import RunRecord
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+BATCH = 1000  # MLflow's own limit of metrics in a call
+NAMES = 100  # and of parameters or tags
+NOTE = "mlflow.json"
+KEPT = ("*.parquet", "*.log", "*.json", "*.jsonl", "*.csv", "*.yaml")
+
+
+class MlflowRun:
+    """Writes to the store itself: seconds of import and of Python, so it belongs into a process of its own.
+
+    Timestamps are the run's start plus the tick in milliseconds: a value said twice is stored once. NaN is stored as
+    NaN, infinities too (the store would turn them into 1.8e308); ``metrics.parquet`` keeps what they were.
+    """
+
+    wants_model: bool
+
+    def __init__(self, config: MlflowConfig) -> None:
+        self.config = config
+        self.wants_model = config.model
+
+    def open(self, record: RunRecord) -> None:
+        """Create the MLflow run, or continue the one this folder's run had before."""
+        from esper.tracking.mlflow_store import experiment_id, quiet_client, start_monitor
+
+        self._record = record
+        self._uri = tracking_uri(self.config, record.outputs)
+        self._client: MlflowClient = quiet_client(self._uri)
+        experiment = experiment_id(self._client, self._uri, self.config.experiment)
+        self._aggregates = Aggregates(self.config.points)
+        self._waiting: list[Point] = []
+        self._tick, self._not_finite = 0, ""
+        self._alerts: Counter[str] = Counter()
+        known = record.mlflow_run or _noted(record.folder, self._uri) or self._unnoted(experiment)
+        self._before: Continued | None = None
+        if known:
+            self._continue(known)
+        else:
+            self._create(experiment)
+        self._describe()
+        self._monitor = start_monitor(self.run_id, self._uri, self.config.system_s, resumed=bool(known))
+
+    def _create(self, experiment: str) -> None:
+        record = self._record
+        tags = dict(record.tags) | {"esper.run": record.run, "esper.folder": record.folder} | _source(record)
+        if record.parent:
+            tags["mlflow.parentRunId"] = record.parent
+        run = self._client.create_run(experiment, start_time=record.started_ms, tags=tags, run_name=record.name)
+        self.run_id, self._started_ms = run.info.run_id, run.info.start_time
+        note = {"uri": self._uri, "experiment": experiment, "run": self.run_id}
+        path = Path(record.folder) / NOTE
+        beside = path.with_name(f".{NOTE}.{os.getpid()}")
+        beside.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+
+    def _unnoted(self, experiment: str) -> str:
+        """The MLflow run that a killed process created for this run and did not live to note, or nothing."""
+        record = self._record
+        quote = '"' if "'" in record.run else "'"
+        found = self._client.search_runs([experiment], f"tags.`esper.run` = {quote}{record.run}{quote}", max_results=1000)
+        same = [run for run in found if run.data.tags.get("esper.folder") == record.folder]
+        return same[0].info.run_id if same else ""
+
+    def _continue(self, run_id: str) -> None:
+        run = self._client.get_run(run_id)
+        self.run_id, self._started_ms = run_id, run.info.start_time
+        self._client.update_run(run_id, status="RUNNING")
+        self._before = Continued(self._client, run_id)
+
+    def _describe(self) -> None:
+        """Parameters, data set and the full config; what a continued run knows already is not said anew."""
+        from mlflow.entities import Param
+
+        record, client = self._record, self._client
+        before = client.get_run(self.run_id)
+        new = [
+            Param(_legal(key), value)
+            for key, value in sorted(record.changed.items())
+            if _legal(key) not in before.data.params
+        ]
+        for start in range(0, len(new), NAMES):
+            client.log_batch(self.run_id, params=new[start : start + NAMES])
+        if record.dataset and not before.inputs.dataset_inputs:
+            self._log_dataset()
+        if record.config:
+            client.log_dict(self.run_id, record.config, "config.yaml")
+
+    def _log_dataset(self) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        data = self._record.dataset
+        assert data is not None
+        # MLflow keeps 36 characters of a digest; the source holds all of it
+        source = json.dumps({"description": data.description, "sha256": data.digest})
+        profile = json.dumps(data.sizes)
+        entry = Dataset(data.name, data.digest[:36], "local", source, profile=profile)
+        self._client.log_inputs(self.run_id, [DatasetInput(entry, [])])
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Metrics as they are, telemetry as aggregates, alerts as a count; everything else is in the files."""
+        for message in messages:
+            match message:
+                case Metrics():
+                    self._waiting += [
+                        (message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name)
+                    ]
+                case Telemetry():
+                    self._waiting += self._aggregates.points(message)
+                case RunStarted():
+                    self._aggregates.plan(message.total_ticks)
+                    if self._before is not None:
+                        self._aggregates.go_on(self._before.seeds_until(message.tick))
+                        self._alerts.update(self._before.alerts_until(message.tick))
+                case Alert():
+                    self._alerts[message.level] += 1
+                    self._waiting.append((message.tick, f"alerts/{message.level}", float(self._alerts[message.level])))
+            self._tick = max(self._tick, getattr(message, "tick", 0))
+        if len(self._waiting) >= BATCH:
+            self.flush()
+
+    def _is_news(self, tick: int, name: str) -> bool:
+        """What a clock said differs when a resumed run says it again; the first word stands."""
+        return self._before is None or "second" not in name.rsplit("/", 1)[-1] or tick > self._before.last_tick(_legal(name))
+
+    def flush(self) -> None:
+        """Send what waits, at most 1000 values a call."""
+        from mlflow.entities import Metric
+
+        waiting, self._waiting = self._waiting, []
+        for start in range(0, len(waiting), BATCH):
+            batch = []
+            for tick, name, value in waiting[start : start + BATCH]:
+                if not math.isfinite(value):
+                    self._note_not_finite(tick, name)
+                    value = math.nan
+                batch.append(Metric(_legal(name), value, self._started_ms + tick, tick))
+            self._client.log_batch(self.run_id, metrics=batch)
+
+    def _note_not_finite(self, tick: int, name: str) -> None:
+        if not self._not_finite:
+            self._not_finite = f"{name} at tick {tick}"
+            self._client.set_tag(self.run_id, "not_finite", self._not_finite)
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Final values, figures, files, the model; then the run ends with ``status``."""
+        try:
+            self._waiting += [(self._tick, name, value) for name, value in final_values(summary)]
+            self.flush()
+            self._client.set_tag(self.run_id, "mlflow.note.content", description(summary))
+            self._log_files()
+            if self.config.model:
+                self._log_model()
+        except BaseException:
+            status = "FAILED"
+            raise
+        finally:
+            if self._monitor:
+                self._monitor.finish()
+            self._client.set_terminated(self.run_id, status, end_time=int(time.time() * 1000))
+
+    def _log_files(self) -> None:
+        folder = Path(self._record.folder)
+        if self.config.figures:
+            from esper.tracking.figures import draw_all
+
+            draw_all(folder)
+        for pattern in KEPT:
+            for path in sorted(folder.glob(pattern)):
+                said = path.name == NOTE or (path.name == "config.yaml" and self._record.config)
+                if not said and path.stat().st_size:
+                    self._client.log_artifact(self.run_id, str(path))
+        if (folder / "figures").is_dir():
+            self._client.log_artifacts(self.run_id, str(folder / "figures"), "figures")
+
+    def _log_model(self) -> None:
+        from esper.tracking.mlflow_store import log_model
+        from esper.tracking.model import PROGRAM, SAMPLE
+
+        folder = Path(self._record.folder)
+        if (folder / PROGRAM).exists():
+            log_model(self._uri, self.run_id, folder / PROGRAM, folder / SAMPLE)
+
+
+def final_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """``final/…`` and ``best/…`` metrics and the counts of seeds, as the interface shows only last values."""
+    found = []
+    for moment in ("final", "best"):
+        values = (summary.get("metrics") or {}).get(moment) or {}
+        found += [(f"{moment}/{name}", float(value)) for name, value in values.items() if value is not None]
+    found += [(f"final/seeds/{name}", float(count)) for name, count in (summary.get("seeds") or {}).items()]
+    for when, values in (summary.get("control") or {}).items():
+        tested = {name.removeprefix("test/"): value for name, value in values.items() if name.startswith("test/")}
+        found += [(f"final/host_alone/{name}_{when}", float(value)) for name, value in tested.items() if value is not None]
+    return found
+
+
+def _source(record: RunRecord) -> dict[str, str]:
+    """What MLflow's own columns *User*, *Source* and *Version* show."""
+    tags = {"mlflow.source.name": "esper", "mlflow.source.type": "LOCAL"}
+    with contextlib.suppress(KeyError, OSError):  # a user without a name
+        tags["mlflow.user"] = getpass.getuser()
+    if "git_commit" in record.tags:
+        tags["mlflow.source.git.commit"] = record.tags["git_commit"].partition("+")[0]
+    return tags
+
+
+def _legal(name: str) -> str:
+    """MLflow takes letters, digits and ``_-. :/`` in names."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _noted(folder: str, uri: str) -> str:
+    """The MLflow run that this folder's run had before in the same store, or nothing."""
+    path = Path(folder) / NOTE
+    if not path.exists():
+        return ""
+    note = json.loads(path.read_text(encoding="utf-8"))
+    return note["run"] if note["uri"] == uri else ""

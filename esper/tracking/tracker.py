@@ -1,0 +1,43 @@
+"""The interface of everything that listens to a run: four methods, called from one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from esper.bus.messages import Message, Telemetry
+from esper.errors import TrackerError as TrackerError
+from esper.tracking.record import RunRecord
+
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+
+class Tracker(Protocol):
+    """Keeps what the bus says about one run."""
+
+    wants_model: bool
+
+    def open(self, record: RunRecord) -> None:
+        """Before the first message; a run known from before (resumed) is continued."""
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Take a batch of messages; they may still be in memory on return."""
+
+    def flush(self) -> None:
+        """Make durable what was recorded: after this the messages are acknowledged."""
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """End with one of STATUSES; ``summary`` is that of RunEnded, empty when the run did not get there."""
+
+
+def rows(message: Telemetry) -> np.ndarray:
+    """The values of a telemetry message, float32 ``[ticks, seeds, columns]``, read-only.
+
+    Raises TrackerError for a codec that is not ``raw``: the bus decodes before it delivers.
+    """
+    if message.codec != "raw":
+        raise TrackerError(f"telemetry of site {message.site!r} came in codec {message.codec!r}, expected 'raw'")
+    shape = (len(message.ticks), message.seeds, len(message.columns))
+    return np.frombuffer(message.data, dtype="<f4").reshape(shape)

@@ -1,0 +1,79 @@
+"""``python -m esper.tracking.worker``: the process in which MLflow lives, driven by frames on standard input.
+
+Apart from the training process because MLflow is Python through and through: in a thread its import and every batch
+would hold the interpreter that the training steps need. When the training process goes without a word, the run is
+marked KILLED here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from typing import BinaryIO
+
+from esper.tracking import frames
+from esper.tracking.mlflow_run import MlflowRun
+from esper.tracking.mlflow_store import warm
+
+
+def serve(asks: BinaryIO, answers: BinaryIO) -> int:
+    """Handle frames until Close, end of input or an error, which is reported and ends the run as FAILED."""
+    run: MlflowRun | None = None
+    warming: threading.Thread | None = None
+    try:
+        while True:
+            frame = frames.read(asks)
+            match frame:
+                case frames.Open():
+                    opened = MlflowRun(frame.config)
+                    opened.open(frame.record)
+                    run = opened
+                    if frame.config.model or frame.config.figures:
+                        warming = threading.Thread(target=warm, daemon=True)
+                        warming.start()
+                case frames.Record():
+                    assert run is not None
+                    run.record(frame.messages)
+                    continue
+                case frames.Flush():
+                    assert run is not None
+                    run.flush()
+                case frames.Close():
+                    assert run is not None
+                    if warming:
+                        warming.join()  # two threads must not be inside torch.export
+                    ending, run = run, None
+                    ending.close(frame.status, frame.summary)
+            frames.write(answers, frames.Reply())
+            if isinstance(frame, frames.Close):
+                return 0
+    except EOFError:
+        if run is not None:
+            run.close("KILLED", {})
+        return 1
+    except Exception as error:  # told to the training process, which raises it at the end of the run
+        traceback.print_exc()
+        frames.write(answers, frames.Reply(f"{type(error).__name__}: {error}"))
+        if run is not None:
+            run.close("FAILED", {})
+        return 1
+
+
+def main() -> int:
+    """Leave the processor to training and Ctrl-C to the training process, which then says how the run ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)
+    warnings.filterwarnings("ignore", "No complete tensor found in the group")  # torch.export of tied or sliced weights
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints goes to the log, not into the answers
+    code = serve(sys.stdin.buffer, answers)
+    sys.stdout.flush()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

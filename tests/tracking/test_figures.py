@@ -1,0 +1,143 @@
+"""Figures come from the recorded files alone, and are there exactly when there is something to see."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from esper.bus.messages import GateResult, Metrics, RunStarted, Transition
+from esper.lifecycle.stages import Stage
+from esper.tracking.figures import draw_all
+from esper.tracking.figures.curves import learning_curves
+from esper.tracking.figures.gates import gate_margins
+from esper.tracking.figures.story import read_story
+from esper.tracking.figures.style import STAGE_COLOURS, STAGE_LETTERS
+from esper.tracking.figures.timeline import MAX_ROWS, stage_timeline
+from esper.tracking.parquet import ParquetFiles
+
+
+def recorded(record, messages) -> Path:
+    tracker = ParquetFiles()
+    tracker.open(record)
+    tracker.record(messages)
+    tracker.close("FINISHED", {})
+    return Path(record.folder)
+
+
+@pytest.fixture
+def folder(record, story) -> Path:
+    return recorded(record, [message for _, message in story(200)])
+
+
+def test_a_run_that_grew_has_all_three_figures(folder: Path):
+    drawn = draw_all(folder)
+    assert [path.name for path in drawn] == ["stages.png", "learning.png", "gates.png"]
+    for path in drawn:
+        image = imread(path)
+        assert image.shape[1] >= 800 and len(np.unique((image[::7, ::7, :3] * 255).astype(int) @ [65536, 256, 1])) > 10
+
+
+def test_a_life_is_the_path_from_germination_on(folder: Path):
+    story = read_story(folder)
+    assert [(life.site, life.seed) for life in story.lives] == [("layers.0", 1), ("layers.0", 3), ("layers[1]", 0)]
+    assert [stage for stage, _ in story.lives[1].path] == [
+        "GERMINATED",
+        "TRAINING",
+        "GRAFTING",
+        "STABILIZATION",
+        "EVALUATING",
+        "CULLED",
+        "DORMANT",
+    ]
+    assert story.last == 200
+    assert story.lives[0].label == "layers.0 · seed 1 · mlp"
+
+
+def test_the_timeline_has_a_bar_for_every_stage_of_every_branch(folder: Path):
+    story = read_story(folder)
+    axes = stage_timeline(story).axes[0]
+    bars = [bar for container in axes.containers for bar in container]
+    assert len(bars) == sum(len([s for s, _ in life.path if s != "DORMANT"]) for life in story.lives)
+    first = story.lives[0].path
+    assert bars[0].get_x() == first[0][1] and bars[0].get_width() == first[1][1] - first[0][1]
+
+
+def test_curves_are_drawn_against_ticks_and_against_macs(folder: Path):
+    story = read_story(folder)
+    figure = learning_curves(story)
+    by_tick, by_macs = figure.axes[0], figure.axes[1]
+    assert by_tick.get_xlim()[1] == 200
+    assert by_macs.get_xlim()[1] == pytest.approx(story.metrics["cost/macs"][1][-1])
+    germinated = [
+        line.get_xdata()[0] for line in by_tick.lines if len(line.get_xdata()) == 2 and line.get_color() == "#666666"
+    ]
+    assert germinated == [20, 40, 60]
+
+
+def test_margins_are_value_minus_threshold_and_nan_lies_on_the_floor(record):
+    messages = [
+        GateResult(tick=t, site="a", seed=0, branch=0, gate="gain", value=v, threshold=0.5, passed=v >= 0.5)
+        for t, v in enumerate((0.1, math.nan, 0.7))
+    ]
+    figure = gate_margins(read_story(recorded(record, messages)))
+    values = figure.axes[0].lines[0].get_ydata()
+    assert values[[0, 2]] == pytest.approx([-0.4, 0.2]) and values[1] < -0.4
+
+
+def test_no_marker_lies_outside_its_panel(folder: Path):
+    for axes in gate_margins(read_story(folder)).axes[:5]:
+        low, high = axes.get_ylim()
+        assert all(low < y < high for line in axes.lines for y in line.get_ydata())
+
+
+def test_without_growth_there_are_learning_curves_only(record):
+    folder = recorded(
+        record,
+        [
+            RunStarted(tick=0, total_ticks=2, sites=[]),
+            Metrics(tick=1, values={"train/loss": 1.0}),
+            Metrics(tick=2, values={"train/loss": 0.5}),
+        ],
+    )
+    assert [path.name for path in draw_all(folder)] == ["learning.png"]
+
+
+def test_an_empty_run_has_no_figure(record):
+    assert draw_all(recorded(record, [])) == []
+
+
+def test_many_branches_blocks_and_generations_stay_readable(record):
+    messages = [
+        Transition(
+            tick=i,
+            site="blocks",
+            seed=-1,
+            branch=i,
+            source=0,
+            target=Stage.GERMINATED,
+            cause="x",
+            generation=2,
+            blueprint="block",
+        )
+        for i in range(MAX_ROWS + 5)
+    ]
+    messages += [
+        GateResult(tick=i, site="blocks", seed=-1, branch=i, gate="ramp", value=1.0, threshold=0.5, passed=True)
+        for i in range(MAX_ROWS + 5)
+    ]
+    story = read_story(recorded(record, messages))
+    axes = stage_timeline(story).axes[0]
+    assert len(axes.get_yticks()) == MAX_ROWS and f"first {MAX_ROWS} of {MAX_ROWS + 5}" in axes.get_title(loc="left")
+    assert axes.get_yticklabels()[0].get_text() == "blocks · block gen 2 · block"
+    texts = [text.get_text() for text in gate_margins(story).legends[0].get_texts()]
+    assert f"{MAX_ROWS + 5 - 6} others" in texts
+
+
+def test_every_stage_but_dormant_has_a_colour_and_a_letter_of_its_own():
+    names = {stage.name for stage in Stage} - {"DORMANT"}
+    assert set(STAGE_COLOURS) == set(STAGE_LETTERS) == names
+    assert len(set(STAGE_COLOURS.values())) == len(set(STAGE_LETTERS.values())) == len(names)

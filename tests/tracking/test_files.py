@@ -1,0 +1,160 @@
+"""Parquet and CSV files: every row of the story, whole files only, and resumed runs without hole or double."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from esper.bus.messages import GateResult, Metrics, Telemetry, TickEnded, Transition
+from esper.lifecycle.stages import Stage
+from esper.tracking import CsvConfig, NoneConfig, TrackerError, TrackerRunner, build_trackers
+from esper.tracking.csv_files import CsvFiles
+from esper.tracking.parquet import PARTS, ParquetFiles
+from esper.tracking.tables import TABLES
+
+
+def keep(tracker, record, told, status: str | None = "FINISHED", batch: int = 37) -> None:
+    tracker.open(record)
+    messages = [message for _, message in told]
+    for start in range(0, len(messages), batch):
+        tracker.record(messages[start : start + batch])
+        tracker.flush()
+    if status:
+        tracker.close(status, {})
+
+
+def read(record, name: str):
+    return pq.read_table(Path(record.folder) / f"{name}.parquet")
+
+
+def test_seed_rows_come_back_as_they_were_sent(record, story):
+    told = story(60)
+    keep(ParquetFiles(), record, told)
+    table = read(record, "seeds")
+    sent = [m for _, m in told if isinstance(m, Telemetry)]
+    assert len(table) == sum(len(m.ticks) * m.seeds for m in sent)
+    first = table.to_pylist()[0]
+    assert {"tick", "site", "seed", "stage_name", "stage", "alpha", "gain"} <= first.keys()
+    chosen = [row for row in table.to_pylist() if row["site"] == "layers.0" and row["seed"] == 1]
+    values = np.array([np.frombuffer(m.data, "<f4").reshape(4, -1)[1, 0] for m in sent if m.site == "layers.0"])
+    assert [row["stage"] for row in chosen] == values.tolist()
+    assert {row["stage_name"] for row in chosen} >= {"DORMANT", "TRAINING", "FOSSILIZED"}
+    assert all(Stage[row["stage_name"]] == row["stage"] for row in chosen)
+
+
+def test_transitions_carry_stage_names_and_cause(record, story):
+    told = story(60)
+    keep(ParquetFiles(), record, told)
+    rows = read(record, "transitions").to_pylist()
+    sent = [m for _, m in told if isinstance(m, Transition)]
+    assert [(r["tick"], r["site"], r["seed"], r["source"], r["target"]) for r in rows] == [
+        (m.tick, m.site, m.seed, Stage(m.source).name, Stage(m.target).name) for m in sent
+    ]
+    assert {"cause", "generation", "blueprint", "strategy", "branch"} <= rows[0].keys()
+
+
+def test_gates_and_metrics_are_kept_too(record, story):
+    told = story(60)
+    keep(ParquetFiles(), record, told)
+    assert len(read(record, "gates")) == sum(isinstance(m, GateResult) for _, m in told)
+    values = [(r["tick"], r["name"], r["value"]) for r in read(record, "metrics").to_pylist()]
+    assert values == [
+        (m.tick, name, value) for _, m in told if isinstance(m, Metrics) for name, value in m.values.items()
+    ]
+
+
+def test_a_silent_run_leaves_empty_tables_with_all_columns(record):
+    keep(ParquetFiles(), record, [])
+    for name in TABLES:
+        assert len(read(record, name)) == 0
+    assert "gain" in read(record, "seeds").column_names and "cause" in read(record, "transitions").column_names
+
+
+def test_a_killed_run_leaves_readable_parts_and_no_half_file(record, story):
+    keep(ParquetFiles(), record, story(100, until=60), status=None)
+    folder = Path(record.folder)
+    assert not list(folder.glob("*.parquet"))
+    parts = sorted((folder / PARTS).glob("seeds.*.parquet"))
+    assert len(parts) > 2 and not list((folder / PARTS).glob("*.tmp"))
+    assert sum(len(pq.read_table(part)) for part in parts) == 60 * 2 * 4
+
+
+@pytest.mark.parametrize("ended_before", [None, "KILLED"])
+def test_a_resumed_run_leaves_neither_hole_nor_double(record, records, story, tmp_path, ended_before):
+    whole = records("run-2", tmp_path / "outputs" / "whole")
+    keep(ParquetFiles(), whole, story(100))
+    keep(ParquetFiles(), record, story(100, until=63), status=ended_before)
+    keep(ParquetFiles(), record, story(100, since=50))
+    for name in TABLES:
+        assert read(record, name).to_pylist().__repr__() == read(whole, name).to_pylist().__repr__(), name
+    assert not (Path(record.folder) / PARTS).exists()
+
+
+def test_buffered_rows_are_written_before_memory_grows(record, monkeypatch, story):
+    monkeypatch.setattr("esper.tracking.parquet.BUFFER_BYTES", 1000)
+    tracker = ParquetFiles()
+    tracker.open(record)
+    tracker.record([message for _, message in story(20)])
+    assert list((Path(record.folder) / PARTS).glob("seeds.*.parquet"))
+
+
+def test_packed_telemetry_is_refused_by_name(record):
+    message = Telemetry(site="a", ticks=[1], seeds=1, columns=["stage"], codec="delta", data=b"")
+    tracker = ParquetFiles()
+    tracker.open(record)
+    tracker.record([message])
+    with pytest.raises(TrackerError, match=r"'a'.*'delta'"):
+        tracker.flush()
+
+
+def test_csv_holds_every_metric_and_jsonl_every_event(record, story):
+    told = story(60)
+    keep(CsvFiles(CsvConfig(figures=False)), record, told)
+    with (Path(record.folder) / "metrics.csv").open() as file:
+        rows = [(int(r["tick"]), r["name"], float(r["value"])) for r in csv.DictReader(file)]
+    assert rows == [
+        (m.tick, name, value) for _, m in told if isinstance(m, Metrics) for name, value in m.values.items()
+    ]
+    events = [json.loads(line) for line in (Path(record.folder) / "events.jsonl").read_text().splitlines()]
+    kept = [m for _, m in told if not isinstance(m, Metrics | Telemetry | TickEnded)]
+    assert [event["kind"] for event in events] == [type(m).__name__ for m in kept]
+
+
+def test_a_resumed_csv_has_no_tick_twice(record, story):
+    config = CsvConfig(figures=False)
+    keep(CsvFiles(config), record, story(100, until=70), status="KILLED")
+    keep(CsvFiles(config), record, story(100, since=50))
+    with (Path(record.folder) / "metrics.csv").open() as file:
+        ticks = [int(r["tick"]) for r in csv.DictReader(file) if r["name"] == "train/loss"]
+    assert ticks == list(range(1, 101))
+    events = [json.loads(line) for line in (Path(record.folder) / "events.jsonl").read_text().splitlines()]
+    assert [event["tick"] for event in events if event["kind"] == "RunStarted"] == [0, 50]
+    assert len([e for e in events if e["kind"] == "Transition"]) == len(
+        [m for _, m in story(100) if isinstance(m, Transition)]
+    )
+
+
+def test_tracking_none_keeps_the_parquet_files_alone(bus, record, story, publish):
+    runner = TrackerRunner(bus, record, build_trackers(NoneConfig()), poll_s=0.01)
+    runner.start()
+    publish(record.run, story(30))
+    runner.close("FINISHED")
+    assert sorted(path.name for path in Path(record.folder).iterdir()) == sorted(f"{name}.parquet" for name in TABLES)
+
+
+def test_a_full_disk_is_an_error_at_close_not_a_shorter_file(bus, record, story, publish, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    runner = TrackerRunner(bus, record, build_trackers(NoneConfig()), poll_s=0.01)
+    runner.start()
+    publish(record.run, story(30))
+    with pytest.raises(TrackerError, match="No space left"):
+        runner.close("FINISHED")
+    assert not list(Path(record.folder).glob("*.parquet"))

@@ -1,0 +1,345 @@
+"""MLflow runs in a real sqlite store: what a person finds there, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from esper.bus.messages import Alert, Metrics, RunStarted, Telemetry
+from esper.errors import UserError
+from esper.tracking import (
+    MlflowConfig,
+    NoneConfig,
+    TrackerError,
+    TrackerRunner,
+    build_trackers,
+    tracking_uri,
+    ui_command,
+)
+from esper.tracking.apart import MlflowApart
+from esper.tracking.mlflow_run import MlflowRun, final_values
+from esper.tracking.mlflow_store import quiet_client
+from esper.tracking.model import write_model
+from esper.tracking.parquet import ParquetFiles
+
+LIGHT = {"figures": False, "model": False, "system_s": 0.0}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    """One outputs folder, with one store, for all tests of this file."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def client(outputs: Path):
+    """A client of that store."""
+    return quiet_client(tracking_uri(MlflowConfig(), str(outputs)))
+
+
+@pytest.fixture
+def record(request, records, outputs: Path):
+    """A run of its own in the shared outputs folder."""
+    folder = outputs / request.node.name.replace("[", "-").replace("]", "")
+    folder.mkdir()
+    return records(request.node.name, folder, name="digits-mlp seed=0 linear")
+
+
+def tracked(record, messages, status: str = "FINISHED", summary=None, **options) -> MlflowRun:
+    run = MlflowRun(MlflowConfig(**(LIGHT | options)))
+    run.open(record)
+    run.record(messages)
+    run.close(status, summary or {})
+    return run
+
+
+def history(client, run: MlflowRun, name: str) -> list[tuple[int, int, float]]:
+    return [(m.step, m.timestamp, m.value) for m in client.get_metric_history(run.run_id, name)]
+
+
+def test_a_run_carries_name_params_tags_dataset_and_config(client, record):
+    run = tracked(record, [])
+    found = client.get_run(run.run_id)
+    assert found.info.run_name == "digits-mlp seed=0 linear" and found.info.status == "FINISHED"
+    assert found.data.params == {"trainer.steps": "100"}
+    assert {"config": "abc", "seed": "0", "arm": "grow"}.items() <= found.data.tags.items()
+    data = found.inputs.dataset_inputs[0].dataset
+    assert data.name == "digits" and data.digest == "d" * 36 and "d" * 64 in data.source
+    assert "config.yaml" in [item.path for item in client.list_artifacts(run.run_id)]
+
+
+def test_timestamps_are_start_plus_tick_and_telling_twice_stores_once(client, record):
+    messages = [Metrics(tick=tick, values={"train/loss": 1.0 / tick}) for tick in range(1, 2500)]
+    run = tracked(record, messages + messages)
+    values = history(client, run, "train/loss")
+    assert values == [(t, record.started_ms + t, 1.0 / t) for t in range(1, 2500)]
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(client, record, records):
+    first = tracked(record, [Metrics(tick=t, values={"a": float(t)}) for t in range(1, 8)], status="KILLED")
+    later = records(
+        record.run,
+        Path(record.folder),
+        started_ms=record.started_ms + 10**6,
+        changed={"trainer.steps": "200", "new": "1"},
+    )
+    again = tracked(later, [Metrics(tick=t, values={"a": float(t)}) for t in range(5, 11)])
+    assert again.run_id == first.run_id
+    assert [step for step, _, _ in history(client, again, "a")] == list(range(1, 11))
+    found = client.get_run(again.run_id)
+    assert found.info.status == "FINISHED" and len(found.inputs.dataset_inputs) == 1
+    assert found.data.params == {"trainer.steps": "100", "new": "1"}
+
+
+@pytest.mark.parametrize("name", ["killed", "it's killed", 'said "killed"'])
+def test_a_process_killed_before_it_noted_its_run_leaves_no_second_one(client, records, outputs, name):
+    folder = outputs / name
+    folder.mkdir()
+    first = MlflowRun(MlflowConfig(**LIGHT))
+    first.open(records(name, folder))
+    (folder / "mlflow.json").unlink()
+    again = MlflowRun(MlflowConfig(**LIGHT))
+    again.open(records(name, folder))
+    assert again.run_id == first.run_id
+
+
+def test_values_that_are_not_finite_are_kept_as_nan_and_named(client, record):
+    run = tracked(
+        record, [Metrics(tick=3, values={"train/loss": math.inf}), Metrics(tick=4, values={"train/loss": math.nan})]
+    )
+    assert [math.isnan(value) for _, _, value in history(client, run, "train/loss")] == [True, True]
+    assert client.get_run(run.run_id).data.tags["not_finite"] == "train/loss at tick 3"
+
+
+def test_aggregates_per_site_and_stage_follow_the_seeds(client, record, story):
+    run = tracked(record, [message for _, message in story(100)])
+    training = {step: value for step, _, value in history(client, run, "sites/layers.0/seeds_training")}
+    assert max(training.values()) == 1.0 and training[100] == 0.0
+    assert history(client, run, "sites/layers.0/alpha_grafting")[0][2] == 0.5
+    assert history(client, run, "sites/layers_1_/gain_fossilized")[-1][2] == pytest.approx(0.03)
+    dormant = history(client, run, "sites/layers_1_/seeds_dormant")
+    assert dormant[0][2] == 4.0 and dormant[-1][2] == 3.0
+
+
+def test_aggregates_are_thinned_to_the_points_asked_for(client, record, story):
+    run = tracked(record, [message for _, message in story(200)], points=20)
+    assert [step for step, _, _ in history(client, run, "sites/layers.0/seeds_dormant")] == [1, *range(10, 201, 10)]
+    assert len(history(client, run, "train/loss")) == 200
+
+
+def test_final_and_best_values_counts_and_alerts_are_logged(client, record):
+    alerts = [Alert(tick=t, level="warning", code="x", text="y") for t in (2, 5)]
+    summary = {
+        "metrics": {"final": {"test/accuracy": 0.9, "gone": None}, "best": {"validation/accuracy": 0.93}},
+        "seeds": {"germinated": 3},
+    }
+    run = tracked(record, alerts, summary=summary)
+    values = client.get_run(run.run_id).data.metrics
+    assert values == {
+        "final/test/accuracy": 0.9,
+        "best/validation/accuracy": 0.93,
+        "final/seeds/germinated": 3.0,
+        "alerts/warning": 2.0,
+    }
+    assert final_values({}) == []
+
+
+def test_files_of_the_run_become_artifacts(client, record, story):
+    folder = Path(record.folder)
+    messages = [message for _, message in story(50)]
+    files = ParquetFiles()
+    files.open(record)
+    files.record(messages)
+    files.close("FINISHED", {})
+    (folder / "summary.json").write_text("{}")
+    (folder / "run.log").write_text("hello")
+    run = tracked(record, messages, figures=True)
+    names = {item.path for item in client.list_artifacts(run.run_id)}
+    assert {"seeds.parquet", "transitions.parquet", "summary.json", "run.log", "config.yaml", "figures"} <= names
+    assert {item.path for item in client.list_artifacts(run.run_id, "figures")} == {
+        f"figures/{name}.png" for name in ("stages", "learning", "gates")
+    }
+
+
+def test_a_child_of_a_sweep_knows_its_parent(client, records, record):
+    parent = tracked(record, [])
+    folder = Path(record.folder) / "child"
+    folder.mkdir()
+    child = tracked(records("child", folder, outputs=record.outputs, parent=parent.run_id), [])
+    assert client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_system_metrics_are_mlflows_own(client, record):
+    run = MlflowRun(MlflowConfig(**(LIGHT | {"system_s": 0.2})))
+    run.open(record)
+    time.sleep(1.5)
+    run.close("FINISHED", {})
+    assert "system/cpu_utilization_percentage" in client.get_run(run.run_id).data.metrics
+
+
+def test_a_folder_as_store_is_refused_with_what_to_give(record):
+    with pytest.raises(UserError, match="sqlite:///"):
+        MlflowRun(MlflowConfig(uri="file:///tmp/x")).open(record)
+
+
+def test_a_failing_end_marks_the_run_failed(client, record, monkeypatch):
+    run = MlflowRun(MlflowConfig(**LIGHT))
+    run.open(record)
+    monkeypatch.setattr(run, "_log_files", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.close("FINISHED", {})
+    assert client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_the_command_that_opens_the_interface():
+    assert ui_command("sqlite:////a b/mlflow.db") == "mlflow ui --backend-store-uri 'sqlite:////a b/mlflow.db'"
+    assert ui_command("http://host:5000") == "http://host:5000"
+    assert tracking_uri(MlflowConfig(), "outputs") == f"sqlite:///{Path.cwd()}/outputs/mlflow.db"
+    assert tracking_uri(MlflowConfig(uri="http://h"), "outputs") == "http://h"
+
+
+# --- in a process of its own ----------------------------------------------------------------------------------------
+
+
+class Host(torch.nn.Module):
+    """A model of this file alone: whoever loads the logged one does not have its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.layer(x))
+
+
+def test_a_whole_run_through_the_bus_with_its_final_model(client, bus, record, story, publish):
+    runner = TrackerRunner(bus, record, build_trackers(MlflowConfig(system_s=0.0)), poll_s=0.05)
+    began = time.monotonic()
+    runner.start()
+    assert time.monotonic() - began < 0.5, "training does not wait for MLflow"
+    publish(record.run, story(120))
+    model, sample = Host(), torch.randn(1, 6)
+    runner.log_model(model, sample)
+    runner.close("FINISHED")
+    note = json.loads((Path(record.folder) / "mlflow.json").read_text())
+    found = client.get_run(note["run"])
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["final/accuracy"] == 0.91 and found.data.metrics["final/seeds/fossilized"] == 2.0
+    assert [m.step for m in client.get_metric_history(note["run"], "train/loss")] == list(range(1, 121))
+    assert "figures" in {item.path for item in client.list_artifacts(note["run"])}
+    assert not (Path(record.folder) / "tracker.log").exists(), "nothing was printed"
+    _the_logged_model_answers_like(model, note["uri"], found)
+
+
+def _the_logged_model_answers_like(model: torch.nn.Module, uri: str, found) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    loaded = mlflow.pyfunc.load_model(f"models:/{found.outputs.model_outputs[0].model_id}")
+    assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, 6)
+    inputs = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    np.testing.assert_allclose(
+        loaded.predict(inputs), model(torch.from_numpy(inputs)).detach().numpy(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_store_that_cannot_be_opened_is_an_error_of_the_tracker_not_of_training(bus, record, story, publish):
+    runner = TrackerRunner(
+        bus, record, build_trackers(MlflowConfig(uri="sqlite:////proc/none/mlflow.db", **LIGHT)), poll_s=0.05
+    )
+    runner.start()
+    publish(record.run, story(20))
+    with pytest.raises(TrackerError, match=r"^MLflow failed and keeps nothing more: .*\S$"):
+        runner.close("FINISHED")
+    assert (Path(record.folder) / "seeds.parquet").exists()
+    assert "Traceback" in (Path(record.folder) / "tracker.log").read_text()
+
+
+def test_a_tracking_process_that_dies_is_noticed(client, record):
+    tracker = MlflowApart(MlflowConfig(**LIGHT))
+    tracker.open(record)
+    tracker._process.kill()
+    tracker._process.wait()
+    with pytest.raises(TrackerError, match=r"tracking process .*tracker\.log"):
+        tracker.record([Metrics(tick=1, values={"a": 1.0})])
+        tracker.flush()
+    with pytest.raises(TrackerError):
+        tracker.close("FINISHED", {})
+
+
+def test_a_trainer_killed_without_a_word_leaves_its_run_marked_killed(client, record):
+    script = (
+        "import sys, time, msgspec\n"
+        "from esper.tracking import MlflowConfig, RunRecord\n"
+        "from esper.tracking.apart import MlflowApart\n"
+        "from esper.bus.messages import Metrics\n"
+        "tracker = MlflowApart(MlflowConfig(figures=False, model=False, system_s=0.0))\n"
+        "tracker.open(msgspec.json.decode(sys.argv[1], type=RunRecord))\n"
+        "tracker.record([Metrics(tick=1, values={'a': 2.0})])\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", script, msgspec.json.encode(record).decode()]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root})
+    assert trainer.stdout.readline() == b"ready\n"
+    trainer.send_signal(signal.SIGKILL)
+    trainer.wait()
+    trainer.stdout.close()
+    run_id = json.loads((Path(record.folder) / "mlflow.json").read_text())["run"]
+    deadline = time.monotonic() + 20
+    while client.get_run(run_id).info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = client.get_run(run_id)
+    assert found.info.status == "KILLED" and found.data.metrics == {"a": 2.0}
+
+
+def test_a_model_that_cannot_be_exported_is_an_error_that_says_what_to_do(tmp_path):
+    class Odd(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(TrackerError, match=r"tracking\.model=false"):
+        write_model(Odd(), torch.ones(2, 3), tmp_path)
+
+
+def test_a_model_that_cannot_be_stored_is_raised_when_everything_else_was_kept(bus, record, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("esper.tracking.model.write_model", full)
+    trackers = build_trackers(NoneConfig())
+    trackers[0].wants_model = True
+    runner = TrackerRunner(bus, record, trackers)
+    runner.start()
+    runner.log_model(Host(), torch.randn(2, 6))
+    with pytest.raises(TrackerError, match=r"storing the final model failed.*No space"):
+        runner.close("FAILED")
+    assert (Path(record.folder) / "seeds.parquet").exists()
+
+
+def test_a_tracker_that_wants_no_model_gets_none(bus, record):
+    runner = TrackerRunner(bus, record, build_trackers(MlflowConfig(**LIGHT)))
+    runner.log_model(Host(), torch.randn(2, 6))
+    assert not (Path(record.folder) / "model").exists()
+
+
+def test_telemetry_of_another_order_of_columns_is_read_by_name(client, record):
+    rows = np.array([[[0.25, 3.0], [0.75, 3.0]]], np.float32)
+    messages = [
+        RunStarted(tick=0, total_ticks=1, sites=[]),
+        Telemetry(site="s", ticks=[1], seeds=2, columns=["alpha", "stage"], data=rows.tobytes()),
+    ]
+    run = tracked(record, messages)
+    assert client.get_run(run.run_id).data.metrics == {"sites/s/seeds_grafting": 2.0, "sites/s/alpha_grafting": 0.5}

@@ -1,0 +1,160 @@
+"""The tracker's thread: everything once, acknowledged after it was kept, and no failure unsaid."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+
+from esper.bus.messages import Metrics, RunEnded
+from esper.tracking import TrackerError, TrackerRunner
+from esper.tracking.seen import MAX_AHEAD, Seen
+
+
+class Listener:
+    """Remembers what it is told; can be made to fail."""
+
+    wants_model = False
+
+    def __init__(self, fail_at: str = "", error: Exception | None = None) -> None:
+        self.fail_at, self.error = fail_at, error or OSError("no space left on device")
+        self.messages, self.acts, self.end = [], [], None
+
+    def _act(self, name: str) -> None:
+        self.acts.append(name)
+        if name == self.fail_at:
+            raise self.error
+
+    def open(self, record) -> None:
+        self._act("open")
+
+    def record(self, messages) -> None:
+        self._act("record")
+        self.messages += messages
+
+    def flush(self) -> None:
+        self._act("flush")
+
+    def close(self, status, summary) -> None:
+        self._act("close")
+        self.end = (status, summary)
+
+
+def run(bus, record, trackers, **options) -> TrackerRunner:
+    runner = TrackerRunner(bus, record, trackers, poll_s=0.01, **options)
+    runner.start()
+    return runner
+
+
+def test_every_message_comes_once_and_in_order(bus, record, story, publish):
+    listener = Listener()
+    runner = run(bus, record, [listener])
+    told = story(300)
+    publish(record.run, told)
+    assert runner.drain(20.0)
+    runner.close("FINISHED")
+    for kind in {type(message) for _, message in told}:
+        assert [m for m in listener.messages if type(m) is kind] == [m for _, m in told if type(m) is kind]
+    assert listener.end == ("FINISHED", told[-1][1].summary)
+    assert bus.counts()["acknowledged"] == len(told)
+
+
+def test_messages_stay_pending_until_they_were_flushed(bus, record, story, publish):
+    runner = run(bus, record, [Listener()], flush_s=3600.0)
+    publish(record.run, story(20))
+    assert runner.drain(20.0)
+    assert bus.counts()["acknowledged"] == 0
+    runner.close("FINISHED")
+    assert bus.counts()["acknowledged"] == len(story(20))
+
+
+def test_a_tracker_that_fails_is_said_once_and_raised_at_close_while_the_others_go_on(
+    bus, record, story, publish, caplog
+):
+    broken, sound = Listener(fail_at="record"), Listener()
+    runner = run(bus, record, [broken, sound])
+    with caplog.at_level(logging.ERROR, "esper.tracking"):
+        publish(record.run, story(50))
+        assert runner.drain(20.0)
+        publish(record.run, story(50, since=50))
+        assert runner.drain(20.0)
+    assert len(caplog.records) == 1 and "no space left" in caplog.text
+    assert runner.error is not None
+    with pytest.raises(TrackerError, match=r"Listener failed.*no space left"):
+        runner.close("FINISHED")
+    assert broken.acts == ["open", "record"]
+    assert sound.end[0] == "FINISHED"
+
+
+def test_two_failures_are_both_named(bus, record, story, publish):
+    runner = run(bus, record, [Listener("open"), Listener("close", ValueError("later"))])
+    publish(record.run, story(5))
+    with pytest.raises(TrackerError, match=r"no space left.*later"):
+        runner.close("FINISHED")
+
+
+def test_a_bus_that_breaks_is_raised_at_close(bus, record):
+    runner = run(bus, record, [Listener()])
+    runner._consumers["events"].read = lambda count: 1 / 0
+    with pytest.raises(TrackerError, match=r"bus.*division"):
+        runner.close("FINISHED")
+
+
+def test_a_run_without_an_end_is_closed_with_the_status_given(bus, record, story, publish):
+    listener = Listener()
+    runner = run(bus, record, [listener])
+    publish(record.run, story(20, until=15))
+    began = time.monotonic()
+    runner.close("KILLED")
+    assert listener.end == ("KILLED", {})
+    assert time.monotonic() - began < 5.0
+    runner.close("FAILED")
+    assert listener.acts.count("close") == 1
+
+
+def test_a_tracker_that_never_returns_does_not_hold_the_program_for_ever(bus, record, story, publish):
+    slow = Listener()
+    slow.close = lambda status, summary: time.sleep(1.0)
+    runner = run(bus, record, [slow])
+    publish(record.run, story(5))
+    with pytest.raises(TrackerError, match="did not finish within 0 s"):
+        runner.close("FINISHED", timeout_s=0.2)
+
+
+def test_two_groups_each_get_everything(bus, record, story, publish):
+    first, second = Listener(), Listener()
+    runners = [run(bus, record, [first]), run(bus, record, [second], group="progress")]
+    publish(record.run, story(30))
+    for runner in runners:
+        runner.close("FINISHED")
+    assert (
+        sum(isinstance(m, Metrics) for m in first.messages)
+        == sum(isinstance(m, Metrics) for m in second.messages)
+        == 30
+    )
+    assert sum(isinstance(m, RunEnded) for m in second.messages) == 1
+
+
+def test_a_message_handed_out_twice_is_taken_once():
+    seen = Seen()
+    order = ["1-1", "1-3", "1-2", "1-3", "1-1", "2-1", "1-4", "2-1"]
+    assert [seen.is_new("events", "main", entry) for entry in order] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert seen.is_new("telemetry", "main", "1-1") and seen.is_new("events", "other", "1-1")
+
+
+def test_remembering_takes_constant_memory_even_after_a_loss():
+    seen = Seen()
+    for sequence in range(2, 3 * MAX_AHEAD):
+        assert seen.is_new("events", "main", f"1-{sequence}")
+    assert sum(map(len, seen._ahead.values())) == 0
+    assert not seen.is_new("events", "main", "1-1")
