@@ -1,0 +1,135 @@
+"""Hydra's composition, held to sentences: what the command line says becomes a checked ``RootConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from esper.cli import conf, overrides
+from esper.config import PRESETS, RootConfig, build
+from esper.errors import UserError
+
+
+@dataclass
+class Composed:
+    """One composition: the checked config, and how Hydra will run it."""
+
+    config: RootConfig
+    multirun: bool
+    sweep: dict[str, str]
+
+
+def compose(words: Sequence[str]) -> RootConfig:
+    """The checked config of one run.
+
+    Raises:
+        UserError: anything in ``words`` that is not accepted.
+    """
+    with _session():
+        parsed = overrides.parse(words)
+        overrides.check_single(parsed)
+        return _compose(parsed).config
+
+
+def check_jobs(words: Sequence[str], multirun: bool) -> None:
+    """Composes what will run: the run itself, or the first job of a sweep and one job for every further value.
+
+    Raises:
+        UserError: anything that is not accepted, before the first job starts.
+    """
+    with _session():
+        parsed = overrides.parse(words)
+        if not multirun:
+            overrides.check_single(parsed)
+            composed = _compose(parsed)
+            if not composed.multirun:
+                return
+            typed = {overrides.key_of(override) for override in parsed}
+            parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
+        for job in _jobs(parsed):
+            _compose(job)
+
+
+def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
+    """The checked config from what Hydra composed and the options it chose by group."""
+    own = OmegaConf.create({key: tree._get_node(key) for key in tree if key != "hydra"})
+    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    return build(values, {preset: choices.get(preset) for preset in PRESETS})
+
+
+def register_resolvers() -> None:
+    """``${unique:}``: six characters that keep apart two runs of the same name and second."""
+    import secrets
+
+    OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+
+
+@contextmanager
+def _session() -> Iterator[None]:
+    """Hydra's loader over ``conf/``; what it raises becomes a sentence."""
+    GlobalHydra.instance().clear()
+    register_resolvers()
+    try:
+        with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3", job_name="esper"):
+            for own in conf.own():
+                _also(own)
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        sentence, _, where = " ".join(str(error).split()).partition(" full_key: ")
+        key = f" (in {where.split()[0]})" if where else ""
+        raise UserError(f"The configuration cannot be composed: {sentence}{key}") from error
+
+
+def _also(folder: Path) -> None:
+    """Let Hydra's loader look into a folder of the user's own too, after esper's."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    loader.get_search_path().prepend("own", f"file://{folder}", anchor="schema")
+    loader.repository.initialize_sources(loader.get_search_path())
+
+
+def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
+    """One job with every sweep's first value, then one for each further value."""
+    choices = [list(item.sweep_string_iterator()) if item.is_sweep_override() else [None] for item in parsed]
+
+    def job(changed: int, value: Any) -> list[Override]:
+        chosen = [value if i == changed else values[0] for i, values in enumerate(choices)]
+        pairs = zip(parsed, chosen, strict=True)
+        return [item if text is None else _with_value(item, text) for item, text in pairs]
+
+    yield job(-1, None)
+    for index, values in enumerate(choices):
+        for value in values[1:]:
+            yield job(index, value)
+
+
+def _with_value(sweep: Override, text: str) -> Override:
+    return overrides.parse([f"{sweep.get_key_element()}={text}"])[0]
+
+
+def _compose(parsed: list[Override]) -> Composed:
+    """Groups first, so that keys can be checked against what was chosen; then everything."""
+    chosen = [item for item in parsed if overrides.is_group(item)]
+    for item in chosen:
+        overrides.check_group(item)
+    tree = hydra.compose("config", [str(item.input_line) for item in chosen], return_hydra_config=True)
+    settings = [item for item in parsed if item not in chosen]
+    if settings:
+        plain = {key: OmegaConf.to_container(tree)[key] for key in tree if key != "hydra"}
+        for item in settings:
+            if not overrides.is_hydras(item):
+                overrides.check_key(item, plain)
+        tree = hydra.compose("config", [str(item.input_line) for item in parsed], return_hydra_config=True)
+    internals = tree.hydra
+    config = from_hydra(tree, dict(internals.runtime.choices))
+    sweep = {str(key): str(value) for key, value in (internals.sweeper.get("params") or {}).items()}
+    return Composed(config, str(internals.mode).endswith("MULTIRUN"), sweep)

@@ -1,0 +1,189 @@
+"""``esper check``: what a run would do, in tables, without doing it: its sites, its stages in steps, its cost."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from esper.blueprints import Block, Blueprint
+from esper.config import RootConfig
+from esper.lifecycle import Stage
+from esper.lifecycle.duration import parse
+from esper.report.numbers import count, duration, short
+from esper.running.estimates import Cost, Forward, cost_of, forward_of
+from esper.running.parts import build_trainer
+from esper.seeds import Site
+from esper.training.device import choose_device, describe, numerics
+from esper.training.passes import host_parameters
+from esper.training.trainer import Trainer
+
+WIDTH = 140  # a pipe has no width to ask for
+COPIES = 4
+"""A branch's parameters lie in memory with their gradients and two moments."""
+
+
+def check(config: RootConfig) -> str:
+    """The tables as text. Trains nothing that stays: a few steps are timed on a host that is thrown away.
+
+    Raises UserError for everything that the run itself would refuse before its first step.
+    """
+    device = choose_device(config.trainer)
+    task = config.task.build()
+    console = Console(file=io.StringIO(), width=WIDTH)
+    console.print(describe(device, config.trainer), highlight=False)
+    console.print(f"task: {task.description}", highlight=False, markup=False)
+    with numerics(config.trainer):
+        trainer = build_trainer(config, task, device)
+        try:
+            forward = forward_of(trainer)
+            cost = cost_of(trainer)
+        finally:
+            trainer.batches.close()
+    console.print(_sites(config, trainer, forward))
+    blocks = _blocks(trainer, forward)
+    if blocks.row_count:
+        console.print(blocks)
+    console.print(_schedule(trainer))
+    for label, text in [*_host(trainer, forward, cost), *_time(config, trainer, cost), *_memory(trainer, cost)]:
+        console.print(f"[bold]{label:<22}[/]", end=" ")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip()
+
+
+def _sites(config: RootConfig, trainer: Trainer, forward: Forward) -> Table:
+    """One row a site and blueprint; what does not fit is named with the reason."""
+    garden = trainer.grow.garden
+    table = Table(title=f"Sites: {len(garden.sites)} with {garden.table.rows} seeds", title_justify="left", title_style="bold")
+    for name in ("pattern", "module", "shape", "features", "seeds", "blueprint"):
+        table.add_column(name, justify="right" if name in ("features", "seeds") else "left", no_wrap=name == "module", overflow="fold")
+    table.add_column("parameters a branch", justify="right")
+    table.add_column("MACs a sample", justify="right")
+    for number, site in enumerate(garden.sites):
+        shape = "×".join(str(size) for size in forward.shapes.get(site.name, ())) or "–"
+        chunk = f"{site.geometry.width} in chunks of {_chunks(site)}"
+        first = [_pattern(config, trainer.model, site), f"{site.name} ({type(site.module).__name__})", shape]
+        first += [chunk, str(site.geometry.seeds)]
+        fitting = list(_fitting(trainer, number, forward))
+        for place, (name, parameters, macs) in enumerate(fitting):
+            chosen = f"{name} (chosen)" if name == garden.default_blueprint else name
+            cells = first if place == 0 else [""] * len(first)
+            table.add_row(*cells, chosen, count(parameters), count(macs), end_section=place == len(fitting) - 1)
+        if not fitting:
+            table.add_row(*first, "none fits", "", "", end_section=True)
+    return table
+
+
+def _chunks(site: Site) -> str:
+    narrowest, widest = site.geometry.width // site.geometry.seeds, site.geometry.chunk
+    return str(widest) if narrowest == widest else f"{narrowest} to {widest}"
+
+
+def _pattern(config: RootConfig, model: nn.Module, site: Site) -> str:
+    """What in sites.match found the site: a pattern of the user's or of the host's own, or else a role."""
+    given = list(config.sites.match)
+    patterns = list(getattr(model, "growth_sites", ())) if given == ["auto"] else given
+    found = [pattern for pattern in patterns if fnmatchcase(site.name, pattern)]
+    if given == ["auto"]:
+        return f"auto: {found[0]}" if found and found[0] != site.name else "auto"
+    return found[0] if found else ", ".join(given)
+
+
+def _fitting(trainer: Trainer, number: int, forward: Forward) -> Iterator[tuple[str, int, int]]:
+    """(blueprint, parameters, forward MACs a sample) of a branch at the site's widest chunk, the chosen blueprint first."""
+    garden = trainer.grow.garden
+    site, default = garden.sites[number], garden.default_blueprint
+    for name in sorted(garden.blueprints, key=lambda name: name != default):
+        blueprint = garden.blueprints[name]
+        if garden.misfit(garden.first_row[number], name) is not None:
+            continue
+        if isinstance(blueprint, Block):
+            yield name, _own_parameters(site.module), forward.by_module.get(site.name, 0)
+        else:
+            assert isinstance(blueprint, Blueprint)
+            widest = max(range(site.geometry.seeds), key=lambda seed: blueprint.parameters(site.geometry, seed))
+            yield name, blueprint.parameters(site.geometry, widest), blueprint.macs(site.geometry, widest)
+
+
+def _blocks(trainer: Trainer, forward: Forward) -> Table:
+    """The residual blocks beside which ``blueprint=block`` would grow, where another blueprint was chosen."""
+    table = Table(title="Residual blocks: sites of blueprint=block", title_justify="left", title_style="bold")
+    for name in ("module", "shape", "parameters a branch", "MACs a sample"):
+        table.add_column(name, justify="left" if name in ("module", "shape") else "right")
+    if isinstance(trainer.grow.garden.blueprints[trainer.grow.garden.default_blueprint], Block):
+        return table
+    for name, module in trainer.model.named_modules():
+        if name and hasattr(module, "output_layers"):
+            shape = "×".join(str(size) for size in forward.shapes.get(name, ())) or "–"
+            macs = forward.by_module.get(name, 0)
+            table.add_row(f"{name} ({type(module).__name__})", shape, count(_own_parameters(module)), count(macs))
+    return table
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in host_parameters(module).values())
+
+
+def _schedule(trainer: Trainer) -> Table:
+    """Earliest and latest step of each stage after germination, and how long it may last."""
+    settings = trainer.grow.settings
+    ages, per_tick = settings.ages, settings.steps_per_tick
+    table = Table(title="Stages, in steps after germination", title_justify="left", title_style="bold")
+    for name in ("stage", "earliest", "latest", "lasts at least", "at most"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage, earliest, latest in ages.path():
+        last = stage is Stage.FOSSILIZED
+        lasts = ("for good", "") if last else (str(ages.minimum[stage] * per_tick), str(ages.maximum[stage] * per_tick))
+        table.add_row(stage.name, str(earliest * per_tick), str(latest * per_tick), *lasts)
+    shortest = ages.path()[-1][1] * per_tick
+    table.caption = (
+        f"The run has {trainer.total} steps: a seed must germinate by step {max(0, trainer.total - shortest)} to be kept. "
+        f"Ramp {ages.ramp * per_tick}, fade {ages.fade * per_tick}, a look at the judge set every {ages.judge_every * per_tick}."
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def _host(trainer: Trainer, forward: Forward, cost: Cost) -> list[tuple[str, str]]:
+    run = cost.step_macs * trainer.total
+    return [
+        ("host", f"{count(_own_parameters(trainer.model))} parameters, {count(forward.macs)} MACs a sample (forward)"),
+        ("training MACs", f"{count(cost.step_macs)} a step, {count(run)} in the run, where nothing grows"),
+    ]
+
+
+def _time(config: RootConfig, trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:
+    between = max(1, parse(config.trainer.validate_every).ticks(trainer.total, trainer.steps_per_epoch))
+    looks = 2 + trainer.total // between
+    one = trainer.total * cost.step_s + looks * cost.validation_s
+    text = f"about {duration(one)} for {trainer.total} steps of {short(1e3 * cost.step_s, 3)} ms"
+    lines = [("time (estimate)", f"{text}, nothing growing; growth adds shadow forwards and judging")]
+    if config.trainer.control:
+        lines.append(("", f"about {duration(3 * one)} with the two controls, unless they are kept from an earlier run"))
+    return lines
+
+
+def _memory(trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:
+    garden = trainer.grow.garden
+    blueprint = garden.blueprints[garden.default_blueprint]
+    grown = 0
+    for site in garden.sites:
+        if isinstance(blueprint, Block):
+            grown += _own_parameters(site.module)
+        elif blueprint.fits(site.geometry) is None:
+            grown += sum(blueprint.parameters(site.geometry, seed) for seed in range(site.geometry.seeds))
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in cost.bytes.items())
+    everything = f"every seed grown at once as {garden.default_blueprint} would add {_size(4 * COPIES * grown)}"
+    return [("memory (estimate)", f"{_size(sum(cost.bytes.values()))} beside program and data: {parts}"), ("", everything)]
+
+
+def _size(size: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size / 2**10:.0f} KiB"

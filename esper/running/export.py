@@ -1,0 +1,116 @@
+"""``esper export run=<folder>``: the model of a finished run as files that other programs read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from esper.config import listing, nearest
+from esper.errors import UserError
+from esper.saved import DESCRIPTION, WEIGHTS, build_host, load_into, model_folder, read_description
+from esper.tracking.model import save_program
+
+USAGE = "esper export run=<folder> [format=pt2|onnx|safetensors] [to=<folder>]"
+
+#: Samples of the example batch; the exported programs take any number.
+BATCH = 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exports as ``arguments`` say; prints the files.
+
+    Raises:
+        UserError: an argument that there is not, a run that has not finished, or a package that is not installed.
+    """
+    if {"--help", "-h"} & set(arguments):
+        print(f"usage: {USAGE}")
+        return 0
+    given = _given(arguments)
+    folder = model_folder(given["run"])
+    target = Path(given.get("to") or folder)
+    description = read_description(folder / DESCRIPTION)
+    model = load_into(build_host(description, folder), folder / WEIGHTS, description).eval()
+    target.mkdir(parents=True, exist_ok=True)
+    for file in FORMATS[given.get("format", "pt2")](model, example(description["host"]["task"]), folder, target):
+        print(file)
+    return 0
+
+
+def example(task: dict[str, object]) -> Tensor:
+    """A batch of the shape that the host was trained on: numbers, or characters."""
+    size, words = task["input_shape"], task["outputs"]
+    assert isinstance(size, (list, tuple)) and isinstance(words, int)
+    draws = torch.Generator().manual_seed(0)
+    if task["inputs"] == "tokens":
+        return torch.randint(0, words, (BATCH, *size), generator=draws)
+    return torch.randn(BATCH, *size, generator=draws)
+
+
+def export_pt2(model: nn.Module, inputs: Tensor, path: Path) -> Path:
+    """The model as a program of ``torch.export`` for any batch size; ``torch.export.load`` reads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of its own parts
+        save_program(torch.export.export(model, (inputs,), dynamic_shapes=_any_batch()), path)
+    return path
+
+
+def export_onnx(model: nn.Module, inputs: Tensor, path: Path) -> Path:
+    """The model as an ONNX graph ``inputs -> outputs`` for any batch size, weights inside. Needs ``pip install esper[onnx]``."""
+    from importlib.util import find_spec
+
+    if find_spec("onnxscript") is None or find_spec("onnx") is None:
+        raise UserError("format=onnx needs the packages onnx and onnxscript: pip install 'esper[onnx]'.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (inputs,),
+            path,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=["inputs"],
+            output_names=["outputs"],
+            dynamic_shapes=_any_batch(),
+        )
+    return path
+
+
+def _any_batch() -> tuple[dict[int, object]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
+
+
+def _pt2(model: nn.Module, inputs: Tensor, folder: Path, target: Path) -> list[Path]:
+    return [export_pt2(model, inputs, target / "model.pt2")]
+
+
+def _onnx(model: nn.Module, inputs: Tensor, folder: Path, target: Path) -> list[Path]:
+    return [export_onnx(model, inputs, target / "model.onnx")]
+
+
+def _safetensors(model: nn.Module, inputs: Tensor, folder: Path, target: Path) -> list[Path]:
+    for name in (WEIGHTS, DESCRIPTION):
+        if target != folder:
+            (target / name).write_bytes((folder / name).read_bytes())
+    return [target / WEIGHTS, target / DESCRIPTION]
+
+
+FORMATS: dict[str, Callable[[nn.Module, Tensor, Path, Path], list[Path]]] = {"pt2": _pt2, "onnx": _onnx, "safetensors": _safetensors}
+
+
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for word in arguments:
+        key, sign, value = word.partition("=")
+        if not sign or key not in ("run", "to", "format"):
+            raise UserError(f"'{word}' is not accepted: {USAGE}{nearest(key, ('run', 'to', 'format'))}.")
+        given[key] = value
+    if not given.get("run"):
+        raise UserError(f"esper export needs a run: {USAGE}.")
+    if given.get("format", "pt2") not in FORMATS:
+        raise UserError(f"format={given['format']} is not accepted: it takes {listing(FORMATS)}{nearest(given['format'], FORMATS)}.")
+    return given

@@ -1,0 +1,172 @@
+"""Keeping a run so that it can go on: checkpoints when they are due, one on SIGTERM, and the note that it is alive."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import yaml
+
+from esper.bus.port import ControllerSilent
+from esper.config import RootConfig, config_hash, plain
+from esper.errors import UserError
+from esper.lifecycle.duration import parse
+from esper.training.checkpoint import store
+from esper.training.checkpoint.engine import topology, trainer_state
+from esper.training.checkpoint.saver import Retention, Saver
+from esper.training.checkpoint.store import Checkpoint, Copy
+from esper.training.trainer import Trainer
+
+CONFIG, LOCK = "config.yaml", "run.lock"
+SETTLING_S = 120.0
+_held: set[Path] = set()  # a record lock keeps other processes out, this keeps out the process itself
+
+
+class Preempted(KeyboardInterrupt):
+    """SIGTERM after which everything was saved: ``esper resume=<folder>`` goes on with the same bits."""
+
+
+class Keeper:
+    """Called between two steps of a life that begins after step ``since`` (−1: anew).
+
+    ``port`` and ``runner`` are saved with the trainer; ``trackers`` must have kept what was said before a checkpoint counts.
+    """
+
+    def __init__(self, config: RootConfig, folder: Path, port: Any, runner: Any, trackers: Any, since: int) -> None:
+        settings = config.trainer
+        self.every = settings.checkpoint_every
+        self.folder, self.port, self.runner, self.trackers = folder, port, runner, trackers
+        retention = Retention(settings.checkpoint_keep, settings.checkpoint_best, settings.checkpoint_hours)
+        self.saver = Saver(folder / store.FOLDER, retention, self._settled, self._written)
+        self.asked = self._due = False
+        self._finished: list[Checkpoint] = []
+        store.sweep_out(folder / store.FOLDER)
+        store.forget_after(folder / store.FOLDER, since)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Save what is due. Raises Preempted when SIGTERM came, ControllerSilent when the controller did not; all is saved."""
+        while self._finished:
+            done = self._finished.pop(0)
+            self.port.checkpoint(trainer.grow.tick_number, str(done.path), done.manifest["sha256"])
+        if self.port.silent is not None:
+            self._stop(trainer, self.port.silent)
+        if not self.every:
+            return
+        steps, grow = trainer.outcome.steps, trainer.grow
+        interval = max(1, parse(self.every).ticks(trainer.total, trainer.steps_per_epoch))
+        over = steps == trainer.total
+        self._due = self._due or steps % interval == 0 or over or self.asked
+        if not self._due or not (over or grow.steps % grow.settings.steps_per_tick == 0):
+            return  # inside a tick things are said that a resumed run would say again under the same tick
+        self._due = False
+        self.saver.save(lambda: self._copy(trainer), wait=over or self.asked)
+        if self.asked:
+            raise Preempted
+
+    def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
+        """The controller in another process missed its deadline; what a resumed run needs is saved first."""
+        self.saver.save(lambda: self._copy(trainer), wait=True)
+        raise ControllerSilent(f"{silent}: esper resume={self.folder} and esper control {self.folder}.") from silent
+
+    def _copy(self, trainer: Trainer) -> Copy:
+        self.runner.hear()
+        if self.port.external:
+            self.port.checkpoint(trainer.grow.tick_number, "", "")  # for the controller to keep its own state here
+        state = {
+            "trainer": trainer_state(trainer),
+            "controller": json.dumps(self.runner.state()),
+            "port": json.dumps(self.port.state()),
+            "alerts": json.dumps(self.port.alerts),
+        }
+        return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, topology(trainer.grow), _score(trainer))
+
+    def _settled(self) -> bool:
+        self.port.barrier()
+        return bool(self.trackers.settle(SETTLING_S))
+
+    def _written(self, checkpoint: Checkpoint) -> None:
+        self._finished.append(checkpoint)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within: the first SIGTERM waits for the end of the step; a second one does what it did before."""
+        if not self.every:
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def ask(signum: int, frame: object) -> None:
+            self.asked = True
+            signal.signal(signal.SIGTERM, before)
+
+        try:
+            signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not the main thread: whoever runs us there has the signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _score(trainer: Trainer) -> float | None:
+    """The last validation value of the primary metric, turned so that larger is better."""
+    name = f"validation/{trainer.task.primary}"
+    values = [value for _, key, value in reversed(trainer.outcome.history[-100:]) if key == name]
+    if not values or values[0] != values[0]:
+        return None
+    return values[0] if trainer.task.metrics[trainer.task.primary].direction == "max" else -values[0]
+
+
+@contextmanager
+def alive(config: RootConfig, folder: Path) -> Iterator[None]:
+    """Within: the folder is this process's own, and a process that dies in here leaves a note that it did not end.
+
+    Raises:
+        UserError: another process is running in this folder.
+    """
+    path = folder / LOCK
+    with path.open("a+") as file:
+        _claim(file, folder.resolve())
+        try:
+            file.seek(0)
+            file.truncate()
+            json.dump({"pid": os.getpid(), "config_hash": config_hash(config)}, file)
+            file.flush()
+            temporary = folder / f".{CONFIG}.tmp"
+            temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+            temporary.replace(folder / CONFIG)
+            yield
+        finally:
+            path.unlink()
+            _held.discard(folder.resolve())
+
+
+def is_alive(folder: Path) -> bool:
+    """Whether a process is running in ``folder`` now."""
+    if folder.resolve() in _held:
+        return True
+    with (folder / LOCK).open("a") as file:
+        return not _locked(file)
+
+
+def _claim(file: IO[str], folder: Path) -> None:
+    if folder in _held or not _locked(file):
+        raise UserError(f"Another process is running in {folder}; wait for it, or end it first.")
+    _held.add(folder)
+
+
+def _locked(file: IO[str]) -> bool:
+    """A record lock, which belongs to the process: a loader's worker that outlives it for a moment does not inherit it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""What a run is called and what its tracker is told beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from esper.config import GROUPS, RootConfig, config_hash, options, plain
+from esper.running.environment import git_state
+from esper.tasks.base import SETS, Task
+from esper.tracking import DatasetRecord, RunRecord, differences, readable_name
+
+
+def run_record(config: RootConfig, task: Task, folder: Path, started_ms: int) -> RunRecord:
+    """The identity of a run: name, tags, data set, and the parameters that differ from the defaults."""
+    tree = plain(config)
+    git = git_state()
+    sizes = {which: len(getattr(task, which)) for which in SETS}
+    tags = {
+        "config_hash": config_hash(config),
+        "git_commit": git["commit"] + ("+changed" if git["changed"] else ""),
+        "seed": str(config.seed),
+        "arm": config.arm,
+        "experiment": config.experiment,
+        "tags": ",".join(config.tags),
+    }
+    return RunRecord(
+        run=folder.name,
+        name=readable_name(config.model.name, config.task.name, config.grafting.name, config.seed, config.arm),
+        folder=str(folder),
+        outputs=str(Path(config.output).resolve()),
+        started_ms=started_ms,
+        config=tree,
+        changed=differences(tree, _defaults(config)),
+        tags={name: value for name, value in tags.items() if value},
+        dataset=DatasetRecord(name=task.name, digest=task.digest, description=task.description, sizes=sizes),
+        primary=f"validation/{task.primary}",
+        direction=task.metrics[task.primary].direction,
+    )
+
+
+def _defaults(config: RootConfig) -> dict[str, Any]:
+    """What the files under ``conf/`` say when nothing is overridden, as the dataclasses hold it."""
+    tree = dataclasses.asdict(RootConfig()) | {"name": config.name, "output": config.output}
+    for group in GROUPS:
+        chosen = getattr(config, group)
+        if chosen is not None:
+            tree[group] = dataclasses.asdict(options(group)[chosen.name](name=chosen.name))
+    return tree

@@ -1,0 +1,228 @@
+"""``resume=`` and ``fork=``: going on from a checkpoint, with the same bits or, in a new run, with other settings.
+
+``resume=<run folder>`` (or one of its checkpoints) takes the config stored there; ``resume=auto`` looks under ``output`` for
+the run of this very configuration that did not end; ``fork=<run folder>`` starts a new run from that state.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listing
+from esper.errors import UserError
+from esper.report.summary import NAME as SUMMARY
+from esper.running.keeping import CONFIG, LOCK, is_alive
+from esper.training.checkpoint import store
+
+#: What a resumed run may have otherwise: none of it changes a bit of what was trained so far.
+CHANGEABLE = (
+    "trainer.steps",
+    "trainer.epochs",
+    "trainer.device",
+    "trainer.num_workers",
+    "trainer.control",
+    "trainer.checkpoint_*",
+    "controller.deadline_s",
+)
+WHOLE_GROUPS = ("tracking",)
+
+
+@dataclass
+class Start:
+    """A run about to go on: its config, its folder, and the state it begins from (None: from nothing)."""
+
+    config: RootConfig
+    folder: Path
+    state: Any
+
+
+def asked(words: Sequence[str]) -> str | None:
+    """``resume`` or ``fork`` where the words name a folder to go on from; ``resume=auto`` is the composed config's business."""
+    for key in ("resume", "fork"):
+        if any(word.startswith(f"{key}=") and word != "resume=auto" for word in words):
+            return key
+    return None
+
+
+def main(words: Sequence[str]) -> int:
+    """``esper resume=<folder> [overrides]`` or ``esper fork=<folder> [overrides]``; returns the exit code."""
+    from esper.running.run import run
+
+    key = asked(words)
+    place = Path(next(word for word in words if word.startswith(f"{key}=")).partition("=")[2])
+    others = [word for word in words if not word.startswith(f"{key}=")]
+    start = fork(place, others) if key == "fork" else resume(place, others)
+    _log_to(start.folder)
+    run(start.config, start.folder, state=start.state)
+    return 0
+
+
+def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> Start:
+    """The run in ``place`` (its folder, or one of its checkpoints) as it goes on.
+
+    ``fall_back`` passes over damaged checkpoints to the newest that is whole; else they are refused.
+    Raises UserError for a run that is finished or running, and for an override that would change the bits.
+    """
+    folder, chosen = _locate(place)
+    tree, choices = _stored(folder)
+    refuse_changes(words, folder)
+    before = copy.deepcopy(tree)
+    config = build(_changed(tree, words), choices)
+    longer = tree["trainer"] != before["trainer"] and _length(tree) != _length(before)
+    if chosen is None and _status(folder) == "FINISHED" and not longer:
+        raise UserError(
+            f"The run in {folder} is finished; to train it longer give trainer.steps=<more than {before['trainer']['steps']}>, "
+            f"to try other settings from its end fork={folder}."
+        )
+    return Start(config, folder, _state(folder, chosen, fall_back))
+
+
+def fork(place: Path, words: Sequence[str] = ()) -> Start:
+    """A new run, in a folder of its own, that begins with the state in ``place`` and its settings with ``words`` changed."""
+    folder, chosen = _locate(place)
+    tree, choices = _stored(folder)
+    config = build(_changed(tree, words), choices)
+    state = _state(folder, chosen, fall_back=False)
+    if state is None:
+        raise UserError(f"There is no checkpoint in {folder} to fork from; name a run that saved one.")
+    now = time.strftime("%Y-%m-%d/%H-%M-%S")
+    return Start(config, Path(config.output) / f"{now}-{config.name}-{secrets.token_hex(3)}", state)
+
+
+def unfinished(config: RootConfig) -> Path | None:
+    """The newest run of this very configuration under ``config.output`` that did not come to its end, and runs nowhere now."""
+    wanted, output = config_hash(config), Path(config.output)
+    folders = {path.parent for path in (*_at_depths(output, LOCK), *_at_depths(output, SUMMARY))}
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        if _hash(folder) == wanted and _status(folder) in ("KILLED", "DIED"):
+            return folder
+    return None
+
+
+def auto(config: RootConfig, folder: Path) -> Start:
+    """What ``resume=auto`` comes to for a composed config: the run that did not end, or a new one in ``folder``."""
+    found = unfinished(config)
+    if found is None:
+        print(f"resume=auto: no unfinished run of this configuration under {config.output}; a new one begins", file=sys.stderr)
+        return Start(config, folder, None)
+    print(f"resume=auto: going on in {found}", file=sys.stderr)
+    return resume(found, fall_back=True)
+
+
+def refuse_changes(words: Sequence[str], folder: Path) -> None:
+    """Raise UserError for an override that a resumed run may not have."""
+    for word in words:
+        key = word.partition("=")[0]
+        if key.split(".")[0] in WHOLE_GROUPS or any(_matches(key, pattern) for pattern in CHANGEABLE):
+            continue
+        raise UserError(
+            f"{word} would change what this run computes; with resume= only {listing([*CHANGEABLE, *WHOLE_GROUPS])} may change. "
+            f"To start a new run from its state with other settings: fork={folder} {word}."
+        )
+
+
+def _matches(key: str, pattern: str) -> bool:
+    return key.startswith(pattern[:-1]) if pattern.endswith("*") else key == pattern
+
+
+def _locate(place: Path) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint or None) for a path to either."""
+    if (place / store.MANIFEST).exists():
+        return place.resolve().parent.parent, place.resolve()
+    if not (place / CONFIG).exists():
+        raise UserError(f"{place} is no run's folder (it has no {CONFIG}) and no checkpoint; name one, or use resume=auto.")
+    return place.resolve(), None
+
+
+def _stored(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}; restore it or start a new run.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{folder / CONFIG} holds no configuration; restore it or start a new run.")
+    choices = {preset: str(tree.pop(preset, "") or "") for preset in PRESETS}
+    return {key: value for key, value in tree.items() if value is not None}, choices
+
+
+def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """``tree`` with each ``key=value`` or ``group=option`` put in; the checks are ``build``'s."""
+    from esper.cli import conf, overrides
+
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"'{word}' is no setting: write key=value, as in trainer.steps=4000.")
+        if key in GROUPS:
+            if text not in conf.options(key):
+                raise UserError(f"{key}={text} is no option of the group {key}: choose {listing(conf.options(key))}.")
+            tree[key] = yaml.safe_load((conf.folder() / key / f"{text}.yaml").read_text(encoding="utf-8"))
+            continue
+        *parents, leaf = key.split(".")
+        node: Any = tree
+        for parent in parents:
+            node = node.get(parent) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf not in node:
+            raise UserError(f"There is no key {key} in this run's configuration; {CONFIG} in its folder lists them.")
+        node[leaf] = overrides.parse([word])[0].value()
+    return tree
+
+
+def _length(tree: dict[str, Any]) -> tuple[int, int]:
+    return tree["trainer"]["steps"], tree["trainer"]["epochs"]
+
+
+def _state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:
+    if chosen is not None:
+        return store.read(chosen)[1]
+    kept = store.checkpoints(folder / store.FOLDER)
+    if not kept:
+        return None
+    if not fall_back:
+        return store.read(kept[-1])[1]
+    found = store.newest(folder / store.FOLDER)
+    assert found is not None
+    for refusal in found[2]:
+        print(f"esper: {refusal}", file=sys.stderr)
+    return found[1]
+
+
+def _status(folder: Path) -> str:
+    """RUNNING or DIED by the note a live process holds; else what the summary says, NEW where there is neither."""
+    if (folder / LOCK).exists():
+        return "RUNNING" if is_alive(folder) else "DIED"
+    if not (folder / SUMMARY).exists():
+        return "NEW"
+    return str(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"])
+
+
+def _hash(folder: Path) -> str:
+    for name in (LOCK, SUMMARY):
+        path = folder / name
+        if path.exists() and path.stat().st_size:
+            return str(json.loads(path.read_text(encoding="utf-8")).get("config_hash", ""))
+    return ""
+
+
+def _at_depths(output: Path, name: str) -> list[Path]:
+    """Files of this name in run folders: ``<day>/<run>``, ``sweeps/<day>/<sweep>/<job>``, or the folder itself."""
+    return [path for pattern in (name, f"*/{name}", f"*/*/{name}", f"*/*/*/{name}", f"*/*/*/*/{name}") for path in output.glob(pattern)]
+
+
+def _log_to(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / "esper.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)

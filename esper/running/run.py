@@ -1,0 +1,187 @@
+"""One run: device, task, host, bus, controller, trackers, training, controls, summary, report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from esper.bus import open_bus
+from esper.bus.port import ControllerSilent
+from esper.config import RootConfig, plain
+from esper.report.progress import ProgressBar
+from esper.report.summary import Summary, write_summary
+from esper.report.table import print_report
+from esper.running.connecting import Watched, connect_controller, connect_trackers, let_them_read, load, refuse_alone, say_where
+from esper.running.control import control, equal_macs_steps
+from esper.running.keeping import Keeper, alive
+from esper.running.parts import build_trainer
+from esper.running.profiling import profiled
+from esper.running.record import run_record
+from esper.running.summary import summarize
+from esper.saved import FOLDER as MODEL
+from esper.saved import host_card
+from esper.tasks.base import Task
+from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
+from esper.tracking.reach import check_store
+from esper.training.device import choose_device, describe, numerics
+from esper.training.trainer import Trainer
+
+#: What ends a run that can go on where it was stopped.
+STOPPED = (KeyboardInterrupt, ControllerSilent)
+
+
+@dataclass
+class Result:
+    """What a run leaves: its summary, and the primary validation metric that a sweeper optimizes."""
+
+    summary: Summary
+    primary: float
+
+
+def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None) -> Result:
+    """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to go on from.
+
+    Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; what was learnt so far is kept, and the exception goes on.
+    Raises UserError for what the user can mend.
+    """
+    refuse_alone(config)
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(config.tracking, MlflowConfig):
+        check_store(config.tracking, config.output)
+    device = choose_device(config.trainer)
+    if not quiet:
+        print(describe(device, config.trainer), file=sys.stderr, flush=True)
+    task = config.task.build()
+    try:
+        with numerics(config.trainer), alive(config, folder):
+            return _connected(config, task, device, folder, quiet, state)
+    except KeyboardInterrupt as stop:
+        stop.args = (str(folder),)  # for the sentence that says where what was kept lies
+        raise
+
+
+def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any) -> Result:
+    record = run_record(config, task, folder, round(time.time() * 1000))
+    bus = open_bus(config.bus, folder)
+    say_where(config, bus, record, folder, quiet)
+    runner, port = connect_controller(config, bus, record)
+    trackers = connect_trackers(config, bus, record)
+    progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
+    lost: TrackerError | None = None
+    try:
+        with _failing(progress, trackers):
+            trackers.start()
+            progress.start()
+            if state is not None:
+                load(state, runner, port)
+            trainer = build_trainer(config, task, device, port, state=None if state is None else state["trainer"])
+        keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
+        with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
+            with keeper.listening(), profiled(trainer, keeper, config.trainer.profile, folder) as between:
+                trainer.fit(between)
+            keeper.saver.wait()
+            progress.close("FINISHED")
+            ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
+            if config.trainer.control:
+                ending.summary["control"] = _controls(config, task, device, trainer, quiet)
+            if config.trainer.save:
+                trainer.grow.save(folder / MODEL, host_card(plain(config)["model"], task))
+            trackers.log_model(trainer.grow.export(), _inputs(trainer))
+    except TrackerError as error:  # the training itself is done: its report first
+        lost = error
+    finally:
+        let_them_read(config, bus, record.run, port, quiet)
+        runner.close()
+        bus.close()
+    assert ending.summary is not None
+    if not quiet:
+        command = ui_command(tracking_uri(config.tracking, config.output)) if isinstance(config.tracking, MlflowConfig) else ""
+        print_report(ending.summary, "" if lost else command)
+    if lost is not None:
+        raise lost
+    return Result(ending.summary, ending.summary["metrics"]["final"][ending.summary["primary"]])
+
+
+@dataclass
+class _Ending:
+    summary: Summary | None = None
+
+
+@contextmanager
+def _ending(
+    config: RootConfig, trainer: Trainer, port: Watched, folder: Path, run: str, trackers: TrackerRunner, progress: TrackerRunner
+) -> Iterator[_Ending]:
+    """However the training ends, its summary is written and said, and the trackers are closed with the right status."""
+    ending, status = _Ending(), "FINISHED"
+    try:
+        yield ending
+    except STOPPED:
+        status = "KILLED"
+        raise
+    except BaseException:
+        status = "FAILED"
+        raise
+    finally:
+        if ending.summary is None or status != "FINISHED":
+            ending.summary = summarize(config, trainer, folder, run, status, port.alerts)
+        ending.summary["bus"] = port.counts()
+        try:
+            write_summary(ending.summary, folder)
+        except OSError:  # a full disk, say: the trackers are told all the same
+            status = "FAILED" if status == "FINISHED" else status
+            raise
+        finally:
+            trainer.grow.close(status, dict(ending.summary))
+            with _quietly(status != "FINISHED"):
+                progress.close(status)
+                trackers.close(status)
+
+
+@contextmanager
+def _failing(*trackers: TrackerRunner) -> Iterator[None]:
+    """A run that cannot even begin, or is interrupted before, leaves no tracker open."""
+    try:
+        yield
+    except BaseException as error:
+        with _quietly(True):
+            for tracker in trackers:
+                tracker.close("KILLED" if isinstance(error, STOPPED) else "FAILED")
+        raise
+
+
+@contextmanager
+def _quietly(other: bool) -> Iterator[None]:
+    """A tracker's failure, which is in the log already, does not hide the ``other`` reason for which a run ends."""
+    try:
+        yield
+    except TrackerError:
+        if not other:
+            raise
+
+
+def _controls(config: RootConfig, task: Task, device: Any, trainer: Trainer, quiet: bool) -> Any:
+    """The host alone at the same steps, and at the same MACs."""
+    kept = Path(config.output).resolve() / "controls"
+
+    def alone(steps: int, why: str) -> dict[str, Any]:
+        if not quiet:
+            print(f"control: the host alone, {steps} steps ({why})", file=sys.stderr, flush=True)
+        return control(config, task, device, steps, kept)
+
+    steps = alone(trainer.total, "the same number")
+    macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs")
+    return {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
+
+
+def _inputs(trainer: Trainer) -> Tensor:
+    batch = next(trainer.validation.epoch())
+    inputs: Tensor = batch[0]
+    return inputs[:8]

@@ -1,0 +1,174 @@
+"""A grown model on disk: ``model.safetensors`` and ``model.json``, which together build it again without the trainer.
+
+The description holds the host (the model group's settings and the shape of its task, where esper built it), what was
+built in at which site, and which names share a tensor. Nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import esper
+from esper.errors import UserError
+
+if TYPE_CHECKING:
+    from esper.blueprints import Blueprint
+
+FORMAT, VERSION = "esper model", 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+FOLDER = "model"
+
+#: Attribute of a host that was loaded: what had grown in it, run after run. Saving it again says so too.
+GROWN_BEFORE = "grown_before"
+
+Description = dict[str, Any]
+
+
+def save_model(folder: str | Path, model: nn.Module, cards: list[Any], host: Description | None = None) -> Path:
+    """Write an exported ``model`` and its description into ``folder``; returns the folder.
+
+    ``cards`` come with the model from ``esper.seeds.exporting.export_with_cards``; ``host`` is ``{"model": …, "task": …}``.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+            tensors[name] = value.detach().cpu().contiguous().clone()
+    description = {"format": FORMAT, "version": VERSION, "esper": esper.__version__, "host": host}
+    description |= {"grown": [*getattr(model, GROWN_BEFORE, []), cards], "tied": tied}
+    for name, write in (
+        (WEIGHTS, lambda path: path.write_bytes(save(tensors))),  # an OSError where save_file has an error of its own
+        (DESCRIPTION, lambda path: path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")),
+    ):
+        temporary = folder / f".{name}.{os.getpid()}"
+        write(temporary)
+        temporary.replace(folder / name)
+    return folder
+
+
+def load_model(path: str | Path, host: nn.Module | None = None) -> nn.Module:
+    """The model saved in a folder (or a run's folder), on the CPU, in evaluation mode.
+
+    Args:
+        host: a fresh module of the host's class, which is changed and returned; needed where esper did not build the host.
+
+    Raises:
+        UserError: nothing saved there, another format, or a host that does not fit.
+    """
+    folder = model_folder(path)
+    description = read_description(folder / DESCRIPTION)
+    if host is None:
+        host = build_host(description, folder)
+    return load_into(host, folder / WEIGHTS, description).eval()
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where the model of ``path`` lies: the folder itself, or ``model`` in a run's folder. Raises UserError where it is in neither."""
+    for folder in (Path(path), Path(path) / FOLDER):
+        if (folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file():
+            return folder
+    raise UserError(f"{path} holds no saved model ({WEIGHTS} and {DESCRIPTION}); a run writes one into its folder when it has finished.")
+
+
+def read_description(path: Path) -> Description:
+    """The description. Raises UserError for one that is damaged, foreign or newer."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as the description of a model: {error}.") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise UserError(f"{path} is not the description of a model that esper saved.")
+    if description.get("version") != VERSION:
+        raise UserError(f"{path} has version {description.get('version')}; this esper reads version {VERSION}: use the one that wrote it.")
+    return description
+
+
+def load_weights(host: nn.Module, path: str) -> nn.Module:
+    """``host`` as the model saved at ``path`` (``model.weights``): a run's folder, a saved model's, or a ``.safetensors`` file.
+
+    Raises:
+        UserError: nothing there, or tensors that are not this host's.
+    """
+    given = Path(path).expanduser()
+    if given.suffix == ".safetensors":
+        if not given.is_file():
+            raise UserError(f"model.weights={path}: there is no such file.")
+        beside = given.with_suffix(".json")
+        return load_into(host, given, read_description(beside) if beside.is_file() else {"grown": [], "tied": {}})
+    if not given.is_dir():
+        raise UserError(f"model.weights={path}: there is no such folder; give a run's folder or a .safetensors file.")
+    folder = model_folder(given)
+    return load_into(host, folder / WEIGHTS, read_description(folder / DESCRIPTION))
+
+
+def load_into(host: nn.Module, path: Path, description: Description) -> nn.Module:
+    """Build what grew into ``host`` and load the tensors, every name strictly."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from esper.seeds.exporting import regraft
+
+    try:
+        tensors = load_file(path)
+        for cards in description["grown"]:
+            regraft(host, cards, _blueprint)
+    except (SafetensorError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} does not fit this host: {error}; build the host that was trained.") from error
+    tensors |= {name: tensors[source] for name, source in description["tied"].items() if source in tensors}
+    own = host.state_dict()
+    wrong = sorted({*own} ^ {*tensors}) or sorted(name for name in own if own[name].shape != tensors[name].shape)
+    if wrong:
+        there = f"shape {tuple(tensors[wrong[0]].shape)}" if wrong[0] in tensors else "no such tensor"
+        here = f"shape {tuple(own[wrong[0]].shape)}" if wrong[0] in own else "no such tensor"
+        raise UserError(f"{path} does not fit this host: '{wrong[0]}' has {there} in the file and {here} in the host.")
+    host.load_state_dict(tensors)
+    setattr(host, GROWN_BEFORE, description["grown"])
+    return host
+
+
+def host_card(model: Description, task: Any) -> Description:
+    """What builds the host again: the model group's settings and what a host asks of a task."""
+    shape = {"name": task.name, "inputs": task.inputs, "input_shape": list(task.input_shape), "outputs": task.outputs}
+    return {"model": {**model, "weights": ""}, "task": shape}
+
+
+def build_host(description: Description, folder: Path) -> nn.Module:
+    """The host with initial weights. Raises UserError where the description knows no host."""
+    from esper.config import options, structure
+    from esper.randomness import generator
+
+    card = description["host"]
+    if card is None:
+        raise UserError(f"{folder} was saved from a model that esper did not build: pass a fresh one, load_model(path, host=MyNet()).")
+    shape = card["task"]
+    task = SimpleNamespace(**{**shape, "input_shape": tuple(shape["input_shape"])})
+    config = structure(options("model")[card["model"]["name"]], card["model"], "model")
+    host: nn.Module = config.build(task, generator(0, "host"))
+    return host
+
+
+def _blueprint(entry: Description) -> Blueprint:
+    from esper.blueprints import CONFIGS
+    from esper.custom import make
+
+    if entry["target"]:
+        made: Blueprint = make(entry["target"], entry["settings"], "blueprint")
+        return made
+    built: Blueprint = CONFIGS[entry["blueprint"]](**entry["settings"])
+    return built

@@ -1,0 +1,74 @@
+"""What the command line does not accept gets one sentence and exit code 2; also what Hydra itself would refuse."""
+
+from __future__ import annotations
+
+import pytest
+
+from esper.app import main
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["seed=x"], ["seed=x is not accepted", "a whole number from 0 to 4294967295"]),
+        (["seed=-1"], ["seed=-1 is not accepted"]),
+        (["seeds=3"], ["There is no key seeds", "did you mean seed."]),
+        (["model.widht=8"], ["There is no key model.widht", "model=mlp has", "did you mean model.width."]),
+        (["alpha_max=1"], ["There is no key alpha_max", "did you mean grafting.alpha_max."]),
+        (["model.width.x=8"], ["model.width is a single value"]),
+        (["grafting.alpha_max=2"], ["from 0.0 to 1.0"]),
+        (["lifecycle.objective=shadw"], ["shadow, functional_gradient or reconstruction", "did you mean shadow."]),
+        (["model=mpl"], ["no option of the group model", "did you mean mlp."]),
+        (["modell=mlp"], ["There is no key modell", "did you mean model."]),
+        (["model=null"], ["model=null is no option of the group model"]),
+        (["model.name=cnn", "model.width=3"], ["There is no key model"]),
+        (["+key=1"], ["There is no key key"]),
+        (["+seed=1"], ["without the +"]),
+        (["+model.extra=1"], ["There is no key model.extra"]),
+        (["+model=mlp"], ["model=", "without + or ~"]),
+        (["~model"], ["without + or ~"]),
+        (["~seed"], ["every setting has a value"]),
+        (["name=[a"], ["cannot be read as key=value"]),
+        (["seed=1,2"], ["several values", "--multirun"]),
+        (["model=mlp,cnn"], ["several values", "--multirun"]),
+        (["--multirun", "seed=1,x"], ["seed=x is not accepted"]),
+        (["--multirun", "grafting=linear,liner"], ["grafting=liner is no option", "did you mean linear."]),
+        (["hydra.nothing=1"], ["cannot be composed", "hydra.nothing"]),
+        (["hydra/launcher=nothing"], ["cannot be composed", "hydra/launcher"]),
+        (["optimizer.lr=${nope}"], ["cannot be composed", "'nope' not found (in optimizer.lr)"]),
+        (["lifecycle.training_min=5"], ["lifecycle.training_min takes a duration, as in 50step, 2epoch or 5% (of the run)."]),
+        (["grafting.ramp=-5%"], ["grafting.ramp=-5% is not accepted"]),
+        (["trainer.validate_every=often"], ["trainer.validate_every=often is not accepted"]),
+        (["trainer.checkpoint_every=never"], ["a duration, as in 50step, 2epoch or 5% (of the run) or empty."]),
+        (["optimizer.branch_warmup="], ["optimizer.branch_warmup= is not accepted"]),
+        (["controller.until=late"], ["controller.until=late is not accepted"]),
+        (["name=a/b"], ["name=a/b is not accepted", "a word without /"]),
+        (["name="], ["name= is not accepted"]),
+        (["output="], ["output is empty; give a folder"]),
+        (["help"], ["no program 'help'", "esper --help lists all there is"]),
+        (["compare.tune.x=1"], ["There is no key compare.tune.x"]),
+        (["--steps", "5"], ["unrecognized arguments: --steps", "key=value"]),
+        (["--cfg", "nothing"], ["--cfg"]),
+        (["chekc"], ["no program 'chekc'", "did you mean check."]),
+        (["seed=1", "check"], ["'check' is no setting"]),
+        (["check", "seed=x"], ["seed=x is not accepted"]),
+        (["check", "seed=1,2"], ["several values"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in "".join(value) else None,
+)
+def test_a_mistake_gets_one_sentence(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    sentence = printed.err.strip()
+    assert sentence.startswith("esper: ") and "\n" not in sentence and "Traceback" not in sentence
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_mistake_is_refused_before_any_folder_is_made(esper, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    result = esper("model.width=wide")
+    assert result.returncode == 2
+    assert result.stderr.startswith("esper: model.width=wide is not accepted")
+    assert len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,108 @@
+"""Runs in processes of their own, killed with SIGKILL at a given moment, resumed, and compared with an undisturbed run.
+
+Children are forked from a process that has imported everything already, so that a moment is a moment of the run.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from esper.config import RootConfig
+from esper.report.summary import read_summary
+from esper.running.resume import resume
+from esper.running.run import run
+
+TIMED = ("seconds", "output", "environment", "bus")
+TABLES = ("metrics", "transitions", "gates", "seeds")
+
+
+@dataclass
+class Child:
+    """A forked process; ``seconds`` is how long it lived, ``code`` its exit code, −9 when it was killed."""
+
+    code: int
+    seconds: float
+
+
+def child(work: Callable[[], None], log: Path, kill_after_s: float | None = None) -> Child:
+    """Do ``work`` in a forked process whose output goes to ``log``; kill it after so many seconds, if it still lives."""
+    began = time.monotonic()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process == 0:
+        _be_child(work, log)
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        lived = time.monotonic() - began
+        if found:
+            return Child(os.waitstatus_to_exitcode(status), lived)
+        if kill_after_s is not None and lived >= kill_after_s:
+            os.kill(process, signal.SIGKILL)
+            kill_after_s = None
+        time.sleep(0.002)
+
+
+def _be_child(work: Callable[[], None], log: Path) -> None:
+    """Never returns: the code of whoever forked us must not run twice."""
+    code = 1
+    try:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        work()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(config: RootConfig, folder: Path) -> None:
+    """A run from its beginning."""
+    run(config, folder, quiet=True)
+
+
+def go_on(config: RootConfig, folder: Path) -> None:
+    """The run that was killed in ``folder``; one killed before it had written its config begins again."""
+    if not (folder / "config.yaml").exists():
+        return start(config, folder)
+    begun = resume(folder, fall_back=True)
+    run(begun.config, begun.folder, quiet=True, state=begun.state)
+
+
+def ended(folder: Path) -> bool:
+    """Whether the run in ``folder`` came to its end."""
+    return not (folder / "run.lock").exists() and (folder / "summary.json").exists()
+
+
+def differences(folder: Path, reference: Path) -> list[str]:
+    """What the run in ``folder`` left otherwise than the one in ``reference``, but for what a clock said."""
+    found = []
+    a, b = read_summary(folder), read_summary(reference)
+    for key in sorted({*a, *b}):
+        if key not in TIMED and a.get(key) != b.get(key):
+            found.append(f"summary {key}: {a.get(key)} and {b.get(key)}")
+    found += [f"{name}.parquet" for name in TABLES if rows(folder / f"{name}.parquet") != rows(reference / f"{name}.parquet")]
+    if (folder / ".parts").exists():
+        found.append("parts of Parquet files are left over")
+    return found
+
+
+def rows(path: Path) -> list[str]:
+    """The rows of a table as text, in their order, without those that hold seconds."""
+    import pyarrow.parquet as pq
+
+    table: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return [repr(row) for row in table if "second" not in str(row.get("name", ""))]

@@ -1,0 +1,138 @@
+"""A run that did not end goes on with the same bits; what would change them is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from esper.app import main
+from esper.errors import UserError
+from esper.report.summary import read_summary
+from esper.running.keeping import alive
+from esper.running.resume import auto, fork, refuse_changes, resume, unfinished
+from esper.running.run import run
+from esper.training.checkpoint import store
+from tests.resume import killing
+from tests.resume.conftest import SHORT, Configure
+
+
+def copied(finished: Path, tmp_path: Path, until: int | None = None) -> Path:
+    """A run's folder as if it had died after ``until`` steps' checkpoint."""
+    folder = tmp_path / "day" / "run"
+    shutil.copytree(finished, folder)
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(str(finished.parents[1]), str(tmp_path)))
+    if until is not None:
+        store.forget_after(folder / store.FOLDER, until)
+        (folder / "run.lock").write_text(json.dumps({"config_hash": read_summary(folder)["config_hash"]}))
+    return folder
+
+
+@pytest.mark.parametrize("share", [0.35, 0.8])
+def test_killed_and_resumed_it_leaves_what_an_undisturbed_run_leaves(
+    configure: Configure, finished: Path, tmp_path: Path, share: float
+) -> None:
+    config, log, folder = configure(f"output={tmp_path}"), tmp_path / "log", tmp_path / "day" / "run"
+    folder.mkdir(parents=True)
+    whole = killing.child(lambda: killing.start(config, folder), log)
+    assert whole.code == 0, log.read_text()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    killed = killing.child(lambda: killing.start(config, folder), log, kill_after_s=share * whole.seconds)
+    assert killed.code in (-9, 0)
+    assert killing.child(lambda: killing.go_on(config, folder), log).code == 0 or killed.code == 0, log.read_text()
+    assert killing.differences(folder, finished) == []
+
+
+def test_sigterm_saves_and_ends_with_75_and_resume_ends_the_same(finished: Path, tmp_path: Path, checkout: Path) -> None:
+    words = [*SHORT, "trainer.steps=2000", f"output={tmp_path}", f"hydra.run.dir={tmp_path}/day/run"]
+    process = subprocess.Popen([sys.executable, "-m", "esper", *words], cwd=checkout, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "day" / "run"
+    deadline = time.monotonic() + 120
+    while not store.checkpoints(folder / store.FOLDER):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert process.stderr is not None and "everything is saved" in process.stderr.read()
+    before = read_summary(folder)
+    assert before["status"] == "KILLED" and not (folder / "run.lock").exists()
+    assert int(store.checkpoints(folder / store.FOLDER)[-1].name) == before["steps"]
+    start = resume(folder, ["trainer.steps=2000"])
+    assert start.state["trainer"]["steps"] == before["steps"]
+
+
+def test_a_longer_run_goes_on_from_the_end_of_a_finished_one(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path)
+    with pytest.raises(UserError, match=r"is finished; to train it longer give trainer.steps"):
+        resume(folder)
+    start = resume(folder, ["trainer.steps=90"])
+    result = run(start.config, start.folder, quiet=True, state=start.state)
+    assert result.summary["steps"] == 90
+
+
+def test_a_fork_is_a_new_run_with_other_settings_from_that_state(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path, until=79)
+    start = fork(folder, ["optimizer.lr=1e-4", "grafting=drift", "tags=[forked]"])
+    assert start.folder != folder and tmp_path in start.folder.parents
+    assert (start.config.optimizer.lr, start.config.grafting.name, start.config.tags) == (1e-4, "drift", ["forked"])
+    result = run(start.config, start.folder, quiet=True, state=start.state)
+    assert result.summary["steps"] == 80 and result.summary["fingerprint"] != read_summary(finished)["fingerprint"]
+
+
+def test_overrides_that_change_the_bits_are_refused_with_the_way_out(finished: Path) -> None:
+    refuse_changes(["trainer.steps=100", "trainer.device=cpu", "tracking=none", "trainer.checkpoint_keep=5"], finished)
+    for word in ("optimizer.lr=0.1", "seed=4", "trainer.batch_size=8", "model=cnn"):
+        with pytest.raises(UserError, match=f"fork={finished} {word}"):
+            refuse_changes([word], finished)
+
+
+def test_auto_finds_the_run_of_this_configuration_that_did_not_end(
+    configure: Configure, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(f"output={tmp_path}")
+    assert unfinished(config) is None
+    new = auto(config, tmp_path / "new")
+    assert new.folder == tmp_path / "new" and new.state is None
+    folder = copied(finished, tmp_path, until=79)
+    *_, last = sorted((folder / store.FOLDER).iterdir())
+    (last / store.TENSORS).write_bytes((last / store.TENSORS).read_bytes()[:-5])
+    found = auto(config, tmp_path / "new")
+    assert found.folder == folder and found.state["trainer"]["steps"] < int(last.name)
+    assert "truncated" in capsys.readouterr().err
+    with pytest.raises(UserError, match="truncated"):
+        resume(folder)
+    assert unfinished(configure(f"output={tmp_path}", "seed=1")) is None
+    with alive(config, folder):
+        assert unfinished(config) is None  # it is running: this process holds it
+
+
+def test_the_checkpoint_before_can_be_asked_for(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path)
+    first = store.checkpoints(folder / store.FOLDER)[0]
+    assert resume(first).state["trainer"]["steps"] == int(first.name)
+
+
+def test_two_processes_do_not_run_in_one_folder(configure: Configure, tmp_path: Path) -> None:
+    config = configure(f"output={tmp_path}")
+    with alive(config, tmp_path), pytest.raises(UserError, match="Another process is running"), alive(config, tmp_path):
+        pass
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_what_is_no_run_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"resume={tmp_path}"]) == 2
+    assert "is no run's folder" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("a: [")
+    assert main([f"resume={tmp_path}", "trainer.steps=3"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"steps": 10, "epochs": 0}}))
+    assert main([f"fork={tmp_path}", "trainer.stepps=3"]) == 2
+    assert "There is no key trainer.stepps" in capsys.readouterr().err

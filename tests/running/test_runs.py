@@ -1,0 +1,106 @@
+"""What a run writes down about itself, and how it ends when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esper.cli.compose import compose
+from esper.errors import UserError
+from esper.running import control as controls
+from esper.running.environment import environment, git_state
+from esper.running.run import run
+
+BRIEF = ["trainer.steps=40", "trainer.control=false", "trainer.validate_every=50%"]
+
+
+def config(tmp_path: Path, *words: str) -> Any:
+    return compose([*BRIEF, "tracking=none", f"output={tmp_path}", *words])
+
+
+def test_a_run_leaves_its_summary(tmp_path: Path):
+    result = run(config(tmp_path, "seed=5"), tmp_path / "run", quiet=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "FINISHED" and summary["steps"] == 40 and summary["seed"] == 5
+    assert result.primary == summary["metrics"]["final"]["validation/accuracy"]
+    assert {"test/accuracy", "test/loss", "validation/loss"} <= summary["metrics"]["final"].keys()
+    assert len(summary["fingerprint"]) == 64 and len(summary["config_hash"]) == 64
+    assert summary["environment"]["packages"]["torch"] == torch.__version__
+    assert summary["macs"] > 0 and summary["seconds"]["total"] > 0.0
+    assert torch.are_deterministic_algorithms_enabled() is False, "the process is left as it was"
+
+
+def test_a_run_that_fails_says_failed_and_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("esper.training.trainer.Trainer._step", _broken_after(12))
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        run(config(tmp_path, "tracking=csv"), tmp_path / "run", quiet=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "FAILED" and summary["steps"] == 12
+    assert (tmp_path / "run" / "transitions.parquet").exists()
+
+
+def _broken_after(steps: int) -> Any:
+    from esper.training.trainer import Trainer
+
+    ordinary = Trainer._step
+
+    def step(self: Trainer, number: int, *rest: Any) -> Any:
+        if number == steps:
+            raise RuntimeError("the disk is on fire")
+        return ordinary(self, number, *rest)
+
+    return step
+
+
+def test_a_run_that_cannot_begin_is_refused_and_leaves_nothing_running(tmp_path: Path):
+    import threading
+
+    before = threading.active_count()
+    with pytest.raises(UserError, match=r"No module of the host matches sites.match 'nowhere'"):
+        run(config(tmp_path, "sites.match=[nowhere]", "tracking=csv"), tmp_path / "run", quiet=True)
+    assert threading.active_count() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path):
+    with pytest.raises(UserError, match=r"(rolled back|training loss is nan).*optimizer\.lr"):
+        run(config(tmp_path, "optimizer=sgd", "optimizer.lr=1e30", "trainer.clip=0"), tmp_path / "run", quiet=True)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "FAILED"
+
+
+def test_the_control_is_made_once_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["trainer.control=true", "controller=scheduled", "controller.script=[{at: 2step, command: germinate, seeds: [0]}]"]
+    made: list[int] = []
+    build = controls.build_trainer
+
+    def counting(*arguments: Any, **settings: Any) -> Any:
+        made.append(1)
+        return build(*arguments, **settings)
+
+    monkeypatch.setattr(controls, "build_trainer", counting)
+    first, second = (run(config(tmp_path, *words), tmp_path / name, quiet=True).summary for name in ("a", "b"))
+    assert len(made) == 2 and first["control"] == second["control"]
+    assert set(first["control"]) == {"same_steps", "same_macs"}
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "controls").glob("*.json")]
+    assert len(kept) == 2 and min(one["steps"] for one in kept) == 40
+    assert max(one["steps"] for one in kept) > 40, "growing cost something, so the host alone gets more steps"
+    assert not list((tmp_path / "controls").glob("*.tmp"))
+
+
+def test_equal_macs_are_equal_macs():
+    assert controls.equal_macs_steps(3000, {"macs": 100, "steps": 10}) == 300
+    assert controls.equal_macs_steps(1, {"macs": 100, "steps": 10}) == 1
+
+
+def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch):
+    told = environment(torch.device("cpu"))
+    assert told["device"] == "cpu" and told["gpu"] == "" and told["threads"] >= 1
+    assert "" not in (told["python"], told["system"], told["esper"])
+    assert len(git_state()["commit"]) in (0, 40)
+    monkeypatch.setenv("PATH", "")
+    assert git_state() == {"commit": "", "changed": False}
+    monkeypatch.setattr("esper.running.environment.PACKAGES", ("no-such-package",))
+    assert environment(torch.device("cpu"))["packages"] == {"no-such-package": ""}
