@@ -1,0 +1,267 @@
+"""The analysis of one sweep: its runs and its plan in, verdicts with everything that belongs beside them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.compare.controls import conclude
+from esper.compare.plan import Plan, changes
+from esper.compare.power import MOST_PAIRS, fewest_pairs, needed_pairs
+from esper.compare.runs import POOLED, Pairs, Run, by_seed, pair, pool
+from esper.compare.sequential import look_pairs, sequential_holm
+from esper.compare.signflip import equivalence, interval, sign_flip
+from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
+from esper.compare.verdict import Verdict, classify
+from esper.errors import UserError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm in one block: quality, failures, cost and growth over its runs (means over the finished ones)."""
+
+    arm: str
+    block: str
+    runs: int
+    failed: int
+    mean: float
+    iqm: float
+    spread: float
+    costs: dict[str, float]
+    growth: dict[str, float]
+    points: dict[int, float]
+    macs: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One comparison. Differences are positive where ``arm`` (B) is better than ``reference`` (A)."""
+
+    arm: str
+    reference: str
+    block: str
+    verdict: str
+    sentence: str
+    difference: float
+    difference_finished: float
+    p: float
+    p_holm: float
+    p_equivalent: float
+    interval: tuple[float, float]
+    bca: tuple[float, float]
+    probability: float
+    pairs: int
+    failed: tuple[int, int]
+    costs: dict[str, float]
+    more_pairs: int
+    seeds: tuple[int, ...]
+    points: tuple[float, ...]
+    finished: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What ``comparison.json`` holds besides the plan."""
+
+    arms: list[ArmSummary]
+    verdicts: list[Judged]
+    exploratory: list[str]
+    notes: list[str]
+    ranking: list[Judged] = field(default_factory=list)
+    conclusion: list[str] = field(default_factory=list)
+
+
+def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Comparison:
+    """Judge every arm against the reference, block by block and pooled.
+
+    Args:
+        runs: all jobs of the sweep, failed ones included.
+        plan: what to judge by; ``planned`` is what was saved before the first run, where that was another one.
+
+    Raises:
+        UserError: no runs, all failed, or an arm that shares no seed with the reference.
+    """
+    if not runs:
+        raise UserError("The sweep has no runs; start it, or look for its id in the list of sweeps.")
+    if all(run.failed for run in runs):
+        raise UserError(f"All {len(runs)} runs of the sweep failed or gave no finite {plan.metric}; the log of each job says why.")
+    others = [arm for arm in plan.arms if arm != plan.reference]
+    blocks = [[pair(runs, arm, plan.reference, block, plan.sign, plan.minimum_effect) for arm in others] for block in plan.blocks]
+    families = [one for block in blocks for one in block]
+    if len(plan.blocks) > 1:
+        pooled = [pool(list(column)) for column in zip(*blocks, strict=True)]
+        families += [one for one in pooled if one is not None]
+    verdicts = judge(families, runs, plan)
+    return Comparison(
+        arms=[summarize(runs, arm, block) for block in plan.blocks for arm in plan.arms],
+        verdicts=verdicts,
+        exploratory=_exploratory(families, plan, planned or plan),
+        notes=_notes(runs, plan),
+        ranking=_ranking(runs, plan) if plan.ranking else [],
+        conclusion=conclude(verdicts, runs, plan),
+    )
+
+
+def summarize(runs: Sequence[Run], arm: str, block: str) -> ArmSummary:
+    """The runs of one arm in one block in a line."""
+    mine = by_seed(runs, arm, block)
+    good = {seed: run for seed, run in sorted(mine.items()) if not run.failed}
+    values = np.array([run.value for run in good.values()])
+    return ArmSummary(
+        arm=arm,
+        block=block,
+        runs=len(mine),
+        failed=len(mine) - len(good),
+        mean=float(values.mean()) if len(values) else float("nan"),
+        iqm=iqm(values) if len(values) else float("nan"),
+        spread=float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
+        costs=_means([run.costs for run in good.values()]),
+        growth=_means([run.growth for run in good.values()]),
+        points={seed: run.value for seed, run in good.items()},
+        macs={seed: run.costs["macs"] for seed, run in good.items() if "macs" in run.costs},
+    )
+
+
+def _means(reported: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of every number over the runs that report it."""
+    names = sorted({name for numbers in reported for name in numbers})
+    return {name: float(np.mean([numbers[name] for numbers in reported if name in numbers])) for name in names}
+
+
+def judge(families: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Judged]:
+    """One verdict for every comparison, corrected together."""
+    p = np.array([float(sign_flip(one.tested)) for one in families])
+    p_same = holm(np.array([float(equivalence(one.tested, plan.minimum_effect)) for one in families]))
+    p_holm = holm(p)
+    means = np.array([one.tested.mean() for one in families])
+    decided = p_holm
+    if plan.sequential:
+        rejected, complete = _looked(families, plan)
+        decided = np.where(rejected, p_holm.clip(max=plan.alpha), np.maximum(p_holm, np.nextafter(plan.alpha, 1)))
+        p_same = p_same if complete else np.ones_like(p_same)
+    codes = classify(means, decided, p_same, plan.alpha)
+    return [
+        _judged(one, runs, plan, Verdict(code), (float(a), float(b), float(c)))
+        for one, code, a, b, c in zip(families, codes, p, p_holm, p_same, strict=True)
+    ]
+
+
+def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[NDArray[np.bool_], bool]:
+    """Which comparisons the sequential test has decided, and whether all planned pairs are there."""
+    have = set.intersection(*(set(one.seeds) for one in families))
+    seeds = []
+    for seed in plan.seeds:  # looks count pairs in the planned order, without gaps
+        if seed not in have:
+            break
+        seeds.append(seed)
+    rows = np.array([[one.tested[one.seeds.index(seed)] for one in families] for seed in seeds]).reshape(len(seeds), -1, 1)
+    looks = look_pairs(len(plan.seeds), plan.looks, fewest_pairs(plan.alpha, len(families)))
+    return sequential_holm(rows, looks, len(plan.seeds), plan.alpha)[:, 0], len(seeds) == len(plan.seeds)
+
+
+def _judged(one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float]) -> Judged:
+    blocks = plan.blocks if one.block == POOLED else (one.block,)
+    ours = [run for block in blocks for run in by_seed(runs, one.arm, block).values()]
+    theirs = [run for block in blocks for run in by_seed(runs, one.reference, block).values()]
+    good, base = ([run for run in side if not run.failed] for side in (ours, theirs))
+    kept = one.tested[one.finished]
+    values = [plan.sign * np.array([run.value for run in side]) for side in (good, base)]
+    judged = Judged(
+        arm=one.arm,
+        reference=one.reference,
+        block=one.block,
+        verdict=verdict.label,
+        sentence="",
+        difference=float(one.tested.mean()),
+        difference_finished=float(kept.mean()) if len(kept) else float("nan"),
+        p=p[0],
+        p_holm=p[1],
+        p_equivalent=p[2],
+        interval=interval(one.tested, plan.alpha),
+        bca=bca_interval(kept, 1 - plan.alpha),
+        probability=probability_of_improvement(*values) if good and base and len(blocks) == 1 else float("nan"),
+        pairs=len(one.seeds),
+        failed=(len(ours) - len(good), len(theirs) - len(base)),
+        costs=_cost_ratios(good, base),
+        more_pairs=_more_pairs(one, plan) if verdict is Verdict.INCONCLUSIVE else 0,
+        seeds=one.seeds,
+        points=tuple(one.tested.tolist()),
+        finished=tuple(one.finished.tolist()),
+    )
+    from esper.compare.wording import sentence
+
+    return Judged(**{**judged.__dict__, "sentence": sentence(judged, plan)})
+
+
+def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
+    """Mean cost of the arm divided by that of the reference, for the costs that both report."""
+    ratios = {}
+    for name in sorted({n for run in good for n in run.costs} & {n for run in base for n in run.costs}):
+        ours, theirs = (_means([run.costs for run in side])[name] for side in (good, base))
+        if theirs > 0:
+            ratios[name] = ours / theirs
+    return ratios
+
+
+def _more_pairs(one: Pairs, plan: Plan) -> int:
+    """How many more pairs would find the minimum effect, or, if these already would, the difference seen."""
+    spread = float(one.tested.std(ddof=1)) if len(one.tested) > 1 else plan.spread
+    if spread <= 0:
+        return max(fewest_pairs(plan.alpha, plan.comparisons) - len(one.tested), 0)
+    noise = tuple(one.tested.tolist()) if len(one.tested) >= 15 else ()
+    for effect in (plan.minimum_effect, abs(float(one.tested.mean()))):
+        needed = needed_pairs(effect / spread, plan.power, plan.alpha, plan.comparisons, noise) if effect > 0 else MOST_PAIRS
+        if needed > len(one.tested):
+            return needed - len(one.tested)
+    return 0
+
+
+def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judged]:
+    """Every arm against every other, the better of each couple first, corrected together; blocks are pooled."""
+    names, couples = list(plan.arms), []
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            found = [pair(runs, second, first, block, plan.sign, plan.minimum_effect) for block in plan.blocks]
+            both = pool(found) if len(found) > 1 else found[0]
+            if both is not None:
+                couples.append(both)
+    return judge(couples, runs, plan) if couples else []
+
+
+def _exploratory(families: Sequence[Pairs], plan: Plan, planned: Plan) -> list[str]:
+    """Why the analysis is not the planned one; empty where it is."""
+    reasons = [f"{name} was {getattr(planned, name)!r} in the plan and is {getattr(plan, name)!r} now" for name in changes(planned, plan)]
+    fewest = min(len(set(one.seeds) & set(plan.seeds)) for one in families)
+    if fewest < len(plan.seeds) and not plan.sequential:
+        reasons.append(f"{fewest} of {len(plan.seeds)} planned pairs are there")
+    return reasons
+
+
+def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """What a reader must know besides the verdicts."""
+    notes = []
+    failed = [run for run in runs if run.failed]
+    if failed:
+        arms = {arm: sum(run.arm == arm for run in failed) for arm in plan.arms}
+        told = ", ".join(f"{arm} {count}" for arm, count in arms.items() if count)
+        notes.append(f"{len(failed)} of {len(runs)} runs failed ({told}); each counts as lost by the largest difference seen.")
+    for name, settings in plan.arms.items():
+        if name != plan.reference and settings == plan.arms[plan.reference]:
+            notes.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")
+    for name in plan.arms:
+        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
+        if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
+            notes.append(f"{name} and {plan.reference} gave the same number in every pair: what differs had no effect.")
+    unpaired = {
+        arm: sorted({r.seed for r in runs if r.arm == arm} ^ {r.seed for r in runs if r.arm == plan.reference}) for arm in plan.arms
+    }
+    notes += [f"Seeds {seeds} of {arm} or {plan.reference} have no partner and are left out." for arm, seeds in unpaired.items() if seeds]
+    if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
+        fewest = fewest_pairs(plan.alpha, plan.comparisons)
+        notes.append(f"With fewer than {fewest} pairs no verdict but inconclusive is possible.")
+    return notes

@@ -1,0 +1,117 @@
+"""What varies in a sweep: seeds pair, ``task`` and ``model`` are blocks, everything else makes the arms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esper.errors import UserError
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: its number in the sweep, its overrides, and where it belongs."""
+
+    number: int
+    overrides: tuple[str, ...]
+    arm: str
+    block: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """A name that a person can read, like ``linear digits seed=3``."""
+        return " ".join(part for part in (self.arm, self.block, f"seed={self.seed}") if part)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All jobs of a sweep, with the arms, blocks and seeds in the order in which they were given."""
+
+    jobs: tuple[Job, ...]
+    arms: tuple[str, ...]
+    blocks: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed: int = 0) -> Layout:
+    """Sort the jobs of a sweep into arms, blocks and seeds.
+
+    Args:
+        job_overrides: ``key=value`` texts, one list a job.
+        blocks: keys that make blocks (``compare.block``), with all keys below them.
+        seed: the seed of jobs that set none.
+    """
+    settings = [dict(text.partition("=")[::2] for text in overrides) for overrides in job_overrides]
+    values: dict[str, set[str]] = {}
+    for one in settings:
+        for key, value in one.items():
+            values.setdefault(key.lstrip("+"), set()).add(value)
+    varying = [key for key, found in values.items() if len(found) > 1 and key != SEED and not key.startswith("hydra.")]
+    blocked = [key for key in varying if any(key == block or key.startswith(f"{block}.") for block in blocks)]
+    armed = [key for key in varying if key not in blocked]
+    jobs = []
+    for number, (overrides, one) in enumerate(zip(job_overrides, settings, strict=True)):
+        plain = {key.lstrip("+"): value for key, value in one.items()}
+        job = Job(number, tuple(overrides), _name(plain, armed), _name(plain, blocked), _seed(plain.get(SEED), seed))
+        jobs.append(job)
+    distinct = (tuple(dict.fromkeys(getattr(job, part) for job in jobs)) for part in ("arm", "block", "seed"))
+    return Layout(tuple(jobs), *distinct)
+
+
+def _seed(text: str | None, default: int) -> int:
+    return int(text) if text is not None else default
+
+
+def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
+    """The value alone where one key varies; ``key=value`` pairs where several do."""
+    if len(keys) == 1:
+        return settings.get(keys[0], "default")
+    return " ".join(f"{key}={settings.get(key, 'default')}" for key in keys)
+
+
+def refuse_overridden_arms(typed: Sequence[str], arms: Sequence[str], folder: Path) -> None:
+    """Refuse a fixed override of a key that an arm's file sets: Hydra would silently let the override win.
+
+    Args:
+        typed: overrides of the command line that are no sweeps, ``key=value``.
+        arms: names of the files used from ``folder`` (``conf/arm``).
+
+    Raises:
+        UserError: naming the key and the arm.
+    """
+    keys = [text.partition("=")[0].lstrip("+~") for text in typed]
+    for arm in arms:
+        path = folder / f"{arm}.yaml"
+        if not path.exists():
+            continue
+        for ours in arm_keys(yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
+            for key in keys:
+                if key == ours or key.startswith(f"{ours}.") or ours.startswith(f"{key}."):
+                    raise UserError(
+                        f"{key} is set on the command line and by arm {arm!r} (conf/arm/{arm}.yaml sets {ours}); the "
+                        f"command line would win in every arm: leave {key} out, or sweep over it instead of arm."
+                    )
+
+
+def arm_keys(tree: dict[str, Any]) -> list[str]:
+    """Dotted keys and groups that an arm's file sets."""
+    groups = []
+    for entry in tree.get("defaults", []):
+        if isinstance(entry, dict):
+            groups += [str(key).split()[-1].lstrip("/").partition("@")[0] for key in entry]
+    return groups + _leaves({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        found += _leaves(value, f"{name}.") if isinstance(value, dict) and value else [name]
+    return found

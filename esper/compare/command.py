@@ -1,0 +1,118 @@
+"""``esper compare sweep=<id or name>``: judge a sweep again, from the store alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from esper.compare.analysis import analyse
+from esper.compare.config import CompareConfig
+from esper.compare.plan import Plan
+from esper.compare.report import show, write_results
+from esper.compare.store import children, find_sweep, plan_of, run_of_store
+from esper.config import listing, nearest, structure
+from esper.errors import UserError
+from esper.tracking.config import MlflowConfig, tracking_uri
+
+#: Parts of the plan that an analysis may change, which makes it exploratory.
+CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking")
+KEYS = ("sweep", "uri", "output", "figures", *CHANGEABLE)
+USAGE = f"""\
+usage: esper compare sweep=<id or name> [key=value …]
+
+  sweep    id that the sweep printed, its name in MLflow, or its MLflow run id
+  uri      tracking URI of the store; empty: mlflow.db in the folder of output
+  output   folder of all outputs, default: outputs; the results go to <output>/compare/<id>
+  figures  true or false
+
+These change what was planned, and make the analysis exploratory: {", ".join(CHANGEABLE)}."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the verdicts; exit code 0. ``fingerprint A B`` compares the bits of two runs instead."""
+    if arguments and arguments[0] == "fingerprint":
+        from esper.compare.fingerprint import main as compare_bits
+
+        return compare_bits(arguments[1:])
+    if {"--help", "-h"} & set(arguments) or not arguments:
+        print(USAGE, flush=True)
+        return 0
+    given = _read(arguments)
+    output = given.pop("output", "outputs")
+    uri = tracking_uri(MlflowConfig(uri=given.pop("uri", "")), output)
+    if "sweep" not in given:
+        raise UserError("esper compare needs sweep=<id or name>, which the sweep printed and MLflow shows.")
+    client = _client(uri)
+    parent = find_sweep(client, given.pop("sweep"))
+    planned = plan_of(parent)
+    figures = given.pop("figures", True)
+    plan = _changed(planned, given)
+    stored = children(client, parent)
+    runs = [run_of_store(run, plan.metric) for run in stored if run.info.status != "RUNNING"]
+    _check_metric(plan.metric, stored)
+    comparison = analyse(runs, plan, planned)
+    console = Console()
+    show(comparison, plan, console)
+    folder = Path(output) / "compare" / parent.data.tags["esper.sweep"]
+    files = write_results(comparison, plan, folder, figures)
+    console.print(f"written: {', '.join(str(path) for path in files)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _read(arguments: Sequence[str]) -> dict[str, Any]:
+    """Checked values by key.
+
+    Raises:
+        UserError: a word that is no ``key=value``, an unknown key, a value that is not accepted.
+    """
+    import yaml
+
+    given: dict[str, Any] = {}
+    for word in arguments:
+        key, equals, text = word.partition("=")
+        key = key.removeprefix("compare.")
+        if not equals or key not in KEYS:
+            raise UserError(f"'{word}' is not accepted: esper compare takes {listing(KEYS)}{nearest(key, KEYS)}.")
+        given[key] = text if key in ("sweep", "uri", "output", "metric", "reference") else yaml.safe_load(text)
+    checked = structure(CompareConfig, {k: v for k, v in given.items() if k in (*CHANGEABLE, "figures")}, "compare")
+    return {key: getattr(checked, key) if key in (*CHANGEABLE, "figures") else value for key, value in given.items()}
+
+
+def _client(uri: str) -> Any:
+    """A client of a store that exists: analysing must not make an empty one.
+
+    Raises:
+        UserError: there is no store at ``uri``.
+    """
+    from esper.tracking.mlflow_store import SQLITE, quiet_client
+
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+        raise UserError(f"There is no store at {uri}; name one with uri=… or its folder with output=….")
+    return quiet_client(uri)
+
+
+def _changed(planned: Plan, given: dict[str, Any]) -> Plan:
+    """The plan as the analysis uses it."""
+    if "direction" in given and given["direction"] == "auto":
+        given.pop("direction")
+    if "metric" in given and "direction" not in given and given["metric"] != planned.metric:
+        if given["metric"] != "loss":
+            raise UserError(f"metric={given['metric']} is not the planned {planned.metric}; say also direction=max or min.")
+        given["direction"] = "min"
+    return dataclasses.replace(planned, **given)
+
+
+def _check_metric(metric: str, stored: Sequence[Any]) -> None:
+    """Refuse a metric that no run has.
+
+    Raises:
+        UserError: naming those that the runs have.
+    """
+    names = sorted({name for run in stored for name in run.data.metrics})
+    if names and not {f"final/test/{metric}", f"final/{metric}"} & set(names):
+        known = [name.removeprefix("final/test/") for name in names if name.startswith("final/test/")]
+        raise UserError(f"No run of the sweep has the metric {metric!r}; they have {listing(known)}{nearest(metric, known)}.")

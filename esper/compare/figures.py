@@ -1,0 +1,119 @@
+"""Two figures of a comparison: every pair's difference, and quality against training MACs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from esper.compare.draws import generator
+from esper.compare.wording import named
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from esper.compare.analysis import ArmSummary, Comparison
+    from esper.compare.plan import Plan
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")  # Okabe & Ito
+SIDES = {"B better": "#009E73", "A better": "#D55E00", "equivalent": "#0072B2", "inconclusive": "#777777"}
+
+
+def draw(comparison: Comparison, plan: Plan, folder: Path) -> list[Path]:
+    """Write the figures that the data allow into ``folder``; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [draw_pairs(comparison, plan, folder / "pairs.png")]
+    costly = [block for block in plan.blocks if any(arm.macs for arm in comparison.arms if arm.block == block)]
+    paths += [draw_cost(comparison, plan, block, folder / _name(block)) for block in costly]
+    return paths
+
+
+def _name(block: str) -> str:
+    safe = "".join(c if c.isalnum() else "-" for c in block).strip("-")
+    return f"cost-{safe}.png" if safe else "cost.png"
+
+
+def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
+    """One row a comparison: every pair's point, the mean with its BCa interval, the margin as a band."""
+    from matplotlib.figure import Figure
+
+    rows = comparison.verdicts
+    figure = Figure(figsize=(8.0, 1.7 + 0.75 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvspan(
+        -plan.minimum_effect,
+        plan.minimum_effect,
+        color="#000000",
+        alpha=0.07,
+        lw=0,
+        label=f"±{plan.minimum_effect:g}, not worth having",
+    )
+    axes.axvline(0, color="#333333", lw=0.8)
+    for at, row in enumerate(rows):
+        colour = SIDES[row.verdict]
+        spread = generator("jitter", at).uniform(-0.18, 0.18, len(row.points))
+        points, done = np.array(row.points), np.array(row.finished)
+        axes.scatter(points[done], at + spread[done], s=18, color=colour, alpha=0.55, lw=0)
+        axes.scatter(
+            points[~done],
+            at + spread[~done],
+            s=26,
+            marker="x",
+            color="#B00020",
+            label="a run failed" if (~done).any() else None,
+        )
+        axes.plot(row.bca, (at, at), color=colour, lw=2.2, solid_capstyle="butt")
+        axes.plot(row.difference_finished, at, "D", color=colour, ms=6, mec="white", mew=0.8)
+        axes.annotate(
+            named(row),
+            (0.99, at - 0.22),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=colour,
+        )
+    axes.set_yticks(range(len(rows)), [f"{row.arm}\n{row.block}" if row.block else row.arm for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # first on top, as in the table
+    axes.set_xlabel(f"difference in {plan.metric} to {plan.reference}, positive is better (diamond: mean, bar: BCa interval)")
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper left", fontsize=8, frameon=False, ncols=2)
+    if comparison.exploratory:
+        figure.text(0.99, 0.99, "exploratory", ha="right", va="top", fontsize=9, color="#B00020")
+    return _save(figure, path)
+
+
+def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Path:
+    """Quality against training MACs: all arms, all seeds, means on top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    arms = [arm for arm in comparison.arms if arm.block == block and arm.macs]
+    apart = 0.012 * (max(max(a.macs.values()) for a in arms) - min(min(a.macs.values()) for a in arms))
+    for at, arm in enumerate(arms):
+        _cloud(axes, arm, COLOURS[at % len(COLOURS)], (at - (len(arms) - 1) / 2) * apart)
+    axes.set_xlabel("training MACs")
+    axes.set_ylabel(f"{plan.metric} ({'larger' if plan.direction == 'max' else 'smaller'} is better)")
+    if block:
+        axes.set_title(block, fontsize=10)
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.25, lw=0.5)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def _cloud(axes: Axes, arm: ArmSummary, colour: str, aside: float) -> None:
+    """One arm: every seed's point and the mean, moved a little aside so that arms of equal cost stay apart."""
+    at = np.array([arm.macs[seed] for seed in arm.macs]) + aside
+    values = np.array([arm.points[seed] for seed in arm.macs])
+    axes.scatter(at, values, s=16, color=colour, alpha=0.4, lw=0)
+    label = f"{arm.arm} ({arm.failed} failed)" if arm.failed else arm.arm
+    axes.plot(at.mean(), values.mean(), "D", color=colour, ms=8, mec="white", mew=1.0, label=label, zorder=3)
+
+
+def _save(figure: object, path: Path) -> Path:
+    figure.savefig(path, dpi=140, metadata={"Software": None})  # type: ignore[attr-defined]
+    return path

@@ -1,0 +1,117 @@
+"""``esper compare fingerprint A B``: are two runs the same bits, and if not, what is the first thing that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from esper.config import UNHASHED
+from esper.errors import UserError
+from esper.report.summary import NAME as SUMMARY
+from esper.report.summary import read_summary
+from esper.tracking.record import flatten
+from esper.training.checkpoint import store
+from esper.training.checkpoint.tree import same
+
+CONFIG = "config.yaml"
+USAGE = "usage: esper compare fingerprint <run folder> <run folder>"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two runs part: ``kind`` is config, data, environment, step or weights; ``text`` says it in words."""
+
+    kind: str
+    text: str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what ``explain`` finds; exit code 0 for the same bits, 1 for others."""
+    if len(arguments) != 2 or {"--help", "-h"} & set(arguments):
+        print(USAGE, flush=True)
+        return 0 if {"--help", "-h"} & set(arguments) else 2
+    first, second = map(Path, arguments)
+    differences = list(explain(first, second))
+    if same_bits(first, second):
+        print(f"same bits: {read_summary(first)['fingerprint']}")
+        for difference in differences:
+            print(f"  although the {difference.kind} differs: {difference.text}")
+        return 0
+    print("not the same bits")
+    for difference in differences:
+        print(f"  {difference.kind}: {difference.text}")
+    return 1
+
+
+def same_bits(first: Path, second: Path) -> bool:
+    """Whether both runs ended with the same fingerprint."""
+    return bool(read_summary(_run(first))["fingerprint"] == read_summary(_run(second))["fingerprint"])
+
+
+def explain(first: Path, second: Path) -> Iterator[Difference]:
+    """What differs, causes first: config, data, environment; then the first tick and weights at which it shows."""
+    a, b = read_summary(_run(first)), read_summary(_run(second))
+    yield from _values("config", _config(first), _config(second))
+    if a.get("data") != b.get("data"):
+        yield Difference("data", f"digest {a.get('data')} and {b.get('data')}")
+    yield from _values("environment", flatten(a["environment"]), flatten(b["environment"]))
+    if a["fingerprint"] != b["fingerprint"]:
+        yield from _first_metric(first, second)
+        yield from _first_weights(first, second)
+
+
+def _run(folder: Path) -> Path:
+    if not (folder / SUMMARY).exists():
+        raise UserError(f"{folder} has no {SUMMARY}; name the folders of two runs that ended.")
+    return folder
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return flatten({key: value for key, value in tree.items() if key not in UNHASHED})
+
+
+def _values(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Difference]:
+    for key in sorted({*a, *b}):
+        if a.get(key) != b.get(key):
+            yield Difference(kind, f"{key} is {a.get(key)} and {b.get(key)}")
+
+
+def _first_metric(first: Path, second: Path) -> Iterator[Difference]:
+    """The first tick at which a recorded value that no clock gave differs."""
+    a, b = _metrics(first), _metrics(second)
+    for place in sorted({*a, *b}):
+        if a.get(place) != b.get(place):
+            tick, name = place
+            yield Difference(
+                "step",
+                f"the first values to differ are those of {name} at tick {tick}: {a.get(place)} and {b.get(place)}",
+            )
+            return
+
+
+def _metrics(folder: Path) -> dict[tuple[int, str], float]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "metrics.parquet").to_pydict()
+    rows = zip(table["tick"], table["name"], table["value"], strict=True)
+    return {(tick, name): value for tick, name, value in rows if "second" not in name and value == value}
+
+
+def _first_weights(first: Path, second: Path) -> Iterator[Difference]:
+    """The first checkpoint that both have and that differs, with the first tensor in it that does."""
+    common = {path.name for path in store.checkpoints(first / store.FOLDER)} & {p.name for p in store.checkpoints(second / store.FOLDER)}
+    last_equal = 0
+    for name in sorted(common):
+        a, b = (store.read(folder / store.FOLDER / name)[1]["trainer"] for folder in (first, second))
+        for part in ("host", "buffers", "optimizer", "grow"):
+            if (part != "grow" and not same(a[part], b[part])) or (part == "grow" and not same(a[part]["garden"], b[part]["garden"])):
+                where = next((key for key in a[part] if not same(a[part][key], b[part].get(key))), "") if part == "host" else ""
+                yield Difference("weights", f"equal at step {last_equal}, at step {int(name)} the {part} differs {where}".rstrip())
+                return
+        last_equal = int(name)

@@ -1,0 +1,97 @@
+"""From what Hydra's sweeper asks for to a sweep: compose every job, sort them into arms, run, judge."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf, open_dict
+from rich.console import Console
+
+from esper.cli import conf
+from esper.cli.compose import from_hydra
+from esper.compare.arms import Job, Layout, lay_out, refuse_overridden_arms
+from esper.compare.jobs import Prepared
+from esper.compare.sweep import Sweep, resume_command, run_sweep
+from esper.compare.workers import environments
+from esper.errors import UserError
+
+if TYPE_CHECKING:
+    from hydra_plugins.esper_workers import WorkersLauncher
+
+
+def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+    """Run one batch of a sweeper; the basic sweeper's only batch is compared.
+
+    Raises:
+        UserError: the sweep cannot be judged as asked, before its first run starts.
+        SystemExit: with code 1, after everything has run and was judged, when jobs failed.
+    """
+    overrides = [tuple(str(text) for text in one) for one in job_overrides]
+    prepared = [_prepare(launcher, one, first + number) for number, one in enumerate(overrides)]
+    config = prepared[0].config
+    layout = lay_out(overrides, config.compare.block, config.seed)
+    if not _whole(launcher):  # another sweeper proposes as it learns: nothing is paired
+        layout = Layout(tuple(Job(job.number, job.overrides, "", "", job.seed) for job in layout.jobs), ("",), ("",), layout.seeds)
+    typed = {text for one in overrides for text in one if text.partition("=")[0] not in ("arm", "experiment", "seed")}
+    arms = {text.partition("=")[2] for one in overrides for text in one if text.partition("=")[0] == "arm"}
+    for place in (conf.folder(), *conf.own()):
+        refuse_overridden_arms(sorted(typed), sorted(arms), place / "arm")
+    jobs = [Prepared(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
+    if len({one.folder for one in jobs}) < len(jobs):
+        raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
+    folder = Path(str(launcher.config.hydra.sweep.dir))
+    sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry)
+    run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads)[: len(jobs)])
+    if sweep.failures:
+        retry = f"{resume_command(sweep)} hydra.launcher.retry=true"
+        count = "1 job" if len(sweep.failures) == 1 else f"{len(sweep.failures)} jobs"
+        sweep.console.print(f"{count} failed; to try again:\n  {retry}", soft_wrap=True, highlight=False)
+        if _whole(launcher):
+            raise SystemExit(1)
+    return [_returned(one) for one in jobs]
+
+
+def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int) -> Prepared:
+    """The job's checked config and folder."""
+    config = launcher.context.config_loader.load_sweep_config(launcher.config, list(overrides))
+    with open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+    HydraConfig.instance().set_config(config)
+    choices = {key: str(value) for key, value in config.hydra.runtime.choices.items() if value is not None}
+    sweep = Path(str(config.hydra.sweep.dir)).resolve()
+    unique = hashlib.sha256(str(sweep).encode()).hexdigest()[:6]  # the folder's name is the run's name on the bus
+    folder = sweep / f"{config.hydra.sweep.subdir}-{unique}"
+    checked = _leaner(from_hydra(config, choices), overrides)
+    return Prepared(Job(number, tuple(overrides), "", "", checked.seed), checked, choices, folder)
+
+
+def _leaner(config: Any, overrides: Sequence[str]) -> Any:
+    """A sweep keeps no model, figures and system metrics of each of its runs unless they are asked for."""
+    asked = {text.partition("=")[0].lstrip("+") for text in overrides}
+    for key, value in (("model", False), ("figures", False), ("system_s", 0.0)):
+        if hasattr(config.tracking, key) and f"tracking.{key}" not in asked:
+            setattr(config.tracking, key, value)
+    return config
+
+
+def _whole(launcher: WorkersLauncher) -> bool:
+    """Whether the sweeper hands over all jobs at once."""
+    sweeper = OmegaConf.to_container(launcher.config.hydra.sweeper)
+    assert isinstance(sweeper, dict)
+    return str(sweeper["_target_"]).endswith(".BasicSweeper") and sweeper.get("max_batch_size") is None
+
+
+def _returned(one: Prepared) -> JobReturn:
+    """What a sweeper learns from: the primary validation metric, NaN where a job has none."""
+    summary = one.summary
+    value = ((summary.get("metrics") or {}).get("final") or {}).get(summary.get("primary", ""))
+    returned = JobReturn(overrides=one.job.overrides, status=JobStatus.COMPLETED)
+    returned.return_value = math.nan if value is None else value
+    return returned

@@ -1,0 +1,166 @@
+"""The plan of a sweep: what will be compared, by which metric and how surely, written down before the first run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esper.compare.config import CompareConfig
+from esper.compare.power import detectable, fewest_pairs, needed_pairs
+from esper.errors import UserError
+
+FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the verdict depends on besides the runs. Changing any of it later makes the analysis exploratory.
+
+    ``arms`` maps each arm's readable name to the settings that make it; ``blocks`` are the names of the blocks.
+    """
+
+    metric: str
+    direction: str
+    minimum_effect: float
+    alpha: float
+    power: float
+    spread: float
+    reference: str
+    arms: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    blocks: tuple[str, ...] = ("",)
+    sequential: bool = False
+    looks: int = 3
+    ranking: bool = False
+    tune: dict[str, list[Any]] = field(default_factory=dict)
+    tune_seeds: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.arms) < 2:
+            given = ", ".join(self.arms) or "none"
+            raise UserError(
+                f"A comparison needs at least two arms, the sweep has {given}; let something besides the seed vary, e.g. arm=a,b."
+            )
+        if self.reference not in self.arms:
+            raise UserError(f"compare.reference={self.reference!r} is no arm of this sweep; the arms are {', '.join(self.arms)}.")
+        if self.direction not in ("max", "min"):
+            raise UserError(f"The direction of {self.metric!r} is {self.direction!r}; set compare.direction to max or min.")
+        for key, values in self.tune.items():
+            if not isinstance(values, list) or not values:
+                raise UserError(f"compare.tune.{key}={values} is not accepted: give a list of values, as in {key}: [0.001, 0.003].")
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise UserError(f"Seeds pair the arms, so each must be given once; got {list(self.seeds)}.")
+
+    @property
+    def comparisons(self) -> int:
+        """How many verdicts Holm corrects for: (arms − 1) for every block, and once more for the pooled ones."""
+        blocks = len(self.blocks)
+        return (len(self.arms) - 1) * (blocks + (blocks > 1))
+
+    @property
+    def sign(self) -> float:
+        """+1 where larger values of the metric are better, −1 where smaller ones are."""
+        return 1.0 if self.direction == "max" else -1.0
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    def text(self) -> str:
+        """The plan as JSON, arms in their order."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def statement(self) -> list[str]:
+        """What these pairs can show, in sentences for the person who is about to spend them."""
+        pairs, fewest = len(self.seeds), fewest_pairs(self.alpha, self.comparisons)
+        lines = [
+            f"{self.metric} ({self.direction}), {len(self.arms)} arms against {self.reference}, {pairs} pairs, "
+            f"{self.comparisons} comparison{'s' * (self.comparisons > 1)} at α = {self.alpha:g} after Holm; "
+            f"worth having: {self.minimum_effect:g}."
+        ]
+        if pairs < fewest:
+            words = f"Too few pairs: below {fewest} no result, however clear, can reach α; nothing can be detected"
+            return [*lines, f"{words} with {pairs}."]
+        effect = detectable(pairs, self.power, self.alpha, self.comparisons)
+        words = "standard deviations of the paired differences"
+        lines.append(f"{pairs} pairs find a difference of {effect:.2f} {words} with {self.power:.0%} power.")
+        if self.spread > 0 and self.minimum_effect > 0:
+            needed = needed_pairs(self.minimum_effect / self.spread, self.power, self.alpha, self.comparisons)
+            verdict = ", so this sweep has too few." if needed > pairs else "."
+            words = f"At the expected spread {self.spread:g} that is {effect * self.spread:.3g}"
+            lines.append(f"{words}; a difference of {self.minimum_effect:g} needs {needed} pairs{verdict}")
+        return lines
+
+
+def make_plan(
+    config: CompareConfig,
+    *,
+    arms: Mapping[str, dict[str, Any]],
+    seeds: Sequence[int],
+    blocks: Sequence[str],
+    metric: str,
+    direction: str,
+) -> Plan:
+    """The plan of a sweep; ``metric`` and ``direction`` are the task's, used where the config leaves them open."""
+    return Plan(
+        metric=config.metric or metric,
+        direction=direction if config.direction == "auto" else config.direction,
+        minimum_effect=config.minimum_effect,
+        alpha=config.alpha,
+        power=config.power,
+        spread=config.spread,
+        reference=config.reference or next(iter(arms), ""),
+        arms={name: dict(values) for name, values in arms.items()},
+        seeds=tuple(seeds),
+        blocks=tuple(blocks) or ("",),
+        sequential=config.sequential,
+        looks=config.looks,
+        ranking=config.ranking,
+        tune=dict(config.tune),
+        tune_seeds=config.tune_seeds if config.tune else 0,
+    )
+
+
+def save_plan(plan: Plan, folder: Path) -> None:
+    """Write the plan beside the sweep, once: an existing plan is never replaced.
+
+    Raises:
+        UserError: the folder holds another plan (two sweeps with one name, or a plan changed between two starts).
+    """
+    path = folder / FILE
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(plan.text())
+        return
+    changed = changes(load_plan(path), plan)
+    if changed:
+        raise UserError(
+            f"{folder} already holds a sweep with another plan ({', '.join(changed)} differ); give this sweep a name of its own."
+        )
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan in this file."""
+    return parse_plan(path.read_text())
+
+
+def parse_plan(text: str) -> Plan:
+    """The plan that :meth:`Plan.text` wrote."""
+    values = json.loads(text)
+    return Plan(**{**values, "seeds": tuple(values["seeds"]), "blocks": tuple(values["blocks"])})
+
+
+def changes(planned: Plan, used: Plan) -> list[str]:
+    """Names of the fields in which the analysis differs from what was planned; empty: confirmatory.
+
+    ``ranking`` only adds a table and ``spread`` only informs the power statement, so they are free.
+    """
+    free = ("ranking", "spread")
+    names = [f.name for f in dataclasses.fields(Plan) if f.name not in free]
+    return [name for name in names if getattr(planned, name) != getattr(used, name)]

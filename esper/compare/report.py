@@ -1,0 +1,169 @@
+"""A comparison as JSON and as tables in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esper.compare.analysis import Comparison
+from esper.compare.plan import Plan
+from esper.compare.wording import named
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SCHEMA = 1
+
+
+def as_dict(comparison: Comparison, plan: Plan) -> dict[str, Any]:
+    """Everything, with ``null`` for numbers that do not exist: JSON knows neither NaN nor infinity."""
+    return _plain(
+        {
+            "schema": SCHEMA,
+            "plan": dataclasses.asdict(plan),
+            "plan_digest": plan.digest,
+            **dataclasses.asdict(comparison),
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(comparison: Comparison, plan: Plan, path: Path) -> Path:
+    """``comparison.json``, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(as_dict(comparison, plan), indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+    return path
+
+
+def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: bool) -> list[Path]:
+    """``comparison.json``, ``comparison.txt`` and the figures in ``folder``."""
+    files = [write_json(comparison, plan, folder / "comparison.json")]
+    table = folder / "comparison.txt"
+    from rich.console import Console
+
+    with table.open("w", encoding="utf-8") as out:
+        show(comparison, plan, Console(file=out, width=160))
+    files.append(table)
+    if figures:
+        from esper.compare.figures import draw
+
+        files += draw(comparison, plan, folder / "figures")
+    return files
+
+
+def show(comparison: Comparison, plan: Plan, console: Console) -> None:
+    """Print arms, verdicts, notes and the sentences."""
+    if comparison.exploratory:
+        console.print(f"[bold red]exploratory[/]: {'; '.join(comparison.exploratory)}", highlight=False)
+    console.print(arm_table(comparison, plan))
+    if any(arm.costs or arm.growth for arm in comparison.arms):
+        console.print(cost_table(comparison))
+    console.print(verdict_table(comparison))
+    if comparison.ranking:
+        console.print(ranking_table(comparison, plan))
+    for line in [*comparison.notes, *(row.sentence for row in comparison.verdicts)]:
+        console.print(f"• {line}", highlight=False, markup=False)
+    for line in comparison.conclusion:
+        console.print(line, style="bold", highlight=False, markup=False)
+
+
+def arm_table(comparison: Comparison, plan: Plan) -> Table:
+    """Quality and failures of every arm."""
+    table = _table(f"{plan.metric}, {plan.direction}; reference {plan.reference}", comparison)
+    for name in ("runs", "failed", "mean", "IQM", "spread"):
+        table.add_column(name, justify="right")
+    for arm in comparison.arms:
+        failed = f"[red]{arm.failed}[/]" if arm.failed else "0"
+        numbers = [f"{arm.mean:.4g}", f"{arm.iqm:.4g}", f"{arm.spread:.2g}"]
+        table.add_row(*_where(arm.block, comparison), arm.arm, str(arm.runs), failed, *numbers)
+    return table
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """What every arm cost and how it grew, means over its finished runs."""
+    table = _table("cost and growth of a run", comparison)
+    parts = [(part, name) for part in ("costs", "growth") for name in _names(comparison, part)]
+    for _, name in parts:
+        table.add_column("MACs" if name == "macs" else name, justify="right")
+    for arm in comparison.arms:
+        numbers = [_number(getattr(arm, part).get(name)) for part, name in parts]
+        table.add_row(*_where(arm.block, comparison), arm.arm, *numbers)
+    return table
+
+
+def _names(comparison: Comparison, part: str) -> list[str]:
+    return list(dict.fromkeys(name for arm in comparison.arms for name in getattr(arm, part)))
+
+
+def _table(title: str, comparison: Comparison) -> Table:
+    """A table that begins with the block, where there are any, and the arm."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in [*(["block"] if _where("", comparison) else []), "arm"]:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _where(block: str, comparison: Comparison) -> list[str]:
+    return [block] if any(arm.block for arm in comparison.arms) else []
+
+
+def verdict_table(comparison: Comparison) -> Table:
+    """One row a comparison with the reference; both p-values are Holm's."""
+    table = _table("against the reference, p after Holm", comparison)
+    for name in ("verdict", "difference", "interval", "p", "p equal", "P(better)"):
+        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=name == "verdict")
+    colours = {"B better": "green", "A better": "red", "equivalent": "cyan", "inconclusive": "dim"}
+    for row in comparison.verdicts:
+        table.add_row(
+            *_where(row.block, comparison),
+            row.arm,
+            f"[{colours[row.verdict]}]{named(row)}[/]",
+            f"{row.difference:+.3g}",
+            f"{row.interval[0]:+.2g} … {row.interval[1]:+.2g}",
+            f"{row.p_holm:.2g}",
+            f"{row.p_equivalent:.2g}",
+            _number(row.probability),
+        )
+    return table
+
+
+def ranking_table(comparison: Comparison, plan: Plan) -> Table:
+    """Arms from best to worst by mean over the blocks, each with the arms that it is surely better than."""
+    from rich.table import Table
+
+    means = {arm: plan.sign * sum(a.mean for a in comparison.arms if a.arm == arm) / len(plan.blocks) for arm in plan.arms}
+    beaten: dict[str, list[str]] = {arm: [] for arm in plan.arms}
+    for row in comparison.ranking:
+        if row.verdict == "B better":
+            beaten[row.arm].append(row.reference)
+        elif row.verdict == "A better":
+            beaten[row.reference].append(row.arm)
+    table = Table(title="all against all, after Holm", title_justify="left")
+    for name in ("arm", "mean", "surely better than"):
+        table.add_column(name)
+    for arm in sorted(means, key=lambda a: -means[a] if math.isfinite(means[a]) else math.inf):
+        table.add_row(arm, f"{plan.sign * means[arm]:.4g}", ", ".join(beaten[arm]) or "–")
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}"

@@ -1,0 +1,111 @@
+"""The finished and failed runs of a sweep as plain records, and how they pair up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.errors import UserError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job of a sweep. ``value`` is the metric as the task reports it, NaN where the run gave none.
+
+    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported.
+    """
+
+    arm: str
+    seed: int
+    value: float
+    block: str = ""
+    status: str = "FINISHED"
+    costs: dict[str, float] = field(default_factory=dict)
+    growth: dict[str, float] = field(default_factory=dict)
+    id: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """A run that did not finish, or finished without a finite metric."""
+        return self.status != "FINISHED" or not math.isfinite(self.value)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Differences of one arm to another by seed, positive where the first is better; shapes ``[pairs]``.
+
+    ``tested`` holds a number for every pair: one with a failed run counts as the largest difference seen (at least
+    the minimum effect) against the arm that failed, and as 0 where both failed. Swapping the arms' names flips its
+    signs, so the sign-flip test stays exact. ``finished`` marks the pairs in which both runs finished.
+    """
+
+    arm: str
+    reference: str
+    block: str
+    seeds: tuple[int, ...]
+    tested: Array
+    finished: NDArray[np.bool_]
+
+
+def by_seed(runs: Sequence[Run], arm: str, block: str) -> dict[int, Run]:
+    """The runs of one arm in one block by their seed.
+
+    Raises:
+        UserError: two runs claim the same arm, block and seed.
+    """
+    found: dict[int, Run] = {}
+    for run in runs:
+        if (run.arm, run.block) != (arm, block):
+            continue
+        if run.seed in found:
+            raise UserError(
+                f"Arm {arm!r} has two runs with seed {run.seed} ({found[run.seed].id}, {run.id}); "
+                "delete one or analyse one sweep at a time."
+            )
+        found[run.seed] = run
+    return found
+
+
+def pair(runs: Sequence[Run], arm: str, reference: str, block: str, sign: float, minimum_effect: float) -> Pairs:
+    """Pair two arms by the seeds that both have run.
+
+    Raises:
+        UserError: no seed was run by both.
+    """
+    ours, theirs = by_seed(runs, arm, block), by_seed(runs, reference, block)
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    if not seeds:
+        where = f" in block {block}" if block else ""
+        raise UserError(
+            f"{arm!r} (seeds {sorted(ours)}) and {reference!r} (seeds {sorted(theirs)}) share no seed{where}; "
+            "pairs need the same seeds in both arms: run the missing ones."
+        )
+    lost = np.array([[ours[s].failed, theirs[s].failed] for s in seeds])
+    finished = ~lost.any(axis=1)
+    raw = np.array([sign * (ours[s].value - theirs[s].value) if ok else 0.0 for s, ok in zip(seeds, finished, strict=True)])
+    worst = max(float(np.abs(raw).max()), minimum_effect)
+    tested = raw + worst * (lost[:, 1].astype(float) - lost[:, 0].astype(float))
+    return Pairs(arm, reference, block, seeds, tested, finished)
+
+
+def pool(blocks: Sequence[Pairs]) -> Pairs | None:
+    """The mean difference over the blocks for every seed that all blocks have; None where there is no such seed.
+
+    One number a seed, not one a block: runs of one seed may resemble each other across blocks.
+    """
+    shared = sorted(set.intersection(*(set(p.seeds) for p in blocks)))
+    if not shared:
+        return None
+    rows = [[p.seeds.index(s) for s in shared] for p in blocks]
+    tested = np.mean([p.tested[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
+    finished = np.all([p.finished[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
+    return Pairs(blocks[0].arm, blocks[0].reference, POOLED, tuple(shared), tested, finished)
+
+
+POOLED = "pooled"

@@ -1,0 +1,130 @@
+"""A sweep as the MLflow store has it: names of tags and metrics, and reading it back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from esper.bus.messages import Metrics
+from esper.compare.plan import Plan, parse_plan
+from esper.compare.runs import Run
+from esper.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run as StoredRun
+    from mlflow.tracking import MlflowClient
+
+SWEEP, KIND, ARM, BLOCK, SEED = "esper.sweep", "esper.kind", "arm", "block", "seed"
+PLAN, JOB_ERROR = "esper.plan", "esper.error"
+PIECE = 4_000  # characters of the plan in one tag; the store takes 5,000
+PAGE = 1_000
+GROWTH = {"germinations": "germinated", "fossils": "fossilized", "culls": "culled"}
+
+
+def pieces(plan: str) -> dict[str, str]:
+    """The plan's text as tags, so that a store without its files is enough."""
+    return {f"{PLAN}.{i // PIECE}": plan[i : i + PIECE] for i in range(0, len(plan), PIECE)}
+
+
+def cost_values(summary: Mapping[str, Any]) -> Metrics:
+    """What a run cost, as last metrics of its MLflow run."""
+    values = {f"final/cost/{name}": value for name, value in costs_of(summary).items()}
+    return Metrics(tick=int(summary.get("ticks") or 0), values=values)
+
+
+def costs_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """MACs, seconds and parameters from a run's summary, as far as they are there."""
+    found = {
+        "macs": summary.get("macs"),
+        "seconds": (summary.get("seconds") or {}).get("total"),
+        "parameters": (summary.get("parameters") or {}).get("after"),
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def run_of_summary(summary: Mapping[str, Any], metric: str, arm: str, block: str, seed: int, id: str) -> Run:
+    """A job's ``summary.json`` as a run; its value is the metric on the test set, NaN where it is missing."""
+    final = (summary.get("metrics") or {}).get("final") or {}
+    value = final.get(f"test/{metric}", final.get(metric))
+    counts = summary.get("seeds") or {}
+    return Run(
+        arm=arm,
+        block=block,
+        seed=seed,
+        value=float("nan") if value is None else float(value),
+        status=str(summary.get("status", "FAILED")),
+        costs=costs_of(summary),
+        growth={name: float(counts[key]) for name, key in GROWTH.items() if key in counts},
+        id=id,
+    )
+
+
+def run_of_store(stored: StoredRun, metric: str) -> Run:
+    """A child run as a run; the inverse of what :func:`cost_values` and the tracker wrote."""
+    metrics, tags = stored.data.metrics, stored.data.tags
+    value = metrics.get(f"final/test/{metric}", metrics.get(f"final/{metric}", math.nan))
+    prefix = "final/cost/"
+    return Run(
+        arm=tags.get(ARM, ""),
+        block=tags.get(BLOCK, ""),
+        seed=int(tags[SEED]),
+        value=value,
+        status=stored.info.status,
+        costs={name.removeprefix(prefix): number for name, number in metrics.items() if name.startswith(prefix)},
+        growth={n: metrics[f"final/seeds/{key}"] for n, key in GROWTH.items() if f"final/seeds/{key}" in metrics},
+        id=stored.info.run_id,
+    )
+
+
+def find_sweep(client: MlflowClient, sweep: str) -> StoredRun:
+    """The parent run of a sweep, by its id, its name or its MLflow run id.
+
+    Raises:
+        UserError: there is none, or several have the name.
+    """
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    parents = _search(client, experiments, f"tags.`{KIND}` = 'sweep'")
+    found = [run for run in parents if sweep in (run.data.tags[SWEEP], run.info.run_id)]
+    found = found or [run for run in parents if run.info.run_name == sweep]
+    if len(found) > 1:
+        ids = ", ".join(run.data.tags[SWEEP] for run in found)
+        raise UserError(f"{len(found)} sweeps are called {sweep!r}; name one by its id: {ids}.")
+    if not found:
+        known = ", ".join(f"{run.data.tags[SWEEP]} ({run.info.run_name})" for run in parents[:8]) or "none"
+        raise UserError(f"The store has no sweep {sweep!r}; it has: {known}.")
+    return found[0]
+
+
+def children(client: MlflowClient, parent: StoredRun) -> list[StoredRun]:
+    """Child runs of a sweep, the newest attempt of every job; deleted ones are not among them."""
+    found = _search(client, [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    newest: dict[tuple[str, str, str], StoredRun] = {}
+    for run in sorted(found, key=lambda run: run.info.start_time):
+        tags = run.data.tags
+        if SWEEP in tags:  # tuning runs have none
+            newest[(tags.get(ARM, ""), tags.get(BLOCK, ""), tags[SEED])] = run
+    return list(newest.values())
+
+
+def plan_of(parent: StoredRun) -> Plan:
+    """The plan that was saved before the sweep's first run.
+
+    Raises:
+        UserError: the sweep has none (one arm only).
+    """
+    tags = parent.data.tags
+    numbers = sorted(int(name.removeprefix(f"{PLAN}.")) for name in tags if name.startswith(f"{PLAN}."))
+    if not numbers:
+        raise UserError(f"Sweep {tags[SWEEP]} has no plan: it had one arm only, so there is nothing to compare.")
+    return parse_plan("".join(tags[f"{PLAN}.{number}"] for number in numbers))
+
+
+def _search(client: MlflowClient, experiments: list[str], query: str) -> list[StoredRun]:
+    found, token = [], None
+    while True:
+        page = client.search_runs(experiments, query, max_results=PAGE, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found

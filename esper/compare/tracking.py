@@ -1,0 +1,124 @@
+"""The sweep's side of its store process: starting it, asking it, ending it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import esper
+from esper.compare.store import ARM, BLOCK, SEED, SWEEP
+from esper.errors import UserError
+from esper.tracking.config import MlflowConfig, tracking_uri
+from esper.tracking.shared import SOCKET
+
+if TYPE_CHECKING:
+    from esper.compare.jobs import Prepared
+    from esper.compare.sweep import Sweep
+
+LOG = "tracker.log"
+
+
+class Store:
+    """The MLflow process of a sweep; does nothing where ``tracking`` is not MLflow.
+
+    Use as a context: leaving it ends the parent run with ``status``, so that none stays RUNNING.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.status = "FAILED"
+        self.files: list[Path] = []
+        self.numbers: dict[str, float] = {}
+        self._config = sweep.jobs[0].config.tracking
+        self._process: subprocess.Popen[str] | None = None
+        self._opened = False
+        self.environment: dict[str, str] = {}
+
+    def __enter__(self) -> Store:
+        if not isinstance(self._config, MlflowConfig):
+            return self
+        self._home = tempfile.TemporaryDirectory(prefix="esper-")
+        path = str(Path(self._home.name) / "store")  # short: a socket's path has 107 characters
+        self.environment = {SOCKET: path}
+        root = str(Path(esper.__file__).resolve().parents[1])
+        search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        with (self.sweep.folder / LOG).open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "esper.compare.writer", path],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._process is None:
+            return
+        try:
+            if self._opened:
+                self._close()
+        finally:
+            process = self._process
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+            self._home.cleanup()
+
+    def open(self) -> None:
+        """Make or continue the parent run, with the plan on it, before the first job."""
+        if self._process is None:
+            return
+        sweep, config = self.sweep, self.sweep.jobs[0].config
+        answer = self._ask(
+            {
+                "ask": "open",
+                "uri": tracking_uri(self._config, config.output),
+                "experiment": self._config.experiment,
+                "parent": sweep.parent,
+                "sweep": sweep.id,
+                "name": sweep.name,
+                "folder": str(sweep.folder.resolve()),
+                "plan": sweep.plan.text() if sweep.plan else "",
+                "tags": {"esper.plan_digest": sweep.plan.digest} if sweep.plan else {},
+                "jobs": {str(one.folder.resolve()): self._tags(one) for one in sweep.jobs},
+            }
+        )
+        sweep.parent, self._opened = answer["parent"], True
+
+    def _tags(self, one: Prepared) -> dict[str, str]:
+        job = one.job
+        return {"name": job.label, SWEEP: self.sweep.id, ARM: job.arm, BLOCK: job.block, SEED: str(job.seed)}
+
+    def failed(self, one: Prepared, error: str) -> None:
+        """Record a job that failed, also one that never reached the store itself."""
+        if self._process is not None:
+            self._ask({"ask": "failed", "folder": str(one.folder), "error": error})
+
+    def _close(self) -> None:
+        tags = {"esper.failed_jobs": str(len(self.sweep.failures))}
+        files = [str(path) for path in self.files]
+        self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.numbers, "tags": tags})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": "it ended unexpectedly"}
+        if "error" in answer:
+            where = self.sweep.folder / LOG
+            raise UserError(f"The sweep's tracking process failed: {answer['error']}; its last words are in {where}.")
+        return answer

@@ -1,0 +1,104 @@
+"""``python -m esper.compare.worker``: a process that runs one job of a sweep after another.
+
+It reads a JSON line a request from standard input and answers with one on what was standard output. What a job prints
+goes to ``job.log`` in its own folder. Torch is imported once, so later jobs start at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from esper.config import build, plain
+from esper.errors import UserError
+
+LOG = "job.log"
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM from the sweep: end this run the way Ctrl-C would."""
+
+
+def main() -> int:
+    """Serve until the input ends."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        for line in sys.stdin:
+            answers.write(json.dumps(handle(json.loads(line))) + "\n")
+    except KeyboardInterrupt:  # Stopped, or the run's own form of it after everything was saved
+        return 143
+    return 0
+
+
+def handle(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request: ``describe`` a config's task, or ``run`` it in a folder."""
+    if request["ask"] == "describe":
+        return describe(request)
+    return run_job(request)
+
+
+def describe(request: dict[str, Any]) -> dict[str, Any]:
+    """Primary metric and every metric's direction, from the task's data."""
+    try:
+        task = build(request["config"], request["choices"]).task.build()
+    except UserError as error:
+        return {"error": str(error)}
+    directions = {name: metric.direction for name, metric in task.metrics.items()}
+    return {"primary": task.primary, "directions": {"loss": "min", **directions}}
+
+
+def run_job(request: dict[str, Any]) -> dict[str, Any]:
+    """Run one job; whatever it raises becomes its status and its log's last lines."""
+    started = time.perf_counter()
+    folder = Path(request["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / LOG).open("ab", buffering=0)
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().handlers[:] = [handler]
+    logging.getLogger().setLevel(logging.INFO)
+    status, error = "FINISHED", ""
+    try:
+        _train(request, folder)
+    except UserError as refusal:
+        status, error = "FAILED", str(refusal)
+        print(f"esper: {refusal}", file=sys.stderr)
+    except Exception as fault:  # a job that breaks must not take the sweep along: it is counted and its log says why
+        status, error = "FAILED", f"{type(fault).__name__}: {fault}"
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        log.close()
+    gc.collect()
+    return {"status": status, "error": error, "seconds": time.perf_counter() - started}
+
+
+def _train(request: dict[str, Any], folder: Path) -> None:
+    import yaml
+
+    from esper.running.run import run
+
+    config = build(request["config"], request["choices"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+    run(config, folder, quiet=True)
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise Stopped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

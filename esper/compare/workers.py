@@ -1,0 +1,155 @@
+"""Worker processes that are kept for the whole sweep, one job at a time each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import esper
+
+STOP_S = 20.0  # how long a stopped run may take to say goodbye to its files and its tracker
+
+Request = dict[str, Any]
+Answer = dict[str, Any]
+
+
+class Worker:
+    """One process; ``ask`` blocks its caller until the answer is there."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        root = str(Path(esper.__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        return subprocess.Popen(
+            [sys.executable, "-m", "esper.compare.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path} | self._environment,
+            start_new_session=True,  # Ctrl-C in the terminal reaches the sweep alone
+        )
+
+    def ask(self, request: Request) -> Answer:
+        """The answer; a process that dies over a job has failed it, and the next job gets a new process."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # the empty answer below tells the same
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = process.wait()
+        self._process = self._start()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return {"status": "FAILED", "error": f"the worker process {how}", "seconds": 0.0}
+
+    def stop(self) -> None:
+        """End the process, and with SIGTERM the run that it is at."""
+        self._process.terminate()
+
+    def wait(self) -> None:
+        """Wait for the end; kill what does not come to one."""
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+
+
+class Workers:
+    """As many workers as there are environments. Use as a context: leaving it ends the processes."""
+
+    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
+        self._workers = [Worker(environment) for environment in environments]
+        self._stopping = False
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.wait()
+
+    def ask(self, request: Request) -> Answer:
+        """One answer from the first worker; for use before and after, not while jobs run."""
+        return self._workers[0].ask(request)
+
+    def run(self, requests: Sequence[Request], started: Callable[[int], None] = lambda index: None) -> Iterator[tuple[int, Answer]]:
+        """Run all requests, as many at once as there are workers; yields (index, answer) as they come in.
+
+        Ending the iteration early leaves what has not begun undone and waits for what has.
+        """
+        waiting = deque(enumerate(requests))
+        answers: queue.SimpleQueue[tuple[Worker, int, Answer]] = queue.SimpleQueue()
+        busy = 0
+
+        def begin(worker: Worker) -> int:
+            if not waiting:
+                return 0
+            index, request = waiting.popleft()
+            started(index)
+            threading.Thread(target=lambda: answers.put((worker, index, worker.ask(request))), daemon=True).start()
+            return 1
+
+        busy += sum(begin(worker) for worker in self._workers)
+        try:
+            while busy:
+                worker, index, answer = _next(answers)
+                busy += begin(worker) - 1
+                yield index, answer
+        except GeneratorExit:
+            waiting.clear()
+            while busy and not self._stopping:
+                _next(answers)
+                busy -= 1
+            raise
+
+
+def _next(answers: queue.SimpleQueue[tuple[Worker, int, Answer]]) -> tuple[Worker, int, Answer]:
+    """The next answer; wakes up now and then so that Ctrl-C is seen while waiting."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=0.5)
+
+
+def environments(workers: int, threads: int) -> list[dict[str, str]]:
+    """One environment a worker: one worker per GPU where there are any, else one per core.
+
+    Args:
+        workers: how many; 0 means as many as GPUs or cores.
+        threads: CPU threads of libraries other than torch in each.
+    """
+    gpus = _gpus()
+    count = workers or len(gpus) or len(os.sched_getaffinity(0))
+    shared = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    return [shared | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(count)]
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, without importing torch where there is no NVIDIA driver."""
+    if not Path("/proc/driver/nvidia").exists():
+        return []
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]

@@ -1,0 +1,176 @@
+"""``python -m esper.compare.writer``: the one process that writes a sweep to the MLflow store.
+
+Jobs send the frames of ``esper.tracking.frames`` over a Unix socket, a connection a run; the sweep itself asks over
+standard input, a JSON line a request. Every access to the store happens under one lock, so that jobs that run at the
+same time never meet a locked database.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, pieces
+from esper.tracking import frames
+from esper.tracking.mlflow_run import MlflowRun
+from esper.tracking.mlflow_store import experiment_id, quiet_client
+
+
+class Writer:
+    """The parent run and the children of one sweep."""
+
+    def __init__(self, opening: Mapping[str, Any]) -> None:
+        self.lock = threading.Lock()
+        self.jobs: dict[str, dict[str, str]] = opening["jobs"]
+        self.uri: str = opening["uri"]
+        self.client = quiet_client(self.uri)
+        self.experiment = experiment_id(self.client, self.uri, opening["experiment"])
+        self.opened: set[str] = set()
+        self.parent: str = opening["parent"] or self._create_parent(opening)
+        self.client.update_run(self.parent, status="RUNNING")
+        for name, piece in pieces(opening["plan"]).items():
+            self.client.set_tag(self.parent, name, piece)
+
+    def _create_parent(self, opening: Mapping[str, Any]) -> str:
+        tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"], **opening["tags"]}
+        started = int(time.time() * 1000)
+        run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=opening["name"])
+        return run.info.run_id
+
+    def tags(self, folder: str) -> dict[str, str]:
+        """What the interface groups a job's run by."""
+        return self.jobs.get(str(Path(folder).resolve()), {})
+
+    def child(self, frame: frames.Open) -> MlflowRun:
+        """Open the MLflow run of a job below the sweep's."""
+        tags = self.tags(frame.record.folder)
+        record = msgspec.structs.replace(
+            frame.record,
+            parent=self.parent,
+            name=tags.get("name", frame.record.name),
+            tags=dict(frame.record.tags) | {key: value for key, value in tags.items() if key != "name"},
+        )
+        run = MlflowRun(dataclasses.replace(frame.config, uri=self.uri))
+        run.open(record)
+        self.opened.add(str(Path(record.folder).resolve()))
+        for key, name in ((ARM, "arm"), (BLOCK, "block"), (SEED, "seed")):
+            if tags.get(key) and name not in self.client.get_run(run.run_id).data.params:
+                self.client.log_param(run.run_id, name, tags[key])  # readable axes in parallel coordinates
+        return run
+
+    def failed(self, request: Mapping[str, Any]) -> None:
+        """A job that failed: its run says so, also where it never came to open one."""
+        folder = str(Path(request["folder"]).resolve())
+        if folder in self.opened:
+            return
+        tags = dict(self.tags(folder)) | {"mlflow.parentRunId": self.parent, "esper.folder": folder}
+        name = tags.pop("name", Path(folder).name)
+        run = self.client.create_run(self.experiment, tags=tags, run_name=name)
+        self.client.set_tag(run.info.run_id, JOB_ERROR, request["error"][:4000])
+        self.client.set_terminated(run.info.run_id, "FAILED")
+
+    def close(self, request: Mapping[str, Any]) -> None:
+        """Log the comparison's files and numbers, and end the parent run."""
+        for path in request["artifacts"]:
+            self.client.log_artifact(self.parent, path, "figures" if path.endswith(".png") else None)
+        for name, value in request["metrics"].items():
+            self.client.log_metric(self.parent, name, value)
+        for name, value in request["tags"].items():
+            self.client.set_tag(self.parent, name, value[:4900])
+        self.client.set_terminated(self.parent, request["status"])
+
+
+def serve_run(writer: Writer, stream: BinaryIO) -> None:
+    """One job's frames until it closes; a job that goes without a word is marked KILLED."""
+    run: MlflowRun | None = None
+    try:
+        while True:
+            frame = frames.read(stream)
+            with writer.lock:
+                match frame:
+                    case frames.Open():
+                        run = writer.child(frame)
+                    case frames.Record():
+                        assert run is not None
+                        run.record(frame.messages)
+                    case frames.Flush():
+                        assert run is not None
+                        run.flush()
+                    case frames.Close():
+                        assert run is not None
+                        ending, run = run, None
+                        ending.record([cost_values(frame.summary)])
+                        ending.close(frame.status, frame.summary)
+            if not isinstance(frame, frames.Record):
+                frames.write(stream, frames.Reply())
+            if isinstance(frame, frames.Close):
+                return
+    except (EOFError, ConnectionError):
+        if run is not None:
+            with writer.lock:
+                run.close("KILLED", {})
+    except Exception as error:  # told to the job, which raises it at the end of its run
+        traceback.print_exc()
+        frames.write(stream, frames.Reply(f"{type(error).__name__}: {error}"))
+        if run is not None:
+            with writer.lock:
+                run.close("FAILED", {})
+
+
+def listen(writer: Writer, server: socket.socket) -> None:
+    """A thread a job, until the process ends."""
+
+    def serve(connection: socket.socket) -> None:
+        with connection, connection.makefile("rwb") as stream:
+            serve_run(writer, stream)  # type: ignore[arg-type]
+
+    while True:
+        connection, _ = server.accept()
+        threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+
+def main() -> int:
+    """``main(path)``: serve the sweep until its close, or until its end without one, which is recorded as KILLED."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to the log
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[1])
+    server.listen(64)
+    writer: Writer | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["ask"] == "open":
+                writer = Writer(request)
+                threading.Thread(target=listen, args=(writer, server), daemon=True).start()
+            else:
+                assert writer is not None
+                with writer.lock:
+                    writer.failed(request) if request["ask"] == "failed" else writer.close(request)
+            answers.write(json.dumps({"parent": writer.parent}) + "\n")
+        except Exception as error:  # told to the sweep, which says it to the user
+            traceback.print_exc()
+            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        if request["ask"] == "close":
+            return 0
+    if writer is not None:
+        with writer.lock:
+            writer.client.set_terminated(writer.parent, "KILLED")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""From runs to ``comparison.json``, tables and figures."""
+
+import dataclasses
+import json
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from esper.compare.analysis import analyse
+from esper.compare.config import CompareConfig
+from esper.compare.draws import generator
+from esper.compare.figures import draw
+from esper.compare.plan import Plan, changes, load_plan, make_plan, save_plan
+from esper.compare.recovery import gap_recovery
+from esper.compare.report import as_dict, show, write_json
+from esper.compare.runs import Run
+from esper.errors import UserError
+
+
+def plan_of(names: tuple[str, ...], pairs: int = 10, **changed: object) -> Plan:
+    config = CompareConfig(spread=0.01)
+    settings = {name: {"arm": name} for name in names}
+    made = make_plan(config, arms=settings, seeds=range(pairs), blocks=[""], metric="accuracy", direction="max")
+    return dataclasses.replace(made, **changed)
+
+
+def runs_of(effects: dict[str, float], pairs: int = 10, spread: float = 0.005, block: str = "") -> list[Run]:
+    rng, runs = generator("runs"), []
+    for seed in range(pairs):
+        level = 0.9 + rng.normal(0, 0.02)
+        for arm, effect in effects.items():
+            costs = {"macs": 1e9 * (1 + effect), "seconds": 10.0, "parameters": 858.0}
+            runs.append(Run(arm, seed, level + effect + rng.normal(0, spread), block, costs=costs, growth={"fossils": 1.0}))
+    return runs
+
+
+def test_each_of_the_four_verdicts_is_reached() -> None:
+    plan = plan_of(("host", "up", "down", "same", "noisy"), 15)
+    runs = runs_of({"host": 0.0, "up": 0.05, "down": -0.05, "same": 0.0}, 15, 0.003)
+    runs += [Run("noisy", seed, 0.9 + float(v)) for seed, v in enumerate(generator("noisy").normal(0, 0.1, 15))]
+    found = {row.arm: row for row in analyse(runs, plan).verdicts}
+    assert {arm: row.verdict for arm, row in found.items()} == {
+        "up": "B better", "down": "A better", "same": "equivalent", "noisy": "inconclusive",
+    }  # fmt: skip
+    assert "1.05 × the MACs" in found["up"].sentence
+    assert "worse than host" in found["down"].sentence
+    assert found["noisy"].more_pairs > 100
+    assert "more pairs needed" in found["noisy"].sentence
+
+
+def test_blocks_are_judged_apart_and_pooled_within_one_correction() -> None:
+    plan = plan_of(("host", "up"), blocks=("digits", "mnist1d"))
+    runs = runs_of({"host": 0.0, "up": 0.05}, block="digits") + runs_of({"host": 0.0, "up": 0.03}, block="mnist1d")
+    result = analyse(runs, plan)
+    assert [row.block for row in result.verdicts] == ["digits", "mnist1d", "pooled"]
+    assert plan.comparisons == 3
+    assert result.verdicts[0].p_holm == pytest.approx(3 * result.verdicts[0].p)
+    assert result.verdicts[2].difference == pytest.approx(np.mean([row.difference for row in result.verdicts[:2]]))
+
+
+def test_failed_runs_are_counted_and_hurt_the_arm_that_failed() -> None:
+    runs = runs_of({"host": 0.0, "up": 0.02})
+    broken = [dataclasses.replace(r, status="FAILED", value=float("nan")) if r.arm == "up" and r.seed < 4 else r for r in runs]
+    whole, hurt = (analyse(these, plan_of(("host", "up"))).verdicts[0] for these in (runs, broken))
+    assert whole.verdict == "B better"
+    assert hurt.verdict == "inconclusive"
+    assert (hurt.failed, hurt.pairs) == ((4, 0), 10)
+
+
+def test_a_sweep_in_which_all_runs_failed_is_refused() -> None:
+    with pytest.raises(UserError, match="All 2 runs"):
+        analyse([Run("host", 0, float("nan")), Run("up", 0, 1.0, status="FAILED")], plan_of(("host", "up")))
+    with pytest.raises(UserError, match="no runs"):
+        analyse([], plan_of(("host", "up")))
+
+
+def test_an_a_a_test_says_that_it_is_one() -> None:
+    plan = plan_of(("host", "again"), arms={"host": {"x": 1}, "again": {"x": 1}})
+    result = analyse(runs_of({"host": 0.0, "again": 0.0}), plan)
+    assert any("A/A" in note for note in result.notes)
+    assert result.verdicts[0].verdict in ("equivalent", "inconclusive")
+
+
+def test_arms_that_gave_the_same_numbers_are_named() -> None:
+    runs = runs_of({"host": 0.0})
+    runs += [dataclasses.replace(run, arm="up") for run in runs]
+    result = analyse(runs, plan_of(("host", "up")))
+    assert any("same number in every pair" in note for note in result.notes)
+    assert result.verdicts[0].verdict == "equivalent"
+
+
+def test_missing_pairs_make_the_analysis_exploratory_and_are_named() -> None:
+    runs = [run for run in runs_of({"host": 0.0, "up": 0.05}) if run.seed < 8 or run.arm == "host"]
+    result = analyse(runs, plan_of(("host", "up")))
+    assert result.exploratory == ["8 of 10 planned pairs are there"]
+    assert any("[8, 9]" in note for note in result.notes)
+
+
+def test_a_changed_margin_makes_the_analysis_exploratory() -> None:
+    plan = plan_of(("host", "up"))
+    result = analyse(runs_of({"host": 0.0, "up": 0.05}), dataclasses.replace(plan, minimum_effect=0.001), plan)
+    assert result.exploratory == ["minimum_effect was 0.01 in the plan and is 0.001 now"]
+
+
+def test_a_sequential_sweep_may_stop_at_a_look_and_stay_confirmatory() -> None:
+    plan = plan_of(("host", "up"), 15, sequential=True)
+    result = analyse(runs_of({"host": 0.0, "up": 0.05}, 10), plan)
+    assert result.verdicts[0].verdict == "B better"
+    assert result.exploratory == []
+
+
+def test_ranking_names_whom_each_arm_surely_beats() -> None:
+    plan = plan_of(("host", "up", "more"), 12, ranking=True)
+    result = analyse(runs_of({"host": 0.0, "up": 0.05, "more": 0.1}, 12), plan)
+    out = StringIO()
+    show(result, plan, Console(file=out, width=140))
+    assert len(result.ranking) == 3
+    assert out.getvalue().index("more", out.getvalue().index("all against all")) > 0
+    assert "host, up" in out.getvalue() or "up, host" in out.getvalue()
+
+
+def test_json_is_strict_and_holds_every_pair(tmp_path: Path) -> None:
+    plan = plan_of(("host", "up"), 4)
+    path = write_json(analyse(runs_of({"host": 0.0, "up": 0.05}, 4), plan), plan, tmp_path / "comparison.json")
+    read = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert len(read["verdicts"][0]["points"]) == 4
+    assert read["verdicts"][0]["interval"] == [None, None]
+    assert read["plan_digest"] == plan.digest
+
+
+def test_the_same_runs_give_the_same_numbers_again() -> None:
+    plan, runs = plan_of(("host", "up"), 18), runs_of({"host": 0.0, "up": 0.004}, 18)
+    assert as_dict(analyse(runs, plan), plan) == as_dict(analyse(runs[::-1], plan), plan)
+
+
+def test_figures_are_drawn_for_every_block(tmp_path: Path) -> None:
+    plan = plan_of(("host", "up"), blocks=("digits", "mnist1d"))
+    runs = runs_of({"host": 0.0, "up": 0.05}, block="digits") + runs_of({"host": 0.0, "up": 0.03}, block="mnist1d")
+    paths = draw(analyse(runs, plan), plan, tmp_path)
+    assert [p.name for p in paths] == ["pairs.png", "cost-digits.png", "cost-mnist1d.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in paths)
+
+
+def test_the_plan_says_what_its_pairs_can_find() -> None:
+    assert "needs 10 pairs" in plan_of(("host", "up"), 15).statement()[2]
+    assert "so this sweep has too few" in plan_of(("host", "a", "b", "c"), 8).statement()[2]
+    assert "Too few pairs" in plan_of(("host", "up"), 5).statement()[1]
+
+
+def test_a_saved_plan_comes_back_and_is_never_replaced(tmp_path: Path) -> None:
+    plan = plan_of(("host", "up"))
+    save_plan(plan, tmp_path)
+    save_plan(plan, tmp_path)
+    loaded = load_plan(tmp_path / "plan.json")
+    assert (loaded, loaded.digest) == (plan, plan.digest)
+    assert changes(plan, dataclasses.replace(plan, alpha=0.1, ranking=True)) == ["alpha"]
+    with pytest.raises(UserError, match="alpha differ"):
+        save_plan(dataclasses.replace(plan, alpha=0.1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"arms": {"host": {}}}, "at least two arms"),
+        ({"reference": "nobody"}, "the arms are host, up"),
+        ({"direction": "up"}, "max or min"),
+        ({"seeds": (1, 1)}, "given once"),
+    ],
+)
+def test_plans_that_cannot_be_judged_are_refused(changed: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_of(("host", "up"), **changed)
+
+
+def test_gap_recovery_is_given_only_where_there_is_a_gap() -> None:
+    rng = generator("gap")
+    small = rng.normal(0.6, 0.02, 12)
+    final, grown = small + 0.1 + rng.normal(0, 0.01, 12), small + 0.08 + rng.normal(0, 0.01, 12)
+    found = gap_recovery(small, final, grown)
+    assert found.known
+    assert found.value_interval[0] < found.value == pytest.approx(0.8, abs=0.1)
+    assert found.value < found.value_interval[1]
+    none = gap_recovery(small, small + rng.normal(0, 0.01, 12), grown)
+    assert not none.known
+    assert none.gap_interval[0] < 0 < none.gap_interval[1]

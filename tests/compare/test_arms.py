@@ -1,0 +1,47 @@
+"""What varies makes the arms; what an arm sets may not be overridden."""
+
+from pathlib import Path
+
+import pytest
+
+from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arms
+from esper.errors import UserError
+
+
+def jobs(*texts: str) -> list[list[str]]:
+    return [text.split() for text in texts]
+
+
+def test_what_varies_besides_the_seed_makes_the_arms() -> None:
+    layout = lay_out(jobs("grafting=linear seed=0", "grafting=linear seed=1", "grafting=drift seed=0", "grafting=drift seed=1"), [])
+    assert (layout.arms, layout.blocks, layout.seeds) == (("linear", "drift"), ("",), (0, 1))
+    assert [job.label for job in layout.jobs[:2]] == ["linear seed=0", "linear seed=1"]
+
+
+def test_task_and_model_are_blocks_and_so_are_the_keys_below_them() -> None:
+    layout = lay_out(jobs("arm=a task=digits model.width=8", "arm=b task=mnist1d model.width=16"), ["task", "model"], seed=7)
+    assert layout.arms == ("a", "b")
+    assert layout.blocks == ("task=digits model.width=8", "task=mnist1d model.width=16")
+    assert layout.seeds == (7,)
+
+
+def test_several_varying_keys_are_named_and_constant_ones_are_not() -> None:
+    layout = lay_out(jobs("+x=1 optimizer.lr=1 grafting=linear", "+x=1 optimizer.lr=2 grafting=drift"), [])
+    assert layout.arms == ("optimizer.lr=1 grafting=linear", "optimizer.lr=2 grafting=drift")
+
+
+def test_a_sweep_over_seeds_alone_has_one_arm() -> None:
+    assert lay_out(jobs("seed=0", "seed=1"), []).arms == ("",)
+
+
+def test_an_override_of_what_an_arm_sets_is_refused_naming_key_and_arm(tmp_path: Path) -> None:
+    text = "# @package _global_\ndefaults:\n  - override /grafting: drift\noptimizer:\n  lr: 0.1\n"
+    (tmp_path / "fast.yaml").write_text(text)
+    assert arm_keys({"defaults": [{"override /grafting": "drift"}], "optimizer": {"lr": 0.1}}) == [
+        "grafting",
+        "optimizer.lr",
+    ]
+    for typed in ("grafting=linear", "optimizer.lr=0.01", "grafting.ramp=9%", "optimizer=sgd"):
+        with pytest.raises(UserError, match=rf"{typed.partition('=')[0]} is set .* arm 'fast'"):
+            refuse_overridden_arms([typed], ["fast"], tmp_path)
+    refuse_overridden_arms(["optimizer.weight_decay=0", "task=digits"], ["fast"], tmp_path)

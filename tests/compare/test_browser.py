@@ -1,0 +1,91 @@
+"""A finished sweep in MLflow's own pages, in a real browser: arms have readable names.
+
+Needs Chromium and a minute; run it with ``pytest -m browser``. The screenshots are in ``outputs/screenshots``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+SCREENSHOTS = Path("outputs/screenshots").resolve()
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("outputs")
+    words = ["-m", "grafting=linear,drift", "seed=0,1", "trainer.steps=60", f"output={folder}"]
+    subprocess.run([sys.executable, "-m", "esper", *words, f"hydra.sweep.dir={folder}/s"], check=True, env=ENVIRONMENT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(sweep: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["mlflow", "server", "--backend-store-uri", f"sqlite:///{sweep}/mlflow.db", "--workers", "1"]
+    process = subprocess.Popen([sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)], cwd=sweep, env=ENVIRONMENT)
+    url = f"http://127.0.0.1:{port}"
+    _wait_for(url, process)
+    yield url
+    process.terminate()
+    process.wait(30)
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "the MLflow server ended"
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except (urllib.error.URLError, TimeoutError):
+            time.sleep(0.5)
+    raise AssertionError("the MLflow server did not answer within two minutes")
+
+
+def page(url: str, name: str) -> str:
+    """What the page says once its scripts have run; keeps a screenshot beside it."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    assert browser, "no Chromium on PATH; install one, e.g. apt-get install chromium"
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    base = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1400", "--timeout=60000"]
+    base += ["--virtual-time-budget=60000"]
+    subprocess.run([*base, f"--screenshot={SCREENSHOTS / name}.png", url], check=True, stderr=subprocess.DEVNULL)
+    done = subprocess.run([*base, "--dump-dom", url], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return done.stdout.decode()
+
+
+def test_the_compare_page_and_its_parallel_coordinates_show_the_arms_by_name(sweep: Path, server: str) -> None:
+    folders = sorted(sweep.glob("s/*/mlflow.json"))
+    notes = [json.loads(path.read_text()) for path in folders]
+    runs, experiments = json.dumps([note["run"] for note in notes]), json.dumps([notes[0]["experiment"]])
+    query = urllib.parse.urlencode({"runs": runs, "experiments": experiments})
+    text = page(f"{server}/#/compare-runs?{query}", "compare")
+    for name in ("linear seed=0", "linear seed=1", "drift seed=0", "drift seed=1", "Parallel Coordinates Plot"):
+        assert name in text
+    plot = text[text.index("Parallel Coordinates Plot") : text.index("Run details")]
+    for label in (">arm<", ">linear<", ">drift<"):
+        assert label in plot.replace("<!-- -->", "")
+
+
+def test_the_sweep_is_one_run_that_names_its_arms(sweep: Path, server: str) -> None:
+    parent = json.loads((sweep / "s" / "sweep.json").read_text())["parent"]
+    note = json.loads(next(sweep.glob("s/*/mlflow.json")).read_text())
+    text = page(f"{server}/#/experiments/{note['experiment']}/runs/{parent}/artifacts", "sweep")
+    for name in ("mlp-digits sweep: linear, drift", "comparison.json", "comparison.txt", "figures"):
+        assert name in text

@@ -1,0 +1,170 @@
+"""The order in which a sweep's jobs run, what they take from each other, and what is not run again.
+
+The worker here answers at once with a summary it makes up; real workers are in test_sweep.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from esper.cli.compose import compose
+from esper.compare.arms import lay_out
+from esper.compare.jobs import Prepared
+from esper.compare.plan import make_plan
+from esper.compare.sweep import Sweep, _run_jobs, arm_settings
+from esper.compare.tracking import Store
+from esper.compare.waves import waves
+from esper.config import RootConfig, build, config_hash
+from esper.errors import UserError
+
+#: (config, folder) -> (test accuracy, status)
+Outcome = Callable[[RootConfig, Path], tuple[float, str]]
+
+
+class InstantWorkers:
+    """Runs nothing: writes the summary of a run whose accuracy ``outcome`` decides."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.ran: list[RootConfig] = []
+
+    def run(self, requests: Sequence[dict[str, Any]], started: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        for index, request in enumerate(requests):
+            config, folder = build(request["config"], {}), Path(request["folder"])
+            self.ran.append(config)
+            value, status = self.outcome(config, folder)
+            folder.mkdir(parents=True)
+            summary = {
+                "status": status, "config_hash": config_hash(config),
+                "macs": 1000 * config.trainer.steps, "steps": config.trainer.steps,
+                "branches": [{"site": "fc1", "seed": 2, "blueprint": "mlp", "alpha": 1.0}],
+                "metrics": {"final": {"test/accuracy": value, "validation/accuracy": value}},
+            }  # fmt: skip
+            (folder / "summary.json").write_text(json.dumps(summary))
+            yield index, {"status": status, "error": "" if status == "FINISHED" else "it broke", "seconds": 0.1}
+
+
+def sweep_of(folder: Path, arms: dict[str, list[str]], seeds: int, **compare: Any) -> Sweep:
+    texts = [[f"arm={arm}", f"seed={seed}"] for arm in arms for seed in range(seeds)]
+    layout = lay_out(texts, [])
+    bare = {arm: compose(["tracking=none", *words]) for arm, words in arms.items()}
+    jobs = []
+    for job in layout.jobs:
+        base = bare[job.arm]
+        config = dataclasses.replace(base, seed=job.seed, compare=dataclasses.replace(base.compare, **compare))
+        jobs.append(Prepared(job, config, {}, folder / str(job.number)))
+    sweep = Sweep(layout, jobs, folder, [], Console(file=StringIO()))
+    if len(layout.arms) > 1:
+        sweep.plan = make_plan(sweep.compare, arms=arm_settings(jobs), seeds=layout.seeds, blocks=[""], metric="accuracy", direction="max")
+    return sweep
+
+
+def go(sweep: Sweep, outcome: Outcome) -> InstantWorkers:
+    workers = InstantWorkers(outcome)
+    _run_jobs(sweep, workers, Store(sweep))  # type: ignore[arg-type]
+    return workers
+
+
+def good(config: RootConfig, folder: Path) -> tuple[float, str]:
+    return 0.5, "FINISHED"
+
+
+def test_pairs_are_complete_early(tmp_path: Path) -> None:
+    workers = go(sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 3), good)
+    assert [config.seed for config in workers.ran] == [0, 0, 1, 1, 2, 2]
+
+
+def test_finished_jobs_are_skipped_and_failed_ones_only_run_again_on_request(tmp_path: Path) -> None:
+    arms = {"a": [], "b": ["grafting=drift"]}
+
+    def second_fails(config: RootConfig, folder: Path) -> tuple[float, str]:
+        return 0.5, "FAILED" if config.grafting.name == "drift" and config.seed == 1 else "FINISHED"
+
+    sweep = sweep_of(tmp_path, arms, 2)
+    assert len(go(sweep, second_fails).ran) == 4
+    assert [one.job.label for one in sweep.failures] == ["b seed=1"]
+    again = sweep_of(tmp_path, arms, 2)
+    assert go(again, good).ran == []
+    assert len(again.failures) == 1
+    retry = dataclasses.replace(sweep_of(tmp_path, arms, 2), retry=True)
+    assert len(go(retry, good).ran) == 1
+    assert retry.failures == []
+
+
+def test_a_job_whose_config_changed_is_run_again_and_what_was_there_is_kept_aside(tmp_path: Path) -> None:
+    go(sweep_of(tmp_path, {"a": [], "b": []}, 1), good)
+    assert len(go(sweep_of(tmp_path, {"a": ["trainer.steps=7"], "b": []}, 1), good).ran) == 1
+    assert (tmp_path / "0.attempt1" / "summary.json").exists()
+
+
+def test_a_sequential_sweep_stops_at_the_look_that_decides(tmp_path: Path) -> None:
+    def clear(config: RootConfig, folder: Path) -> tuple[float, str]:
+        return (0.9 if config.grafting.name == "drift" else 0.5) + 0.001 * config.seed, "FINISHED"
+
+    sweep = sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 15, sequential=True)
+    assert len(go(sweep, clear).ran) == 20
+    assert len(go(sweep_of(tmp_path / "same", {"a": [], "b": []}, 15, sequential=True), good).ran) == 30
+
+
+def test_the_final_net_starts_with_what_the_grown_run_kept_and_spends_its_macs(tmp_path: Path) -> None:
+    arms = {"grown": ["trainer.steps=100"], "final": ["trainer.steps=300"], "equal": ["trainer.steps=300"]}
+    sweep = sweep_of(tmp_path, arms, 1, final_of={"final": "grown", "equal": "grown"}, equal_macs={"equal": "grown/final"})
+    ran = go(sweep, good).ran
+    assert [config.trainer.steps for config in ran] == [100, 300, 100]
+    germinate = {"at": "0%", "command": "germinate", "site": "fc1", "seeds": [2], "blueprint": "mlp"}
+    assert [config.controller.name for config in ran] == ["heuristic", "scheduled", "scheduled"]
+    assert ran[1].controller.script == [germinate]
+    assert sweep.plan is not None
+    assert sweep.plan.arms["final"] != sweep.plan.arms["equal"]
+
+
+def test_a_job_that_depends_on_a_failed_one_is_counted_as_failed(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"grown": [], "final": ["grafting=drift"]}, 1, final_of={"final": "grown"})
+    go(sweep, lambda config, folder: (0.5, "FAILED"))
+    assert [one.job.arm for one in sweep.failures] == ["grown", "final"]
+    assert "depends on arm grown" in sweep.jobs[1].error
+
+
+def test_arms_that_wait_for_each_other_or_for_nobody_are_refused() -> None:
+    compare = compose(["tracking=none"]).compare
+    with pytest.raises(UserError, match="wait for each other"):
+        waves(["a", "b"], dataclasses.replace(compare, final_of={"a": "b", "b": "a"}))
+    with pytest.raises(UserError, match="names the arm 'c'"):
+        waves(["a", "b"], dataclasses.replace(compare, final_of={"a": "c"}))
+    with pytest.raises(UserError, match="write a/b"):
+        waves(["a", "b"], dataclasses.replace(compare, equal_macs={"a": "b"}))
+
+
+def test_fresh_seeds_change_the_run_and_not_the_pair(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"a": [], "again": []}, 2, fresh_seeds={"again": 1000})
+    assert [config.seed for config in go(sweep, good).ran] == [0, 1000, 1, 1001]
+    assert sweep.jobs[-1].job.seed == 1
+
+
+def test_every_arm_is_tuned_on_validation_with_seeds_of_its_own(tmp_path: Path) -> None:
+    def likes(config: RootConfig, folder: Path) -> tuple[float, str]:
+        best = 0.01 if config.grafting.name == "drift" else 0.1
+        return 1.0 - abs(config.optimizer.lr - best), "FINISHED"
+
+    arms = {"a": [], "b": ["grafting=drift"]}
+    sweep = sweep_of(tmp_path, arms, 2, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=3)
+    ran = go(sweep, likes).ran
+    tuning, compared = [c for c in ran if c.seed >= 1_000_000], [c for c in ran if c.seed < 1_000_000]
+    assert len(tuning) == 2 * 2 * 3
+    assert {(c.grafting.name, c.optimizer.lr) for c in compared} == {("linear", 0.1), ("drift", 0.01)}
+    assert go(sweep_of(tmp_path, arms, 2, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=3), likes).ran == []
+
+
+def test_a_tuned_key_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no key optimizer"):
+        go(sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 1, tune={"optimizer.rate": [1]}), good)
+    with pytest.raises(UserError, match="give a list"):
+        go(sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 1, tune={"optimizer.lr": 1}), good)

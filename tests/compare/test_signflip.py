@@ -1,0 +1,74 @@
+"""The sign-flip test against brute force, scipy and its own promises."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from esper.compare.draws import generator
+from esper.compare.signflip import EXACT_PAIRS, equivalence, interval, sign_flip
+
+
+def brute(data: np.ndarray) -> float:
+    sums = [abs(np.dot(signs, data)) for signs in product((-1, 1), repeat=len(data))]
+    return float(np.mean(np.array(sums) >= abs(data.sum()) - 1e-9))
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=9))
+def test_two_sided_p_is_the_share_of_sign_patterns_at_least_as_far(values: list[int]) -> None:
+    assert sign_flip(np.array(values, float)) == pytest.approx(brute(np.array(values, float)))
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_exact_p_equals_scipy(alternative: str) -> None:
+    data = generator("test").normal(0.3, 1.0, 11)
+    expected = stats.permutation_test((data,), np.sum, permutation_type="samples", alternative=alternative, n_resamples=np.inf)
+    assert sign_flip(data, alternative) == pytest.approx(expected.pvalue, abs=1e-9)
+
+
+def test_monte_carlo_agrees_with_the_t_test_and_never_gives_zero() -> None:
+    data = generator("test").normal(0.4, 1.0, 40)
+    assert sign_flip(data) == pytest.approx(stats.ttest_1samp(data, 0).pvalue, abs=0.01)
+    assert sign_flip(np.ones(40)) == pytest.approx(1 / 10_000)
+
+
+def test_six_pairs_are_the_fewest_that_reach_five_percent() -> None:
+    assert sign_flip(np.ones(5)) > 0.05 >= sign_flip(np.ones(6))
+
+
+def test_data_sets_side_by_side_give_what_they_give_alone() -> None:
+    data = generator("test").normal(size=(EXACT_PAIRS, 7))
+    np.testing.assert_allclose(sign_flip(data), [sign_flip(column) for column in data.T])
+
+
+def test_no_difference_and_no_pairs_give_one() -> None:
+    assert sign_flip(np.zeros(8)) == 1.0
+    assert sign_flip(np.zeros(0)) == 1.0
+
+
+def test_equivalence_needs_the_mean_inside_the_margin() -> None:
+    data = generator("test").normal(0.0, 0.1, 12)
+    assert equivalence(data, 0.5) < 0.001
+    assert equivalence(data + 0.5, 0.5) > 0.05
+    assert equivalence(data, 0.0) == 1.0
+
+
+def test_interval_ends_where_the_test_starts_to_reject() -> None:
+    data = generator("test").normal(1.0, 1.0, 10)
+    low, high = interval(data, 0.05)
+    assert low < data.mean() < high
+    for inside, outside in ((low + 1e-6, low - 1e-6), (high - 1e-6, high + 1e-6)):
+        assert sign_flip(data - inside) > 0.05 >= sign_flip(data - outside)
+
+
+def test_interval_of_five_pairs_has_no_end() -> None:
+    assert interval(np.array([1.0, 2.0, 3.0, 2.0, 1.0]), 0.05) == (-np.inf, np.inf)
+
+
+def test_interval_of_equal_differences_is_a_point() -> None:
+    assert interval(np.zeros(6), 0.05) == (0.0, 0.0)
+    assert interval(np.full(8, 0.25), 0.05) == (0.25, 0.25)
+    assert interval(np.zeros(5), 0.05) == (-np.inf, np.inf)

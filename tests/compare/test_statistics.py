@@ -1,0 +1,57 @@
+"""Corrections and summaries against the libraries that define them."""
+
+import numpy as np
+import pytest
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from esper.compare.draws import generator
+from esper.compare.power import detectable, fewest_pairs, needed_pairs, power
+from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
+
+
+def test_holm_equals_statsmodels_also_side_by_side() -> None:
+    p = generator("test").uniform(0, 0.2, (5, 20))
+    expected = np.stack([multipletests(column, method="holm")[1] for column in p.T], axis=1)
+    np.testing.assert_allclose(holm(p), expected)
+
+
+def test_bca_interval_covers_the_mean_and_shrinks_to_a_point_for_equal_values() -> None:
+    low, high = bca_interval(generator("test").normal(2.0, 1.0, 50))
+    assert low < 2.0 < high
+    assert bca_interval(np.full(6, 0.25)) == (0.25, 0.25)
+    assert np.isnan(bca_interval(np.array([1.0]))).all()
+
+
+def test_interquartile_mean_ignores_the_outer_quarters() -> None:
+    assert iqm(np.array([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0])) == pytest.approx(3.5)
+
+
+def test_probability_of_improvement_counts_ties_half() -> None:
+    assert probability_of_improvement(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == pytest.approx(7 / 8)
+
+
+def test_fifteen_pairs_find_eight_tenths_with_eighty_percent() -> None:
+    assert power(15, 0.8, 0.05) == pytest.approx(0.8, abs=0.03)
+    assert detectable(15, 0.8, 0.05) == pytest.approx(0.78, abs=0.02)
+
+
+def test_power_beyond_the_simulated_pairs_is_that_of_the_t_test() -> None:
+    assert power(25, 0.5, 0.05, 3) == pytest.approx(TTestPower().power(0.5, 25, 0.05 / 3), abs=1e-6)
+
+
+def test_needed_pairs_are_the_first_that_have_the_power() -> None:
+    needed = needed_pairs(0.6, 0.8, 0.05, 2)
+    assert power(needed, 0.6, 0.05, 2) >= 0.8 > power(needed - 1, 0.6, 0.05, 2)
+
+
+def test_more_comparisons_need_more_pairs() -> None:
+    assert [fewest_pairs(0.05, k) for k in (1, 2, 5)] == [6, 7, 8]
+    assert needed_pairs(0.8, 0.8, 0.05, 5) > needed_pairs(0.8, 0.8, 0.05, 1)
+    assert power(5, 9.0, 0.05) == 0.0
+    assert detectable(5, 0.8, 0.05) == np.inf
+
+
+def test_a_heavy_tailed_pilot_states_more_power() -> None:
+    pilot = tuple(generator("test").standard_t(3, 4_000).tolist())
+    assert power(10, 1.0, 0.05, 1, pilot) > power(10, 1.0, 0.05) + 0.02

@@ -1,0 +1,101 @@
+"""A store with made-up sweeps: what is read back, and what is missing, deleted or named twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper.compare.analysis import analyse
+from esper.compare.plan import Plan
+from esper.compare.store import ARM, BLOCK, KIND, PLAN, SEED, SWEEP, children, find_sweep, pieces, plan_of, run_of_store
+from esper.errors import UserError
+
+Fill = Callable[..., str]
+ARMS = {"host": {"x": 1}, "grown": {"x": 2, "why": "long " * 2_000}}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from esper.tracking.mlflow_store import experiment_id, quiet_client
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    made = quiet_client(uri)
+    experiment_id(made, uri, "esper")
+    return made
+
+
+@pytest.fixture
+def fill(client: Any) -> Fill:
+    """Makes a sweep of two arms and ``pairs`` seeds; returns the parent's run id."""
+    experiment = client.get_experiment_by_name("esper").experiment_id
+
+    def make(sweep: str, name: str, pairs: int = 6, plan: bool = True) -> str:
+        text = Plan("accuracy", "max", 0.01, 0.05, 0.8, 0.0, "host", ARMS, tuple(range(pairs))).text() if plan else ""
+        parent = client.create_run(experiment, tags={KIND: "sweep", SWEEP: sweep, **pieces(text)}, run_name=name)
+        for arm in ARMS:
+            for seed in range(pairs):
+                tags = {SWEEP: sweep, ARM: arm, BLOCK: "", SEED: str(seed), "mlflow.parentRunId": parent.info.run_id}
+                run = client.create_run(experiment, tags=tags, run_name=f"{arm} seed={seed}").info.run_id
+                client.log_metric(run, "final/test/accuracy", 0.8 + 0.05 * (arm == "grown") + 0.001 * seed)
+                client.log_metric(run, "final/cost/macs", 1000.0)
+                client.log_metric(run, "final/seeds/germinated", 4.0)
+                client.set_terminated(run)
+        return parent.info.run_id
+
+    return make
+
+
+def test_a_sweep_comes_back_with_its_plan_however_long(client: Any, fill: Fill) -> None:
+    fill("s1", "first")
+    parent = find_sweep(client, "s1")
+    assert sum(name.startswith(PLAN) for name in parent.data.tags) > 1
+    assert plan_of(parent).arms == ARMS
+    runs = [run_of_store(run, "accuracy") for run in children(client, parent)]
+    assert len(runs) == 12
+    assert (runs[0].costs, runs[0].growth) == ({"macs": 1000.0}, {"germinations": 4.0})
+    assert analyse(runs, plan_of(parent)).verdicts[0].verdict == "B better"
+
+
+def test_a_deleted_run_is_missed_and_said(client: Any, fill: Fill) -> None:
+    fill("s2", "second", pairs=7)
+    parent = find_sweep(client, "second")
+    gone = next(run for run in children(client, parent) if run.data.tags[SEED] == "3")
+    client.delete_run(gone.info.run_id)
+    result = analyse([run_of_store(run, "accuracy") for run in children(client, parent)], plan_of(parent))
+    assert result.exploratory == ["6 of 7 planned pairs are there"]
+    assert any("[3]" in note for note in result.notes)
+
+
+def test_a_second_attempt_replaces_the_first_and_a_failed_run_counts(client: Any, fill: Fill) -> None:
+    parent_id = fill("s3", "third")
+    parent = find_sweep(client, parent_id)
+    tags = {SWEEP: "s3", ARM: "grown", BLOCK: "", SEED: "0", "mlflow.parentRunId": parent_id}
+    late = client.create_run(parent.info.experiment_id, tags=tags, start_time=2**42)
+    client.set_terminated(late.info.run_id, "FAILED")
+    runs = [run_of_store(run, "accuracy") for run in children(client, parent)]
+    assert len(runs) == 12
+    assert [run.id for run in runs if run.failed] == [late.info.run_id]
+
+
+def test_two_sweeps_of_one_name_are_told_apart_by_their_ids(client: Any, fill: Fill) -> None:
+    fill("s4", "twin", pairs=1)
+    fill("s5", "twin", pairs=1)
+    with pytest.raises(UserError, match="2 sweeps are called 'twin'; name one by its id: s5, s4"):
+        find_sweep(client, "twin")
+    assert find_sweep(client, "s5").data.tags[SWEEP] == "s5"
+
+
+def test_a_sweep_of_one_arm_has_nothing_to_compare(client: Any, fill: Fill) -> None:
+    fill("s6", "alone", pairs=1, plan=False)
+    with pytest.raises(UserError, match="one arm only"):
+        plan_of(find_sweep(client, "alone"))
+
+
+def test_an_empty_store_says_so(tmp_path: Path) -> None:
+    from esper.tracking.mlflow_store import quiet_client
+
+    with pytest.raises(UserError, match="no sweep 'x'; it has: none"):
+        find_sweep(quiet_client(f"sqlite:///{tmp_path}/mlflow.db"), "x")

@@ -1,0 +1,166 @@
+"""Sweeps as a person starts them: real workers, a real store, a job that breaks, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esper.compare.command import main as compare
+from esper.errors import UserError
+
+SWEEP = ("-m", "optimizer.lr=0.001,0.01", "seed=0,1", "trainer.steps=30", "compare.figures=true")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+pytestmark = pytest.mark.e2e
+
+
+def esper(*words: str, code: int = 0) -> str:
+    done = subprocess.run([sys.executable, "-m", "esper", *words], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def client_of(folder: Path) -> Any:
+    from esper.tracking.mlflow_store import quiet_client
+
+    return quiet_client(f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished sweep of two arms and two seeds: its outputs, and what it said."""
+    folder = tmp_path_factory.mktemp("outputs")
+    return folder, esper(*SWEEP, f"output={folder}", f"hydra.sweep.dir={folder}/sweep")
+
+
+def test_a_sweep_says_its_plan_first_and_its_verdict_last(done: tuple[Path, str]) -> None:
+    said = done[1]
+    assert said.index("Too few pairs") < said.index("1/4") < said.index("against the reference")
+    assert "Cannot tell 0.01 from 0.001" in said
+
+
+def test_parent_and_children_are_in_the_store_with_tags_to_group_by(done: tuple[Path, str]) -> None:
+    client = client_of(done[0])
+    note = json.loads((done[0] / "sweep" / "sweep.json").read_text())
+    parent = client.get_run(note["parent"])
+    assert parent.info.status == "FINISHED"
+    assert {file.path for file in client.list_artifacts(note["parent"])} == {
+        "comparison.json",
+        "comparison.txt",
+        "figures",
+    }
+    query = f"tags.`mlflow.parentRunId` = '{note['parent']}'"
+    runs = client.search_runs([parent.info.experiment_id], query)
+    assert sorted(run.info.run_name for run in runs) == [f"{lr} seed={s}" for lr in ("0.001", "0.01") for s in (0, 1)]
+    assert {run.data.tags["esper.sweep"] for run in runs} == {note["id"]}
+    assert {run.data.params["arm"] for run in runs} == {"0.001", "0.01"}
+    assert all(run.data.metrics["final/cost/macs"] > 0 and "final/test/accuracy" in run.data.metrics for run in runs)
+
+
+def test_the_store_alone_gives_the_same_comparison(done: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = done[0]
+    note = json.loads((folder / "sweep" / "sweep.json").read_text())
+    assert compare([f"sweep={note['id']}", f"output={folder}", "figures=false"]) == 0
+    ours = json.loads((folder / "sweep" / "comparison.json").read_text())
+    theirs = json.loads((folder / "compare" / note["id"] / "comparison.json").read_text())
+    assert theirs["verdicts"] == ours["verdicts"]
+    assert theirs["arms"] == ours["arms"]
+    assert compare([f"sweep={note['name']}", f"output={folder}", "figures=false", "alpha=0.2"]) == 0
+    assert "exploratory: alpha was 0.05 in the plan and is 0.2 now" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["sweep=nothing"], "no sweep 'nothing'; it has"),
+        (["sweep=SWEEP", "metric=loss"], ""),
+        (["sweep=SWEEP", "metric=beauty", "direction=max"], "they have accuracy or loss"),
+        (["sweep=SWEEP", "metric=beauty"], "say also direction"),
+        (["sweep=SWEEP", "reference=nobody"], "no arm of this sweep"),
+        (["sweep=SWEEP", "alpha=2"], "compare.alpha=2"),
+        (["swep=1"], "did you mean sweep"),
+        (["alpha=0.1"], "needs sweep="),
+    ],
+)
+def test_questions_that_have_no_answer_get_a_sentence(done: tuple[Path, str], words: list[str], sentence: str) -> None:
+    note = json.loads((done[0] / "sweep" / "sweep.json").read_text())
+    given = [word.replace("SWEEP", note["id"]) for word in words] + [f"output={done[0]}", "figures=false"]
+    if not sentence:
+        assert compare(given) == 0
+        return
+    with pytest.raises(UserError, match=sentence):
+        compare(given)
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is no store"):
+        compare(["sweep=1", f"output={tmp_path}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_command_again_runs_nothing(done: tuple[Path, str]) -> None:
+    folder = done[0]
+    said = esper(*SWEEP, f"output={folder}", f"hydra.sweep.dir={folder}/sweep")
+    assert " done in " not in said
+    assert "Cannot tell 0.01 from 0.001" in said
+
+
+def test_a_job_that_breaks_is_said_at_once_and_counted(tmp_path: Path) -> None:
+    words = ("-m", "optimizer.lr=0.001,1e30", "trainer.steps=30", "tracking=none", f"hydra.sweep.dir={tmp_path}/s")
+    said = " ".join(esper(*words, f"output={tmp_path}", code=1).split())
+    assert "failed 1e+30 seed=0: " in said
+    assert "1 of 2 runs failed (1e+30 1)" in said
+    assert "hydra.launcher.retry=true" in said
+    log = next((tmp_path / "s").glob("1-*/job.log"))
+    assert "optimizer.lr" in log.read_text()
+
+
+def test_ctrl_c_keeps_what_is_done_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
+    words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,4)", "trainer.steps=100", f"output={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "esper", *words, f"hydra.sweep.dir={tmp_path}/s"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " done in " in line:
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.stdout.read()
+    assert process.wait() == 130
+    assert f"hydra.sweep.dir={tmp_path}/s" in said
+    summaries = [json.loads(path.read_text())["status"] for path in (tmp_path / "s").glob("*/summary.json")]
+    assert "FINISHED" in summaries
+    assert set(summaries) <= {"FINISHED", "KILLED"}
+    assert len(summaries) < 8
+    note = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert client_of(tmp_path).get_run(note["parent"]).info.status == "KILLED"
+    command = f"hydra.sweep.dir={tmp_path}"
+    left = [p for p in Path("/proc").glob("[0-9]*/environ") if b"ESPER_TRACKER" in _read(p) and command.encode() in _read(p)]
+    assert left == []
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # another user's, or gone
+        return b""
+
+
+def test_the_controls_end_in_a_figure_and_a_sentence(tmp_path: Path) -> None:
+    words = ("-m", "experiment=controls", "seed=0", "trainer.steps=100", "tracking=none", f"output={tmp_path}")
+    said = " ".join(esper(*words, f"hydra.sweep.dir={tmp_path}/s").split())
+    assert "Cannot tell whether growing paid" in said
+    read = json.loads((tmp_path / "s" / "comparison.json").read_text())
+    macs = {arm["arm"]: arm["costs"]["macs"] for arm in read["arms"]}
+    assert list(macs) == ["grown", "host", "scratch", "scratch_macs", "all_on", "random_places", "naive"]
+    assert macs["scratch_macs"] == pytest.approx(macs["grown"], rel=0.03)
+    assert macs["host"] < macs["grown"] < macs["all_on"]
+    assert (tmp_path / "s" / "figures" / "cost.png").stat().st_size > 10_000
