@@ -1,0 +1,62 @@
+"""The examples of the documentation run as they stand, and are as short as the pages say."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from growing import build, sample_loss, short
+from test_own_loop import JUDGE, train
+
+from esper import attach
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_own_loop_example_runs_and_grows() -> None:
+    told = subprocess.run([sys.executable, str(DOCS / "examples" / "own_loop.py")], capture_output=True, text=True, check=True, timeout=120)
+    germinated = re.search(r"germinated (\d+), kept (\d+)", told.stdout)
+    assert germinated is not None and int(germinated.group(1)) > 0
+
+
+@pytest.fixture
+def mine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of ``my_pkg`` by name."""
+    monkeypatch.syspath_prepend(str(DOCS / "examples"))
+    return lambda name: importlib.import_module(f"my_pkg.{name}")
+
+
+def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: Any) -> None:
+    model = build("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    parts = {
+        "blueprint": mine("branches").Sine(hidden=4),
+        "grafting": mine("ramps").Calm(),
+        "controller": mine("gardener").Gardener(every=2, most=1),
+    }
+    grow = attach(model, loss=sample_loss, optimizer=optimizer, judge=JUDGE, total_steps=100, lifecycle=short(), **parts)
+    train(model, grow, optimizer, 14)
+    branch = grow.garden.branches[0]
+    assert (branch.blueprint, branch.strategy) == ("sine", "custom")
+    assert grow.garden.branches.alpha[0] > 0
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(grow.export().eval()(JUDGE[0][0]), model(JUDGE[0][0]))
+
+
+def test_own_data_takes_at_most_25_lines() -> None:
+    assert len((DOCS / "examples" / "my_pkg" / "data.py").read_text(encoding="utf-8").splitlines()) <= 25
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("own-*.md")))
+def test_every_page_is_one_page_and_links_to_files_that_are_there(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (DOCS / link).is_file(), link

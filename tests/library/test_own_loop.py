@@ -1,0 +1,296 @@
+"""``attach`` in a user's own loop: batches, outputs, schedulers, accumulation, precision, and models as people have them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections import namedtuple
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from growing import Loop, Net, batch, build, germinate, same, sample_loss, short
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
+
+from esper import attach
+from esper.controllers import CONFIGS
+from esper.errors import UserError
+from esper.lifecycle import Stage
+from esper.training.grow import Grow
+
+SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
+JUDGE = [batch("mlp", 900, 64)]
+
+
+def scheduled() -> Any:
+    """A controller that germinates one seed at the second step."""
+    return CONFIGS["scheduled"](script=SCRIPT)
+
+
+def train(
+    model: nn.Module, grow: Grow, optimizer: torch.optim.Optimizer, steps: int, run: Callable[[Any], Any] | None = None
+) -> list[float]:
+    """The ten lines a user writes; ``run`` is what is called instead of the model."""
+    losses = []
+    for step in range(steps):
+        data = batch("mlp", step)
+        loss = functional.cross_entropy((model if run is None else run)(data[0]), data[1])
+        loss.backward()
+        grow.after_backward(data, loss.detach())
+        optimizer.step()
+        grow.tick(loss.detach())
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def attached(model: nn.Module, **settings: Any) -> tuple[Grow, torch.optim.Optimizer]:
+    """AdamW and seeds on a model that takes batches of ``mlp``."""
+    parameters = [p for p in model.parameters() if p.requires_grad] or list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, 0.01)
+    given = {"loss": sample_loss, "judge": JUDGE, "lifecycle": short(), "per_site": 2, "sites": ["*fc1"], "controller": scheduled()}
+    return attach(model, optimizer=optimizer, total_steps=100, **(given | settings)), optimizer
+
+
+def test_ten_lines_grow_a_seed_with_neither_hydra_bus_nor_mlflow() -> None:
+    model = build("mlp")
+    grow, optimizer = attached(model)
+    train(model, grow, optimizer, 12)
+    assert grow.life.counts["germinated"] == 1
+    assert grow.garden.branches[0].stage not in (Stage.DORMANT, Stage.GERMINATED)
+    program = "import sys, esper.training; print([m for m in ('hydra', 'mlflow', 'msgspec', 'numpy.testing', 'redis') if m in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_without_a_controller_nothing_grows_and_an_unknown_one_is_refused() -> None:
+    grow, optimizer = attached(build("mlp"), controller=None)
+    train(grow.garden.model, grow, optimizer, 5)
+    assert grow.life.counts["germinated"] == 0
+    for wrong, sentence in (("tamiyo", "There is no controller 'tamiyo'; there are"), (object(), "no method observe")):
+        with pytest.raises(UserError, match=sentence):
+            attached(build("mlp"), controller=wrong)
+
+
+Pair = namedtuple("Pair", "inputs targets")
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "namedtuple"])
+@pytest.mark.parametrize("output", ["tensor", "per_sample", "attribute", "mapping"])
+def test_batches_and_losses_come_as_users_have_them(kind: str, output: str) -> None:
+    inputs, targets = batch("mlp")
+    data: Any = {"tuple": (inputs, targets), "list": [inputs, targets], "namedtuple": Pair(inputs, targets)}.get(
+        kind, {"inputs": inputs, "targets": targets}
+    )
+
+    def loss(model: nn.Module, given: Any) -> Any:
+        x, y = given.values() if isinstance(given, dict) else given
+        each = functional.cross_entropy(model(x), y, reduction="none")
+        return {
+            "tensor": each.mean(),
+            "per_sample": each,
+            "attribute": SimpleNamespace(loss=each.mean()),
+            "mapping": {"loss": each.mean()},
+        }[output]
+
+    grow = attach(build("mlp"), loss=loss, judge=[data], total_steps=10, sites="fc1")
+    assert grow.loss(grow.garden.model, data).mean().isfinite()
+    assert [site.geometry.width for site in grow.garden.sites] == [8]
+
+
+def test_a_loss_that_is_none_is_refused_in_words() -> None:
+    with pytest.raises(UserError, match=r"gave a str; it must give a tensor"):
+        attach(build("mlp"), loss=lambda model, data: "low", judge=JUDGE, total_steps=10)
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [3, 8]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 30),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 30),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 7),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.95),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.01, step_size_up=4, cycle_momentum=False),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.01, total_steps=60),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [5]),
+}
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_every_scheduler_of_torch_survives_germination_and_branches_follow_its_factor(name: str) -> None:
+    model = build("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    scheduler = SCHEDULERS[name](optimizer)
+    grow = attach(
+        model, loss=sample_loss, optimizer=optimizer, judge=JUDGE, total_steps=60, lifecycle=short(), sites="fc1", controller=scheduled()
+    )
+    for step in range(12):
+        loss = functional.cross_entropy(model(batch("mlp", step)[0]), batch("mlp", step)[1])
+        loss.backward()
+        grow.after_backward(batch("mlp", step), loss.detach())
+        optimizer.step()
+        grow.tick(loss.detach())
+        optimizer.zero_grad()
+        scheduler.step(float(loss.detach())) if name == "ReduceLROnPlateau" else scheduler.step()
+        assert grow.settings.learning.lr * grow._lr_factor() == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
+    assert grow.life.counts["germinated"] == 1
+    assert len(optimizer.param_groups) == 1
+
+
+def test_accumulating_four_equals_one_batch_four_times_larger() -> None:
+    """Same host and same branch after every step, TRAINING and blended."""
+    whole = Loop("mlp", {2: [germinate()]})
+    parts = Loop("mlp", {2: [germinate()]}, accumulate=4)
+    for step in range(20):
+        inputs, targets = batch("mlp", step, 16)
+        whole.step((inputs, targets))
+        parts.step(*zip(inputs.split(4), targets.split(4), strict=True))
+    assert whole.port.stages() == parts.port.stages() and len(whole.port.stages()) > 2
+    for (name, one), (_, four) in zip(whole.model.state_dict().items(), parts.model.state_dict().items(), strict=True):
+        torch.testing.assert_close(one, four, rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_a_gradient_scaler_train_the_branches(dtype: torch.dtype) -> None:
+    model = build("mlp")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype is torch.float16)
+
+    def loss(given: nn.Module, data: Any) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return functional.cross_entropy(given(data[0]).float(), data[1], reduction="none")
+
+    grow, optimizer = attached(model, loss=loss, scaler=scaler if dtype is torch.float16 else None)
+    for step in range(14):
+        value = loss(model, batch("mlp", step)).mean()
+        scaler.scale(value).backward()
+        grow.after_backward(batch("mlp", step), value.detach())
+        scaler.step(optimizer)
+        scaler.update()
+        grow.tick(value.detach())
+        optimizer.zero_grad()
+    bank = grow.garden.layers[0].bank("mlp")
+    assert all(value.isfinite().all() for value in bank.values(0).values())
+    assert bank.values(0)["w2"].abs().sum() > 0
+
+
+def test_a_compiled_model_grows_as_the_eager_one() -> None:
+    eager, twin = build("mlp"), build("mlp")
+    compiled: Any = torch.compile(twin, backend="aot_eager")
+    compiled(batch("mlp")[0])  # compiled before anything hangs on it
+    grow, optimizer = attached(eager)
+    other, second = attached(compiled)
+    losses = train(eager, grow, optimizer, 16)
+    again = train(twin, other, second, 16, compiled)
+    assert other.garden.branches[0].stage is grow.garden.branches[0].stage
+    assert grow.garden.branches.alpha[0] > 0
+    assert losses == pytest.approx(again, rel=1e-4)
+
+
+class Tied(nn.Module):
+    """Reads and writes with one weight, and runs one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.fc1, self.write = nn.Linear(6, 3, bias=False), nn.Linear(3, 3), nn.Linear(3, 6, bias=False)
+        self.last = nn.Linear(6, 3, bias=False)
+        self.last.weight = self.read.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 6] → [N, 3]``."""
+        hidden = self.fc1(functional.relu(self.fc1(self.read(x))))
+        return self.last(self.write(hidden))
+
+
+@pytest.mark.parametrize("blueprint", ["mlp", "affine"])
+def test_shared_modules_and_tied_weights_grow_and_export_the_same(blueprint: str) -> None:
+    torch.manual_seed(3)
+    model = Tied()
+    script = [{"at": "2step", "command": "germinate", "site": "*", "count": 3}]
+    grow, optimizer = attached(
+        model, sites=["fc1", "last"], blueprint=blueprint, controller=CONFIGS["scheduled"](script=script), per_site=1
+    )
+    train(model, grow, optimizer, 9)
+    assert len(grow.garden.in_stage(Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING)) == 2
+    plain = grow.export()
+    x = batch("mlp", 5)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x))
+    assert plain.read.weight is (plain.last if blueprint == "never" else plain.last.module).weight  # not folded: that would untie it
+    assert isinstance(plain.fc1, nn.Linear) is (blueprint == "affine")
+
+
+def test_frozen_layers_stay_and_a_wholly_frozen_host_trains_as_under_adapters() -> None:
+    for frozen in ("some", "all"):
+        model = build("batch_norm").eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen == "some" and name.startswith("head"))
+        before = {name: value.clone() for name, value in model.state_dict().items() if not (frozen == "some" and name.startswith("head"))}
+        grow, optimizer = attached(model)
+        train(model, grow, optimizer, 12)
+        same(before, {name: model.state_dict()[name] for name in before})
+        assert grow.garden.branches.alpha[0] > 0
+        grow.gates.judge.look([grow.garden.branches[0]], [0.05])
+        assert grow.garden.layers[0].bank("mlp").values(0)["w2"].abs().sum() > 0
+
+
+class Checkpointed(Net):
+    """The same net with its hidden layers recomputed in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 6] → [N, 3]``."""
+        hidden = checkpoint(lambda given: self.drop(self.act1(self.fc1(given))), x, use_reentrant=False)
+        return self.head(functional.relu(self.fc2(hidden)))
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    states = []
+    for kind in (Net, Checkpointed):
+        torch.manual_seed(7)
+        model = kind(dropout=0.3)
+        torch.manual_seed(9)
+        grow, optimizer = attached(model)
+        train(model, grow, optimizer, 14)
+        assert grow.garden.branches.alpha[0] > 0
+        states.append(model.state_dict())
+    same(*states)
+
+
+def test_channels_last_gives_the_same_and_keeps_its_format() -> None:
+    plain, last = Loop("cnn_group", {2: [germinate("stem")]}), Loop("cnn_group", {2: [germinate("stem")]})
+    last.model.to(memory_format=torch.channels_last)
+    for step in range(12):
+        inputs, targets = batch("cnn_group", step)
+        assert plain.step((inputs, targets)) == pytest.approx(last.step((inputs.to(memory_format=torch.channels_last), targets)), rel=1e-4)
+    assert plain.grow.garden.branches.alpha[0] > 0
+    hidden = last.model.stem(batch("cnn_group")[0].to(memory_format=torch.channels_last))
+    assert hidden.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_models_on_which_seeds_cannot_live_are_refused_in_words() -> None:
+    with pytest.raises(UserError, match="use DistributedDataParallel"):
+        attached(nn.DataParallel(build("mlp")))
+    quantized = build("mlp")
+    quantized.fc1.weight = nn.Parameter(quantized.fc1.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"'fc1' .Linear. is quantized; seeds need layers in floating point"):
+        attached(quantized)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own quantization says that it is going away
+        dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(build("mlp")), {nn.Linear})
+    with pytest.raises(UserError, match="is quantized"):
+        attach(nn.Sequential(nn.Linear(6, 6), dynamic), loss=sample_loss, judge=JUDGE, total_steps=10)
+    carrying = build("mlp")
+    attached(carrying)
+    with pytest.raises(UserError, match="carries seeds already"):
+        attached(carrying)
