@@ -1,0 +1,130 @@
+"""The README of the calibration, written from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
+
+Row = Mapping[str, object]
+
+TEXT = """# Is the verdict of a sweep as rarely wrong as it says?
+
+**Question.** Over whole sweeps with two to six arms and 6–30 pairs: how often is one of identical arms called better,
+how often is an arm that differs by exactly the margin called equivalent, and is a difference of the stated size found
+as often as the plan states?
+
+**Command.** `python experiments/calibration/run.py` ({sweeps:,} simulated sweeps per setting, {seconds:.0f} s on one
+core, {versions}). Every row is in `results.csv`; this file is written by the same command.
+
+**How.** Runs of a pair share their seed's effect; on top of it the noise of a run is normal, heavy-tailed (Student's t,
+3 degrees of freedom), skewed (lognormal) or that of accuracies near 1 on 360 test samples (ties, a ceiling). The sweeps
+are decided by the functions that `esper compare` uses: paired sign-flip test against the first arm, Holm over the arms,
+α = 0.05. An error is counted once per sweep, however many arms it has. For power one arm differs by the effect that the
+plan states for 80 % (in standard deviations of a paired difference) and the others do not differ.
+{resolution}
+
+## False "better" in percent, worst of 2–6 arms (limit 5)
+
+{better}
+
+## False "equivalent" in percent with all arms at the margin of one standard deviation, worst of 2–6 arms (limit 5)
+
+{equivalent}
+
+## Power in percent where 80 is stated, lowest–highest over 2–6 arms
+
+{power}
+
+The plan assumes normal noise, which understates the power where tails are heavy. Stated from the differences of a pilot
+instead (20,000 of them, so that the pilot itself is no source of error), power minus stated power in points:
+
+{pilot}
+
+A dash: so few pairs can find nothing after Holm, and the plan says so.
+
+## Stopping early: false "better" in percent with three looks, worst of 2 and 4 arms (limit 5)
+
+{sequential}
+
+Power kept by the sequential form where the fixed one has 80: {kept}.
+
+## Verdict
+
+{verdict}
+"""
+
+
+def readme(rows: Sequence[Row], sweeps: int, seconds: float, versions: str) -> str:
+    """The whole text; ``rows`` are those of ``results.csv``."""
+    fixed = [r for r in rows if r["mode"] == "fixed"]
+    looked = [r for r in rows if r["mode"] != "fixed"]
+    error = 300 * sqrt(0.05 * 0.95 / sweeps)
+    three = 300 * sqrt(0.16 / sweeps)
+    kept = [100 * _number(r, "power") for r in looked]
+    return TEXT.format(
+        sweeps=sweeps,
+        seconds=seconds,
+        versions=versions,
+        resolution=f"Three standard errors of a rate of 5 % are {error:.2f} points, of 80 % {three:.1f}.",
+        better=_table(fixed, lambda found: f"{100 * max(_number(r, 'false_better') for r in found):.2f}"),
+        equivalent=_table(fixed, lambda found: f"{100 * max(_number(r, 'false_equivalent') for r in found):.2f}"),
+        power=_table(fixed, _powers),
+        pilot=_table(fixed, _gaps),
+        sequential=_table(looked, lambda found: f"{100 * max(_number(r, 'false_better') for r in found):.2f}"),
+        kept=f"{min(kept):.1f}–{max(kept):.1f} %",
+        verdict=_verdict(fixed, looked, error),
+    )
+
+
+def _number(row: Row, column: str) -> float:
+    return float(str(row[column]))
+
+
+def _powers(found: Sequence[Row]) -> str:
+    powers = [100 * _number(r, "power") for r in found if r["power"] != ""]
+    return f"{min(powers):.1f}–{max(powers):.1f}" if powers else "–"
+
+
+def _gaps(found: Sequence[Row]) -> str:
+    gaps = [100 * (_number(r, "power") - _number(r, "pilot_power")) for r in found if r["power"] != ""]
+    return f"{min(gaps):+.1f} to {max(gaps):+.1f}" if gaps else "–"
+
+
+def _table(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str]) -> str:
+    noises = list(dict.fromkeys(str(r["noise"]) for r in rows))
+    pairs = sorted({int(str(r["pairs"])) for r in rows})
+    lines = ["| noise | " + " | ".join(f"{n} pairs" for n in pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
+    for noise in noises:
+        cells = [cell([r for r in rows if r["noise"] == noise and r["pairs"] == n]) for n in pairs]
+        lines.append(f"| {noise} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _verdict(fixed: Sequence[Row], looked: Sequence[Row], error: float) -> str:
+    def said(name: str, rows: Sequence[Row], column: str) -> str:
+        worst = 100 * max(_number(r, column) for r in rows)
+        word = (
+            "holds"
+            if worst <= 5
+            else ("holds within the error of the simulation" if worst <= 5 + error else "DOES NOT HOLD")
+        )
+        return f"- {name} ≤ 5 %: {word} (worst of {len(rows)} settings {worst:.2f} %)."
+
+    def gap(column: str, noise: str) -> str:
+        found = [
+            100 * (_number(r, "power") - _number(r, column)) for r in fixed if r["power"] != "" and r["noise"] == noise
+        ]
+        return f"{noise} {min(found):+.1f} to {max(found):+.1f}"
+
+    def gaps(column: str) -> str:
+        return ", ".join(gap(column, noise) for noise in dict.fromkeys(str(r["noise"]) for r in fixed))
+
+    return "\n".join(
+        [
+            said('False "better"', fixed, "false_better"),
+            said('False "equivalent" at the margin', fixed, "false_equivalent"),
+            said('False "better" with early stopping', looked, "false_better"),
+            f"- Power minus the power stated for normal noise, in points: {gaps('stated_power')}.",
+            f"- The same, stated from a pilot's differences: {gaps('pilot_power')}.",
+        ]
+    )

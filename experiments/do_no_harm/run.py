@@ -1,0 +1,117 @@
+"""Does a hostile seed harm the host? Runs under random commands against their never-grown twins.
+
+First the never-grown runs: every seed twice, with the same initial weights and another order of the data. The 99 % quantile
+of what the one is worse than the other is what chance alone does. Then every seed once more with hostile blueprints under
+random commands. Held out is the mean of validation and test accuracy. Writes ``results.csv`` and the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+from hostile import KINDS, Hostile, RandomPort  # noqa: E402
+
+from esper.cli.compose import compose  # noqa: E402
+from esper.errors import UserError  # noqa: E402
+from esper.grafting import CONFIGS as STRATEGIES  # noqa: E402
+from esper.hosts import CONFIGS as HOSTS  # noqa: E402
+from esper.randomness import generator  # noqa: E402
+from esper.training.trainer import Growth, Trainer  # noqa: E402
+
+WORDS = ("trainer.steps=200", "trainer.batch_size=32", "lifecycle.judge_every=2%", "telemetry.every=20", "tracking=none")
+COUNTS = ("germinated", "fossilized", "culled", "rolled_back")
+FIELDS = ("arm", "seed", "kind", "strategy", "accuracy", "loss", *COUNTS, "rollbacks", "stopped")
+
+
+def one(config: Any, task: Any, seed: int, order: int, arm: str) -> dict[str, Any]:
+    """One run: initial weights by ``seed``, data order by ``order``."""
+    kind, strategy = KINDS[seed % len(KINDS)], sorted(STRATEGIES)[seed % len(STRATEGIES)]
+    host = HOSTS["mlp"]().build(task, generator(seed, "host"))
+    blueprint = Hostile(kind=kind, draws=torch.Generator().manual_seed(seed))
+    growth = Growth(config.sites, blueprint, config.lifecycle, STRATEGIES[strategy](), config.telemetry)
+    port = RandomPort(seed, config.trainer.steps) if arm == "grown" else None
+    cpu = torch.device("cpu")
+    trainer = Trainer(host, task, config.trainer, config.optimizer, config.scheduler, growth, order, cpu, port)
+    stopped = ""
+    try:
+        final = trainer.fit().final
+    except UserError as error:
+        stopped, final = str(error), {}
+    nan = float("nan")
+    values = {name: (final.get(f"validation/{name}", nan) + final.get(f"test/{name}", nan)) / 2 for name in ("accuracy", "loss")}
+    counts = {name: trainer.grow.life.counts[name] for name in COUNTS}
+    rollbacks = len(trainer.governor.anomalies) if trainer.governor else 0
+    grown = {"kind": kind, "strategy": strategy} if arm == "grown" else {"kind": "", "strategy": ""}
+    return {"arm": arm, "seed": seed, **grown, **values, **counts, "rollbacks": rollbacks, "stopped": stopped}
+
+
+def main(arguments: list[str]) -> int:
+    """Run, write, report; 1 when a grown run is worse than chance explains more often than chance explains."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=200)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    config = compose(WORDS)
+    task = config.task.build()
+    rows = []
+    for arm, shift in (("twin", 0), ("other order", 1_000_000), ("grown", 0)):
+        for seed in range(options.runs):
+            rows.append(one(config, task, seed, seed + shift, arm))
+            if seed % 20 == 19:
+                print(f"{arm}: {seed + 1} of {options.runs}", file=sys.stderr, flush=True)
+    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, "accuracy": f"{row['accuracy']:.5f}", "loss": f"{row['loss']:.5f}"} for row in rows)
+    return report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> int:
+    """Put the numbers into the README between its marks."""
+    by_arm = {arm: {row["seed"]: row for row in rows if row["arm"] == arm} for arm in ("twin", "other order", "grown")}
+    seeds = sorted(by_arm["twin"])
+    chance = torch.tensor([by_arm["twin"][s]["accuracy"] - by_arm["other order"][s]["accuracy"] for s in seeds]).double()
+    limit = float(torch.quantile(torch.cat([chance, -chance]), 0.99))
+    worse = {s: by_arm["twin"][s]["accuracy"] - by_arm["grown"][s]["accuracy"] for s in seeds}
+    over = [s for s in seeds if not worse[s] <= limit]
+    lines = [
+        f"{len(seeds)} seeds, {' '.join(WORDS)}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
+        "",
+        f"By chance alone a run is worse than its twin by at most {limit:.4f} (99 % quantile of the {2 * len(seeds)} differences).",
+        f"Grown runs worse than their never-grown twin by more than that: **{len(over)} of {len(seeds)}**.",
+        "",
+        "| kind | runs | germinated | kept | culled | rolled back | governor's rollbacks | stopped | worse by: median | 90 % | largest |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(_line(kind, [by_arm["grown"][s] for s in seeds if by_arm["grown"][s]["kind"] == kind], worse) for kind in KINDS),
+        _line("all", list(by_arm["grown"].values()), worse),
+    ]
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition("<!-- results -->\n")
+    after = rest.partition("<!-- end -->")[2]
+    (HERE / "README.md").write_text(before + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
+    print("\n".join(lines))
+    return 1 if len(over) > 0.01 * len(seeds) else 0
+
+
+def _line(kind: str, runs: list[dict[str, Any]], worse: dict[int, float]) -> str:
+    values = torch.tensor([worse[run["seed"]] for run in runs]).double()
+    sums = [sum(run[name] for run in runs) for name in ("germinated", "fossilized", "culled", "rolled_back", "rollbacks")]
+    quantiles: Iterable[float] = (float(values.nanquantile(q)) for q in (0.5, 0.9, 1.0))
+    cells = [kind, len(runs), *sums, sum(bool(run["stopped"]) for run in runs), *(f"{value:+.4f}" for value in quantiles)]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,217 @@
+"""What the governor makes of injected faults: recovered or stopped, and the final accuracy against undisturbed runs.
+
+Every fault is injected at three tenths of the run while branches are being blended in, over several random seeds; beside each
+seed's faulty run stands its undisturbed one. Writes ``results.csv`` and the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1])]
+
+from esper.bus.messages import Germinate, Selector, SetStage  # noqa: E402
+from esper.cli.compose import compose  # noqa: E402
+from esper.errors import UserError  # noqa: E402
+from esper.lifecycle import Stage  # noqa: E402
+from esper.running.parts import build_trainer  # noqa: E402
+from esper.training.port import NullPort  # noqa: E402
+from esper.training.trainer import Trainer  # noqa: E402
+
+WORDS = (
+    "trainer.steps=240",
+    "controller=none",
+    "tracking=none",
+    "lifecycle.judge_every=5%",
+    "telemetry.every=10",
+    "grafting.ramp=30%",
+    "lifecycle.grafting_max=40%",
+)
+FIELDS = ("fault", "seed", "outcome", "accuracy", "undisturbed", "rollbacks", "culprit_found", "alerts")
+
+
+class Growing(NullPort):
+    """Germinates two seeds of every site at a tenth of the run; ``approving`` asks for the next stage of every seed at every tick."""
+
+    def __init__(self, approving: bool = False) -> None:
+        self.approving, self.alerts, self.sites = approving, [], []
+
+    def started(self, *words: Any) -> None:
+        """Which seeds there are."""
+        self.sites = words[2]
+
+    def alert(self, *words: Any) -> None:
+        """Keep what is said."""
+        self.alerts.append(str(words[3]))
+
+    def commands(self, tick: int) -> list[Any]:
+        """The germinations, and approvals."""
+        if tick == 24:
+            places = [(site["name"], seed) for site in self.sites for seed in range(min(2, site["seeds"]))]
+            return [Germinate(id=f"g-{site}-{seed}", site=site, seed=seed) for site, seed in places]
+        if not self.approving:
+            return []
+        return [
+            SetStage(id=f"a{tick}-{stage}", select=Selector(stage=stage), target=stage + 1)
+            for stage in range(int(Stage.GERMINATED), int(Stage.FOSSILIZED))
+        ]
+
+
+def victim(trainer: Trainer) -> Any:
+    """A branch that is being blended in, with its bank."""
+    branch = trainer.grow.garden.in_stage(Stage.GRAFTING)[0]
+    return branch, trainer.grow.garden.layers[branch.site].bank(branch.blueprint)
+
+
+def weights(trainer: Trainer) -> torch.nn.Parameter:
+    """The host's first weights."""
+    return trainer.optimizer.param_groups[0]["params"][0]
+
+
+def nan_batch(trainer: Trainer) -> None:
+    """One batch of NaN."""
+    good = trainer._batch
+
+    def bad(number: int) -> Any:
+        trainer._batch = good
+        return (good(number)[0] * float("nan"), *good(number)[1:])
+
+    trainer._batch = bad
+
+
+def exploding_branch(trainer: Trainer) -> None:
+    """A branch's output bias at 1e30."""
+    branch, bank = victim(trainer)
+    with torch.no_grad():
+        bank.stacks["b2"][branch.slot] = 1e30
+
+
+def poisoned_gradient(trainer: Trainer) -> None:
+    """NaN in the host's gradient for one step."""
+    handle = weights(trainer).register_hook(lambda gradient: (handle.remove(), gradient * float("nan"))[1])
+
+
+def bit_flips(trainer: Trainer) -> None:
+    """The highest exponent bit of ten weights."""
+    with torch.no_grad():
+        weights(trainer).view(torch.int32).reshape(-1)[:10] ^= 1 << 30
+
+
+def learning_rate(trainer: Trainer) -> None:
+    """The learning rate times 1000 for one step."""
+    for group in trainer.optimizer.param_groups:
+        group["initial_lr"] *= 1000.0
+    trainer.advance()
+    for group in trainer.optimizer.param_groups:
+        group["initial_lr"] /= 1000.0
+
+
+def strategy_nan(trainer: Trainer) -> None:
+    """A strategy that returned NaN as alpha."""
+    branch, _ = victim(trainer)
+    trainer.grow.garden.branches.alpha[branch.id] = float("nan")
+    trainer.grow.garden.set_alphas({branch.site})
+
+
+def nothing(trainer: Trainer) -> None:
+    """No fault in the engine: the controller is the fault."""
+
+
+FAULTS: dict[str, Callable[[Trainer], None]] = {
+    "NaN batch": nan_batch,
+    "exploding branch": exploding_branch,
+    "poisoned gradient": poisoned_gradient,
+    "bit flips in weights": bit_flips,
+    "learning rate × 1000": learning_rate,
+    "strategy returns NaN": strategy_nan,
+    "controller approves everything": nothing,
+}
+
+
+def train(fault: str, seed: int) -> dict[str, Any]:
+    """One run with a fault ('' for none)."""
+    config = compose([*WORDS, f"seed={seed}"])
+    port = Growing(approving=fault == "controller approves everything")
+    trainer = build_trainer(config, config.task.build(), torch.device("cpu"), port)
+    outcome, accuracy = "recovered", float("nan")
+    try:
+        trainer.model.train()
+        while trainer.outcome.steps < 72:
+            trainer.advance()
+        if fault:
+            FAULTS[fault](trainer)
+        final = trainer.fit().final
+        accuracy = (final["validation/accuracy"] + final["test/accuracy"]) / 2
+    except UserError as error:
+        outcome = f"stopped: {error}"
+    assert trainer.governor is not None
+    found = any(anomaly.culprits for anomaly in trainer.governor.anomalies)
+    return {
+        "fault": fault or "none", "seed": seed, "outcome": outcome, "accuracy": accuracy,
+        "rollbacks": len(trainer.governor.anomalies), "culprit_found": found, "alerts": " | ".join(port.alerts),
+    }  # fmt: skip
+
+
+def main(arguments: list[str]) -> int:
+    """Run, write, report; 1 when a fault was neither recovered nor stopped, or cost more than the spread."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    undisturbed = {seed: train("", seed) for seed in range(options.seeds)}
+    rows = list(undisturbed.values()) + [train(fault, seed) for fault in FAULTS for seed in range(options.seeds)]
+    for row in rows:
+        row["undisturbed"] = undisturbed[row["seed"]]["accuracy"]
+    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return report(rows, options.seeds)
+
+
+def report(rows: list[dict[str, Any]], seeds: int) -> int:
+    """The table, between the README's marks."""
+    base = [row["accuracy"] for row in rows if row["fault"] == "none"]
+    mean, spread = statistics.mean(base), statistics.stdev(base)
+    lines = [
+        f"`{' '.join(WORDS)}`, seeds 0–{seeds - 1}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
+        "",
+        f"Undisturbed: accuracy {mean:.4f} ± {spread:.4f} (standard deviation over seeds), {min(base):.4f} to {max(base):.4f}, "
+        f"{sum(row['rollbacks'] for row in rows if row['fault'] == 'none')} rollbacks.",
+        "",
+        "| fault | recovered | stopped | rollbacks | culprit named | accuracy | against its undisturbed run | within the spread |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    bad = 0
+    for fault in FAULTS:
+        mine = [row for row in rows if row["fault"] == fault]
+        through = [row for row in mine if row["outcome"] == "recovered"]
+        accuracy = statistics.mean(row["accuracy"] for row in through) if through else float("nan")
+        change = statistics.mean(row["accuracy"] - row["undisturbed"] for row in through) if through else float("nan")
+        within = not through or accuracy >= mean - 2 * spread
+        bad += not within
+        lines.append(
+            f"| {fault} | {len(through)}/{len(mine)} | {len(mine) - len(through)} | {sum(row['rollbacks'] for row in mine)} "
+            f"| {sum(row['culprit_found'] for row in mine)} | {accuracy:.4f} | {change:+.4f} | {'yes' if within else 'NO'} |"
+        )
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition("<!-- results -->\n")
+    after = rest.partition("<!-- end -->")[2]
+    (HERE / "README.md").write_text(before + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
+    print("\n".join(lines))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""`scripts/bench kernel_resources`: compiles the kernels for 8.0, 8.9 and 9.0 without such a device, and writes what they need.
+
+Registers, spilled bytes and shared memory beside the launch rule's estimate and the device's limit. Must not run interpreted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from esper.kernels import chunk_backward, chunk_forward, launch
+from esper.kernels.kinds import KINDS, Kind
+from esper.kernels.launch import Launch, Limits
+
+DEVICES = {80: Limits((8, 0), 108, 166_912), 89: Limits((8, 9), 34, 101_376, 65536, 1536), 90: Limits((9, 0), 132, 232_448)}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "order", "rank"}
+
+
+def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, backward: bool) -> dict[str, object]:
+    """Compile-time arguments of the kernel for a contiguous site of even chunks."""
+    padded = launch.power_of_two(chunk, 16)
+    common = {
+        "C": chunk, "H": hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows, "EVEN": True, "FULL": chunk == padded, "FLAT": True,
+        "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation, "PRECISION": "ieee", "xc": 1,
+    }  # fmt: skip
+    if backward:
+        return {**common, "LESSONS": False, "INPUT": plan.hidden >= hidden, "gc": 1, "dc": 1}
+    return {**common, "TELEMETRY": True, "HALF": False, "yc": 1}
+
+
+def signature(names: list[str], fixed: dict[str, object], dtype: str) -> dict[str, str]:
+    """Triton's types of all arguments: activations, integer tables, scalars, and float32 tensors for the rest."""
+    found = {}
+    for name in names:
+        scalar = name in ("seeds", "width", "rows", "inner") or (len(name) == 2 and name[1] in "oic" and name[0] in "xygd")
+        pointer = dtype if name in ACTIVATIONS else "i32" if name in INTEGERS else "fp32"
+        found[name] = "constexpr" if name in fixed else "i32" if scalar else "fp32" if name == "near_zero" else f"*{pointer}"
+    return found
+
+
+def compiled(kernel, fixed: dict[str, object], dtype: str, plan: Launch, capability: int):
+    """The kernel for one compute capability, all pointers and strides divisible by 16 as PyTorch's are."""
+    names = kernel.arg_names
+    types = signature(names, fixed, dtype)
+    aligned = [n for n in names if types[n].startswith("*") or n in ("xo", "xi", "yo", "yi", "go", "gi", "do", "di", "rows", "width")]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, types, {(names.index(n),): value for n, value in fixed.items()}, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": plan.warps, "num_stages": plan.stages})
+
+
+def registers_and_spills(binary: bytes) -> tuple[int, int]:
+    """Registers a thread and stack bytes, as cuobjdump (part of Triton's package) reads them off the binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capability: int) -> dict[str, object]:
+    """Compile one kernel with its rule's settings and report."""
+    kind, limit, backward = KINDS[name], DEVICES[capability], direction == "backward"
+    padded, units = launch.power_of_two(chunk, 16), launch.power_of_two(hidden, 16)
+    rule = launch.backward if backward else launch.forward
+    plan = rule(padded, units, kind.gated, kind.affine, ITEMSIZE[dtype], 64, limit)
+    bound = launch.backward_shared if backward else launch.forward_shared
+    kernel = chunk_backward.chunk_backward_kernel if backward else chunk_forward.chunk_forward_kernel
+    binary = compiled(kernel, constants(kind, chunk, hidden, plan, backward), dtype, plan, capability)
+    registers, spilled = registers_and_spills(binary.asm["cubin"])
+    return {
+        "kernel": direction, "kind": name, "chunk": chunk, "hidden": hidden, "dtype": dtype, "capability": capability,
+        "rows": plan.rows, "hidden_block": plan.hidden, "warps": plan.warps, "stages": plan.stages, "programs": plan.programs,
+        "registers": registers, "spilled": spilled, "shared": binary.metadata.shared,
+        "estimate": bound(plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages), "limit": limit.shared,
+        "triton": triton.__version__,
+    }  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    """Compile the asked shapes and kinds for all three capabilities."""
+    parser = argparse.ArgumentParser(prog="scripts/bench kernel_resources", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/kernel_resources.csv"))
+    parser.add_argument("--shapes", nargs="+", default=["32x32", "64x64", "128x128", "128x256"], help="chunk x hidden")
+    parser.add_argument("--kinds", nargs="+", default=["mlp_relu", "glu"])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
+    options = parser.parse_args(argv)
+    rows = []
+    for shape in options.shapes:
+        chunk, hidden = (int(part) for part in shape.split("x"))
+        for name in options.kinds:
+            for dtype in options.dtypes:
+                for capability in DEVICES:
+                    rows += [row(direction, name, chunk, hidden, dtype, capability) for direction in ("forward", "backward")]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    worst = max(rows, key=lambda r: int(str(r["shared"])) / int(str(r["limit"])))
+    print(f"{len(rows)} kernels compiled; largest share of a device's shared memory: {worst}")
+    return 0

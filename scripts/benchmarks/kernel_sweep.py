@@ -1,0 +1,101 @@
+"""`scripts/bench kernel_sweep`: times launch candidates on the GPU at hand; the rule in esper/kernels/launch.py is read off its CSV."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from esper.kernels import launch
+from esper.kernels.launch import Launch, PassingLaunch
+from scripts.benchmarks.kernels import NEAR_ZERO, ROWS, SHAPES, WIDTH, machine, make_problem, timed
+
+
+def chunk_candidates(seeds: int, hidden: int, backward: bool) -> list[Launch]:
+    """Row blocks × warps × stages × resident programs."""
+    limit, found = launch.limits(torch.device("cuda")), []
+    blocks = ((64, 4), (64, 8), (32, 4), (128, 8), (128, 4)) if backward else ((64, 4), (128, 8), (128, 4), (64, 8))
+    for (rows, warps), stages, resident in itertools.product(blocks, (2, 3), (1, 2, 3, 4)):
+        if warps * resident <= 16 and not (backward and hidden > 64 and rows > 64):
+            found.append(Launch(rows, hidden, warps, stages, launch.programs(seeds, resident, limit)))
+    return found
+
+
+def passing_candidates(seeds: int) -> list[PassingLaunch]:
+    """Rows × width of a tile × stages × resident programs of the copying kernel."""
+    limit, place, found = launch.limits(torch.device("cuda")), WIDTH // seeds, []
+    for rows, wide, stages, resident in itertools.product((8, 16, 32), (128, 256, 512), (1, 3), (2, 4, 6, 8)):
+        group = max(1, wide // place)
+        if 2048 <= rows * wide <= 8192:
+            found.append(PassingLaunch(rows, group, place, stages, launch.row_parts(seeds // group, ROWS, rows, resident, limit)))
+    return found
+
+
+def row_candidates() -> list[tuple[int, int, int]]:
+    """Warps, stages and programs a multiprocessor of the whole-row telemetry kernel."""
+    return list(itertools.product((4, 8), (1, 3, 5), (3, 4, 6, 8)))
+
+
+def main(argv: list[str]) -> int:
+    """Time every candidate of every kernel at the three table shapes."""
+    parser = argparse.ArgumentParser(prog="scripts/bench kernel_sweep", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/kernel_sweep.csv"))
+    parser.add_argument("--kind", default="mlp_relu")
+    parser.add_argument("--only", default="telemetry,passing,forward,backward")
+    options = parser.parse_args(argv)
+    about, rows = machine(), []
+    for what in options.only.split(","):
+        for seeds, hidden in SHAPES:
+            best = []
+            for setting, time in sweep(what, seeds, hidden, options.kind):
+                rows.append({"kernel": what, "seeds": seeds, "hidden": hidden, "setting": str(setting), "p50_ms": time, **about})
+                best.append((time, str(setting)))
+            for time, setting in sorted(best)[:6]:
+                print(f"{what:10s} S={seeds} H={hidden} {time:8.4f} ms {setting}", flush=True)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return 0
+
+
+def sweep(what: str, seeds: int, hidden: int, kind: str):
+    """Yields (setting, p50 in ms); a setting that does not fit the device is infinitely slow."""
+    from triton.runtime.errors import OutOfResources
+
+    from esper.kernels.branches import branches, branches_backward
+    from esper.kernels.telemetry import telemetry
+
+    p = make_problem(ROWS, WIDTH, seeds, hidden, 1.0, kind)
+    x, dy = p.x[None], p.dy[None]
+    processors = launch.limits(torch.device("cuda")).processors
+    if what == "telemetry":
+        place = WIDTH // seeds
+        for warps, stages, resident in row_candidates():
+            plan = (1, seeds, place, warps, processors * resident, stages)
+            with mock.patch.object(launch, "whole_rows", lambda *_, plan=plan: plan):
+                yield (warps, stages, resident), attempt(lambda: telemetry(p.x, seeds, NEAR_ZERO), OutOfResources)
+        return
+    if what == "passing":
+        p = make_problem(ROWS, WIDTH, seeds, hidden, 0.1, kind)
+    candidates = passing_candidates(seeds) if what == "passing" else chunk_candidates(seeds, hidden, what == "backward")
+    for plan in candidates:
+        with mock.patch.object(launch, what, lambda *_, plan=plan: plan):
+            if what != "backward":
+                step = lambda: branches(x, p.alpha, p.route, None, kind, p.parameters, True, NEAR_ZERO)  # noqa: E731
+            else:
+                step = lambda: branches_backward(x, dy, p.alpha, None, p.route, kind, p.parameters)  # noqa: E731
+            yield plan, attempt(step, OutOfResources)
+
+
+def attempt(step, refused: type[Exception]) -> float:
+    """Median time of a step, infinite where the device refuses its size."""
+    try:
+        return timed(step, 8)[1]
+    except refused:
+        return float("inf")
