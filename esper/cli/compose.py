@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from esper.cli import conf, overrides
+from esper.compare.arms import refuse_overridden_arm
 from esper.config import PRESETS, RootConfig, build
 from esper.errors import UserError
 
@@ -54,8 +55,10 @@ def check_jobs(words: Sequence[str], multirun: bool) -> None:
             composed = _compose(parsed)
             if not composed.multirun:
                 return
-            typed = {overrides.key_of(override) for override in parsed}
-            parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
+        else:
+            composed = _compose(next(_jobs(parsed)))
+        typed = {overrides.key_of(override) for override in parsed}
+        parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
         for job in _jobs(parsed):
             _compose(job)
 
@@ -130,6 +133,9 @@ def _compose(parsed: list[Override]) -> Composed:
                 overrides.check_key(item, plain)
         tree = hydra.compose("config", [str(item.input_line) for item in parsed], return_hydra_config=True)
     internals = tree.hydra
+    if arm := internals.runtime.choices.get("arm"):
+        typed = [overrides.key_of(item) for item in parsed]
+        refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
     config = from_hydra(tree, dict(internals.runtime.choices))
     sweep = {str(key): str(value) for key, value in (internals.sweeper.get("params") or {}).items()}
     return Composed(config, str(internals.mode).endswith("MULTIRUN"), sweep)

@@ -76,28 +76,27 @@ def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
     return " ".join(f"{key}={settings.get(key, 'default')}" for key in keys)
 
 
-def refuse_overridden_arms(typed: Sequence[str], arms: Sequence[str], folder: Path) -> None:
-    """Refuse a fixed override of a key that an arm's file sets: Hydra would silently let the override win.
+def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path]) -> None:
+    """Refuse an override of what an arm's file sets: Hydra would silently let the override win.
+
+    The option of a group may be chosen where the arm sets only some of its keys; there the arm has the last word.
 
     Args:
-        typed: overrides of the command line that are no sweeps, ``key=value``.
-        arms: names of the files used from ``folder`` (``conf/arm``).
+        typed: groups and dotted keys set on the command line.
+        arm: name of the arm's file, ``<folder>/<arm>.yaml`` in one of ``folders``.
 
     Raises:
         UserError: naming the key and the arm.
     """
-    keys = [text.partition("=")[0].lstrip("+~") for text in typed]
-    for arm in arms:
-        path = folder / f"{arm}.yaml"
-        if not path.exists():
-            continue
-        for ours in arm_keys(yaml.safe_load(path.read_text(encoding="utf-8")) or {}):
-            for key in keys:
-                if key == ours or key.startswith(f"{ours}.") or ours.startswith(f"{key}."):
-                    raise UserError(
-                        f"{key} is set on the command line and by arm {arm!r} (conf/arm/{arm}.yaml sets {ours}); the "
-                        f"command line would win in every arm: leave {key} out, or sweep over it instead of arm."
-                    )
+    paths = [path for folder in folders if (path := folder / f"{arm}.yaml").exists()]
+    ours = [name for path in paths for name in arm_keys(yaml.safe_load(path.read_text(encoding="utf-8")) or {})]
+    for key in typed:
+        for name in ours:
+            if key == name or key.startswith(f"{name}.") or ("." in key and name.startswith(f"{key}.")):
+                raise UserError(
+                    f"{key} is set on the command line and by arm {arm!r} (conf/arm/{arm}.yaml sets {name}); the "
+                    f"command line would win in every arm: leave {key} out, or sweep over it instead of arm."
+                )
 
 
 def arm_keys(tree: dict[str, Any]) -> list[str]:

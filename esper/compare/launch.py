@@ -14,9 +14,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf, open_dict
 from rich.console import Console
 
-from esper.cli import conf
 from esper.cli.compose import from_hydra
-from esper.compare.arms import Job, Layout, lay_out, refuse_overridden_arms
+from esper.compare.arms import Job, Layout, lay_out
 from esper.compare.jobs import Prepared
 from esper.compare.sweep import Sweep, resume_command, run_sweep
 from esper.compare.workers import environments
@@ -39,10 +38,6 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     layout = lay_out(overrides, config.compare.block, config.seed)
     if not _whole(launcher):  # another sweeper proposes as it learns: nothing is paired
         layout = Layout(tuple(Job(job.number, job.overrides, "", "", job.seed) for job in layout.jobs), ("",), ("",), layout.seeds)
-    typed = {text for one in overrides for text in one if text.partition("=")[0] not in ("arm", "experiment", "seed")}
-    arms = {text.partition("=")[2] for one in overrides for text in one if text.partition("=")[0] == "arm"}
-    for place in (conf.folder(), *conf.own()):
-        refuse_overridden_arms(sorted(typed), sorted(arms), place / "arm")
     jobs = [Prepared(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
     if len({one.folder for one in jobs}) < len(jobs):
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")

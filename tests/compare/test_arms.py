@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arms
+from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm
 from esper.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_an_override_of_what_an_arm_sets_is_refused_naming_key_and_arm(tmp_path:
         "grafting",
         "optimizer.lr",
     ]
-    for typed in ("grafting=linear", "optimizer.lr=0.01", "grafting.ramp=9%", "optimizer=sgd"):
-        with pytest.raises(UserError, match=rf"{typed.partition('=')[0]} is set .* arm 'fast'"):
-            refuse_overridden_arms([typed], ["fast"], tmp_path)
-    refuse_overridden_arms(["optimizer.weight_decay=0", "task=digits"], ["fast"], tmp_path)
+    for typed in ("grafting", "optimizer.lr", "grafting.ramp"):
+        with pytest.raises(UserError, match=rf"{typed} is set .* arm 'fast'"):
+            refuse_overridden_arm([typed], "fast", [tmp_path])
+    refuse_overridden_arm(["optimizer.weight_decay", "task", "optimizer"], "fast", [tmp_path])

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import hydra
 import pytest
 import yaml
-from omegaconf import DictConfig
 
 from esper.cli import conf
-from esper.cli.compose import from_hydra, register_resolvers
+from esper.cli.compose import compose, from_hydra, register_resolvers
+from esper.compare.arms import arm_keys
 from esper.config import GROUPS, PRESETS, RootConfig, config_hash, options
+from esper.errors import UserError
 
 #: Values that a file sets otherwise than its dataclass, on purpose: the file's whole point.
-DELIBERATE = {("lifecycle", "reference"), ("optimizer", "sgd"), ("scheduler", "warmup_cosine")}
+DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd"), ("scheduler", "warmup_cosine")}
 
 FILES = [(group, name) for group in GROUPS for name in conf.options(group)]
 
@@ -29,8 +30,8 @@ def defaults_of(kind: type) -> dict[str, Any]:
 @pytest.mark.parametrize(("group", "name"), FILES, ids=[f"{group}-{name}" for group, name in FILES])
 def test_a_file_has_the_keys_types_and_defaults_of_its_dataclass(group: str, name: str) -> None:
     written = yaml.safe_load((conf.folder() / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    kind = options(group)[name]
-    expected = {**defaults_of(kind), "name": name}
+    kind = options(group)[written["name"]]
+    expected = {**defaults_of(kind), "name": written["name"]}
     assert list(written) == list(expected)
     if (group, name) not in DELIBERATE:
         assert written == expected
@@ -40,7 +41,7 @@ def test_a_file_has_the_keys_types_and_defaults_of_its_dataclass(group: str, nam
 @pytest.mark.parametrize("group", list(conf.groups()))
 def test_every_option_that_a_package_offers_has_a_file(group: str) -> None:
     if group not in PRESETS:
-        assert set(options(group)) == set(conf.options(group))
+        assert set(options(group)) <= set(conf.options(group))
 
 
 def test_the_root_file_has_the_keys_and_defaults_of_the_root() -> None:
@@ -62,16 +63,32 @@ def composer() -> Iterator[Any]:
         yield lambda words: hydra.compose("config", words)
 
 
+#: Arm -> the groups that its file chooses; choosing them on the command line too is refused (docs/comparing.md).
+CHOSEN_BY_ARM = {
+    name: [key for key in arm_keys(yaml.safe_load((conf.folder() / "arm" / f"{name}.yaml").read_text()) or {}) if key in GROUPS]
+    for name in conf.options("arm")
+}
+Option = tuple[str, str]
+
+
+def possible(options_chosen: Collection[Option]) -> bool:
+    """Whether no option is chosen for a group that the arm chooses."""
+    taken = [group for kind, name in options_chosen if kind == "arm" for group in CHOSEN_BY_ARM.get(name, [])]
+    return not any(group in taken for group, _ in options_chosen)
+
+
 def all_pairs(choices: dict[str, list[str]]) -> list[dict[str, str]]:
-    """Few combinations in which any two options of any two groups meet (greedy covering array)."""
+    """Few combinations in which any two options of any two groups meet, but for what an arm excludes (greedy covering array)."""
     options_of = [[(group, name) for name in names] for group, names in choices.items()]
-    missing = {frozenset(pair) for two in itertools.combinations(options_of, 2) for pair in itertools.product(*two)}
+    pairs = (pair for two in itertools.combinations(options_of, 2) for pair in itertools.product(*two))
+    missing = {frozenset(pair) for pair in pairs if possible(pair)}
     rows = []
     while missing:
         row = dict(sorted(min(missing, key=sorted)))
         for group, names in choices.items():
-            if group not in row:
-                met = {name: sum(frozenset([(group, name), pair]) in missing for pair in row.items()) for name in names}
+            fitting = [name for name in names if group not in row and possible([*row.items(), (group, name)])]
+            if fitting:
+                met = {name: sum(frozenset([(group, name), pair]) in missing for pair in row.items()) for name in fitting}
                 row[group] = max(met, key=lambda name: met[name])
         missing -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
         rows.append(row)
@@ -86,20 +103,26 @@ def test_all_pairs_meets_every_pair() -> None:
 
 
 def test_any_two_options_compose_and_validate(composer: Any) -> None:
-    """Hydra composes every file once; the pairs are put together from the composed groups and built."""
-    groups = {group: conf.options(group) for group in GROUPS if conf.options(group)}
-    widest = max(len(names) for names in groups.values())
-    trees = [composer([f"{group}={names[i % len(names)]}" for group, names in groups.items()]) for i in range(widest)]
-    by_option = {(group, tree[group].name): tree[group] for tree in trees for group in groups}
-    assert len(by_option) == sum(len(names) for names in groups.values())
-    for row in all_pairs(groups):
-        tree = {key: trees[0][key] for key in conf.root_keys()} | {pair[0]: by_option[pair] for pair in row.items()}
-        config = from_hydra(DictConfig(tree), {})
-        assert {group: getattr(config, group).name for group in row} == row
+    """Of all groups and of all presets, each composed by Hydra as it would be from the command line."""
+    choices = {group: names for group, names in conf.groups().items() if names}
+    assert set(choices) == {*GROUPS, *PRESETS}
+    for row in all_pairs(choices):
+        tree = composer([f"{group}='{name}'" for group, name in row.items()])
+        config = from_hydra(tree, tree_choices(row))
+        assert {preset: getattr(config, preset) for preset in PRESETS if preset in row} == tree_choices(row)
+        for group in row.keys() - {*PRESETS}:
+            written = yaml.safe_load((conf.folder() / group / f"{row[group]}.yaml").read_text(encoding="utf-8"))
+            assert getattr(config, group).name == written["name"]
         assert len(config_hash(config)) == 64
 
 
-@pytest.mark.parametrize(("preset", "name"), [(preset, name) for preset in PRESETS for name in conf.options(preset)])
-def test_every_preset_composes_and_validates(composer: Any, preset: str, name: str) -> None:
-    config = from_hydra(composer([f"{preset}='{name}'"]), {preset: name})
-    assert getattr(config, preset) == name
+def tree_choices(row: dict[str, str]) -> dict[str, str]:
+    """The presets of a combination."""
+    return {preset: row[preset] for preset in PRESETS if preset in row}
+
+
+@pytest.mark.parametrize(("arm", "group"), [(arm, group) for arm, groups in CHOSEN_BY_ARM.items() for group in groups])
+def test_an_option_of_a_group_that_the_arm_chooses_is_refused_in_words(arm: str, group: str) -> None:
+    for name in (conf.options(group)[0], conf.options(group)[-1]):
+        with pytest.raises(UserError, match=f"^{group} is set on the command line and by arm '{arm}'.*leave {group} out"):
+            compose([f"arm={arm}", f"{group}={name}"])
