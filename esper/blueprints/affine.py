@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esper.blueprints.base import Blueprint, Parameters
+from esper.blueprints.base import Blueprint, Parameters, linear
 from esper.blueprints.geometry import Geometry
 from esper.fields import setting
 
@@ -28,5 +28,7 @@ class Affine(Blueprint):
 
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
         """``x·scale + shift``."""
-        scale, shift = parameters["scale"], parameters["shift"].unsqueeze(1)
-        return x * scale.unsqueeze(1) + shift if self.receptive_field == "chunk" else torch.matmul(x, scale) + shift
+        scale, shift = parameters["scale"], parameters["shift"]
+        if self.receptive_field == "chunk":
+            return torch.addcmul(shift.unsqueeze(1), x, scale.unsqueeze(1))
+        return linear(x, scale, shift)

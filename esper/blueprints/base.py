@@ -19,7 +19,7 @@ Parameters = dict[str, Tensor]
 
 RECEPTIVE_FIELDS = ("chunk", "layer")
 ACTIVATIONS = {
-    "relu": torch.nn.functional.relu,
+    "relu": torch.relu_,  # in place: what it is given is a sum of its own
     "gelu": torch.nn.functional.gelu,
     "silu": torch.nn.functional.silu,
 }
@@ -82,3 +82,8 @@ class Blueprint:
         start, end = geometry.bounds(seed)
         shapes = self.shapes(self.reads(geometry, end - start), end - start, geometry)
         return geometry.positions * sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x·weight + bias`` in one operation: ``[A or 1, rows, Cin]``, ``[A, Cin, C]``, ``[A, C]`` → ``[A, rows, C]``."""
+    return torch.baddbmm(bias.unsqueeze(1), x.expand(weight.shape[0], -1, -1), weight)

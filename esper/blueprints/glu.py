@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esper.blueprints.base import Blueprint, Parameters
+from esper.blueprints.base import Blueprint, Parameters, linear
 from esper.blueprints.geometry import Geometry
 from esper.fields import setting
 
@@ -28,6 +28,5 @@ class GLU(Blueprint):
 
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
         """``(σ(x·wg + bg) ⊙ (x·wv + bv))·w2 + b2``."""
-        gate = torch.sigmoid(torch.matmul(x, parameters["wg"]) + parameters["bg"].unsqueeze(1))
-        value = torch.matmul(x, parameters["wv"]) + parameters["bv"].unsqueeze(1)
-        return torch.matmul(gate * value, parameters["w2"]) + parameters["b2"].unsqueeze(1)
+        gate = torch.sigmoid_(linear(x, parameters["wg"], parameters["bg"]))
+        return linear(gate * linear(x, parameters["wv"], parameters["bv"]), parameters["w2"], parameters["b2"])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from esper.blueprints.base import ACTIVATIONS, Blueprint, Parameters
+from esper.blueprints.base import ACTIVATIONS, Blueprint, Parameters, linear
 from esper.blueprints.geometry import Geometry
 from esper.fields import setting
 
@@ -28,5 +27,5 @@ class MLP(Blueprint):
 
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
         """``act(x·w1 + b1)·w2 + b2``."""
-        hidden = torch.matmul(x, parameters["w1"]) + parameters["b1"].unsqueeze(1)
-        return torch.matmul(ACTIVATIONS[self.activation](hidden), parameters["w2"]) + parameters["b2"].unsqueeze(1)
+        hidden = ACTIVATIONS[self.activation](linear(x, parameters["w1"], parameters["b1"]))
+        return linear(hidden, parameters["w2"], parameters["b2"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from esper.blueprints import Geometry
 from esper.seeds.fused import Fused
+from esper.seeds.places import Fork, Put, take
 from esper.seeds.plan import BlockGroup, Group, Injection, Plan
 from esper.seeds.recording import Recording
 
@@ -23,23 +24,24 @@ def blend(x: Tensor, plan: Plan, geometry: Geometry, recording: Recording | None
     Where a recording wants it, it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).
     """
     y, ratios = x, None if recording is None else recording.ratios
+    groups: list[Group] = []
     for group in plan:
-        if isinstance(group, Fused):
+        if isinstance(group, Group):
+            groups.append(group)
+        elif isinstance(group, Fused):
             group.forwards += 1
-            if not group.kernels.aside:
-                y = group(x, None if recording is None else recording.statistics, ratios)  # always first: y is still x
-                continue
-            for part in group.apart():
-                y = _add_group(x, y, part, geometry, ratios)
-            continue
+            if group.kernels.aside:
+                groups += group.apart()
+            else:
+                y = group(x, None if recording is None else recording.statistics, ratios)
+    if groups:
+        y = _add_groups(x, y, groups, geometry, ratios)
+    for group in plan:
         if isinstance(group, Injection):
             y = y.index_add(group.dim, group.target, group.addition.to(y.dtype))
-            continue
-        if isinstance(group, BlockGroup):
+        elif isinstance(group, BlockGroup):
             y = _add_block(x, y, group, geometry, ratios)
-        else:
-            y = _add_group(x, y, group, geometry, ratios)
-        group.forwards += 1
+            group.forwards += 1
     return y
 
 
@@ -47,37 +49,48 @@ def chunks_of(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> Tenso
     """What the group's branches write to: ``[A, rows, C]`` (features), ``[A, batch, C, …]`` (spatial) or ``[1, …]`` (block)."""
     if isinstance(group, BlockGroup):
         return x.unsqueeze(0)
-    dim = geometry.dim if geometry.dim >= 0 else x.dim() - 1
-    branches = len(group.branches)
-    if group.seeds is None:
-        chosen = x.index_select(dim, group.index).unflatten(dim, (branches, -1))
-    else:
-        chosen = x.unflatten(dim, (geometry.seeds, -1)).index_select(dim, group.seeds)
+    dim = _axis(x, geometry)
+    return _in_rows(take(x, group, dim, geometry.seeds), group, dim)
+
+
+def _axis(x: Tensor, geometry: Geometry) -> int:
+    return geometry.dim if geometry.dim >= 0 else x.dim() - 1
+
+
+def _in_rows(chosen: Tensor, group: Group, dim: int) -> Tensor:
+    """``[…, A, C, …]`` → ``[A, rows, C]``, or ``[A, batch, C, …]`` for a blueprint that sees positions."""
+    branches, width = chosen.shape[dim : dim + 2]
     if group.bank.blueprint.spatial:
-        chunk = chosen.transpose(0, 1)
-        shape = (branches, 1, -1, *([1] * geometry.spatial))
-    else:
-        chunk = chosen.movedim((dim, dim + 1), (-2, -1)).reshape(-1, branches, group.index.numel() // branches).transpose(0, 1)
-        shape = (branches, 1, -1)
-    if group.mask is None:
-        return chunk
-    return torch.where(group.mask.view(shape), chunk, torch.zeros((), dtype=x.dtype, device=x.device))
+        return chosen.transpose(0, 1)
+    return chosen.movedim((dim, dim + 1), (-2, -1)).reshape(-1, branches, width).transpose(0, 1)
+
+
+def _in_place(added: Tensor, x: Tensor, group: Group, dim: int) -> Tensor:
+    """The way back: what ``_in_rows`` gives → ``[…, A, C, …]``."""
+    if group.bank.blueprint.spatial:
+        return added.transpose(0, 1)
+    lead = (*x.shape[:dim], *x.shape[dim + 1 :])
+    return added.transpose(0, 1).reshape(*lead, *added.shape[::2]).movedim((-2, -1), (dim, dim + 1))
 
 
 def branch_outputs(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """``(δ, chunk)`` before α, both shaped as ``chunks_of`` says."""
     chunk = chunks_of(x, group, geometry)
-    if isinstance(group, BlockGroup):
-        devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices=devices, enabled=group.aside):
-            delta = group.bank.delta(group.slot, _guarded(chunk, 0, 1).squeeze(0), group.learning)
-        return delta.unsqueeze(0), chunk
+    return (_block_output(x, group) if isinstance(group, BlockGroup) else _group_output(x, chunk, group, geometry)), chunk
+
+
+def _block_output(x: Tensor, group: BlockGroup) -> Tensor:
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices=devices, enabled=group.aside):
+        return group.bank.delta(group.slot, _guarded(x.unsqueeze(0), 0, 1).squeeze(0), group.learning).unsqueeze(0)
+
+
+def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) -> Tensor:
     branches = len(group.branches)
     if group.bank.blueprint.spatial:
         reads = chunk.transpose(0, 1) if _reads_chunk(group) else x.unsqueeze(1)
     else:
-        dim = geometry.dim if geometry.dim >= 0 else x.dim() - 1
-        reads = chunk if _reads_chunk(group) else x.movedim(dim, -1).reshape(1, -1, geometry.width)
+        reads = chunk if _reads_chunk(group) else x.movedim(_axis(x, geometry), -1).reshape(1, -1, geometry.width)
     reads = _guarded(reads, 1 if group.bank.blueprint.spatial else 0, branches)
     with torch.set_grad_enabled(torch.is_grad_enabled() and group.learns):
         rows = group.bank.gather(group.slots, group.learning, x.dtype)
@@ -86,7 +99,7 @@ def branch_outputs(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> 
         delta = delta.transpose(0, 1)
     if group.residual is not None:
         delta = delta - group.residual.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1))) * chunk
-    return delta, chunk
+    return delta
 
 
 def _reads_chunk(group: Group) -> bool:
@@ -112,7 +125,6 @@ def _plainly_finite(x: Tensor) -> bool:
 def _sound_alone(gradient: Tensor | None, axes: tuple[int, ...]) -> Tensor | None:
     if gradient is None or gradient.numel() == 0 or _plainly_finite(gradient):
         return gradient
-        return gradient
     largest = torch.linalg.vector_norm(gradient, ord=float("inf"), dim=axes, keepdim=True)
     return torch.where(torch.isfinite(largest), gradient, torch.zeros((), dtype=gradient.dtype, device=gradient.device))
 
@@ -125,22 +137,20 @@ def _contained(delta: Tensor, group: Group | BlockGroup) -> Tensor:
     return torch.where(sound.view(-1, *([1] * (delta.dim() - 1))), delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
 
 
-def _add_group(x: Tensor, y: Tensor, group: Group, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
-    delta, chunk = branch_outputs(x, group, geometry)
-    added = _contained(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
-    if ratios is not None:
-        _note_ratios(ratios, group.branches, added, chunk)
-    if group.bank.blueprint.spatial:
-        dim, added = 1, added.transpose(0, 1)
-    else:
-        dim = geometry.dim if geometry.dim >= 0 else x.dim() - 1
-        lead = x.movedim(dim, -1).shape[:-1]
-        added = added.transpose(0, 1).reshape(*lead, *added.shape[::2]).movedim((-2, -1), (dim, dim + 1))
-    added = added.to(y.dtype)
-    if group.seeds is not None:
-        return y.unflatten(dim, (geometry.seeds, -1)).index_add(dim, group.seeds, added).flatten(dim, dim + 1)
-    added = added.flatten(dim, dim + 1)
-    return y.index_add(dim, group.target, added if group.real is None else added.index_select(dim, group.real))
+def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
+    """``y`` plus what the groups make of ``x``."""
+    dim = _axis(x, geometry)
+    through, *chosen = Fork.apply(x, groups, dim, geometry.seeds)
+    additions = []
+    for group, chunks in zip(groups, chosen, strict=True):
+        chunk = _in_rows(chunks, group, dim)
+        delta = _group_output(through, chunk, group, geometry)
+        added = _contained(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
+        if ratios is not None:
+            _note_ratios(ratios, group.branches, added, chunk)
+        additions.append(_in_place(added.to(y.dtype), x, group, dim))
+        group.forwards += 1
+    return Put.apply(through if y is x else y, groups, dim, geometry.seeds, *additions)
 
 
 def _add_block(x: Tensor, y: Tensor, group: BlockGroup, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:

@@ -49,8 +49,6 @@ class SeedLayer(nn.Module):
             y = x
         else:
             y = blend(x, self.plan, self.geometry, recording)
-            if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-                y = y.contiguous(memory_format=torch.channels_last)  # adding to features by index would leave the host's format
         if recording is not None and torch.is_grad_enabled():
             if recording.keep and not y.requires_grad:
                 # Data entering the host: an objective wants the gradient there all the same. A copy, because the host may
