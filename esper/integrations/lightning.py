@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from esper.errors import UserError
 from esper.training import Grow, attach
-from esper.training.checkpoint.engine import grow_state
-from esper.training.checkpoint.tree import join, split
 
 SEEDS = ".seed_layer."
 
@@ -41,6 +41,7 @@ class GrowCallback(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self.grow = attach(model, loss=self.loss, optimizer=trainer.optimizers[0], scaler=scaler, state=self._state, **given)
         self._step = trainer.global_step
+        pl_module.register_load_state_dict_post_hook(_forgive_seeds)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the batch, which is on its device here."""
@@ -66,8 +67,22 @@ class GrowCallback(Callback):
         """Keep the host's tensors under their own names, and what grew beside them."""
         if self.grow is not None:
             kept = {name: value for name, value in checkpoint["state_dict"].items() if SEEDS not in f".{name}"}
-            checkpoint["state_dict"], checkpoint["esper"] = kept, split(grow_state(self.grow))
+            checkpoint["state_dict"], checkpoint["esper"] = kept, self.grow.state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take what had grown up again when fitting begins."""
-        self._state = join(*checkpoint["esper"]) if "esper" in checkpoint else None
+        if "esper" not in checkpoint:
+            raise UserError("This checkpoint was saved without a GrowCallback and holds nothing that grew; begin anew with its weights.")
+        self._state = checkpoint["esper"]
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After ``fit``, what is tested with ``ckpt_path`` is what had grown by then, as the host is."""
+        if self.grow is not None and trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path:
+            self.grow.load_branches(torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)["esper"])
+
+    on_validation_start = on_predict_start = on_test_start
+
+
+def _forgive_seeds(module: nn.Module, keys: Any) -> None:
+    """A checkpoint's state has the host's tensors alone: those of the seeds come apart from them."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if SEEDS not in f".{name}"]

@@ -2,78 +2,79 @@
 
 from __future__ import annotations
 
+import secrets
+from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esper.errors import UserError
 from esper.training import Grow, attach
+from esper.training.calls import Calls
+from esper.training.checkpoint.attached import found
+
+ITEMS = "num_items_in_batch"  # a model that is given it gives a micro-batch's part of the step's mean
 
 
 class GrowCallback(TrainerCallback):  # type: ignore[misc]
     """Attaches when training begins; the model's own loss (``model(**batch).loss``) is used unless ``loss`` is given.
 
-    ``settings`` is what ``esper.attach`` takes; ``judge`` is needed for anything to be kept, ``controller`` is ``heuristic``
-    and ``sites`` the hidden layers of the perceptrons unless given.
+    ``settings`` is what ``esper.attach`` takes; ``judge`` is needed for anything to be kept; unless given, ``controller`` is
+    ``heuristic`` and ``sites`` the hidden layers of the perceptrons. ``resume_from`` names a checkpoint's folder that was moved.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, resume_from: str | Path = "", **settings: Any) -> None:
         self.settings = {"controller": "heuristic", "sites": "mlp_hidden", **settings}
         self.grow: Grow | None = None
-        self._batch: Any = None
-        self._losses: list[torch.Tensor] = []
-        self._hooks: list[Any] = []
+        self._calls: Calls | None = None
+        self._moved_to, self._run = Path(resume_from), f"esper-{secrets.token_hex(8)}"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Attach: model and optimizer are prepared."""
-        if state.global_step:
-            raise UserError(
-                "GrowCallback cannot go on from a checkpoint of transformers' Trainer, which holds nothing that grew; start anew."
-            )
-        optimizer = getattr(parts["optimizer"], "optimizer", parts["optimizer"])
-        given = {"total_steps": state.max_steps, "accumulate": args.gradient_accumulation_steps, "seed": args.seed} | self.settings
-        self.grow = attach(parts["model"], optimizer=optimizer, **given)
-        self._hooks = [parts["model"].register_forward_hook(self._remember, with_kwargs=True)]
-
-    def _remember(self, model: torch.nn.Module, inputs: Any, named: dict[str, Any], output: Any) -> None:
-        if model.training and torch.is_grad_enabled() and self._batch is None:
-            self._batch = {name: value for name, value in named.items() if name != "num_items_in_batch"}
-            share = 1.0 if named.get("num_items_in_batch") is not None else 1.0 / self.grow.settings.accumulate  # type: ignore[union-attr]
-            self._losses.append(output["loss"].detach() * share)  # with num_items_in_batch: the micro-batch's part of the step's mean
-
-    def _learn(self) -> None:
-        if self.grow is not None and self._batch is not None:
-            self.grow.after_backward(self._batch)
+        """Attach: model and optimizer are prepared, and hold what a checkpoint kept of them."""
+        optimizer, steps, output = parts["optimizer"], args.gradient_accumulation_steps, Path(args.output_dir)
+        given = {"total_steps": state.max_steps, "accumulate": steps, "seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
+        given |= {"state": _beside(state, output, self._moved_to)} if state.global_step else {}
+        self.grow = attach(parts["model"], optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
+        self._calls = Calls(parts["model"], (ITEMS,), lambda named: 1.0 / steps if named.get(ITEMS) is None else 1.0)
+        state.stateful_callbacks["esper"] = {"run": self._run, "folder": str(output.resolve())}
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """A micro-batch that ends no step is done."""
-        self._learn()
-        self._batch = None
+        self.on_pre_optimizer_step(args, state, control)
+        self._calls.batch = None  # type: ignore[union-attr]
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """The last micro-batch of a step is done."""
-        self._learn()
+        if self._calls.batch is not None:  # type: ignore[union-attr]
+            self.grow.after_backward(self._calls.batch)  # type: ignore[union-attr]
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """A tick: the optimizer has stepped and the gradients are still there."""
-        if self.grow is not None:
-            self.grow.tick(torch.stack(self._losses).sum() if self._losses else None)
-        self._batch, self._losses = None, []
+        self.grow.tick(self._calls.loss())  # type: ignore[union-attr]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """What was measured on held-out data, for controllers and strategies."""
-        values = {
-            f"validation/{name.removeprefix('eval_')}": float(value)
-            for name, value in parts.get("metrics", {}).items()
-            if isinstance(value, float)
-        }
-        if self.grow is not None:
+        values = {f"validation/{k.removeprefix('eval_')}": v for k, v in parts["metrics"].items() if isinstance(v, float)}
+        if self.grow is not None:  # a Trainer evaluates without training, too
             self.grow.observe(values, "validation/loss" if "validation/loss" in values else None, maximize=False)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
+        """Keep what grew in the checkpoint's folder, under the name that the Trainer's state in it holds."""
+        if state.is_world_process_zero and not state.is_hyper_param_search:
+            self.grow.save_branches(Path(args.output_dir, f"checkpoint-{state.global_step}", self._run))  # type: ignore[union-attr]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Say that the run is over; ``callback.grow.export()`` gives the plain model."""
-        for hook in self._hooks:
-            hook.remove()
-        if self.grow is not None:
-            self.grow.close()
+        if args.load_best_model_at_end and (best := Path(state.best_model_checkpoint or "")).name:  # that host has just come back
+            then = TrainerState.load_from_json(str(best / "trainer_state.json"))
+            self.grow.load_branches(_beside(then, best.parent))  # type: ignore[union-attr]
+        self._calls.close()  # type: ignore[union-attr]
+        self.grow.close()  # type: ignore[union-attr]
+
+
+def _beside(state: TrainerState, output: Path, moved_to: Path = Path()) -> Path:
+    """What grew, beside the checkpoint that the Trainer has loaded, which it names to nobody."""
+    note, name = state.stateful_callbacks.get("esper"), f"checkpoint-{state.global_step}"
+    if not note:
+        raise UserError("This checkpoint was saved without a GrowCallback and holds nothing that grew; begin anew with its weights.")
+    return found(note["run"], output / name, Path(note["folder"], name), moved_to)

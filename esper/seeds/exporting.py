@@ -162,10 +162,11 @@ def _replace(model: nn.Module, old: nn.Module, module: nn.Module) -> None:
 @contextmanager
 def _detached(garden: Garden) -> Iterator[None]:
     """Within: the model as if nothing had ever been attached to it; afterwards every hook is in its old place."""
-    dicts = [garden.model._forward_pre_hooks, *(site.module._forward_hooks for site in garden.sites)]
+    own = garden.model
+    dicts = [own._forward_pre_hooks, own._forward_hooks, own._state_dict_hooks, *(site.module._forward_hooks for site in garden.sites)]
     before = [(hooks, dict(hooks)) for hooks in dicts]
     for hooks in dicts:
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), (SeedLayer, Attached))]:
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached))]:
             del hooks[key]
     for site in garden.sites:
         del site.module._modules[ATTRIBUTE]

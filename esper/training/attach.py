@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from esper.lifecycle.duration import parse
 from esper.seeds import Garden, Site, TelemetryConfig, find_sites
 from esper.seeds.garden import AnyBlueprint
 from esper.seeds.layer import device_of
+from esper.training.checkpoint.attached import read_state
 from esper.training.fitness import fit
 from esper.training.grow import Grow, GrowSettings
-from esper.training.local import controlled_port
+from esper.training.local import controlled_port, remind
 from esper.training.losses import as_tensor_loss, probing
 from esper.training.optimizer import BranchLearning
 from esper.training.passes import to_device
@@ -56,7 +58,7 @@ def attach(
     port: Port | None = None,
     seed: int = 0,
     count_macs: bool = True,
-    state: dict[str, Any] | None = None,
+    state: dict[str, Any] | str | Path | None = None,
 ) -> Grow:
     """Put seeds on ``model`` and return the handle that a training loop calls.
 
@@ -78,12 +80,13 @@ def attach(
         controller: who decides what grows: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
             or an object of your own; ``None`` for nobody, so that every seed stays dormant.
         port: a bus to hear and command over, instead of a ``controller`` in this process.
-        state: of an earlier ``Grow`` on a model of the same topology, to go on from (``esper.training.checkpoint``).
+        state: what ``grow.state()`` gave on a model of the same topology, or where ``save_branches`` wrote it, to go on from. The model
+            and the optimizer have what the loop saved of them by then.
 
     Raises:
         UserError: a pattern matches no module, a schedule cannot end, a blueprint fits no site, seeds are attached already.
     """
-    model = fit(model)
+    model, kept = fit(model), None if state is None else read_state(state)
     loss = as_tensor_loss(loss)
     lifecycle = lifecycle or LifecycleConfig()
     chosen = _blueprint(blueprint)
@@ -101,13 +104,14 @@ def attach(
     worst = partial(longest_ramp, strategy)
     ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst)
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel)
+    own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
     garden = Garden(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels)
     settings = GrowSettings(
         lifecycle=lifecycle,
         ages=ages,
         grafting=strategy,
         telemetry=_per_tick(telemetry or TelemetryConfig(), steps_per_tick),
-        learning=dataclasses.replace(learning or _default_learning(optimizer), warmup=parse(warmup).ticks(total_steps, steps_per_epoch) or 1),
+        learning=dataclasses.replace(learning or _default_learning(optimizer, kept), warmup=own_warmup),
         total_ticks=total_ticks,
         steps_per_tick=steps_per_tick,
         accumulate=accumulate,
@@ -115,7 +119,7 @@ def attach(
     )
     garden.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
-    return Grow(garden, settings, loss, judge, judged, optimizer, scaler, _port(port, controller, seed), state)
+    return Grow(garden, settings, loss, judge, judged, optimizer, scaler, _port(port, controller, seed, kept), kept)
 
 
 def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:
@@ -123,12 +127,12 @@ def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfi
     return dataclasses.replace(telemetry, every=max(1, telemetry.every // steps_per_tick))
 
 
-def _port(port: Port | None, controller: Any, seed: int) -> Port | None:
-    if controller is None:
-        return port
-    if port is not None:
+def _port(port: Port | None, controller: Any, seed: int, state: dict[str, Any] | None) -> Port | None:
+    if controller is not None and port is not None:
         raise UserError("attach takes a controller in this process or a port to one elsewhere, not both.")
-    return controlled_port(controller, seed)
+    port = port if controller is None else controlled_port(controller, seed)
+    remind(port, (state or {}).get("controller"))
+    return port
 
 
 def _blueprint(blueprint: str | AnyBlueprint) -> AnyBlueprint:
@@ -176,9 +180,10 @@ def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:
     raise UserError("judge=… holds no batch, so nothing could be judged; pass the batches kept for judging, or none at all.")
 
 
-def _default_learning(optimizer: torch.optim.Optimizer | None) -> BranchLearning:
+def _default_learning(optimizer: torch.optim.Optimizer | None, state: dict[str, Any] | None) -> BranchLearning:
     if optimizer is not None and "adam" in type(optimizer).__name__.lower():
         group = optimizer.param_groups[0]
-        highest = group.get("max_lr", group.get("initial_lr", group["lr"]))  # OneCycleLR begins far below what it climbs to
+        first = (state or {}).get("initial_lr") or [group.get("initial_lr", group["lr"])]
+        highest = group.get("max_lr", first[0])  # OneCycleLR begins far below what it climbs to
         return BranchLearning(lr=float(highest), weight_decay=float(group.get("weight_decay", 0.0)))
     return BranchLearning(lr=1e-3)

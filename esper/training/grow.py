@@ -20,9 +20,12 @@ from esper.grafting import GraftingConfig, signals_of
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.seeds import Branch, Garden, TelemetryConfig
+from esper.seeds.layer import ATTRIBUTE
 from esper.training.advance import Advance
 from esper.training.checkpoint import store
-from esper.training.checkpoint.engine import grow_state, load_grow, refuse_misfit, topology
+from esper.training.checkpoint.attached import attached_state, read_state, take_over
+from esper.training.checkpoint.engine import load_grow, topology
+from esper.training.checkpoint.tree import join, split
 from esper.training.commands import Executor
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.judge import Judge, LossFunction
@@ -82,15 +85,15 @@ class Grow:
         self.machine = Machine(garden.table, lifecycle, life.reseed, life.training_slots)
         self.objective = Objective(life.objective, garden, loss, self.replay, self.meter)
         self.life = Life(garden, self.machine, settings.grafting, self.objective, self.port, optimizer)
-        device = next(iter(host_parameters(garden.model).values())).device
-        self.judge = None if judge is None else Judge(garden, judge_loss or loss, judge, device, self.meter)
+        self.device = next(iter(host_parameters(garden.model).values())).device
+        self.judge = None if judge is None else Judge(garden, judge_loss or loss, judge, self.device, self.meter)
         self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
         self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.signal)
         self.branch_optimizer = BranchOptimizer(garden, settings.learning)
         self.observer = Observer(garden, settings.telemetry, self.objective)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
-        self._initial_lr = [_initial_lr(group) for group in optimizer.param_groups] if optimizer is not None else []
+        self.initial_lr = [_initial_lr(group) for group in optimizer.param_groups] if optimizer is not None else []
         self._scale = 1.0
         self._last_batch: Any = None
         self.steps = 0
@@ -100,7 +103,8 @@ class Grow:
     def _begin(self, state: dict[str, Any] | None) -> None:
         """Say that the run starts, or goes on from ``state``."""
         if state is not None:
-            load_grow(self, state)
+            load_grow(self, state["grow"])
+            take_over(self, state)
         self.port.started(self.tick_number, self.settings.total_ticks, self.observer.site_cards())
         self.garden.refresh()
         self._prepare()
@@ -264,7 +268,7 @@ class Grow:
         if self.optimizer is None:
             return 1.0
         group = self.optimizer.param_groups[0]
-        highest = float(group.get("max_lr", self._initial_lr[0]))  # OneCycleLR climbs from its initial_lr to max_lr
+        highest = float(group.get("max_lr", self.initial_lr[0]))  # OneCycleLR climbs from its initial_lr to max_lr
         return float(group["lr"]) / highest if highest else 1.0  # a host that is frozen by its rate has no schedule
 
     # --- cost ---
@@ -287,18 +291,27 @@ class Grow:
 
     # --- travelling ---
 
-    def save_branches(self, folder: Path) -> Path:
-        """Write seeds, branches and their lives, without the host, as a checkpoint under ``folder``; returns its path."""
-        return store.write(store.copy({"grow": grow_state(self)}, self.steps, self.tick_number, topology(self), None), folder).path
+    def state(self) -> dict[str, Any]:
+        """A copy of all but the host and its optimizer, taken between two steps: plain values and tensors on the CPU.
 
-    def load_branches(self, path: Path) -> None:
-        """Take over what ``save_branches`` wrote on a host of the same topology; weights of the host stay as they are.
+        With host and optimizer as they were, ``attach(state=…)`` goes on from it with the same bits.
+        """
+        return dict(join(*split(attached_state(self))))
+
+    def host_state(self) -> dict[str, Tensor]:
+        """The host's own part of ``model.state_dict()``, which the model takes back before anything is attached to it."""
+        return {name: value for name, value in self.garden.model.state_dict().items() if f"{ATTRIBUTE}." not in name}
+
+    def save_branches(self, folder: str | Path) -> Path:
+        """Write ``state()`` as a checkpoint under ``folder``; returns its path, which ``attach(state=…)`` takes."""
+        return store.write(store.copy(attached_state(self), self.steps, self.tick_number, topology(self), None), Path(folder)).path
+
+    def load_branches(self, saved: str | Path | dict[str, Any]) -> None:
+        """Take over the seeds and branches of a ``state()``, or of what ``save_branches`` wrote; the host stays as it is.
 
         Raises UserError for another host, other sites, or a file that is not whole.
         """
-        checkpoint, state = store.read(path)
-        refuse_misfit(checkpoint.manifest["topology"], topology(self), f"The checkpoint {path}")
-        load_grow(self, state["grow"])
+        load_grow(self, read_state(saved)["grow"])
         self._prepare()
 
     # --- the end ---

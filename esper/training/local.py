@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from esper.errors import UserError
@@ -46,3 +47,36 @@ def _controller(given: Any, seed: int) -> Any:
     if missing:
         raise UserError(f"{type(given).__name__} is no controller: it has no method {missing[0]}; see docs/own-controller.md.")
     return given
+
+
+def memory_of(port: Any) -> dict[str, str] | None:
+    """What the controller behind ``port`` and the port itself remember, as JSON; None where nobody in this process decides."""
+    runner = _runner(port)
+    if runner is None:
+        return None
+    runner.hear()
+    return {"runner": json.dumps(runner.state()), "port": json.dumps(port.state())}
+
+
+def remind(port: Any, memory: dict[str, str] | None) -> None:
+    """Give a port that has not started the memory that an earlier one had.
+
+    Raises:
+        UserError: the memory is another controller's, or there is a memory and no controller.
+    """
+    if memory is None:
+        return
+    runner = _runner(port)
+    if runner is None:
+        raise UserError("The state holds a controller's memory, and no controller was given to go on with it; give the same one.")
+    try:
+        runner.load_state(json.loads(memory["runner"]))
+        port.load_state(json.loads(memory["port"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError("The state holds the memory of another controller; attach with the one it was saved with.") from error
+
+
+def _runner(port: Any) -> Any:
+    """The controller's runner in this process, if the port has one."""
+    runner = getattr(port, "runner", None)
+    return runner if hasattr(runner, "load_state") else None

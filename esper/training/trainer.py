@@ -91,7 +91,7 @@ class Trainer:
         self.outcome = Outcome()
         self._said_not_finite: set[str] = set()
         torch.manual_seed(seed_for(seed, "dropout"))  # dropout layers of a host know no other generator
-        self.grow = self._attach(growth, optimizer, seed, None if state is None else state["grow"])
+        self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
         self.governor = Governor(self.grow, self._watch()) if config.governor else None
         if state is not None:
             load_trainer(self, state)

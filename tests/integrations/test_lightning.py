@@ -8,11 +8,13 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from growing import batch, build, sample_loss, short
+from growing import batch, build, same, sample_loss, short
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
+from esper import attach
 from esper.controllers import CONFIGS
 from esper.errors import UserError
 from esper.integrations.lightning import GrowCallback
@@ -75,17 +77,73 @@ def test_a_dormant_callback_leaves_training_bit_for_bit() -> None:
         assert torch.equal(value, other), name
 
 
-def test_a_checkpoint_holds_the_host_under_its_names_and_what_grew_goes_on(tmp_path: Path) -> None:
-    own, model = callback(), Classifier()
-    first = trainer([own], 10)
-    first.fit(model, data())
-    first.save_checkpoint(tmp_path / "ten.ckpt")
-    saved = torch.load(tmp_path / "ten.ckpt", weights_only=True)
+def saving(own: GrowCallback, folder: Path, steps: int, *others: Any) -> lightning.Trainer:
+    """A trainer that keeps a checkpoint at the last step of every epoch: from others, Lightning goes on with other batches itself."""
+    keep = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=8)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(max_steps=steps, accumulate_grad_batches=2, callbacks=[own, keep, *others], accelerator="cpu", **quiet)
+
+
+class Interrupted(lightning.Callback):
+    """Ends the process's part within the fourth epoch, as a kill would."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, data: Any, number: int) -> None:
+        if trainer.global_step == 26:
+            raise Killed
+
+
+class Killed(BaseException):
+    """Nothing of Lightning's catches this one."""
+
+
+def remembering() -> GrowCallback:
+    """A controller that germinates before and after the interruption, so that its memory counts."""
+    return callback(controller=CONFIGS["random"](count=3, earliest="5%", latest="80%"), per_site=4)
+
+
+@pytest.mark.parametrize("at", [8, 24])
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path, at: int) -> None:
+    whole, alone = remembering(), Classifier()
+    saving(whole, tmp_path / "whole", 48).fit(alone, data())
+    with pytest.raises(Killed):
+        saving(remembering(), tmp_path / "run", 48, Interrupted()).fit(Classifier(), data())
+    again, model = remembering(), Classifier()
+    saving(again, tmp_path / "run", 48).fit(model, data(), ckpt_path=str(tmp_path / "run" / f"step={at}.ckpt"))
+    assert again.grow.steps == again.grow.tick_number == 48
+    assert any(ticks[0][1] > at for ticks in (branch.path for branch in whole.grow.garden.branches.entries))
+    same(alone.state_dict(), model.state_dict())
+    assert again.grow.observer.branch_cards() == whole.grow.observer.branch_cards()
+    same(whole.grow.export().state_dict(), again.grow.export().state_dict())
+
+
+def test_a_checkpoint_holds_the_host_under_its_names_and_is_tested_with_what_had_grown_then(tmp_path: Path) -> None:
+    own, model = callback(), Judged()
+    running = saving(own, tmp_path, 24)
+    running.fit(model, data())
+    saved = torch.load(tmp_path / "step=8.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == set(Classifier().state_dict())
-    again = callback()
-    trainer([again], 16).fit(Classifier(), data(), ckpt_path=str(tmp_path / "ten.ckpt"))
-    assert again.grow.steps == 16
-    assert [name for name, _ in again.grow.garden.branches[0].path][:3] == ["GERMINATED", "TRAINING", "GRAFTING"]
+    Classifier().load_state_dict(saved["state_dict"])
+    running.test(model, data(), ckpt_path=str(tmp_path / "step=8.ckpt"), verbose=False)
+    assert own.grow.steps == 8 and own.grow.garden.blended(0)
+    host = Classifier()
+    host.load_state_dict(saved["state_dict"])
+    other = attach(host.net, loss=sample_loss, total_steps=24, state=saved["esper"], **own.settings)
+    same(other.export().state_dict(), own.grow.export().state_dict())
+
+
+class Judged(Classifier):
+    """One that can be tested."""
+
+    def test_step(self, data: Any, number: int) -> None:
+        self.log("test/loss", functional.cross_entropy(self.net(data[0]), data[1]))
+
+
+def test_a_checkpoint_in_which_nothing_could_have_grown_is_refused(tmp_path: Path) -> None:
+    first = trainer([], 4)
+    first.fit(Classifier(), data())
+    first.save_checkpoint(tmp_path / "four.ckpt")
+    with pytest.raises(UserError, match="saved without a GrowCallback"):
+        trainer([callback()], 20).fit(Classifier(), data(), ckpt_path=str(tmp_path / "four.ckpt"))
 
 
 def test_two_optimizers_are_refused() -> None:

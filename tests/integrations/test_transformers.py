@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from growing import short
+from growing import same, short
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+from esper import attach
 from esper.controllers import CONFIGS
 from esper.errors import UserError
 from esper.integrations.transformers import GrowCallback
@@ -38,9 +39,9 @@ def trainer(folder: Path, callback: GrowCallback, steps: int, **changes: Any) ->
     return Trainer(model=model, args=arguments, train_dataset=samples(128, 1), eval_dataset=samples(32, 2), callbacks=[callback])
 
 
-def callback() -> GrowCallback:
+def callback(**changes: Any) -> GrowCallback:
     judge = list(DataLoader(samples(64, 3), batch_size=8))
-    return GrowCallback(judge=judge, lifecycle=short(), per_site=2, controller=CONFIGS["scheduled"](script=SCRIPT))
+    return GrowCallback(judge=judge, lifecycle=short(), per_site=2, controller=CONFIGS["scheduled"](script=SCRIPT), **changes)
 
 
 def test_a_seed_lives_through_its_stages_and_the_exported_model_is_transformers_own(tmp_path: Path) -> None:
@@ -73,9 +74,89 @@ def test_a_dormant_callback_leaves_training_bit_for_bit(tmp_path: Path) -> None:
     assert quiet.grow.garden.table.counts()["DORMANT"] == 8
 
 
-def test_going_on_from_a_checkpoint_of_the_trainer_is_refused(tmp_path: Path) -> None:
+class Interrupted(TrainerCallback):  # type: ignore[misc]
+    """Ends the process's part at a step, as a kill would: nothing after it is said or saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupted(folder: Path, step: int, steps: int, **changes: Any) -> GrowCallback:
+    """Train to ``step`` of ``steps`` and no further; the checkpoints stay in ``folder``."""
+    own = callback()
+    running = trainer(folder, own, steps, **(SAVING | changes))
+    running.add_callback(Interrupted(step))
+    with pytest.raises(KeyboardInterrupt):
+        running.train()
+    return own
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+
+
+@pytest.mark.parametrize(("at", "reached"), [(4, "TRAINING"), (12, "EVALUATING")])
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_the_undisturbed_one(tmp_path: Path, at: int, reached: str) -> None:
+    """With dropout, shuffled data, a falling rate and accumulation; 12 lies in the middle of an epoch."""
+    whole = callback()
+    trainer(tmp_path / "whole", whole, 24, **SAVING).train()
+    first = interrupted(tmp_path / "run", at + 1, 24)
+    assert first.grow.garden.branches[0].stage.name == reached
+    again = callback()
+    trainer(tmp_path / "run", again, 24, **SAVING).train(resume_from_checkpoint=True)
+    assert again.grow.steps == again.grow.tick_number == 24
+    same(whole.grow.garden.model.state_dict(), again.grow.garden.model.state_dict())
+    assert again.grow.observer.branch_cards() == whole.grow.observer.branch_cards()
+    same(whole.grow.export().state_dict(), again.grow.export().state_dict())
+
+
+def test_a_checkpoint_holds_the_host_as_transformers_saves_it_with_what_grew_beside(tmp_path: Path) -> None:
+    own = callback()
+    trainer(tmp_path, own, 12, **SAVING).train()
+    folder = tmp_path / "checkpoint-12"
+    assert {path.name.partition("-")[0] for path in folder.iterdir() if path.is_dir()} == {"esper"}
+    plain, missed = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(missed.values())
+    same({name: value for name, value in plain.state_dict().items() if name != "lm_head.weight"}, _own(own))
+    moved = folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"in none of .*/checkpoint-12: .* GrowCallback.resume_from="):
+        trainer(tmp_path / "other", callback(), 16).train(resume_from_checkpoint=str(moved))
+    told = callback(resume_from=moved)
+    trainer(tmp_path / "other", told, 16).train(resume_from_checkpoint=str(moved))
+    assert told.grow.steps == 16
+
+
+def test_a_checkpoint_of_another_run_with_the_same_name_does_not_stand_in(tmp_path: Path) -> None:
+    interrupted(tmp_path / "first", 5, 12)
+    interrupted(tmp_path / "second", 5, 12)
+    next((tmp_path / "first" / "checkpoint-4").glob("esper-*")).rename(tmp_path / "lost")
+    with pytest.raises(UserError, match=r"in none of .*checkpoint-4: take an earlier checkpoint"):
+        trainer(tmp_path / "second", callback(), 12).train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+
+
+def _own(own: GrowCallback) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in own.grow.host_state().items() if name != "lm_head.weight"}
+
+
+def test_the_best_model_loaded_at_the_end_comes_with_the_branches_it_had(tmp_path: Path) -> None:
+    own = callback()
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # so that it is an early one
+    running = trainer(tmp_path, own, 24, **(SAVING | best))
+    running.train()
+    folder = Path(running.state.best_model_checkpoint)
+    assert 0 < own.grow.steps == running.state.best_global_step < 24
+    host = GPT2LMHeadModel.from_pretrained(folder)
+    other = attach(host, total_steps=24, state=next(folder.glob("esper-*")), **own.settings)
+    assert other.garden.blended(1)
+    same(other.export().state_dict(), own.grow.export().state_dict())
+
+
+def test_a_checkpoint_in_which_nothing_could_have_grown_is_refused(tmp_path: Path) -> None:
     first = trainer(tmp_path, callback(), 4, save_strategy="steps", save_steps=2)
     first.remove_callback(GrowCallback)
     first.train()
-    with pytest.raises(UserError, match="cannot go on from a checkpoint"):
+    with pytest.raises(UserError, match="saved without a GrowCallback"):
         trainer(tmp_path, callback(), 6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

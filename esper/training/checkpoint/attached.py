@@ -1,0 +1,82 @@
+"""The state of a ``Grow`` in somebody else's loop, for ``attach(state=…)`` to go on from with the same bits.
+
+The host and its optimizer are the loop's own to save and to load, before it attaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from esper.errors import UserError
+from esper.training.checkpoint import store
+from esper.training.checkpoint.engine import Tree, grow_state
+from esper.training.checkpoint.tree import kept
+from esper.training.local import memory_of
+
+if TYPE_CHECKING:
+    from esper.training.grow import Grow
+
+
+def attached_state(grow: Grow) -> Tree:
+    """Everything by reference: seeds, branches and their lives, the rates they follow, the judge's batches, the controller's memory."""
+    recent = [] if grow.judge is None else [_packed(batch) for batch in grow.judge.recent]
+    return {
+        "grow": grow_state(grow),
+        "initial_lr": list(grow.initial_lr),
+        "recent": [] if None in recent else recent,  # batches of kinds of the user's own: the judge gathers others
+        "controller": memory_of(grow.port),
+    }
+
+
+def take_over(grow: Grow, state: Tree) -> None:
+    """What ``attached_state`` holds beside seeds and branches; a state of esper's own trainer has none of it."""
+    grow.initial_lr = [float(rate) for rate in state.get("initial_lr", grow.initial_lr)]
+    for batch in kept(state.get("recent", [])):
+        if grow.judge is not None:
+            grow.judge.remember(_unpacked(batch, grow.device))
+
+
+def read_state(state: Tree | str | Path) -> Tree:
+    """The state itself, or the one in a checkpoint, or in the newest of a folder of them. Raises UserError where there is none."""
+    if isinstance(state, Mapping):
+        return dict(state)
+    place = Path(state)
+    if (place / store.MANIFEST).is_file():
+        return dict(store.read(place)[1])
+    kept = store.checkpoints(place)
+    if not kept:
+        raise UserError(f"There is nothing in {place} to go on from; give what save_branches wrote, its folder, or no state.")
+    return dict(store.read(kept[-1])[1])
+
+
+def found(name: str, *places: Path) -> Path:
+    """``name`` in the first of the folders that has it. Raises UserError where none has: what grew is told apart by its name."""
+    for place in places:
+        if (place / name).is_dir():
+            return place / name
+    looked = ", ".join(dict.fromkeys(str(place) for place in places if place.name))
+    raise UserError(f"What grew is in none of {looked}: take an earlier checkpoint, or say GrowCallback(resume_from=<where this one is>).")
+
+
+def _packed(batch: Any) -> Any:
+    """The batch with its kinds of containers told, None for one that could not be built again."""
+    if batch is None or isinstance(batch, (Tensor, str, int, float)):
+        return ["value", batch]
+    kind = "list" if type(batch) is list else "tuple" if type(batch) is tuple else "dict" if isinstance(batch, Mapping) else ""
+    parts = dict(batch) if kind == "dict" else dict(enumerate(batch)) if kind else {}
+    packed = {str(key): _packed(part) for key, part in parts.items()}
+    if not kind or None in packed.values() or (kind == "dict" and not all(isinstance(key, str) for key in parts)):
+        return None
+    return [kind, packed]
+
+
+def _unpacked(packed: Any, device: Any) -> Any:
+    kind, held = packed
+    if kind == "value":
+        return held.to(device) if isinstance(held, Tensor) else held
+    parts = {key: _unpacked(part, device) for key, part in held.items()}
+    return parts if kind == "dict" else tuple(parts.values()) if kind == "tuple" else list(parts.values())
