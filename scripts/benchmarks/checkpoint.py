@@ -1,8 +1,7 @@
-"""Checkpoints of a large model against copying, writing and reading the same bytes.
+"""Checkpoints: what saving and loading take against copying, writing and reading the same bytes.
 
-Saves a state of the size of a model with AdamW, in three ratios: the training thread's stall to a copy of those bytes in memory,
-the whole save to writing those bytes to the same disk (both wait for it), and loading with all its checks to reading the
-file. Repetitions alternate, so that both sides of a ratio see the same machine. Limits: 1.2, 1.3, 1.3.
+Every row is a ratio of wall times taken in turns in one process, with the ratio of processor times beside it: on a machine that others use,
+the wall tells what they did.
 """
 
 from __future__ import annotations
@@ -11,85 +10,29 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from esper.training.checkpoint import store
-from esper.training.checkpoint.tree import split
+from scripts.benchmarks.checkpoint_parts import on_disk
+from scripts.benchmarks.checkpoint_parts.spent import Spent
 
-LIMITS = {"stall / copy": 1.2, "save / write": 1.3, "load / read": 1.3}
+LIMITS = {**on_disk.LIMITS}
 RESULT = Path(__file__).with_suffix(".json")
 
 
-def state(parameters: int) -> dict[str, object]:
-    """A host of ``parameters`` numbers with AdamW's two moments, in tensors as a transformer has them."""
-    width = 1024
-    count = max(1, parameters // (width * width))
+def row(name: str, ratios: list[Spent]) -> dict[str, Any]:
+    """One measured ratio with all its repetitions."""
+    wall = [ratio.wall for ratio in ratios]
     return {
-        "host": {f"layer{n}.weight": torch.randn(width, width) for n in range(count)},
-        "optimizer": [
-            {"step": torch.tensor(1.0), "exp_avg": torch.randn(width, width), "exp_avg_sq": torch.rand(width, width)}
-            for _ in range(count)
-        ],
+        "median": round(statistics.median(wall), 3),
+        "all": [round(ratio, 3) for ratio in wall],
+        "processor": round(statistics.median(ratio.cpu for ratio in ratios), 3),
+        "limit": LIMITS[name],
     }
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def write_raw(path: Path, pieces: list[memoryview]) -> None:
-    """The same bytes, as plainly as can be, and wait for the disk."""
-    with path.open("wb", buffering=0) as file:
-        for piece in pieces:
-            left = piece
-            while left:
-                left = left[file.write(left) :]
-        os.fsync(file.fileno())
-
-
-def read_raw(path: Path) -> None:
-    """The same bytes into memory."""
-    content = bytearray(path.stat().st_size)
-    with path.open("rb", buffering=0) as file:
-        view, position = memoryview(content), 0
-        while position < len(content):
-            position += file.readinto(view[position : position + (16 << 20)]) or len(content)
-
-
-def measure(parameters: int, repeats: int, folder: Path) -> dict[str, list[float]]:
-    """The three ratios, one a repetition."""
-    tree = state(parameters)
-    _, tensors = split(tree)
-    pieces = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in tensors.values()]
-    ratios: dict[str, list[float]] = {name: [] for name in LIMITS}
-    for repeat in range(repeats + 1):  # the first touches memory and disk for the first time
-        copy = timed(lambda: [tensor.clone() for tensor in tensors.values()])
-        began = time.perf_counter()
-        taken = store.copy(tree, 1, 1, {}, None)
-        stall = time.perf_counter() - began
-        write = timed(lambda: write_raw(folder / "raw", pieces))
-        began = time.perf_counter()
-        store.write(taken, folder / "checkpoints")
-        save = time.perf_counter() - began
-        del taken
-        read = timed(lambda: read_raw(folder / "raw"))
-        load = timed(lambda: store.read(folder / "checkpoints" / f"{1:09d}"))
-        shutil.rmtree(folder / "checkpoints")
-        (folder / "raw").unlink()
-        if repeat:
-            for name, ratio in zip(LIMITS, (stall / copy, save / write, load / read), strict=True):
-                ratios[name].append(ratio)
-    return ratios
 
 
 def main(arguments: list[str]) -> int:
@@ -102,20 +45,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--write", action="store_true", help=f"keep the result in {RESULT.name}")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        ratios = measure(options.parameters, options.repeats, Path(folder))
+        ratios = on_disk.measure(options.parameters, options.repeats, Path(folder))
     result = {
         "parameters": options.parameters,
         "bytes": 12 * options.parameters,
         "repeats": options.repeats,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
-        "ratios": {
-            name: {"median": round(statistics.median(values), 3), "all": [round(value, 3) for value in values], "limit": LIMITS[name]}
-            for name, values in ratios.items()
-        },
+        "ratios": {name: row(name, values) for name, values in ratios.items()},
     }
     print(json.dumps(result, indent=2))
     if options.write:
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    missed = [name for name, values in ratios.items() if statistics.median(values) > LIMITS[name]]
+    missed = [name for name, found in result["ratios"].items() if found["median"] > found["limit"]]
     return 1 if options.check and missed else 0

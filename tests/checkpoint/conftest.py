@@ -59,12 +59,13 @@ class Scripted:
 @pytest.fixture
 def make() -> Make:
     """Builds a trainer from overrides; two seeds of every site are asked to germinate early."""
-
-    def build(*words: str, state: Any = None) -> Trainer:
-        config, task = composed(words)
-        return build_trainer(config, task, torch.device("cpu"), Scripted(), state=state)
-
     return build
+
+
+def build(*words: str, state: Any = None) -> Trainer:
+    """A trainer on the CPU, from its beginning or from a state."""
+    config, task = composed(words)
+    return build_trainer(config, task, torch.device("cpu"), Scripted(), state=state)
 
 
 @lru_cache

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from esper.errors import UserError
-from esper.training.checkpoint import store
-from esper.training.checkpoint.files import parse_tensors, read_bytes, write_tensors
+from esper.training.checkpoint import pieces, store
+from esper.training.checkpoint.files import parse_tensors, write_tensors
+from esper.training.checkpoint.pieces import Written, map_bytes, read_bytes, write_bytes
 from esper.training.checkpoint.saver import Retention, Saver
-from esper.training.checkpoint.tree import join, same, split
+from esper.training.checkpoint.tree import join, kept, same, split
 
 STATE: dict[str, Any] = {
     "weights": {"a": torch.arange(6.0).reshape(2, 3), "empty": torch.zeros(0, 4), "half": torch.ones(3, dtype=torch.bfloat16)},
@@ -36,6 +37,35 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert same(state, STATE) and checkpoint.step == 7
 
 
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 3000, 10_500])
+def test_every_piece_has_its_own_hash_and_every_byte_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(pieces, "PIECE", 1000)
+    monkeypatch.setattr(pieces, "SMALL", 500)  # so that this little is hashed in threads
+    lot = random.Random(size)
+    content, path = lot.randbytes(size), tmp_path / "part"
+    cuts = sorted(lot.randrange(size + 1) for _ in range(7))
+    stated = write_bytes(path, [content[a:b] for a, b in zip([0, *cuts], [*cuts, size], strict=True)])
+    assert path.read_bytes() == content and len(stated.sha256) == -(-size // 1000)
+    assert Written.of_card(json.loads(json.dumps(stated.card()))) == stated
+    assert read_bytes(path, stated) == bytes(map_bytes(path, stated)) == content
+    for place in {0, size // 2, size - 1} if size else ():
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        for read in (read_bytes, map_bytes):
+            with pytest.raises(ValueError, match="not what was written"):
+                read(path, stated)
+    path.write_bytes(content + b"x")
+    with pytest.raises(ValueError, match="longer"):
+        map_bytes(path, stated)
+
+
+def test_what_is_kept_of_a_state_does_not_see_what_happens_to_its_file(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    state = kept(store.read(path)[1])
+    with (path / store.TENSORS).open("r+b") as file:
+        file.write(bytes((path / store.TENSORS).stat().st_size))
+    assert same(state, STATE)
+
+
 def test_a_copy_does_not_see_what_training_does_next() -> None:
     weights = torch.zeros(3)
     plain, tensors = split({"weights": weights})
@@ -50,7 +80,7 @@ def test_the_files_are_safetensors_to_the_library_too(tmp_path: Path) -> None:
     write_tensors(tmp_path / "ours", tensors)
     assert same(load_file(tmp_path / "ours"), tensors)
     save_file(tensors, tmp_path / "theirs")
-    assert same(parse_tensors(read_bytes(tmp_path / "theirs")[0]), tensors)
+    assert same(parse_tensors(memoryview(bytearray((tmp_path / "theirs").read_bytes()))), tensors)
 
 
 def test_ten_thousand_mutations_are_refused_or_identical(tmp_path: Path) -> None:
@@ -99,7 +129,7 @@ def forged(path: Path, **parts: bytes) -> None:
     for name, content in {store.STATE: parts.get("state"), store.TENSORS: parts.get("tensors")}.items():
         if content is not None:
             (path / name).write_bytes(content)
-            manifest["parts"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            manifest["parts"][name] = Written(len(content), pieces.PIECE, (hashlib.sha256(content).hexdigest(),)).card()
     manifest |= json.loads(parts.get("manifest", b"{}"))
     manifest["sha256"] = store._own_digest(manifest)
     (path / store.MANIFEST).write_text(json.dumps(manifest))
@@ -139,6 +169,12 @@ FORGERIES = {
     "not json": {"state": b"{"},
     "unknown number": {"state": b'{"a": {"$float": "__import__"}}'},
     "missing tensor": {"state": b'{"a": {"$tensor": "nothing"}}'},
+    "no parts": {"manifest": b'{"parts": []}'},
+    "parts of nothing": {"manifest": b'{"parts": {"state.json": 3, "tensors.safetensors": null}}'},
+    "pieces of no size": {"manifest": b'{"parts": {"state.json": {"bytes": 5, "piece": 0, "sha256": []}}}'},
+    "fewer hashes than pieces": {"manifest": b'{"parts": {"state.json": {"bytes": 5, "piece": 1, "sha256": []}}}'},
+    "an old one's hash": {"manifest": b'{"schema": 1, "parts": {"state.json": {"bytes": 5, "sha256": {}}}}'},
+    "an old one without parts": {"manifest": b'{"schema": 1, "parts": []}'},
 }
 
 
@@ -164,7 +200,7 @@ def test_forged_parts_with_right_hashes_are_refused(tmp_path: Path, name: str) -
 def test_headers_that_lie_about_their_bytes_are_refused(entry: dict[str, Any]) -> None:
     header = json.dumps({"a": entry}).encode()
     with pytest.raises(ValueError, match="'a'"):
-        parse_tensors(bytearray(len(header).to_bytes(8, "little") + header + bytes(8)))
+        parse_tensors(memoryview(bytearray(len(header).to_bytes(8, "little") + header + bytes(8))))
 
 
 def test_a_newer_a_foreign_and_an_absent_one_are_refused_in_words(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.training.checkpoint.tree import Still
+from esper.training.checkpoint.tree import Still, kept
 from esper.training.gatekeeper import GateRecord
 from esper.training.passes import host_buffers, host_parameters
 from esper.training.snapshot import Snapshot, optimizer_state, restore_optimizer
@@ -90,7 +90,7 @@ def load_grow(grow: Grow, state: Tree) -> None:
     """
     refuse_misfit(state.get("topology"), topology(grow), "The saved state")
     with _fitting():
-        _load_grow(grow, state)
+        _load_grow(grow, kept(state))
 
 
 @contextmanager
@@ -160,13 +160,13 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
             value.copy_(state[kind][name])
     restore_optimizer(trainer.optimizer, state["optimizer"])
     if trainer.scaler is not None and state["scaler"] is not None:
-        trainer.scaler.load_state_dict(state["scaler"])
+        trainer.scaler.load_state_dict(kept(state["scaler"]))
     trainer.outcome.steps = int(state["steps"])
     trainer.outcome.best = {name: float(value) for name, value in state["best"].items()}
     trainer.outcome.history = _unpacked(state["history"])
     trainer.remember_batches()
     if trainer.governor is not None and state["governor"] is not None:
-        trainer.governor.load(state["governor"], trainer.device)
+        trainer.governor.load(kept(state["governor"]), trainer.device)
     torch.set_rng_state(state["rng"]["cpu"])
     if trainer.device.type == "cuda" and state["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(state["rng"]["cuda"], trainer.device)

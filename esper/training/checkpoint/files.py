@@ -1,4 +1,4 @@
-"""Tensors and JSON on disk: the safetensors format, hashed while it is written and while it is read.
+"""Tensors on disk in the safetensors format.
 
 The format is 8 bytes of header length, a JSON header, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors). It is written here because the engine runs where only torch is installed, and
@@ -7,20 +7,17 @@ because the hash, the file and the disk must not each cost a pass of their own.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 16 << 20
-SMALL = 1 << 20
+from esper.training.checkpoint.pieces import Content, Written, write_bytes
+
 HEADER_LIMIT = 100 << 20
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,40 +34,6 @@ DTYPES: dict[str, torch.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class Written:
-    """Size and SHA-256 of a file."""
-
-    bytes: int
-    sha256: str
-
-
-class _Hash:
-    """SHA-256, of large pieces in a thread beside the file's own reading or writing; both let go of the interpreter."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-        self._thread: ThreadPoolExecutor | None = None
-        self._jobs: list[Future[None]] = []
-        self._bytes = 0
-
-    def update(self, piece: memoryview | bytes) -> None:
-        self._bytes += len(piece)
-        if self._thread is None and len(piece) < SMALL:
-            self._hash.update(piece)
-            return
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "esper-hash")
-        self._jobs.append(self._thread.submit(self._hash.update, piece))
-
-    def result(self) -> Written:
-        if self._thread is not None:
-            self._thread.shutdown()
-        for job in self._jobs:
-            job.result()
-        return Written(self._bytes, self._hash.hexdigest())
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
     """Write contiguous CPU tensors and wait until the disk has them."""
     header: dict[str, Any] = {}
@@ -82,43 +45,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    pieces: list[memoryview | bytes] = [len(text).to_bytes(8, "little") + text]
-    for _, tensor in ordered:
-        if tensor.numel():
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            pieces += [view[start : start + CHUNK] for start in range(0, len(view), CHUNK)]
-    return write_bytes(path, pieces)
+    content: Content = [
+        len(text).to_bytes(8, "little") + text,
+        *(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for _, tensor in ordered if tensor.numel()),
+    ]
+    return write_bytes(path, content)
 
 
-def write_bytes(path: Path, pieces: list[memoryview | bytes]) -> Written:
-    """Write the pieces one after the other and wait until the disk has them."""
-    digest = _Hash()
-    with path.open("wb", buffering=0) as file:
-        for piece in pieces:
-            digest.update(piece)
-            left = memoryview(piece)
-            while left:
-                left = left[file.write(left) :]
-        os.fsync(file.fileno())
-    return digest.result()
-
-
-def read_bytes(path: Path) -> tuple[bytearray, Written]:
-    """The whole file, hashed while it is read."""
-    digest = _Hash()
-    with path.open("rb", buffering=0) as file:
-        content = bytearray(os.fstat(file.fileno()).st_size)
-        view, position = memoryview(content), 0
-        while position < len(content):
-            count = file.readinto(view[position : position + CHUNK])
-            if not count:
-                break
-            digest.update(view[position : position + count])
-            position += count
-    return content, digest.result()
-
-
-def parse_tensors(content: bytearray) -> dict[str, Tensor]:
+def parse_tensors(content: memoryview) -> dict[str, Tensor]:
     """Tensors that share the memory of ``content``. Raises ValueError for anything that is not whole and gapless."""
     if len(content) < 8:
         raise ValueError("the file is shorter than its header")
@@ -129,7 +63,7 @@ def parse_tensors(content: bytearray) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise ValueError("the header is no object")
     header.pop("__metadata__", None)
-    data = memoryview(content)[8 + length :]
+    data = content[8 + length :]
     entries = [_entry(name, entry) for name, entry in header.items()]
     position = 0
     tensors: dict[str, Tensor] = {}

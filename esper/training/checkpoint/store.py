@@ -1,7 +1,7 @@
 """Checkpoints in a folder: written beside and renamed, read only when every byte is what was written.
 
-``<folder>/<step>/manifest.json`` names the parts, ``state.json`` and ``tensors.safetensors``, with their sizes and SHA-256, and
-carries a SHA-256 of itself. A folder whose name is a step is whole; what is being written or thrown away begins with a dot.
+``<folder>/<step>/manifest.json`` names the parts, ``state.json`` and ``tensors.safetensors``, with their sizes and a SHA-256 for every
+16 MiB, and carries a SHA-256 of itself. A folder whose name is a step is whole; what is being written or thrown away begins with a dot.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 
 import esper
 from esper.errors import UserError
-from esper.training.checkpoint.files import Written, fsync_folder, parse_tensors, read_bytes, write_bytes, write_tensors
+from esper.training.checkpoint.files import fsync_folder, parse_tensors, write_tensors
+from esper.training.checkpoint.pieces import Written, map_bytes, read_bytes, write_bytes
+from esper.training.checkpoint.schema import SCHEMA, manifest_of_today, state_of_today
 from esper.training.checkpoint.tree import join, split
 
-FORMAT, SCHEMA = "esper checkpoint", 1
+FORMAT = "esper checkpoint"
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
 FOLDER = "checkpoints"
 
@@ -73,7 +75,7 @@ def write(taken: Copy, folder: Path) -> Checkpoint:
         "score": taken.score,
         "saved": round(time.time(), 3),
         "topology": taken.topology,
-        "parts": {name: {"bytes": part.bytes, "sha256": part.sha256} for name, part in parts.items()},
+        "parts": {name: part.card() for name, part in parts.items()},
     }
     manifest["sha256"] = _own_digest(manifest)
     write_bytes(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
@@ -93,7 +95,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> Checkpoint:
-    """The description of a checkpoint. Raises UserError for one that is damaged, foreign or newer."""
+    """The description of a checkpoint, in today's form. Raises UserError for one that is damaged, foreign or newer."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -110,7 +112,10 @@ def read_manifest(path: Path) -> Checkpoint:
         )
     if manifest.get("sha256") != _own_digest(manifest) or not _typed(manifest):
         raise _refused(path, f"its {MANIFEST} is not what was written")
-    return Checkpoint(path, manifest)
+    try:
+        return Checkpoint(path, manifest_of_today(manifest))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _refused(path, _words(error)) from error
 
 
 def _typed(manifest: dict[str, Any]) -> bool:
@@ -120,12 +125,17 @@ def _typed(manifest: dict[str, Any]) -> bool:
 
 
 def read(path: Path) -> tuple[Checkpoint, Any]:
-    """(description, state). Raises UserError for a checkpoint that is damaged, truncated, foreign or newer."""
+    """(description, state). Raises UserError for a checkpoint that is damaged, truncated, foreign or newer.
+
+    The tensors lie in the file's own memory (``pieces.map_bytes``): whoever keeps some takes ``tree.kept`` of them.
+    """
     checkpoint = read_manifest(path)
     try:
-        content = {name: _part(path / name, checkpoint.manifest["parts"][name]) for name in (STATE, TENSORS)}
-        state = join(json.loads(bytes(content[STATE])), parse_tensors(content[TENSORS]))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        stated = {name: Written.of_card(checkpoint.manifest["parts"][name]) for name in (STATE, TENSORS)}
+        plain = json.loads(read_bytes(path / STATE, stated[STATE]))
+        state = join(plain, parse_tensors(map_bytes(path / TENSORS, stated[TENSORS])))
+        state = state_of_today(state, checkpoint.manifest["schema"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _refused(path, _words(error)) from error
     return checkpoint, state
 
@@ -175,14 +185,6 @@ def sweep_out(folder: Path) -> None:
         for path in folder.iterdir():
             if path.name.startswith("."):
                 _discard(path)
-
-
-def _part(path: Path, stated: dict[str, Any]) -> bytearray:
-    content, found = read_bytes(path)
-    if found != Written(stated["bytes"], stated["sha256"]):
-        wrong = "truncated" if found.bytes < stated["bytes"] else "not what was written"
-        raise ValueError(f"its {path.name} is {wrong}")
-    return content
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:

@@ -38,6 +38,15 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
+def kept(tree: Any) -> Any:
+    """The tree with copies of its tensors, for whoever keeps them: those that were read lie in the file's own memory."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {key: kept(value) for key, value in tree.items()}
+    return [kept(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def _split(tree: Any, path: str, tensors: dict[str, Tensor], copy: bool) -> Any:
     if isinstance(tree, Still):
         return _split(tree.tree, path, tensors, False)

@@ -1,0 +1,49 @@
+"""What a checkpoint is made of has versions; older ones are brought to today's, one version after the other.
+
+Raising ``SCHEMA`` takes an entry in ``UPGRADES`` for the version before and a sample of it in ``tests/checkpoint/samples``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Tree = dict[str, Any]
+SCHEMA = 2
+
+
+def _unchanged(tree: Tree) -> Tree:
+    return tree
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """From one version to the next: what the manifest says, and what the state holds. Neither changes what it is given."""
+
+    manifest: Callable[[Tree], Tree] = _unchanged
+    state: Callable[[Tree], Tree] = _unchanged
+
+
+def _one_hash_a_part(manifest: Tree) -> Tree:
+    """Up to version 1 a part had one SHA-256 over all of it: one piece."""
+    parts = {name: {**part, "piece": max(1, part["bytes"]), "sha256": [part["sha256"]]} for name, part in manifest["parts"].items()}
+    return {**manifest, "parts": parts}
+
+
+#: What leads from a version to the next one.
+UPGRADES: dict[int, Upgrade] = {1: Upgrade(manifest=_one_hash_a_part)}
+
+
+def manifest_of_today(manifest: Tree) -> Tree:
+    """A verified manifest in the form of ``SCHEMA``; its ``schema`` still says what the state on disk is."""
+    for version in range(manifest["schema"], SCHEMA):
+        manifest = UPGRADES[version].manifest(manifest)
+    return manifest
+
+
+def state_of_today(state: Tree, schema: int) -> Tree:
+    """A state of version ``schema`` in the form of ``SCHEMA``."""
+    for version in range(schema, SCHEMA):
+        state = UPGRADES[version].state(state)
+    return state
