@@ -30,7 +30,7 @@ from esper.saved import host_card
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
 from esper.tracking.reach import check_store
-from esper.training.device import choose_device, describe, numerics
+from esper.training.device import choose_device, describe, keep_freed_memory, numerics
 from esper.training.trainer import Trainer
 
 #: What ends a run that can go on where it was stopped.
@@ -57,6 +57,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     if isinstance(config.tracking, MlflowConfig):
         check_store(config.tracking, config.output)
     device = choose_device(config.trainer)
+    keep_freed_memory()
     if not quiet:
         print(describe(device, config.trainer), file=sys.stderr, flush=True)
     task = config.task.build()
@@ -88,7 +89,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             with keeper.listening(), profiled(trainer, keeper, config.trainer.profile, folder) as between:
                 trainer.fit(between)
             keeper.saver.wait()
-            progress.close("FINISHED")
+            progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
             ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
             if config.trainer.control:
                 ending.summary["control"] = _controls(config, task, device, trainer, quiet)

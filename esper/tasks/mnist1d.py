@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,16 +55,16 @@ def generated(count: int, seed: int) -> Samples:
     The steps of the package's ``make_dataset`` in its order of draws, without its last step: that one shifts and
     scales by statistics of all samples together, and here only the training set may decide these.
     """
+    return _generated(count, seed, *_generator())
+
+
+@lru_cache(maxsize=4)  # seconds of work, and the jobs of a sweep ask for the same again in one process
+def _generated(count: int, seed: int, data: Any, transform: Any) -> Samples:
     import numpy as np
 
-    data, transform = _generator()
     settings, templates = data.get_dataset_args(), data.get_templates()
     with _own_global_rng(seed):
-        series = [
-            transform(templates["x"][label], templates["t"], settings)[0]
-            for label in range(10)
-            for _ in range(count // 10)
-        ]
+        series = [transform(templates["x"][label], templates["t"], settings)[0] for label in range(10) for _ in range(count // 10)]
         order = np.random.permutation(len(series))
     targets = np.repeat(templates["y"], count // 10)[order]
     inputs = torch.from_numpy(np.stack(series)[order]).float().unsqueeze(1)
@@ -75,9 +76,7 @@ def _generator() -> tuple[Any, Any]:
         from mnist1d import data
         from mnist1d.transform import transform
     except ImportError as error:
-        raise UserError(
-            "task=mnist1d needs the package mnist1d, which is not installed; run: pip install mnist1d"
-        ) from error
+        raise UserError("task=mnist1d needs the package mnist1d, which is not installed; run: pip install mnist1d") from error
     return data, transform
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger("esper.tracking")
 STREAMS = ("events", "telemetry")
 BATCH = 1000
 COST = "tracking took %.3f s of the training process's processor time while the run went on"
-GRACE_S = 1.0  # how long close() waits for a RunEnded that may still be on its way
+GRACE_S = 1.0  # how long close() waits for a RunEnded, unless told
 
 
 class TrackerRunner:
@@ -56,6 +56,7 @@ class TrackerRunner:
         self._idle = threading.Event()
         self._settling, self._settled = threading.Event(), threading.Event()
         self._status: str | None = None
+        self._grace_s = GRACE_S
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="esper-tracker", daemon=True)
 
@@ -92,13 +93,15 @@ class TrackerRunner:
             except (TrackerError, OSError) as error:
                 self._fail("storing the final model", error)
 
-    def close(self, status: str, timeout_s: float = 150.0) -> None:
+    def close(self, status: str, timeout_s: float = 150.0, grace_s: float = GRACE_S) -> None:
         """Handle what is left, end the trackers with ``status`` and stop; raises TrackerError if any of them failed.
 
-        Call it after everything was published. Closing twice is harmless.
+        Call it after everything was published; ``grace_s`` is how long to wait for a RunEnded that may still be on its
+        way, 0 where none is. Closing twice is harmless.
         """
         assert status in STATUSES, status
         self._status = self._status or status
+        self._grace_s = grace_s
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -146,7 +149,7 @@ class TrackerRunner:
                 self._settled.set()
             if not found:
                 self._idle.set()
-                if closing and (self._ended or now - heard >= GRACE_S):
+                if closing and (self._ended or now - heard >= self._grace_s):
                     return self._flush()
             if found < BATCH and not closing:
                 self._closing.wait(self._poll_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import pytest
 from omegaconf import OmegaConf
 
 from esper.cli.compose import compose
+from esper.compare.arms import lay_out
+from esper.compare.jobs import Prepared
+from esper.compare.waves import derive, waves
 from esper.running.run import run
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 BRIEF = ["trainer.steps=80", "tracking=none", "trainer.control=false", "trainer.validate_every=50%"]
+BRIEFER = ["trainer.steps=40", *BRIEF[1:], "trainer.checkpoint_every="]
 GROWS = ["controller=scheduled", "controller.script=[{at: 2step, command: germinate, seeds: [0]}]"]
 
 
@@ -23,24 +28,39 @@ def summary(words: list[str], folder: Path) -> dict[str, Any]:
     return dict(run(config, folder / "run", quiet=True).summary)
 
 
-def first_values(experiment: str) -> list[str]:
-    """The first value of each key that the file sweeps, as overrides."""
-    swept = OmegaConf.select(OmegaConf.load(FOLDER / f"{experiment}.yaml"), "hydra.sweeper.params") or {}
-    values = {key: "0" if str(value).startswith("range(") else str(value).split(",")[0] for key, value in swept.items()}
-    return [f"{key}={value}" for key, value in values.items()]
+def arms_of(experiment: str, folder: Path) -> list[Prepared]:
+    """One job of every arm that the file sweeps over, composed as the command line would."""
+    swept = OmegaConf.select(OmegaConf.load(FOLDER / f"{experiment}.yaml"), "hydra.sweeper.params")
+    values = [[f"{key}={value}" for value in str(values).split(",")] for key, values in swept.items() if key != "seed"]
+    layout = lay_out([[*words, "seed=0"] for words in itertools.product(*values)], [])
+    folders = [folder / str(job.number) for job in layout.jobs]
+    configs = [compose([f"experiment={experiment}", *job.overrides, *BRIEFER, f"output={folder}"]) for job in layout.jobs]
+    return [Prepared(*one) for one in zip(layout.jobs, configs, itertools.repeat({}), folders)]
+
+
+def all_arms(jobs: list[Prepared], name: str) -> dict[str, dict[str, Any]]:
+    """The summary of every arm, run in the order in which they take over from each other."""
+    done: dict[str, dict[str, Any]] = {}
+    for wave in waves([one.job.arm for one in jobs], jobs[0].config.compare):
+        for one in (derive(one, lambda arm, block, seed: done[arm]) for one in jobs if one.job.arm in wave):
+            done[one.job.arm] = dict(run(one.config, one.folder / name, quiet=True).summary)
+    return done
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_file_runs_and_repeats_its_fingerprint(experiment: str, tmp_path: Path):
-    words = [f"experiment={experiment}", *first_values(experiment), *BRIEF]
-    first, second = (summary(words, tmp_path / name) for name in ("first", "second"))
-    assert first["status"] == "FINISHED" and first["steps"] == 80
-    assert first["fingerprint"] == second["fingerprint"]
+def test_every_arm_of_every_experiment_file_runs_and_repeats_its_fingerprint(experiment: str, tmp_path: Path):
+    jobs = arms_of(experiment, tmp_path)
+    first, second = (all_arms(jobs, name) for name in ("first", "second"))
+    assert len(first) == len(jobs) >= 2
+    assert {told["status"] for told in first.values()} == {"FINISHED"}
+    assert {arm for arm, told in first.items() if told["seeds"]["germinated"] == 0} <= {"host"}
+    assert {arm: told["fingerprint"] for arm, told in first.items()} == {arm: told["fingerprint"] for arm, told in second.items()}
 
 
 RUNS: dict[str, list[str]] = {
     "mlp": ["grafting=performance"],
-    "cnn": ["model=cnn", "model.norm=batch", "blueprint=conv", "optimizer=sgd", "scheduler=warmup_cosine", "trainer.accumulate=2"],
+    "cnn": ["model=cnn", "model.norm=batch", "blueprint=conv", "optimizer=sgd", "scheduler=warmup_cosine", "trainer.accumulate=2",
+            "trainer.batch_size=16"],
     "transformer": ["model=transformer", "model.width=16", "model.dropout=0.1", "task=text", f"task.path={__file__}", "task.context=16",
                     "task.stretches=10", "task.held_out=0.1", "trainer.batch_size=8", "blueprint=block", "sites.per_site=1"],
     "objective": ["lifecycle.objective=functional_gradient", "trainer.precision=bf16"],
