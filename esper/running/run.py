@@ -30,7 +30,7 @@ from esper.saved import host_card
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
 from esper.tracking.reach import check_store
-from esper.training.device import choose_device, describe, numerics
+from esper.training.device import choose_device, describe, keep_freed_memory, numerics
 from esper.training.trainer import Trainer
 
 #: What ends a run that can go on where it was stopped.
@@ -57,6 +57,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     if isinstance(config.tracking, MlflowConfig):
         check_store(config.tracking, config.output)
     device = choose_device(config.trainer)
+    keep_freed_memory()
     if not quiet:
         print(describe(device, config.trainer), file=sys.stderr, flush=True)
     task = config.task.build()

@@ -8,13 +8,15 @@ slot's own warm-up.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from esper.blueprints import BlockBank, SlotBank
+from esper.blueprints import SlotBank
 from esper.seeds import Branch, Garden
+from esper.training.rows import BlockRows, Rows, SlotRows
 from esper.training.signals import by_bank
 
 
@@ -45,14 +47,12 @@ class BranchOptimizer:
 
         ``norms`` then holds the L2 norm of the gradient of each branch that had one, before clipping.
         """
-        self.norms = {}
+        rows: list[Rows] = []
         for (site, blueprint), group in by_bank(branches).items():
             bank = self.garden.layers[site].bank(blueprint)
-            if isinstance(bank, SlotBank):
-                self._step_slots(bank, group, factor)
-            else:
-                for branch in group:
-                    self._step_block(bank, branch, factor)
+            rows += [SlotRows(bank, group)] if isinstance(bank, SlotBank) else [BlockRows(bank, branch) for branch in group]
+        self.norms = {}
+        self._step([row for row in rows if row.gradients], factor)
         self.clear()
 
     def clear(self) -> None:
@@ -61,68 +61,69 @@ class BranchOptimizer:
             for parameter in layer.parameters():
                 parameter.grad = None
 
-    def _step_slots(self, bank: SlotBank, group: list[Branch], factor: float) -> None:
-        slots = torch.tensor([branch.slot for branch in group], device=bank.steps.device)
-        held = [(stack, *bank.moments[name]) for name, stack in bank.stacks.items() if stack.grad is not None]
-        if not held:
+    def _step(self, rows: list[Rows], factor: float) -> None:
+        """All branches at once: a handful of operations over lists of tensors, and one wait for the device."""
+        if not rows:
             return
-        gradients = [stack.grad.index_select(0, slots).flatten(1) for stack, _, _ in held]  # type: ignore[union-attr]
-        squares = torch.stack([gradient.float().square().sum(1) for gradient in gradients]).sum(0)
-        if not self._sound(group, squares):
-            sound = torch.isfinite(squares)
-            slots, squares = slots[sound], squares[sound]
-            gradients = [gradient[sound] for gradient in gradients]
-        bank.steps[slots] += 1
-        # All parameters of a branch side by side, ``[A, size]``: one operation for them all instead of one for each.
-        gradient = torch.cat(gradients, 1) * _clip_scale(squares, self.learning.clip).unsqueeze(1)
-        kinds = list(zip(*held, strict=True))
-        value, first, second = (torch.cat([t.index_select(0, slots).flatten(1) for t in kind], 1) for kind in kinds)
-        after = self._adamw(value, gradient, first, second, bank.steps[slots].unsqueeze(1), factor)
-        sizes = [gradient.shape[1] for gradient in gradients]
-        for kind, rows in zip(kinds, after, strict=True):
-            for tensor, row in zip(kind, rows.split(sizes, 1), strict=True):
-                tensor.index_copy_(0, slots, row.reshape(-1, *tensor.shape[1:]))
+        squares = [_squares(part) for part in rows]
+        unsound = self._note(rows, squares)
+        if unsound:
+            sound = [part.without(unsound) for part in rows if any(branch.id in unsound for branch in part.branches)]
+            rows = [part for part in rows if not any(branch.id in unsound for branch in part.branches)]
+            rows += [part for part in sound if part is not None and part.branches]
+            squares = [_squares(part) for part in rows]
+        if rows:
+            self._adamw(rows, torch.cat(squares), torch.cat([part.count() for part in rows]), factor)
+            for part in rows:
+                part.keep()
 
-    def _step_block(self, bank: BlockBank, branch: Branch, factor: float) -> None:
-        key = str(branch.slot)
-        named = [(name, p) for name, p in bank.blocks[key].named_parameters() if p.grad is not None]
-        if not named:
-            return
-        squares = torch.stack([p.grad.float().square().sum() for _, p in named]).sum().reshape(1)  # type: ignore[union-attr]
-        if not self._sound([branch], squares):
-            return
-        scale = _clip_scale(squares, self.learning.clip)
-        bank.steps[key] += 1
-        steps = torch.tensor(float(bank.steps[key]), device=squares.device)
-        for name, parameter in named:
-            first, second = bank.moments[key][name]
-            assert parameter.grad is not None
-            value, m, v = self._adamw(parameter, parameter.grad * scale, first, second, steps, factor)
-            parameter.copy_(value)
-            first.copy_(m)
-            second.copy_(v)
-
-    def _adamw(
-        self, value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, steps: Tensor, factor: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _adamw(self, rows: list[Rows], squares: Tensor, steps: Tensor, factor: float) -> None:
+        """In place; ``squares`` and ``steps`` ``[branches]`` in the order of ``rows``."""
         learning, (beta1, beta2) = self.learning, self.learning.betas
+        values, gradients, first, second = ([tensor for part in rows for tensor in kind(part)] for kind in _KINDS)
         rate = learning.lr * factor * (steps / learning.warmup).clamp(max=1.0)
-        first = beta1 * first + (1.0 - beta1) * gradient
-        second = beta2 * second + (1.0 - beta2) * gradient.square()
-        moved = (first / (1.0 - beta1**steps)) / ((second / (1.0 - beta2**steps)).sqrt() + learning.eps)
-        return value * (1.0 - rate * learning.weight_decay) - rate * moved, first, second
 
-    def _sound(self, group: list[Branch], squares: Tensor) -> bool:
-        """Note the gradient norms of a bank's branches and the failures among them; whether there was none. Waits for the device once."""
-        norms = squares.sqrt().tolist()
-        for branch, norm in zip(group, norms, strict=True):
+        def each(scalars: Tensor) -> list[Tensor]:
+            """A factor a branch, shaped for each of its tensors."""
+            parts = zip(rows, scalars.split([len(part.branches) for part in rows]), strict=True)
+            return [scalar.view(-1, *([1] * (tensor.dim() - 1))) for part, scalar in parts for tensor in part.values]
+
+        if learning.clip > 0.0:
+            gradients = torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)))
+        torch._foreach_mul_(first, beta1)
+        torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1.0 - beta2)
+        below = torch._foreach_div(second, each(1.0 - beta2**steps))
+        torch._foreach_sqrt_(below)
+        torch._foreach_add_(below, learning.eps)
+        moved = torch._foreach_mul(first, each(rate / (1.0 - beta1**steps)))
+        torch._foreach_div_(moved, below)
+        if learning.weight_decay:
+            torch._foreach_mul_(values, each(1.0 - rate * learning.weight_decay))
+        torch._foreach_sub_(values, moved)
+
+    def _note(self, rows: list[Rows], squares: list[Tensor]) -> set[int]:
+        """Note all gradient norms; the branches whose gradient is not finite. Waits for the device once."""
+        branches = [branch for part in rows for branch in part.branches]
+        unsound = set()
+        for branch, norm in zip(branches, torch.cat(squares).sqrt().tolist(), strict=True):
             self.norms[branch.id] = norm
             if not math.isfinite(norm):
                 self.failures[branch.id] = self.failures.get(branch.id, 0) + 1
-        return all(map(math.isfinite, norms))
+                unsound.add(branch.id)
+        return unsound
 
 
-def _clip_scale(squares: Tensor, clip: float) -> Tensor:
-    if clip <= 0.0:
-        return torch.ones_like(squares)
-    return (clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+_KINDS: tuple[Callable[[Rows], list[Tensor]], ...] = (
+    lambda part: part.values,
+    lambda part: part.gradients,
+    lambda part: part.first,
+    lambda part: part.second,
+)
+
+
+def _squares(part: Rows) -> Tensor:
+    """Squared L2 norm of each branch's gradient, float32 ``[A]``."""
+    norms = [torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in part.gradients]
+    return torch.stack(norms).square().sum(0)

@@ -30,6 +30,7 @@ from esper.hosts.cnn import CNNConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.seeds import TelemetryConfig
 from esper.training import attach
+from esper.training.device import keep_freed_memory
 from esper.training.grow import Grow
 from esper.training.port import NullPort
 
@@ -114,6 +115,11 @@ def _cnn() -> nn.Module:
     return CNNConfig(channels=[32, 64], blocks=1, stride=2).build(task, torch.Generator().manual_seed(0))
 
 
+def _wide_cnn() -> nn.Module:
+    task: Any = SimpleNamespace(name="images", input_shape=(3, 32, 32), outputs=10, inputs="real")
+    return CNNConfig(channels=[64, 128], blocks=1, stride=2).build(task, torch.Generator().manual_seed(0))
+
+
 def _small() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 10))
 
@@ -121,6 +127,7 @@ def _small() -> nn.Module:
 HOSTS = {
     "mlp": Host(MLP, (256, 784), ("fc1", "fc2"), 64),
     "cnn": Host(_cnn, (64, 1, 28, 28), ("stem", "stages.*.conv1", "stages.*.conv2"), 8),
+    "wide cnn": Host(_wide_cnn, (64, 3, 32, 32), ("stem", "stages.*.conv1", "stages.*.conv2"), 8),
     "small": Host(_small, (64, 64), ("0", "2"), 4),
 }
 
@@ -262,7 +269,7 @@ def line(row: Row) -> str:
     """One printed line."""
     met = "" if row.limit != row.limit else f"limit {row.limit:.2f} {'met' if row.ratio <= row.limit else 'MISSED'}"
     return (
-        f"{row.host:6}{row.arm:32}{row.p50_ms:9.3f} ms ({row.p20_ms:.3f} to {row.p80_ms:.3f})  × {row.ratio:6.3f} bare "
+        f"{row.host:9}{row.arm:32}{row.p50_ms:9.3f} ms ({row.p20_ms:.3f} to {row.p80_ms:.3f})  × {row.ratio:6.3f} bare "
         f"({row.ratio_p20:.3f} to {row.ratio_p80:.3f}; CPU time {row.cpu_ratio:.3f})  {met}"
     )
 
@@ -292,6 +299,7 @@ def main(argv: list[str]) -> int:
     unknown = [name for name in options.hosts.split(",") if name not in HOSTS]
     if unknown:
         raise UserError(f"There is no host '{unknown[0]}'; there are {', '.join(HOSTS)}.")
+    keep_freed_memory()  # as a run does
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     rows = []

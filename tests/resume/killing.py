@@ -18,6 +18,7 @@ from esper.config import RootConfig
 from esper.report.summary import read_summary
 from esper.running.resume import resume
 from esper.running.run import run
+from esper.training.checkpoint import store
 
 TIMED = ("seconds", "output", "environment", "bus")
 TABLES = ("metrics", "transitions", "gates", "seeds")
@@ -31,8 +32,10 @@ class Child:
     seconds: float
 
 
-def child(work: Callable[[], None], log: Path, kill_after_s: float | None = None) -> Child:
-    """Do ``work`` in a forked process whose output goes to ``log``; kill it after so many seconds, if it still lives."""
+def child(
+    work: Callable[[], None], log: Path, kill_after_s: float | None = None, kill_when: Callable[[], bool] = lambda: False
+) -> Child:
+    """Do ``work`` in a forked process whose output goes to ``log``; kill it after so many seconds, or when something is so."""
     began = time.monotonic()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -44,9 +47,9 @@ def child(work: Callable[[], None], log: Path, kill_after_s: float | None = None
         lived = time.monotonic() - began
         if found:
             return Child(os.waitstatus_to_exitcode(status), lived)
-        if kill_after_s is not None and lived >= kill_after_s:
+        if (kill_after_s is not None and lived >= kill_after_s) or kill_when():
             os.kill(process, signal.SIGKILL)
-            kill_after_s = None
+            return Child(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), lived)
         time.sleep(0.002)
 
 
@@ -67,6 +70,11 @@ def _be_child(work: Callable[[], None], log: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def reached(folder: Path, step: int) -> Callable[[], bool]:
+    """Whether the run in a folder has a checkpoint of that step or a later one."""
+    return lambda: any(int(kept.name) >= step for kept in store.checkpoints(folder / store.FOLDER))
 
 
 def start(config: RootConfig, folder: Path) -> None:

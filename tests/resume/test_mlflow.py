@@ -43,7 +43,7 @@ def test_the_history_has_neither_hole_nor_double(configure: Configure, tmp_path:
     whole = killing.child(lambda: killing.start(config, folders["whole"]), log)
     assert whole.code == 0, log.read_text()
     config = configure(*TRACKED, f"output={tmp_path / 'killed'}")
-    killed = killing.child(lambda: killing.start(config, folders["killed"]), log, kill_after_s=0.6 * whole.seconds)
+    killed = killing.child(lambda: killing.start(config, folders["killed"]), log, kill_when=killing.reached(folders["killed"], 150))
     assert killed.code == -9
     assert killing.child(lambda: killing.go_on(config, folders["killed"]), log).code == 0, log.read_text()
     assert killing.differences(folders["killed"], folders["whole"]) == []

@@ -35,19 +35,15 @@ def copied(finished: Path, tmp_path: Path, until: int | None = None) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("share", [0.35, 0.8])
+@pytest.mark.parametrize("step", [28, 64])
 def test_killed_and_resumed_it_leaves_what_an_undisturbed_run_leaves(
-    configure: Configure, finished: Path, tmp_path: Path, share: float
+    configure: Configure, finished: Path, tmp_path: Path, step: int
 ) -> None:
     config, log, folder = configure(f"output={tmp_path}"), tmp_path / "log", tmp_path / "day" / "run"
     folder.mkdir(parents=True)
-    whole = killing.child(lambda: killing.start(config, folder), log)
-    assert whole.code == 0, log.read_text()
-    shutil.rmtree(folder)
-    folder.mkdir()
-    killed = killing.child(lambda: killing.start(config, folder), log, kill_after_s=share * whole.seconds)
-    assert killed.code in (-9, 0)
-    assert killing.child(lambda: killing.go_on(config, folder), log).code == 0 or killed.code == 0, log.read_text()
+    killed = killing.child(lambda: killing.start(config, folder), log, kill_when=killing.reached(folder, step))
+    assert killed.code == -9
+    assert killing.child(lambda: killing.go_on(config, folder), log).code == 0, log.read_text()
     assert killing.differences(folder, finished) == []
 
 

@@ -122,7 +122,7 @@ def test_the_rate_follows_the_hosts_schedule_times_a_warm_up_of_its_own(name: st
     schedule = schedule or SCHEDULES[name](optimizer)
     seen: list[Any] = []
     original = grow.branch_optimizer._adamw
-    grow.branch_optimizer._adamw = lambda *a: (seen.append((a[-2].flatten().tolist(), a[-1])), original(*a))[1]  # type: ignore[method-assign]
+    grow.branch_optimizer._adamw = lambda *a: (seen.append((a[-2].tolist(), a[-1])), original(*a))[1]  # type: ignore[method-assign]
     factors = []
     for number in range(15):
         data = batch(number=number)
