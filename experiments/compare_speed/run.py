@@ -23,13 +23,16 @@ from esper.compare.store import ARM, BLOCK, KIND, SEED, SWEEP, pieces
 from esper.tracking.mlflow_store import experiment_id, quiet_client
 
 ARMS = 4
+METRICS, PARAMS, TAGS = 55, 6, 15  # of a child of `esper -m seed=0,1 grafting=linear,drift` in its store
 
 TEXT = """# How long does `esper compare` take on a large store?
 
-**Question.** A sweep of {arms} arms in a sqlite store of its own: how long from the command to the written figures?
+**Question.** A sweep of {arms} arms in a sqlite store of its own, every run with the {metrics} metrics, {params} parameters and {tags} tags
+that a run of the default sweep has: how long from the command to the written figures?
 
 **Command.** `python experiments/compare_speed/run.py --runs {counts}` (Python {python}, MLflow {mlflow}, {cores} cores;
-load average {load:.1f} when it ended, other programs sharing the cores). This file is written by it.
+load average of the last minute {before:.1f} when it began and {after:.1f} when it ended: the cores were shared with other programs as far as
+this exceeds 1). This file is written by it.
 
 | runs in the store | seconds, whole command | of them processor time | limit |
 |---|---|---|---|
@@ -55,9 +58,11 @@ def fill(folder: Path, runs: int) -> None:
             tags = {SWEEP: "speed", ARM: arm, BLOCK: "", SEED: str(seed), "mlflow.parentRunId": parent.info.run_id}
             run = client.create_run(experiment, tags=tags, run_name=f"{arm} seed={seed}").info.run_id
             values = {"final/test/accuracy": rng.normal(0.9, 0.01), "final/cost/macs": 1e9, "final/cost/seconds": 10.0}
-            values |= {f"curve/{i}": float(i) for i in range(40)}
+            values |= {f"curve/{i}": float(i) for i in range(METRICS - len(values))}
             metrics = [Metric(name, float(value), 0, 0) for name, value in values.items()]
-            client.log_batch(run, metrics=metrics, params=[Param("arm", arm)], tags=[RunTag("note", "made up")])
+            params = [Param("arm", arm), *(Param(f"made.up.{i}", "1") for i in range(PARAMS - 1))]
+            more = [RunTag(f"note.{i}", "made up") for i in range(TAGS - len(tags))]
+            client.log_batch(run, metrics=metrics, params=params, tags=more)
             client.set_terminated(run)
 
 
@@ -70,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, nargs="+", default=[100, 1000])
     given = parser.parse_args()
-    rows = []
+    rows, before = [], os.getloadavg()[0]
     for runs in given.runs:
         with tempfile.TemporaryDirectory() as folder:
             fill(Path(folder), runs)
@@ -86,7 +91,11 @@ def main() -> None:
         python=platform.python_version(),
         mlflow=mlflow.__version__,
         cores=os.cpu_count(),
-        load=os.getloadavg()[0],
+        before=before,
+        after=os.getloadavg()[0],
+        metrics=METRICS,
+        params=PARAMS,
+        tags=TAGS,
         rows="\n".join(rows),
     )
     (Path(__file__).parent / "README.md").write_text(text)
