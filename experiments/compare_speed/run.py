@@ -31,8 +31,8 @@ TEXT = """# How long does `esper compare` take on a large store?
 that a run of the default sweep has: how long from the command to the written figures?
 
 **Command.** `python experiments/compare_speed/run.py --runs {counts}` (Python {python}, MLflow {mlflow}, {cores} cores;
-load average of the last minute {before:.1f} when it began and {after:.1f} when it ended: the cores were shared with other programs as far as
-this exceeds 1). This file is written by it.
+load average of the last minute {before:.1f} when it began and {after:.1f} when it ended: the cores were shared with other
+programs as far as this exceeds 1). This file is written by it.
 
 | runs in the store | seconds, whole command | of them processor time | limit |
 |---|---|---|---|
