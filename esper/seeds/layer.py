@@ -23,7 +23,16 @@ class Attached:
     """Base of what else hangs on a model by a hook of its own, so that an export leaves it behind."""
 
 
-class SeedLayer(nn.Module):
+class Hidden:
+    """Base of what ``torch.compile`` must not look into, since every change in it would have the host compiled anew.
+
+    ``asleep`` is all that a compiled host knows of it: asleep, it is not in the graph at all; awake, the graph is left for it.
+    """
+
+    asleep = False
+
+
+class SeedLayer(nn.Module, Hidden):
     """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` as the present ``plan`` says.
 
     ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
@@ -73,7 +82,14 @@ class SeedLayer(nn.Module):
         module.register_forward_hook(self._on_output)
 
     def _on_output(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        return on_first(output, self)
+        if not torch.compiler.is_compiling():
+            return on_first(output, self)
+        return None if self.asleep else _outside_the_graph(self, output)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_the_graph(layer: SeedLayer, output: Any) -> Any:
+    return on_first(output, layer)
 
 
 def device_of(module: nn.Module) -> torch.device:

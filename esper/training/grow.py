@@ -260,6 +260,11 @@ class Grow:
         if self.garden.kernels is not None:
             self.garden.kernels.begin(upcoming)
         self.replay.wanted = bool(self.garden.in_stage(Stage.TRAINING, Stage.GRAFTING))
+        layers = self.garden.layers
+        asleep = not self.garden.branches.entries and not any(layer.recording is not None or layer.rooted for layer in layers)
+        if asleep != self.replay.asleep:
+            for hidden in (self.replay, *layers):
+                hidden.asleep = asleep  # all at once, so that a compiled host is compiled twice and never again
 
     def _skipped(self) -> bool:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale

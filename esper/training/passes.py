@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.seeds.layer import ATTRIBUTE, Attached
+from esper.seeds.layer import ATTRIBUTE, Attached, Hidden
 
 
-class DropoutReplay(Attached):
+class DropoutReplay(Attached, Hidden):
     """Remembers the global RNG as it was before the host's last forward, so that another forward draws the same masks."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -22,6 +22,13 @@ class DropoutReplay(Attached):
         self._handle = model.register_forward_pre_hook(self._remember)
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.look()
+        elif not self.asleep:
+            _outside_the_graph(self)
+
+    def look(self) -> None:
+        """Remember the RNG as it is now, if anybody wants it."""
         if self.wanted and torch.is_grad_enabled():
             self._state = torch.get_rng_state()
             self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
@@ -40,6 +47,11 @@ class DropoutReplay(Attached):
     def close(self) -> None:
         """Take the hook off the model."""
         self._handle.remove()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_the_graph(replay: DropoutReplay) -> None:
+    replay.look()
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:

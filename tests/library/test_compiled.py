@@ -1,0 +1,90 @@
+"""Under ``torch.compile`` a host is compiled once asleep and once awake: no stage, α, branch or telemetry compiles it anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from growing import batch, build, germinate, same, sample_loss, short
+from test_own_loop import attached, train
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from esper import attach
+from esper.lifecycle import Stage
+from esper.training.grow import Grow
+from esper.training.port import NullPort
+
+
+class Commands(NullPort):
+    """Germinates three seeds, two of them late, on two sites."""
+
+    def commands(self, tick: int) -> list[Any]:
+        asked = {1: germinate("fc1"), 45: germinate("fc2", 1), 60: germinate("fc1", 1)}
+        return [asked[tick]] if tick in asked else []
+
+
+def grow(model: torch.nn.Module) -> tuple[Grow, torch.optim.Optimizer]:
+    """Seeds on both hidden layers, with telemetry every ten ticks."""
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+    given: dict[str, Any] = {"loss": sample_loss, "judge": [batch("mlp", 900, 64)], "lifecycle": short(), "per_site": 2}
+    return attach(model, optimizer=optimizer, total_steps=400, sites=["fc1", "fc2"], port=Commands(), **given), optimizer
+
+
+def learn(step: int, model: Any, handle: Grow, optimizer: torch.optim.Optimizer) -> None:
+    """One step of a user's loop."""
+    data = batch("mlp", step)
+    loss = sample_loss(model, data).mean()
+    loss.backward()
+    handle.after_backward(data, loss.detach())
+    optimizer.step()
+    handle.tick(loss.detach())
+    optimizer.zero_grad()
+
+
+def test_a_seed_that_lives_through_all_stages_compiles_nothing_anew() -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, twin = build("mlp"), build("mlp")
+    compiled: Any = torch.compile(model, backend=counter)
+    handle, optimizer = grow(model)
+    other, second = grow(twin)
+    frames, stages = {}, set()
+    for step in range(110):
+        if step == 3:  # the first seed germinated at tick 1
+            settled = counter.frame_count
+        learn(step, compiled, handle, optimizer)
+        learn(step, twin, other, second)
+        stages |= {entry.stage for entry in handle.garden.branches.entries}
+        frames[step] = counter.frame_count
+    assert {Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING, Stage.FINE_TUNING} <= stages
+    assert Stage.FOSSILIZED in stages and len(handle.garden.branches.entries) == 3
+    assert frames[109] == settled, f"{frames[109] - settled} graphs were compiled while seeds lived"
+    assert handle.observer.branch_cards()[0]["path"] == other.observer.branch_cards()[0]["path"]
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_asleep_the_host_is_one_graph() -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = build("mlp")
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
+    handle, optimizer = attached(model, sites=["fc1", "fc2"], controller=None)
+    train(model, handle, optimizer, 5, compiled)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.GRAFTING])
+def test_compiled_and_eager_give_the_same_bits_for_a_model_that_draws_dropout_in_eager(stage: Stage) -> None:
+    """``backend="eager"`` keeps torch's own dropout: the shadow forward replays its masks through the compiled host."""
+    torch.compiler.reset()
+    results, steps = [], {Stage.TRAINING: 3, Stage.GRAFTING: 9}[stage]
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        model = build("dropout")
+        handle, optimizer = grow(model)
+        torch.manual_seed(3)
+        train(model, handle, optimizer, steps, wrap(model))
+        assert handle.garden.branches[0].stage is stage
+        results.append(model.state_dict())
+    same(*results)
