@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
@@ -37,7 +38,7 @@ class Gatekeeper:
         self.port = port
         self.records: dict[str, GateRecord] = {}
         self.diverged: set[int] = set()
-        self._said_spoiled = False
+        self._said_spoiled = self._said_deaf = False
 
     def ask(self, branch: Branch, target: Stage, tick: int) -> bool:
         """Whether the gate before ``branch.stage → target`` is open now (transitions without one always are)."""
@@ -47,6 +48,11 @@ class Gatekeeper:
         if gate in ("gain", "final_gain"):
             return self.look([branch], tick)[0]
         value, threshold = self._cheap(gate, branch)
+        if gate == "stability" and not self.loss.heard and not self._said_deaf:
+            self._said_deaf = True
+            text = "no training loss was given, so the gate 'stability' stays shut: give it to grow.tick(loss) or after_backward(batch, loss)"
+            self.port.alert(tick, "error", "no_training_loss", text, "", -1)
+            warnings.warn(f"esper: {text}", stacklevel=2)  # a loop of the user's own reads no alerts
         return self._answer(gate, branch, value, threshold, tick, 0)
 
     def look(self, branches: list[Branch], tick: int) -> list[bool]:

@@ -96,6 +96,7 @@ class Grow:
         self.initial_lr = [_initial_lr(group) for group in optimizer.param_groups] if optimizer is not None else []
         self._scale = 1.0
         self._last_batch: Any = None
+        self._losses: list[Tensor | float] = []
         self.steps = 0
         self.tick_number = 0
         self._begin(state)
@@ -114,9 +115,12 @@ class Grow:
     def after_backward(self, batch: Any, loss: Tensor | float | None = None) -> None:
         """Call after ``loss.backward()`` of each micro-batch, with that batch as the model saw it (on its device).
 
-        TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) spares a measuring forward.
+        TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) spares a measuring forward, and serves
+        where ``tick`` is given none.
         """
         self._last_batch = batch
+        if loss is not None:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         self._scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         if self.settings.count_macs:
             self._count(batch)
@@ -128,10 +132,11 @@ class Grow:
                 self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
 
     def tick(self, metric: Tensor | float | None = None) -> bool:
-        """Call after ``optimizer.step()``; ``metric`` is the step's training loss. Returns whether this was a tick.
+        """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of what ``after_backward`` was given.
 
-        A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
+        Returns whether this was a tick. A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
         """
+        losses, self._losses = self._losses, []
         if self._skipped():
             self.branch_optimizer.clear()
             self.objective.pending.clear()
@@ -144,8 +149,8 @@ class Grow:
         if learning:
             self.branch_optimizer.step(learning, self._lr_factor())
         self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
-        if metric is not None:
-            self.signal.update(float(metric))
+        if metric is not None or losses:
+            self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
         self.steps += 1
         if self.steps % self.settings.steps_per_tick == 0:
             self._boundary()
@@ -154,6 +159,7 @@ class Grow:
 
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
+        self._losses.clear()
         self.objective.pending.clear()
         self.objective.failed.clear()
         self.branch_optimizer.clear()

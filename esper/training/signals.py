@@ -18,9 +18,11 @@ class LossSignal:
     def __init__(self) -> None:
         self.fast = self.slow = float("nan")
         self.variance = 0.0
+        self.heard = False
 
     def update(self, loss: float) -> None:
         """Take in one tick's loss; a non-finite one spoils the averages until finite ones replace it."""
+        self.heard = True
         if not math.isfinite(self.fast):
             self.fast, self.slow, self.variance = loss, loss, 0.0
             return
@@ -45,6 +47,7 @@ class LossSignal:
     def load(self, state: dict[str, float]) -> None:
         """Take over a saved state."""
         self.fast, self.slow, self.variance = state["fast"], state["slow"], state["variance"]
+        self.heard = math.isfinite(self.fast)
 
 
 class WeightAverages:

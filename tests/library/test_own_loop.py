@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from growing import Loop, Net, batch, build, germinate, same, sample_loss, short
+from growing import Loop, Net, Notebook, batch, build, germinate, same, sample_loss, short
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
@@ -294,3 +294,26 @@ def test_models_on_which_seeds_cannot_live_are_refused_in_words() -> None:
     attached(carrying)
     with pytest.raises(UserError, match="carries seeds already"):
         attached(carrying)
+
+
+@pytest.mark.parametrize("given", ["tick", "after_backward", "never"])
+def test_the_stability_gate_hears_the_loss_wherever_it_is_given_and_says_when_it_never_is(given: str) -> None:
+    model, port = build("mlp"), Notebook({1: [germinate()]})
+    grow, optimizer = attached(model, controller=None, port=port, lifecycle=short(stability=0.1), accumulate=2)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for step in range(30):
+            for part in range(2):
+                data = batch("mlp", 2 * step + part)
+                loss = functional.cross_entropy(model(data[0]), data[1])
+                (loss / 2).backward()
+                grow.after_backward(data, loss.detach() if given == "after_backward" else None)
+            optimizer.step()
+            grow.tick(loss.detach() if given == "tick" else None)
+            optimizer.zero_grad()
+    reached = [name for name, _ in grow.garden.branches[0].path]
+    said = [str(one.message) for one in heard if "esper" in str(one.message)]
+    alerts = [alert for alert in port.alerts if alert[2] == "no_training_loss"]
+    assert ("EVALUATING" in reached) is (given != "never")
+    assert len(said) == len(alerts) == (given == "never")
+    assert given != "never" or "the gate 'stability' stays shut: give it to grow.tick(loss)" in said[0]
