@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +35,13 @@ def esper(tmp_path: Path) -> Run:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server_binary() -> Iterator[None]:
+    """ESPER_TEST_SERVER=/usr/bin/redis-server: the tests start that server where they would start the packaged Valkey."""
+    named = os.environ.get("ESPER_TEST_SERVER")
+    with pytest.MonkeyPatch.context() as patch:
+        if named:
+            patch.setattr("esper.bus.server.embedded._binary", lambda: Path(named))
+        yield
