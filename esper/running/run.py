@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_u
 from esper.tracking.reach import check_store
 from esper.training.device import choose_device, describe, keep_freed_memory, numerics
 from esper.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 #: What ends a run that can go on where it was stopped.
 STOPPED = (KeyboardInterrupt, ControllerSilent)
@@ -87,6 +90,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
         keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
         with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
             with keeper.listening(), profiled(trainer, keeper, config.trainer.profile, folder) as between:
+                log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
             keeper.saver.wait()
             progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second

@@ -2,7 +2,7 @@
 
     python experiments/sweep_speed/run.py --jobs 24            # the default run; writes README.md beside itself
 
-Needs a machine that does nothing else meanwhile.
+Best on a machine that does nothing else meanwhile; what else it does is in the load averages.
 """
 
 from __future__ import annotations
@@ -15,30 +15,37 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 TEXT = """# What does a sweep cost beside its runs?
 
-**Question.** {jobs} jobs of the default run{steps} on {cores} cores: how long as a sweep, against one after another, and
-how much is added to a job before its first step and after its last?
+**Question.** {jobs} jobs of the default run{steps} on {cores} cores: how long as a sweep, against one after another as single
+runs, and how long does a job take from its start to its first step?
 
-**Command.** `{command}` (Python {python}; load average {load:.1f} when it ended). This file is written by it.
+**Command.** `{command}` (Python {python}; load average of the last minute
+{before:.1f} when it began, {between:.1f} when the sweep began, {after:.1f} when it ended; a single run alone makes about 1, the sweep
+about {cores}, what exceeds that were other programs on the same cores). This file is written by it.
 
 | | seconds | |
 |---|---|---|
 | one after another | {single:.1f} | |
 | as a sweep | {sweep:.1f} | ratio {ratio:.2f}, limit 0.60 |
-| beside the step loop, single run, mean | {around_single:.1f} | |
-| beside the step loop, job of the sweep, mean | {around_job:.1f} | {added:+.1f} % of a run, limit +10 % |
+| start to first step, single run, mean | {start:.2f} | |
+| start to first step, job of the sweep, mean | {job:.2f} | {more:+.0f} % of a single run's, limit +10 % |
+| the same, without the first job of each worker | {reused:.2f} | |
+| before and after the steps, single run, mean | {around_single:.1f} | |
+| before and after the steps, job of the sweep, mean | {around_job:.1f} | |
+
+A single run starts Python, Hydra and its own tracker, and at its end logs its model and draws its figures; in a sweep workers and
+tracker are started once, and models and figures are left out unless asked for ([comparing](../../docs/comparing.md)).
 """
 
 
 def esper(*words: str) -> float:
     """Wall time of one command."""
     started = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "esper", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, "-m", "esper", *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
@@ -47,37 +54,68 @@ def loops(folder: Path, pattern: str) -> list[float]:
     return [json.loads(path.read_text())["seconds"]["total"] for path in folder.glob(pattern)]
 
 
+def first_step(log: Path) -> float:
+    """When the run in this log began its first step, in seconds since 1970."""
+    for line in log.read_text().splitlines():
+        if " INFO esper.running.run: step 1 of " in line:
+            return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f").timestamp()
+    raise ValueError(f"{log} does not say when the first step began")
+
+
+def single(folder: Path, seed: int, extra: list[str]) -> tuple[float, float]:
+    """Wall seconds of a run by itself, and those before its first step."""
+    began = time.time()
+    wall = esper(f"seed={seed}", f"output={folder}", *extra)
+    return wall, max(first_step(log) for log in folder.glob("*/*/esper.log")) - began
+
+
+def starts(folder: Path) -> list[float]:
+    """Seconds from the start of every job of a sweep to its first step, in the order in which the jobs began."""
+    began = {path.parent: path.stat().st_mtime - json.loads(path.read_text())["seconds"] for path in folder.glob("*/job.json")}
+    return [first_step(job / "job.log") - began[job] for job in sorted(began, key=lambda job: began[job])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=24)
     parser.add_argument("--steps", type=int, default=0, help="shorter runs, for a try")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of README.md")
     given = parser.parse_args()
     extra = [f"trainer.steps={given.steps}"] if given.steps else []
+    before, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        walls = [esper(f"seed={seed}", f"output={folder}/a", *extra) for seed in range(given.jobs)]
+        singles = [single(folder / "a", seed, extra) for seed in range(given.jobs)]
+        between = os.getloadavg()[0]
         words = ["-m", f"seed=range(0,{given.jobs})", f"output={folder}/b", f"hydra.sweep.dir={folder}/b/s", *extra]
         sweep = esper(*words)
         inside_single, inside_job = loops(folder, "a/*/*/summary.json"), loops(folder, "b/s/*/summary.json")
         jobs = [json.loads(path.read_text())["seconds"] for path in folder.glob("b/s/*/job.json")]
-    around_single = (sum(walls) - sum(inside_single)) / given.jobs
-    around_job = (sum(jobs) - sum(inside_job)) / given.jobs
+        started = starts(folder / "b" / "s")
+    alone = sum(wall for wall, _ in singles)
+    start, job = (sum(found) / given.jobs for found in ([first for _, first in singles], started))
+    reused = started[cores:] or [float("nan")]
     text = TEXT.format(
         jobs=given.jobs,
         steps=f" cut to {given.steps} steps" if given.steps else "",
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores,
         command=" ".join(["python experiments/sweep_speed/run.py", *sys.argv[1:]]),
         python=platform.python_version(),
-        load=os.getloadavg()[0],
-        single=sum(walls),
+        before=before,
+        between=between,
+        after=os.getloadavg()[0],
+        single=alone,
         sweep=sweep,
-        ratio=sweep / sum(walls),
-        around_single=around_single,
-        around_job=around_job,
-        added=100 * (around_job - around_single) / (sum(walls) / given.jobs),
+        ratio=sweep / alone,
+        start=start,
+        job=job,
+        more=100 * (job / start - 1),
+        reused=sum(reused) / len(reused),
+        around_single=(alone - sum(inside_single)) / given.jobs,
+        around_job=(sum(jobs) - sum(inside_job)) / given.jobs,
     )
     print(text)
-    (Path(__file__).parent / "README.md").write_text(text)
+    (given.out / "README.md").write_text(text)
 
 
 if __name__ == "__main__":
