@@ -18,7 +18,7 @@ from esper.config import RootConfig, config_hash, plain
 from esper.errors import UserError
 from esper.lifecycle.duration import parse
 from esper.training.checkpoint import store
-from esper.training.checkpoint.engine import topology, trainer_state
+from esper.training.checkpoint.engine import trainer_state
 from esper.training.checkpoint.saver import Retention, Saver
 from esper.training.checkpoint.store import Checkpoint, Copy
 from esper.training.trainer import Trainer
@@ -78,13 +78,14 @@ class Keeper:
         self.runner.hear()
         if self.port.external:
             self.port.checkpoint(trainer.grow.tick_number, "", "")  # for the controller to keep its own state here
-        state = {
+        state: dict[str, Any] = {
             "trainer": trainer_state(trainer),
             "controller": json.dumps(self.runner.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),
         }
-        return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, topology(trainer.grow), _score(trainer))
+        sites = state["trainer"]["grow"]["topology"]
+        return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
 
     def _settled(self) -> bool:
         self.port.barrier()

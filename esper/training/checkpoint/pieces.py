@@ -44,15 +44,15 @@ class Written:
 
 def write_bytes(path: Path, content: Content) -> Written:
     """Write ``content``, one after the other, and wait until the disk has it; a thread hashes beside the writing."""
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "esper-hash") as thread:
+    # Small stretches are gathered: every call of the system is a chance for two threads to wait for each other.
+    with path.open("wb", buffering=SMALL) as file, ThreadPoolExecutor(1, "esper-hash") as thread:
         digests = []
         for piece in _cut(content, PIECE):
             small = sum(map(len, piece)) < SMALL  # a thread of its own costs more
             digests.append(_digest(piece) if small else thread.submit(_digest, piece))
             for part in piece:
-                left = part
-                while left:
-                    left = left[file.write(left) :]
+                file.write(part)
+        file.flush()
         os.fsync(file.fileno())
         size = sum(map(len, content))
         return Written(size, PIECE, tuple(digest if isinstance(digest, str) else digest.result() for digest in digests))

@@ -78,7 +78,7 @@ def write(taken: Copy, folder: Path) -> Checkpoint:
         "parts": {name: part.card() for name, part in parts.items()},
     }
     manifest["sha256"] = _own_digest(manifest)
-    write_bytes(temporary / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    write_bytes(temporary / MANIFEST, [json.dumps(manifest).encode()])
     fsync_folder(temporary)
     target = folder / f"{taken.step:09d}"
     _throw_away(target)

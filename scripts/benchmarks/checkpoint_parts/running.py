@@ -1,0 +1,132 @@
+"""What keeping a run safe takes while it runs: a save every 100 steps against none, and a rollback in steps.
+
+Two trainers of one configuration take turns, 100 steps each; one of them saves at the beginning of its turn, so that its thread writes
+while the turn goes on. Ratios are of the whole turn; ``stall`` is the share of the turn in which training waited for the copy.
+A rollback is the governor's whole recovery: looking for a culprit, and host, optimizer and branches back at the last good snapshot.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esper.bus.messages import Germinate
+from esper.cli.compose import compose
+from esper.running.parts import build_trainer
+from esper.tasks.base import Task
+from esper.training.checkpoint import store
+from esper.training.checkpoint.engine import trainer_state
+from esper.training.checkpoint.saver import Retention, Saver
+from esper.training.checkpoint.store import Copy
+from esper.training.governor import Anomaly
+from esper.training.port import NullPort
+from esper.training.trainer import Trainer
+from scripts.benchmarks.checkpoint_parts.spent import Spent, spent
+
+HOSTS = {
+    "mlp": ("model.width=64",),
+    "cnn": ("model=cnn", "blueprint=conv"),
+    "transformer": ("task=text", "model=transformer", "blueprint=low_rank", "trainer.batch_size=8"),
+}
+#: The thread that writes takes a few milliseconds whatever the host: turns of the mlp's millisecond steps feel them, and have no limit.
+LIMITS = {
+    **{f"{name}: saving / none": limit for name, limit in (("mlp", math.nan), ("cnn", 1.01), ("transformer", 1.01))},
+    **{f"{name}: stall": 0.01 for name in HOSTS},
+    **{f"{name}: rollback / step": 2.0 for name in HOSTS},
+}
+BETWEEN = 100
+GROWN = 40
+COMMON = (
+    "trainer.steps=100000",
+    "trainer.validate_every=100%",
+    "trainer.governor_failures=1000000",
+    "lifecycle.training_min=2step",
+    "lifecycle.grafting_max=100%",
+    "grafting.ramp=50%",
+    "tracking=none",
+    "controller=none",
+)
+
+
+class Gardener(NullPort):
+    """Lets the first seed of every site germinate at tick 1; the branches are blended in as long as they are looked at."""
+
+    def __init__(self) -> None:
+        self.sites: list[str] = []
+
+    def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None:
+        """Now the sites are known."""
+        self.sites = [site["name"] for site in sites]
+
+    def commands(self, tick: int) -> list[Any]:
+        """All at once."""
+        return [Germinate(id=site, site=site, seed=0) for site in self.sites] if tick == 1 else []
+
+
+def grown(words: tuple[str, ...], tasks: dict[str, Task]) -> Trainer:
+    """A trainer with a branch being blended in at every site."""
+    config = compose([*COMMON, *words])
+    task = tasks.setdefault(config.task.name, config.task.build())
+    trainer = build_trainer(config, task, torch.device("cpu"), Gardener())
+    trainer.model.train()
+    _advance(trainer, GROWN)
+    return trainer
+
+
+def measure(turns: int, folder: Path) -> dict[str, list[Spent]]:
+    """The ratios of all hosts, one a repetition."""
+    found = {}
+    for name in HOSTS:
+        found[f"{name}: saving / none"], found[f"{name}: stall"] = saving(name, turns, folder)
+        found[f"{name}: rollback / step"] = rollback(name, turns)
+    return found
+
+
+def saving(name: str, turns: int, folder: Path) -> tuple[list[Spent], list[Spent]]:
+    """(turn with a save over turn without, share of a turn that training waited), one a pair of turns."""
+    tasks: dict[str, Task] = {}
+    saves, rests = grown(HOSTS[name], tasks), grown(HOSTS[name], tasks)
+    saver = Saver(folder / name, Retention())
+    ratios, stalls = [], []
+    for turn in range(turns + 1):  # the first is for warmth
+        if turn % 2:
+            rest, save = spent(lambda: _advance(rests, BETWEEN)), spent(lambda: _turn(saves, saver))
+        else:
+            save, rest = spent(lambda: _turn(saves, saver)), spent(lambda: _advance(rests, BETWEEN))
+        saver.wait()
+        if turn:
+            ratios.append(save.over(rest))
+            stalls.append(Spent(saver.stalled_s[-1], saver.stalled_s[-1]).over(rest))
+    return ratios, stalls
+
+
+def rollback(name: str, repeats: int) -> list[Spent]:
+    """Recovery over a step, one a repetition; the branches stay, as none of them did it."""
+    trainer = grown(HOSTS[name], {})
+    assert trainer.governor is not None and trainer.governor.snapshot is not None
+    governor, ratios = trainer.governor, []
+    for repeat in range(repeats + 1):
+        step = [spent(trainer.advance) for _ in range(5)]
+        batch = trainer._batch(trainer.outcome.steps)
+        took = spent(lambda batch=batch: governor.recover(Anomaly(trainer.outcome.steps, "measured"), batch))
+        if repeat:
+            ratios.append(took.over(sorted(step, key=lambda one: one.wall)[len(step) // 2]))
+    return ratios
+
+
+def _advance(trainer: Trainer, steps: int) -> None:
+    for _ in range(steps):
+        trainer.advance()
+
+
+def _turn(trainer: Trainer, saver: Saver) -> None:
+    saver.save(lambda: _copy(trainer))
+    _advance(trainer, BETWEEN)
+
+
+def _copy(trainer: Trainer) -> Copy:
+    state = {"trainer": trainer_state(trainer)}
+    return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, state["trainer"]["grow"]["topology"], None)
