@@ -6,7 +6,7 @@ offset    bytes   meaning
 0         2       ``b"ES"``
 2         1       schema version (``messages.SCHEMA_VERSION`` of the sender)
 3         1       zero, reserved
-4         4       CRC-32 (zlib, little-endian) of bytes 0–3 followed by everything from byte 8 on
+4         4       CRC-32 (that of zlib, little-endian) of bytes 0–3 followed by everything from byte 8 on
 8         …       msgpack array: run, producer, epoch, sequence, time, after, body
 ========  ======  ===========================================================================================
 
@@ -15,11 +15,11 @@ The checksum is verified before anything is parsed, so a corrupted message is re
 
 from __future__ import annotations
 
-import zlib
 from functools import reduce
 from operator import or_
 
 import msgspec
+from zlib_ng.zlib_ng import crc32
 
 from esper.bus.messages import BODIES, SCHEMA_VERSION, Message
 
@@ -71,7 +71,7 @@ def encode(envelope: Envelope) -> bytes:
     buffer[2] = SCHEMA_VERSION
     _encoder.encode_into(envelope, buffer, HEADER_BYTES)
     view = memoryview(buffer)
-    checksum = zlib.crc32(view[HEADER_BYTES:], zlib.crc32(view[:4]))
+    checksum = crc32(view[HEADER_BYTES:], crc32(view[:4]))
     buffer[4:8] = checksum.to_bytes(4, "little")
     view.release()
     return bytes(buffer)
@@ -84,7 +84,7 @@ def decode(wire: bytes | memoryview, limit: int = MAX_BYTES) -> Envelope:
     view = memoryview(wire)
     if len(view) < HEADER_BYTES or view[0:2] != MAGIC:
         raise Refused("malformed", "these bytes do not start like an esper message")
-    checksum = zlib.crc32(view[HEADER_BYTES:], zlib.crc32(view[:4]))
+    checksum = crc32(view[HEADER_BYTES:], crc32(view[:4]))
     if checksum != int.from_bytes(view[4:8], "little"):
         raise Refused("corrupt", "the checksum of a message does not match its bytes")
     version = view[2]
