@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.blueprints.call import PLAIN
 from esper.blueprints.geometry import Geometry
 from esper.errors import UserError
 from esper.fields import setting
@@ -94,6 +95,7 @@ class BlockBank(nn.Module):
         self.blocks = nn.ModuleDict()
         self.moments: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self.steps: dict[str, int] = {}
+        self.call = PLAIN
         self._site = [site]  # in a list: the host's block must not become a child of its own growth
         self._next = 0
 
@@ -143,12 +145,10 @@ class BlockBank(nn.Module):
             }
 
     def delta(self, slot: int, y: Tensor, learning: bool) -> Tensor:
-        """``B(y) − y``; without ``learning`` no gradient flows to the block's parameters."""
+        """``B(y) − y``, called as the host last called its own; without ``learning`` no gradient flows to the block's parameters."""
         block = self.blocks[str(slot)]
-        if learning:
-            return block(y) - y
-        frozen = {name: value.detach() for name, value in block.named_parameters()}
-        return torch.func.functional_call(block, frozen, (y,)) - y
+        frozen = None if learning else {name: value.detach() for name, value in block.named_parameters()}
+        return self.call.answer(block, y, frozen) - y
 
     def scale_gradient(self, slot: int, factor: float) -> None:
         """Multiply one block's gradients (undoing a loss scale)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.seeds.sites import first_tensor, quiet_evaluation
+from esper.seeds.sites import quiet_evaluation
 from esper.training.evaluate import evaluate
 from esper.training.passes import host_buffers, host_parameters
 from esper.training.trainer import Trainer

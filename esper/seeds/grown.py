@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.blueprints.call import PLAIN, Call, on_first
 from esper.blueprints.plain import linear
 
 
@@ -44,9 +45,9 @@ class GrownBlock(nn.Module):
         self.start, self.end, self.dim = 0, width, dim
         self.alpha = alpha
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[…]`` → the same shape."""
-        return self.alpha * (self.block(x) - x)
+    def forward(self, x: Tensor, call: Call = PLAIN) -> Tensor:
+        """``[…]`` → the same shape; ``call`` is how the host called its own block."""
+        return self.alpha * (call.answer(self.block, x) - x)
 
 
 class SharedHidden(nn.Module):
@@ -83,6 +84,7 @@ class GrownSite(nn.Module):
             self.branches = SharedHidden([branch.net for branch in branches])  # type: ignore[union-attr, misc]
         else:
             self.branches = nn.ModuleList(branch.net if _is_bare(branch) else branch for branch in branches)
+        self.blocks = any(isinstance(branch, GrownBlock) for branch in branches)
         self.spans = _spans(self.bounds, width)
         self.whole = all(bounds == (0, width) for bounds in self.bounds)
         self.tiled = [span[2] for span in self.spans] == [[number] for number in range(len(branches))]
@@ -90,10 +92,20 @@ class GrownSite(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """As the host's module, plus its branches (on the first of its outputs, where it gives several)."""
         output = self.module(*inputs, **named)
+        if self.blocks:
+            call = Call.of(inputs, named)
+            return on_first(output, lambda x: self._grown(x, call))
         return self._grown(output) if isinstance(output, Tensor) else on_first(output, self._grown)
 
-    def _grown(self, x: Tensor) -> Tensor:
-        added = self.branches(x) if self.shared else [branch(x) for branch in self.branches]  # type: ignore[attr-defined]
+    def __getattr__(self, name: str) -> Any:
+        return _of_module(self, name)
+
+    def _grown(self, x: Tensor, call: Call = PLAIN) -> Tensor:
+        if self.shared:
+            added = self.branches(x)
+        else:
+            branches = list(self.branches)  # type: ignore[call-overload]
+            added = [branch(x, call) if isinstance(branch, GrownBlock) else branch(x) for branch in branches]
         if added[0].dtype != x.dtype:
             added = [part.to(x.dtype) for part in added]
         if self.tiled:  # the branches fill the site, one beside the other
@@ -120,20 +132,23 @@ class Deepened(nn.Module):
         self.block = block
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """``B(module(x))``, on the first of the module's outputs, where it gives several."""
-        return on_first(self.module(*inputs, **named), self._deeper)
+        """``B(module(x))``, on the first of the module's outputs, where it gives several; ``B`` is called as the module was."""
+        output = self.module(*inputs, **named)
+        call = Call.of(inputs, named)
+        return on_first(output, lambda x: call.answer(self.block, x))
 
-    def _deeper(self, x: Tensor) -> Tensor:
-        y = self.block(x)
-        return y if isinstance(y, Tensor) else y[0]
+    def __getattr__(self, name: str) -> Any:
+        return _of_module(self, name)
 
 
-def on_first(output: Any, change: Any) -> Any:
-    """``output`` with ``change`` applied to it, or to its first element where it is a tuple or list."""
-    if isinstance(output, Tensor):
-        return change(output)
-    values = [change(output[0]), *output[1:]]
-    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+def _of_module(grown: nn.Module, name: str) -> Any:
+    """An attribute of ``grown``, or of the host's module that it took the place of: hosts ask their layers for their kind."""
+    try:
+        return nn.Module.__getattr__(grown, name)
+    except AttributeError:
+        if name in ("module", "_modules"):
+            raise
+        return getattr(nn.Module.__getattr__(grown, "module"), name)
 
 
 def _is_bare(branch: GrownBranch | GrownBlock) -> bool:

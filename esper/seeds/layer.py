@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
+from esper.blueprints.call import Call, on_first
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
-from esper.seeds.grown import on_first
 from esper.seeds.plan import Plan
 from esper.seeds.recording import Recording
 from esper.seeds.sites import Site
@@ -79,17 +79,27 @@ class SeedLayer(nn.Module, Hidden):
     def attach(self, module: nn.Module) -> None:
         """Hang on a module: as its child, so that ``to``, ``state_dict`` and DDP see it, and as its forward hook."""
         module.add_module(ATTRIBUTE, self)
-        module.register_forward_hook(self._on_output)
+        module.register_forward_hook(self._on_output, with_kwargs=True)
 
-    def _on_output(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _on_output(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
-            return on_first(output, self)
-        return None if self.asleep else _outside_the_graph(self, output)
+            return self.grown(inputs, named, output)
+        return None if self.asleep else _outside_the_graph(self, inputs, named, output)
+
+    def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        """The module's output with what grew on the first tensor in it."""
+        blocks = [bank for bank in self.banks.values() if isinstance(bank, BlockBank)] if self.banks else []
+        for bank in blocks:
+            bank.call = Call.of(inputs, named)
+        result = on_first(output, self)
+        for bank in blocks:
+            bank.call = bank.call.detached()  # an objective may still ask for the block's answer
+        return result
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_the_graph(layer: SeedLayer, output: Any) -> Any:
-    return on_first(output, layer)
+def _outside_the_graph(layer: SeedLayer, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    return layer.grown(inputs, named, output)
 
 
 def device_of(module: nn.Module) -> torch.device:

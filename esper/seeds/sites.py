@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.blueprints import Geometry
+from esper.blueprints.call import first_tensor
 from esper.errors import UserError
 from esper.seeds.roles import ROLES, is_linear, watching
 
@@ -31,13 +32,6 @@ class Site:
 class _Seen:
     output: torch.Size
     same_shape: bool
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The activation in a module's output: the tensor itself, or the first element of a tuple or list."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
 
 
 def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forward, blocks: bool = False) -> list[Site]:
@@ -99,15 +93,15 @@ def _is_container(module: nn.Module) -> bool:
 def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = {}
 
-    def remember(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensor, source = first_tensor(output), first_tensor(inputs)
+    def remember(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+            tensor, source = first_tensor(output), first_tensor(inputs or named)
             if tensor is not None:
                 seen[name] = _Seen(tensor.shape, source is not None and source.shape == tensor.shape)
 
         return hook
 
-    handles = [module.register_forward_hook(remember(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(remember(name), with_kwargs=True) for name, module in modules.items()]
     try:
         with quiet_evaluation(model):
             forward()

@@ -23,6 +23,7 @@ from esper.lifecycle.duration import parse
 from esper.seeds import Garden, Site, TelemetryConfig, find_sites
 from esper.seeds.garden import AnyBlueprint
 from esper.seeds.layer import device_of
+from esper.seeds.trial import refuse_unanswering
 from esper.training.checkpoint.attached import read_state
 from esper.training.fitness import fit
 from esper.training.grow import Grow, GrowSettings
@@ -96,8 +97,11 @@ def attach(
     patterns = [sites] if isinstance(sites, str) else list(sites)
     per_site = 1 if isinstance(chosen, Block) else per_site
     moved = to_device(sample, device_of(model))
-    found = find_sites(model, patterns, per_site, probing(loss, model, moved), blocks=isinstance(chosen, Block))
+    forward = probing(loss, model, moved)
+    found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
     _refuse_misfits(chosen, found)
+    if isinstance(chosen, Block):
+        refuse_unanswering(model, found, forward)
     steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
     total_ticks = max(1, total_steps // steps_per_tick)
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
