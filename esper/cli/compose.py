@@ -50,13 +50,10 @@ def check_jobs(words: Sequence[str], multirun: bool) -> None:
     """
     with _session():
         parsed = overrides.parse(words)
-        if not multirun:
+        composed = _compose(next(_jobs(parsed)))
+        if not (multirun or composed.multirun):
             overrides.check_single(parsed)
-            composed = _compose(parsed)
-            if not composed.multirun:
-                return
-        else:
-            composed = _compose(next(_jobs(parsed)))
+            return
         typed = {overrides.key_of(override) for override in parsed}
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
         for job in _jobs(parsed):

@@ -128,7 +128,10 @@ def test_an_option_named_like_a_number_is_an_option(esper: Run) -> None:
 def test_a_sweep_is_checked_value_by_value_also_when_a_file_asks_for_it() -> None:
     check_jobs(["seed=range(0,3)", "grafting=linear,drift"], multirun=True)
     check_jobs(["hydra.mode=MULTIRUN", "+hydra.sweeper.params.seed='1,2'"], multirun=False)
+    check_jobs(["experiment=controls", "seed=0,1"], multirun=False)
     from esper.errors import UserError
 
+    with pytest.raises(UserError, match="add --multirun"):
+        check_jobs(["seed=0,1"], multirun=False)
     with pytest.raises(UserError, match="seed=x is not accepted"):
         check_jobs(["hydra.mode=MULTIRUN", "+hydra.sweeper.params.seed='1,x'"], multirun=False)
