@@ -31,6 +31,10 @@ class ParquetFiles:
     wants_model = False
     called = "writing the Parquet files"
 
+    def __init__(self) -> None:
+        """Import the library here, before training begins: in the tracker's thread that would hold up the steps."""
+        import pyarrow.parquet  # noqa: F401
+
     def open(self, record: RunRecord) -> None:
         """Find out which life of the run this is; finished files of an earlier one become its parts."""
         self._folder = Path(record.folder)
