@@ -31,6 +31,10 @@ class Branch:
     path: list[tuple[str, int]] = field(default_factory=list)
     gain: float = float("nan")
     bound: float = float("nan")
+    unsound: bool = False
+    """Whether it gave non-finite values when it last ran (told of fossils, which stay)."""
+    overflows: int = 0
+    """Steps in a row at which its gradient was not finite under a loss scale."""
 
 
 class BranchTable:

@@ -68,7 +68,7 @@ class Advance:
         table.grafting[ids] = out.state
         for branch, abort in zip(branches, out.abort.tolist(), strict=True):
             if abort:
-                self.trouble[branch.id] = f"grafting strategy {branch.strategy} gave up: a signal is not finite"
+                self.trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} gave up: a signal is not finite")
         return {branch.site for branch in branches}
 
     def context(self, branches: list[Branch]) -> GraftingContext:

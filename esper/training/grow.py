@@ -33,7 +33,7 @@ from esper.training.life import Life
 from esper.training.macs import Meter
 from esper.training.objectives import Objective
 from esper.training.observing import Observer
-from esper.training.optimizer import BranchLearning, BranchOptimizer
+from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 from esper.training.passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
 from esper.training.port import NullPort, Port
 from esper.training.signals import LossSignal
@@ -147,7 +147,8 @@ class Grow:
         if self.observer.due:
             self.observer.note_gradients(self._scale)
         if learning:
-            self.branch_optimizer.step(learning, self._lr_factor())
+            scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
+            self.branch_optimizer.step(learning, self._lr_factor(), frozenset(scaled))
         self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
         if metric is not None or losses:
             self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
@@ -222,14 +223,18 @@ class Grow:
                     group.forwards = 0
         rates.update({branch: 1.0 for branch in self.objective.failed})
         rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
+        scaled = "" if self._scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self._scale:g}"
+        for branch in self.branch_optimizer.failures:
+            self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"
         self.objective.failed.clear()
         self.branch_optimizer.failures.clear()
         self.advance.error_rates = rates
-        for branch, rate in rates.items():
-            if rate > 0 and self.garden.branches[branch].stage is Stage.FOSSILIZED:
-                site = self.garden.sites[self.garden.branches[branch].site].name
-                text = f"the fossilized branch {branch} at {site} gave non-finite values; they were left out"
-                self.port.alert(self.tick_number, "error", "fossil_not_finite", text, site, self.garden.branches[branch].seed)
+        for branch, rate in ((self.garden.branches[number], rate) for number, rate in rates.items()):
+            if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
+                site = self.garden.sites[branch.site].name
+                text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
+                self.port.alert(self.tick_number, "error", "fossil_not_finite", text, site, branch.seed)
+            branch.unsound = rate > 0
 
     def _measure_counterfactuals(self) -> None:
         if self._last_batch is None or self.tick_number % self.settings.telemetry.every:

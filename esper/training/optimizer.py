@@ -32,21 +32,32 @@ class BranchLearning:
     clip: float = 0.0
 
 
+PATIENCE = 10
+"""Steps in a row for which a branch's gradient may overflow under a loss scale. The scale may still fall, as it does while it
+is being found; a branch that overflows longer would never learn at the scale that suits its host."""
+
+
 class BranchOptimizer:
-    """Steps the learning branches of a garden; ``failures`` counts steps refused for a non-finite gradient, by branch."""
+    """Steps the learning branches of a garden; ``failures`` counts steps refused for a non-finite gradient, by branch.
+
+    Of a gradient that was scaled for half precision, only the last of ``PATIENCE`` such steps in a row is a failure.
+    """
 
     def __init__(self, garden: Garden, learning: BranchLearning) -> None:
         self.garden = garden
         self.learning = learning
         self.failures: dict[int, int] = {}
         self.norms: dict[int, float] = {}
+        self.scaled: frozenset[int] = frozenset()
 
     @torch.no_grad()
-    def step(self, branches: list[Branch], factor: float) -> None:
+    def step(self, branches: list[Branch], factor: float, scaled: frozenset[int] = frozenset()) -> None:
         """One step of the given branches with ``lr · factor · warm-up``; uses and then drops the gradients at hand.
 
-        ``norms`` then holds the L2 norm of the gradient of each branch that had one, before clipping.
+        ``scaled`` are the branches whose gradient came in under a loss scale. ``norms`` then holds the L2 norm of the gradient
+        of each branch that had one, before clipping; one that overflowed under the scale has none.
         """
+        self.scaled = scaled
         rows: list[Rows] = []
         for (site, blueprint), group in by_bank(branches).items():
             bank = self.garden.layers[site].bank(blueprint)
@@ -108,10 +119,16 @@ class BranchOptimizer:
         branches = [branch for part in rows for branch in part.branches]
         unsound = set()
         for branch, norm in zip(branches, torch.cat(squares).sqrt().tolist(), strict=True):
-            self.norms[branch.id] = norm
-            if not math.isfinite(norm):
+            if math.isfinite(norm):
+                self.norms[branch.id], branch.overflows = norm, 0
+                continue
+            unsound.add(branch.id)
+            if branch.id in self.scaled:
+                branch.overflows += 1
+            else:
+                self.norms[branch.id] = norm
+            if branch.id not in self.scaled or branch.overflows >= PATIENCE:
                 self.failures[branch.id] = self.failures.get(branch.id, 0) + 1
-                unsound.add(branch.id)
         return unsound
 
 

@@ -20,7 +20,7 @@ class SlotRows:
         slots = [branch.slot for branch in branches]
         self.branches, self._bank = branches, bank
         self._whole = slots == list(range(bank.capacity))
-        self._slots = torch.tensor(slots, device=bank.steps.device)
+        self._slots = torch.tensor(slots, dtype=torch.int64, device=bank.steps.device)
         self._kept = held
         self.values, self.first, self.second = ([self._rows(row[kind]) for row in held] for kind in range(3))
         self.gradients = [self._rows(stack.grad) for stack, _, _ in held if stack.grad is not None]

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler as schedules
 from esper.bus.messages import ApplyTogether, Cancel, ChangeStrategy, EmergencyStop, PauseGrafting, RequestReport, Selector
 from esper.lifecycle import Stage
 from esper.training import attach
-from esper.training.optimizer import BranchLearning, BranchOptimizer
+from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 
 S = Stage
 
@@ -266,3 +266,68 @@ def test_the_loss_scale_is_undone_for_the_task_alone():
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
     assert scaled_norm == pytest.approx(norm, rel=1e-2)
     torch.testing.assert_close(row[6:9], scaled_row[6:9], rtol=2e-2, atol=1e-6)
+
+
+class Halved:
+    """A loop in half precision with a branch in GRAFTING whose gradient alone overflows: its weights out are large, in tiny."""
+
+    def __init__(self, scale: float) -> None:
+        self.model = HOSTS["mlp"]()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.01)
+        self.scaler = torch.amp.GradScaler(device="cpu", init_scale=scale, growth_interval=1000)
+        self.port = Notebook({1: [germinate()]})
+        self.grow = attach(
+            self.model, loss=self.loss, total_steps=400, optimizer=self.optimizer, judge=[batch()], port=self.port, scaler=self.scaler,
+            per_site=2, lifecycle=short(), sites="fc1",
+        )  # fmt: skip
+        self.number = 0
+        while not any(float(alpha) > 0.1 for alpha in self.grow.garden.branches.alpha):
+            self.step()
+        self.branch = self.grow.garden.branches[0]
+        self.bank = self.grow.garden.layers[0].bank("mlp")
+        with torch.no_grad():
+            self.bank.stacks["w1"][self.branch.slot] *= 1e-5
+            self.bank.stacks["w2"][self.branch.slot] = 3e4
+            self.bank.stacks["b1"][self.branch.slot] = 1e-6
+
+    def loss(self, model, data):
+        with torch.autocast("cpu", torch.float16):
+            output = model(data[0])
+        return torch.nn.functional.cross_entropy(output.float(), data[1], reduction="none")
+
+    def step(self) -> None:
+        data = batch(number=self.number)
+        value = self.loss(self.model, data).mean()
+        self.scaler.scale(value).backward()
+        self.grow.after_backward(data, value.detach())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        assert self.grow.tick(value.detach()), "the host's own gradient is finite"
+        self.optimizer.zero_grad()
+        self.number += 1
+
+
+def test_a_gradient_that_overflows_under_a_loss_scale_is_skipped_until_it_persists():
+    loop = Halved(2.0**14)
+    values = {name: stack.detach().clone() for name, stack in loop.bank.stacks.items()}
+    host = [p.detach().clone() for p in loop.optimizer.param_groups[0]["params"]]
+    for count in range(1, PATIENCE):
+        loop.step()
+        assert loop.branch.stage is S.GRAFTING and loop.branch.overflows == count
+        assert all(torch.equal(values[name], stack) for name, stack in loop.bank.stacks.items()), "the step was skipped"
+    loop.step()
+    assert loop.branch.stage is S.CULLED
+    assert f"its gradient was not finite, {PATIENCE} steps in a row under a loss scale of 16384" in loop.port.transitions[-1][6]
+    now = loop.optimizer.param_groups[0]["params"]
+    assert all(p.isfinite().all() for p in now) and not torch.equal(host[0], now[0])
+
+
+def test_a_branch_learns_on_when_the_scale_has_fallen():
+    loop = Halved(2.0**14)
+    taken = int(loop.bank.steps[loop.branch.slot])
+    for _ in range(PATIENCE - 1):
+        loop.step()
+    loop.scaler.update(4.0)
+    loop.step()
+    assert loop.branch.overflows == 0 and loop.branch.stage is S.GRAFTING
+    assert int(loop.bank.steps[loop.branch.slot]) == taken + 1

@@ -164,3 +164,25 @@ def test_rarely_failing_is_borne_and_a_failing_strategy_is_not():
     loop.grow.advance.trouble[branch.id] = "grafting strategy linear gave up: a signal is not finite"
     loop.grow.advance.finish(loop.grow.tick_number)
     assert branch.stage is S.CULLED and "gave up" in loop.port.transitions[-1][6]
+
+
+def test_a_fossil_is_told_of_once_and_again_when_it_fails_anew():
+    loop, branch = brought_to(S.FOSSILIZED)
+    bank = loop.grow.garden.layers[0].bank("mlp")
+    sound = {name: stack.detach()[branch.slot].clone() for name, stack in bank.stacks.items()}
+
+    def said() -> list[int]:
+        return [alert[0] for alert in loop.port.alerts if alert[2] == "fossil_not_finite"]
+
+    poison(loop, branch, "nan")
+    loop.run(6)
+    first = loop.grow.tick_number - 5
+    assert said() == [first], "six ticks, one alert"
+    with torch.no_grad():
+        for name, stack in bank.stacks.items():
+            stack[branch.slot] = sound[name]
+    loop.run(3)
+    poison(loop, branch, "inf")
+    loop.run(4)
+    assert said() == [first, first + 9]
+    assert branch.stage is S.FOSSILIZED and branch.alive
