@@ -12,7 +12,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from esper.cli import conf, overrides
@@ -28,6 +28,7 @@ class Composed:
     config: RootConfig
     multirun: bool
     sweep: dict[str, str]
+    tree: DictConfig
 
 
 def compose(words: Sequence[str]) -> RootConfig:
@@ -56,8 +57,13 @@ def check_jobs(words: Sequence[str], multirun: bool) -> None:
             return
         typed = {overrides.key_of(override) for override in parsed}
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
-        for job in _jobs(parsed):
-            _compose(job)
+        jobs = _jobs(parsed)
+        tree = _compose(next(jobs)).tree
+        for job, changed in zip(jobs, _further(parsed), strict=True):
+            if overrides.is_group(changed) or overrides.is_hydras(changed):
+                _compose(job)
+            else:  # a seed in a thousand needs no composition of its own
+                _check_value(tree, changed)
 
 
 def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
@@ -112,6 +118,22 @@ def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
             yield job(index, value)
 
 
+def _further(parsed: list[Override]) -> Iterator[Override]:
+    """The override that the jobs of ``_jobs`` after the first differ in."""
+    for item in parsed:
+        if item.is_sweep_override():
+            for text in list(item.sweep_string_iterator())[1:]:
+                yield _with_value(item, text)
+
+
+def _check_value(tree: DictConfig, item: Override) -> None:
+    """Refuses a value of a setting, the rest of the configuration being as composed."""
+    changed = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
+    with open_dict(changed):
+        OmegaConf.update(changed, overrides.key_of(item), item.value(), merge=False)
+    from_hydra(changed, dict(tree.hydra.runtime.choices))
+
+
 def _with_value(sweep: Override, text: str) -> Override:
     return overrides.parse([f"{sweep.get_key_element()}={text}"])[0]
 
@@ -135,4 +157,4 @@ def _compose(parsed: list[Override]) -> Composed:
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
     config = from_hydra(tree, dict(internals.runtime.choices))
     sweep = {str(key): str(value) for key, value in (internals.sweeper.get("params") or {}).items()}
-    return Composed(config, str(internals.mode).endswith("MULTIRUN"), sweep)
+    return Composed(config, str(internals.mode).endswith("MULTIRUN"), sweep, tree)

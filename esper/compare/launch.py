@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf, open_dict
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from esper.cli.compose import from_hydra
 from esper.compare.arms import Job, Layout, lay_out
+from esper.compare.composing import composed
 from esper.compare.jobs import Prepared
 from esper.compare.sweep import Sweep, resume_command, run_sweep
 from esper.compare.workers import environments
@@ -55,9 +56,7 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
 
 def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int) -> Prepared:
     """The job's checked config and folder."""
-    config = launcher.context.config_loader.load_sweep_config(launcher.config, list(overrides))
-    with open_dict(config):
-        config.hydra.job.id = config.hydra.job.num = number
+    config = composed(launcher, overrides, number)
     HydraConfig.instance().set_config(config)
     choices = {key: str(value) for key, value in config.hydra.runtime.choices.items() if value is not None}
     sweep = Path(str(config.hydra.sweep.dir)).resolve()

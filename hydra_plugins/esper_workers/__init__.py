@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+
+class BasicSweeper(basic_sweeper.BasicSweeper):
+    """``hydra/sweeper=once``: Hydra's own, without composing every job only to see whether it can be composed."""
+
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        """Nothing: ``esper.cli.compose.check_jobs`` has looked at every value, and the launcher composes the jobs."""
 
 
 class WorkersLauncher(Launcher):
@@ -25,6 +33,7 @@ class WorkersLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
         self.context, self.config = hydra_context, config
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs and judge the arms."""

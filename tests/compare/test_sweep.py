@@ -164,3 +164,20 @@ def test_the_controls_end_in_a_figure_and_a_sentence(tmp_path: Path) -> None:
     assert macs["scratch_macs"] == pytest.approx(macs["grown"], rel=0.03)
     assert macs["host"] < macs["grown"] < macs["all_on"]
     assert (tmp_path / "s" / "figures" / "cost.png").stat().st_size > 10_000
+
+
+def test_jobs_that_differ_in_their_seed_alone_are_composed_once_and_are_what_they_would_be(tmp_path: Path, monkeypatch: Any) -> None:
+    from esper.app import main
+    from esper.cli.compose import compose
+    from esper.compare import launch
+
+    seen: list[Any] = []
+    monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: seen.append(sweep))
+    monkeypatch.chdir(tmp_path)
+    words = ["optimizer.weight_decay='${seed}'", "tracking=none"]
+    main(["-m", "grafting=linear,drift", "seed=range(0,3)", *words, "hydra.sweep.subdir='${seed}-${grafting.name}'"])
+    (sweep,) = seen
+    assert [(one.config.grafting.name, one.config.seed) for one in sweep.jobs] == [(g, s) for g in ("linear", "drift") for s in range(3)]
+    for one in sweep.jobs:
+        assert one.config == compose([f"grafting={one.config.grafting.name}", f"seed={one.config.seed}", *words])
+        assert one.folder.name.startswith(f"{one.config.seed}-{one.config.grafting.name}-")
