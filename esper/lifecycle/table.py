@@ -28,7 +28,10 @@ RESTING = frozenset((Stage.DORMANT, Stage.FOSSILIZED))
 
 
 class SeedTable:
-    """Columns as tensors of shape ``[rows]``; ``branch`` is −1 where nothing grew, ``score`` NaN where nothing was judged."""
+    """Columns as tensors of shape ``[rows]``; ``branch`` is −1 where nothing grew, ``score`` NaN where nothing was judged.
+
+    ``age`` counts ticks in the stage, but of resting seeds is minus the tick at which they began to rest: ``ages`` reads both.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -92,6 +95,16 @@ class SeedTable:
         for wanted in stages:
             mask |= stage == int(wanted)
         return mask.nonzero().flatten().tolist()
+
+    def rest(self, row: int, tick: int) -> None:
+        """Note the tick at which a seed's rest began. A tick makes no resting seed older, so ``age`` holds minus that tick."""
+        self.columns["age"][row] = -tick
+
+    def ages(self, rows: slice, tick: int) -> Tensor:
+        """Ticks that these seeds have been in their stages at ``tick``, resting ones too, int32."""
+        stage, age = self.columns["stage"][rows], self.columns["age"][rows]
+        resting = (stage == int(Stage.DORMANT)) | (stage == int(Stage.FOSSILIZED))
+        return torch.where(resting, tick + age, age)
 
     def counts(self) -> dict[str, int]:
         """Number of seeds in each stage, by stage name."""

@@ -91,7 +91,7 @@ class Grow:
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
         self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.signal)
         self.branch_optimizer = BranchOptimizer(garden, settings.learning)
-        self.observer = Observer(garden, settings.telemetry, self.objective)
+        self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
         self.initial_lr = [_initial_lr(group) for group in optimizer.param_groups] if optimizer is not None else []
         self._scale = 1.0

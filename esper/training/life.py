@@ -11,6 +11,7 @@ from esper.grafting import CONFIGS as STRATEGY_CONFIGS
 from esper.grafting import STRATEGY_NAMES, GraftingConfig
 from esper.grafting.state import initial_state
 from esper.lifecycle import Machine, Stage
+from esper.lifecycle.table import RESTING
 from esper.lifecycle.transitions import BLENDED
 from esper.seeds import Branch, Garden
 from esper.training.objectives import Objective
@@ -77,6 +78,8 @@ class Life:
         branch = self.garden.branch_at(row)
         source = self.machine.table.stage_of(row)
         self.machine.apply(row, target, cause)
+        if target in RESTING:
+            self.machine.table.rest(row, self.tick)
         if branch is not None:
             self._carry_out(branch, source, target)
         self._say(row, branch, source, target, cause)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,13 @@ FIRST = COLUMNS.index(MEASURED[0])
 
 
 class Observer:
-    """Reads the seeds of a garden every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one."""
+    """Reads the seeds of a garden every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one, ``tick`` which is now."""
 
-    def __init__(self, garden: Garden, config: TelemetryConfig, objective: Objective) -> None:
+    def __init__(self, garden: Garden, config: TelemetryConfig, objective: Objective, tick: Callable[[], int]) -> None:
         self.garden = garden
         self.config = config
         self.objective = objective
+        self.tick = tick
         self.due = False
         self._gradient_ratio: dict[int, float] = {}
         self._gradient_norms: list[Tensor] = []
@@ -92,7 +93,7 @@ class Observer:
             seeds, first = site.geometry.seeds, self.garden.first_row[number]
             rows = torch.full((seeds, len(COLUMNS)), float("nan"))
             span = slice(first, first + seeds)
-            rows[:, 0], rows[:, 9], rows[:, 10] = table.stage[span], table.age[span], table.generation[span]
+            rows[:, 0], rows[:, 9], rows[:, 10] = table.stage[span], table.ages(span, self.tick()), table.generation[span]
             rows[:, 1] = rows[:, 7] = 0.0
             rows[:, 11] = table.score[span]
             recording = layer.recording
@@ -119,7 +120,7 @@ class Observer:
         garden, table = self.garden, self.garden.table
         measured = self.health[garden.site_of(row)][garden.seed_of(row)].tolist()
         alphas = [float(garden.branches.alpha[branch.id]) for branch in garden.branches.living() if branch.row == row]
-        known = [float(column[row]) for column in (table.age, table.generation, table.score)]
+        known = [float(table.ages(slice(row, row + 1), self.tick())), float(table.generation[row]), float(table.score[row])]
         return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]
 
     def site_cards(self) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def test_a_dormant_seeds_health_is_its_chunks():
     chunk, values = activation[:, start:end], row(loop, "fc1", 1)
     others = torch.cat([activation[:, :start], activation[:, end:]], 1).mean(1)
     expected = {
-        "stage": 0.0, "alpha": 0.0, "age": 0.0, "generation": 0.0, "branch_rms_ratio": 0.0,
+        "stage": 0.0, "alpha": 0.0, "age": 3.0, "generation": 0.0, "branch_rms_ratio": 0.0,
         "mean": float(chunk.mean()),
         "near_zero": float((chunk.abs() < 0.2).float().mean()),
         "correlation": float(torch.corrcoef(torch.stack([chunk.mean(1), others]))[0, 1]),
@@ -184,3 +184,25 @@ def test_the_stopwatch_adds_up_by_name():
             pass
     assert 0.0 <= clock.seconds["judge"] <= clock.total
     assert untimed([(1, "cost/judge_seconds", 1.0)]) == []
+
+
+def test_age_is_the_ticks_in_the_stage_of_resting_seeds_too():
+    """At every tick of a run in which seeds are culled, rest, and become fossils; the last rows as a command's predicate sees them."""
+    loop = Loop(settings={"telemetry": TelemetryConfig(every=1), "lifecycle": short(fade="2step")}, commands={1: [germinate()]})
+    loop.until(S.GRAFTING)
+    loop.port.script |= {loop.grow.tick_number + 1: [germinate("fc2", 1)]}
+    loop.run(80)
+    entered: dict[tuple[str, int], int] = {(site, seed): 0 for site in ("fc1", "fc2") for seed in range(2)}
+    moved = [(said[0], said[1], said[2]) for said in loop.port.transitions]
+    seen = set()
+    for tick, site, rows in loop.port.rows:
+        for seed in range(2):
+            entered |= {(at, number): when for when, at, number in moved if when <= tick and (at, number) == (site, seed)}
+            found = dict(zip(COLUMNS, rows[seed].tolist(), strict=True))
+            assert found["age"] == tick - entered[site, seed], (tick, site, seed, S(int(found["stage"])).name)
+            seen.add(S(int(found["stage"])))
+    assert {S.DORMANT, S.CULLED, S.FOSSILIZED} <= seen
+    ages = COLUMNS.index("age")
+    garden = loop.grow.garden
+    assert [loop.grow.observer.row(n)[ages] for n in range(2)] == [float(loop.grow.tick_number - entered["fc1", n]) for n in range(2)]
+    assert garden.table.age.max() <= loop.grow.tick_number
