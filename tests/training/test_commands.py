@@ -266,7 +266,7 @@ def test_a_strategy_changed_midway_goes_on_from_the_present_alpha(loop: Loop):
 
 def test_predicates_select_by_what_telemetry_said(loop: Loop):
     loop.run(5)
-    select = Selector(where=[Predicate("stage", "==", float(S.DORMANT)), Predicate("age", "==", 5.0), Predicate("alpha", "<", 0.5)])
+    select = Selector(where=[Predicate("stage", "==", float(S.DORMANT)), Predicate("age", ">", 3.0), Predicate("alpha", "<", 0.5)])
     rows = loop.grow.executor._select(select, loop.grow.life.machine.trial())
     assert rows == [2, 3]
     nothing = Selector(where=[Predicate("gain", ">=", 0.0)])
