@@ -121,9 +121,11 @@ def _hydra(words: Sequence[str]) -> int:
 
     refused: list[UserError] = []
     broken: list[TrackerError | OSError] = []
+    begun: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float:
         """One run; returns the primary validation metric, which is what a sweeper optimizes."""
+        begun.append(tree)
         try:
             return _job(tree)
         except UserError as error:
@@ -141,7 +143,12 @@ def _hydra(words: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a traceback that shows the fault, should there be one
     own = [word for folder in conf.own() for word in ("--config-dir", str(folder))]
     sys.argv = ["esper", *own, *quoted(words)]
-    hydra.main(version_base="1.3", config_path=str(conf.folder()), config_name="config")(job)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf.folder()), config_name="config")(job)()
+    except OSError as error:
+        if begun or error.errno in STORAGE:
+            raise
+        raise UserError(f"The output folder {error.filename} cannot be made ({str(error.strerror).lower()}); give another: output=….") from None
     if broken:
         raise broken[0]
     return REFUSED if refused else 0

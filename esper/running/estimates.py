@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper.blueprints.call import first_tensor
 from esper.seeds.sites import quiet_evaluation
 from esper.training.evaluate import evaluate
 from esper.training.passes import host_buffers, host_parameters

@@ -129,6 +129,11 @@ def test_a_file_in_the_way_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(said.splitlines()) == 1
 
 
+def test_an_output_folder_that_cannot_be_made_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.main([*BRIEF, "output=/proc/nowhere"]) == 2
+    assert "The output folder /proc/nowhere cannot be made (no such file or directory); give another" in capsys.readouterr().err
+
+
 @pytest.fixture
 def locked() -> Iterator[Path]:
     """A folder that may be read and not written, also where the tests run as root: they are nobody meanwhile."""
