@@ -17,6 +17,7 @@ from rich.console import Console
 from esper.cli.compose import from_hydra
 from esper.compare.arms import Job, Layout, lay_out
 from esper.compare.composing import composed
+from esper.compare.going_on import taken_up
 from esper.compare.jobs import Prepared
 from esper.compare.sweep import Sweep, resume_command, run_sweep
 from esper.compare.workers import environments
@@ -34,15 +35,18 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
         SystemExit: with code 1, after everything has run and was judged, when jobs failed.
     """
     overrides = [tuple(str(text) for text in one) for one in job_overrides]
-    prepared = [_prepare(launcher, one, first + number) for number, one in enumerate(overrides)]
+    folder = Path(str(launcher.config.hydra.sweep.dir)).resolve()
+    prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
     config = prepared[0].config
+    if config.resume == "auto" and (before := taken_up(folder, sys.argv[1:], Path(config.output))) != folder:
+        folder = before
+        prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
     layout = lay_out(overrides, config.compare.block, config.seed)
     if not _whole(launcher):  # another sweeper proposes as it learns: nothing is paired
         layout = Layout(tuple(Job(job.number, job.overrides, "", "", job.seed) for job in layout.jobs), ("",), ("",), layout.seeds)
     jobs = [Prepared(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
     if len({one.folder for one in jobs}) < len(jobs):
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
-    folder = Path(str(launcher.config.hydra.sweep.dir))
     sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry)
     run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads)[: len(jobs)])
     if sweep.failures:
@@ -54,12 +58,11 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     return [_returned(one) for one in jobs]
 
 
-def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int) -> Prepared:
-    """The job's checked config and folder."""
+def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int, sweep: Path) -> Prepared:
+    """The job's checked config, and its folder below the sweep's."""
     config = composed(launcher, overrides, number)
     HydraConfig.instance().set_config(config)
     choices = {key: str(value) for key, value in config.hydra.runtime.choices.items() if value is not None}
-    sweep = Path(str(config.hydra.sweep.dir)).resolve()
     unique = hashlib.sha256(str(sweep).encode()).hexdigest()[:6]  # the folder's name is the run's name on the bus
     folder = sweep / f"{config.hydra.sweep.subdir}-{unique}"
     checked = _leaner(from_hydra(config, choices), overrides)

@@ -16,6 +16,7 @@ from rich.console import Console
 from esper.compare.analysis import Comparison, analyse
 from esper.compare.arms import Layout
 from esper.compare.config import CompareConfig
+from esper.compare.going_on import NOTE, alone, goes_on
 from esper.compare.jobs import Prepared, note, runs_of, set_aside
 from esper.compare.plan import Plan, make_plan, save_plan
 from esper.compare.power import fewest_pairs
@@ -30,8 +31,6 @@ from esper.compare.workers import Workers
 from esper.config import plain
 from esper.errors import UserError
 from esper.tracking.record import flatten
-
-NOTE = "sweep.json"
 
 
 @dataclass
@@ -80,7 +79,12 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
         KeyboardInterrupt: after Ctrl-C, when everything has been stopped and the way on has been said.
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    _recall(sweep)
+    with alone(sweep.folder):
+        _recall(sweep)
+        return _run(sweep, environments)
+
+
+def _run(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
     with Store(sweep) as store, Workers([{**e, **store.environment} for e in environments]) as workers:
         sweep.plan = _plan(sweep, workers)
         store.open()
@@ -97,6 +101,7 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
             store.files, store.numbers = _keep(comparison, sweep.plan, sweep)
             show(comparison, sweep.plan, sweep.console)
         store.status = "FINISHED"
+        _remember(sweep, ended=True)
         return comparison
 
 
@@ -106,12 +111,15 @@ def _recall(sweep: Sweep) -> None:
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     sweep.id = known.get("id") or secrets.token_hex(4)
     sweep.parent = known.get("parent", "")
+    if known:
+        sweep.console.print(f"Going on with the sweep in {sweep.folder}", highlight=False, soft_wrap=True)
 
 
-def _remember(sweep: Sweep) -> None:
-    known = {"id": sweep.id, "parent": sweep.parent, "name": sweep.name, "command": sweep.command}
-    text = json.dumps(known, indent=2)
-    (sweep.folder / NOTE).write_text(text + "\n", encoding="utf-8")
+def _remember(sweep: Sweep, ended: bool = False) -> None:
+    known = {"id": sweep.id, "parent": sweep.parent, "name": sweep.name, "command": sweep.command, "ended": ended}
+    beside = sweep.folder / f".{NOTE}"
+    beside.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    beside.replace(sweep.folder / NOTE)
 
 
 def _plan(sweep: Sweep, workers: Workers) -> Plan | None:
@@ -204,7 +212,7 @@ def _run_some(sweep: Sweep, chosen: Sequence[int], workers: Workers, store: Stor
             progress.kept(one.job, "failed")
             sweep.failures.append(one)
         else:
-            set_aside(one.folder)
+            _make_room(sweep, one)
             left.append(one)
     for index, answer in workers.run([one.request("run") for one in left], lambda i: progress.started(left[i].job)):
         one = left[index]
@@ -212,6 +220,14 @@ def _run_some(sweep: Sweep, chosen: Sequence[int], workers: Workers, store: Stor
         if answer["error"]:
             _failed(sweep, one, answer["error"], store)
         progress.finished(one.job, answer["seconds"], answer["error"], str(one.folder / LOG))
+
+
+def _make_room(sweep: Sweep, one: Prepared) -> None:
+    """A job that was interrupted goes on where it was; any other begins in an empty folder, a failed one too."""
+    if not one.error and goes_on(one.config, one.folder):
+        sweep.console.print(f"{one.job.label} goes on from its newest checkpoint", highlight=False, soft_wrap=True)
+    else:
+        set_aside(one.folder)
 
 
 def _failed(sweep: Sweep, one: Prepared, error: str, store: Store) -> None:
@@ -231,7 +247,7 @@ def _tune(sweep: Sweep, arms: Sequence[str], workers: Workers) -> None:
             tried = [(values, derive(one, sweep.finished)) for values, one in tried]
             left = [one for _, one in tried if one.summary.get("status") != "FINISHED"]
             for one in left:
-                set_aside(one.folder)
+                _make_room(sweep, one)
             for index, answer in workers.run([one.request("run") for one in left]):
                 note(left[index], answer)
             values = best(tried, sweep.plan.metric, sweep.plan.sign)

@@ -1,4 +1,4 @@
-"""``python -m esper.compare.worker``: a process that runs one job of a sweep after another.
+"""``python -m esper.compare.worker <process id of the sweep>``: a process that runs one job of a sweep after another.
 
 It reads a JSON line a request from standard input and answers with one on what was standard output. What a job prints
 goes to ``job.log`` in its own folder. Torch is imported once, so later jobs start at once.
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ from esper.config import build, plain
 from esper.errors import UserError
 
 LOG = "job.log"
+ORPHANED_S = 0.5  # time between two looks at whether the sweep lives
 
 
 class Stopped(KeyboardInterrupt):
@@ -32,6 +34,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
     signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
     try:
         for line in sys.stdin:
             answers.write(json.dumps(handle(json.loads(line))) + "\n")
@@ -89,15 +92,29 @@ def run_job(request: dict[str, Any]) -> dict[str, Any]:
 def _train(request: dict[str, Any], folder: Path) -> None:
     import yaml
 
+    from esper.compare.going_on import goes_on, wait_for_orphan
+    from esper.running.resume import state_in
     from esper.running.run import run
 
     config = build(request["config"], request["choices"])
+    if wait_for_orphan(folder) == "FINISHED":
+        return  # by the worker of a sweep that was killed
+    state = state_in(folder) if goes_on(config, folder) else None
+    if state is not None:
+        print(f"going on after step {state['trainer']['steps']}", file=sys.stderr, flush=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-    run(config, folder, quiet=True)
+    run(config, folder, quiet=True, state=state)
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
     raise Stopped
+
+
+def _follow(sweep: int) -> None:
+    """End as if told to when the sweep's process is gone: nobody waits for the answer any more."""
+    while os.getppid() == sweep:
+        time.sleep(ORPHANED_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Worker:
         root = str(Path(esper.__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         return subprocess.Popen(
-            [sys.executable, "-m", "esper.compare.worker"],
+            [sys.executable, "-m", "esper.compare.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

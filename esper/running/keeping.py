@@ -1,21 +1,16 @@
-"""Keeping a run so that it can go on: checkpoints when they are due, one on SIGTERM, and the note that it is alive."""
+"""Keeping a run so that it can go on: checkpoints when they are due, and one on SIGTERM."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NoReturn
-
-import yaml
+from typing import Any, NoReturn
 
 from esper.bus.port import ControllerSilent
-from esper.config import RootConfig, config_hash, plain
-from esper.errors import UserError
+from esper.config import RootConfig
 from esper.lifecycle.duration import parse
 from esper.training.checkpoint import store
 from esper.training.checkpoint.engine import trainer_state
@@ -23,9 +18,7 @@ from esper.training.checkpoint.saver import Retention, Saver
 from esper.training.checkpoint.store import Checkpoint, Copy
 from esper.training.trainer import Trainer
 
-CONFIG, LOCK = "config.yaml", "run.lock"
 SETTLING_S = 120.0
-_held: set[Path] = set()  # a record lock keeps other processes out, this keeps out the process itself
 
 
 class Preempted(KeyboardInterrupt):
@@ -124,50 +117,3 @@ def _score(trainer: Trainer) -> float | None:
     if not values or values[0] != values[0]:
         return None
     return values[0] if trainer.task.metrics[trainer.task.primary].direction == "max" else -values[0]
-
-
-@contextmanager
-def alive(config: RootConfig, folder: Path) -> Iterator[None]:
-    """Within: the folder is this process's own, and a process that dies in here leaves a note that it did not end.
-
-    Raises:
-        UserError: another process is running in this folder.
-    """
-    path = folder / LOCK
-    with path.open("a+") as file:
-        _claim(file, folder.resolve())
-        try:
-            file.seek(0)
-            file.truncate()
-            json.dump({"pid": os.getpid(), "config_hash": config_hash(config)}, file)
-            file.flush()
-            temporary = folder / f".{CONFIG}.tmp"
-            temporary.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-            temporary.replace(folder / CONFIG)
-            yield
-        finally:
-            path.unlink()
-            _held.discard(folder.resolve())
-
-
-def is_alive(folder: Path) -> bool:
-    """Whether a process is running in ``folder`` now."""
-    if folder.resolve() in _held:
-        return True
-    with (folder / LOCK).open("a") as file:
-        return not _locked(file)
-
-
-def _claim(file: IO[str], folder: Path) -> None:
-    if folder in _held or not _locked(file):
-        raise UserError(f"Another process is running in {folder}; wait for it, or end it first.")
-    _held.add(folder)
-
-
-def _locked(file: IO[str]) -> bool:
-    """A record lock, which belongs to the process: a loader's worker that outlives it for a moment does not inherit it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

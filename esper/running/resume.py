@@ -7,7 +7,6 @@ the run of this very configuration that did not end; ``fork=<run folder>`` start
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import secrets
 import sys
@@ -22,7 +21,7 @@ import yaml
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listing
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
-from esper.running.keeping import CONFIG, LOCK, is_alive
+from esper.running.folder import CONFIG, LOCK, hash_of, status
 from esper.training.checkpoint import store
 
 #: What a resumed run may have otherwise: none of it changes a bit of what was trained so far.
@@ -80,7 +79,7 @@ def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> S
     before = copy.deepcopy(tree)
     config = build(_changed(tree, words), choices)
     longer = tree["trainer"] != before["trainer"] and _length(tree) != _length(before)
-    if chosen is None and _status(folder) == "FINISHED" and not longer:
+    if chosen is None and status(folder) == "FINISHED" and not longer:
         raise UserError(
             f"The run in {folder} is finished; to train it longer give trainer.steps=<more than {before['trainer']['steps']}>, "
             f"to try other settings from its end fork={folder}."
@@ -105,7 +104,7 @@ def unfinished(config: RootConfig) -> Path | None:
     wanted, output = config_hash(config), Path(config.output)
     folders = {path.parent for path in (*_at_depths(output, LOCK), *_at_depths(output, SUMMARY))}
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if _hash(folder) == wanted and _status(folder) in ("KILLED", "DIED"):
+        if hash_of(folder) == wanted and status(folder) in ("KILLED", "DIED"):
             return folder
     return None
 
@@ -134,6 +133,12 @@ def refuse_changes(words: Sequence[str], folder: Path) -> None:
 
 def _matches(key: str, pattern: str) -> bool:
     return key.startswith(pattern[:-1]) if pattern.endswith("*") else key == pattern
+
+
+def stored(place: Path) -> tuple[Path, Path | None, RootConfig]:
+    """(run folder, checkpoint or None, the run's own configuration) for a path to a run or to one of its checkpoints."""
+    folder, chosen = _locate(place)
+    return folder, chosen, build(*_stored(folder))
 
 
 def _locate(place: Path) -> tuple[Path, Path | None]:
@@ -187,32 +192,20 @@ def _state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:
     if chosen is not None:
         return store.read(chosen)[1]
     kept = store.checkpoints(folder / store.FOLDER)
-    if not kept:
-        return None
-    if not fall_back:
-        return store.read(kept[-1])[1]
+    if fall_back or not kept:
+        return state_in(folder)
+    return store.read(kept[-1])[1]
+
+
+def state_in(folder: Path) -> Any:
+    """The state in the newest checkpoint of a run that is whole, None where it has none; says what it passed over.
+
+    Raises UserError where there are checkpoints and none is whole.
+    """
     found = store.newest(folder / store.FOLDER)
-    assert found is not None
-    for refusal in found[2]:
+    for refusal in found[2] if found else ():
         print(f"esper: {refusal}", file=sys.stderr)
-    return found[1]
-
-
-def _status(folder: Path) -> str:
-    """RUNNING or DIED by the note a live process holds; else what the summary says, NEW where there is neither."""
-    if (folder / LOCK).exists():
-        return "RUNNING" if is_alive(folder) else "DIED"
-    if not (folder / SUMMARY).exists():
-        return "NEW"
-    return str(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"])
-
-
-def _hash(folder: Path) -> str:
-    for name in (LOCK, SUMMARY):
-        path = folder / name
-        if path.exists() and path.stat().st_size:
-            return str(json.loads(path.read_text(encoding="utf-8")).get("config_hash", ""))
-    return ""
+    return None if found is None else found[1]
 
 
 def _at_depths(output: Path, name: str) -> list[Path]:

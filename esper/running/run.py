@@ -21,7 +21,8 @@ from esper.report.summary import Summary, write_summary
 from esper.report.table import print_report
 from esper.running.connecting import Watched, connect_controller, connect_trackers, let_them_read, load, refuse_alone, say_where
 from esper.running.control import control, equal_macs_steps
-from esper.running.keeping import Keeper, alive
+from esper.running.folder import alive
+from esper.running.keeping import Keeper
 from esper.running.parts import build_trainer
 from esper.running.profiling import profiled
 from esper.running.record import run_record

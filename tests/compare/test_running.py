@@ -41,7 +41,7 @@ class InstantWorkers:
             config, folder = build(request["config"], {}), Path(request["folder"])
             self.ran.append(config)
             value, status = self.outcome(config, folder)
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             summary = {
                 "status": status, "config_hash": config_hash(config),
                 "macs": 1000 * config.trainer.steps, "steps": config.trainer.steps,
@@ -103,6 +103,22 @@ def test_a_job_whose_config_changed_is_run_again_and_what_was_there_is_kept_asid
     go(sweep_of(tmp_path, {"a": [], "b": []}, 1), good)
     assert len(go(sweep_of(tmp_path, {"a": ["trainer.steps=7"], "b": []}, 1), good).ran) == 1
     assert (tmp_path / "0.attempt1" / "summary.json").exists()
+
+
+def test_an_interrupted_job_keeps_its_folder_and_a_failed_one_does_not(tmp_path: Path) -> None:
+    arms = {"a": [], "b": ["grafting=drift"]}
+    sweep = sweep_of(tmp_path, arms, 1)
+    go(sweep, lambda config, folder: (0.5, "FINISHED" if config.grafting.name == "drift" else "KILLED"))
+    for one in sweep.jobs:  # a sweep that was stopped hears no answer
+        (one.folder / "job.json").unlink()
+    again = sweep_of(tmp_path, arms, 1)
+    assert [config.grafting.name for config in go(again, good).ran] == ["linear"]
+    assert "a seed=0 goes on from its newest checkpoint" in again.console.file.getvalue()  # type: ignore[attr-defined]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    broken = tmp_path / "broken"
+    go(sweep_of(broken, arms, 1), lambda config, folder: (0.5, "FAILED"))
+    go(dataclasses.replace(sweep_of(broken, arms, 1), retry=True), good)
+    assert sorted(path.name for path in broken.iterdir()) == ["0", "0.attempt1", "1", "1.attempt1"]
 
 
 def test_a_sequential_sweep_stops_at_the_look_that_decides(tmp_path: Path) -> None:

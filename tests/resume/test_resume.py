@@ -16,7 +16,7 @@ import yaml
 from esper.app import main
 from esper.errors import UserError
 from esper.report.summary import read_summary
-from esper.running.keeping import alive
+from esper.running.folder import alive
 from esper.running.resume import auto, fork, refuse_changes, resume, unfinished
 from esper.running.run import run
 from esper.training.checkpoint import store

@@ -1,0 +1,97 @@
+"""A sweep whose process was killed goes on: what is done is skipped, what was interrupted goes on from its newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from esper.compare.going_on import alone, taken_up
+from esper.report.summary import read_summary
+from tests.resume.killing import differences
+
+pytestmark = pytest.mark.e2e
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+STEPS = 200
+SWEEP = (
+    "-m",
+    "seed=0,1",
+    f"trainer.steps={STEPS}",
+    "trainer.checkpoint_every=2%",
+    "trainer.control=false",
+    "telemetry.every=5",
+    "tracking=csv",
+    "controller=random",
+    "controller.earliest=5%",
+    "controller.latest=40%",
+    "hydra.launcher.workers=1",
+)
+
+
+def begin(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "esper", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
+
+
+def until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def jobs(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("**/job.log"))
+
+
+def test_killed_and_started_again_with_resume_auto_it_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    alone = [word for word in SWEEP[2:] if not word.startswith("hydra.")]
+    undisturbed = begin(*alone, "seed=1", "tracking.figures=false", f"output={tmp_path}", f"hydra.run.dir={whole}")
+    process = begin(*SWEEP, f"output={cut}")
+    until(lambda: len(jobs(cut)) == 2 and len(list((jobs(cut)[1] / "checkpoints").glob("[0-9]*"))) > 1, process)
+    process.kill()
+    process.wait()
+    first, second = jobs(cut)
+    assert read_summary(first)["status"] == "FINISHED"
+    written = (first / "summary.json").stat().st_mtime_ns
+    again = begin(*SWEEP, f"output={cut}", "resume=auto")
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, said
+    assert f"Going on with the sweep in {first.parent}" in said and " seed=0" not in said
+    assert "seed=1 goes on from its newest checkpoint" in said
+    log = (second / "job.log").read_text()
+    step = int(log.split("going on after step ")[1].split()[0])
+    assert 0 < step < STEPS
+    assert (first / "summary.json").stat().st_mtime_ns == written
+    assert len(jobs(cut)) == 2, "nothing was set aside, and no second sweep was begun"
+    assert undisturbed.wait(120) == 0
+    assert [text for text in differences(second, whole) if not text.startswith("summary run:")] == []
+
+
+def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_taken_up(tmp_path: Path) -> None:
+    words = ["-m", "seed=0,1", "grafting=drift"]
+    for number, note in enumerate(({"command": words}, {"command": [*words, "seed=2"]}, {"command": words, "ended": True})):
+        (tmp_path / "sweeps" / str(number)).mkdir(parents=True)
+        (tmp_path / "sweeps" / str(number) / "sweep.json").write_text(json.dumps(note))
+    new = tmp_path / "sweeps" / "new"
+    new.mkdir()
+    (new / "multirun.yaml").write_text("")
+    with alone(tmp_path / "sweeps" / "0"):
+        probe = "import sys; from pathlib import Path; from esper.compare.going_on import alone, taken_up; a = Path(sys.argv[1])\n"
+        ask = probe + "print(taken_up(a / 'sweeps/new', ['-m', 'seed=0,1', 'grafting=drift', 'resume=auto'], a))"
+        elsewhere = subprocess.run([sys.executable, "-c", ask, str(tmp_path)], capture_output=True, text=True, check=True)
+        assert elsewhere.stdout.strip() == str(new)
+        take = probe + "alone(a / 'sweeps/0').__enter__()"
+        refused = subprocess.run([sys.executable, "-c", take, str(tmp_path)], capture_output=True, text=True, check=False)
+        assert refused.returncode == 1 and "is running in another process" in refused.stderr
+    assert taken_up(new, [*words, "resume=auto"], tmp_path) == tmp_path / "sweeps" / "0"
+    assert not new.exists()
+    assert taken_up(new, ["-m", "seed=7"], tmp_path) == new
