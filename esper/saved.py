@@ -83,7 +83,8 @@ def model_folder(path: str | Path) -> Path:
     for folder in (Path(path), Path(path) / FOLDER):
         if (folder / WEIGHTS).is_file() and (folder / DESCRIPTION).is_file():
             return folder
-    raise UserError(f"{path} holds no saved model ({WEIGHTS} and {DESCRIPTION}); a run writes one into its folder when it has finished.")
+    when = "a run writes one when it has finished; before that, esper export takes it from a checkpoint"
+    raise UserError(f"{path} holds no saved model ({WEIGHTS} and {DESCRIPTION}); {when}.")
 
 
 def read_description(path: Path) -> Description:

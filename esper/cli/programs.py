@@ -23,7 +23,7 @@ class Program:
 
 
 PROGRAMS: dict[str, Program] = {
-    "export": Program("esper.running.export:main", "a finished run's model for other programs: run=<folder> format=pt2|onnx|safetensors"),
+    "export": Program("esper.running.export:main", "a run's model for other programs: run=<folder> format=pt2|onnx|safetensors"),
     "compare": Program("esper.compare.command:main", "judge a finished sweep again, from the store alone: sweep=<id>"),
     "control": Program("esper.bus.programs.control:main", "decide for a run with controller.process=external: control <run folder>"),
     "track": Program("esper.bus.programs.track:main", "write the story of a run with tracking.process=external: track <run folder>"),

@@ -1,18 +1,27 @@
-"""``esper export run=<folder>``: the model of a finished run as files that other programs read."""
+"""``esper export run=<folder>``: the model of a run as files that other programs read.
+
+A run that has not finished gives the model of its newest checkpoint that is whole.
+"""
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esper.config import listing, nearest
+from esper.config import RootConfig, listing, nearest, plain
 from esper.errors import UserError
-from esper.saved import DESCRIPTION, WEIGHTS, build_host, load_into, model_folder, read_description
+from esper.running.parts import build_trainer
+from esper.running.resume import CONFIG, stored
+from esper.saved import DESCRIPTION, WEIGHTS, build_host, host_card, load_into, model_folder, read_description
+from esper.saved import FOLDER as MODEL
 from esper.tracking.model import save_program
+from esper.training.checkpoint import store
 
 USAGE = "esper export run=<folder> [format=pt2|onnx|safetensors] [to=<folder>]"
 
@@ -24,13 +33,14 @@ def main(arguments: Sequence[str]) -> int:
     """Exports as ``arguments`` say; prints the files.
 
     Raises:
-        UserError: an argument that there is not, a run that has not finished, or a package that is not installed.
+        UserError: an argument that there is not, a run that has neither finished nor saved a checkpoint, or a package that is
+            not installed.
     """
     if {"--help", "-h"} & set(arguments):
         print(f"usage: {USAGE}")
         return 0
     given = _given(arguments)
-    folder = model_folder(given["run"])
+    folder = _folder(Path(given["run"]), given.get("to", ""))
     target = Path(given.get("to") or folder)
     description = read_description(folder / DESCRIPTION)
     model = load_into(build_host(description, folder), folder / WEIGHTS, description).eval()
@@ -38,6 +48,33 @@ def main(arguments: Sequence[str]) -> int:
     for file in FORMATS[given.get("format", "pt2")](model, example(description["host"]["task"]), folder, target):
         print(file)
     return 0
+
+
+def _folder(place: Path, to: str) -> Path:
+    """Where the model lies: where the finished run put it, else where it is put now, from the run's newest checkpoint."""
+    if not (place / CONFIG).is_file() and not (place / store.MANIFEST).is_file():
+        return model_folder(place)  # a saved model's folder, or neither, which is said
+    run, chosen, config, ended = stored(place)
+    written = (run / MODEL / WEIGHTS).is_file()
+    if chosen is None and written and ended == "FINISHED":
+        return model_folder(run)
+    kept = None if chosen is not None else store.newest(run / store.FOLDER)
+    if chosen is None and kept is None and written:
+        return model_folder(run)
+    if chosen is None and kept is None:
+        raise UserError(f"The run in {run} has neither finished nor saved a checkpoint, so there is no model yet: esper resume={run}.")
+    checkpoint, state = store.read(chosen) if chosen is not None else kept[:2]  # type: ignore[index]
+    for refusal in kept[2] if kept else ():
+        print(f"esper: {refusal}", file=sys.stderr)
+    print(f"esper: this is the model of {run} after step {checkpoint.step}; it is no finished run's", file=sys.stderr)
+    return save_state(config, state, Path(to) if to else run / f"{MODEL}-at-{checkpoint.step}")
+
+
+def save_state(config: RootConfig, state: Any, folder: Path) -> Path:
+    """Save the model of a checkpoint's state into ``folder``, as a run's end would; returns the folder."""
+    task = config.task.build()
+    trainer = build_trainer(config, task, torch.device("cpu"), state=state["trainer"])
+    return trainer.grow.save(folder, host_card(plain(config)["model"], task))
 
 
 def example(task: dict[str, object]) -> Tensor:

@@ -141,6 +141,12 @@ def stored(place: Path) -> tuple[Path, Path | None, RootConfig]:
     return folder, chosen, build(*_stored(folder))
 
 
+def stored(place: Path) -> tuple[Path, Path | None, RootConfig, str]:
+    """(run folder, checkpoint or None, the run's own configuration, its status) for a path to a run or to one of its checkpoints."""
+    folder, chosen = _locate(place)
+    return folder, chosen, build(*_stored(folder)), _status(folder)
+
+
 def _locate(place: Path) -> tuple[Path, Path | None]:
     """(run folder, checkpoint or None) for a path to either."""
     if (place / store.MANIFEST).exists():
