@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from esper.compare.controls import conclude
 from esper.compare.plan import Plan, changes
-from esper.compare.power import MOST_PAIRS, fewest_pairs, needed_pairs
+from esper.compare.power import MOST_PAIRS, PILOT_PAIRS, fewest_pairs, needed_pairs
 from esper.compare.runs import POOLED, Pairs, Run, by_seed, pair, pool
 from esper.compare.sequential import look_pairs, sequential_holm
 from esper.compare.signflip import equivalence, interval, sign_flip
@@ -213,7 +213,7 @@ def _more_pairs(one: Pairs, plan: Plan) -> int:
     spread = float(one.tested.std(ddof=1)) if len(one.tested) > 1 else plan.spread
     if spread <= 0:
         return max(fewest_pairs(plan.alpha, plan.comparisons) - len(one.tested), 0)
-    noise = tuple(one.tested.tolist()) if len(one.tested) >= 15 else ()
+    noise = tuple(one.tested.tolist()) if len(one.tested) >= PILOT_PAIRS else ()
     for effect in (plan.minimum_effect, abs(float(one.tested.mean()))):
         needed = needed_pairs(effect / spread, plan.power, plan.alpha, plan.comparisons, noise) if effect > 0 else MOST_PAIRS
         if needed > len(one.tested):

@@ -21,6 +21,7 @@ class CompareConfig:
     alpha: float = setting(0.05, low=1e-6, high=0.5, help="chance of one false 'better' in the whole sweep")
     power: float = setting(0.8, low=0.05, high=0.999, help="chance of finding a difference of minimum_effect")
     spread: float = setting(0.0, low=0.0, unit="of the metric", help="expected standard deviation of the paired differences; 0: unknown")
+    pilot: str = setting("", help="comparison.json of an earlier sweep, whose paired differences power is stated from")
     reference: str = setting("", help="arm that the others are compared with; empty means the first")
     block: list[str] = setting(["task", "model"], help="keys whose values are judged apart and then pooled")
     sequential: bool = setting(False, help="look at the results on the way and stop once every comparison is decided")

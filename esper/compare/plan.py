@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from esper.compare.config import CompareConfig
-from esper.compare.power import detectable, fewest_pairs, needed_pairs
+from esper.compare.power import PILOT_PAIRS, centred, detectable, fewest_pairs, needed_pairs
 from esper.errors import UserError
 
 FILE = "plan.json"
@@ -21,7 +23,8 @@ FILE = "plan.json"
 class Plan:
     """Everything that the verdict depends on besides the runs. Changing any of it later makes the analysis exploratory.
 
-    ``arms`` maps each arm's readable name to the settings that make it; ``blocks`` are the names of the blocks.
+    ``arms`` maps each arm's readable name to the settings that make it; ``blocks`` are the names of the blocks;
+    ``noise`` holds a pilot's paired differences around their means, from which power is stated.
     """
 
     metric: str
@@ -39,6 +42,7 @@ class Plan:
     ranking: bool = False
     tune: dict[str, list[Any]] = field(default_factory=dict)
     tune_seeds: int = 0
+    noise: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.arms) < 2:
@@ -87,11 +91,12 @@ class Plan:
         if pairs < fewest:
             words = f"Too few pairs: below {fewest} no result, however clear, can reach α; nothing can be detected"
             return [*lines, f"{words} with {pairs}."]
-        effect = detectable(pairs, self.power, self.alpha, self.comparisons)
+        effect = detectable(pairs, self.power, self.alpha, self.comparisons, self.noise)
         words = "standard deviations of the paired differences"
-        lines.append(f"{pairs} pairs find a difference of {effect:.2f} {words} with {self.power:.0%} power.")
+        shape = f"as the {len(self.noise)} of the pilot are spread" if self.noise else "if these are normal"
+        lines.append(f"{pairs} pairs find a difference of {effect:.2f} {words} with {self.power:.0%} power, {shape}.")
         if self.spread > 0 and self.minimum_effect > 0:
-            needed = needed_pairs(self.minimum_effect / self.spread, self.power, self.alpha, self.comparisons)
+            needed = needed_pairs(self.minimum_effect / self.spread, self.power, self.alpha, self.comparisons, self.noise)
             verdict = ", so this sweep has too few." if needed > pairs else "."
             words = f"At the expected spread {self.spread:g} that is {effect * self.spread:.3g}"
             lines.append(f"{words}; a difference of {self.minimum_effect:g} needs {needed} pairs{verdict}")
@@ -108,13 +113,14 @@ def make_plan(
     direction: str,
 ) -> Plan:
     """The plan of a sweep; ``metric`` and ``direction`` are the task's, used where the config leaves them open."""
+    noise = pilot_noise(Path(config.pilot)) if config.pilot else ()
     return Plan(
         metric=config.metric or metric,
         direction=direction if config.direction == "auto" else config.direction,
         minimum_effect=config.minimum_effect,
         alpha=config.alpha,
         power=config.power,
-        spread=config.spread,
+        spread=config.spread or (float(np.std(noise)) if noise else 0.0),
         reference=config.reference or next(iter(arms), ""),
         arms={name: dict(values) for name, values in arms.items()},
         seeds=tuple(seeds),
@@ -124,7 +130,25 @@ def make_plan(
         ranking=config.ranking,
         tune=dict(config.tune),
         tune_seeds=config.tune_seeds if config.tune else 0,
+        noise=noise,
     )
+
+
+def pilot_noise(path: Path) -> tuple[float, ...]:
+    """The paired differences of an earlier sweep, those of every comparison around their own mean; failed pairs are left out.
+
+    Raises:
+        UserError: no ``comparison.json``, or one with too few differences to tell the shape of their noise.
+    """
+    try:
+        judged = json.loads(path.read_text(encoding="utf-8"))["verdicts"]
+        points = [np.array([p for p, ok in zip(one["points"], one["finished"], strict=True) if ok]) for one in judged]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"compare.pilot={path} is no comparison.json of a sweep; give the path of one.") from error
+    found = tuple(float(value) for one in points if len(one) for value in centred(one))
+    if len(found) < PILOT_PAIRS or not any(found):
+        raise UserError(f"compare.pilot={path} has {len(found)} paired differences; {PILOT_PAIRS} that are not all equal are the least.")
+    return found
 
 
 def save_plan(plan: Plan, folder: Path) -> None:
@@ -153,14 +177,15 @@ def load_plan(path: Path) -> Plan:
 def parse_plan(text: str) -> Plan:
     """The plan that :meth:`Plan.text` wrote."""
     values = json.loads(text)
-    return Plan(**{**values, "seeds": tuple(values["seeds"]), "blocks": tuple(values["blocks"])})
+    lists = {key: tuple(values[key]) for key in ("seeds", "blocks", "noise") if key in values}
+    return Plan(**{**values, **lists})
 
 
 def changes(planned: Plan, used: Plan) -> list[str]:
     """Names of the fields in which the analysis differs from what was planned; empty: confirmatory.
 
-    ``ranking`` only adds a table and ``spread`` only informs the power statement, so they are free.
+    ``ranking`` only adds a table; ``spread`` and ``noise`` only inform the power statement: they are free.
     """
-    free = ("ranking", "spread")
+    free = ("ranking", "spread", "noise")
     names = [f.name for f in dataclasses.fields(Plan) if f.name not in free]
     return [name for name in names if getattr(planned, name) != getattr(used, name)]

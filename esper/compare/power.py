@@ -16,6 +16,7 @@ from esper.compare.signflip import sign_flip
 
 SIMULATED_PAIRS = 12  # up to here the test's few possible p-values make it weaker than the t-test; beyond they agree
 SHAPED_PAIRS = 30  # beyond, the mean of any noise is near enough to normal
+PILOT_PAIRS = 15  # fewer differences do not tell the shape of their noise
 DRAWS = 6_000
 MOST_PAIRS = 1_000_000
 Noise = tuple[float, ...]
@@ -31,27 +32,52 @@ def power(pairs: int, effect: float, alpha: float, comparisons: int = 1, noise: 
     """Chance of finding a difference of ``effect`` standard deviations, two-sided.
 
     Normal noise unless ``noise`` gives paired differences of a pilot, whose shape is then used up to 30 pairs (heavy
-    tails make the stated effect easier to find). Simulated with the test itself up to 12 pairs and wherever a pilot
+    tails make the stated effect easier to find, ties harder). Simulated with the test itself up to 12 pairs and wherever a pilot
     is used, from the noncentral t distribution elsewhere.
     """
     level = alpha / max(comparisons, 1)
     if pairs < fewest_pairs(alpha, comparisons):
         return 0.0
     if pairs <= SIMULATED_PAIRS or (noise and pairs <= SHAPED_PAIRS):
-        return float(np.mean(sign_flip(_draws(pairs, noise) + effect, flips=1_999) <= level))
+        return float(np.mean(sign_flip(_draws(pairs, effect, noise), flips=1_999) <= level))
     from scipy import stats
 
     bound, shift = stats.t.isf(level / 2, pairs - 1), effect * np.sqrt(pairs)
     return float(stats.nct.sf(bound, pairs - 1, shift) + stats.nct.cdf(-bound, pairs - 1, shift))
 
 
-def _draws(pairs: int, noise: Noise) -> NDArray[np.float64]:
-    """Unit noise, ``[pairs, DRAWS]``: normal, or the pilot's around its mean with random signs."""
-    rng = generator("power", pairs)
+def _draws(pairs: int, effect: float, noise: Noise) -> NDArray[np.float64]:
+    """Differences of mean ``effect`` and unit spread, ``[pairs, DRAWS]``: normal, or the pilot's with random signs.
+
+    A pilot's accuracies on n samples differ by multiples of 1/n, and so do those of the sweep that it stands for: equal
+    differences and zeros make the test weaker, so they are kept and the effect is rounded up or down by lot.
+    """
+    rng, shape = generator("power", pairs), (pairs, DRAWS)
     if not noise:
-        return rng.standard_normal((pairs, DRAWS))
-    around = np.asarray(noise) - np.mean(noise)
-    return rng.choice(around / around.std(), (pairs, DRAWS)) * rng.choice((-1.0, 1.0), (pairs, DRAWS))
+        return rng.standard_normal(shape) + effect
+    values = centred(np.asarray(noise))
+    spread, step = values.std(), lattice(values)
+    shift = np.full(shape, effect * spread)
+    if step:
+        shift = step * np.floor(shift / step + rng.random(shape))
+    return (rng.choice(values, shape) * rng.choice((-1.0, 1.0), shape) + shift) / spread
+
+
+def centred(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values around their mean; around the step next to it where they are multiples of one."""
+    step = lattice(values)
+    return values - (step * np.round(values.mean() / step) if step else values.mean())
+
+
+def lattice(values: NDArray[np.float64]) -> float:
+    """The step of which all values are multiples, 0.0 where there is none."""
+    sizes = np.unique(np.abs(values)) if len(values) else np.zeros(1)
+    gaps = np.diff(sizes, prepend=0.0)
+    real = gaps[gaps > 1e-6 * sizes[-1]]
+    if not len(real):
+        return 0.0
+    parts = values / real.min()
+    return float(real.min()) if np.abs(parts - np.round(parts)).max() < 1e-3 else 0.0
 
 
 def needed_pairs(effect: float, wanted: float, alpha: float, comparisons: int = 1, noise: Noise = ()) -> int:

@@ -13,7 +13,7 @@ from esper.compare.analysis import analyse
 from esper.compare.config import CompareConfig
 from esper.compare.draws import generator
 from esper.compare.figures import draw
-from esper.compare.plan import Plan, changes, load_plan, make_plan, save_plan
+from esper.compare.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
 from esper.compare.recovery import gap_recovery
 from esper.compare.report import as_dict, show, write_json
 from esper.compare.runs import Run
@@ -148,6 +148,27 @@ def test_the_plan_says_what_its_pairs_can_find() -> None:
     assert "needs 10 pairs" in plan_of(("host", "up"), 15).statement()[2]
     assert "so this sweep has too few" in plan_of(("host", "a", "b", "c"), 8).statement()[2]
     assert "Too few pairs" in plan_of(("host", "up"), 5).statement()[1]
+
+
+def test_power_is_stated_from_the_differences_of_a_pilot(tmp_path: Path) -> None:
+    names, heavy = ("host", "up"), generator("pilot").standard_t(2, 40) * 0.01
+    runs = [Run(arm, seed, 0.9 + (arm == "up") * float(value)) for seed, value in enumerate(heavy) for arm in names]
+    path = write_json(analyse(runs, plan_of(names, 40)), plan_of(names, 40), tmp_path / "comparison.json")
+
+    def planned(pilot: Path | str, spread: float = 0.0) -> Plan:
+        config, arms = CompareConfig(pilot=str(pilot), spread=spread), {name: {"arm": name} for name in names}
+        return make_plan(config, arms=arms, seeds=range(10), blocks=[""], metric="accuracy", direction="max")
+
+    plan = planned(path)
+    assert plan.spread == pytest.approx(np.std(heavy)) and len(plan.noise) == 40
+    assert "as the 40 of the pilot are spread" in plan.statement()[1]
+    normal, shaped = (float(one.statement()[1].split()[6]) for one in (planned(""), plan))
+    assert shaped < normal - 0.05  # heavy tails make a difference of so many standard deviations easier to find
+    assert parse_plan(plan.text()) == plan and changes(plan, planned("", plan.spread)) == []
+    few = analyse(runs[:28], plan_of(names, 14))
+    for text, sentence in ((write_json(few, plan, tmp_path / "few.json"), "14 paired"), (tmp_path / "none.json", "is no comparison")):
+        with pytest.raises(UserError, match=sentence):
+            planned(text)
 
 
 def test_a_saved_plan_comes_back_and_is_never_replaced(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from esper.compare.draws import generator
-from esper.compare.power import detectable, fewest_pairs, needed_pairs, power
+from esper.compare.power import centred, detectable, fewest_pairs, lattice, needed_pairs, power
 from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
 
 
@@ -55,3 +55,16 @@ def test_more_comparisons_need_more_pairs() -> None:
 def test_a_heavy_tailed_pilot_states_more_power() -> None:
     pilot = tuple(generator("test").standard_t(3, 4_000).tolist())
     assert power(10, 1.0, 0.05, 1, pilot) > power(10, 1.0, 0.05) + 0.02
+
+
+def test_a_pilots_ties_are_kept_when_power_is_stated_from_it() -> None:
+    rng = generator("test")
+    counts = rng.binomial(360, 0.95, (2, 400)) / 360
+    tied, smooth = counts[1] - counts[0], rng.normal(0.0, 0.016, 400)
+    assert lattice(tied) == pytest.approx(1 / 360)
+    assert lattice(smooth) == 0.0
+    assert lattice(np.zeros(0)) == lattice(np.zeros(3)) == 0.0
+    np.testing.assert_allclose(np.round(centred(tied + 0.0123) * 360, 6) % 1, np.round((centred(tied + 0.0123) * 360)[0] % 1, 6))
+    coarse = tuple((np.round(tied * 360 / 12) * 12 / 360).tolist())
+    effect = detectable(8, 0.8, 0.05, 2)
+    assert power(8, effect, 0.05, 2, coarse) < power(8, effect, 0.05, 2, tuple(smooth.tolist())) - 0.1
