@@ -135,16 +135,10 @@ def _matches(key: str, pattern: str) -> bool:
     return key.startswith(pattern[:-1]) if pattern.endswith("*") else key == pattern
 
 
-def stored(place: Path) -> tuple[Path, Path | None, RootConfig]:
-    """(run folder, checkpoint or None, the run's own configuration) for a path to a run or to one of its checkpoints."""
-    folder, chosen = _locate(place)
-    return folder, chosen, build(*_stored(folder))
-
-
 def stored(place: Path) -> tuple[Path, Path | None, RootConfig, str]:
     """(run folder, checkpoint or None, the run's own configuration, its status) for a path to a run or to one of its checkpoints."""
     folder, chosen = _locate(place)
-    return folder, chosen, build(*_stored(folder)), _status(folder)
+    return folder, chosen, build(*_stored(folder)), status(folder)
 
 
 def _locate(place: Path) -> tuple[Path, Path | None]:
