@@ -54,10 +54,7 @@ class SeedLayer(nn.Module, Hidden):
         recording = self.recording
         if recording is not None:
             recording.read(x, self.name, self.kernels)
-        if not self.plan:
-            y = x
-        else:
-            y = blend(x, self.plan, self.geometry, recording)
+        y = blend(x, self.plan, self.geometry, recording) if self.plan else x
         if recording is not None and torch.is_grad_enabled():
             if recording.keep and not y.requires_grad:
                 # Data entering the host: an objective wants the gradient there all the same. A copy, because the host may
