@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from esper.cli.terminal import Sentence
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listing
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
@@ -214,8 +215,12 @@ def _at_depths(output: Path, name: str) -> list[Path]:
 
 
 def _log_to(folder: Path) -> None:
+    """What ``conf/hydra/job_logging`` does for a run that Hydra starts: everything to the log, warnings to the terminal too."""
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / "esper.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
+    file, terminal = logging.FileHandler(folder / "esper.log"), logging.StreamHandler()
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal.setFormatter(Sentence())
+    terminal.setLevel(logging.WARNING)
+    for handler in (file, terminal):
+        logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)

@@ -38,7 +38,7 @@ class Gatekeeper:
         self.port = port
         self.records: dict[str, GateRecord] = {}
         self.diverged: set[int] = set()
-        self._said_spoiled = self._said_deaf = False
+        self.said: set[str] = set()  # alerts that are given once a run
 
     def ask(self, branch: Branch, target: Stage, tick: int) -> bool:
         """Whether the gate before ``branch.stage → target`` is open now (transitions without one always are)."""
@@ -48,8 +48,8 @@ class Gatekeeper:
         if gate in ("gain", "final_gain"):
             return self.look([branch], tick)[0]
         value, threshold = self._cheap(gate, branch)
-        if gate == "stability" and not self.loss.heard and not self._said_deaf:
-            self._said_deaf = True
+        if gate == "stability" and not self.loss.heard and "no_training_loss" not in self.said:
+            self.said.add("no_training_loss")
             text = "no training loss was given, so the gate 'stability' stays shut: give it to grow.tick(loss) or after_backward(batch, loss)"
             self.port.alert(tick, "error", "no_training_loss", text, "", -1)
             warnings.warn(f"esper: {text}", stacklevel=2)  # a loop of the user's own reads no alerts
@@ -65,8 +65,8 @@ class Gatekeeper:
             table.looks[branch.row] += 1
             errors.append(spent(self.config.significance, int(table.looks[branch.row])))
         gains = self.judge.look(branches, errors)
-        if self.judge.spoiled and not self._said_spoiled:
-            self._said_spoiled = True
+        if self.judge.spoiled and "judge_not_finite" not in self.said:
+            self.said.add("judge_not_finite")
             text = f"{self.judge.spoiled} losses on the judge set are not finite even without the branch, so no gate opens; check its data"
             self.port.alert(tick, "error", "judge_not_finite", text, "", -1)
         return [self._take(branch, gain, tick) for branch, gain in zip(branches, gains, strict=True)]

@@ -89,7 +89,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
         self.compiled: Callable[[Any], Tensor] = torch.compile(self.model) if config.compile else self.model
         self.outcome = Outcome()
-        self._said_not_finite: set[str] = set()
+        self.said: set[str] = set()  # alerts that are given once a run
         torch.manual_seed(seed_for(seed, "dropout"))  # dropout layers of a host know no other generator
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
         self.governor = Governor(self.grow, self._watch()) if config.governor else None
@@ -244,8 +244,8 @@ class Trainer:
 
     def _check_finite(self, which: str, loss: float) -> None:
         """Say, once a set, that its loss is no number; where training goes on well that is the data's doing."""
-        if not math.isfinite(loss) and which not in self._said_not_finite:
-            self._said_not_finite.add(which)
+        if not math.isfinite(loss) and which not in self.said:
+            self.said.add(which)
             text = f"the {which} loss is {loss}; if the training loss is not, look for NaN or infinities in the {which} data"
             self.port.alert(self.grow.tick_number, "error", f"{which}_not_finite", text, "", -1)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
+from esper.training.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits, train_until
 
 RUNS = {
@@ -32,3 +36,25 @@ def test_a_run_that_goes_on_from_its_state_ends_with_the_same_bits(make: Make, w
         assert second.outcome == undisturbed.outcome
         assert second.grow.meter.spent == undisturbed.grow.meter.spent
         assert repr(second.grow.observer.branch_cards()) == repr(undisturbed.grow.observer.branch_cards())  # a NaN gain too
+
+
+def test_an_alert_that_is_given_once_a_run_is_not_given_again_after_a_resume(make: Make) -> None:
+    def spoiled(state: Any = None) -> Trainer:
+        trainer = make(state=state)
+        assert trainer.grow.judge is not None
+        trainer.grow.judge.data = [(inputs * math.nan, targets) for inputs, targets in trainer.grow.judge.data]
+        whole = list(trainer.validation.epoch())
+        trainer.validation.epoch = lambda epoch=0: iter([(inputs * math.nan, targets) for inputs, targets in whole])
+        return trainer
+
+    first = spoiled()
+    state = train_until(first, 40)
+    assert sorted(codes(first)) == ["judge_not_finite", "validation_not_finite"]
+    second = spoiled(state)
+    second.fit()
+    assert codes(second) == []
+
+
+def codes(trainer: Trainer) -> list[str]:
+    """The codes of the alerts that were given."""
+    return [words[2] for kind, *words in trainer.port.heard if kind == "alert"]

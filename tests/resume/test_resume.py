@@ -123,6 +123,19 @@ def test_two_processes_do_not_run_in_one_folder(configure: Configure, tmp_path: 
     assert not (tmp_path / "run.lock").exists()
 
 
+def test_warnings_of_a_run_that_goes_on_reach_the_terminal_and_its_log(tmp_path: Path) -> None:
+    program = (
+        "import logging, sys\nfrom pathlib import Path\nfrom esper.running import resume, run\n"
+        "def warn(*words, **more): logging.getLogger('esper.tracking').error('the tracker is lost'); logging.info('a detail')\n"
+        "run.run = warn\nresume.resume = lambda *words: resume.Start(None, Path(sys.argv[1]), None)\n"
+        "resume.main([f'resume={sys.argv[1]}'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stderr == "the tracker is lost\n"
+    log = (tmp_path / "esper.log").read_text()
+    assert "ERROR esper.tracking: the tracker is lost" in log and "INFO root: a detail" in log
+
+
 def test_what_is_no_run_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"resume={tmp_path}"]) == 2
     assert "is no run's folder" in capsys.readouterr().err

@@ -75,6 +75,7 @@ def grow_state(grow: Grow) -> Tree:
         "metric": advance.metric,
         "averages": {str(branch): list(values) for branch, values in advance.weights.averages.items()},
         "gates": {name: vars(record).copy() for name, record in grow.gates.records.items()},
+        "said": sorted(grow.gates.said),
         "refusals": dict(grow.executor.refusals),
         "failures": {str(branch): count for branch, count in grow.branch_optimizer.failures.items()},
         "rows": list(grow.observer.health),
@@ -122,6 +123,7 @@ def _load_grow(grow: Grow, state: Tree) -> None:
     averages = state["averages"].items()
     grow.advance.weights.averages = {int(branch): [value.to(device) for value in values] for branch, values in averages}
     grow.gates.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
+    grow.gates.said = set(state["said"])
     grow.executor.refusals = dict(state["refusals"])
     grow.branch_optimizer.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
     for row, saved in zip(grow.observer.health, state["rows"], strict=True):
@@ -140,6 +142,7 @@ def trainer_state(trainer: Trainer) -> Tree:
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
         "steps": outcome.steps,
         "best": dict(outcome.best),
+        "said": sorted(trainer.said),
         "history": _packed(outcome.history),
         "rng": _rng_state(trainer.device),
         "governor": None if trainer.governor is None else trainer.governor.state(),
@@ -163,6 +166,7 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
         trainer.scaler.load_state_dict(kept(state["scaler"]))
     trainer.outcome.steps = int(state["steps"])
     trainer.outcome.best = {name: float(value) for name, value in state["best"].items()}
+    trainer.said = set(state["said"])
     trainer.outcome.history = _unpacked(state["history"])
     trainer.remember_batches()
     if trainer.governor is not None and state["governor"] is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Tree = dict[str, Any]
-SCHEMA = 2
+SCHEMA = 3
 
 
 def _unchanged(tree: Tree) -> Tree:
@@ -31,8 +31,14 @@ def _one_hash_a_part(manifest: Tree) -> Tree:
     return {**manifest, "parts": parts}
 
 
+def _said_nothing(state: Tree) -> Tree:
+    """Up to version 2 nobody remembered which alerts had been given: those of before are given once more."""
+    grown = {**state, "grow": {**state["grow"], "said": []}} if "grow" in state else state
+    return {**grown, "trainer": _said_nothing({**state["trainer"], "said": []})} if "trainer" in state else grown
+
+
 #: What leads from a version to the next one.
-UPGRADES: dict[int, Upgrade] = {1: Upgrade(manifest=_one_hash_a_part)}
+UPGRADES: dict[int, Upgrade] = {1: Upgrade(manifest=_one_hash_a_part), 2: Upgrade(state=_said_nothing)}
 
 
 def manifest_of_today(manifest: Tree) -> Tree:
