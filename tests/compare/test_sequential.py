@@ -44,3 +44,22 @@ def test_holm_gives_a_rejected_comparison_share_to_the_others() -> None:
     alone = sequential_holm(np.concatenate([np.zeros_like(clear), faint], axis=1), [6, 12], 12, 0.05)[1].mean()
     beside = sequential_holm(np.concatenate([clear, faint], axis=1), [6, 12], 12, 0.05)[1].mean()
     assert beside > alone
+
+
+@pytest.mark.parametrize("noise", ["normal", "far off", "tied", "zeros"])
+@pytest.mark.parametrize("comparisons", [1, 3])
+def test_of_all_sign_patterns_of_any_data_no_more_than_alpha_are_ever_called_different(noise: str, comparisons: int) -> None:
+    """Counted, not simulated: if the arms are alike, every pattern is as likely as the one observed."""
+    rng = generator(noise)
+    data = {
+        "normal": rng.normal(size=12),
+        "far off": rng.standard_cauchy(12),
+        "tied": rng.integers(-3, 4, 12).astype(float),
+        "zeros": np.where(rng.random(12) < 0.5, 0.0, rng.normal(size=12)),
+    }[noise]
+    signs = 1.0 - 2.0 * ((np.arange(2**12)[None, :] >> np.arange(12)[:, None]) & 1)
+    flipped = np.repeat((signs * data[:, None])[:, None, :], comparisons, axis=1)
+    called = sequential_holm(flipped, [6, 9, 12], 12, 0.05).any(axis=0).mean()
+    assert called <= 0.05
+    if noise == "normal":
+        assert called > 0.04 / comparisons

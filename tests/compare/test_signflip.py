@@ -72,3 +72,9 @@ def test_interval_of_equal_differences_is_a_point() -> None:
     assert interval(np.zeros(6), 0.05) == (0.0, 0.0)
     assert interval(np.full(8, 0.25), 0.05) == (0.25, 0.25)
     assert interval(np.zeros(5), 0.05) == (-np.inf, np.inf)
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9), st.sampled_from([0.01, 0.05, 0.2]))
+def test_of_all_sign_patterns_of_any_data_no_more_than_alpha_have_a_p_that_small(values: list[int], alpha: float) -> None:
+    signs = np.array(list(product((-1, 1), repeat=len(values)))).T
+    assert np.mean(sign_flip(signs * np.array(values, float)[:, None]) <= alpha) <= alpha
