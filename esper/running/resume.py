@@ -93,6 +93,11 @@ def fork(place: Path, words: Sequence[str] = ()) -> Start:
     folder, chosen = _locate(place)
     tree, choices = _stored(folder)
     config = build(_changed(tree, words), choices)
+    if config.controller.process == "external":
+        raise UserError(
+            f"A fork has a folder of its own, in which a controller in another process would go on without its memory: resume={folder}"
+            " goes on with both; only a run with controller.process=internal can be forked."
+        )
     state = _state(folder, chosen, fall_back=False)
     if state is None:
         raise UserError(f"There is no checkpoint in {folder} to fork from; name a run that saved one.")

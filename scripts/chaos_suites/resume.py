@@ -41,6 +41,17 @@ SHORT = (
 )
 KILLS_A_RUN = 5  # the first at any moment of the run, the later ones at any moment of what was left of it
 CNN = ("model=cnn", "trainer.steps=80", "trainer.batch_size=16")
+TRANSFORMER = (
+    "task=text",
+    "task.context=32",
+    "model=transformer",
+    "model.width=32",
+    "model.depth=2",
+    "model.dropout=0.1",
+    "trainer.steps=80",
+    "trainer.batch_size=8",
+    "lifecycle.judge_every=10%",
+)
 RUNS: dict[str, tuple[str, ...]] = {
     "mlp linear heuristic": (),
     "mlp drift random": ("grafting=drift", "controller=random"),
@@ -62,6 +73,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "mlp embedded server": ("bus=embedded",),
     "cnn conv linear": (*CNN, "blueprint=conv", "sites.per_site=2"),
     "cnn block drift": (*CNN, "blueprint=block", "sites.per_site=1", "grafting=drift"),
+    "transformer low rank momentum": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2", "grafting=momentum"),
+    "transformer block random": (*TRANSFORMER, "blueprint=block", "sites.per_site=1", "controller=random"),
 }
 
 

@@ -10,6 +10,8 @@ import pytest
 from esper.training.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits, train_until
 
+SMALL_TEXT = ("task=text", "task.context=16", "task.held_out=0.005", "trainer.batch_size=4", "trainer.validate_every=100%")
+TRANSFORMER = (*SMALL_TEXT, "model=transformer", "model.width=16", "model.depth=2", "model.dropout=0.1")
 RUNS = {
     "mlp": (),
     "drift": ("grafting=drift",),
@@ -19,6 +21,8 @@ RUNS = {
     "stability, accumulation": ("grafting=stability", "trainer.accumulate=2"),
     "reconstruction, glu": ("lifecycle.objective=reconstruction", "blueprint=glu"),
     "batch norm": ("model=cnn", "blueprint=conv", "sites.per_site=2", "trainer.batch_size=16"),
+    "transformer": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2"),
+    "transformer, blocks": (*TRANSFORMER, "blueprint=block", "sites.per_site=1"),
     "blocks, dropout": ("model=cnn", "blueprint=block", "sites.per_site=1", "trainer.batch_size=16"),
 }
 

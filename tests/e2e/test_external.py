@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from esper.running.resume import resume
+from esper.errors import UserError
+from esper.running.resume import fork, resume
 from esper.running.run import run
 from esper.training.checkpoint import store
 from tests.resume.conftest import SHORT, Configure, configure
@@ -121,6 +122,24 @@ def test_a_silent_controller_stops_the_run_which_goes_on_to_the_same_end(start: 
     until((folder / "run.lock").exists, trainer)
     control = start("control", str(folder))
     assert trainer.wait(120) == 0, trainer.communicate()[1]
+    same(folder, inside)
+
+
+def test_a_killed_trainer_goes_on_beside_its_controller_to_the_same_end_and_is_not_forked(
+    start: Start, tmp_path: Path, inside: Path
+) -> None:
+    folder = tmp_path / "run"
+    trainer = start(*WORDS, *EXTERNAL, f"hydra.run.dir={folder}")
+    until((folder / "bus" / "join.json").exists, trainer)
+    control = start("control", str(folder))
+    until(lambda: len(store.checkpoints(folder / store.FOLDER)) > 2, trainer)
+    trainer.kill()
+    trainer.wait()
+    with pytest.raises(UserError, match=rf"go on without its memory: resume={folder}"):
+        fork(folder)
+    trainer = start(f"resume={folder}")
+    assert trainer.wait(120) == 0, trainer.communicate()[1]
+    assert control.wait(60) == 0, control.communicate()[1]
     same(folder, inside)
 
 
