@@ -35,7 +35,7 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
         given = {"total_steps": state.max_steps, "accumulate": steps, "seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
         given |= {"state": _beside(state, output, self._moved_to)} if state.global_step else {}
         self.grow = attach(parts["model"], optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
-        self._calls = Calls(parts["model"], (ITEMS,), lambda named: 1.0 / steps if named.get(ITEMS) is None else 1.0)
+        self._calls = Calls(parts["model"], (ITEMS,), lambda named: 1 / steps if named.get(ITEMS) is None else 1, self.grow.set_aside)
         state.stateful_callbacks["esper"] = {"run": self._run, "folder": str(output.resolve())}
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:

@@ -18,11 +18,14 @@ class Calls(Attached):
         model: the host, whose output has a ``loss``.
         hidden: arguments that are no part of a batch.
         share: from the named arguments, what part of the step's loss this forward's loss is.
+        after: called when the backward pass of a training forward is done, before anybody sees its gradients.
     """
 
-    def __init__(self, model: nn.Module, hidden: tuple[str, ...], share: Callable[[dict[str, Any]], float]) -> None:
+    def __init__(
+        self, model: nn.Module, hidden: tuple[str, ...], share: Callable[[dict[str, Any]], float], after: Callable[[], None]
+    ) -> None:
         self.batch: dict[str, Any] | None = None
-        self._hidden, self._share = hidden, share
+        self._hidden, self._share, self._after = hidden, share, after
         self._losses: list[Tensor] = []
         self._handles = [model.register_forward_hook(self._remember, with_kwargs=True), model.register_state_dict_post_hook(_HostAlone())]
 
@@ -30,6 +33,12 @@ class Calls(Attached):
         if model.training and torch.is_grad_enabled() and self.batch is None:
             self.batch = {name: value for name, value in named.items() if name not in self._hidden}
             self._losses.append(output["loss"].detach() * self._share(named))
+            if output["loss"].requires_grad:
+                output["loss"].register_hook(self._when_done)
+
+    def _when_done(self, gradient: Tensor) -> None:
+        """The backward pass has begun: the engine calls ``after`` at its end, as it does for torch's own FSDP."""
+        torch.autograd.Variable._execution_engine.queue_callback(self._after)  # type: ignore[attr-defined]
 
     def loss(self) -> Tensor | None:
         """The loss of the step that has ended, None where no forward was seen; the next step begins."""

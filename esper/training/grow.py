@@ -122,6 +122,7 @@ class Grow:
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         self._scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        self.set_aside()
         if self.settings.count_macs:
             self._count(batch)
         if self.judge is not None:
@@ -130,6 +131,14 @@ class Grow:
             with self.clock.timing("shadow"):
                 value = None if loss is None else float(loss)
                 self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
+
+    def set_aside(self) -> None:
+        """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, from whoever clips the model's before it.
+
+        ``after_backward`` does it; call it yourself, right after the backward pass, only where you clip before you call that.
+        """
+        if self.scaler is not None:
+            self.objective.set_aside(parameter for layer in self.garden.layers for parameter in layer.parameters())
 
     def tick(self, metric: Tensor | float | None = None) -> bool:
         """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of what ``after_backward`` was given.

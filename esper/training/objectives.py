@@ -7,6 +7,7 @@ gradients by their norm does not feel a TRAINING seed either.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,6 +61,14 @@ class Objective:
             self._search(batch)
             self._searched = tick
         self._regress(training, batch, scale)
+
+    def set_aside(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the gradients at hand off these parameters, until ``merge``."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                held = self.pending.get(parameter)
+                self.pending[parameter] = parameter.grad if held is None else held + parameter.grad
+                parameter.grad = None
 
     def merge(self) -> None:
         """Hand the pending gradients over to the parameters' ``grad``."""

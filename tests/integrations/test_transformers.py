@@ -160,3 +160,22 @@ def test_a_checkpoint_in_which_nothing_could_have_grown_is_refused(tmp_path: Pat
     first.train()
     with pytest.raises(UserError, match="saved without a GrowCallback"):
         trainer(tmp_path, callback(), 6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_when_a_scaled_backward_pass_ends_the_branches_gradients_are_out_of_reach_of_clipping(tmp_path: Path) -> None:
+    """accelerate clips ``model.parameters()`` before any callback is asked: half precision needs a GPU there, its scaler does not."""
+    own = callback()
+    running = trainer(tmp_path, own, 24)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    own.settings["scaler"] = scaler
+    clipped = []
+
+    class Clipping(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+            clipped.append([name for name, p in model.named_parameters() if "seed_layer" in name and p.grad is not None])
+
+    running.callback_handler.callbacks.insert(0, Clipping())
+    running.train()
+    assert len(clipped) == 24 and not any(clipped)
+    bank = own.grow.garden.layers[1].bank("mlp")
+    assert int(bank.steps.max()) == 3, "it learned all the same: two steps of TRAINING, one of GRAFTING"

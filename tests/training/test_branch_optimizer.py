@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from growing import HOSTS, Loop, Notebook, batch, germinate, sample_loss, set_stage, short
+from growing import HOSTS, Loop, Notebook, batch, build, germinate, sample_loss, set_stage, short
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
@@ -331,3 +331,32 @@ def test_a_branch_learns_on_when_the_scale_has_fallen():
     loop.step()
     assert loop.branch.overflows == 0 and loop.branch.stage is S.GRAFTING
     assert int(loop.bank.steps[loop.branch.slot]) == taken + 1
+
+
+def test_a_scaled_gradient_of_a_branch_is_not_felt_by_a_loop_that_clips_all_of_the_models():
+    """Under a scaler, with ``clip_grad_norm_(model.parameters())`` after unscaling, as most loops have it: the host moves as without."""
+    ends = []
+    for scale in (None, 2.0**14):
+        model = build("mlp")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        scaler = None if scale is None else torch.amp.GradScaler(device="cpu", init_scale=scale, growth_interval=1000)
+        grow = attach(
+            model, loss=sample_loss, total_steps=400, optimizer=optimizer, judge=[batch()], port=Notebook({1: [germinate()]}),
+            scaler=scaler, per_site=2, lifecycle=short(),
+        )  # fmt: skip
+        for number in range(12):
+            data = batch(number=number)
+            loss = sample_loss(model, data).mean()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            grow.after_backward(data, loss.detach())
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            host = optimizer.param_groups[0]["params"]
+            nn.utils.clip_grad_norm_(host if scaler is None else list(model.parameters()), 0.1)
+            optimizer.step() if scaler is None else (scaler.step(optimizer), scaler.update())
+            grow.tick(loss.detach())
+            optimizer.zero_grad()
+        assert grow.garden.in_stage(S.GRAFTING)
+        ends.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
