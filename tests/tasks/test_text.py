@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> str:
 
 
 def test_king_james_has_its_known_size_and_a_fixed_digest() -> None:
-    task = CONFIGS["text"]().build()
+    task = CONFIGS["text"](context=128).build()
     assert "4181902 characters of 68 kinds" in task.description and task.outputs == 68
     assert task.digest == "6bfd26324f9f2cd5094842aed1e3ecd95db76f9c61bdfefd68a5fab3ce67d7ef"
     assert task.inputs == "tokens" and task.input_shape == (128,)
