@@ -12,12 +12,14 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scripts.benchmarks._baseline import Spread, regressions
 from scripts.benchmarks.checkpoint_parts import on_disk, running
 from scripts.benchmarks.checkpoint_parts.spent import Spent
 
@@ -37,13 +39,14 @@ def row(name: str, ratios: list[Spent]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print, and with ``--check`` fail where a median misses its limit."""
+    """Measure, print, and with ``--check`` fail where a median misses its limit or a ratio is worse than the baseline's."""
     parser = argparse.ArgumentParser(prog="scripts/bench checkpoint", description=__doc__.split("\n")[0])
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--turns", type=int, default=9, help="of 100 steps, with a save and without")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
-    parser.add_argument("--check", action="store_true", help="exit code 1 where a median misses its limit")
+    parser.add_argument("--check", action="store_true", help=f"exit code 1 where a limit is missed or {RESULT.name} was better")
+    parser.add_argument("--baseline", type=Path, default=RESULT, help="what --check compares with")
     parser.add_argument("--write", action="store_true", help=f"keep the result in {RESULT.name}")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -58,7 +61,15 @@ def main(arguments: list[str]) -> int:
         "ratios": {name: row(name, values) for name, values in ratios.items()},
     }
     print(json.dumps(result, indent=2))
+    worse = regressions(spreads(result), spreads(json.loads(options.baseline.read_text(encoding="utf-8")))) if options.check else []
+    for sentence in worse:
+        print(f"worse than {options.baseline}: {sentence}", file=sys.stderr)
     if options.write:
         RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     missed = [name for name, found in result["ratios"].items() if found["limit"] and found["median"] > found["limit"]]
-    return 1 if options.check and missed else 0
+    return 1 if options.check and (missed or worse) else 0
+
+
+def spreads(result: dict[str, Any]) -> dict[str, Spread]:
+    """The ratios of wall times by row."""
+    return {name: Spread.of(found["all"]) for name, found in result["ratios"].items()}

@@ -33,6 +33,9 @@ from esper.training import attach
 from esper.training.device import keep_freed_memory
 from esper.training.grow import Grow
 from esper.training.port import NullPort
+from scripts.benchmarks._baseline import Spread, regressions
+
+BASELINE = Path(__file__).resolve().parents[2] / "experiments" / "step_cost" / "results" / "cpu.csv"
 
 STEPS = 10_000_000
 """Length the runs pretend to have, so that no seed leaves its stage while it is timed."""
@@ -293,9 +296,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=TelemetryConfig.every, help="steps of a block")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/step.csv"), help="where the CSV goes")
+    parser.add_argument("--check", action="store_true", help="also fail where a ratio is worse than the baseline's, spread for spread")
+    parser.add_argument("--baseline", type=Path, default=BASELINE, help="a CSV of this benchmark, from the same kind of device")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch sees no GPU here; leave --device out.")
+    baseline = read(options.baseline) if options.check else []
     unknown = [name for name in options.hosts.split(",") if name not in HOSTS]
     if unknown:
         raise UserError(f"There is no host '{unknown[0]}'; there are {', '.join(HOSTS)}.")
@@ -312,7 +318,23 @@ def main(argv: list[str]) -> int:
     if not rows:
         raise UserError(f"No arm's name begins with '{options.arms}'; they are {'; '.join(arm.name for arm in ARMS)}.")
     print(f"{rows[-1].device}, {rows[-1].threads} thread(s), torch {rows[-1].torch}, load {rows[-1].load}; written to {options.out}")
-    return int(any(row.ratio > row.limit for row in rows))
+    worse = regressions(spreads([asdict(row) for row in rows]), spreads(baseline))
+    for sentence in worse:
+        print(f"worse than {options.baseline}: {sentence}")
+    return int(bool(worse) or any(row.ratio > row.limit for row in rows))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV that this benchmark wrote. Raises UserError where there is none."""
+    if not path.is_file():
+        raise UserError(f"--baseline {path}: there is no such file.")
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def spreads(rows: list[dict[str, Any]]) -> dict[str, Spread]:
+    """The ratios to the bare host by host and arm."""
+    return {f"{row['host']}, {row['arm']}": Spread(float(row["ratio_p20"]), float(row["ratio_p80"])) for row in rows}
 
 
 if __name__ == "__main__":
