@@ -9,6 +9,7 @@ from esper.lifecycle import Ages, LifecycleConfig, Stage
 from esper.lifecycle.transitions import BLENDED
 from esper.seeds import Branch, Garden
 from esper.training.gatekeeper import Gatekeeper
+from esper.training.guard import Guard
 from esper.training.life import Life
 from esper.training.signals import LossSignal, WeightAverages
 
@@ -24,12 +25,15 @@ FORWARD: dict[Stage, Stage] = {
 class Advance:
     """Applies the age table and the gates; everything happens at the tick boundary, in the order of the rows."""
 
-    def __init__(self, config: LifecycleConfig, ages: Ages, garden: Garden, life: Life, gates: Gatekeeper, loss: LossSignal) -> None:
+    def __init__(
+        self, config: LifecycleConfig, ages: Ages, garden: Garden, life: Life, gates: Gatekeeper, guard: Guard, loss: LossSignal
+    ) -> None:
         self.config = config
         self.ages = ages
         self.garden = garden
         self.life = life
         self.gates = gates
+        self.guard = guard
         self.loss = loss
         self.weights = WeightAverages()
         self.metric: float | None = None
@@ -44,10 +48,14 @@ class Advance:
         self.garden.set_alphas(self.life.fade(self.ages.fade) | self._ramp())
 
     def finish(self, tick: int) -> None:
-        """What comes after the commands: failing seeds go, gates open, ages run out, waiting seeds get their slots."""
+        """What comes after the commands: failing and harmful seeds go, gates open, ages run out, waiting seeds get their slots."""
         self._remove_failing()
+        self.guard.watch(tick)
+        self.guard.settle(tick)
         self._open_gates(tick)
         self._end_outlived()
+        self.guard.settle(tick)
+        self.guard.begin(tick)
         self._promote()
         self.metric = None
         self.counterfactual = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
 from esper.seeds import Branch, Garden
+from esper.training.guard import Guard
 from esper.training.judge import Gain, Judge
 from esper.training.objectives import Objective
 from esper.training.port import Port
@@ -28,13 +29,21 @@ class Gatekeeper:
     """Answers gates for the branches of a garden; a value that is missing or not finite opens none."""
 
     def __init__(
-        self, config: LifecycleConfig, garden: Garden, judge: Judge | None, objective: Objective, loss: LossSignal, port: Port
+        self,
+        config: LifecycleConfig,
+        garden: Garden,
+        judge: Judge | None,
+        objective: Objective,
+        loss: LossSignal,
+        guard: Guard,
+        port: Port,
     ) -> None:
         self.config = config
         self.garden = garden
         self.judge = judge
         self.objective = objective
         self.loss = loss
+        self.guard = guard
         self.port = port
         self.records: dict[str, GateRecord] = {}
         self.diverged: set[int] = set()
@@ -65,6 +74,7 @@ class Gatekeeper:
             table.looks[branch.row] += 1
             errors.append(spent(self.config.significance, int(table.looks[branch.row])))
         gains = self.judge.look(branches, errors)
+        self.guard.heard(branches, self.judge.off, tick)
         if self.judge.spoiled and "judge_not_finite" not in self.said:
             self.said.add("judge_not_finite")
             text = f"{self.judge.spoiled} losses on the judge set are not finite even without the branch, so no gate opens; check its data"
@@ -79,7 +89,11 @@ class Gatekeeper:
         self.garden.table.score[branch.row] = gain.mean
         gate = "gain" if branch.stage is Stage.EVALUATING else "final_gain"
         look = int(self.garden.table.looks[branch.row])
-        return self._answer(gate, branch, gain.bound, self.config.gain, tick, look)
+        passed = self._answer(gate, branch, gain.bound, self.config.gain, tick, look)
+        if not passed or gate == "gain":
+            return passed
+        assert self.judge is not None
+        return self._answer("no_harm", branch, self.guard.improvement(branch, self.judge.on), 0.0, tick, look)
 
     def _cheap(self, gate: str, branch: Branch) -> tuple[float, float]:
         if gate == "readiness":

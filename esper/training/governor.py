@@ -126,6 +126,8 @@ class Governor:
         if self.snapshot is not None:
             self.snapshot.restore(grow.garden.model, grow.optimizer, grow.garden)
             grow.signal.load(self._signal)
+            grow.life.leaving.clear()
+            grow.guard.returned(self.snapshot.tick)
         grow.forget_step()  # the forwards that looked for a culprit too
         self.bad = dict.fromkeys(self.bands, 0)
         self.anomalies.append(anomaly)

@@ -28,6 +28,7 @@ from esper.training.checkpoint.engine import load_grow, topology
 from esper.training.checkpoint.tree import join, split
 from esper.training.commands import Executor
 from esper.training.gatekeeper import Gatekeeper
+from esper.training.guard import Guard
 from esper.training.judge import Judge, LossFunction
 from esper.training.life import Life
 from esper.training.macs import Meter
@@ -87,9 +88,10 @@ class Grow:
         self.life = Life(garden, self.machine, settings.grafting, self.objective, self.port, optimizer)
         self.device = next(iter(host_parameters(garden.model).values())).device
         self.judge = None if judge is None else Judge(garden, judge_loss or loss, judge, self.device, self.meter)
-        self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.port)
+        self.guard = Guard(self.life, self.judge, self.signal, life.significance, lifecycle.judge_every)
+        self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
-        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.signal)
+        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal)
         self.branch_optimizer = BranchOptimizer(garden, settings.learning)
         self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)

@@ -51,7 +51,8 @@ def lower_bound(differences: Tensor, error: float) -> Gain:
 class Judge:
     """Judges branches on the batches of ``data``; ``loss(model, batch)`` gives one value a sample, or one a batch.
 
-    ``spoiled`` says how many of the last look's losses were not finite with the branch off, so by no fault of its own.
+    Of the last look, ``on`` are the losses ``[n]`` with everything on and ``off`` those without each branch; ``spoiled`` says how many
+    were not finite with the branch off, so by no fault of its own.
     """
 
     def __init__(self, garden: Garden, loss: LossFunction, data: Iterable[Any], device: torch.device, meter: Meter) -> None:
@@ -62,6 +63,8 @@ class Judge:
         self.meter = meter
         self.recent: deque[Any] = deque(maxlen=RECENT)
         self.spoiled = 0
+        self.on = torch.zeros(0)
+        self.off: list[Tensor] = []
         self._has_norms = any(_has_statistics(module) for module in garden.model.modules())
 
     def remember(self, batch: Any) -> None:
@@ -72,14 +75,22 @@ class Judge:
     def look(self, branches: list[Branch], errors: list[float]) -> list[Gain]:
         """The gain of each branch, all others unchanged, with bounds at the given error rates."""
         self.garden.refresh()  # commands of this tick may have taken branches away that the last forward still had
-        on = self._losses()
+        on = self.on = self._losses()
+        self.off = []
         gains = []
         for branch, error in zip(branches, errors, strict=True):
             with self.garden.without(branch):
                 off = self._losses()
+            self.off.append(off)
             self.spoiled = int((~torch.isfinite(off)).sum())
             gains.append(lower_bound(off - on, error))
         return gains
+
+    def losses(self, without: list[Branch]) -> Tensor:
+        """Losses ``[n]`` float64 on the judge set with some branches off, all others as they are now."""
+        self.garden.refresh()
+        with self.garden.without(*without):
+            return self._losses()
 
     def _losses(self) -> Tensor:
         model = self.garden.model

@@ -16,11 +16,13 @@ from esper.lifecycle.transitions import BLENDED
 from esper.seeds import Branch, Garden
 from esper.training.objectives import Objective
 from esper.training.port import Port
-from esper.training.snapshot import Snapshot
 
 
 class Life:
-    """Moves seeds between stages: the machine says whether, this does what follows from it, the port hears of it."""
+    """Moves seeds between stages: the machine says whether, this does what follows from it, the port hears of it.
+
+    ``leaving`` are the blended branches that have been culled or rolled back at this tick: the guard settles what becomes of the host.
+    """
 
     def __init__(
         self,
@@ -39,14 +41,14 @@ class Life:
         self.objective = objective
         self.port = port
         self.optimizer = optimizer
-        self.snapshot: Snapshot | None = None
+        self.leaving: list[int] = []
         self.tick = 0
         self._later: list[Callable[[], None]] | None = None
         self.counts = {"germinated": 0, "fossilized": 0, "culled": 0, "cancelled": 0, "rolled_back": 0}
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within: rollbacks and messages wait until all of it has succeeded; after an exception they do not happen."""
+        """Within: messages wait until all of it has succeeded; after an exception they do not happen."""
         assert self._later is None, "one command at a time"
         later = self._later = []
         try:
@@ -89,35 +91,25 @@ class Life:
         alphas = self.garden.branches.alpha
         if source is Stage.TRAINING:
             self.objective.forget(branch.id)
+        if source in BLENDED and target in (Stage.CULLED, Stage.ROLLED_BACK):
+            self.leaving.append(branch.id)
         if target is Stage.GRAFTING:
             self._begin_grafting(branch)
         elif target is Stage.CULLED:
             self.garden.branches.fade_from[branch.id] = alphas[branch.id]
             if source not in BLENDED or not self.sound(branch) or float(alphas[branch.id]) == 0.0:
                 self.drop(branch)
-        elif target is Stage.CANCELLED:
+        elif target in (Stage.CANCELLED, Stage.ROLLED_BACK):
             self.drop(branch)
-        elif target is Stage.ROLLED_BACK:
-            self.drop(branch)
-            if source in BLENDED:
-                self._at_last(self.roll_back)
         name = target.name.lower()
         if name in self.counts:
             self.counts[name] += 1
         self.garden.touch(branch.site)
 
     def _begin_grafting(self, branch: Branch) -> None:
-        taken = Snapshot(self.garden.model, self.optimizer, self.garden, self.tick)
-        if taken.healthy:
-            self.snapshot = taken
         config = self.strategies[branch.strategy]
         self.garden.branches.grafting[branch.id] = initial_state(1)[0]
         self.garden.branches.alpha[branch.id] = config.alpha_min
-
-    def roll_back(self) -> None:
-        """Host, its optimizer and the living branches back to the last good snapshot, if there is one."""
-        if self.snapshot is not None:
-            self.snapshot.restore(self.garden.model, self.optimizer, self.garden)
 
     def drop(self, branch: Branch) -> None:
         """Alpha to zero and the parameters freed, at once."""

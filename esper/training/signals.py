@@ -31,6 +31,10 @@ class LossSignal:
         self.fast = 0.9 * self.fast + 0.1 * loss
         self.slow = 0.98 * self.slow + 0.02 * loss
 
+    def noise(self) -> float:
+        """Standard deviation of the difference of two fast averages of a loss that stands still: ``√(2·v·0.1/1.9)``."""
+        return math.sqrt(2.0 * self.variance * 0.1 / 1.9)
+
     def steadiness(self) -> float:
         """``1 − max(0, fast − slow) / |slow|``, cut at 0: 1 is a loss that stands still or falls, NaN one never seen.
 

@@ -24,7 +24,7 @@ class _Mutable:
 
 
 class Before:
-    """The state of seeds and branches before a command; slots are freed and hosts restored only after it, so they need no copy.
+    """The state of seeds and branches before a command; slots are freed and hosts returned only after it, so they need no copy.
 
     ``rows`` are the seeds that the command moves: of the others nothing changes.
     """
@@ -38,7 +38,7 @@ class Before:
         self._numbers = {name: getattr(garden.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
         self._slots = [_slots(garden, number) for number in range(len(garden.sites))]
         self._released = list(garden.released)
-        self._counts, self._snapshot = dict(life.counts), life.snapshot
+        self._counts, self._leaving = dict(life.counts), list(life.leaving)
         self._readiness, self._failed = dict(life.objective.readiness), set(life.objective.failed)
 
     def restore(self) -> None:
@@ -56,7 +56,7 @@ class Before:
             _free_new(garden, number, before)
             garden.touch(number)
         garden.released = self._released
-        life.counts, life.snapshot = self._counts, self._snapshot
+        life.counts, life.leaving = self._counts, self._leaving
         life.objective.readiness, life.objective.failed = self._readiness, self._failed
 
 

@@ -70,6 +70,11 @@ class RandomPort(NullPort):
         """Which seeds there are."""
         self.sites = words[2]
 
+    def transition(self, *words: Any) -> None:
+        """Count the branches that went because they harmed slowly."""
+        if words[6].startswith("slow harm"):
+            self.said["slow_harm"] = self.said.get("slow_harm", 0) + 1
+
     def alert(self, *words: Any) -> None:
         """Count what the governor and the engine complain of."""
         self.said[words[2]] = self.said.get(words[2], 0) + 1

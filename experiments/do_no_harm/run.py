@@ -2,13 +2,15 @@
 
 First the never-grown runs: every seed twice, with the same initial weights and another order of the data. The 99 % quantile
 of what the one is worse than the other is what chance alone does. Then every seed once more with hostile blueprints under
-random commands. Held out is the mean of validation and test accuracy. Writes ``results.csv`` and the README's table.
+random commands. Held out is the mean of validation and test accuracy. Writes ``results.csv`` and the README's table; with
+``--first`` above 0, ``fresh.csv`` and the README's second table, of seeds that nothing was made with in mind.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import platform
 import sys
@@ -32,7 +34,10 @@ from esper.training.trainer import Growth, Trainer  # noqa: E402
 
 WORDS = ("trainer.steps=200", "trainer.batch_size=32", "lifecycle.judge_every=2%", "telemetry.every=20", "tracking=none")
 COUNTS = ("germinated", "fossilized", "culled", "rolled_back")
-FIELDS = ("arm", "seed", "kind", "strategy", "accuracy", "loss", *COUNTS, "rollbacks", "stopped")
+SAID = ("slow_harm", "host_returned")
+FIELDS = ("arm", "seed", "kind", "strategy", "accuracy", "loss", *COUNTS, *SAID, "rollbacks", "stopped")
+SHARE = 0.01
+"""Of the differences between never-grown twins, the share beyond the limit."""
 
 
 def one(config: Any, task: Any, seed: int, order: int, arm: str) -> dict[str, Any]:
@@ -53,6 +58,7 @@ def one(config: Any, task: Any, seed: int, order: int, arm: str) -> dict[str, An
     values = {name: (final.get(f"validation/{name}", nan) + final.get(f"test/{name}", nan)) / 2 for name in ("accuracy", "loss")}
     counts = {name: trainer.grow.life.counts[name] for name in COUNTS}
     rollbacks = len(trainer.governor.anomalies) if trainer.governor else 0
+    counts |= {name: 0 if port is None else port.said.get(name, 0) for name in SAID}
     grown = {"kind": kind, "strategy": strategy} if arm == "grown" else {"kind": "", "strategy": ""}
     return {"arm": arm, "seed": seed, **grown, **values, **counts, "rollbacks": rollbacks, "stopped": stopped}
 
@@ -61,53 +67,64 @@ def main(arguments: list[str]) -> int:
     """Run, write, report; 1 when a grown run is worse than chance explains more often than chance explains."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     config = compose(WORDS)
     task = config.task.build()
     rows = []
     for arm, shift in (("twin", 0), ("other order", 1_000_000), ("grown", 0)):
-        for seed in range(options.runs):
+        for number in range(options.runs):
+            seed = options.first + number
             rows.append(one(config, task, seed, seed + shift, arm))
-            if seed % 20 == 19:
-                print(f"{arm}: {seed + 1} of {options.runs}", file=sys.stderr, flush=True)
-    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
+            if number % 20 == 19:
+                print(f"{arm}: {number + 1} of {options.runs}", file=sys.stderr, flush=True)
+    mark = "fresh" if options.first else "results"
+    with (HERE / f"{mark}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "accuracy": f"{row['accuracy']:.5f}", "loss": f"{row['loss']:.5f}"} for row in rows)
-    return report(rows)
+    return report(rows, mark)
 
 
-def report(rows: list[dict[str, Any]]) -> int:
-    """Put the numbers into the README between its marks."""
+def at_least(count: int, runs: int, share: float) -> float:
+    """Probability that ``count`` or more of ``runs`` independent ones lie beyond what each passes with probability ``share`` (binomial)."""
+    return math.fsum(math.comb(runs, k) * share**k * (1.0 - share) ** (runs - k) for k in range(count, runs + 1))
+
+
+def report(rows: list[dict[str, Any]], mark: str) -> int:
+    """Put the numbers into the README between the marks ``mark`` and ``end``."""
     by_arm = {arm: {row["seed"]: row for row in rows if row["arm"] == arm} for arm in ("twin", "other order", "grown")}
     seeds = sorted(by_arm["twin"])
     chance = torch.tensor([by_arm["twin"][s]["accuracy"] - by_arm["other order"][s]["accuracy"] for s in seeds]).double()
-    limit = float(torch.quantile(torch.cat([chance, -chance]), 0.99))
+    limit = float(torch.quantile(torch.cat([chance, -chance]), 1.0 - SHARE))
     worse = {s: by_arm["twin"][s]["accuracy"] - by_arm["grown"][s]["accuracy"] for s in seeds}
     over = [s for s in seeds if not worse[s] <= limit]
+    likely = at_least(len(over), len(seeds), SHARE)
     lines = [
-        f"{len(seeds)} seeds, {' '.join(WORDS)}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
+        f"Seeds {seeds[0]} to {seeds[-1]}, {' '.join(WORDS)}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
         "",
         f"By chance alone a run is worse than its twin by at most {limit:.4f} (99 % quantile of the {2 * len(seeds)} differences).",
-        f"Grown runs worse than their never-grown twin by more than that: **{len(over)} of {len(seeds)}**.",
+        f"Grown runs worse than their never-grown twin by more than that: **{len(over)} of {len(seeds)}**. "
+        f"By chance alone {SHARE * len(seeds):.0f} would be expected, and {len(over)} or more have probability {likely:.3g} (binomial).",
         "",
-        "| kind | runs | germinated | kept | culled | rolled back | governor's rollbacks | stopped | worse by: median | 90 % | largest |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kind | runs | germinated | kept | culled | rolled back | of these for slow harm | host returned | governor's rollbacks "
+        "| stopped | worse by: median | 90 % | largest |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(_line(kind, [by_arm["grown"][s] for s in seeds if by_arm["grown"][s]["kind"] == kind], worse) for kind in KINDS),
         _line("all", list(by_arm["grown"].values()), worse),
     ]
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition("<!-- results -->\n")
+    before, _, rest = readme.partition(f"<!-- {mark} -->\n")
     after = rest.partition("<!-- end -->")[2]
-    (HERE / "README.md").write_text(before + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
+    (HERE / "README.md").write_text(before + f"<!-- {mark} -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
     print("\n".join(lines))
-    return 1 if len(over) > 0.01 * len(seeds) else 0
+    return 1 if len(over) > SHARE * len(seeds) else 0
 
 
 def _line(kind: str, runs: list[dict[str, Any]], worse: dict[int, float]) -> str:
     values = torch.tensor([worse[run["seed"]] for run in runs]).double()
-    sums = [sum(run[name] for run in runs) for name in ("germinated", "fossilized", "culled", "rolled_back", "rollbacks")]
+    sums = [sum(run[name] for run in runs) for name in (*COUNTS, *SAID, "rollbacks")]
     quantiles: Iterable[float] = (float(values.nanquantile(q)) for q in (0.5, 0.9, 1.0))
     cells = [kind, len(runs), *sums, sum(bool(run["stopped"]) for run in runs), *(f"{value:+.4f}" for value in quantiles)]
     return "| " + " | ".join(map(str, cells)) + " |"

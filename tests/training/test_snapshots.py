@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from growing import Loop, germinate, same, set_stage, short
+from growing import Loop, batch, germinate, same, set_stage, short
 
 from esper.lifecycle import Stage
 from esper.training.passes import untouched_buffers
@@ -35,19 +35,22 @@ def branch_rows(loop: Loop, number: int, blueprint: str) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize(("host", "blueprint"), [("batch_norm", "mlp"), ("cnn_batch", "block")])
 def test_a_rollback_restores_host_optimizer_and_the_other_branches(host: str, blueprint: str):
-    lifecycle = short(training_min="10step", stabilization_min="9step", readiness=-1e9)
+    lifecycle = short(training_min="10step", stabilization_min="9step", readiness=-1e9, judge_every="50step")
     loop = Loop(host, settings={"lifecycle": lifecycle, "blueprint": blueprint}, total=100)
     names = [site.name for site in loop.grow.garden.sites]
     loop.port.script = {1: [germinate(names[0])], 8: [germinate(names[1])]}
     loop.until(S.GRAFTING)
+    last = [name for name, _ in loop.model.named_parameters() if "seed_layer" not in name][-2]
     kept = loop.host_state(), optimizer_state(loop), branch_rows(loop, 1, blueprint)
     other = loop.grow.garden.branches[1]
     assert other.stage is S.TRAINING
     loop.run(6)
     loop.optimizer.param_groups[0]["lr"] = 0.123
+    with torch.no_grad():
+        loop.model.get_parameter(last).neg_()
     t, path = loop.grow.tick_number, list(other.path)
     assert loop.grow.executor.apply(set_stage(S.ROLLED_BACK, names[0]), t) == ("applied", "")
-    loop.grow.garden.refresh()
+    loop.grow.guard.settle(t)
     same(kept[0], loop.host_state())
     same(kept[1], optimizer_state(loop))
     assert other.stage is S.TRAINING
@@ -68,24 +71,27 @@ def test_a_branch_that_is_not_blended_is_rolled_back_alone():
 
 
 def test_a_host_that_is_not_sound_is_no_good_snapshot():
-    loop = Loop(commands={1: [germinate(seed=0)], 20: [germinate(seed=1)]})
+    lifecycle = short(judge_every="90step")
+    loop = Loop("batch_norm", settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0)], 20: [germinate(seed=1)]})
     loop.until(S.GRAFTING)
-    good = loop.grow.life.snapshot
-    assert good is not None and good.healthy
+    good = loop.grow.guard.sound[0].kept
+    assert good is not None and good.snapshot.healthy
+    loop.run(21 - loop.grow.tick_number)
     with torch.no_grad():
-        loop.model.head.bias[0] = float("inf")
+        loop.model.norm.running_mean[0] = float("inf")  # which no training forward feels
     assert not Snapshot(loop.model, loop.optimizer, loop.grow.garden, 9).healthy
-    loop.run(25 - loop.grow.tick_number)
-    assert loop.grow.life.snapshot is good, "the last good one is kept"
-    loop.grow.life.roll_back()
-    assert bool(torch.isfinite(loop.model.head.bias).all())
+    loop.run(3)
+    assert loop.grow.guard.sound[1].kept is good, "the last good one is kept"
 
 
-def test_rolling_back_without_a_snapshot_leaves_everything():
-    loop = Loop().run(2)
-    before = loop.host_state()
-    loop.grow.life.roll_back()
-    same(before, loop.host_state())
+def test_without_a_judge_a_rollback_is_taken_at_its_word():
+    loop = Loop(settings={"judge": None, "sample": batch()}, commands={1: [germinate()]})
+    loop.until(S.GRAFTING)
+    kept = loop.host_state()
+    loop.run(3)
+    loop.port.script[loop.grow.tick_number + 1] = [set_stage(S.ROLLED_BACK)]
+    loop.run(1)
+    same(kept, loop.host_state())
 
 
 def test_a_stabilization_that_never_settles_ends_in_a_rollback(monkeypatch: pytest.MonkeyPatch):

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from growing import Loop, batch, germinate, sample_loss, set_stage, short
+from growing import Loop, batch, germinate, same, sample_loss, set_stage, short
 
+from esper.bus.messages import EmergencyStop
 from esper.grafting import CONFIGS
 from esper.lifecycle import Stage
 from esper.seeds import Branch
@@ -155,12 +156,30 @@ def test_minimum_ages_hold_for_stages_entered_by_command():
     assert path["FOSSILIZED"] - path["FINE_TUNING"] >= 5
 
 
-def test_a_rollback_by_command_restores_the_host():
-    loop = Loop(commands={1: [germinate()]})
+@pytest.mark.parametrize("command", [set_stage(S.ROLLED_BACK), EmergencyStop(id="ROLLED_BACK-fc1-0")])
+def test_a_host_that_is_worse_without_the_branch_that_a_command_takes_returns(command: Any):
+    lifecycle = short(judge_every="90step")  # one state is kept: the beginning's
+    loop = Loop(settings={"lifecycle": lifecycle}, commands={30: [germinate()]})
     loop.until(S.GRAFTING)
     kept = loop.host_state()
     loop.run(5)
-    loop.port.script[loop.grow.tick_number + 1] = [set_stage(S.ROLLED_BACK)]
+    with torch.no_grad():
+        loop.model.head.weight.neg_()
+    loop.port.script[loop.grow.tick_number + 1] = [command]
     loop.run(1)
+    assert loop.port.acks["ROLLED_BACK-fc1-0"] == ("applied", "")
     now = loop.host_state()
     assert all(torch.equal(kept[name], now[name]) for name in kept)
+    assert [said[2] for said in loop.port.alerts] == ["host_returned"]
+
+
+def test_a_host_that_has_learned_since_is_not_taken_back_by_a_command():
+    loop = Loop(commands={1: [germinate()]})
+    loop.until(S.GRAFTING)
+    loop.run(5)
+    loop.port.script[loop.grow.tick_number + 1] = [set_stage(S.ROLLED_BACK)]
+    loop.backward()
+    loop.optimizer.step()
+    now = loop.host_state()
+    loop.grow.tick(1.0)
+    same(now, loop.host_state())

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.training.checkpoint.tree import Still, kept
+from esper.training.checkpoint.tree import kept
 from esper.training.gatekeeper import GateRecord
 from esper.training.passes import host_buffers, host_parameters
-from esper.training.snapshot import Snapshot, optimizer_state, restore_optimizer
+from esper.training.snapshot import optimizer_state, restore_optimizer
 
 if TYPE_CHECKING:
     from esper.training.grow import Grow
@@ -71,7 +71,7 @@ def grow_state(grow: Grow) -> Tree:
         "objective": grow.objective.state(),
         "signal": grow.signal.state(),
         "counts": dict(life.counts),
-        "snapshot": None if life.snapshot is None else Still(life.snapshot.state()),
+        "guard": grow.guard.state(),
         "metric": advance.metric,
         "averages": {str(branch): list(values) for branch, values in advance.weights.averages.items()},
         "gates": {name: vars(record).copy() for name, record in grow.gates.records.items()},
@@ -118,7 +118,7 @@ def _load_grow(grow: Grow, state: Tree) -> None:
     grow.signal.load(state["signal"])
     grow.life.counts = {name: int(state["counts"][name]) for name in grow.life.counts}
     device = next(iter(host_parameters(grow.garden.model).values())).device
-    grow.life.snapshot = None if state["snapshot"] is None else Snapshot.from_state(state["snapshot"], device)
+    grow.guard.load(state["guard"], device)
     grow.advance.metric = state["metric"]
     averages = state["averages"].items()
     grow.advance.weights.averages = {int(branch): [value.to(device) for value in values] for branch, values in averages}

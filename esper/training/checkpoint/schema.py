@@ -5,12 +5,13 @@ Raising ``SCHEMA`` takes an entry in ``UPGRADES`` for the version before and a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 Tree = dict[str, Any]
-SCHEMA = 3
+SCHEMA = 4
 
 
 def _unchanged(tree: Tree) -> Tree:
@@ -37,8 +38,23 @@ def _said_nothing(state: Tree) -> Tree:
     return {**grown, "trainer": _said_nothing({**state["trainer"], "said": []})} if "trainer" in state else grown
 
 
+def _guarded(state: Tree) -> Tree:
+    """Up to version 3 there was one snapshot for every rollback and no guard, which begins with the branches that are blended then."""
+    grown = {**state, "grow": _with_guard(state["grow"])} if "grow" in state else state
+    return {**grown, "trainer": _guarded(state["trainer"])} if "trainer" in state else grown
+
+
+def _with_guard(grow: Tree) -> Tree:
+    kept = {name: value for name, value in grow.items() if name != "snapshot"}
+    return {**kept, "guard": {"states": [], "calm": None, "lowest": math.inf, "sound": {}}}
+
+
 #: What leads from a version to the next one.
-UPGRADES: dict[int, Upgrade] = {1: Upgrade(manifest=_one_hash_a_part), 2: Upgrade(state=_said_nothing)}
+UPGRADES: dict[int, Upgrade] = {
+    1: Upgrade(manifest=_one_hash_a_part),
+    2: Upgrade(state=_said_nothing),
+    3: Upgrade(state=_guarded),
+}
 
 
 def manifest_of_today(manifest: Tree) -> Tree:
