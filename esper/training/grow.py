@@ -122,7 +122,8 @@ class Grow:
         """
         self._last_batch = batch
         if loss is not None:
-            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+            loss = loss.detach() if isinstance(loss, Tensor) else loss
+            self._losses.append(loss)
         self._scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         self.set_aside()
         if self.settings.count_macs:
