@@ -40,6 +40,8 @@ def main() -> int:
             answers.write(json.dumps(handle(json.loads(line))) + "\n")
     except KeyboardInterrupt:  # Stopped, or the run's own form of it after everything was saved
         return 143
+    except BrokenPipeError:  # the sweep was killed, and finds what the job left
+        return 143
     return 0
 
 
