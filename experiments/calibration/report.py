@@ -13,8 +13,9 @@ TEXT = """# Is the verdict of a sweep as rarely wrong as it says?
 how often is an arm that differs by exactly the margin called equivalent, and is a difference of the stated size found
 as often as the plan states?
 
-**Command.** `python experiments/calibration/run.py` ({sweeps:,} simulated sweeps per setting, {seconds:.0f} s on one
-core, {versions}). Every row is in `results.csv`; this file is written by the same command.
+**Command.** `python experiments/calibration/run.py` ({sweeps:,} simulated sweeps per setting, {first} s on one core; then the second
+part, which `--again` repeats alone: {second} s of processor time; {versions}). Every row is in
+`results.csv`; this file is written by the same command.
 
 **How.** Runs of a pair share their seed's effect; on top of it the noise of a run is normal, heavy-tailed (Student's t,
 3 degrees of freedom), skewed (lognormal) or that of accuracies near 1 on 360 test samples (ties, a ceiling). The sweeps
@@ -35,8 +36,8 @@ plan states for 80 % (in standard deviations of a paired difference) and the oth
 
 {power}
 
-The plan assumes normal noise, which understates the power where tails are heavy. Stated from the differences of a pilot
-instead (20,000 of them, so that the pilot itself is no source of error), power minus stated power in points:
+Without a pilot the plan states the power for normal noise and says so; where tails are heavy there is more. Stated from the differences
+of a pilot (`compare.pilot`; here 20,000 of them, so that the pilot itself is no source of error), power minus stated power in points:
 
 {pilot}
 
@@ -48,23 +49,28 @@ A dash: so few pairs can find nothing after Holm, and the plan says so.
 
 Power kept by the sequential form where the fixed one has 80: {kept}.
 
+## Rates above 5 % again
+
+With two arms there is one comparison, of which the test spends the whole 5 %: half of such settings must come out above 5 % by chance.
+{again}
+
 ## Verdict
 
 {verdict}
 """
 
 
-def readme(rows: Sequence[Row], sweeps: int, seconds: float, versions: str) -> str:
-    """The whole text; ``rows`` are those of ``results.csv``."""
+def readme(rows: Sequence[Row], spent: Mapping[str, object]) -> str:
+    """The whole text; ``rows`` are those of ``results.csv``, ``spent`` what ``cost.json`` holds."""
+    sweeps = int(str(spent["sweeps"]))
     fixed = [r for r in rows if r["mode"] == "fixed"]
     looked = [r for r in rows if r["mode"] != "fixed"]
     error = 300 * sqrt(0.05 * 0.95 / sweeps)
     three = 300 * sqrt(0.16 / sweeps)
     kept = [100 * _number(r, "power") for r in looked]
     return TEXT.format(
-        sweeps=sweeps,
-        seconds=seconds,
-        versions=versions,
+        **spent,
+        again=_again(rows, sweeps),
         resolution=f"Three standard errors of a rate of 5 % are {error:.2f} points, of 80 % {three:.1f}.",
         better=_table(fixed, lambda found: f"{100 * max(_number(r, 'false_better') for r in found):.2f}"),
         equivalent=_table(fixed, lambda found: f"{100 * max(_number(r, 'false_equivalent') for r in found):.2f}"),
@@ -95,25 +101,41 @@ def _table(rows: Sequence[Row], cell: Callable[[Sequence[Row]], str]) -> str:
     pairs = sorted({int(str(r["pairs"])) for r in rows})
     lines = ["| noise | " + " | ".join(f"{n} pairs" for n in pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
     for noise in noises:
-        cells = [cell([r for r in rows if r["noise"] == noise and r["pairs"] == n]) for n in pairs]
+        cells = [cell([r for r in rows if r["noise"] == noise and int(str(r["pairs"])) == n]) for n in pairs]
         lines.append(f"| {noise} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _above(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+    """Rows and columns whose rate was above 5 % at first."""
+    return [(r, c) for r in rows for c in ("false_better", "false_equivalent") if r.get(f"{c}_again") not in ("", None)]
+
+
+def _again(rows: Sequence[Row], sweeps: int) -> str:
+    found = _above(rows)
+    rates = [100 * _number(row, f"{column}_again") for row, column in found]
+    if not rates:
+        return "None was."
+    error = 300 * sqrt(0.05 * 0.95 / (10 * sweeps))
+    return (
+        f"All {len(rates)} that did were simulated again on {10 * sweeps:,} fresh sweeps each: {min(rates):.2f} to {max(rates):.2f} %,\n"
+        f"{sum(rates) / len(rates):.2f} % in the mean, where three standard errors of one are {error:.2f} points. That the test itself rejects\n"
+        "in no more than α of all sign patterns of any data is no matter of simulation: `tests/compare/test_sequential.py` and\n"
+        "`test_signflip.py` count the patterns."
+    )
+
+
 def _verdict(fixed: Sequence[Row], looked: Sequence[Row], error: float) -> str:
     def said(name: str, rows: Sequence[Row], column: str) -> str:
-        worst = 100 * max(_number(r, column) for r in rows)
-        word = (
-            "holds"
-            if worst <= 5
-            else ("holds within the error of the simulation" if worst <= 5 + error else "DOES NOT HOLD")
-        )
-        return f"- {name} ≤ 5 %: {word} (worst of {len(rows)} settings {worst:.2f} %)."
+        first = 100 * max(_number(r, column) for r in rows)
+        again = [100 * _number(r, f"{c}_again") for r, c in _above(rows) if c == column]
+        worst = max(again) if again else first
+        word = "holds" if worst <= 5 else ("holds within the error of the simulation" if worst <= 5 + error / sqrt(10) else "DOES NOT HOLD")
+        more = f"; {worst:.2f} % on the fresh sweeps" if again else ""
+        return f"- {name} ≤ 5 %: {word} (worst of {len(rows)} settings {first:.2f} %{more})."
 
     def gap(column: str, noise: str) -> str:
-        found = [
-            100 * (_number(r, "power") - _number(r, column)) for r in fixed if r["power"] != "" and r["noise"] == noise
-        ]
+        found = [100 * (_number(r, "power") - _number(r, column)) for r in fixed if r["power"] != "" and r["noise"] == noise]
         return f"{noise} {min(found):+.1f} to {max(found):+.1f}"
 
     def gaps(column: str) -> str:
