@@ -5,6 +5,7 @@ Needs Chromium and a minute; run it with ``pytest -m browser``. The screenshots 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,9 +17,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from esper.compare.store import children, find_sweep
+from esper.tracking.mlflow_store import quiet_client
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = Path("outputs/screenshots").resolve()
@@ -34,7 +39,26 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Path:
+    """The folder of a store with a made-up sweep of 1,000 runs, that of experiments/compare_speed."""
+    spec = importlib.util.spec_from_file_location("compare_speed", checkout / "experiments" / "compare_speed" / "run.py")
+    assert spec is not None and spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    folder = tmp_path_factory.mktemp("large")
+    study.fill(folder, 1_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def server(sweep: Path) -> Iterator[str]:
+    with serving(sweep) as url:
+        yield url
+
+
+@contextmanager
+def serving(sweep: Path) -> Iterator[str]:
+    """MLflow's own server over the store in this folder; its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,9 +66,11 @@ def server(sweep: Path) -> Iterator[str]:
     process = subprocess.Popen([sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)], cwd=sweep, env=ENVIRONMENT)
     url = f"http://127.0.0.1:{port}"
     _wait_for(url, process)
-    yield url
-    process.terminate()
-    process.wait(30)
+    try:
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -89,3 +115,16 @@ def test_the_sweep_is_one_run_that_names_its_arms(sweep: Path, server: str) -> N
     text = page(f"{server}/#/experiments/{note['experiment']}/runs/{parent}/artifacts", "sweep")
     for name in ("mlp-digits sweep: linear, drift", "comparison.json", "comparison.txt", "figures"):
         assert name in text
+
+
+def test_the_page_of_a_sweep_of_a_thousand_runs_opens_and_so_does_the_list_of_runs(large: Path) -> None:
+    client = quiet_client(f"sqlite:///{large}/mlflow.db")
+    parent = find_sweep(client, "speed")
+    assert len(children(client, parent)) == 1_000
+    place = f"#/experiments/{parent.info.experiment_id}/runs"
+    with serving(large) as url:
+        text = page(f"{url}/{place}/{parent.info.run_id}", "large-sweep")
+        listed = page(f"{url}/{place}", "large-list")
+    for shown in (parent.info.run_name, "esper.plan.0", "Child runs", "arm3 seed=249", "Load more"):
+        assert shown in text
+    assert f"runs/{parent.info.run_id}" in listed and "matching runs" in listed
