@@ -13,6 +13,7 @@ from esper.errors import UserError
 from esper.running.folder import hash_of, locked, status
 
 NOTE, LOCK = "sweep.json", "sweep.lock"
+DEEPEST = 4  # folders between the outputs and a sweep's note; the store beside them may hold thousands
 ORPHAN_S = 60.0  # how long a job of a killed sweep may take to save what it has
 
 
@@ -29,7 +30,8 @@ def taken_up(folder: Path, command: Sequence[str], output: Path) -> Path:
     """Where ``resume=auto`` lets a sweep of this command run: in the newest that did not end, else in ``folder``, which is new."""
     if (folder / NOTE).exists():  # named by the user
         return folder
-    for path in sorted(output.glob("**/" + NOTE), key=lambda path: path.stat().st_mtime, reverse=True):
+    notes = [path for depth in range(DEEPEST + 1) for path in output.glob("*/" * depth + NOTE)]
+    for path in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
         known = json.loads(path.read_text(encoding="utf-8"))
         if _words(known["command"]) == _words(command) and not known.get("ended") and not _runs(path.parent):
             _discard_new(folder)
