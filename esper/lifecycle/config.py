@@ -40,3 +40,4 @@ class LifecycleConfig:
         0.05, low=1e-6, high=0.5, help="error rate of the gain's bound, spent over all looks at one branch"
     )
     error_rate: float = setting(0.5, low=0.0, high=1.0, help="share of non-finite forwards above which a branch is culled")
+    guard: bool = setting(True, help="a blended branch under which the judge set's loss rises goes, and the host returns")

@@ -90,7 +90,7 @@ class Gatekeeper:
         gate = "gain" if branch.stage is Stage.EVALUATING else "final_gain"
         look = int(self.garden.table.looks[branch.row])
         passed = self._answer(gate, branch, gain.bound, self.config.gain, tick, look)
-        if not passed or gate == "gain":
+        if not passed or gate == "gain" or not self.config.guard:
             return passed
         assert self.judge is not None
         return self._answer("no_harm", branch, self.guard.improvement(branch, self.judge.on), 0.0, tick, look)

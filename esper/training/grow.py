@@ -88,7 +88,7 @@ class Grow:
         self.life = Life(garden, self.machine, settings.grafting, self.objective, self.port, optimizer)
         self.device = next(iter(host_parameters(garden.model).values())).device
         self.judge = None if judge is None else Judge(garden, judge_loss or loss, judge, self.device, self.meter)
-        self.guard = Guard(self.life, self.judge, self.signal, life.significance, lifecycle.judge_every)
+        self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
         self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
         self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal)
