@@ -82,6 +82,13 @@ def test_a_branch_that_raises_the_loss_is_removed_and_the_host_is_no_worse():
     assert not loop.grow.guard.sound and loop.grow.guard.calm is None, "what was kept is let go"
 
 
+def test_a_control_that_is_never_judged_may_switch_the_guard_off():
+    loop = watched(Adversary(), guard=False)
+    branch = loop.until(S.GRAFTING)
+    loop.run(50)
+    assert not causes(loop) and branch.stage is S.GRAFTING
+
+
 def test_the_host_returns_with_its_optimizer_to_a_state_that_was_kept(monkeypatch: pytest.MonkeyPatch):
     loop = watched()
     loop.until(S.GRAFTING)
