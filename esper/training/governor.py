@@ -62,12 +62,7 @@ class Governor:
 
     def __init__(self, grow: Grow, watch: Watch) -> None:
         self.grow, self.watch = grow, watch
-        self.bands = {
-            "loss": Band(spreads=8.0, factor=3.0),
-            "gradient": Band(spreads=10.0, factor=100.0),
-            "update": Band(spreads=10.0, factor=30.0),
-            "activation": Band(spreads=10.0, factor=30.0),
-        }
+        self.bands = _bands()
         self.bad = dict.fromkeys(self.bands, 0)
         self.anomalies: list[Anomaly] = []
         self.rollbacks: list[int] = []
@@ -76,6 +71,14 @@ class Governor:
         self._largest = math.inf
         self._before: list[Tensor] = []
         self._measured: dict[str, float] = {}
+        grow.guard.on_return = self.restart
+
+    def restart(self) -> None:
+        """The host is in an earlier state: what was usual of late tells nothing of it, and the last snapshot is not that of this path."""
+        self.bands, self._before, self._measured = _bands(), [], {}
+        self.bad = dict.fromkeys(self.bands, 0)
+        self._largest, self.snapshot = math.inf, None
+        self._take()
 
     @property
     def measures_update(self) -> bool:
@@ -244,3 +247,12 @@ class Governor:
         self._largest = float(state["largest"])
         self._signal = {name: float(value) for name, value in state["signal"].items()}
         self._measured = {name: float(value) for name, value in state["measured"].items()}
+
+
+def _bands() -> dict[str, Band]:
+    return {
+        "loss": Band(spreads=8.0, factor=3.0),
+        "gradient": Band(spreads=10.0, factor=100.0),
+        "update": Band(spreads=10.0, factor=30.0),
+        "activation": Band(spreads=10.0, factor=30.0),
+    }

@@ -9,6 +9,7 @@ Whatever it goes for: where the host without it is worse than what was kept, the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +40,15 @@ class Kept:
 class Sound:
     """The host without a branch at ``tick``, when its blending began or later, when it was better still.
 
-    ``losses`` ``[n]`` float64 are those on the judge set (none: no judge), ``began`` their mean when the blending began; ``looks`` counts
-    how often they were compared with later ones.
+    ``losses`` ``[n]`` float64 are those on the judge set (none: no judge), ``began`` their mean and ``fast`` the average
+    training loss when the blending began; ``looks`` counts how often they were compared with later ones.
     """
 
     tick: int
     losses: Tensor
     kept: Kept | None
     began: float
+    fast: float
     looks: int = 0
 
 
@@ -70,6 +72,8 @@ class Guard:
         self.sound: dict[int, Sound] = {}
         self.calm: Kept | None = None
         self.lowest = math.inf
+        self.on_return: Callable[[], None] = lambda: None
+        """Called when the host has returned to an earlier state: what was usual of late is not usual of that."""
 
     # --- the three calls of a tick ---
 
@@ -108,7 +112,7 @@ class Guard:
         if not self.sound:
             self.lowest = self.signal.fast if math.isfinite(self.signal.fast) else math.inf
         for branch in new:
-            self.sound[branch.id] = Sound(tick, losses, kept, _mean(losses))
+            self.sound[branch.id] = Sound(tick, losses, kept, _mean(losses), self.signal.fast)
 
     def heard(self, branches: list[Branch], off: list[Tensor], tick: int) -> None:
         """A look at the judge set has shown the host without each branch: where that is better than what was kept, it is kept instead."""
@@ -118,14 +122,20 @@ class Guard:
             if sound is not None and _mean(losses) < _mean(sound.losses):
                 kept = kept or self._keep(tick)
                 if kept is not None:
-                    self.sound[branch.id] = Sound(tick, losses, kept, sound.began, sound.looks)
+                    self.sound[branch.id] = Sound(tick, losses, kept, sound.began, sound.fast, sound.looks)
 
     # --- what the gate before FOSSILIZED asks ---
 
     def improvement(self, branch: Branch, now: Tensor) -> float:
-        """Mean judge loss at the beginning of the branch's blending minus that of ``now`` (branch on); NaN where it is not known."""
+        """Fall of the mean judge loss since the branch's blending began, ``now`` being those with it on; NaN where it is not known.
+
+        Where that has risen, the fall of the average training loss: a host that learns its data by heart is not harmed by its branches.
+        """
         sound = self.sound.get(branch.id)
-        return math.nan if sound is None or sound.losses.shape != now.shape else sound.began - _mean(now)
+        if sound is None or sound.losses.shape != now.shape:
+            return math.nan
+        judged, trained = sound.began - _mean(now), sound.fast - self.signal.noise() - self.signal.fast
+        return trained if judged < 0.0 < trained else judged
 
     # --- who harms ---
 
@@ -139,7 +149,15 @@ class Guard:
 
     def _harmed(self, sound: Sound, now: Tensor) -> bool:
         sound.looks += 1
-        return worse(now, sound.losses, spent(self.significance, sound.looks))
+        return worse(now, sound.losses, spent(self.significance, sound.looks)) and self._unlearnt(sound)
+
+    def _unlearnt(self, sound: Sound) -> bool:
+        """Whether the average training loss has not fallen since the host was kept by more than its noise.
+
+        Where it has, a judge set's loss that rises is that of a host which learns its data by heart, as it would alone.
+        """
+        before = math.nan if sound.kept is None else sound.kept.signal["fast"]
+        return not self.signal.fast < before - self.signal.noise()
 
     def _blamed(self, harmful: list[Branch], now: Tensor) -> Branch:
         """Of several the one without which the loss is lowest; where it is lower without none of them, who came last."""
@@ -158,9 +176,10 @@ class Guard:
             if branch.stage is Stage.ROLLED_BACK and sound.kept is not None:
                 self._restore(sound.kept)
                 self.returned(sound.kept.snapshot.tick)
+                self.on_return()
             return
         now = self._losses(gone)
-        if not worse(now, sound.losses, self.significance):
+        if not worse(now, sound.losses, self.significance) or not self._is_why(branch, sound, now):
             return
         best = self._best(sound, now, gone, tick)
         if best is None:
@@ -169,9 +188,20 @@ class Guard:
         self.garden.touch(branch.site)
         self.signal.load(best.signal)
         self.returned(best.snapshot.tick)
+        self.on_return()
         site = self.garden.sites[branch.site].name
         text = f"without branch {branch.id} the host is worse than it was before; back to the state of tick {best.snapshot.tick}"
         self.life.port.alert(tick, "warning", "host_returned", text, site, branch.seed)
+
+    def _is_why(self, branch: Branch, sound: Sound, now: Tensor) -> bool:
+        """Whether a branch that went may be why the host is worse than before: not where the host merely overfits.
+
+        A rollback is taken at its word. Of a culled branch, which still fades, either its going hurts, or the training loss has not
+        fallen since; the judge set's loss alone also rises under a host that learns its data by heart.
+        """
+        if not branch.alive or worse(now, self._losses([]), self.significance):
+            return True
+        return self._unlearnt(sound)
 
     def _best(self, sound: Sound, now: Tensor, gone: list[Branch], tick: int) -> Kept | None:
         """Of the present state (None), the calm one and the one kept with ``sound`` that of lowest judge loss; it is put in place."""
@@ -234,6 +264,7 @@ class Guard:
                     "losses": one.losses,
                     "kept": None if one.kept is None else place[id(one.kept)],
                     "began": one.began,
+                    "fast": one.fast,
                     "looks": one.looks,
                 }
                 for number, one in self.sound.items()
@@ -248,7 +279,7 @@ class Guard:
         self.sound = {}
         for number, one in state["sound"].items():
             kept = None if one["kept"] is None else states[int(one["kept"])]
-            self.sound[int(number)] = Sound(int(one["tick"]), one["losses"], kept, float(one["began"]), int(one["looks"]))
+            self.sound[int(number)] = Sound(int(one["tick"]), one["losses"], kept, float(one["began"]), float(one["fast"]), int(one["looks"]))
 
 
 def _mean(losses: Tensor) -> float:

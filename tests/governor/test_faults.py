@@ -77,6 +77,22 @@ def test_weights_with_a_flipped_bit_return_to_the_last_good_snapshot_with_the_op
     assert all(bool(torch.isfinite(v).all()) for s in trainer.optimizer.state.values() for v in s.values())
 
 
+def test_a_host_that_returned_to_an_earlier_state_is_measured_anew(make: Make) -> None:
+    """Its gradients are those of then, and the snapshot of later weights is not that of its path."""
+    trainer = make()
+    steps(trainer, 60)
+    governor = trainer.governor
+    assert governor is not None and governor.snapshot is not None and governor.bands["loss"].limit < 1e6
+    before = governor.snapshot
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(0.5)
+    trainer.grow.guard.on_return()
+    assert governor.bands["loss"].limit == float("inf") and governor.snapshot is not before
+    steps(trainer, 30)
+    assert not governor.anomalies
+
+
 def test_a_learning_rate_times_1000_is_undone(make: Make) -> None:
     trainer = make("trainer.steps=80")
     steps(trainer, 40)

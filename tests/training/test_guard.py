@@ -139,9 +139,22 @@ def test_a_host_that_leans_on_a_branch_is_no_proof_of_its_worth(monkeypatch: pyt
     monkeypatch.setattr(loop.grow.guard, "watch", lambda tick: None)
     for sound in loop.grow.guard.sound.values():
         sound.began -= 10.0
+        sound.fast -= 10.0
     loop.until(S.CULLED, most=30)
     asked = [said for said in loop.port.gates if said[4] == "no_harm"]
     assert asked and not any(said[7] for said in asked) and branch.gain > 0.0
+
+
+def test_a_host_that_learns_its_data_by_heart_is_not_blamed_on_a_branch():
+    """The judge set's loss rises under it, with branches and without."""
+    loop = watched(grafting_max="65step")
+    branch = loop.until(S.FINE_TUNING, most=130)
+    for sound in loop.grow.guard.sound.values():
+        sound.began -= 10.0
+        sound.losses = sound.losses - 10.0
+    loop.until(S.FOSSILIZED, most=30)
+    assert branch.alive and not causes(loop) and not loop.port.alerts
+    assert [said[7] for said in loop.port.gates if said[4] == "no_harm"][-1]
 
 
 def test_a_training_loss_that_falls_asks_the_judge_nothing(monkeypatch: pytest.MonkeyPatch):
