@@ -1,4 +1,7 @@
-"""Bookkeeping of the in-process bus: one log a producer, one position and one pending list a consumer group."""
+"""Bookkeeping of the in-process bus: one log a producer, one position and one pending list a consumer group.
+
+``gc=False``: these refer to nothing that refers back, and Python's collector walking over thousands of them took half the time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import msgspec
 from esper.bus.messages import Message
 
 
-class Entry(msgspec.Struct):
+class Entry(msgspec.Struct, gc=False):
     """One published message; ``message`` is None while its bytes wait in the overflow file at ``place``."""
 
     epoch: int
@@ -29,7 +32,7 @@ class Entry(msgspec.Struct):
         return f"{self.epoch}-{self.sequence}"
 
 
-class Pending(msgspec.Struct):
+class Pending(msgspec.Struct, gc=False):
     """A message handed out and not yet acknowledged: to whom, how often, when last (monotonic seconds)."""
 
     owner: str

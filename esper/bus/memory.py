@@ -232,7 +232,7 @@ class MemoryConsumer:
             message = entry.message if entry.message is not None else self._bus.message(entry)
             if missing := group.gap(entry):
                 self._bus.counters.add("gaps", missing)
-            id = entry.id
+            id = f"{entry.epoch}-{entry.sequence}"  # entry.id, without the call
             pending[id] = Pending(owner, 1, now, entry)
             found.append(Delivery(id, message, 1, producer, entry.time, entry.after))
         group.next = last

@@ -20,7 +20,7 @@ STREAMS = ("telemetry", "events", "commands", "acks")
 ORDERS = ("none", "stream", "global", "causal")
 
 
-class Delivery(msgspec.Struct, frozen=True):
+class Delivery(msgspec.Struct, frozen=True, gc=False):
     """One message handed to a consumer.
 
     ``id`` is its stream entry ``<epoch>-<sequence>`` in the numbering of ``producer``; ``deliveries`` is how often the
