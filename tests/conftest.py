@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -33,6 +34,35 @@ def esper(tmp_path: Path) -> Run:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = str(root)
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, checkout: Path) -> Callable[..., tuple[int, str]]:
+    """Runs ``esper``, sends it a signal once it has shown something, and returns its exit code and what it said on stderr after that."""
+
+    def run(words: list[str], shows: bytes, number: int) -> tuple[int, str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "esper", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(checkout)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
+        assert process.stderr is not None
+        shown = b""
+        try:
+            while shows not in shown:
+                chunk = os.read(process.stderr.fileno(), 4096)
+                assert chunk, shown.decode()
+                shown += chunk
+            process.send_signal(number)
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        return process.returncode, rest.decode()
 
     return run
 

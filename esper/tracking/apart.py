@@ -7,28 +7,23 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import esper
-from esper.bus.messages import Message
 from esper.tracking import frames
 from esper.tracking.config import MlflowConfig
+from esper.tracking.framed import Framed
 from esper.tracking.record import RunRecord
 from esper.tracking.tracker import TrackerError
 
 LOG = "tracker.log"
 
 
-class MlflowApart:
+class MlflowApart(Framed):
     """Hands everything to ``esper.tracking.worker``; its errors come back as TrackerError."""
 
-    called = "MLflow"
-
     def __init__(self, config: MlflowConfig) -> None:
-        self.config = config
-        self.wants_model = config.model
+        super().__init__(config)
         self._process: subprocess.Popen[bytes] | None = None
 
     def open(self, record: RunRecord) -> None:
@@ -49,21 +44,6 @@ class MlflowApart:
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer
             )  # fmt: skip
         self._ask(frames.Open(self.config, record))
-
-    def record(self, messages: Sequence[Message]) -> None:
-        """Pass on; a slow process makes this wait, and the bus holds what comes meanwhile."""
-        self._send(frames.Record(list(messages)))
-
-    def flush(self) -> None:
-        """Wait until everything passed on is in the store."""
-        self._ask(frames.Flush())
-
-    def close(self, status: str, summary: Mapping[str, Any]) -> None:
-        """End the run and the process."""
-        try:
-            self._ask(frames.Close(status, dict(summary)))
-        finally:
-            self._stop()
 
     def _ask(self, frame: frames.Frame) -> None:
         self._send(frame)

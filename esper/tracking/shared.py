@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-from esper.bus.messages import Message
 from esper.tracking import frames
 from esper.tracking.config import MlflowConfig
+from esper.tracking.framed import Framed
 from esper.tracking.record import RunRecord
 from esper.tracking.tracker import TrackerError
 
@@ -16,14 +14,11 @@ from esper.tracking.tracker import TrackerError
 SOCKET = "ESPER_TRACKER"
 
 
-class MlflowShared:
+class MlflowShared(Framed):
     """Hands everything to the sweep's store process (``esper.compare.writer``) over a Unix socket."""
 
-    called = "MLflow"
-
     def __init__(self, config: MlflowConfig, path: str) -> None:
-        self.config = config
-        self.wants_model = config.model
+        super().__init__(config)
         self._path = path
 
     def open(self, record: RunRecord) -> None:
@@ -37,21 +32,9 @@ class MlflowShared:
         self._stream = self._socket.makefile("rwb")
         self._ask(frames.Open(self.config, record))
 
-    def record(self, messages: Sequence[Message]) -> None:
-        """Pass on; when other jobs keep the store busy the kernel's buffer fills and this waits."""
-        self._send(frames.Record(list(messages)))
-
-    def flush(self) -> None:
-        """Wait until everything passed on is in the store."""
-        self._ask(frames.Flush())
-
-    def close(self, status: str, summary: Mapping[str, Any]) -> None:
-        """End the run and the connection."""
-        try:
-            self._ask(frames.Close(status, dict(summary)))
-        finally:
-            self._stream.close()
-            self._socket.close()
+    def _stop(self) -> None:
+        self._stream.close()
+        self._socket.close()
 
     def _send(self, frame: frames.Frame) -> None:
         try:

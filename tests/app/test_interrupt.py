@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,27 +19,12 @@ import pytest
     ],
 )
 def test_an_interrupted_run_ends_cleanly(
-    number: int, words: list[str], code: int, sentence: str, tmp_path: Path, checkout: Path
+    number: int, words: list[str], code: int, sentence: str, tmp_path: Path, interrupted: Callable[..., tuple[int, str]]
 ) -> None:
     words = ["debug=tiny", "trainer.steps=100000", "hydra/launcher=basic", "output=kept", *words]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "esper", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(checkout)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
-    assert process.stderr is not None
-    shown = b""
-    while b"/100000" not in shown:  # the progress bar: training has begun
-        chunk = os.read(process.stderr.fileno(), 4096)
-        assert chunk, shown.decode()
-        shown += chunk
-    process.send_signal(number)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == code
+    ended, rest = interrupted(words, b"/100000", number)  # the progress bar: training has begun
+    assert ended == code
     (log,) = (tmp_path / "kept").glob("*/*/esper.log")
-    last = rest.decode().splitlines()[-1]
+    last = rest.splitlines()[-1]
     assert last.startswith(sentence) and str(log.parent) in last
-    assert "Traceback" not in rest.decode()
+    assert "Traceback" not in rest

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,29 +45,11 @@ def test_a_run_that_grew_nothing_says_so_loudly(esper: Any, tmp_path: Path):
     assert set(json.loads(path.read_text())["seeds"].values()) == {0}
 
 
-def test_an_interrupted_run_is_killed_and_keeps_everything_so_far(tmp_path: Path, checkout: Path):
+def test_an_interrupted_run_is_killed_and_keeps_everything_so_far(interrupted: Any, tmp_path: Path):
     words = ["tracking=csv", "trainer.control=false", "trainer.steps=100000", "output=out", "controller=scheduled"]
     words += ["controller.script=[{at: 5step, command: germinate, seeds: [0]}]", "lifecycle.training_min=20step"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "esper", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(checkout)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
-    assert process.stderr is not None
-    shown = b""
-    try:
-        while b"grafting" not in shown:  # the progress bar counts a seed in GRAFTING
-            chunk = os.read(process.stderr.fileno(), 4096)
-            assert chunk, shown.decode()
-            shown += chunk
-        process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130 and b"Traceback" not in rest
+    code, rest = interrupted(words, b"grafting", signal.SIGINT)  # the progress bar counts a seed in GRAFTING
+    assert code == 130 and "Traceback" not in rest
     (path,) = (tmp_path / "out").glob("*/*/summary.json")
     summary = json.loads(path.read_text())
     assert summary["status"] == "KILLED" and 0 < summary["steps"] < 100000 and summary["seeds"]["germinated"] > 0

@@ -101,10 +101,13 @@ def test_the_host_returns_with_its_optimizer_to_a_state_that_was_kept(monkeypatc
 
     monkeypatch.setattr(guard, "_keep", remembering)
     kept[guard.sound[0].tick] = loop.host_state(), loop.optimizer.state_dict()["state"][0]["exp_avg"].clone(), loop.grow.signal.fast
+    told: list[int] = []
+    guard.on_return = lambda: told.append(loop.grow.tick_number)
     loop.run(8)
     with torch.no_grad():
         loop.model.head.weight.neg_()
     loop.until(S.ROLLED_BACK, most=9)
+    assert len(told) == 1, "whoever measures what is usual is told"
     (alert,) = loop.port.alerts
     assert alert[2] == "host_returned" and alert[0] == loop.grow.tick_number
     state, moments, fast = kept[int(alert[3].rsplit(" ", 1)[1])]

@@ -74,6 +74,8 @@ def test_nor_does_a_training_block_with_norm_statistics_and_dropout_of_its_own(o
 def test_nor_does_a_training_convolution(objective: str):
     seeded = learning("cnn_batch", objective, blueprint=Conv()).run(6)
     same(seeded.host_state(), Loop("cnn_batch", seeds=False).run(6).host_state())
+    branch = seeded.grow.garden.in_stage(Stage.TRAINING)[0]
+    assert seeded.grow.garden.layers[branch.site].bank("conv").steps[branch.slot] >= 3, "and it does learn"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -175,9 +175,11 @@ def test_a_loss_that_is_not_finite_when_judged_rolls_back():
 
 def test_a_judge_set_that_runs_empty_opens_no_gate():
     loop = Loop(commands={1: [germinate()]})
-    loop.until(S.EVALUATING)
+    branch = loop.until(S.EVALUATING)
     loop.grow.judge.data = []
     loop.until(S.CULLED, most=30)
+    asked = [said for said in loop.port.gates if said[4] == "gain"]
+    assert asked and not any(said[7] for said in asked) and math.isnan(branch.gain)
 
 
 def test_the_gain_of_a_batch_mean_counts_batches():

@@ -90,6 +90,7 @@ def test_without_a_judge_a_rollback_is_taken_at_its_word():
     kept = loop.host_state()
     loop.run(3)
     loop.port.script[loop.grow.tick_number + 1] = [set_stage(S.ROLLED_BACK)]
+    assert not all(torch.equal(value, loop.host_state()[name]) for name, value in kept.items()), "it had learnt since"
     loop.run(1)
     same(kept, loop.host_state())
 

@@ -99,7 +99,8 @@ def test_alpha_climbs_tick_by_tick_to_its_end():
 @pytest.mark.parametrize("highest", [0.7, 0.1, 0.9999])
 def test_an_alpha_that_is_no_binary_fraction_is_reached_too(highest: float):
     loop = Loop(settings={"grafting": CONFIGS["linear"](alpha_max=highest)}, commands={1: [germinate()]})
-    loop.until(S.EVALUATING)
+    branch = loop.until(S.EVALUATING)
+    assert float(loop.grow.garden.branches.alpha[branch.id]) == pytest.approx(highest)
 
 
 @pytest.mark.parametrize("strategy", ["linear", "drift", "momentum", "adaptive", "stability", "grad_norm", "performance"])
@@ -183,3 +184,4 @@ def test_a_host_that_has_learned_since_is_not_taken_back_by_a_command():
     now = loop.host_state()
     loop.grow.tick(1.0)
     same(now, loop.host_state())
+    assert loop.port.stages()[-1] == ("GRAFTING", "ROLLED_BACK") and not loop.port.alerts
