@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from growing import Loop, Net, batch, build, germinate, same
+from growing import Loop, Net, batch, build, germinate, same, sample_loss
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from esper import load_model
+from esper import attach, load_model
 from esper.blueprints import CONFIGS, Affine
 from esper.errors import UserError
 from esper.lifecycle import Stage
@@ -145,6 +145,10 @@ def test_a_loaded_model_is_a_host_that_grows_on_and_is_saved_again(tmp_path: Pat
     host = load_weights(build("mlp"), str(tmp_path / "first"))
     save_model(tmp_path / "second", host, [])
     same(load_model(tmp_path / "second", build("mlp")).state_dict(), host.state_dict())
+    data = batch("mlp", 7)
+    before = host(data[0]).detach().clone()
+    grow = attach(host, loss=sample_loss, total_steps=200, sample=data)
+    assert grow.garden.sites and torch.equal(host(data[0]), before), "seeds find their places, and change nothing yet"
 
 
 def test_tied_weights_stay_tied_on_disk_and_off_it(tmp_path: Path) -> None:
