@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from esper.bus.background import Background
 from esper.bus.exporters import OtlpExporter, PrometheusEndpoint
 from esper.bus.inbox import Inbox
@@ -206,7 +208,7 @@ class BusPort:
         """Answer to RequestReport."""
         self._event(Report(tick=tick, command_id=command_id, stages=stages, branches=branches))
 
-    def telemetry(self, tick: int, site: str, rows: Any) -> None:
+    def telemetry(self, tick: int, site: str, rows: Tensor) -> None:
         """Copy rows (float32 ``[seeds, columns]``, CPU) into the ring."""
         self._ring.put(tick, site, rows)
 

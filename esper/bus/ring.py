@@ -7,9 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from esper.bus.messages import Telemetry
 
@@ -20,14 +20,14 @@ SPARES = 3  # buffers a site has beside the one being filled; when they are used
 class SiteRing:
     """Rows of one site that wait: ``buffer`` float32 ``[ticks, seeds, columns]``, filled up to ``len(ticks)``."""
 
-    buffer: np.ndarray
-    spares: list[np.ndarray]
+    buffer: Tensor
+    spares: list[Tensor]
     ticks: list[int] = field(default_factory=list)
 
     @classmethod
     def allocate(cls, ticks: int, seeds: int, columns: int) -> SiteRing:
         """All the memory this site will need, touched now so that no page fault comes later."""
-        buffers = [np.full((ticks, seeds, columns), np.nan, dtype=np.float32) for _ in range(1 + SPARES)]
+        buffers = [torch.full((ticks, seeds, columns), torch.nan) for _ in range(1 + SPARES)]
         return cls(buffers[0], buffers[1:])
 
 
@@ -47,19 +47,21 @@ class TelemetryRing:
         self._flush_bytes = flush_bytes
         self._emit = emit
         self._sites: dict[str, SiteRing] = {}
-        self._full: deque[tuple[str, list[int], np.ndarray]] = deque()
+        self._full: deque[tuple[str, list[int], Tensor]] = deque()
         self._lock = threading.Lock()  # the buffers being filled
         self._emitting = threading.Lock()  # the order of messages
         self._oldest = 0.0  # when the first row that waits came in, 0 when none waits
 
-    def put(self, tick: int, site: str, rows: Any) -> None:
-        """Copy ``rows`` (float32 ``[seeds, columns]``, CPU)."""
-        values = rows.numpy() if hasattr(rows, "numpy") else rows  # twice as quick as numpy asking a tensor itself
+    def put(self, tick: int, site: str, rows: Tensor) -> None:
+        """Copy ``rows`` (float32 ``[seeds, columns]``, CPU).
+
+        By torch: between two steps neither side is in the processor's caches, and there its copy takes a third of numpy's time.
+        """
         ring = self._sites.get(site)
         if ring is None:
-            ring = self._sites[site] = self._allocate(rows.shape)
+            ring = self._sites[site] = self._allocate(*rows.shape)
         with self._lock:
-            ring.buffer[len(ring.ticks)] = values
+            ring.buffer[len(ring.ticks)].copy_(rows)
             ring.ticks.append(tick)
             if self._oldest == 0.0:
                 self._oldest = time.monotonic()
@@ -88,8 +90,7 @@ class TelemetryRing:
             with self._emitting:
                 self._emit_full()
 
-    def _allocate(self, shape: tuple[int, int]) -> SiteRing:
-        seeds, columns = shape
+    def _allocate(self, seeds: int, columns: int) -> SiteRing:
         assert columns == len(self._columns), (columns, self._columns)
         row_bytes = max(1, seeds * columns * 4)
         return SiteRing.allocate(max(1, min(self._flush_ticks, self._flush_bytes // row_bytes)), seeds, columns)
@@ -106,6 +107,6 @@ class TelemetryRing:
         """Make messages of the buffers set aside; the caller holds the right to emit."""
         while self._full:
             site, ticks, buffer = self._full.popleft()
-            data = buffer[: len(ticks)].tobytes()
+            data = buffer.numpy()[: len(ticks)].tobytes()
             self._sites[site].spares.append(buffer)
             self._emit(Telemetry(site=site, ticks=ticks, seeds=buffer.shape[1], columns=self._columns, data=data))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from faults import FragileServer, wait_until
 from prometheus_client.parser import text_string_to_metric_families
@@ -55,7 +56,7 @@ class Run:
         assert wait_until(lambda: self.port.commands(1))
         self.port.acknowledge("g", "applied", "", 1)
         self.port.transition(1, "fc", 1, 0, 0, 1, "command")
-        self.port.telemetry(1, "fc", np.zeros((4, 2), np.float32))
+        self.port.telemetry(1, "fc", torch.zeros(4, 2))
         self.port.end_tick(1)
         self.port.barrier()
         assert self.tracker.read(1, 1)

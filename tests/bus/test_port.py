@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
@@ -74,7 +75,7 @@ class Germinator:
 
 
 def rows(tick):
-    return np.full((4, 3), tick, np.float32)
+    return torch.full((4, 3), float(tick))
 
 
 def messages(consumer, kind):

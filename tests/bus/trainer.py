@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import torch
 
 from esper.bus.messages import Germinate
 from esper.bus.port import BusPort
@@ -54,7 +55,7 @@ class ScriptedTrainer:
         rows = np.zeros((SEEDS, len(COLUMNS)), np.float32)
         rows[:, 0] = self.stages
         rows[:, 3] = np.sin(np.arange(SEEDS) + self.tick)
-        self.port.telemetry(self.tick, "fc1", rows)
+        self.port.telemetry(self.tick, "fc1", torch.from_numpy(rows))
         self.port.metrics(self.tick, {"train/loss": 1.0 / self.tick, "validation/loss": 1.0})
         self.port.end_tick(self.tick)
         time.sleep(self.step_s)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
@@ -68,7 +69,7 @@ class Run:
                 rows = np.zeros((site["seeds"], len(COLUMNS)), dtype=np.float32)
                 for seed in range(site["seeds"]):
                     rows[seed, 3:] = self.health[site["name"], seed]
-                self.port.telemetry(self.tick, site["name"], rows)
+                self.port.telemetry(self.tick, site["name"], torch.from_numpy(rows))
             if metrics is not None:
                 self.port.metrics(self.tick, metrics(self.tick))
             self.port.end_tick(self.tick)

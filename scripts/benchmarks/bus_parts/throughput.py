@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from bus_parts.rows import NAMES, SEEDS
 
 from esper.bus import open_bus
@@ -48,9 +49,11 @@ def end_to_end(rows: np.ndarray, codec: str, ticks: int) -> tuple[float, float]:
         consumer = bus.consumer("telemetry", "bench", "bench", "one")
         port.started(0, ticks, [])
 
+        given = torch.from_numpy(rows)
+
         def publish() -> None:
             for tick in range(ticks):
-                port.telemetry(tick, "site", rows[tick % len(rows)])
+                port.telemetry(tick, "site", given[tick % len(given)])
                 while bus.counts()["waiting"] > IN_FLIGHT:
                     time.sleep(0.0005)
             port.barrier()
