@@ -84,6 +84,16 @@ class Blueprint:
         return geometry.positions * sum(math.prod(shape) for shape in shapes.values() if len(shape) > 1)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x·weight + bias`` in one operation: ``[A or 1, rows, Cin]``, ``[A, Cin, C]``, ``[A, C]`` → ``[A, rows, C]``."""
-    return torch.baddbmm(bias.unsqueeze(1), x.expand(weight.shape[0], -1, -1), weight)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x·weight + bias`` in one operation: ``[A or 1, rows, Cin]``, ``[A, Cin, C]``, ``[A, C]`` → ``[A, rows, C]``.
+
+    The rows of convolution sites are contiguous along ``rows`` (``esper.seeds.blend``); the result then is too.
+    """
+    x = x.expand(weight.shape[0], -1, -1)
+    if x.stride(1) == 1 and x.stride(2) != 1:
+        return _product(bias.unsqueeze(2) if bias is not None else None, weight.transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
+    return _product(bias.unsqueeze(1) if bias is not None else None, x, weight)
+
+
+def _product(added: Tensor | None, first: Tensor, second: Tensor) -> Tensor:
+    return torch.bmm(first, second) if added is None else torch.baddbmm(added, first, second)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from esper.blueprints.base import Blueprint, Parameters
+from esper.blueprints.base import Blueprint, Parameters, linear
 from esper.blueprints.geometry import Geometry
 from esper.fields import setting
 
@@ -27,4 +26,4 @@ class LowRank(Blueprint):
 
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
         """``(x·down)·up``."""
-        return torch.matmul(torch.matmul(x, parameters["down"]), parameters["up"])
+        return linear(linear(x, parameters["down"]), parameters["up"])

@@ -58,11 +58,16 @@ def _axis(x: Tensor, geometry: Geometry) -> int:
 
 
 def _in_rows(chosen: Tensor, group: Group, dim: int) -> Tensor:
-    """``[…, A, C, …]`` → ``[A, rows, C]``, or ``[A, batch, C, …]`` for a blueprint that sees positions."""
+    """``[…, A, C, …]`` → ``[A, rows, C]``, or ``[A, batch, C, …]`` for a blueprint that sees positions.
+
+    Where positions lie behind the features, they stay the axis that is contiguous: whole runs are copied, nothing is transposed.
+    """
     branches, width = chosen.shape[dim : dim + 2]
     if group.bank.blueprint.spatial:
         return chosen.transpose(0, 1)
-    return chosen.movedim((dim, dim + 1), (-2, -1)).reshape(-1, branches, width).transpose(0, 1)
+    if dim + 2 < chosen.dim():
+        return chosen.movedim((dim, dim + 1), (0, 1)).reshape(branches, width, -1).transpose(1, 2)
+    return chosen.reshape(-1, branches, width).transpose(0, 1)
 
 
 def _in_place(added: Tensor, x: Tensor, group: Group, dim: int) -> Tensor:
@@ -70,7 +75,9 @@ def _in_place(added: Tensor, x: Tensor, group: Group, dim: int) -> Tensor:
     if group.bank.blueprint.spatial:
         return added.transpose(0, 1)
     lead = (*x.shape[:dim], *x.shape[dim + 1 :])
-    return added.transpose(0, 1).reshape(*lead, *added.shape[::2]).movedim((-2, -1), (dim, dim + 1))
+    if dim + 1 < x.dim():
+        return added.transpose(1, 2).reshape(*added.shape[::2], *lead).movedim((0, 1), (dim, dim + 1))
+    return added.transpose(0, 1).reshape(*lead, *added.shape[::2])
 
 
 def branch_outputs(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -90,7 +97,7 @@ def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) ->
     if group.bank.blueprint.spatial:
         reads = chunk.transpose(0, 1) if _reads_chunk(group) else x.unsqueeze(1)
     else:
-        reads = chunk if _reads_chunk(group) else x.movedim(_axis(x, geometry), -1).reshape(1, -1, geometry.width)
+        reads = chunk if _reads_chunk(group) else _whole(x, _axis(x, geometry))
     reads = _guarded(reads, 1 if group.bank.blueprint.spatial else 0, branches)
     with torch.set_grad_enabled(torch.is_grad_enabled() and group.learns):
         rows = group.bank.gather(group.slots, group.learning, x.dtype)
@@ -100,6 +107,13 @@ def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) ->
     if group.residual is not None:
         delta = delta - group.residual.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1))) * chunk
     return delta
+
+
+def _whole(x: Tensor, dim: int) -> Tensor:
+    """All features: ``[1, rows, W]``, with the contiguous axis that ``_in_rows`` gives chunks."""
+    if dim + 1 < x.dim():
+        return x.movedim(dim, 0).reshape(1, x.shape[dim], -1).transpose(1, 2)
+    return x.reshape(1, -1, x.shape[dim])
 
 
 def _reads_chunk(group: Group) -> bool:
@@ -163,7 +177,8 @@ def _add_block(x: Tensor, y: Tensor, group: BlockGroup, geometry: Geometry, rati
 
 def _note_ratios(ratios: dict[int, Tensor], branches: list[int], added: Tensor, chunk: Tensor) -> None:
     with torch.no_grad():
-        above = added.detach().float().flatten(1).square().mean(1)
-        below = chunk.detach().float().flatten(1).square().mean(1)
+        axes = tuple(range(1, added.dim()))
+        above = added.detach().float().square().mean(axes)
+        below = chunk.detach().float().square().mean(axes)
         values = (above / below.clamp(min=1e-24)).sqrt()
     ratios.update(zip(branches, values.unbind(), strict=True))
