@@ -2,8 +2,8 @@
 
 A strategy only says how many ticks of ramp it would like to cover (``Plan.advance``; 1 is the speed of ``linear``).
 Here that wish becomes alpha, under the rules common to all: a paused branch keeps its whole state; a branch in trouble
-aborts; and the ramp given up by holding, slowing or stepping back never exceeds ``max_hold`` ramps, so that after ``k``
-ticks ``elapsed >= k - max_hold * ramp`` and GRAFTING cannot hang.
+aborts, as does one whose strategy's wish is not finite; and the ramp given up by holding, slowing or stepping back never
+exceeds ``max_hold`` ramps, so that after ``k`` ticks ``elapsed >= k - max_hold * ramp`` and GRAFTING cannot hang.
 """
 
 from __future__ import annotations
@@ -143,8 +143,9 @@ class Strategy:
     def step(self, config: GraftingConfig, state: Tensor, context: GraftingContext) -> GraftingOutput:
         """One tick of ``n`` branches, all under this strategy; ``state`` ``[n, STATE_WIDTH]`` is not written to."""
         assert state.shape[1] == STATE_WIDTH, f"state has {state.shape[1]} columns, expected {STATE_WIDTH}"
-        abort = find_trouble(self.signals, context)
-        moved = advance_ramp(state, self.plan(config, state, context), context)
+        wish = self.plan(config, state, context)
+        abort = find_trouble(self.signals, context) | ~torch.isfinite(wish.advance)
+        moved = advance_ramp(state, wish, context)
         kept = torch.where((abort | context.paused).unsqueeze(1), state, moved)
         fresh = column(state, "alpha").clamp(min=context.alpha_min, max=context.alpha_max)
         alpha = torch.where(abort | context.paused, fresh, column(kept, "alpha"))

@@ -13,6 +13,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ sys.path[:0] = [str(HERE.parents[1])]
 from esper.bus.messages import Germinate, Selector, SetStage  # noqa: E402
 from esper.cli.compose import compose  # noqa: E402
 from esper.errors import UserError  # noqa: E402
+from esper.grafting import STRATEGIES  # noqa: E402
 from esper.lifecycle import Stage  # noqa: E402
 from esper.running.parts import build_trainer  # noqa: E402
 from esper.training.port import NullPort  # noqa: E402
@@ -118,10 +120,37 @@ def learning_rate(trainer: Trainer) -> None:
 
 
 def strategy_nan(trainer: Trainer) -> None:
-    """A strategy that returned NaN as alpha."""
+    """A strategy that answers NaN for one step."""
+    branch, _ = victim(trainer)
+    sound = STRATEGIES[branch.strategy]
+    nan = torch.tensor(float("nan"))
+
+    def wish(*words: Any) -> Any:
+        found = sound.plan(*words)
+        return replace(found, advance=found.advance * nan)
+
+    STRATEGIES[branch.strategy] = replace(sound, plan=wish)
+    try:
+        trainer.advance()
+    finally:
+        STRATEGIES[branch.strategy] = sound
+
+
+def poisoned_alpha(trainer: Trainer) -> None:
+    """NaN in the table of alphas itself, past every strategy."""
     branch, _ = victim(trainer)
     trainer.grow.garden.branches.alpha[branch.id] = float("nan")
     trainer.grow.garden.set_alphas({branch.site})
+
+
+def full_gpu(trainer: Trainer) -> None:
+    """The next step's backward finds no memory; on a CPU the error of a full GPU is raised in its place."""
+    trainer.grow.after_backward = out_of_memory
+
+
+def out_of_memory(*_: Any) -> None:
+    """What torch raises."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def nothing(trainer: Trainer) -> None:
@@ -135,6 +164,8 @@ FAULTS: dict[str, Callable[[Trainer], None]] = {
     "bit flips in weights": bit_flips,
     "learning rate × 1000": learning_rate,
     "strategy returns NaN": strategy_nan,
+    "NaN as alpha": poisoned_alpha,
+    "full GPU": full_gpu,
     "controller approves everything": nothing,
 }
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
+from esper.bus.messages import Selector, SetStage
 from esper.errors import UserError
+from esper.grafting import STRATEGIES
 from esper.lifecycle import Stage
 from esper.training.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits
@@ -150,3 +155,45 @@ def test_a_full_gpu_stops_with_a_sentence(make: Make) -> None:
     trainer.grow.after_backward = full
     with pytest.raises(UserError, match=r"memory is full at step 1, with 0 branches grown; lower trainer.batch_size"):
         trainer.fit()
+
+
+def test_a_strategy_that_answers_nan_is_given_up_and_harms_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(*SLOW)
+    steps(trainer, 24)
+    grafting = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    table = trainer.grow.garden.branches
+    alphas = [float(table.alpha[branch.id]) for branch in grafting]
+    assert grafting and all(0.0 < alpha < 1.0 for alpha in alphas)
+    sound = STRATEGIES["linear"]
+
+    def nan(*words: Any) -> Any:
+        wish = sound.plan(*words)
+        return replace(wish, advance=wish.advance * float("nan"))
+
+    monkeypatch.setitem(STRATEGIES, "linear", replace(sound, plan=nan))
+    steps(trainer, 1)
+    assert all(branch.stage is Stage.CULLED for branch in grafting)
+    assert all(float(table.alpha[branch.id]) <= alpha for branch, alpha in zip(grafting, alphas, strict=True)), "fading"
+    monkeypatch.setitem(STRATEGIES, "linear", sound)
+    trainer.fit()
+    assert finite(trainer) and not alerts(trainer), "the governor had nothing to undo"
+
+
+def test_a_controller_that_approves_everything_opens_no_gate(make: Make) -> None:
+    trainer = make(*SLOW)
+    asked: list[str] = []
+    usual = trainer.port.commands
+
+    def approving(tick: int) -> list[Any]:
+        stages = range(int(Stage.GERMINATED), int(Stage.FOSSILIZED))
+        more = [SetStage(id=f"a{tick}-{stage}", select=Selector(stage=stage), target=stage + 1) for stage in stages]
+        asked.extend(command.id for command in more)
+        return [*usual(tick), *more]
+
+    trainer.port.commands = approving
+    trainer.fit()
+    said = [words for name, *words in trainer.port.heard if name == "acknowledge" and words[0] in asked]
+    assert len(said) == len(asked) and finite(trainer)
+    fossils = trainer.grow.garden.in_stage(Stage.FOSSILIZED)
+    passed = {int(words[3]) for name, *words in trainer.port.heard if name == "gate" and words[4] == "final_gain" and words[7]}
+    assert {branch.id for branch in fossils} <= passed, "none was kept whose last gate did not pass"
