@@ -1,4 +1,5 @@
-"""What a training step of the default small run does, counted: host forwards, optimizer steps, torch operations, messages, compiled graphs.
+"""What a training step of the default small run does, counted: forwards, optimizer steps, torch operations, their allocations
+and bytes, waits for a value, messages, compiled graphs.
 
 Counts do not depend on the machine's mood, so a test holds every one of them against ``counts.json``.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from esper.bus.messages import Germinate
 from esper.cli.compose import compose
@@ -37,7 +39,8 @@ COMMON = (
 GERMINATES = 5
 #: Name → (step, what is special about it): the seeds germinate at tick 5, are TRAINING from 6 to 12 and GRAFTING from then on.
 STEPS = {"dormant": 3, "training": 8, "grafting": 16, "grafting and telemetry": 19}
-MAKES = ("empty", "zeros", "ones", "full", "clone", "_to_copy", "cat", "stack", "rand")
+READS = ("_local_scalar_dense", "nonzero", "masked_select")
+"""Operations whose answer Python, or a shape, waits for: on a GPU the host and the device meet there."""
 
 
 class Port:
@@ -63,17 +66,26 @@ class Port:
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch's operations, and among them those that only make a tensor."""
+    """Counts torch's operations (on a GPU a kernel launch each, views apart), what they allocate, and reads that wait for them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.made = 0
+        self.count = self.allocations = self.bytes = self.waits = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operation.overloadpacket.__name__
         self.count += 1
-        self.made += name.startswith(MAKES)
-        return operation(*args, **(kwargs or {}))
+        self.waits += operation.overloadpacket.__name__ in READS
+        found = operation(*args, **(kwargs or {}))
+        if not any(answer.alias_info for answer in operation._schema.returns):  # neither a view nor in place
+            for tensor in tree_leaves(found):
+                if isinstance(tensor, torch.Tensor):
+                    self.allocations += 1
+                    self.bytes += tensor.nbytes
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """What was counted, by name."""
+        return {"operations": self.count, "allocations": self.allocations, "bytes": self.bytes, "waits": self.waits}
 
 
 def counted(trainer: Trainer, port: Port) -> dict[str, int]:
@@ -87,7 +99,7 @@ def counted(trainer: Trainer, port: Port) -> dict[str, int]:
     host.remove()
     optimizer.remove()
     said = {f"said: {name}": count for name, count in sorted(port.said.items())}
-    return {**calls, "operations": operations.count, "tensors made": operations.made, **said}
+    return {**calls, **operations.counts(), **said}
 
 
 def built(*words: str) -> tuple[Trainer, Port]:
