@@ -18,8 +18,20 @@ from esper.fields import setting
 Parameters = dict[str, Tensor]
 
 RECEPTIVE_FIELDS = ("chunk", "layer")
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0): in place, what it is given is a sum of its own; but not on a view, for which autograd would copy its base."""
+    return torch.relu(x) if x._is_view() else torch.relu_(x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """σ(x), in place where ``relu`` is."""
+    return torch.sigmoid(x) if x._is_view() else torch.sigmoid_(x)
+
+
 ACTIVATIONS = {
-    "relu": torch.relu_,  # in place: what it is given is a sum of its own
+    "relu": relu,
     "gelu": torch.nn.functional.gelu,
     "silu": torch.nn.functional.silu,
 }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from esper.blueprints.base import Blueprint, Parameters, linear
+from esper.blueprints.base import Blueprint, Parameters, linear, sigmoid
 from esper.blueprints.geometry import Geometry
 from esper.fields import setting
 
@@ -28,5 +27,5 @@ class GLU(Blueprint):
 
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
         """``(σ(x·wg + bg) ⊙ (x·wv + bv))·w2 + b2``."""
-        gate = torch.sigmoid_(linear(x, parameters["wg"], parameters["bg"]))
+        gate = sigmoid(linear(x, parameters["wg"], parameters["bg"]))
         return linear(gate * linear(x, parameters["wv"], parameters["bv"]), parameters["w2"], parameters["b2"])
