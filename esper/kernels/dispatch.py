@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.kernels import reference
+from esper.kernels import reference, reference_branches
 from esper.kernels.config import KernelConfig
 from esper.kernels.geometry import as_rows
 from esper.kernels.kinds import KINDS
@@ -21,6 +21,9 @@ from esper.kernels.reference_branches import ReferenceBranches
 MAX_CHUNK, MAX_HIDDEN = 128, 256
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative RMS that a canary accepts, ten times the tests' bound in float32 and the same in 16 bits."""
+
+MISMATCH = "kernel_mismatch"
+"""Code of the alert with which a run goes back to torch for good."""
 
 _log = logging.getLogger("esper.kernels")
 _said: set[str] = set()
@@ -37,13 +40,15 @@ class Grown:
     health: Tensor | None
 
 
-def missing() -> str:
-    """Why the kernels cannot run here, in words; empty where they can."""
+def missing(device: torch.device | None = None) -> str:
+    """Why the kernels cannot run here, or for a model on ``device``, in words; empty where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not torch.cuda.is_available():
         return "no CUDA GPU was found"
-    return ""
+    return "the model is on the CPU" if device is not None and device.type == "cpu" else ""
 
 
 def chosen_by_hash(feature: str, name: str, fraction: float) -> bool:
@@ -53,18 +58,18 @@ def chosen_by_hash(feature: str, name: str, fraction: float) -> bool:
 
 
 class Kernels:
-    """One a run. ``alerts`` collects what the engine is to publish; after a mismatch everything takes torch to the end of the run.
+    """One a run, for a model on ``device``. ``alerts`` collects what the engine is to publish; after a mismatch everything takes torch to the end of the run.
 
     Raises :class:`UserError` where ``kernel=triton`` is asked for and cannot be had.
     """
 
-    def __init__(self, config: KernelConfig) -> None:
+    def __init__(self, config: KernelConfig, device: torch.device | None = None) -> None:
         self.config = config
         self.alerts: list[str] = []
         self.tripped = False
         self.checking = False
         self.aside = False  # set while MACs are counted: the seed layers then take their groups' products
-        why = missing()
+        why = missing(device if config.name == "triton" else None)  # under auto the model may still be moved
         if config.name == "triton" and why:
             raise UserError(
                 f"kernel=triton was asked for, but {why}; use kernel=auto or kernel=torch, or run on a machine with a GPU and Triton."
@@ -95,9 +100,10 @@ class Kernels:
         from esper.kernels.telemetry import telemetry
 
         health = telemetry(x, seeds, near_zero)
-        if self.checking:
-            self._compare(site, "telemetry", health, reference.telemetry(x.reshape(-1, x.shape[-1]), seeds, near_zero), 1e-3)
-        return health
+        if not self.checking:
+            return health
+        expected = reference.telemetry(x.reshape(-1, x.shape[-1]), seeds, near_zero)
+        return health if self._agree(site, "telemetry", health, expected, 1e-3) else expected
 
     def branches(
         self, site: str, x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
@@ -117,24 +123,49 @@ class Kernels:
             as_rows(x), alpha, route, lesson, kinds, parameters, near_zero is not None, 0.0 if near_zero is None else near_zero
         )
         grown = Grown(y.view(x.shape), live, power, None if near_zero is None else health)
-        if self.checking:
-            with torch.no_grad():
-                expected = _by_reference(x, alpha, route, kinds, parameters, None, None)
-            self._compare(site, "branches", grown.y, expected.y, TOLERANCE[x.dtype])
+        if self.checking and not self._sound(site, x.detach(), grown, alpha, route, kinds, parameters, near_zero, lesson):
+            return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
         return grown
 
-    def _compare(self, site: str, what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    @torch.no_grad()
+    def _sound(
+        self, site: str, x: Tensor, grown: Grown, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
+        near_zero: float | None, lesson: Tensor | None,
+    ) -> bool:  # fmt: skip
+        """Whether everything the kernels gave here is what the reference gives; backward too, of a gradient like ``y``."""
+        from esper.kernels.branches import branches_backward
+
+        expected = _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
+        allowed = TOLERANCE[x.dtype]
+        pairs = [("output", grown.y, expected.y, allowed), ("containment", grown.live, expected.live, 1e-6)]
+        pairs.append(("power", grown.power, expected.power, 2 * allowed))
+        if grown.health is not None and expected.health is not None:
+            pairs.append(("telemetry", grown.health, expected.health, 1e-3))
+        arriving = expected.y.reshape(-1, x.shape[-1])
+        dx, gradients, _ = branches_backward(as_rows(x), as_rows(arriving), expected.live, lesson, route, kinds, parameters)
+        wanted = _reference_gradients(x, arriving, expected.live, lesson, route, kinds, parameters)
+        pairs.append(("input gradient", dx.view(x.shape), wanted[0].view(x.shape), allowed))
+        pairs += [(f"gradient {number}", *pair, allowed) for number, pair in enumerate(zip(gradients, wanted[1], strict=True))]
+        return all(self._agree(site, what, found, right, tolerance) for what, found, right, tolerance in pairs)
+
+    def _agree(self, site: str, what: str, found: Tensor, expected: Tensor, tolerance: float) -> bool:
         """Trip on a mismatch. Where both are not finite in the same places, the rest is compared."""
         found, expected = found.detach().double(), expected.detach().double()
         same = torch.equal(found.isfinite(), expected.isfinite())
         found, expected = (torch.where(t.isfinite(), t, 0.0) for t in (found, expected))
         far = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
         if same and far <= tolerance:
-            return
+            return True
         self.tripped, self.checking = True, False
         text = f"kernel {what} at {site} is {far:.1e} from the reference (allowed {tolerance:.0e}); plain torch from here on"
         self.alerts.append(text)
         _log.error(text)
+        return False
+
+
+def _reference_gradients(x, dy, live, lesson, route, kinds, parameters):
+    with torch.autocast(x.device.type, enabled=False):
+        return reference_branches.backward(x.reshape(-1, x.shape[-1]), dy, live, lesson, route, kinds, list(parameters))
 
 
 def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
@@ -145,7 +176,9 @@ def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
 
 
 def _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson) -> Grown:
+    """In the activation's own precision, as the kernels: autocast would make 16-bit products of float32 activations."""
     rows = x.reshape(-1, x.shape[-1])
-    y, live, power = ReferenceBranches.apply(rows, alpha, route, lesson, kinds, *parameters)
+    with torch.autocast(x.device.type, enabled=False):
+        y, live, power = ReferenceBranches.apply(rows, alpha, route, lesson, kinds, *parameters)
     health = None if near_zero is None else reference.telemetry(rows, alpha.shape[0], near_zero)
     return Grown(y.view(x.shape), live, power, health)

@@ -76,7 +76,7 @@ class Advance:
         table.grafting[ids] = out.state
         for branch, abort in zip(branches, out.abort.tolist(), strict=True):
             if abort:
-                self.trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} gave up: a signal, or what it made of them, is not finite")
+                self.trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} gave up: a signal or its own wish is not finite")
         return {branch.site for branch in branches}
 
     def context(self, branches: list[Branch]) -> GraftingContext:

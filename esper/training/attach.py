@@ -107,7 +107,7 @@ def attach(
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
     worst = partial(longest_ramp, strategy)
     ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst)
-    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel)
+    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model))
     own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
     garden = Garden(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels)
     settings = GrowSettings(

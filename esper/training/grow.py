@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from esper.errors import UserError
 from esper.grafting import GraftingConfig, signals_of
+from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.seeds import Branch, Garden, TelemetryConfig
@@ -197,7 +198,8 @@ class Grow:
     def _publish_kernel_alerts(self) -> None:
         kernels = self.garden.kernels
         while kernels is not None and kernels.alerts:
-            self.port.alert(self.tick_number, "error", "kernel_mismatch", kernels.alerts.pop(0), "", -1)
+            self.gates.said.add(MISMATCH)  # saved with the run, which keeps to torch when it is resumed
+            self.port.alert(self.tick_number, "error", MISMATCH, kernels.alerts.pop(0), "", -1)
 
     def _boundary(self) -> None:
         self.tick_number += 1

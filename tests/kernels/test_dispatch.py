@@ -23,7 +23,7 @@ def test_every_option_file_is_its_dataclass(name):
 
 
 def test_auto_says_once_that_it_takes_torch(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "missing", lambda: "no CUDA GPU was found")
+    monkeypatch.setattr(dispatch, "missing", lambda *_: "no CUDA GPU was found")
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.INFO, "esper.kernels"):
         first, _ = Kernels(KernelConfig("auto")), Kernels(KernelConfig("auto"))
@@ -32,9 +32,17 @@ def test_auto_says_once_that_it_takes_torch(monkeypatch, caplog):
 
 
 def test_triton_refuses_in_one_sentence(monkeypatch):
-    monkeypatch.setattr(dispatch, "missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(dispatch, "missing", lambda *_: "Triton is not installed")
     with pytest.raises(UserError, match=r"^kernel=triton was asked for, but Triton is not installed; use kernel=auto"):
         Kernels(KernelConfig("triton"))
+
+
+def test_triton_refuses_a_model_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    Kernels(KernelConfig("triton"), torch.device("cuda"))
+    with pytest.raises(UserError, match=r"^kernel=triton was asked for, but the model is on the CPU"):
+        Kernels(KernelConfig("triton"), torch.device("cpu"))
 
 
 def run(kernels, case):
@@ -79,11 +87,35 @@ def test_a_canary_that_disagrees_falls_back_for_the_rest_of_the_run(monkeypatch,
     kernels.begin(3)
     with monkeypatch.context() as patch:
         patch.setattr(reference_branches, "forward", wrong)
-        run(kernels, case)
+        answer = run(kernels, case)
+    assert torch.equal(answer.y, case.x * 2), "the step at which it showed already has the reference's answer"
     assert len(kernels.alerts) == 1
     assert "plain torch from here on" in kernels.alerts[0]
     assert kernels.path("site", case.x) == "torch"
     assert any(record.levelno == logging.ERROR for record in caplog.records)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_canary_looks_at_the_backward_too(monkeypatch, part):
+    case, kernels = make_case(15, 24, 4, "mlp_gelu", share=1.0), Kernels(KernelConfig("triton", canary=1.0))
+    right = reference_branches.backward
+
+    def wrong(*words):
+        dx, gradients, residual = right(*words)
+        return (dx * 1.5, gradients, residual) if part == 0 else (dx, [gradient * 0.0 for gradient in gradients], residual)
+
+    kernels.begin(3)
+    monkeypatch.setattr(reference_branches, "backward", wrong)
+    run(kernels, case)
+    assert len(kernels.alerts) == 1 and "gradient" in kernels.alerts[0] and kernels.tripped
+
+
+def test_a_canary_does_not_take_autocast_for_a_mistake():
+    kernels = Kernels(KernelConfig("triton", canary=1.0))
+    kernels.begin(3)
+    with torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
+        run(kernels, make_case(15, 24, 4, "mlp_gelu", share=1.0))
+    assert kernels.alerts == []
 
 
 def test_canary_ticks_are_a_fixed_fraction():

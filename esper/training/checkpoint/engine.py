@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
+from esper.kernels import MISMATCH
 from esper.training.checkpoint.tree import kept
 from esper.training.gatekeeper import GateRecord
 from esper.training.passes import host_buffers, host_parameters
@@ -124,6 +125,8 @@ def _load_grow(grow: Grow, state: Tree) -> None:
     grow.advance.weights.averages = {int(branch): [value.to(device) for value in values] for branch, values in averages}
     grow.gates.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
     grow.gates.said = set(state["said"])
+    if grow.garden.kernels is not None and MISMATCH in grow.gates.said:
+        grow.garden.kernels.tripped = True
     grow.executor.refusals = dict(state["refusals"])
     grow.branch_optimizer.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
     for row, saved in zip(grow.observer.health, state["rows"], strict=True):
