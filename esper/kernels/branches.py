@@ -108,7 +108,7 @@ def bank_backward(
 ) -> tuple[list[Tensor], launch.Launch]:
     """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
     seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], layers(name, tensors)
-    plan = backward_plan(x, seeds, kind, bank)
+    plan = backward_plan(x, seeds, kind, bank, lesson is not None)
     partial = [tensor.new_empty(plan.programs, *tensor.shape[1:]) for tensor in tensors]
     residual = live.new_empty(plan.programs)
     into, whole = layers(name, partial), kind.affine or plan.hidden >= bank.hidden
@@ -180,7 +180,7 @@ def forward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers) -> launch.Laun
     return launch.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device))
 
 
-def backward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers) -> launch.Launch:
-    """Launch settings of the backward kernel for this site and bank."""
+def backward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, lessons: bool) -> launch.Launch:
+    """Launch settings of the backward kernels for this site and bank."""
     chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device))
+    return launch.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), lessons)

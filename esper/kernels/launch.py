@@ -108,10 +108,13 @@ def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: i
     return weights + stages * block * chunk * itemsize + block * hidden * itemsize + block * chunk * 4
 
 
-def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits) -> Launch:
-    """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
+def backward(
+    chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False
+) -> Launch:
+    """Settings of the backward kernels; a block of hidden units is as large as its gradient accumulators leave registers for.
 
     Same sweep: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 64 rows with 8 warps and two stages.
+    ``lessons``: the kernel also computes δ, for the isolated objectives.
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
@@ -121,8 +124,9 @@ def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, 
     warps = 4 if products * chunk * tile <= 8192 else 8
     block = 32 if itemsize > 2 else 128 if products * chunk * tile <= 2048 else 64
     block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
+    block = max(16, block // 2) if lessons else block  # δ and what it misses are two more tiles in registers
     stages = 3 if warps == 4 else 2
-    while backward_shared(block, chunk, tile, gated, itemsize, stages) > limit.shared:
+    while backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons) > limit.shared:
         if stages > 1:
             stages -= 1
         elif block > 16:
@@ -130,16 +134,23 @@ def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, 
         else:
             tile //= 2
             assert tile >= 16, "no block fits"
-    used = backward_shared(block, chunk, tile, gated, itemsize, stages)
+    used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons)
     registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
     return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
 
 
-def backward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32."""
-    weights = chunk * hidden * (5 if gated else 3) * itemsize
+def backward_shared(
+    block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool = False, lessons: bool = False
+) -> int:
+    """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32.
+
+    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx`` with one more tile of it, and δ, which
+    ``lessons`` need, takes three more matrices of weights and a hidden tile; unsplit, δ is one more tile.
+    """
+    matrix = chunk * hidden * itemsize
     tiles = 2 * stages * block * chunk * itemsize
-    return weights + tiles + max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
+    most = (5 if gated else 3) * matrix + tiles + max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
+    return most + max(block * chunk * 4 if split or lessons else 0, 3 * matrix + block * hidden * itemsize if split and lessons else 0)
 
 
 @dataclass(frozen=True)
@@ -161,12 +172,37 @@ def passing(width: int, seeds: int, rows: int, limit: Limits) -> PassingLaunch:
     return PassingLaunch(block, group, place, 3, row_parts(-(-seeds // group), rows, block, 4, limit))
 
 
-def whole_rows(width: int, seeds: int, rows: int, limit: Limits) -> tuple[int, int, int, int, int, int] | None:
-    """Rows, seeds, places, warps, parts, stages of the whole-row telemetry kernel; None where a row is too wide for registers."""
+@dataclass(frozen=True)
+class WholeRowsLaunch:
+    """Rows, seeds and places of a tile, warps, row parts, pipeline stages."""
+
+    rows: int
+    seeds: int
+    places: int
+    warps: int
+    parts: int
+    stages: int
+
+
+def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits) -> WholeRowsLaunch | None:
+    """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
+
+    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, and nothing spills (seen in
+    `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way, and shrinks the stages.
+    """
     place, group = power_of_two(-(-width // seeds)), power_of_two(seeds)
-    if place * group > 8192:
+    tile = place * group
+    if tile > 8192:
         return None
-    warps = 8 if place * group > 4096 else 4
-    block = max(1, min(2048 // (place * group), power_of_two(rows)))
+    warps = max(4, tile // 512) if group > 512 else 8 if tile > 4096 else 4
+    block = max(1, min(2048 // tile, power_of_two(rows)))
+    stages = 5
+    while stages > 1 and whole_rows_shared(block, tile, itemsize, stages) > limit.shared:
+        stages -= 1
     parts = max(1, min(limit.processors * 3, -(-rows // block)))
-    return block, group, place, warps, parts, 5
+    return WholeRowsLaunch(block, group, place, warps, parts, stages)
+
+
+def whole_rows_shared(block: int, tile: int, itemsize: int, stages: int) -> int:
+    """Upper bound in bytes: the tiles under way (or one, to exchange between threads), and a few words a warp."""
+    return max(1, stages - 1) * block * tile * itemsize + 256

@@ -17,18 +17,18 @@ def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     outer, inner, width = x.shape
     rows = outer * inner
     limit = launch.limits(x.device)
-    plan = launch.whole_rows(width, seeds, rows, limit)
+    plan = launch.whole_rows(width, seeds, rows, x.element_size(), limit)
     if plan is None:
         partial = Partial.empty(x, seeds, passing_plan(x, seeds).parts, telemetry=True)
         pass_through(x, None, None, None, partial, seeds, near_zero)
         return health_from_means(x, partial, seeds)
-    block, group, place, warps, parts, stages = plan
-    moments, stats = x.new_empty(2, parts, seeds, 3, dtype=torch.float32).unbind()
-    totals, pivots = x.new_empty(parts, 2, dtype=torch.float32), x.new_empty(seeds, dtype=torch.float32)
-    full = width == seeds * place and seeds == group and rows % block == 0
-    wrap_triton(measure.rows_kernel)[(parts,)](
-        x, moments, totals, stats, pivots, seeds, width, rows, parts, inner, *x.stride(), near_zero,
-        BM=block, SP=group, CP=place, **evenness(width, seeds), FULL=full, FLAT=outer == 1, STAGES=stages, num_warps=warps,
+    moments, stats = x.new_empty(2, plan.parts, seeds, 3, dtype=torch.float32).unbind()
+    totals, pivots = x.new_empty(plan.parts, 2, dtype=torch.float32), x.new_empty(seeds, dtype=torch.float32)
+    full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
+    wrap_triton(measure.rows_kernel)[(plan.parts,)](
+        x, moments, totals, stats, pivots, seeds, width, rows, plan.parts, inner, *x.stride(), near_zero,
+        BM=plan.rows, SP=plan.seeds, CP=plan.places, **evenness(width, seeds), FULL=full, FLAT=outer == 1, STAGES=plan.stages,
+        num_warps=plan.warps,
     )  # fmt: skip
     return finish(moments, totals, stats, pivots, width, rows)
 

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from esper.kernels import chunk_backward, chunk_forward, launch
+from esper.kernels import chunk_backward, chunk_forward, launch, measure
 from esper.kernels.kinds import KINDS, Kind
 from esper.kernels.launch import Launch, Limits
 
@@ -25,36 +25,42 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "order", "rank"}
 
 
-def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, backward: bool) -> dict[str, object]:
+DIRECTIONS = ("forward", "backward", "backward with lessons", "input gradient")
+SITES = ("4096x64", "3072x1000", "8192x64")
+"""Width x seeds at which the whole-row telemetry kernel is compiled."""
+
+
+def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, direction: str) -> dict[str, object]:
     """Compile-time arguments of the kernel for a contiguous site of even chunks."""
     padded = launch.power_of_two(chunk, 16)
     common = {
         "C": chunk, "H": hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows, "EVEN": True, "FULL": chunk == padded, "FLAT": True,
-        "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation, "PRECISION": "ieee", "xc": 1,
+        "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation, "PRECISION": "ieee", "xc": 1,
     }  # fmt: skip
-    if backward:
-        return {**common, "LESSONS": False, "INPUT": plan.hidden >= hidden, "gc": 1, "dc": 1}
-    return {**common, "TELEMETRY": True, "HALF": False, "yc": 1}
+    if direction == "forward":
+        return {**common, "AFFINE": kind.affine, "TELEMETRY": True, "HALF": False, "yc": 1}
+    common |= {"LESSONS": "lessons" in direction, "gc": 1, "dc": 1}
+    return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": plan.hidden >= hidden}
 
 
 def signature(names: list[str], fixed: dict[str, object], dtype: str) -> dict[str, str]:
     """Triton's types of all arguments: activations, integer tables, scalars, and float32 tensors for the rest."""
     found = {}
     for name in names:
-        scalar = name in ("seeds", "width", "rows", "inner") or (len(name) == 2 and name[1] in "oic" and name[0] in "xygd")
+        scalar = name in ("seeds", "width", "rows", "parts", "inner") or (len(name) == 2 and name[1] in "oic" and name[0] in "xygd")
         pointer = dtype if name in ACTIVATIONS else "i32" if name in INTEGERS else "fp32"
         found[name] = "constexpr" if name in fixed else "i32" if scalar else "fp32" if name == "near_zero" else f"*{pointer}"
     return found
 
 
-def compiled(kernel, fixed: dict[str, object], dtype: str, plan: Launch, capability: int):
+def compiled(kernel, fixed: dict[str, object], dtype: str, warps: int, capability: int, stages: int = 1):
     """The kernel for one compute capability, all pointers and strides divisible by 16 as PyTorch's are."""
     names = kernel.arg_names
     types = signature(names, fixed, dtype)
     aligned = [n for n in names if types[n].startswith("*") or n in ("xo", "xi", "yo", "yi", "go", "gi", "do", "di", "rows", "width")]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, types, {(names.index(n),): value for n, value in fixed.items()}, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": plan.warps, "num_stages": plan.stages})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
 
 
 def registers_and_spills(binary: bytes) -> tuple[int, int]:
@@ -69,21 +75,49 @@ def registers_and_spills(binary: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capability: int) -> dict[str, object]:
-    """Compile one kernel with its rule's settings and report."""
-    kind, limit, backward = KINDS[name], DEVICES[capability], direction == "backward"
-    padded, units = launch.power_of_two(chunk, 16), launch.power_of_two(hidden, 16)
-    rule = launch.backward if backward else launch.forward
-    plan = rule(padded, units, kind.gated, kind.affine, ITEMSIZE[dtype], 64, limit)
-    bound = launch.backward_shared if backward else launch.forward_shared
-    kernel = chunk_backward.chunk_backward_kernel if backward else chunk_forward.chunk_forward_kernel
-    binary = compiled(kernel, constants(kind, chunk, hidden, plan, backward), dtype, plan, capability)
+def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capability: int) -> dict[str, object] | None:
+    """Compile one kernel of the branches with its rule's settings and report; None where the rule does not launch it."""
+    kind, limit, backward = KINDS[name], DEVICES[capability], direction != "forward"
+    padded, units, lessons = launch.power_of_two(chunk, 16), launch.power_of_two(hidden, 16), "lessons" in direction
+    widths = (padded, units, kind.gated, kind.affine, ITEMSIZE[dtype], 64, limit)
+    plan = launch.backward(*widths, lessons) if backward else launch.forward(*widths)
+    if direction == "input gradient" and plan.hidden >= units:
+        return None
+    sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
+    bound = launch.backward_shared(*sizes, units > plan.hidden, lessons) if backward else launch.forward_shared(*sizes)
+    kernel = {
+        "forward": chunk_forward.chunk_forward_kernel,
+        "input gradient": chunk_backward.chunk_input_gradient_kernel,
+    }.get(direction, chunk_backward.chunk_backward_kernel)
+    binary = compiled(kernel, constants(kind, chunk, hidden, plan, direction), dtype, plan.warps, capability, plan.stages)
+    settings = {"rows": plan.rows, "hidden_block": plan.hidden, "warps": plan.warps, "stages": plan.stages, "programs": plan.programs}
+    about = {"kernel": direction, "kind": name, "chunk": chunk, "hidden": hidden, "dtype": dtype, "capability": capability}
+    return {**about, **settings, **needs(binary, bound, limit)}
+
+
+def telemetry_row(width: int, seeds: int, dtype: str, capability: int) -> dict[str, object] | None:
+    """The same of the whole-row telemetry kernel; None where rows are too wide for it."""
+    limit = DEVICES[capability]
+    plan = launch.whole_rows(width, seeds, 65536, ITEMSIZE[dtype], limit)
+    if plan is None:
+        return None
+    chunk, even = -(-width // seeds), width % seeds == 0
+    fixed = {
+        "BM": plan.rows, "SP": plan.seeds, "CP": plan.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": plan.stages, "xc": 1,
+        "FULL": width == seeds * plan.places and seeds == plan.seeds,
+    }  # fmt: skip
+    binary = compiled(measure.rows_kernel, fixed, dtype, plan.warps, capability)
+    about = {"kernel": "telemetry", "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
+    settings = {"rows": plan.rows, "hidden_block": 0, "warps": plan.warps, "stages": plan.stages, "programs": plan.parts}
+    bound = launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, ITEMSIZE[dtype], plan.stages)
+    return {**about, **settings, **needs(binary, bound, limit)}
+
+
+def needs(binary, bound: int, limit: Limits) -> dict[str, object]:
+    """Registers, spilled bytes and shared memory of a compiled kernel, beside the estimate and the device's limit."""
     registers, spilled = registers_and_spills(binary.asm["cubin"])
     return {
-        "kernel": direction, "kind": name, "chunk": chunk, "hidden": hidden, "dtype": dtype, "capability": capability,
-        "rows": plan.rows, "hidden_block": plan.hidden, "warps": plan.warps, "stages": plan.stages, "programs": plan.programs,
-        "registers": registers, "spilled": spilled, "shared": binary.metadata.shared,
-        "estimate": bound(plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages), "limit": limit.shared,
+        "registers": registers, "spilled": spilled, "shared": binary.metadata.shared, "estimate": bound, "limit": limit.shared,
         "triton": triton.__version__,
     }  # fmt: skip
 
@@ -95,14 +129,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--shapes", nargs="+", default=["32x32", "64x64", "128x128", "128x256"], help="chunk x hidden")
     parser.add_argument("--kinds", nargs="+", default=["mlp_relu", "glu"])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--directions", nargs="*", default=list(DIRECTIONS))
+    parser.add_argument("--sites", nargs="*", default=list(SITES), help="width x seeds, for the telemetry kernel")
     options = parser.parse_args(argv)
-    rows = []
+    found = []
     for shape in options.shapes:
         chunk, hidden = (int(part) for part in shape.split("x"))
         for name in options.kinds:
             for dtype in options.dtypes:
                 for capability in DEVICES:
-                    rows += [row(direction, name, chunk, hidden, dtype, capability) for direction in ("forward", "backward")]
+                    found += [row(direction, name, chunk, hidden, dtype, capability) for direction in options.directions]
+    for site in options.sites:
+        width, seeds = (int(part) for part in site.split("x"))
+        found += [telemetry_row(width, seeds, dtype, capability) for dtype in options.dtypes for capability in DEVICES]
+    rows = [made for made in found if made is not None]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -110,4 +150,7 @@ def main(argv: list[str]) -> int:
         writer.writerows(rows)
     worst = max(rows, key=lambda r: int(str(r["shared"])) / int(str(r["limit"])))
     print(f"{len(rows)} kernels compiled; largest share of a device's shared memory: {worst}")
-    return 0
+    over = [made for made in rows if not int(str(made["shared"])) <= int(str(made["estimate"])) <= int(str(made["limit"]))]
+    for made in over:
+        print(f"needs more than its rule says, or the device has: {made}")
+    return int(bool(over))

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from esper.kernels import launch
-from esper.kernels.launch import Launch, PassingLaunch
+from esper.kernels.launch import Launch, PassingLaunch, WholeRowsLaunch
 from scripts.benchmarks.kernels import NEAR_ZERO, ROWS, SHAPES, WIDTH, machine, make_problem, timed
 
 
@@ -77,7 +77,7 @@ def sweep(what: str, seeds: int, hidden: int, kind: str):
     if what == "telemetry":
         place = WIDTH // seeds
         for warps, stages, resident in row_candidates():
-            plan = (1, seeds, place, warps, processors * resident, stages)
+            plan = WholeRowsLaunch(1, seeds, place, warps, processors * resident, stages)
             with mock.patch.object(launch, "whole_rows", lambda *_, plan=plan: plan):
                 yield (warps, stages, resident), attempt(lambda: telemetry(p.x, seeds, NEAR_ZERO), OutOfResources)
         return

