@@ -145,12 +145,14 @@ def backward_shared(
     """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32.
 
     ``split``: a block does not hold all hidden units, so that another kernel gives ``dx`` with one more tile of it, and δ, which
-    ``lessons`` need, takes three more matrices of weights and a hidden tile; unsplit, δ is one more tile.
+    ``lessons`` need, takes three more matrices of weights and a hidden tile; unsplit, δ is three more tiles (seen: one to three).
     """
     matrix = chunk * hidden * itemsize
     tiles = 2 * stages * block * chunk * itemsize
     most = (5 if gated else 3) * matrix + tiles + max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
-    return most + max(block * chunk * 4 if split or lessons else 0, 3 * matrix + block * hidden * itemsize if split and lessons else 0)
+    if not lessons:
+        return most + (block * chunk * 4 if split else 0)
+    return most + (3 * matrix + block * hidden * itemsize if split else 3 * block * chunk * 4)
 
 
 @dataclass(frozen=True)
