@@ -22,11 +22,12 @@ Forward = Callable[[], Any]
 
 @dataclass
 class Site:
-    """A module of the host whose output carries seeds."""
+    """A module of the host whose output carries seeds; ``borrowed`` says that its weights serve elsewhere in the host too."""
 
     name: str
     module: nn.Module
     geometry: Geometry
+    borrowed: bool = False
 
 
 @dataclass
@@ -64,7 +65,8 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     for name, module in chosen.items():
         if name not in seen:
             raise UserError(f"The module '{name}' gives no tensor when the host runs, so no seed can sit there; choose another site.")
-        sites.append(Site(name, module, _geometry(name, seen[name], per_site)))
+        borrowed = any(id(parameter) in watch.borrowed for parameter in module.parameters(recurse=False))
+        sites.append(Site(name, module, _geometry(name, seen[name], per_site), borrowed))
     return sites
 
 
