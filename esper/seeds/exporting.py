@@ -23,6 +23,7 @@ from esper.seeds.folding import fold, foldable, matrix
 from esper.seeds.garden import Garden
 from esper.seeds.grown import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer
+from esper.seeds.wrappers import unwrapped
 
 Card = dict[str, Any]
 
@@ -35,7 +36,7 @@ def export(garden: Garden) -> nn.Module:
 def export_with_cards(garden: Garden) -> tuple[nn.Module, list[Card]]:
     """The plain model, and one JSON-able card for every site at which it differs from the host."""
     inner = [_hooks_before(site.module) for site in garden.sites]
-    with _detached(garden):
+    with _detached(garden), unwrapped(garden.model):
         plain = copy.deepcopy(garden.model)
     cards = []
     modules = [plain.get_submodule(site.name) for site in garden.sites]  # found before any of them is replaced

@@ -16,6 +16,7 @@ from esper.blueprints.call import first_tensor
 from esper.errors import UserError
 from esper.seeds.roles import ROLES, with_role
 from esper.seeds.watching import Watch, watching
+from esper.seeds.wrappers import host_modules
 
 Forward = Callable[[], Any]
 
@@ -46,15 +47,17 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
 
     Raises UserError for a pattern that matches nothing (it lists the modules there are), and for more seeds than features.
     """
-    patterns = _patterns(model, match, blocks)
+    modules = host_modules(model)
+    patterns = _patterns(model, modules, match, blocks)
     if not patterns:
         raise UserError("sites.match=[] names no module, so nothing could grow; give patterns, or auto.")
-    named = {name: module for name, module in model.named_modules() if name and not _is_container(module)}
+    named = {name: module for name, module in modules.items() if not _is_container(module)}
     roles = [pattern for pattern in patterns if pattern in ROLES and pattern not in named]
     for pattern in patterns:
         if pattern not in roles and not any(fnmatchcase(name, pattern) for name in named):
             raise UserError(f"No module of the host matches sites.match '{pattern}'; there are: {', '.join(named) or 'none'}.")
-    seen, watch = _probe(model, named, forward)
+    with watching(model, modules) as watch:
+        seen = _probe(model, named, forward, watch)
     found = {role: with_role(role, watch.calls, named) for role in roles}
     for role in roles:
         if not found[role]:
@@ -70,11 +73,11 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     return sites
 
 
-def _patterns(model: nn.Module, match: list[str], blocks: bool) -> list[str]:
+def _patterns(model: nn.Module, modules: dict[str, nn.Module], match: list[str], blocks: bool) -> list[str]:
     if list(match) != ["auto"]:
         return list(match)
     if blocks:
-        found = [name for name, module in model.named_modules() if name and hasattr(module, "output_layers")]
+        found = [name for name, module in modules.items() if hasattr(module, "output_layers")]
         if not found:
             raise UserError(
                 "blueprint=block with sites.match=auto finds no residual block (a module with an attribute output_layers) "
@@ -84,7 +87,7 @@ def _patterns(model: nn.Module, match: list[str], blocks: bool) -> list[str]:
     own = list(getattr(model, "growth_sites", ()))
     if own:
         return own
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and name]
+    linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     if len(linear) < 2:
         raise UserError("sites.match=auto finds no hidden layer in this host; name the modules that may grow, e.g. sites.match=['fc1'].")
     return linear[:-1]
@@ -94,10 +97,10 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward) -> tuple[dict[str, _Seen], Watch]:
+def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, watch: Watch) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = {}
 
-    def remember(name: str, watch: Watch) -> Callable[[nn.Module, Any, Any, Any], None]:
+    def remember(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             tensor, source = first_tensor(output), first_tensor(inputs or named)
             if tensor is not None:
@@ -107,15 +110,14 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward) ->
 
         return hook
 
-    with watching(model, {name: module for name, module in model.named_modules() if name}) as watch:
-        handles = [module.register_forward_hook(remember(name, watch), with_kwargs=True) for name, module in modules.items()]
-        try:
-            with quiet_evaluation(model):
-                forward()
-        finally:
-            for handle in handles:
-                handle.remove()
-    return seen, watch
+    handles = [module.register_forward_hook(remember(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        with quiet_evaluation(model):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 @contextmanager

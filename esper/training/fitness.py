@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ def fit(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, nn.DataParallel):
         raise UserError("nn.DataParallel copies the model at every step, so seeds cannot live on it; use DistributedDataParallel.")
-    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
-        torch.compiler.reset()  # what was compiled before knows nothing of hooks that come now, and would never ask
+    model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what was compiled before, a step around the model too, knows nothing of hooks that come now
     if any(hasattr(module, ATTRIBUTE) for module in model.modules()):
         raise UserError("This model carries seeds already; call export() on the first handle, or attach once.")
     if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
