@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from esper.seeds.folding import fold, foldable, matrix
 from esper.seeds.garden import Garden
 from esper.seeds.grown import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer
+from esper.seeds.wrappers import unwrapped
 
 Card = dict[str, Any]
 
@@ -33,14 +35,15 @@ def export(garden: Garden) -> nn.Module:
 
 def export_with_cards(garden: Garden) -> tuple[nn.Module, list[Card]]:
     """The plain model, and one JSON-able card for every site at which it differs from the host."""
-    with _detached(garden):
+    inner = [_hooks_before(site.module) for site in garden.sites]
+    with _detached(garden), unwrapped(garden.model):
         plain = copy.deepcopy(garden.model)
     cards = []
     modules = [plain.get_submodule(site.name) for site in garden.sites]  # found before any of them is replaced
     with torch.no_grad():
         for number, module in enumerate(modules):
             if garden.blended(number):
-                cards.append(_build_in(garden, number, module, plain))
+                cards.append(_build_in(garden, number, module, plain, inner[number]))
     for parameter in plain.parameters():
         parameter.grad = None
     return plain, cards
@@ -63,16 +66,20 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any) -> None:
         _replace(host, module, _joined(module, branches, card["width"], card["dim"]))
 
 
-def _build_in(garden: Garden, number: int, module: nn.Module, plain: nn.Module) -> Card:
+def _build_in(garden: Garden, number: int, module: nn.Module, plain: nn.Module, inner: set[int]) -> Card:
+    """Fold or build in what grew at a site; ``inner`` are the host's own hooks on the module that what grew comes after."""
     site, blended = garden.sites[number], garden.blended(number)
     geometry = site.geometry
     card: Card = {"site": site.name, "width": geometry.width, "dim": _dim(geometry), "folded": False}
     blueprints: list[object] = [garden.layers[number].bank(branch.blueprint).blueprint for branch in blended]
-    if not any(branch.residual for branch in blended) and foldable(module, plain, blueprints):
+    bare = not (site.borrowed or inner or any(branch.residual for branch in blended))
+    if bare and foldable(module, plain, blueprints):
         fold(module, [_term(garden, branch) for branch in blended])
         return card | {"folded": True, "bias": module.bias is not None}
     branches = [_as_host(_branch(garden, branch), module) for branch in blended]
-    _replace(plain, module, _joined(module, branches, geometry.width, card["dim"]))
+    joined = _joined(module, branches, geometry.width, card["dim"])
+    _move_hooks(module, joined, inner)
+    _replace(plain, module, joined)
     return card | {"branches": [_card(garden, branch) for branch in blended]}
 
 
@@ -157,6 +164,22 @@ def _replace(model: nn.Module, old: nn.Module, module: nn.Module) -> None:
     for other in names:
         parent, _, child = other.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+
+
+def _hooks_before(module: nn.Module) -> set[int]:
+    """Keys of the forward hooks that a module calls before its seed layer's."""
+    own = (key for key, hook in module._forward_hooks.items() if isinstance(getattr(hook, "__self__", None), SeedLayer))
+    first = next(own)
+    return set(itertools.takewhile(lambda key: key != first, module._forward_hooks))
+
+
+def _move_hooks(module: nn.Module, outer: nn.Module, inner: set[int]) -> None:
+    """Give ``outer`` the forward hooks that saw what had grown on ``module``: all but the ``inner`` ones, with their flags."""
+    for key in [key for key in module._forward_hooks if key not in inner]:
+        for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            held = getattr(module, kind)
+            if key in held:
+                getattr(outer, kind)[key] = held.pop(key)
 
 
 @contextmanager

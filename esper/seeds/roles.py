@@ -8,13 +8,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
+
+from esper.seeds.axes import is_linear
+from esper.seeds.watching import Call, Node
 
 ROLES = ("mlp_hidden", "residual", "conv_out")
 
@@ -61,6 +60,8 @@ _UNCHANGED = frozenset(
         "reshape",
         "permute",
         "transpose",
+        "T",
+        "mT",
         "contiguous",
         "to",
         "float",
@@ -86,92 +87,14 @@ _RECTIFIERS = frozenset(("relu", "relu6", "gelu", "silu", "hardswish", "leaky_re
 _NORMS = frozenset(("layer_norm", "rms_norm", "group_norm", "batch_norm"))
 
 
-@dataclass(eq=False)
-class _Node:
-    """A tensor that a function gave."""
-
-    kind: str
-    inputs: list[_Node] = field(default_factory=list)
-    linear: str | None = None  # name of the linear module whose output it is
-
-
-@dataclass
-class _Call:
-    name: str
-    module: nn.Module
-    source: _Node | None
-    output: _Node
-    same_shape: bool
-
-
-class _Watch(TorchFunctionMode):
-    """Follows tensors through functions and modules; keeps them alive, so that an id means one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-        self._nodes: dict[int, _Node] = {}
-        self._alive: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [self.node(tensor) for tensor in _tensors((args, kwargs or {}))]
-        output = func(*args, **(kwargs or {}))
-        kind = _kind(func)
-        for tensor in _tensors(output):
-            self._nodes[id(tensor)] = _Node(kind, inputs)
-            self._alive.append(tensor)
-        return output
-
-    def node(self, tensor: Tensor) -> _Node:
-        """Where a tensor came from; one that no function gave is a node without inputs."""
-        if id(tensor) not in self._nodes:
-            self._nodes[id(tensor)] = _Node("input")
-            self._alive.append(tensor)
-        return self._nodes[id(tensor)]
-
-    def hook(self, name: str) -> Callable[..., None]:
-        """A forward hook that notes a call of the module ``name``."""
-
-        def note(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
-            given, result = next(_tensors((inputs, named)), None), next(_tensors(output), None)
-            if result is None:
-                return
-            node = self.node(result)
-            if is_linear(module):
-                node.linear = name
-            same = given is not None and given.shape == result.shape
-            self.calls.append(_Call(name, module, None if given is None else self.node(given), node, same))
-
-        return note
-
-
-@contextmanager
-def watching(model: nn.Module, roles: list[str]) -> Iterator[dict[str, list[str]]]:
-    """Within, the model runs once; afterwards the dict that was yielded has each role's modules, in the host's order."""
-    found: dict[str, list[str]] = {}
-    if not roles:
-        yield found
-        return
-    watch = _Watch()
-    named = [(name, module) for name, module in model.named_modules() if name]
-    handles = [module.register_forward_hook(watch.hook(name), with_kwargs=True) for name, module in named]
-    try:
-        with watch:
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+def with_role(role: str, calls: list[Call], order: dict[str, Any]) -> list[str]:
+    """Names of the modules that have a role in the forward whose calls are given, as ``order`` has them."""
     rules = {"mlp_hidden": _hidden, "residual": _blocks, "conv_out": _convolutions}
-    order = {name: number for number, (name, _) in enumerate(named)}
-    found.update({role: sorted(rules[role](watch.calls), key=order.__getitem__) for role in roles})
+    found = rules[role](calls)
+    return [name for name in order if name in found]
 
 
-def is_linear(module: nn.Module) -> bool:
-    """A linear layer of torch, or the ``Conv1D`` that transformers' GPT-2 has for one."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
-
-
-def _hidden(calls: list[_Call]) -> set[str]:
+def _hidden(calls: list[Call]) -> set[str]:
     names: set[str] = set()
     for call in calls:
         if is_linear(call.module) and call.source is not None:
@@ -179,7 +102,7 @@ def _hidden(calls: list[_Call]) -> set[str]:
     return names
 
 
-def _origins(start: _Node) -> set[tuple[str, bool]]:
+def _origins(start: Node) -> set[tuple[str, bool]]:
     """(linear layer, whether a nonlinearity lies between) of everything elementwise before ``start``; empty where streams meet."""
     found: set[tuple[str, bool]] = set()
     seen: set[tuple[int, bool]] = set()
@@ -198,7 +121,7 @@ def _origins(start: _Node) -> set[tuple[str, bool]]:
     return found
 
 
-def _roots(node: _Node) -> list[_Node]:
+def _roots(node: Node) -> list[Node]:
     """Where elementwise operations on one tensor began."""
     seen: set[int] = set()
     roots, open_nodes = [], [node]
@@ -215,7 +138,7 @@ def _roots(node: _Node) -> list[_Node]:
     return roots
 
 
-def _blocks(calls: list[_Call]) -> set[str]:
+def _blocks(calls: list[Call]) -> set[str]:
     skips = {
         call.name: call.module
         for call in calls
@@ -234,7 +157,7 @@ def _in_a_list(stack: str, name: str, module: nn.Module) -> bool:
     return isinstance(module.get_submodule(parent), (nn.ModuleList, nn.Sequential))
 
 
-def _skips(call: _Call) -> bool:
+def _skips(call: Call) -> bool:
     """Whether a path of sums (and what may stand beside them) leads from the block's output back to its input."""
     seen: set[tuple[int, bool]] = set()
     open_nodes = [(call.output, False)]
@@ -253,21 +176,5 @@ def _skips(call: _Call) -> bool:
     return False
 
 
-def _convolutions(calls: list[_Call]) -> set[str]:
+def _convolutions(calls: list[Call]) -> set[str]:
     return {call.name for call in calls if isinstance(call.module, (nn.Conv1d, nn.Conv2d))}
-
-
-def _kind(func: Any) -> str:
-    name = getattr(func, "__name__", "").strip("_")
-    return {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "truediv": "div", "rtruediv": "div"}.get(name, name)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)

@@ -14,24 +14,28 @@ from torch import nn
 from esper.blueprints import Geometry
 from esper.blueprints.call import first_tensor
 from esper.errors import UserError
-from esper.seeds.roles import ROLES, is_linear, watching
+from esper.seeds.roles import ROLES, with_role
+from esper.seeds.watching import Watch, watching
+from esper.seeds.wrappers import host_modules
 
 Forward = Callable[[], Any]
 
 
 @dataclass
 class Site:
-    """A module of the host whose output carries seeds."""
+    """A module of the host whose output carries seeds; ``borrowed`` says that its weights serve elsewhere in the host too."""
 
     name: str
     module: nn.Module
     geometry: Geometry
+    borrowed: bool = False
 
 
 @dataclass
 class _Seen:
     output: torch.Size
-    same_shape: bool
+    axis: int | None
+    residual: bool
 
 
 def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forward, blocks: bool = False) -> list[Site]:
@@ -43,16 +47,18 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
 
     Raises UserError for a pattern that matches nothing (it lists the modules there are), and for more seeds than features.
     """
-    patterns = _patterns(model, match, blocks)
+    modules = host_modules(model)
+    patterns = _patterns(model, modules, match, blocks)
     if not patterns:
         raise UserError("sites.match=[] names no module, so nothing could grow; give patterns, or auto.")
-    named = {name: module for name, module in model.named_modules() if name and not _is_container(module)}
+    named = {name: module for name, module in modules.items() if not _is_container(module)}
     roles = [pattern for pattern in patterns if pattern in ROLES and pattern not in named]
     for pattern in patterns:
         if pattern not in roles and not any(fnmatchcase(name, pattern) for name in named):
             raise UserError(f"No module of the host matches sites.match '{pattern}'; there are: {', '.join(named) or 'none'}.")
-    with watching(model, roles) as found:
-        seen = _probe(model, named, forward)
+    with watching(model, modules) as watch:
+        seen = _probe(model, named, forward, watch)
+    found = {role: with_role(role, watch.calls, named) for role in roles}
     for role in roles:
         if not found[role]:
             raise UserError(f"sites.match={role} finds no such module in this host; name the modules, or try {' or '.join(ROLES)}.")
@@ -62,15 +68,16 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     for name, module in chosen.items():
         if name not in seen:
             raise UserError(f"The module '{name}' gives no tensor when the host runs, so no seed can sit there; choose another site.")
-        sites.append(Site(name, module, _geometry(name, module, seen[name], per_site)))
+        borrowed = any(id(parameter) in watch.borrowed for parameter in module.parameters(recurse=False))
+        sites.append(Site(name, module, _geometry(name, seen[name], per_site), borrowed))
     return sites
 
 
-def _patterns(model: nn.Module, match: list[str], blocks: bool) -> list[str]:
+def _patterns(model: nn.Module, modules: dict[str, nn.Module], match: list[str], blocks: bool) -> list[str]:
     if list(match) != ["auto"]:
         return list(match)
     if blocks:
-        found = [name for name, module in model.named_modules() if name and hasattr(module, "output_layers")]
+        found = [name for name, module in modules.items() if hasattr(module, "output_layers")]
         if not found:
             raise UserError(
                 "blueprint=block with sites.match=auto finds no residual block (a module with an attribute output_layers) "
@@ -80,7 +87,7 @@ def _patterns(model: nn.Module, match: list[str], blocks: bool) -> list[str]:
     own = list(getattr(model, "growth_sites", ()))
     if own:
         return own
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) and name]
+    linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     if len(linear) < 2:
         raise UserError("sites.match=auto finds no hidden layer in this host; name the modules that may grow, e.g. sites.match=['fc1'].")
     return linear[:-1]
@@ -90,14 +97,16 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward) -> dict[str, _Seen]:
+def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, watch: Watch) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = {}
 
     def remember(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
             tensor, source = first_tensor(output), first_tensor(inputs or named)
             if tensor is not None:
-                seen[name] = _Seen(tensor.shape, source is not None and source.shape == tensor.shape)
+                same = source is not None and source.shape == tensor.shape
+                block = same and any(True for _ in module.children())
+                seen[name] = _Seen(tensor.shape, watch.node(tensor).axis, block)
 
         return hook
 
@@ -125,20 +134,19 @@ def quiet_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _geometry(name: str, module: nn.Module, seen: _Seen, per_site: int) -> Geometry:
+def _geometry(name: str, seen: _Seen, per_site: int) -> Geometry:
     shape = seen.output
-    channels_first = len(shape) == 4 or (len(shape) > 2 and any(_is_spatial(part) for part in module.modules()))
-    width = shape[1] if channels_first else shape[-1]
-    spatial = len(shape) - 2 if channels_first else 0
+    axis = seen.axis
+    if axis is None:  # nothing that it came from says: images have their channels first, everything else its features last
+        axis = 1 if len(shape) > 3 else len(shape) - 1
+    first = axis < len(shape) - 1
+    if first and axis != 1:
+        raise UserError(
+            f"The features of the module '{name}' lie on axis {axis} of its output {list(shape)}; seeds need them on the last axis, "
+            "or on axis 1 before the positions: choose another site."
+        )
+    width = shape[axis]
     if per_site > width:
         raise UserError(f"sites.per_site={per_site} is more than the {width} features of site '{name}'; ask for at most {width}.")
     positions = max(1, shape.numel() // (width * max(1, shape[0])))
-    block = seen.same_shape and any(True for _ in module.children())
-    return Geometry(width, per_site, 1 if channels_first else -1, spatial, positions, block)
-
-
-def _is_spatial(module: nn.Module) -> bool:
-    """Whether a layer's kind says that its output has channels first."""
-    if is_linear(module):  # transformers calls one of its linear layers Conv1D
-        return False
-    return any(word in type(module).__name__ for word in ("Conv", "BatchNorm", "InstanceNorm", "GroupNorm", "Pool"))
+    return Geometry(width, per_site, 1 if first else -1, len(shape) - 2 if first else 0, positions, seen.residual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ def attach(
     chosen = _blueprint(blueprint)
     strategy = _strategy(grafting)
     _refuse_words(lifecycle)
+    _refuse_spent(judge)
     sample = _sample(sample, judge)
     patterns = [sites] if isinstance(sites, str) else list(sites)
     per_site = 1 if isinstance(chosen, Block) else per_site
@@ -172,6 +173,12 @@ def _refuse_misfits(blueprint: AnyBlueprint, sites: list[Site]) -> None:
     if sites and all(reason is not None for reason in reasons.values()):
         name, reason = next(iter(reasons.items()))
         raise UserError(f"blueprint '{blueprint.name}' fits none of the {len(sites)} sites; at '{name}': {reason}.")
+
+
+def _refuse_spent(judge: Iterable[Any] | None) -> None:
+    if isinstance(judge, Iterator):  # empty after one look, so that every branch would be culled
+        kind = type(judge).__name__
+        raise UserError(f"judge=… is a {kind}, which can be gone through only once; give a list of batches or a DataLoader.")
 
 
 def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper.errors import UserError
 from esper.seeds.layer import ATTRIBUTE
@@ -31,9 +32,9 @@ def fit(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, nn.DataParallel):
         raise UserError("nn.DataParallel copies the model at every step, so seeds cannot live on it; use DistributedDataParallel.")
-    if hasattr(model, "_orig_mod") or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
-        torch.compiler.reset()  # what was compiled before knows nothing of hooks that come now, and would never ask
+    model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what was compiled before, a step around the model too, knows nothing of hooks that come now
     if any(hasattr(module, ATTRIBUTE) for module in model.modules()):
         raise UserError("This model carries seeds already; call export() on the first handle, or attach once.")
     if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
@@ -46,7 +47,7 @@ def fit(model: nn.Module) -> nn.Module:
                 f"The layer '{name}' ({type(module).__name__}) is quantized; seeds need layers in floating point: attach to the "
                 "model before it is quantized, export, and quantize the exported model."
             )
-        _refuse_reentrant(name, module)
+        _refuse_switched_on(name, module)
     if not any(p.is_floating_point() for p in model.parameters()):
         raise UserError("This model has no parameters in floating point, so there is nothing to grow beside.")
     return model
@@ -59,7 +60,27 @@ def _quantized(module: nn.Module) -> bool:
     return weight is not None and not weight.is_floating_point()
 
 
-def _refuse_reentrant(name: str, module: nn.Module) -> None:
+def refuse_reentrant(loss: Tensor) -> None:
+    """Look in the graph of a loss for what ``torch.utils.checkpoint`` leaves there with ``use_reentrant=True``.
+
+    Raises:
+        UserError: it is there. Its backward cannot give gradients to chosen tensors, nor to any that is made inside.
+    """
+    open_nodes, seen = [loss.grad_fn], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise UserError(
+                "This model uses reentrant gradient checkpointing, under which no branch could learn; call torch.utils.checkpoint "
+                "with use_reentrant=False."
+            )
+        open_nodes += [following for following, _ in node.next_functions]
+
+
+def _refuse_switched_on(name: str, module: nn.Module) -> None:
     """transformers keeps the checkpointing function on its modules; the reentrant one cannot give gradients to chosen tensors."""
     function = getattr(module, "_gradient_checkpointing_func", None)
     if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):

@@ -28,6 +28,7 @@ from esper.training.checkpoint.attached import attached_state, read_state, take_
 from esper.training.checkpoint.engine import load_grow, topology
 from esper.training.checkpoint.tree import join, split
 from esper.training.commands import Executor
+from esper.training.fitness import refuse_reentrant
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.guard import Guard
 from esper.training.judge import Judge, LossFunction
@@ -316,6 +317,7 @@ class Grow:
         with self.replay.again(), untouched_buffers(model), self.observer.silent(), self.meter.learning("step", key):
             with torch.enable_grad():
                 loss = self.loss(model, batch).mean()
+                refuse_reentrant(loss)
                 if parameters and loss.requires_grad:
                     torch.autograd.grad(loss, parameters, allow_unused=True)
 

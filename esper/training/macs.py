@@ -10,8 +10,27 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from esper.kernels import Kernels
+
+
+class _NoModules(ModuleTracker):
+    """Watches no module: torch's own hooks every tensor that a module is given, which ``autograd.grad`` forbids for a parameter."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        return None
+
+
+class _Total(FlopCounterMode):
+    """Torch's counter, of all operations together."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.mod_tracker = _NoModules()
 
 
 class Meter:
@@ -56,7 +75,7 @@ class Meter:
         try:
             if self.kernels is not None:
                 self.kernels.aside = True
-            with FlopCounterMode(display=False) as counter:
+            with _Total() as counter:
                 yield counter
         finally:
             if self.kernels is not None:

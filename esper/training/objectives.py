@@ -17,6 +17,7 @@ from esper.lifecycle import Stage
 from esper.seeds import Branch, Garden, Recording
 from esper.seeds.blend import branch_outputs, chunks_of
 from esper.seeds.plan import BlockGroup, Group, Injection, Part, build
+from esper.training.fitness import refuse_reentrant
 from esper.training.judge import LossFunction
 from esper.training.macs import Meter
 from esper.training.passes import DropoutReplay, shapes_of, untouched_buffers
@@ -43,6 +44,7 @@ class Objective:
         self.failed: set[int] = set()
         self.step_size = 0.0
         self._searched = -search_every
+        self._looked = False
 
     @property
     def keeps_activations(self) -> bool:
@@ -107,6 +109,9 @@ class Objective:
                 key = (self.garden.structure(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
                     loss = self.loss(model, batch).mean()
+                    if not self._looked:
+                        refuse_reentrant(loss)
+                        self._looked = True
                     self._collect(loss * scale, groups)
         fall = (host_loss - float(loss.detach())) / max(abs(host_loss), 1e-12)
         self._note_failures(groups)

@@ -88,3 +88,36 @@ def test_compiled_and_eager_give_the_same_bits_for_a_model_that_draws_dropout_in
         assert handle.garden.branches[0].stage is stage
         results.append(model.state_dict())
     same(*results)
+
+
+def test_a_step_that_was_compiled_before_anything_was_attached_feels_the_branches() -> None:
+    torch.compiler.reset()
+    model, data = build("mlp"), batch("mlp", 7)[0]
+    step: Any = torch.compile(lambda x: model(x), backend="eager")
+    step(data).sum().backward()  # compiled while nothing hangs on the model
+    model.zero_grad()
+    handle, optimizer = attached(model)
+    train(model, handle, optimizer, 14, step)
+    felt = model(data)
+    assert torch.equal(step(data), felt)  # with gradients, as it was compiled
+    with handle.garden.without(*handle.garden.branches.living()):
+        assert not torch.equal(model(data), felt)
+
+
+def test_a_layer_that_is_compiled_inside_the_host_is_one_site_under_its_own_name_and_exported_plain() -> None:
+    torch.compiler.reset()
+    plain, model, x = build("mlp"), build("mlp"), batch("mlp", 7)[0]
+    model.fc1 = torch.compile(model.fc1, backend="eager")
+    model.fc1.register_forward_hook(lambda module, inputs, output: output.clamp(max=1.0))  # on the wrapper
+    plain.fc1.register_forward_hook(lambda module, inputs, output: output.clamp(max=1.0))
+    handle, optimizer = attached(model, sites=["fc1*"])
+    assert [site.name for site in handle.garden.sites] == ["fc1"]
+    train(model, handle, optimizer, 14)
+    exported = handle.export()
+    assert [name for name, _ in exported.named_modules() if "_orig_mod" in name or "seed_layer" in name] == []
+    with torch.no_grad():
+        felt = model(x)
+        torch.testing.assert_close(exported(x), felt)
+        with handle.garden.without(*handle.garden.branches.living()):
+            assert not torch.equal(model(x), felt)
+    assert [site.name for site in attached(torch.compile(plain), sites="auto")[0].garden.sites] == ["fc1", "fc2"]

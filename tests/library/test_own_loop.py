@@ -267,6 +267,32 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     same(*states)
 
 
+class Reentrant(Net):
+    """The same net with one hidden layer recomputed by the checkpointing that cannot give gradients to chosen tensors."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 6] → [N, 3]``."""
+        hidden = x.detach().requires_grad_()
+        for name in ("fc1", "fc2"):
+            module = self.get_submodule(name)
+            hidden = checkpoint(module, hidden, use_reentrant=True) if name == self.layer else module(hidden)
+            hidden = functional.relu(hidden)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+def test_reentrant_gradient_checkpointing_is_refused_in_words_wherever_it_is(layer: str, counts: bool) -> None:
+    model = Reentrant(layer)
+    grow, optimizer = attached(model, count_macs=counts)
+    with pytest.raises(UserError, match=r"uses reentrant gradient checkpointing.*with use_reentrant=False"):
+        train(model, grow, optimizer, 8)
+
+
 def test_channels_last_gives_the_same_and_keeps_its_format() -> None:
     plain, last = Loop("cnn_group", {2: [germinate("stem")]}), Loop("cnn_group", {2: [germinate("stem")]})
     last.model.to(memory_format=torch.channels_last)

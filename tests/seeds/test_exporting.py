@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from growing import Loop, Net, batch, build, germinate, same, sample_loss
+from growing import Loop, Net, Notebook, batch, build, germinate, same, sample_loss, short
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional
 
 from esper import attach, load_model
 from esper.blueprints import CONFIGS, Affine
@@ -105,6 +106,60 @@ def test_the_linear_layer_of_gpt2_is_folded_into_and_exporting_leaves_the_model_
     with torch.no_grad():
         torch.testing.assert_close(plain(ids).logits, model(ids).logits)
     assert plain.lm_head.weight is plain.transformer.wte.weight
+
+
+class Autoencoder(nn.Module):
+    """Reads and writes with one weight, the second time through a function; the other layers' weights say only of what kind a tensor is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.head = nn.Linear(6, 8), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, 6] → [N, 3]``."""
+        hidden = self.fc1(x.to(self.fc2.weight)).relu()
+        return self.head(self.fc2(functional.linear(hidden, self.fc1.weight.t()).type_as(self.fc2.weight)))
+
+
+def halved(module: nn.Module, inputs: object, named: object, output: torch.Tensor) -> torch.Tensor:
+    """A user's forward hook that takes the named arguments too, and is not linear."""
+    return (0.5 * output).clamp(-0.2, 0.2)
+
+
+def trained(model: nn.Module, blueprint: str, sites: list[str], hooked: str = "") -> nn.Module:
+    """The exported model after seeds grew on all sites, asserted to give what the live one gives."""
+    if hooked == "before":
+        model.get_submodule(sites[0]).register_forward_hook(halved, with_kwargs=True)
+    port = Notebook({1: [germinate(site) for site in sites]})
+    settings: dict[str, Any] = {"per_site": 1, "total_steps": 100, "lifecycle": short(), "blueprint": blueprint, "port": port}
+    grow = attach(model, loss=sample_loss, judge=[batch("mlp", 900)], sites=sites, **settings)
+    if hooked == "after":
+        model.get_submodule(sites[0]).register_forward_hook(halved, with_kwargs=True)
+    for step in range(12):
+        sample_loss(model, batch("mlp", step)).mean().backward()
+        grow.after_backward(batch("mlp", step))
+        grow.tick(1.0)
+    plain, x = grow.export(), batch("mlp", 7)[0]
+    with torch.no_grad(), grow.garden.without(*grow.garden.branches.living()):
+        host = model(x)
+    with torch.no_grad():
+        assert (model(x) - host).abs().max() > 1e-4, "what grew is felt"
+        torch.testing.assert_close(plain(x), model(x))
+    return plain
+
+
+def test_a_weight_that_is_used_through_a_function_is_not_folded_into() -> None:
+    torch.manual_seed(1)
+    plain = trained(Autoencoder(), "affine", ["fc1", "fc2"])
+    assert type(plain.fc1) is GrownSite and type(plain.fc2) is nn.Linear
+
+
+@pytest.mark.parametrize("blueprint", ["affine", "mlp"])
+@pytest.mark.parametrize("hooked", ["before", "after"])
+def test_hooks_of_ones_own_see_in_the_exported_model_what_they_saw_before(hooked: str, blueprint: str) -> None:
+    torch.manual_seed(1)
+    plain = trained(build("mlp"), blueprint, ["fc1"], hooked)
+    assert (type(plain.fc1) is nn.Linear) is (blueprint == "affine" and hooked == "after")
 
 
 @pytest.mark.parametrize("case", ["mlp", "conv", "block"])

@@ -39,6 +39,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ramp": ({"lifecycle": short(grafting_max="39step"), "grafting": "drift"}, "^GRAFTING may never be left by its gate.*41 ticks"),
     "short run": ({"total_steps": 20, "lifecycle": LifecycleConfig(training_min="50step", training_max="60step")}, "can never be left"),
     "no batch": ({"judge": None}, "pass judge=.* or sample="),
+    "judge of one look": ({"judge": (batch() for _ in range(3)), "sample": batch()}, "is a generator, .*only once; give a list of batches"),
+    "judge's iterator": ({"judge": iter([batch()])}, "is a list_iterator, .* or a DataLoader"),
     "empty judge": ({"judge": []}, "holds no batch"),
     "data parallel": ({"model": nn.DataParallel(Net())}, "use DistributedDataParallel"),
     "nothing": ({"model": nn.Flatten()}, "no parameters"),

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from growing import Loop, batch, germinate, short
+import torch
+from growing import Loop, Net, batch, germinate, sample_loss, short
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.blueprints import Affine, Conv
 from esper.lifecycle import Stage
+from esper.training import attach
 from esper.training.macs import Meter
 
 S = Stage
@@ -95,6 +98,32 @@ def test_the_bare_host_costs_what_its_shapes_say():
     per_step = rows * (weights * 3 - 6 * 8)  # forward, weight gradients, and input gradients but the data's
     assert loop.grow.meter.spent == {"step": 3 * per_step}
     assert loop.grow.meter.cost("step", next(iter(loop.grow.meter._known))[1]) == per_step
+
+
+class Asking(Net):
+    """A host that hands a parameter of its own to a submodule: a learned query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.reads = nn.Parameter(torch.ones(2, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 6] → [N, 3]``."""
+        hidden = torch.relu(self.fc1(x)) * self.reads(self.query).mean(0)
+        return self.head(torch.relu(self.fc2(hidden)))
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "query"])
+def test_hosts_that_hand_their_parameters_to_submodules_are_counted_as_torch_counts_them(kind: str):
+    torch.manual_seed(0)
+    model = Asking() if kind == "query" else Net()
+    if kind != "query":
+        getattr(nn.utils.parametrizations, kind)(model.fc1)
+    with FlopCounterMode(display=False) as counter:
+        sample_loss(model, batch()).mean().backward()
+    grow = attach(model, loss=sample_loss, judge=[batch()], total_steps=400, sites="fc2", per_site=1, lifecycle=short())
+    grow.after_backward(batch())
+    assert grow.meter.total == counter.get_total_flops() // 2 > 0
 
 
 def test_counting_can_be_left_out():

@@ -1,0 +1,59 @@
+"""Modules that ``torch.compile`` wraps: a host's modules under the names that they have without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_WRAPPED = "_orig_mod"
+"""Name that torch gives to what a compiled module wraps."""
+
+_BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+_AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def host_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules below ``model`` by name, each once; a compiled one stands under its own name for what it wraps."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if name and not _is_wrapper(module):
+            found[".".join(part for part in name.split(".") if part != _WRAPPED)] = module
+    return found
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[None]:
+    """Within: what compiled modules below ``model`` wrap is in their place, with the hooks that hang on the wrapper."""
+    places: list[tuple[dict[str, Any], str, nn.Module]] = []
+    hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and _is_wrapper(child):
+                places.append((parent._modules, name, child))
+    for modules, name, wrapper in reversed(places):  # a wrapper in a wrapper is the later of the two
+        inner = wrapper._modules[_WRAPPED]
+        assert inner is not None
+        modules[name] = inner
+        for kind in (*_BEFORE, *_AFTER):
+            held, added = getattr(inner, kind), getattr(wrapper, kind)
+            hooks.append((held, dict(held)))
+            _fill(held, {**added, **held} if kind in _BEFORE else {**held, **added})  # the wrapper's come first before, last after
+    try:
+        yield
+    finally:
+        for modules, name, wrapper in places:
+            modules[name] = wrapper
+        for held, before in reversed(hooks):
+            _fill(held, before)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return _WRAPPED in module._modules
+
+
+def _fill(held: dict[int, Any], values: dict[int, Any]) -> None:
+    held.clear()
+    held.update(values)
