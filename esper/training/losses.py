@@ -44,6 +44,23 @@ def _loss_in(output: Any) -> Any:
     return getattr(output, "loss", None)
 
 
+def told_without(compute: Callable[[nn.Module, dict[str, Any]], Any]) -> Callable[[nn.Module, Any], Any]:
+    """transformers' ``Trainer.compute_loss``, which may pop what it needs off a batch, as ``loss(model, batch)``.
+
+    A batch that does not hold what it needs is told in words.
+    """
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        try:
+            return compute(model, dict(batch))
+        except (KeyError, ValueError) as error:
+            why = " ".join(str(error).split()).rstrip(".")
+            sentence = f"The Trainer finds no loss in a batch ({why}): give judge= batches like those trained on, or loss=."
+            raise UserError(sentence) from error
+
+    return loss
+
+
 def few(batch: Any, samples: int = 1) -> Any:
     """The first samples of a batch, enough to see shapes: every tensor as long as the batch's first is cut."""
     lengths: list[int] = []
