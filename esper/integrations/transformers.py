@@ -36,7 +36,8 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
         given |= {"seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
         given |= {"state": _beside(state, output, self._moved_to)} if state.global_step else {}
         self.grow = attach(parts["model"], optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
-        self._hook, self._parts, self._step, self._trainer = HostAlone.on(parts["model"]), [], trainer.training_step, trainer
+        self._hook, self._trainer, self._step = HostAlone.on(parts["model"]), trainer, trainer.training_step
+        self._parts: list[Any] = []
         trainer.training_step = self._grow
         state.stateful_callbacks["esper"] = {"run": self._run, "folder": str(output.resolve())}
 

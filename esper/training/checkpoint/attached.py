@@ -80,8 +80,18 @@ class HostAlone(Attached):
         return model.register_state_dict_post_hook(cls())
 
     def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in [name for name in state if f"{ATTRIBUTE}." in name]:
+        for name in state.keys() - host_alone(state).keys():
             del state[name]
+
+
+def host_alone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a state dict what is the host's own."""
+    return {name: value for name, value in state.items() if f"{ATTRIBUTE}." not in name}
+
+
+def forgive_seeds(model: nn.Module, keys: Any) -> None:
+    """A hook for after ``load_state_dict``: what the seeds hold comes apart from the host's tensors, so it is not missed."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if f"{ATTRIBUTE}." not in name]
 
 
 def _packed(batch: Any) -> Any:
