@@ -157,6 +157,8 @@ def _convert(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> A
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return structure(hint, value, name)
+    if hint == list[str] and value != "" and _scalar(value, str) is not _WRONG:
+        value = [value]  # one word alone, as in sites.match=residual
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         return origin(_convert(item, inner[0], metadata, name) for item in value)
     if origin is dict and isinstance(value, Mapping):
@@ -224,7 +226,7 @@ def accepted(hint: Any, metadata: Mapping[str, Any]) -> str:
         return listing(hint.__members__)
     if unit and unit.startswith("duration"):
         return DURATION + unit.removeprefix("duration")
-    words = _WORDS.get(typing.get_origin(hint) or hint, "other keys")
+    words = "a text or a list, as in a or [a,b]" if hint == list[str] else _WORDS.get(typing.get_origin(hint) or hint, "other keys")
     if low is not None and high is not None:
         words += f" from {low} to {high}"
     elif low is not None or high is not None:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from esper.errors import UserError
 from esper.training import Grow, attach
-from esper.training.calls import Calls
-from esper.training.checkpoint.attached import found
-
-ITEMS = "num_items_in_batch"  # a model that is given it gives a micro-batch's part of the step's mean
+from esper.training.checkpoint.attached import HostAlone, found, grown_in
+from esper.training.losses import told_without
+from esper.training.passes import to_device
 
 
 class GrowCallback(TrainerCallback):  # type: ignore[misc]
-    """Attaches when training begins; the model's own loss (``model(**batch).loss``) is used unless ``loss`` is given.
+    """Attaches when training begins; the Trainer's own loss (its ``compute_loss``) is used unless ``loss`` is given.
 
     ``settings`` is what ``esper.attach`` takes; ``judge`` is needed for anything to be kept; unless given, ``controller`` is
     ``heuristic`` and ``sites`` the hidden layers of the perceptrons. ``resume_from`` names a checkpoint's folder that was moved.
@@ -26,31 +25,33 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, resume_from: str | Path = "", **settings: Any) -> None:
         self.settings = {"controller": "heuristic", "sites": "mlp_hidden", **settings}
         self.grow: Grow | None = None
-        self._calls: Calls | None = None
         self._moved_to, self._run = Path(resume_from), f"esper-{secrets.token_hex(8)}"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Attach: model and optimizer are prepared, and hold what a checkpoint kept of them."""
-        optimizer, steps, output = parts["optimizer"], args.gradient_accumulation_steps, Path(args.output_dir)
-        given = {"total_steps": state.max_steps, "accumulate": steps, "seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
+        # The Trainer gives its callbacks everything but itself; it is among those who call.
+        trainer = next(one for call in inspect.stack(0) if isinstance(one := call.frame.f_locals.get("self"), Trainer))
+        optimizer, output, steps = parts["optimizer"], Path(args.output_dir), args.gradient_accumulation_steps
+        given = {"loss": told_without(trainer.compute_loss), "accumulate": steps, "total_steps": state.max_steps}
+        given |= {"seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
         given |= {"state": _beside(state, output, self._moved_to)} if state.global_step else {}
         self.grow = attach(parts["model"], optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
-        self._calls = Calls(parts["model"], (ITEMS,), lambda named: 1 / steps if named.get(ITEMS) is None else 1, self.grow.set_aside)
+        self._hook, self._trainer, self._step = HostAlone.on(parts["model"]), trainer, trainer.training_step
+        self._parts: list[Any] = []
+        trainer.training_step = self._grow
         state.stateful_callbacks["esper"] = {"run": self._run, "folder": str(output.resolve())}
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """A micro-batch that ends no step is done."""
-        self.on_pre_optimizer_step(args, state, control)
-        self._calls.batch = None  # type: ignore[union-attr]
-
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """The last micro-batch of a step is done."""
-        if self._calls.batch is not None:  # type: ignore[union-attr]
-            self.grow.after_backward(self._calls.batch)  # type: ignore[union-attr]
+    def _grow(self, model: Any, inputs: Any, *others: Any) -> Any:
+        """The Trainer's step on a micro-batch: afterwards its backward pass is done, and nobody has clipped a gradient yet."""
+        batch = to_device(inputs, self.grow.device)  # type: ignore[union-attr]  # a copy: a loss may pop the labels
+        self._parts.append(self._step(model, inputs, *others))  # its part of the step's mean loss
+        self.grow.after_backward(batch)  # type: ignore[union-attr]
+        return self._parts[-1]
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """A tick: the optimizer has stepped and the gradients are still there."""
-        self.grow.tick(self._calls.loss())  # type: ignore[union-attr]
+        self.grow.tick(sum(self._parts))  # type: ignore[union-attr]
+        self._parts.clear()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """What was measured on held-out data, for controllers and strategies."""
@@ -68,13 +69,12 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
         if args.load_best_model_at_end and (best := Path(state.best_model_checkpoint or "")).name:  # that host has just come back
             then = TrainerState.load_from_json(str(best / "trainer_state.json"))
             self.grow.load_branches(_beside(then, best.parent))  # type: ignore[union-attr]
-        self._calls.close()  # type: ignore[union-attr]
+        self._hook.remove()
+        self._trainer.training_step = self._step
         self.grow.close()  # type: ignore[union-attr]
 
 
 def _beside(state: TrainerState, output: Path, moved_to: Path = Path()) -> Path:
     """What grew, beside the checkpoint that the Trainer has loaded, which it names to nobody."""
-    note, name = state.stateful_callbacks.get("esper"), f"checkpoint-{state.global_step}"
-    if not note:
-        raise UserError("This checkpoint was saved without a GrowCallback and holds nothing that grew; begin anew with its weights.")
+    note, name = grown_in(state.stateful_callbacks), f"checkpoint-{state.global_step}"
     return found(note["run"], output / name, Path(note["folder"], name), moved_to)

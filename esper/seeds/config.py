@@ -12,7 +12,9 @@ class SitesConfig:
     """Which modules of the host carry seeds, and how many share a module's features."""
 
     name: str = "auto"
-    match: list[str] = setting(["auto"], help="glob patterns over module names; auto: the host's own growth_sites")
+    match: list[str] = setting(
+        ["auto"], help="glob patterns over module names, roles (mlp_hidden, residual, conv_out), or auto: the host's own growth_sites"
+    )
     per_site: int = setting(2, low=1, help="seeds that share a site's features")
 
 

@@ -94,6 +94,16 @@ def ready(batch: Batch) -> Batch:
     return batch
 
 
+def logits(output: Any) -> Tensor:
+    """``output`` in float32. Raises UserError where the model gave something else than a tensor, which no built-in loss can read."""
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"The model gave a {type(output).__name__} where the task's loss reads a tensor of logits; have its forward return the "
+            "logits alone, or give the task a loss of its own (docs/own-data.md)."
+        )
+    return output.float()
+
+
 def digest_of(tensors: Sequence[Tensor]) -> str:
     """SHA-256 over type, shape and bytes of each tensor in turn."""
     digest = hashlib.sha256()

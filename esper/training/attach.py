@@ -24,6 +24,7 @@ from esper.seeds import Garden, Site, TelemetryConfig, find_sites
 from esper.seeds.garden import AnyBlueprint
 from esper.seeds.layer import device_of
 from esper.seeds.trial import refuse_unanswering
+from esper.training.arguments import check_arguments
 from esper.training.checkpoint.attached import read_state
 from esper.training.fitness import fit
 from esper.training.grow import Grow, GrowSettings
@@ -85,8 +86,10 @@ def attach(
             and the optimizer have what the loop saved of them by then.
 
     Raises:
-        UserError: a pattern matches no module, a schedule cannot end, a blueprint fits no site, seeds are attached already.
+        UserError: an argument of another kind, a pattern that matches no module, a schedule that cannot end, a blueprint that fits no
+            site, seeds that are attached already.
     """
+    check_arguments(locals())
     model, kept = fit(model), None if state is None else read_state(state)
     loss = as_tensor_loss(loss)
     lifecycle = lifecycle or LifecycleConfig()

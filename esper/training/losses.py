@@ -16,15 +16,17 @@ def as_tensor_loss(loss: Callable[[nn.Module, Any], Any] | None) -> LossFunction
     """``loss(model, batch)`` as a function that always gives a tensor.
 
     ``None`` is the model's own: ``model(**batch)`` for a mapping, ``model(*batch)`` for a tuple or list, whose output must
-    carry ``loss`` (as transformers' models give where the batch has ``labels``).
+    carry ``loss``, as an attribute or a key (as transformers' models give where the batch has ``labels``).
     """
     ask = own_loss if loss is None else loss
 
     def measure(model: nn.Module, batch: Any) -> Tensor:
         result = ask(model, batch)
-        value = result if isinstance(result, Tensor) else _loss_in(result)
+        value = result if isinstance(result, Tensor) and loss is not None else _loss_in(result)
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = type(result).__name__
+            if loss is None:
+                raise UserError(f"The model gave a {kind} without .loss: pass loss=…, a function of model and batch, or batches with labels.")
             raise UserError(f"loss(model, batch) gave a {kind}; it must give a tensor (the mean, or one a sample) or an output with .loss.")
         return value
 
@@ -42,6 +44,23 @@ def _loss_in(output: Any) -> Any:
     if isinstance(output, Mapping) and "loss" in output:
         return output["loss"]
     return getattr(output, "loss", None)
+
+
+def told_without(compute: Callable[[nn.Module, dict[str, Any]], Any]) -> Callable[[nn.Module, Any], Any]:
+    """transformers' ``Trainer.compute_loss``, which may pop what it needs off a batch, as ``loss(model, batch)``.
+
+    A batch that does not hold what it needs is told in words.
+    """
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        try:
+            return compute(model, dict(batch))
+        except (KeyError, ValueError) as error:
+            why = " ".join(str(error).split()).rstrip(".")
+            sentence = f"The Trainer finds no loss in a batch ({why}): give judge= batches like those trained on, or loss=."
+            raise UserError(sentence) from error
+
+    return loss
 
 
 def few(batch: Any, samples: int = 1) -> Any:

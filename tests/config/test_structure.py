@@ -33,6 +33,7 @@ class Example:
     mode: Mode = Mode.FAST
     limit: int | None = None
     sizes: list[int] = setting([1], low=1)
+    words: list[str] = setting([])
     weights: dict[str, float] = setting({}, low=0.0)
     inner: Inner = field(default_factory=Inner)
 
@@ -44,8 +45,13 @@ class Example:
 def test_values_take_the_annotated_types() -> None:
     values = {"width": 4, "rate": 1, "kind": "gelu", "on": False, "mode": "SLOW", "limit": 3, "sizes": [2, 3]}
     example = structure(Example, {**values, "weights": {"a": 2}, "inner": {"depth": 5}, "name": 7}, "group")
-    assert example == Example("7", 4, 1.0, 0.0, "gelu", False, Mode.SLOW, 3, [2, 3], {"a": 2.0}, Inner(5))
+    assert example == Example("7", 4, 1.0, 0.0, "gelu", False, Mode.SLOW, 3, [2, 3], [], {"a": 2.0}, Inner(5))
     assert isinstance(example.rate, float) and isinstance(example.weights["a"], float)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("a", ["a"]), (["a", 1], ["a", "1"]), (0, ["0"])])
+def test_one_word_is_a_list_of_one(given: object, taken: list[str]) -> None:
+    assert structure(Example, {"words": given}, "g").words == taken
 
 
 @pytest.mark.parametrize(
@@ -63,6 +69,8 @@ def test_values_take_the_annotated_types() -> None:
         ({"on": 1}, "takes true or false"),
         ({"mode": "fast"}, "takes FAST or SLOW"),
         ({"sizes": 3}, "takes a list, as in [a,b]"),
+        ({"words": True}, "g.words=true is not accepted: g.words takes a text or a list, as in a or [a,b]."),
+        ({"words": ""}, "takes a text or a list"),
         ({"sizes": [0]}, "takes a whole number of at least 1"),
         ({"weights": 3}, "takes keys with values"),
         ({"weights": {"a": -1}}, "g.weights.a=-1 is not accepted"),

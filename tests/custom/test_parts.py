@@ -9,6 +9,7 @@ import pytest
 import torch
 from growing import Loop, germinate
 
+from esper.app import main
 from esper.config import options, structure
 from esper.custom import CustomBlueprint, CustomController, CustomGrafting, CustomModel, CustomTask, locate
 from esper.errors import UserError
@@ -58,6 +59,22 @@ def test_a_target_of_the_wrong_kind_is_refused(part: Any, sentence: str) -> None
     given = {CustomModel: (None, torch.Generator()), CustomController: (0,)}.get(type(part), ())
     with pytest.raises(UserError, match=sentence):
         part.build(*given)
+
+
+@pytest.mark.parametrize("words", [["check"], ["tracking=none", "trainer.steps=60", "output=out"]], ids=["check", "run"])
+def test_a_model_that_gives_a_dict_is_told_what_the_loss_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    net = "class Dict(MyNet):\n    def forward(self, inputs):\n        return {'logits': super().forward(inputs)}\n"
+    (tmp_path / "dict_net.py").write_text(f"from my_pkg.nets import MyNet\n{net}", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("ESPER_ALLOW", "dict_net")
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "model=custom", "model.target=dict_net:Dict", "sites.match=[fc1,fc2]"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-1].startswith("esper: The model gave a dict where the task's loss reads a tensor of logits; have its forward return")
+    assert "Traceback" not in "".join(told)
 
 
 def test_a_broken_esper_yaml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

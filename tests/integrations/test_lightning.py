@@ -12,12 +12,13 @@ from growing import batch, build, same, sample_loss, short
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from esper import attach
 from esper.controllers import CONFIGS
 from esper.errors import UserError
 from esper.integrations.lightning import GrowCallback
+from esper.training import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
 
@@ -75,6 +76,56 @@ def test_a_dormant_callback_leaves_training_bit_for_bit() -> None:
     trainer([], 12).fit(alone, data())
     for (name, value), (_, other) in zip(own.grow.export().state_dict().items(), alone.net.state_dict().items(), strict=True):
         assert torch.equal(value, other), name
+
+
+class Skipping(Classifier):
+    """Gives no loss for every third batch, as one does who leaves out bad ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def training_step(self, data: Any, number: int, *_: Any) -> Tensor | None:
+        self.losses.append(float("nan") if number % 3 == 1 else float(functional.cross_entropy(self.net(data[0]), data[1]).detach()))
+        return None if number % 3 == 1 else super().training_step(data, number)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_without_a_loss_are_left_out_of_the_steps_loss(monkeypatch: pytest.MonkeyPatch, accumulate: int) -> None:
+    own, model, told = callback(), Skipping(), []
+    tick = Grow.tick
+    monkeypatch.setattr(Grow, "tick", lambda self, metric=None: told.append(metric) or tick(self, metric))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    lightning.Trainer(max_steps=16, accumulate_grad_batches=accumulate, callbacks=[own], accelerator="cpu", **quiet).fit(model, data())
+    seen = torch.tensor(model.losses).view(16, accumulate).nanmean(1)
+    torch.testing.assert_close(torch.tensor([float("nan") if one is None else float(one) for one in told]), seen, equal_nan=True)
+    assert "STABILIZATION" in [name for name, _ in own.grow.garden.branches[0].path]
+
+
+class Endless(IterableDataset[Any]):
+    """Data that does not say how much there is."""
+
+    def __iter__(self) -> Any:
+        return zip(*batch("mlp", 0, 64), strict=True)
+
+
+class Stopped(lightning.Callback):
+    """Ends a run that has no length of its own, as a clock would."""
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 8
+
+
+@pytest.mark.parametrize(("epochs", "source"), [(-1, None), (3, Endless())])
+def test_a_run_of_unknown_length_asks_for_total_steps_and_grows_with_it(epochs: int, source: Any) -> None:
+    loader = data() if source is None else DataLoader(source, batch_size=16)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    given: dict[str, Any] = {"max_epochs": epochs, "accelerator": "cpu", **quiet}
+    with pytest.raises(UserError, match=r"cannot tell how many optimizer steps .*GrowCallback\(…, total_steps=…\)\.$"):
+        lightning.Trainer(callbacks=[callback()], **given).fit(Classifier(), loader)
+    told = callback(total_steps=100)
+    lightning.Trainer(callbacks=[told, Stopped()], **given).fit(Classifier(), loader)
+    assert told.grow.settings.total_ticks == 100 and told.grow.life.counts["germinated"] == 1
 
 
 def saving(own: GrowCallback, folder: Path, steps: int, *others: Any) -> lightning.Trainer:

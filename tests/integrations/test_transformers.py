@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from growing import same, short
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -15,6 +16,7 @@ from esper import attach
 from esper.controllers import CONFIGS
 from esper.errors import UserError
 from esper.integrations.transformers import GrowCallback
+from esper.training import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "transformer.h.1.mlp.c_fc", "count": 1}]
 
@@ -30,18 +32,19 @@ def samples(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def trainer(folder: Path, callback: GrowCallback, steps: int, **changes: Any) -> Trainer:
+def trainer(folder: Path, callback: GrowCallback, steps: int, kind: type[Trainer] = Trainer, **changes: Any) -> Trainer:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=8, vocab_size=30, bos_token_id=0, eos_token_id=0))
     settings = {"max_steps": steps, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "learning_rate": 3e-3}
     settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1000}
     arguments = TrainingArguments(output_dir=str(folder), **(settings | changes))
-    return Trainer(model=model, args=arguments, train_dataset=samples(128, 1), eval_dataset=samples(32, 2), callbacks=[callback])
+    return kind(model=model, args=arguments, train_dataset=samples(128, 1), eval_dataset=samples(32, 2), callbacks=[callback])
 
 
 def callback(**changes: Any) -> GrowCallback:
     judge = list(DataLoader(samples(64, 3), batch_size=8))
-    return GrowCallback(judge=judge, lifecycle=short(), per_site=2, controller=CONFIGS["scheduled"](script=SCRIPT), **changes)
+    given = {"judge": judge, "lifecycle": short(), "per_site": 2, "controller": CONFIGS["scheduled"](script=SCRIPT)}
+    return GrowCallback(**(given | changes))
 
 
 def test_a_seed_lives_through_its_stages_and_the_exported_model_is_transformers_own(tmp_path: Path) -> None:
@@ -72,6 +75,69 @@ def test_a_dormant_callback_leaves_training_bit_for_bit(tmp_path: Path) -> None:
     for (name, value), (_, other) in zip(quiet.grow.export().state_dict().items(), second.model.state_dict().items(), strict=True):
         assert torch.equal(value, other), name
     assert quiet.grow.garden.table.counts()["DORMANT"] == 8
+
+
+class Own(Trainer):  # type: ignore[misc]
+    """A loss of the user's own: the model never sees the labels and returns no loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        labels = inputs.pop("labels")
+        output = model(**inputs)
+        loss = own_loss(output.logits, labels)
+        return (loss, output) if return_outputs else loss
+
+
+def own_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.3)
+
+
+LOSSES: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
+    "smoothed labels": (Trainer, {"label_smoothing_factor": 0.1}),
+    "a compute_loss of one's own": (Own, {}),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_seed_learns_from_the_loss_that_the_trainer_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kind, changes = LOSSES[name]
+    own, logged, told = callback(), [], []
+
+    class Logged(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            logged.extend([logs["loss"]] if "loss" in logs else [])
+
+    tick = Grow.tick
+    monkeypatch.setattr(Grow, "tick", lambda self, metric=None: told.append(float(metric)) or tick(self, metric))
+    running = trainer(tmp_path, own, 14, kind, **(changes | {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 7}))
+    running.add_callback(Logged())
+    running.train()
+    assert [stage for stage, _ in own.grow.garden.branches[0].path][:4] == ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION"]
+    assert told == pytest.approx(logged, abs=1e-3), "the loss of a step is the Trainer's"
+    model, batch = running.model.eval(), own.settings["judge"][0]
+    with torch.no_grad():
+        torch.testing.assert_close(own.grow.loss(model, batch), running.compute_loss(model, dict(batch)))
+        assert abs(float(own.grow.loss(model, batch)) - float(model(**batch).loss)) > 1e-4, "it is not the model's own"
+    assert "labels" in batch and running.training_step.__func__ is Trainer.training_step
+
+
+def test_a_loss_that_is_given_is_the_one_that_seeds_learn_from(tmp_path: Path) -> None:
+    asked = []
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        asked.append(sorted(batch))
+        return own_loss(model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+    own = callback(loss=loss)
+    trainer(tmp_path, own, 14, Own).train()
+    assert own.grow.garden.branches[0].stage.name not in ("GERMINATED", "TRAINING") and set(map(tuple, asked)) == {("input_ids", "labels")}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_judge_batches_without_a_loss_are_refused_in_words(tmp_path: Path, name: str) -> None:
+    kind, changes = LOSSES[name]
+    bare = [{"input_ids": batch["input_ids"]} for batch in callback().settings["judge"]]
+    with pytest.raises(UserError, match=r"no loss in a batch \(.+\): give judge= batches like those trained on, or loss=\.$"):
+        trainer(tmp_path, callback(judge=bare), 14, kind, **changes).train()
 
 
 class Interrupted(TrainerCallback):  # type: ignore[misc]

@@ -9,6 +9,7 @@ import torch
 
 from esper.app import main
 from esper.cli.compose import compose
+from esper.config import config_hash
 from esper.running.check import check
 from esper.running.parts import build_trainer
 
@@ -81,6 +82,23 @@ def test_hosts_and_tasks(words: tuple[str, ...], parts: tuple[str, ...]) -> None
     for part in (*parts, "training MACs", "time (estimate)", "memory (estimate)", "FOSSILIZED"):
         assert part in text
     assert max(len(line) for line in text.splitlines() if line[:1] in "│┏└") <= 140
+
+
+@pytest.mark.parametrize(
+    ("words", "site"),
+    [
+        (["sites.match=mlp_hidden"], "fc1 (Linear)"),
+        (["sites.match=residual", "model=cnn", "task=mnist1d"], "stages.0.blocks.0 (ConvBlock)"),
+        (["sites.match=conv_out", "model=cnn", "task=mnist1d"], "stem (Conv1d)"),
+    ],
+    ids=["mlp_hidden", "residual", "conv_out"],
+)
+def test_a_role_is_named_on_the_command_line_as_it_is(words: list[str], site: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", SHORT, *words]) == 0
+    printed = capsys.readouterr()
+    role = words[0].partition("=")[2]
+    assert _row(printed.out, site)[0] == role and printed.err == ""
+    assert config_hash(compose(words)) == config_hash(compose([f"sites.match=[{role}]", *words[1:]]))
 
 
 def test_memory_and_macs_follow_the_host() -> None:

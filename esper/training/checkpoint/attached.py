@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from esper.errors import UserError
+from esper.seeds.layer import ATTRIBUTE, Attached
 from esper.training.checkpoint import store
 from esper.training.checkpoint.engine import Tree, grow_state
 from esper.training.checkpoint.tree import kept
@@ -53,6 +55,13 @@ def read_state(state: Tree | str | Path) -> Tree:
     return dict(store.read(kept[-1])[1])
 
 
+def grown_in(checkpoint: Mapping[str, Any]) -> Any:
+    """What a callback left under ``esper`` in another trainer's checkpoint. Raises UserError where there was no callback."""
+    if not checkpoint.get("esper"):
+        raise UserError("This checkpoint was saved without a GrowCallback and holds nothing that grew; begin anew with its weights.")
+    return checkpoint["esper"]
+
+
 def found(name: str, *places: Path) -> Path:
     """``name`` in the first of the folders that has it. Raises UserError where none has: what grew is told apart by its name."""
     for place in places:
@@ -60,6 +69,29 @@ def found(name: str, *places: Path) -> Path:
             return place / name
     looked = ", ".join(dict.fromkeys(str(place) for place in places if place.name))
     raise UserError(f"What grew is in none of {looked}: take an earlier checkpoint, or say GrowCallback(resume_from=<where this one is>).")
+
+
+class HostAlone(Attached):
+    """Leaves what the seeds hold out of a model's ``state_dict()``; an object of its own, since torch writes on this hook."""
+
+    @classmethod
+    def on(cls, model: nn.Module) -> RemovableHandle:
+        """From now until the handle is removed, ``model.state_dict()`` is the host's alone."""
+        return model.register_state_dict_post_hook(cls())
+
+    def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in state.keys() - host_alone(state).keys():
+            del state[name]
+
+
+def host_alone(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a state dict what is the host's own."""
+    return {name: value for name, value in state.items() if f"{ATTRIBUTE}." not in name}
+
+
+def forgive_seeds(model: nn.Module, keys: Any) -> None:
+    """A hook for after ``load_state_dict``: what the seeds hold comes apart from the host's tensors, so it is not missed."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if f"{ATTRIBUTE}." not in name]
 
 
 def _packed(batch: Any) -> Any:
