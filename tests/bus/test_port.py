@@ -157,6 +157,25 @@ def test_what_was_decided_for_an_earlier_start_of_the_trainer_is_not_applied(ser
     port.close()
 
 
+def test_what_a_stalled_reader_in_the_process_loses_is_in_the_ports_counts(server, tmp_path):
+    settings = RedisConfig(memory_mb=1, spool_mb=1, codec="raw", flush_ticks=1)
+    served = ServerBus(settings, server.address, tmp_path / "bus")
+    tracker = served.local.consumer("telemetry", "stalled", "tracker", "one")
+    port = BusPort(served, "stalled", ("x",))
+    port.started(0, 60, [])
+    for tick in range(60):
+        port.telemetry(tick, "fc", torch.full((12_500, 1), float(tick)))
+        port.barrier()
+    assert port.counts()["spool_bytes"] > 500_000
+    tracker.ack(found := tracker.read(100))
+    port.telemetry(60, "fc", torch.full((12_500, 1), 60.0))
+    tracker.ack(last := tracker.read(100))
+    counts = port.counts()
+    assert counts["dropped"] == counts["gaps"] == 61 - len(found + last) > 0
+    port.close()
+    served.close()
+
+
 @pytest.mark.parametrize("kind", ["memory", "server"])
 def test_telemetry_comes_in_tick_order_without_a_hole(bus, served, kind):
     used = bus if kind == "memory" else served
