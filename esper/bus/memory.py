@@ -1,7 +1,7 @@
 """The bus inside one process: the same pending, acknowledge, claim and dead-letter rules as a server, no bytes moved.
 
 Messages are frozen structs and are handed over as they are. Beyond ``memory_mb`` the newest unread ones wait in a file,
-and beyond ``spool_mb`` of file they are dropped, counted, and seen by consumers as gaps.
+until every group has acknowledged them; beyond ``spool_mb`` in it they are dropped, counted, and seen by consumers as gaps.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class MemoryBus:
     def bury(self, stream: str, run: str, group: str, log: Log, pending: Pending) -> None:
         """Move one pending entry to the dead letters; the caller holds the lock."""
         entry = pending.entry
+        message = self.message(entry)
         del log.groups[group].pending[entry.id]
+        self.finished(log, entry)
         self._dead_count += 1
         reason = f"delivered {pending.deliveries} times without an acknowledgement"
         letter = DeadLetter(
@@ -89,7 +91,7 @@ class MemoryBus:
             group=group,
             deliveries=pending.deliveries,
             reason=reason,
-            message=self.message(entry),
+            message=message,
         )
         self._dead.setdefault(run, deque()).append(letter)
         self.counters.add("dead_letters")
@@ -121,10 +123,19 @@ class MemoryBus:
         return entry.message if entry.message is not None else self.overflow.read(entry.place)
 
     def make_room(self) -> None:
-        """Let go of what every group has acknowledged; the caller holds the lock."""
+        """Let go of what every group has read, and on disk of what none has pending; the caller holds the lock."""
         for logs in self._logs.values():
             for log in logs.values():
-                self.bytes_held -= log.trim()
+                for entry in log.trim():
+                    if entry.message is not None:
+                        self.bytes_held -= entry.size
+                    else:
+                        self.finished(log, entry)
+
+    def finished(self, log: Log, entry: Entry) -> None:
+        """Free an entry's place on disk, once it is neither unread nor pending in any group; the caller holds the lock."""
+        if entry.message is None and not log.wanted(entry):
+            self.overflow.release(entry)
 
     def counts(self) -> dict[str, int]:
         """Counters of this bus, with ``spool_bytes``."""
@@ -261,11 +272,17 @@ class MemoryConsumer:
 
     def ack(self, deliveries: list[Delivery]) -> None:
         """Acknowledge after handling; acknowledging twice is harmless."""
-        with self._bus.lock:
+        bus = self._bus
+        with bus.lock:
             for delivery in deliveries:
-                self._logs[delivery.producer].groups[self.group].pending.pop(delivery.id, None)
+                log = self._logs[delivery.producer]
+                held = log.groups[self.group].pending.pop(delivery.id, None)
+                if held is not None and held.entry.message is None:
+                    bus.finished(log, held.entry)
+            if bus.overflow.bytes_held:
+                bus.make_room()
         if deliveries:
-            self._bus.counters.add("acknowledged", len(deliveries))
+            bus.counters.add("acknowledged", len(deliveries))
 
     def close(self) -> None:
         """What was not acknowledged stays pending."""

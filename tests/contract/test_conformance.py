@@ -230,6 +230,21 @@ def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(run, 
     bus.close()
 
 
+def test_what_was_read_and_acknowledged_makes_room_on_disk(backend, run, collect):
+    bus = backend.open(memory_mb=1, spool_mb=1)
+    consumer = bus.consumer("telemetry", run, "group", "one")
+    producer = bus.producer("telemetry", run)
+    for _ in range(4):
+        for number in range(38):
+            data = np.full((1, 12_500), number, np.float32).tobytes()
+            producer.publish(Telemetry(site="a", ticks=[number], seeds=12_500, columns=["x"], data=data))
+        assert producer.flush(5)
+        found = collect(consumer, 38)
+        assert [np.frombuffer(delivery.message.data, np.float32)[-1] for delivery in found] == list(range(38))
+        counts = bus.counts()
+        assert counts["dropped"] == counts["gaps"] == counts["spool_bytes"] == 0
+
+
 @pytest.mark.parametrize("codec", ["raw", "delta"])
 def test_telemetry_comes_out_as_it_went_in(backend, run, codec, collect):
     bus = backend.open() if backend.name == "memory" else backend.open(codec=codec)
