@@ -197,6 +197,7 @@ class MemoryConsumer:
         self._mine = deque(
             (log, id) for log in logs.values() for id, held in log.groups[group].pending.items() if held.owner == name
         )
+        self._kept: dict[tuple[str, str], Pending] = {}  # by producer and id
         self._next_claim = 0.0
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
@@ -249,8 +250,11 @@ class MemoryConsumer:
         group.next = last
 
     def _claim(self, found: list[Delivery], count: int, now: float) -> None:
-        """Take over what any member has held for too long."""
+        """Take over what any member has held for too long, and go on holding what this one keeps."""
         claim_s = self._bus.config.claim_s
+        for held in self._kept.values():
+            if held.owner == self.name:
+                held.since = now
         for log in self._logs.values():
             pending = log.groups[self.group].pending
             for id in [id for id, held in pending.items() if now - held.since >= claim_s]:
@@ -277,12 +281,21 @@ class MemoryConsumer:
             for delivery in deliveries:
                 log = self._logs[delivery.producer]
                 held = log.groups[self.group].pending.pop(delivery.id, None)
+                self._kept.pop((delivery.producer, delivery.id), None)
                 if held is not None and held.entry.message is None:
                     bus.finished(log, held.entry)
             if bus.overflow.bytes_held:
                 bus.make_room()
         if deliveries:
             bus.counters.add("acknowledged", len(deliveries))
+
+    def keep(self, deliveries: list[Delivery]) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them."""
+        with self._bus.lock:
+            for delivery in deliveries:
+                held = self._logs[delivery.producer].groups[self.group].pending.get(delivery.id)
+                if held is not None:
+                    self._kept[delivery.producer, delivery.id] = held
 
     def close(self) -> None:
         """What was not acknowledged stays pending."""

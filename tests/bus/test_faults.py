@@ -203,6 +203,20 @@ def test_what_a_killed_process_left_on_disk_is_sent_by_the_next_start(fragile, o
     assert bus.counts()["gaps"] == 0
 
 
+def test_broken_connections_do_not_count_as_deliveries_of_what_is_in_hands(fragile, proxy, open_bus):
+    bus = open_bus(proxy.address, deliveries=2, claim_s=60)
+    producer, consumer = bus.producer("commands", "run"), bus.consumer("commands", "run", "trainer", "trainer")
+    producer.publish(TickEnded(tick=7))
+    assert producer.flush(5)
+    assert [delivery.message.tick for delivery in consumer.read(1, 2)] == [7]
+    for _ in range(4):
+        proxy.reset_all()
+        assert consumer.read(1, 0.2) == []
+    (again,) = open_bus(fragile.address, deliveries=2).consumer("commands", "run", "trainer", "trainer").read(1, 2)
+    assert (again.message.tick, again.deliveries) == (7, 2)
+    assert bus.dead_letters("run") == []
+
+
 def test_a_record_cut_off_by_a_kill_does_not_spoil_those_before_it(tmp_path):
     spool = Spool(tmp_path / "spool", 1 << 20)
     for number in range(10):

@@ -144,6 +144,27 @@ def test_an_emergency_stop_overtakes_what_the_controller_has_not_finished_decidi
     assert [command.id for command in port.commands(2)] == ["g"]
 
 
+def test_a_command_that_waits_long_for_its_tick_is_neither_handed_out_again_nor_buried(server, tmp_path):
+    settings = RedisConfig(timeout_s=0.5, claim_s=0.1, deliveries=3)
+    served = ServerBus(settings, server.address, tmp_path / "bus")
+    port = BusPort(served, "patient", COLUMNS)
+    acks = served.consumer("acks", "patient", "test", "one")
+    port.started(0, 9, [])
+    operator = served.producer("commands", "patient", "operator")
+    operator.publish(Germinate(id="g", site="fc", seed=0))
+    assert operator.flush(5)
+    time.sleep(1.0)
+    assert [command.id for command in port.commands(1)] == ["g"]
+    time.sleep(0.5)
+    port.acknowledge("g", "applied", "", 1)
+    port.barrier()
+    assert [ack.status for ack in messages(acks, Acknowledgement)] == ["delivered", "applied"]
+    assert port.counts()["commands_repeated"] == port.counts()["dead_letters"] == 0
+    assert served.dead_letters("patient") == []
+    port.close()
+    served.close()
+
+
 def test_what_was_decided_for_an_earlier_start_of_the_trainer_is_not_applied(served):
     port = BusPort(served, "stale", COLUMNS, external=True)
     controller = served.producer("commands", "stale", "controller")

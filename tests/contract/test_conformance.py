@@ -122,6 +122,25 @@ def test_a_message_never_acknowledged_becomes_a_dead_letter_after_n_deliveries(b
     assert bus.counts()["dead_letters"] == 1
 
 
+def test_what_a_consumer_keeps_is_given_to_nobody_while_it_reads_and_counts_as_delivered_once(backend, run):
+    bus = backend.open(deliveries=2)
+    publish(bus.producer("events", run), [7, 8])
+    keeper = bus.consumer("events", run, "group", "keeper")
+    other = backend.open(deliveries=2).consumer("events", run, "group", "other")
+    got = keeper.read(10, 1)
+    keeper.keep(got)
+    began = time.monotonic()
+    while time.monotonic() - began < 3 * bus.config.claim_s:
+        assert keeper.read(10, 0.01) == other.read(10, 0.01) == []
+    assert bus.dead_letters(run) == []
+    keeper.ack(got[:1])
+    found = []
+    while not found and time.monotonic() - began < 5:  # the keeper reads no more
+        found = other.read(10, 0.05)
+    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(8, 2)]
+    assert keeper.read(10, 0.05) == []
+
+
 def test_a_dead_letter_can_be_replayed_and_purged(backend, run, collect):
     bus = backend.open(claim_s=0.05)
     publish(bus.producer("events", run), [7, 8])
