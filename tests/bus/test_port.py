@@ -171,6 +171,8 @@ def test_what_was_decided_for_an_earlier_start_of_the_trainer_is_not_applied(ser
     port.started(0, 9, [])
     controller.publish(Germinate(id="old", site="fc", seed=0))
     controller.publish(Decided(id="d1", tick=5, epoch=77))
+    controller.publish(Germinate(id="nobodys", site="fc", seed=0))
+    controller.publish(Decided(id="d", tick=5))
     controller.publish(Germinate(id="new", site="fc", seed=0))
     controller.publish(Decided(id="d2", tick=0, epoch=1))
     port.end_tick(0)
@@ -195,6 +197,41 @@ def test_what_a_stalled_reader_in_the_process_loses_is_in_the_ports_counts(serve
     assert counts["dropped"] == counts["gaps"] == 61 - len(found + last) > 0
     port.close()
     served.close()
+
+
+def test_a_second_controller_beside_a_run_that_has_its_own_changes_nothing_and_is_told(served):
+    runner = Germinator(served.local, "twice")
+    heard, events = (served.local.consumer(stream, "twice", "test", "one") for stream in ("acks", "events"))
+    acks = served.consumer("acks", "twice", "test", "one")
+    port = BusPort(served, "twice", COLUMNS, runner=runner)
+    port.started(0, 20, [])
+    port.end_tick(0)
+    twin = served.producer("commands", "twice", "controller")
+    operator = served.producer("commands", "twice", "operator")
+    for id in ("g0", "other"):
+        twin.publish(Germinate(id=id, site="fc", seed=77))
+    twin.publish(Decided(id="d0", tick=0))
+    assert twin.flush(5)
+    operator.publish(Germinate(id="last", site="fc", seed=5))
+    assert operator.flush(5)
+    came, deadline = [], time.monotonic() + 5
+    while (len(came) < 2 or port.counts()["refused"] < 3) and time.monotonic() < deadline:
+        came += port.commands(1)
+    assert sorted((command.id, command.seed) for command in came) == [("g0", 0), ("last", 5)]
+    port.acknowledge("g0", "applied", "", 1)
+    port.acknowledge("last", "applied", "", 1)
+    port.end_tick(1)
+    port.barrier()
+    ends = [(ack.command_id, ack.status) for ack in messages(heard, Acknowledgement) if ack.status != "delivered"]
+    assert ends == [("g0", "applied"), ("last", "applied")]
+    (refused,) = [ack for ack in messages(acks, Acknowledgement) if ack.command_id == "other"]
+    assert refused.status == "refused"
+    assert "controller.process=external" in refused.reason
+    assert port.counts()["refused"] == 3
+    assert port.counts()["commands_repeated"] == 0
+    alerts = [message.text for message in messages(events, Alert)]
+    assert alerts == [refused.reason] * 3
+    port.close()
 
 
 @pytest.mark.parametrize("kind", ["memory", "server"])
