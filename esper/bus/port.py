@@ -212,8 +212,12 @@ class BusPort:
         """Answer to RequestReport."""
         self._event(Report(tick=tick, command_id=command_id, stages=stages, branches=branches))
 
+    def slot(self, site: str, seeds: int) -> Tensor:
+        """Where to write the site's next rows: float32 ``[seeds, columns]`` in the ring, holding anything."""
+        return self._ring.slot(site, seeds)
+
     def telemetry(self, tick: int, site: str, rows: Tensor) -> None:
-        """Copy rows (float32 ``[seeds, columns]``, CPU) into the ring."""
+        """Publish rows (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, others by copying them into the ring."""
         self._ring.put(tick, site, rows)
 
     # --- what it is told ---
