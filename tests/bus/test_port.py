@@ -254,22 +254,25 @@ def test_telemetry_comes_in_tick_order_without_a_hole(bus, served, kind):
         assert (values == np.arange(100, dtype=np.float32)[:, None, None]).all()
 
 
-def test_a_reader_who_sees_the_end_of_a_tick_finds_its_telemetry(served):
+@pytest.mark.parametrize(("timing", "total"), [("free", 300), ("lockstep", 60)])
+def test_a_reader_who_sees_the_end_of_a_tick_finds_its_telemetry(served, timing, total):
     """Else an external controller would decide without what it should have heard."""
-    events = served.consumer("events", "causal", "controller", "one")
-    telemetry = served.consumer("telemetry", "causal", "controller", "one")
-    port = BusPort(served, "causal", COLUMNS, timing="free", external=True)
-    port.started(0, 300, [])
+    run = f"causal-{timing}"
+    events = served.consumer("events", run, "controller", "one")
+    telemetry = served.consumer("telemetry", run, "controller", "one")
+    commands = served.producer("commands", run, "controller")
+    port = BusPort(served, run, COLUMNS, timing=timing, external=True)
+    port.started(0, total, [])
 
     def train():
-        for tick in range(300):
+        for tick in range(total):
             port.telemetry(tick, "fc", rows(tick))
             port.end_tick(tick)
 
     trainer = threading.Thread(target=train)
     trainer.start()
     seen, ended = -1, -1
-    while ended < 299:
+    while ended < total - 1:
         for delivery in events.read(100, 1.0):
             if isinstance(delivery.message, TickEnded):
                 ended = delivery.message.tick
@@ -277,6 +280,7 @@ def test_a_reader_who_sees_the_end_of_a_tick_finds_its_telemetry(served):
                     seen = found[-1].message.ticks[-1]
                     telemetry.ack(found)
                 assert seen >= ended
+                commands.publish(Decided(id=f"d{ended}", tick=ended, epoch=delivery.message.epoch))
             events.ack([delivery])
     trainer.join()
     port.close()

@@ -59,6 +59,16 @@ def test_a_group_that_comes_late_reads_from_the_beginning(backend, run, collect)
     assert ticks(collect(bus.consumer("events", run, "late", "one"), 10)) == list(range(10))
 
 
+def test_one_look_finds_what_a_producer_unknown_before_has_said(backend, run):
+    bus = backend.open()
+    consumer = bus.consumer("events", run, "group", "one")
+    publish(bus.producer("events", run, "known"), [1])
+    assert ticks(consumer.read(10, 1)) == [1]
+    publish(bus.producer("events", run, "new"), [2])
+    time.sleep(0.25)
+    assert ticks(consumer.read(10)) == [2]
+
+
 def test_every_group_gets_everything_and_within_a_group_one_member_does(backend, run, collect):
     bus = backend.open()
     members = [bus.consumer("events", run, "shared", name) for name in "ab"]

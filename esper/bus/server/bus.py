@@ -51,7 +51,7 @@ class ServerBus:
         self._outboxes: list[Outbox] = []
         self._trimmer = Trimmer(connect(address, config.timeout_s), config)
         self.writer = Writer(connect(address, config.timeout_s), config, self.counters, self._incident)
-        self.writer.each_round(self._trimmer.work)
+        self.writer.after_round(self._trimmer.work)
 
     def _incident(self, code: str, sentence: str) -> None:
         self.incidents.append((code, sentence))

@@ -132,9 +132,8 @@ class ServerConsumer:
 
     def _read(self, count: int, block_s: float) -> list[Delivery]:
         now = time.monotonic()
-        if now >= self._next_discovery:
-            self._discover()
-            self._next_discovery = now + DISCOVER_S
+        if not self._keys:
+            self._join(self._client.smembers(keys.producers(self._run, self._stream)))
         if self._unsent:
             self._send_acks()
         found: list[Delivery] = []
@@ -144,11 +143,12 @@ class ServerConsumer:
             found = self._claim(count)
         return found or self._new(count, block_s)
 
-    def _discover(self) -> None:
-        """Join the group on every producer's stream and on the replayed dead letters."""
+    def _join(self, producers: set[bytes]) -> None:
+        """Join the group on the streams of all ``producers`` and on the replayed dead letters."""
         import redis
 
-        names = sorted(name.decode() for name in self._client.smembers(keys.producers(self._run, self._stream)))
+        self._next_discovery = time.monotonic() + DISCOVER_S
+        names = sorted(name.decode() for name in producers)
         wanted = {keys.entries(self._run, self._stream, name): name for name in names}
         wanted[keys.replays(self._run, self._stream, self.group)] = ""
         for key in sorted(wanted.keys() - self._keys.keys() - self._not_streams):
@@ -222,8 +222,19 @@ class ServerConsumer:
             return []
         wait = min(block_s, DISCOVER_S, self._config.claim_s / 4, self._config.timeout_s / 2)
         block = max(1, int(wait * 1000)) if wait > 0 else None
+        streams = dict.fromkeys(self._keys, ">")
+        if time.monotonic() < self._next_discovery:
+            return self._handed_out(self._client.xreadgroup(self.group, self.name, streams, count=count, block=block))
+        together = self._client.pipeline(transaction=False)  # no message waits for the other question's answer
+        together.smembers(keys.producers(self._run, self._stream))
+        together.xreadgroup(self.group, self.name, streams, count=count)
+        producers, reply = together.execute()
+        found = self._handed_out(reply)
+        self._join(producers)
+        return found or self._read(count, block_s)
+
+    def _handed_out(self, reply: list[tuple[bytes, list[tuple[bytes, Any]]]] | None) -> list[Delivery]:
         found: list[Delivery] = []
-        reply = self._client.xreadgroup(self.group, self.name, dict.fromkeys(self._keys, ">"), count=count, block=block)
         for key, entries in reply or ():
             self._note_gaps(key.decode(), entries)
             found += self._deliver(key.decode(), entries, again=False)

@@ -17,7 +17,8 @@ from esper.bus.spool import Spool
 from esper.bus.telemetry import pack
 
 BATCH = 64
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 256 << 10  # a batch keeps the server from everybody else while it is stored
+LARGE = 64 << 10  # bytes from which a message goes alone
 WINDOW_BYTES = 32 << 20
 
 Sealed = Callable[[bytes, Envelope], bytes]  # replaces the bytes of a large message by those of its claim check
@@ -114,9 +115,11 @@ class Outbox:
             self._fill()
         found, total = [], 0
         for id, wire, _ in self.sending:
-            found.append((id, wire))
             total += len(wire)
-            if len(found) >= BATCH or total >= BATCH_BYTES:
+            if found and (len(wire) >= LARGE or len(found) == BATCH or total > BATCH_BYTES):
+                break
+            found.append((id, wire))
+            if len(wire) >= LARGE:
                 break
         return found
 

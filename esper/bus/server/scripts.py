@@ -36,6 +36,12 @@ redis.call('SET', KEYS[2], last)
 return {'stored', last, ''}
 """
 
+# KEYS: last id, epoch counter. ARGV: epoch, id. Notes what a producer added last, unless a newer one has started.
+NOTE = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end
+return 0
+"""
+
 # KEYS: stream, dead letters. ARGV: group, id, then the fields of the dead letter. One move or none.
 BURY = """
 if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1) == 0 then return 0 end
