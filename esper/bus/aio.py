@@ -63,6 +63,10 @@ class AsyncConsumer:
         """Acknowledge after handling."""
         await self._call(self._consumer.ack, deliveries)
 
+    async def keep(self, deliveries: list[Delivery]) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them."""
+        await self._call(self._consumer.keep, deliveries)
+
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         while True:
             for delivery in await self.read(100, 1.0):

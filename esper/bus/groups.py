@@ -14,9 +14,11 @@ import msgspec
 
 from esper.bus.messages import Message
 
+Extent = tuple[int, int]  # offset and bytes of a piece of the overflow file
+
 
 class Entry(msgspec.Struct, gc=False):
-    """One published message; ``message`` is None while its bytes wait in the overflow file at ``place``."""
+    """One published message; ``message`` is None while its bytes wait in the overflow file at ``place``, piece by piece."""
 
     epoch: int
     sequence: int
@@ -24,7 +26,7 @@ class Entry(msgspec.Struct, gc=False):
     after: tuple[str, ...]
     message: Message | None
     size: int
-    place: tuple[int, int] = (0, 0)
+    place: tuple[Extent, ...] = ()
 
     @property
     def id(self) -> str:
@@ -90,15 +92,22 @@ class Log:
             return tail
         return list(islice(self.entries, first - self.base, last - self.base))
 
-    def trim(self) -> int:
-        """Let go of entries every group has read (pending ones are kept by their group); bytes of memory freed."""
+    def trim(self) -> list[Entry]:
+        """Let go of the entries that every group has read, and which they are; pending ones are kept by their group."""
         if not self.groups:
-            return 0
+            return []
         floor = min(group.next for group in self.groups.values())
-        freed = 0
+        gone = []
         while self.base < floor:
             entry = self.entries.popleft()
-            freed += entry.size if entry.message is not None else 0
+            gone.append(entry)
             self.base += 1
             self.trimmed = (entry.epoch, entry.sequence)
-        return freed
+        return gone
+
+    def wanted(self, entry: Entry) -> bool:
+        """Whether the entry is still held here, or pending in a group."""
+        if (entry.epoch, entry.sequence) > self.trimmed:
+            return True
+        held = (group.pending.get(entry.id) for group in self.groups.values())
+        return any(pending is not None and pending.entry is entry for pending in held)

@@ -30,7 +30,7 @@ class Inbox:
         self.measure: Callable[[str, float], None] = lambda status, seconds: None
         self.repeated = 0
         self.decided = -1  # last tick the controller has decided on
-        self.epoch = 0  # of this start of the trainer; 0 accepts every Decided
+        self.epoch = 0  # of this start of the trainer, which a Decided must name; 0 where the controller is in its process
         self.asked = (-1, 0)  # tick and epoch of the decision that is waited for
         self.owed = (-1, 0)  # the same of an earlier start, whose checkpoint was taken without that decision
 
@@ -41,7 +41,7 @@ class Inbox:
         """
         if isinstance(command, Decided):
             self._decide(command)
-        elif command.id in self._open or command.id in self._finished:
+        elif self.knows(command.id):
             self.repeated += 1
             if command.id in self._finished:
                 self._ended(command.id)
@@ -52,9 +52,13 @@ class Inbox:
             self._open[command.id] = sent or time.time()
             self._due.append(command)
 
+    def knows(self, command_id: str) -> bool:
+        """Whether a command with this id has arrived, and may have ended."""
+        return command_id in self._open or command_id in self._finished
+
     def _decide(self, mark: Decided) -> None:
         """What a controller sent counts from its mark on; what it decided for an earlier start of the trainer never."""
-        if mark.epoch in (0, self.epoch) or (mark.tick, mark.epoch) == self.owed:
+        if mark.epoch == self.epoch or (mark.tick, mark.epoch) == self.owed:
             self._due += self._undecided
             self.decided = mark.tick
         else:

@@ -1,7 +1,7 @@
 """The bus inside one process: the same pending, acknowledge, claim and dead-letter rules as a server, no bytes moved.
 
 Messages are frozen structs and are handed over as they are. Beyond ``memory_mb`` the newest unread ones wait in a file,
-and beyond ``spool_mb`` of file they are dropped, counted, and seen by consumers as gaps.
+until every group has acknowledged them; beyond ``spool_mb`` in it they are dropped, counted, and seen by consumers as gaps.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ class MemoryBus:
     def bury(self, stream: str, run: str, group: str, log: Log, pending: Pending) -> None:
         """Move one pending entry to the dead letters; the caller holds the lock."""
         entry = pending.entry
+        message = self.message(entry)
         del log.groups[group].pending[entry.id]
+        self.finished(log, entry)
         self._dead_count += 1
         reason = f"delivered {pending.deliveries} times without an acknowledgement"
         letter = DeadLetter(
@@ -89,7 +91,7 @@ class MemoryBus:
             group=group,
             deliveries=pending.deliveries,
             reason=reason,
-            message=self.message(entry),
+            message=message,
         )
         self._dead.setdefault(run, deque()).append(letter)
         self.counters.add("dead_letters")
@@ -121,10 +123,19 @@ class MemoryBus:
         return entry.message if entry.message is not None else self.overflow.read(entry.place)
 
     def make_room(self) -> None:
-        """Let go of what every group has acknowledged; the caller holds the lock."""
+        """Let go of what every group has read, and on disk of what none has pending; the caller holds the lock."""
         for logs in self._logs.values():
             for log in logs.values():
-                self.bytes_held -= log.trim()
+                for entry in log.trim():
+                    if entry.message is not None:
+                        self.bytes_held -= entry.size
+                    else:
+                        self.finished(log, entry)
+
+    def finished(self, log: Log, entry: Entry) -> None:
+        """Free an entry's place on disk, once it is neither unread nor pending in any group; the caller holds the lock."""
+        if entry.message is None and not log.wanted(entry):
+            self.overflow.release(entry)
 
     def counts(self) -> dict[str, int]:
         """Counters of this bus, with ``spool_bytes``."""
@@ -186,6 +197,7 @@ class MemoryConsumer:
         self._mine = deque(
             (log, id) for log in logs.values() for id, held in log.groups[group].pending.items() if held.owner == name
         )
+        self._kept: dict[tuple[str, str], Pending] = {}  # by producer and id
         self._next_claim = 0.0
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
@@ -238,8 +250,11 @@ class MemoryConsumer:
         group.next = last
 
     def _claim(self, found: list[Delivery], count: int, now: float) -> None:
-        """Take over what any member has held for too long."""
+        """Take over what any member has held for too long, and go on holding what this one keeps."""
         claim_s = self._bus.config.claim_s
+        for held in self._kept.values():
+            if held.owner == self.name:
+                held.since = now
         for log in self._logs.values():
             pending = log.groups[self.group].pending
             for id in [id for id, held in pending.items() if now - held.since >= claim_s]:
@@ -261,11 +276,26 @@ class MemoryConsumer:
 
     def ack(self, deliveries: list[Delivery]) -> None:
         """Acknowledge after handling; acknowledging twice is harmless."""
+        bus = self._bus
+        with bus.lock:
+            for delivery in deliveries:
+                log = self._logs[delivery.producer]
+                held = log.groups[self.group].pending.pop(delivery.id, None)
+                self._kept.pop((delivery.producer, delivery.id), None)
+                if held is not None and held.entry.message is None:
+                    bus.finished(log, held.entry)
+            if bus.overflow.bytes_held:
+                bus.make_room()
+        if deliveries:
+            bus.counters.add("acknowledged", len(deliveries))
+
+    def keep(self, deliveries: list[Delivery]) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them."""
         with self._bus.lock:
             for delivery in deliveries:
-                self._logs[delivery.producer].groups[self.group].pending.pop(delivery.id, None)
-        if deliveries:
-            self._bus.counters.add("acknowledged", len(deliveries))
+                held = self._logs[delivery.producer].groups[self.group].pending.get(delivery.id)
+                if held is not None:
+                    self._kept[delivery.producer, delivery.id] = held
 
     def close(self) -> None:
         """What was not acknowledged stays pending."""

@@ -169,6 +169,10 @@ class OrderedConsumer:
         """Acknowledge after handling."""
         self._consumer.ack(deliveries)
 
+    def keep(self, deliveries: list[Delivery]) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them."""
+        self._consumer.keep(deliveries)
+
     def close(self) -> None:
         """Release; what is held stays pending."""
         self._consumer.close()

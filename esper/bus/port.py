@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper.bus.background import Background
 from esper.bus.exporters import OtlpExporter, PrometheusEndpoint
-from esper.bus.inbox import Inbox
+from esper.bus.inbox import CONTROLLER, Inbox
 from esper.bus.messages import (
     Acknowledgement,
     Alert,
@@ -35,6 +35,10 @@ from esper.errors import UserError
 
 TIMINGS = ("lockstep", "free")
 ALERTS = {"bus_up": "info"}  # level of an incident of the bus; the others are warnings
+SECOND_CONTROLLER = (
+    "a command came over the server in the name of the controller, but this run's own process decides, so it is not applied:"
+    " give commands under another name, or start the run with controller.process=external"
+)
 
 
 class ControllerSilent(UserError):
@@ -208,8 +212,12 @@ class BusPort:
         """Answer to RequestReport."""
         self._event(Report(tick=tick, command_id=command_id, stages=stages, branches=branches))
 
+    def slot(self, site: str, seeds: int) -> Tensor:
+        """Where to write the site's next rows: float32 ``[seeds, columns]`` in the ring, holding anything."""
+        return self._ring.slot(site, seeds)
+
     def telemetry(self, tick: int, site: str, rows: Tensor) -> None:
-        """Copy rows (float32 ``[seeds, columns]``, CPU) into the ring."""
+        """Publish rows (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, others by copying them into the ring."""
         self._ring.put(tick, site, rows)
 
     # --- what it is told ---
@@ -315,6 +323,10 @@ class BusPort:
             return
         for delivery in self._receiver.taken():
             command = delivery.message
+            if delivery.producer == CONTROLLER and not self.external:
+                self._receiver.done(delivery)
+                self._refuse(command)
+                continue
             if isinstance(command, Command) and not isinstance(command, Decided):
                 self._unfinished[command.id] = delivery  # acknowledged on the server when it has ended
             else:
@@ -326,6 +338,17 @@ class BusPort:
             self._inbox.arrive(delivery.producer, delivery.message, delivery.time)
         else:  # whoever may write there can send anything: nothing to obey
             self.bus.counters.add("refused")
+
+    def _refuse(self, message: Message) -> None:
+        """What a second controller says is said in an alert and counted; only the server, where it reads, is told of its end.
+
+        A twin of our own controller uses the same ids: those that are known here end by themselves, once.
+        """
+        self.bus.counters.add("refused")
+        self.bus.incidents.append(("bus_second_controller", SECOND_CONTROLLER))
+        if isinstance(message, Command) and not isinstance(message, Decided) and not self._inbox.knows(message.id):
+            refusal = Acknowledgement(command_id=message.id, status="refused", reason=SECOND_CONTROLLER, tick=self.watched.tick)
+            self._out["acks"][-1].publish(refusal)
 
     def _ended(self, command_id: str) -> None:
         delivery = self._unfinished.pop(command_id, None)

@@ -79,6 +79,12 @@ class Consumer(Protocol):
     def ack(self, deliveries: list[Delivery]) -> None:
         """Acknowledge after handling."""
 
+    def keep(self, deliveries: list[Delivery]) -> None:
+        """Handling these takes longer than ``claim_s``: as long as this consumer reads, nobody is given them, itself included.
+
+        They count as delivered once; a consumer that reads no more loses them to others like any message.
+        """
+
     def close(self) -> None:
         """Release; what was not acknowledged stays pending for another member to claim."""
 

@@ -49,7 +49,9 @@ class Receiver:
     def _run(self) -> None:
         while not self._closing.is_set():
             try:
-                self._arrived.extend(found := self._consumer.read(1000, BLOCK_S))
+                found = self._consumer.read(1000, BLOCK_S)
+                self._consumer.keep(found)  # a command may wait for its tick longer than others would let it
+                self._arrived.extend(found)
                 if found:
                     self._something.set()
                 self._acknowledge()

@@ -1,41 +1,55 @@
-"""The preallocated ring for telemetry rows: copying into it is the only telemetry work inside a training step."""
+"""The preallocated ring for telemetry rows: putting them there is the only telemetry work inside a training step."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from esper.bus.messages import Telemetry
 
-SPARES = 3  # buffers a site has beside the one being filled; when they are used up the trainer empties one itself
+ROOM = 4  # messages' worth of rows a site has place for; when all of it waits, the trainer makes messages itself
 
 
-@dataclass
+@dataclass(slots=True)
 class SiteRing:
-    """Rows of one site that wait: ``buffer`` float32 ``[ticks, seeds, columns]``, filled up to ``len(ticks)``."""
+    """Rows of one site: number ``n`` lies at ``n % len(rows)``, and those from ``read`` up to ``written`` wait.
 
-    buffer: Tensor
-    spares: list[Tensor]
-    ticks: list[int] = field(default_factory=list)
+    One thread writes: it fills a row that does not wait, and then counts it in ``written``. Whoever reads counts in ``read``
+    what it has copied away. Neither needs a lock against the other, and a row that is being filled is nobody else's.
+    """
+
+    buffer: Tensor  # float32 [rows, seeds, columns]
+    rows: list[Tensor]  # its rows, as views made once
+    ticks: list[int]
+    flush: int  # rows to a message
+    written: int = 0
+    read: int = 0
 
     @classmethod
-    def allocate(cls, ticks: int, seeds: int, columns: int) -> SiteRing:
+    def allocate(cls, flush: int, seeds: int, columns: int) -> SiteRing:
         """All the memory this site will need, touched now so that no page fault comes later."""
-        buffers = [torch.full((ticks, seeds, columns), torch.nan) for _ in range(1 + SPARES)]
-        return cls(buffers[0], buffers[1:])
+        buffer = torch.full((ROOM * flush, seeds, columns), torch.nan)
+        return cls(buffer, list(buffer), [0] * len(buffer), flush)
+
+    def take(self, most: int) -> tuple[list[int], bytes]:
+        """Ticks and bytes of the oldest waiting rows that lie side by side, at most ``most``; they wait no more."""
+        first = self.read % len(self.rows)
+        last = min(first + most, len(self.rows))
+        ticks, data = self.ticks[first:last], self.buffer.numpy()[first:last].tobytes()
+        self.read += last - first
+        return ticks, data
 
 
 class TelemetryRing:
-    """Buffers into which ``put`` copies; full ones, and on ``drain`` all, become messages handed to ``emit``.
+    """Rows that wait, by site; full messages, and on ``drain`` all rows, are made into messages handed to ``emit``.
 
-    With ``deferred`` the trainer only swaps a full buffer for a spare one, and a writer thread that calls ``send_full``
-    makes the messages. Messages of a site leave in the order of their ticks whoever makes them.
+    ``slot`` and ``put`` are for one thread, the trainer's. With ``deferred`` it leaves full messages to a writer thread that
+    calls ``send_full``. Messages of a site leave in the order of their ticks whoever makes them.
     """
 
     def __init__(
@@ -47,27 +61,30 @@ class TelemetryRing:
         self._flush_bytes = flush_bytes
         self._emit = emit
         self._sites: dict[str, SiteRing] = {}
-        self._full: deque[tuple[str, list[int], Tensor]] = deque()
-        self._lock = threading.Lock()  # the buffers being filled
-        self._emitting = threading.Lock()  # the order of messages
+        self._emitting = threading.Lock()  # reading, and the order of messages
         self._oldest = 0.0  # when the first row that waits came in, 0 when none waits
 
+    def slot(self, site: str, seeds: int) -> Tensor:
+        """The place of the site's next rows, float32 ``[seeds, columns]`` holding anything: filled and ``put``, they are not copied."""
+        ring = self._sites.get(site) or self._open(site, seeds, len(self._columns))
+        return ring.rows[ring.written % len(ring.rows)]
+
     def put(self, tick: int, site: str, rows: Tensor) -> None:
-        """Copy ``rows`` (float32 ``[seeds, columns]``, CPU).
+        """Take ``rows`` (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, anything else by copying it there.
 
         By torch: between two steps neither side is in the processor's caches, and there its copy takes a third of numpy's time.
         """
-        ring = self._sites.get(site)
-        if ring is None:
-            ring = self._sites[site] = self._allocate(*rows.shape)
-        with self._lock:
-            ring.buffer[len(ring.ticks)].copy_(rows)
-            ring.ticks.append(tick)
-            if self._oldest == 0.0:
-                self._oldest = time.monotonic()
-            full = len(ring.ticks) == len(ring.buffer)
-            swapped = full and self._swap(site, ring)
-        if full and not (self.deferred and swapped):
+        ring = self._sites.get(site) or self._open(site, *rows.shape)
+        number = ring.written % len(ring.rows)
+        slot = ring.rows[number]
+        if rows is not slot:
+            slot.copy_(rows)
+        ring.ticks[number] = tick
+        ring.written += 1
+        if self._oldest == 0.0:  # after the row is counted: see drain
+            self._oldest = time.monotonic()
+        waiting = ring.written - ring.read
+        if waiting >= ring.flush and not (self.deferred and waiting < len(ring.rows)):
             self.drain()
 
     def drain(self, older_than_s: float = 0.0) -> None:
@@ -75,38 +92,26 @@ class TelemetryRing:
         if self._oldest == 0.0 or time.monotonic() - self._oldest < older_than_s:
             return
         with self._emitting:
-            with self._lock:
-                self._oldest = 0.0  # before anything is taken: a row that comes in meanwhile starts a new wait
-            self._emit_full()
-            for site, ring in self._sites.items():
-                with self._lock:
-                    if ring.ticks:
-                        self._swap(site, ring)
-                self._emit_full()
+            self._oldest = 0.0  # before anything is read: a row that comes in meanwhile is read below, or starts a new wait
+            for site, ring in list(self._sites.items()):
+                self._emit_upto(site, ring, ring.written)
 
     def send_full(self) -> None:
-        """Emit the buffers that are full, for the writer thread."""
-        if self._full:
-            with self._emitting:
-                self._emit_full()
+        """Emit the messages that are full, for the writer thread."""
+        for site, ring in list(self._sites.items()):
+            if ring.written - ring.read >= ring.flush:
+                with self._emitting:
+                    self._emit_upto(site, ring, ring.written - (ring.written - ring.read) % ring.flush)
 
-    def _allocate(self, seeds: int, columns: int) -> SiteRing:
+    def _open(self, site: str, seeds: int, columns: int) -> SiteRing:
         assert columns == len(self._columns), (columns, self._columns)
         row_bytes = max(1, seeds * columns * 4)
-        return SiteRing.allocate(max(1, min(self._flush_ticks, self._flush_bytes // row_bytes)), seeds, columns)
+        flush = max(1, min(self._flush_ticks, self._flush_bytes // row_bytes))
+        ring = self._sites[site] = SiteRing.allocate(flush, seeds, columns)
+        return ring
 
-    def _swap(self, site: str, ring: SiteRing) -> bool:
-        """Set the filled buffer aside and go on with a spare one, if there is one; the caller holds the lock."""
-        if not ring.spares:
-            return False
-        self._full.append((site, ring.ticks, ring.buffer))
-        ring.buffer, ring.ticks = ring.spares.pop(), []
-        return True
-
-    def _emit_full(self) -> None:
-        """Make messages of the buffers set aside; the caller holds the right to emit."""
-        while self._full:
-            site, ticks, buffer = self._full.popleft()
-            data = buffer.numpy()[: len(ticks)].tobytes()
-            self._sites[site].spares.append(buffer)
-            self._emit(Telemetry(site=site, ticks=ticks, seeds=buffer.shape[1], columns=self._columns, data=data))
+    def _emit_upto(self, site: str, ring: SiteRing, last: int) -> None:
+        """Make messages of the rows before number ``last``; the caller holds the right to emit."""
+        while ring.read < last:
+            ticks, data = ring.take(min(ring.flush, last - ring.read))
+            self._emit(Telemetry(site=site, ticks=ticks, seeds=ring.buffer.shape[1], columns=self._columns, data=data))

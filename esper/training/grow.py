@@ -215,7 +215,7 @@ class Grow:
             self.advance.finish(self.tick_number)
         self.garden.refresh()
         if self.observer.due:
-            for site, rows in self.observer.rows():
+            for site, rows in self.observer.rows(self.port.slot):
                 self.port.telemetry(self.tick_number, site, rows)
         self.port.end_tick(self.tick_number)
 

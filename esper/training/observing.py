@@ -86,12 +86,12 @@ class Observer:
         self.objective.merge()
         return gradient_norms(self.garden, branches)
 
-    def rows(self) -> list[tuple[str, Tensor]]:
-        """(site, float32 ``[seeds, len(COLUMNS)]``) of every site, from the recordings of the last step."""
+    def rows(self, slot: Callable[[str, int], Tensor]) -> list[tuple[str, Tensor]]:
+        """(site, float32 ``[seeds, len(COLUMNS)]``) of every site, from the recordings of the last step, each in its ``Port.slot``."""
         table, result = self.garden.table, []
         for number, (site, layer) in enumerate(zip(self.garden.sites, self.garden.layers, strict=True)):
             seeds, first = site.geometry.seeds, self.garden.first_row[number]
-            rows = torch.full((seeds, len(COLUMNS)), float("nan"))
+            rows = slot(site.name, seeds).fill_(float("nan"))
             span = slice(first, first + seeds)
             rows[:, 0], rows[:, 9], rows[:, 10] = table.stage[span], table.ages(span, self.tick()), table.generation[span]
             rows[:, 1] = rows[:, 7] = 0.0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from esper.seeds import COLUMNS
 
 
 class Port(Protocol):
@@ -42,8 +45,14 @@ class Port(Protocol):
     def metrics(self, tick: int, values: dict[str, float]) -> None:
         """Scalars of the run."""
 
+    def slot(self, site: str, seeds: int) -> Tensor:
+        """Where to write the site's next rows: float32 ``[seeds, len(COLUMNS)]`` on the CPU, holding anything.
+
+        With ``telemetry`` it becomes the port's again.
+        """
+
     def telemetry(self, tick: int, site: str, rows: Tensor) -> None:
-        """Rows of one site: float32 ``[seeds, len(COLUMNS)]`` on the CPU."""
+        """Rows of one site, in its ``slot`` or elsewhere: float32 ``[seeds, len(COLUMNS)]`` on the CPU."""
 
     def report(self, tick: int, command_id: str, stages: dict[str, int], branches: list[dict[str, Any]]) -> None:
         """Answer to a request for a report."""
@@ -75,6 +84,10 @@ class NullPort:
     def acknowledge(self, *_: Any) -> None: ...
     def end_tick(self, tick: int) -> None: ...
     def close(self) -> None: ...
+
+    def slot(self, site: str, seeds: int) -> Tensor:
+        """A place of no port's."""
+        return torch.empty(seeds, len(COLUMNS))
 
     def commands(self, tick: int) -> list[Any]:
         """Nobody commands."""

@@ -46,22 +46,26 @@ class FragileServer(EmbeddedServer):
 
 
 class FaultProxy:
-    """Forwards TCP to a server; ``reset_after_request`` swallows a reply and resets the connection instead."""
+    """Forwards TCP to a server; ``reset_after_request`` swallows a reply and resets the connection instead.
+
+    After ``spare`` more replies, that is: so each request of a conversation can be the one whose reply is lost.
+    """
 
     def __init__(self, target: Address) -> None:
         self._target = (target.host, target.port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = Address("127.0.0.1", self._listener.getsockname()[1], user=target.user, password=target.password)
-        self._resets = 0
+        self._resets = self._spare = 0
         self._closing = False
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def reset_after_request(self, times: int = 1) -> None:
-        """The next ``times`` replies are lost, after their requests were carried out."""
+    def reset_after_request(self, times: int = 1, spare: int = 0) -> None:
+        """Of the next replies, ``spare`` pass and ``times`` are lost, after their requests were carried out."""
         with self._lock:
             self._resets += times
+            self._spare = spare
 
     def reset_all(self) -> None:
         """Reset every connection now."""
@@ -110,6 +114,9 @@ class FaultProxy:
 
     def _lose_this(self) -> bool:
         with self._lock:
+            if self._resets and self._spare:
+                self._spare -= 1
+                return False
             lose = self._resets > 0
             self._resets -= lose
             return lose

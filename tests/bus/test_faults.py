@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
@@ -50,6 +51,21 @@ def open_bus(tmp_path):
         bus.close()
 
 
+def large(number):
+    """A message that goes to the server by itself, as plain commands."""
+    return Telemetry(site="a", ticks=[number], seeds=1000, columns=["x"] * 25, data=np.full(25_000, number, "<f4").tobytes())
+
+
+def drain_large(consumer, wanted, seconds=15.0):
+    found, deadline = [], time.monotonic() + seconds
+    while len(found) < wanted and time.monotonic() < deadline:
+        got = consumer.read(100, 0.05)
+        consumer.ack(got)
+        found += got
+    assert all(delivery.message == large(delivery.message.ticks[0]) for delivery in found)
+    return [delivery.message.ticks[0] for delivery in found]
+
+
 def drain(consumer, wanted, seconds=15.0):
     found, deadline = [], time.monotonic() + seconds
     while len(found) < wanted and time.monotonic() < deadline:
@@ -73,6 +89,64 @@ def test_replies_lost_after_the_request_was_done_make_neither_hole_nor_double(fr
     reader = open_bus(fragile.address)
     assert drain(reader.consumer("events", "run", "group", "one"), 400) == list(range(400))
     assert reader.client.xlen("esper:{run}:events:main") == 400
+
+
+def test_whichever_reply_about_a_large_message_is_lost_it_is_stored_once(fragile, proxy, open_bus):
+    bus = open_bus(proxy.address, codec="raw")
+    producer = bus.producer("telemetry", "run")
+    for number in range(40):
+        proxy.reset_after_request(spare=number % 8)
+        producer.publish(large(number))
+        assert producer.flush(10)
+    assert bus.counts()["retries"] >= 5
+    assert bus.counts()["dropped"] == 0
+    reader = open_bus(fragile.address)
+    assert drain_large(reader.consumer("telemetry", "run", "group", "one"), 40) == list(range(40))
+    assert reader.client.xlen("esper:{run}:telemetry:main") == 40
+
+
+def test_a_large_message_whose_note_was_lost_before_it_was_read_and_trimmed_is_not_sent_again(fragile, open_bus):
+    bus = open_bus(fragile.address, codec="raw")
+    producer, consumer = bus.producer("telemetry", "run"), bus.consumer("telemetry", "run", "group", "one")
+    producer.publish(large(0))
+    assert producer.flush(5)
+    assert drain_large(consumer, 1) == [0]
+    key, last = "esper:{run}:telemetry:main", "esper:{run}:last:telemetry:main"
+    bus.client.delete(last)  # as when the connection broke between the two
+    bus.client.xtrim(key, maxlen=0)
+    for number in (1, 2):
+        producer.publish(large(number))
+        assert producer.flush(5)
+    assert drain_large(consumer, 2) == [1, 2]
+    assert consumer.read(1, 0.1) == []
+    assert bus.client.get(last) == b"1-3"
+    assert bus.counts()["dropped"] == bus.counts()["gaps"] == 0
+
+
+def test_a_server_that_lost_large_messages_is_given_them_again_before_the_next(fragile, open_bus):
+    bus = open_bus(fragile.address, codec="raw")
+    producer, consumer = bus.producer("telemetry", "run"), bus.consumer("telemetry", "run", "group", "one")
+    for number in range(20):
+        producer.publish(large(number))
+    assert producer.flush(5)
+    first = drain_large(consumer, 8)
+    fragile.restart(cut_bytes=1_000_000)
+    for number in range(20, 24):
+        producer.publish(large(number))
+    assert producer.flush(10)
+    assert first + drain_large(consumer, 24 - len(first)) == list(range(24))
+    assert bus.counts()["gaps"] == bus.counts()["dropped"] == 0
+
+
+def test_large_messages_are_added_without_a_script_and_so_keep_others_waiting_less(fragile, open_bus):
+    bus = open_bus(fragile.address, codec="raw")
+    producer = bus.producer("telemetry", "run")
+    bus.client.config_resetstat()
+    for number in range(10):
+        producer.publish(large(number))
+    assert producer.flush(5)
+    calls = {name: found["calls"] for name, found in bus.client.info("commandstats").items()}
+    assert calls["cmdstat_exec"] == calls["cmdstat_xadd"] == 10
 
 
 def test_a_server_killed_and_started_again_continues_the_stream(fragile, open_bus):
@@ -203,6 +277,20 @@ def test_what_a_killed_process_left_on_disk_is_sent_by_the_next_start(fragile, o
     assert bus.counts()["gaps"] == 0
 
 
+def test_broken_connections_do_not_count_as_deliveries_of_what_is_in_hands(fragile, proxy, open_bus):
+    bus = open_bus(proxy.address, deliveries=2, claim_s=60)
+    producer, consumer = bus.producer("commands", "run"), bus.consumer("commands", "run", "trainer", "trainer")
+    producer.publish(TickEnded(tick=7))
+    assert producer.flush(5)
+    assert [delivery.message.tick for delivery in consumer.read(1, 2)] == [7]
+    for _ in range(4):
+        proxy.reset_all()
+        assert consumer.read(1, 0.2) == []
+    (again,) = open_bus(fragile.address, deliveries=2).consumer("commands", "run", "trainer", "trainer").read(1, 2)
+    assert (again.message.tick, again.deliveries) == (7, 2)
+    assert bus.dead_letters("run") == []
+
+
 def test_a_record_cut_off_by_a_kill_does_not_spoil_those_before_it(tmp_path):
     spool = Spool(tmp_path / "spool", 1 << 20)
     for number in range(10):
@@ -214,19 +302,21 @@ def test_a_record_cut_off_by_a_kill_does_not_spoil_those_before_it(tmp_path):
     assert [sequence for _, sequence, _ in again.read(100, 1 << 20)] == list(range(1, 10))
 
 
-def test_a_zombie_that_slept_through_its_replacement_is_fenced(fragile, proxy, open_bus):
-    zombie = open_bus(proxy.address)
+@pytest.mark.parametrize("say", [lambda number: TickEnded(tick=number), large], ids=["small", "large"])
+def test_a_zombie_that_slept_through_its_replacement_is_fenced(fragile, proxy, open_bus, say):
+    zombie = open_bus(proxy.address, codec="raw")
     old = zombie.producer("events", "run")
-    old.publish(TickEnded(tick=0))
+    old.publish(say(0))
     assert old.flush(5)
-    new = open_bus(fragile.address, folder="other").producer("events", "run")
+    new = open_bus(fragile.address, folder="other", codec="raw").producer("events", "run")
     for number in range(1, 5):
-        old.publish(TickEnded(tick=-number))
+        old.publish(say(100 + number))
     assert wait_until(lambda: any(code == "bus_fenced" for code, _ in zombie.incidents))
-    new.publish(TickEnded(tick=1))
+    new.publish(say(1))
     assert new.flush(5)
-    reader = open_bus(fragile.address, folder="reader")
-    assert drain(reader.consumer("events", "run", "group", "one"), 3, seconds=1) == [0, 1]
+    consumer = open_bus(fragile.address, folder="reader").consumer("events", "run", "group", "one")
+    found = consumer.read(10, 1) + consumer.read(10, 0.5)
+    assert [delivery.message for delivery in found] == [say(0), say(1)]
 
 
 def test_poison_is_dead_lettered_at_once_and_stops_nobody(fragile, open_bus):
@@ -342,13 +432,32 @@ def test_a_server_out_of_memory_makes_messages_wait_with_an_alert_and_loses_none
     assert found == list(range(100))
 
 
-def test_an_intruder_who_writes_under_a_producers_ids_is_noticed(fragile, open_bus):
-    bus = open_bus(fragile.address)
+@pytest.mark.parametrize("say", [lambda number: TickEnded(tick=number), large], ids=["small", "large"])
+def test_an_intruder_who_writes_under_a_producers_ids_is_noticed(fragile, open_bus, say):
+    bus = open_bus(fragile.address, codec="raw")
     producer = bus.producer("events", "run")
-    producer.publish(TickEnded(tick=0))
+    producer.publish(say(0))
     assert producer.flush(5)
     bus.client.xadd("esper:{run}:events:main", {"m": b"mine"}, id="1-2")
-    producer.publish(TickEnded(tick=1))
+    producer.publish(say(1))
     assert wait_until(lambda: any(code == "bus_fenced" for code, _ in bus.incidents))
     with pytest.raises(Fenced, match="another process writes to the bus"):
         producer.publish(TickEnded(tick=2))
+
+
+def test_sending_at_once_waits_for_none_of_the_writers_chores(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    producer = bus.producer("events", "run")
+    began, go_on, ended, threads = threading.Event(), threading.Event(), [], set()
+
+    def chore():
+        began.set()
+        ended.append(go_on.wait(10))
+
+    bus.writer.each_round(lambda: threads.add(threading.current_thread().name))
+    bus.writer.after_round(chore)
+    assert began.wait(5)
+    assert producer.send(TickEnded(tick=1), 5)
+    assert ended == []
+    go_on.set()
+    assert threads == {"esper-bus-writer"}

@@ -144,16 +144,93 @@ def test_an_emergency_stop_overtakes_what_the_controller_has_not_finished_decidi
     assert [command.id for command in port.commands(2)] == ["g"]
 
 
+def test_a_command_that_waits_long_for_its_tick_is_neither_handed_out_again_nor_buried(server, tmp_path):
+    settings = RedisConfig(timeout_s=0.5, claim_s=0.1, deliveries=3)
+    served = ServerBus(settings, server.address, tmp_path / "bus")
+    port = BusPort(served, "patient", COLUMNS)
+    acks = served.consumer("acks", "patient", "test", "one")
+    port.started(0, 9, [])
+    operator = served.producer("commands", "patient", "operator")
+    operator.publish(Germinate(id="g", site="fc", seed=0))
+    assert operator.flush(5)
+    time.sleep(1.0)
+    assert [command.id for command in port.commands(1)] == ["g"]
+    time.sleep(0.5)
+    port.acknowledge("g", "applied", "", 1)
+    port.barrier()
+    assert [ack.status for ack in messages(acks, Acknowledgement)] == ["delivered", "applied"]
+    assert port.counts()["commands_repeated"] == port.counts()["dead_letters"] == 0
+    assert served.dead_letters("patient") == []
+    port.close()
+    served.close()
+
+
 def test_what_was_decided_for_an_earlier_start_of_the_trainer_is_not_applied(served):
     port = BusPort(served, "stale", COLUMNS, external=True)
     controller = served.producer("commands", "stale", "controller")
     port.started(0, 9, [])
     controller.publish(Germinate(id="old", site="fc", seed=0))
     controller.publish(Decided(id="d1", tick=5, epoch=77))
+    controller.publish(Germinate(id="nobodys", site="fc", seed=0))
+    controller.publish(Decided(id="d", tick=5))
     controller.publish(Germinate(id="new", site="fc", seed=0))
     controller.publish(Decided(id="d2", tick=0, epoch=1))
     port.end_tick(0)
     assert [command.id for command in port.commands(1)] == ["new"]
+    port.close()
+
+
+def test_what_a_stalled_reader_in_the_process_loses_is_in_the_ports_counts(server, tmp_path):
+    settings = RedisConfig(memory_mb=1, spool_mb=1, codec="raw", flush_ticks=1)
+    served = ServerBus(settings, server.address, tmp_path / "bus")
+    tracker = served.local.consumer("telemetry", "stalled", "tracker", "one")
+    port = BusPort(served, "stalled", ("x",))
+    port.started(0, 60, [])
+    for tick in range(60):
+        port.telemetry(tick, "fc", torch.full((12_500, 1), float(tick)))
+        port.barrier()
+    assert port.counts()["spool_bytes"] > 500_000
+    tracker.ack(found := tracker.read(100))
+    port.telemetry(60, "fc", torch.full((12_500, 1), 60.0))
+    tracker.ack(last := tracker.read(100))
+    counts = port.counts()
+    assert counts["dropped"] == counts["gaps"] == 61 - len(found + last) > 0
+    port.close()
+    served.close()
+
+
+def test_a_second_controller_beside_a_run_that_has_its_own_changes_nothing_and_is_told(served):
+    runner = Germinator(served.local, "twice")
+    heard, events = (served.local.consumer(stream, "twice", "test", "one") for stream in ("acks", "events"))
+    acks = served.consumer("acks", "twice", "test", "one")
+    port = BusPort(served, "twice", COLUMNS, runner=runner)
+    port.started(0, 20, [])
+    port.end_tick(0)
+    twin = served.producer("commands", "twice", "controller")
+    operator = served.producer("commands", "twice", "operator")
+    for id in ("g0", "other"):
+        twin.publish(Germinate(id=id, site="fc", seed=77))
+    twin.publish(Decided(id="d0", tick=0))
+    assert twin.flush(5)
+    operator.publish(Germinate(id="last", site="fc", seed=5))
+    assert operator.flush(5)
+    came, deadline = [], time.monotonic() + 5
+    while (len(came) < 2 or port.counts()["refused"] < 3) and time.monotonic() < deadline:
+        came += port.commands(1)
+    assert sorted((command.id, command.seed) for command in came) == [("g0", 0), ("last", 5)]
+    port.acknowledge("g0", "applied", "", 1)
+    port.acknowledge("last", "applied", "", 1)
+    port.end_tick(1)
+    port.barrier()
+    ends = [(ack.command_id, ack.status) for ack in messages(heard, Acknowledgement) if ack.status != "delivered"]
+    assert ends == [("g0", "applied"), ("last", "applied")]
+    (refused,) = [ack for ack in messages(acks, Acknowledgement) if ack.command_id == "other"]
+    assert refused.status == "refused"
+    assert "controller.process=external" in refused.reason
+    assert port.counts()["refused"] == 3
+    assert port.counts()["commands_repeated"] == 0
+    alerts = [message.text for message in messages(events, Alert)]
+    assert alerts == [refused.reason] * 3
     port.close()
 
 
@@ -177,22 +254,25 @@ def test_telemetry_comes_in_tick_order_without_a_hole(bus, served, kind):
         assert (values == np.arange(100, dtype=np.float32)[:, None, None]).all()
 
 
-def test_a_reader_who_sees_the_end_of_a_tick_finds_its_telemetry(served):
+@pytest.mark.parametrize(("timing", "total"), [("free", 300), ("lockstep", 60)])
+def test_a_reader_who_sees_the_end_of_a_tick_finds_its_telemetry(served, timing, total):
     """Else an external controller would decide without what it should have heard."""
-    events = served.consumer("events", "causal", "controller", "one")
-    telemetry = served.consumer("telemetry", "causal", "controller", "one")
-    port = BusPort(served, "causal", COLUMNS, timing="free", external=True)
-    port.started(0, 300, [])
+    run = f"causal-{timing}"
+    events = served.consumer("events", run, "controller", "one")
+    telemetry = served.consumer("telemetry", run, "controller", "one")
+    commands = served.producer("commands", run, "controller")
+    port = BusPort(served, run, COLUMNS, timing=timing, external=True)
+    port.started(0, total, [])
 
     def train():
-        for tick in range(300):
+        for tick in range(total):
             port.telemetry(tick, "fc", rows(tick))
             port.end_tick(tick)
 
     trainer = threading.Thread(target=train)
     trainer.start()
     seen, ended = -1, -1
-    while ended < 299:
+    while ended < total - 1:
         for delivery in events.read(100, 1.0):
             if isinstance(delivery.message, TickEnded):
                 ended = delivery.message.tick
@@ -200,6 +280,7 @@ def test_a_reader_who_sees_the_end_of_a_tick_finds_its_telemetry(served):
                     seen = found[-1].message.ticks[-1]
                     telemetry.ack(found)
                 assert seen >= ended
+                commands.publish(Decided(id=f"d{ended}", tick=ended, epoch=delivery.message.epoch))
             events.ack([delivery])
     trainer.join()
     port.close()

@@ -22,7 +22,7 @@ from faults import wait_until
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, RedisConfig
 from esper.bus.joining import invite
-from esper.bus.messages import TickEnded
+from esper.bus.messages import Metrics, TickEnded
 from esper.bus.server.connection import Address, connect
 from esper.errors import UserError
 
@@ -135,8 +135,13 @@ def test_messages_travel_over_tls_with_a_user_that_has_only_the_rights_needed(se
     producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "group", "one")
     producer.publish(TickEnded(tick=1))
     assert producer.flush(5)
-    (delivery,) = consumer.read(1, 2)
-    consumer.ack([delivery])
+    producer.publish(Metrics(tick=1, values={f"metric/{number}": float(number) for number in range(5000)}))  # as plain commands
+    assert producer.flush(5)
+    deliveries = consumer.read(1, 2)
+    consumer.keep(deliveries)
+    deliveries += consumer.read(1, 2)
+    consumer.ack(deliveries)
+    assert len(deliveries) == 2
     assert bus.dead_letters("run") == []
     assert bus.counts()["retries"] == 0
     with pytest.raises(redis.exceptions.NoPermissionError):

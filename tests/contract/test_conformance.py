@@ -59,6 +59,16 @@ def test_a_group_that_comes_late_reads_from_the_beginning(backend, run, collect)
     assert ticks(collect(bus.consumer("events", run, "late", "one"), 10)) == list(range(10))
 
 
+def test_one_look_finds_what_a_producer_unknown_before_has_said(backend, run):
+    bus = backend.open()
+    consumer = bus.consumer("events", run, "group", "one")
+    publish(bus.producer("events", run, "known"), [1])
+    assert ticks(consumer.read(10, 1)) == [1]
+    publish(bus.producer("events", run, "new"), [2])
+    time.sleep(0.25)
+    assert ticks(consumer.read(10)) == [2]
+
+
 def test_every_group_gets_everything_and_within_a_group_one_member_does(backend, run, collect):
     bus = backend.open()
     members = [bus.consumer("events", run, "shared", name) for name in "ab"]
@@ -120,6 +130,25 @@ def test_a_message_never_acknowledged_becomes_a_dead_letter_after_n_deliveries(b
     assert "3 times" in letter.reason
     assert consumer.read(10, 0.2) == []
     assert bus.counts()["dead_letters"] == 1
+
+
+def test_what_a_consumer_keeps_is_given_to_nobody_while_it_reads_and_counts_as_delivered_once(backend, run):
+    bus = backend.open(deliveries=2)
+    publish(bus.producer("events", run), [7, 8])
+    keeper = bus.consumer("events", run, "group", "keeper")
+    other = backend.open(deliveries=2).consumer("events", run, "group", "other")
+    got = keeper.read(10, 1)
+    keeper.keep(got)
+    began = time.monotonic()
+    while time.monotonic() - began < 3 * bus.config.claim_s:
+        assert keeper.read(10, 0.01) == other.read(10, 0.01) == []
+    assert bus.dead_letters(run) == []
+    keeper.ack(got[:1])
+    found = []
+    while not found and time.monotonic() - began < 5:  # the keeper reads no more
+        found = other.read(10, 0.05)
+    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(8, 2)]
+    assert keeper.read(10, 0.05) == []
 
 
 def test_a_dead_letter_can_be_replayed_and_purged(backend, run, collect):
@@ -228,6 +257,21 @@ def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(run, 
     got = [delivery for _ in range(10) for delivery in consumer.read(100)]
     assert bus.counts()["dropped"] == bus.counts()["gaps"] == 61 - len(got) > 0
     bus.close()
+
+
+def test_what_was_read_and_acknowledged_makes_room_on_disk(backend, run, collect):
+    bus = backend.open(memory_mb=1, spool_mb=1)
+    consumer = bus.consumer("telemetry", run, "group", "one")
+    producer = bus.producer("telemetry", run)
+    for _ in range(4):
+        for number in range(38):
+            data = np.full((1, 12_500), number, np.float32).tobytes()
+            producer.publish(Telemetry(site="a", ticks=[number], seeds=12_500, columns=["x"], data=data))
+        assert producer.flush(5)
+        found = collect(consumer, 38)
+        assert [np.frombuffer(delivery.message.data, np.float32)[-1] for delivery in found] == list(range(38))
+        counts = bus.counts()
+        assert counts["dropped"] == counts["gaps"] == counts["spool_bytes"] == 0
 
 
 @pytest.mark.parametrize("codec", ["raw", "delta"])

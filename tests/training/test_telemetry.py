@@ -156,6 +156,20 @@ def test_drift_of_a_block_is_measured_too():
     assert len(loop.grow.advance.weights.averages[0]) == len(list(grown.parameters()))
 
 
+def test_rows_are_written_where_the_port_wants_them_whatever_was_there():
+    loop, given = Loop(settings={"telemetry": TelemetryConfig(every=2)}), []
+
+    def slot(site: str, seeds: int) -> torch.Tensor:
+        given.append(torch.full((seeds, len(COLUMNS)), 777.0))
+        return given[-1]
+
+    said: list[torch.Tensor] = []
+    loop.port.slot, loop.port.telemetry = slot, lambda tick, site, rows: said.append(rows)
+    loop.run(4)
+    assert len(said) == 4 and all(rows is place for rows, place in zip(said, given, strict=True))
+    assert not any((rows == 777.0).any() for rows in said)
+
+
 def test_nobody_needs_to_listen():
     port = NullPort()
     port.started(0, 1, [])

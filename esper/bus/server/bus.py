@@ -28,6 +28,7 @@ from esper.bus.spool import Spool
 RETRIES = 5
 FOLLOW_S = 0.1
 CLOSE_S = 5.0  # how long closing waits for the server before what is left goes to disk
+LOST = ("dropped", "gaps", "duplicates", "dead_letters", "spool_bytes")  # what readers in this process lost counts as well
 
 
 class ServerBus:
@@ -50,7 +51,7 @@ class ServerBus:
         self._outboxes: list[Outbox] = []
         self._trimmer = Trimmer(connect(address, config.timeout_s), config)
         self.writer = Writer(connect(address, config.timeout_s), config, self.counters, self._incident)
-        self.writer.each_round(self._trimmer.work)
+        self.writer.after_round(self._trimmer.work)
 
     def _incident(self, code: str, sentence: str) -> None:
         self.incidents.append((code, sentence))
@@ -176,11 +177,19 @@ class ServerBus:
             time.sleep(FOLLOW_S)
 
     def counts(self) -> dict[str, int]:
-        """Counters of this process, with ``spool_bytes`` and ``waiting`` (published, not confirmed)."""
-        return self.counters.snapshot() | {
+        """Counters of this process, with ``spool_bytes`` and ``waiting`` (published, not confirmed).
+
+        What the bus in memory beside the server lost, and what it holds on disk, is in them: a message that was dropped
+        on its way to the server and on its way to a reader in this process counts twice.
+        """
+        counts = self.counters.snapshot() | {
             "spool_bytes": sum(outbox.spool_bytes for outbox in self._outboxes),
             "waiting": sum(outbox.waiting for outbox in self._outboxes),
         }
+        if self._local is not None:
+            beside = self._local.counts()
+            counts |= {name: counts[name] + beside[name] for name in LOST}
+        return counts
 
     def close(self) -> None:
         """Send what waits, for at most CLOSE_S seconds; the rest goes to disk and is sent by the next start."""

@@ -33,6 +33,7 @@ class Held:
     key: str
     entry: bytes
     digest: str = ""
+    kept: bool = False  # see Consumer.keep
 
 
 class ServerConsumer:
@@ -54,6 +55,7 @@ class ServerConsumer:
         self._config, self._counts, self._payloads = config, counts, payloads
         self._stream, self._run, self.group, self.name = stream, run, group, name
         self._bury = patient.register_script(scripts.BURY)
+        self._renew = client.register_script(scripts.RENEW)
         self._between = patient.register_script(scripts.BETWEEN)
         self._keys: dict[str, str] = {}  # key -> producer
         self._not_streams: set[str] = set()
@@ -113,6 +115,13 @@ class ServerConsumer:
         if deliveries:
             self._counts.add("acknowledged", len(deliveries))
 
+    def keep(self, deliveries: list[Delivery]) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them."""
+        with self._lock:
+            for delivery in deliveries:
+                if held := self._held.get((delivery.producer, delivery.id)):
+                    held.kept = True
+
     def close(self) -> None:
         """Send acknowledgements that still wait; the rest stays pending for others."""
         self._send_acks()
@@ -123,9 +132,8 @@ class ServerConsumer:
 
     def _read(self, count: int, block_s: float) -> list[Delivery]:
         now = time.monotonic()
-        if now >= self._next_discovery:
-            self._discover()
-            self._next_discovery = now + DISCOVER_S
+        if not self._keys:
+            self._join(self._client.smembers(keys.producers(self._run, self._stream)))
         if self._unsent:
             self._send_acks()
         found: list[Delivery] = []
@@ -135,11 +143,12 @@ class ServerConsumer:
             found = self._claim(count)
         return found or self._new(count, block_s)
 
-    def _discover(self) -> None:
-        """Join the group on every producer's stream and on the replayed dead letters."""
+    def _join(self, producers: set[bytes]) -> None:
+        """Join the group on the streams of all ``producers`` and on the replayed dead letters."""
         import redis
 
-        names = sorted(name.decode() for name in self._client.smembers(keys.producers(self._run, self._stream)))
+        self._next_discovery = time.monotonic() + DISCOVER_S
+        names = sorted(name.decode() for name in producers)
         wanted = {keys.entries(self._run, self._stream, name): name for name in names}
         wanted[keys.replays(self._run, self._stream, self.group)] = ""
         for key in sorted(wanted.keys() - self._keys.keys() - self._not_streams):
@@ -154,31 +163,37 @@ class ServerConsumer:
                     raise
             self._keys[key] = wanted[key]
             self._position[key] = self._group_position(key)
-            self._recover[key] = "0"
+            self._recover[key] = "-"
 
     def _start_over(self) -> None:
         """After a broken connection: replies may be lost, so look through our own pending entries again."""
         for name in self._fresh:  # taken by the read that broke off, so in nobody's hands yet
             self._held.pop(name, None)
-        self._recover = dict.fromkeys(self._keys, "0")
+        self._recover = dict.fromkeys(self._keys, "-")
         self._next_discovery = 0.0
 
     def _own(self, count: int) -> list[Delivery]:
-        """Entries pending under our name that are not in somebody's hands in this process."""
+        """Entries pending under our name that are not in somebody's hands in this process.
+
+        What is in hands is left alone, or every broken connection would count as one more delivery of it.
+        """
         found: list[Delivery] = []
         for key in list(self._recover):
-            reply = self._client.xreadgroup(self.group, self.name, {key: self._recover[key]}, count=count)
-            entries = reply[0][1] if reply else []
-            if not entries:
+            pending = self._client.xpending_range(key, self.group, self._recover[key], "+", count, self.name)
+            if not pending:
                 del self._recover[key]
                 continue
-            self._recover[key] = entries[-1][0].decode()
-            found += self._deliver(key, entries, again=True, skip_held=True)
+            self._recover[key] = f"({pending[-1]['message_id'].decode()}"
+            in_hands = {held.entry for held in self._held.values() if held.key == key}
+            wanted = [entry["message_id"] for entry in pending if entry["message_id"] not in in_hands]
+            claimed = self._client.xclaim(key, self.group, self.name, 0, wanted) if wanted else []
+            found += self._deliver(key, [(id, fields) for id, fields in claimed if id is not None], again=True)
         return found
 
     def _claim(self, count: int) -> list[Delivery]:
-        """Take over what any member has held longer than ``claim_s``."""
+        """Take over what any member has held longer than ``claim_s``, and go on holding what this one keeps."""
         idle = int(self._config.claim_s * 1000)
+        self._go_on_keeping()
         found: list[Delivery] = []
         for key in self._keys:
             start: Any = "0-0"
@@ -195,14 +210,31 @@ class ServerConsumer:
             self._next_claim = time.monotonic() + self._config.claim_s / 4
         return found
 
+    def _go_on_keeping(self) -> None:
+        with self._lock:
+            kept = [held for held in self._held.values() if held.kept]
+        for key in {held.key for held in kept} & self._keys.keys():
+            self._renew(keys=[key], args=[self.group, self.name, *(held.entry for held in kept if held.key == key)])
+
     def _new(self, count: int, block_s: float) -> list[Delivery]:
         if not self._keys:
             time.sleep(min(block_s, DISCOVER_S / 4))
             return []
         wait = min(block_s, DISCOVER_S, self._config.claim_s / 4, self._config.timeout_s / 2)
         block = max(1, int(wait * 1000)) if wait > 0 else None
+        streams = dict.fromkeys(self._keys, ">")
+        if time.monotonic() < self._next_discovery:
+            return self._handed_out(self._client.xreadgroup(self.group, self.name, streams, count=count, block=block))
+        together = self._client.pipeline(transaction=False)  # no message waits for the other question's answer
+        together.smembers(keys.producers(self._run, self._stream))
+        together.xreadgroup(self.group, self.name, streams, count=count)
+        producers, reply = together.execute()
+        found = self._handed_out(reply)
+        self._join(producers)
+        return found or self._read(count, block_s)
+
+    def _handed_out(self, reply: list[tuple[bytes, list[tuple[bytes, Any]]]] | None) -> list[Delivery]:
         found: list[Delivery] = []
-        reply = self._client.xreadgroup(self.group, self.name, dict.fromkeys(self._keys, ">"), count=count, block=block)
         for key, entries in reply or ():
             self._note_gaps(key.decode(), entries)
             found += self._deliver(key.decode(), entries, again=False)
@@ -230,15 +262,10 @@ class ServerConsumer:
 
     # --- handing out ---
 
-    def _deliver(
-        self, key: str, entries: list[tuple[bytes, Any]], again: bool, skip_held: bool = False
-    ) -> list[Delivery]:
+    def _deliver(self, key: str, entries: list[tuple[bytes, Any]], again: bool) -> list[Delivery]:
         found: list[Delivery] = []
         times = self._times_delivered(key, entries) if again and entries else {}
-        in_hands = {(held.key, held.entry) for held in self._held.values()} if skip_held else ()
         for id, fields in entries:
-            if skip_held and (key, id) in in_hands:
-                continue
             delivery = self._open(key, id, fields, times.get(id, 1))
             if delivery is not None:
                 found.append(delivery)

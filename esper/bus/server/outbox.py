@@ -17,7 +17,8 @@ from esper.bus.spool import Spool
 from esper.bus.telemetry import pack
 
 BATCH = 64
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 256 << 10  # a batch keeps the server from everybody else while it is stored
+LARGE = 64 << 10  # bytes from which a message goes alone
 WINDOW_BYTES = 32 << 20
 
 Sealed = Callable[[bytes, Envelope], bytes]  # replaces the bytes of a large message by those of its claim check
@@ -27,7 +28,8 @@ class Outbox:
     """The queue between a producer, whose ``put`` never waits for the network, and the writer thread.
 
     Newest messages are in memory; when that fills up the oldest of them move to the spool; ``sending`` has those handed
-    to the server without an answer yet, and ``window`` those it confirmed last, to be sent again if it lost its tail.
+    to the server without an answer yet, and ``window`` those it confirmed last, to be sent again if it lost its tail. At
+    every moment at which both locks are free, each message is in one of these places or among those being packed.
     """
 
     def __init__(
@@ -44,14 +46,13 @@ class Outbox:
         self.settled = threading.Condition()
         self._config, self._spool, self._counts, self._seal = config, spool, counts, seal
         self._memory: deque[tuple[int, float, tuple[str, ...], Message, int]] = deque()
-        self._lock = threading.Lock()  # memory, sequence
+        self._lock = threading.Lock()  # held for moments: where each message is; no packing, no disk
         self._spool_lock = threading.Lock()  # taken before _lock; spool and the order of what enters it
         self._limit = config.memory_mb << 20
         self._held = 0
         self._time = 0.0
         self._window_bytes = 0
         self._popped: list[tuple[int, float, tuple[str, ...], Message, int]] = []  # on their way into `sending`
-        self._from_spool = 0  # how many of `sending` still lie in the spool
 
     def put(self, message: Message, after: tuple[str, ...]) -> None:
         """Take one message; raises Fenced once the server has seen a newer start of this producer."""
@@ -70,10 +71,11 @@ class Outbox:
     @property
     def waiting(self) -> int:
         """Messages published and not confirmed."""
-        return len(self.sending) - self._from_spool + self._spooled() + len(self._memory)
+        with self._spool_lock, self._lock:
+            return self._unconfirmed()
 
-    def _spooled(self) -> int:
-        return self._spool.unread + self._from_spool
+    def _unconfirmed(self) -> int:
+        return len(self.sending) + len(self._popped) + self._spool.unread + len(self._memory)
 
     @property
     def spool_bytes(self) -> int:
@@ -110,35 +112,39 @@ class Outbox:
     def batch(self) -> list[tuple[Id, bytes]]:
         """What to send next; the same again until it is confirmed."""
         if not self.sending:
-            with self._spool_lock:
-                items = []
-                if self._spool.unread:
-                    records = self._spool.read(BATCH, BATCH_BYTES)
-                    self.sending.extend(((epoch, sequence), wire, True) for epoch, sequence, wire in records)
-                    self._from_spool = len(records)
-                else:
-                    items = self._popped = self._pop()
-            self.sending.extend(
-                ((self.epoch, item[0]), self._encode(item, self._config.codec), False) for item in items
-            )
-            self._popped = []
+            self._fill()
         found, total = [], 0
         for id, wire, _ in self.sending:
-            found.append((id, wire))
             total += len(wire)
-            if len(found) >= BATCH or total >= BATCH_BYTES:
+            if found and (len(wire) >= LARGE or len(found) == BATCH or total > BATCH_BYTES):
+                break
+            found.append((id, wire))
+            if len(wire) >= LARGE:
                 break
         return found
 
-    def _pop(self) -> list[tuple[int, float, tuple[str, ...], Message, int]]:
-        items, total = [], 0
+    def _fill(self) -> None:
+        """Move the oldest messages into ``sending``, packed."""
+        with self._spool_lock:
+            if self._spool.unread:
+                records = self._spool.read(BATCH, BATCH_BYTES)
+                with self._lock:
+                    self.sending.extend(((epoch, sequence), wire, True) for epoch, sequence, wire in records)
+                return
+            self._pop()
+        packed = [((self.epoch, item[0]), self._encode(item, self._config.codec), False) for item in self._popped]
         with self._lock:
-            while self._memory and len(items) < BATCH and total < BATCH_BYTES:
+            self.sending.extend(packed)
+            self._popped = []
+
+    def _pop(self) -> None:
+        total = 0
+        with self._lock:
+            while self._memory and len(self._popped) < BATCH and total < BATCH_BYTES:
                 item = self._memory.popleft()
-                items.append(item)
+                self._popped.append(item)
                 total += item[4]
             self._held -= total
-        return items
 
     def _encode(self, item: tuple[int, float, tuple[str, ...], Message, int], codec: str) -> bytes:
         sequence, moment, after, message, _ = item
@@ -150,18 +156,18 @@ class Outbox:
     def confirm(self, last: Id) -> None:
         """The server has everything up to ``last``."""
         confirmed = spooled = 0
-        while self.sending and self.sending[0][0] <= last:
-            id, wire, on_disk = self.sending.popleft()
-            self.window.append((id, wire))
-            self._window_bytes += len(wire)
-            confirmed += 1
-            spooled += on_disk
-        while len(self.window) > self._config.replay or self._window_bytes > WINDOW_BYTES:
-            self._window_bytes -= len(self.window.popleft()[1])
-        if spooled:
-            with self._spool_lock:
+        with self._spool_lock:
+            with self._lock:
+                while self.sending and self.sending[0][0] <= last:
+                    id, wire, on_disk = self.sending.popleft()
+                    self.window.append((id, wire))
+                    self._window_bytes += len(wire)
+                    confirmed += 1
+                    spooled += on_disk
+                while len(self.window) > self._config.replay or self._window_bytes > WINDOW_BYTES:
+                    self._window_bytes -= len(self.window.popleft()[1])
+            if spooled:
                 self._spool.release(spooled)
-            self._from_spool -= spooled
         self.confirmed = last
         self._counts.add("sent", confirmed)
         with self.settled:
@@ -172,9 +178,10 @@ class Outbox:
         again = [(id, wire) for id, wire in self.window if id > last]
         if not again:
             return 0
-        self.window = deque((id, wire) for id, wire in self.window if id <= last)
-        self._window_bytes = sum(len(wire) for _, wire in self.window)
-        self.sending.extendleft((id, wire, False) for id, wire in reversed(again))
+        with self._lock:
+            self.window = deque((id, wire) for id, wire in self.window if id <= last)
+            self._window_bytes = sum(len(wire) for _, wire in self.window)
+            self.sending.extendleft((id, wire, False) for id, wire in reversed(again))
         self._counts.add("sent", -len(again))
         first = again[0][0]
         return first[1] - 1 - (last[1] if last[0] == first[0] else 0) if not self.window else 0
@@ -185,10 +192,10 @@ class Outbox:
         The window too: a server may lose its tail together with this process, and the next start gives it back.
         """
         with self._spool_lock:
-            records = dict(list(self.window))
-            records |= {id: wire for id, wire, on_disk in list(self.sending) if not on_disk}
-            for item in list(self._popped):
-                records.setdefault((self.epoch, item[0]), self._encode(item, "raw"))
+            with self._lock:
+                confirmed, unanswered, unpacked = list(self.window), list(self.sending), list(self._popped)
+            records = dict(confirmed) | {id: wire for id, wire, on_disk in unanswered if not on_disk}
+            records |= {(self.epoch, item[0]): self._encode(item, "raw") for item in unpacked}
             if records:
                 self._spool.keep_in_flight([(*id, wire) for id, wire in sorted(records.items())])
             while self._memory:
@@ -198,6 +205,6 @@ class Outbox:
     def close(self) -> None:
         """Close the files of the spool; what is confirmed is left to the server from here on."""
         with self._spool_lock:
-            if not self.waiting:
+            if not self._unconfirmed():
                 self._spool.forget_in_flight()
             self._spool.close()

@@ -36,12 +36,29 @@ redis.call('SET', KEYS[2], last)
 return {'stored', last, ''}
 """
 
+# KEYS: last id, epoch counter. ARGV: epoch, id. Notes what a producer added last, unless a newer one has started.
+NOTE = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end
+return 0
+"""
+
 # KEYS: stream, dead letters. ARGV: group, id, then the fields of the dead letter. One move or none.
 BURY = """
 if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[2], ARGV[2], 1) == 0 then return 0 end
 redis.call('XADD', KEYS[2], '*', unpack(ARGV, 3))
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[2])
 return 1
+"""
+
+# KEYS: stream. ARGV: group, consumer, ids. What the consumer still holds of these was handed to it just now; what it lost
+# to another member is that one's. No delivery is counted.
+RENEW = """
+for i = 3, #ARGV do
+  if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i], ARGV[i], 1, ARGV[2]) == 1 then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[i], 'JUSTID')
+  end
+end
+return 0
 """
 
 # KEYS: dead letters, replays of the group. ARGV: dead letter's id, then the fields to replay. One move or none.

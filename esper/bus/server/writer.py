@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from esper.bus.config import ServerConfig
 from esper.bus.counts import Counts
-from esper.bus.ids import parse, text
+from esper.bus.ids import Id, parse, text
 from esper.bus.server import keys, scripts
-from esper.bus.server.outbox import Outbox
+from esper.bus.server.outbox import LARGE, Outbox
 
 if TYPE_CHECKING:
     import redis
@@ -23,10 +23,15 @@ LINGER_S = 0.02  # telemetry and events wait this long for company; commands and
 CHECK_S = 1.0  # a quiet producer looks this often whether the server still has its messages
 REFUSED_BY_SERVER_S = 0.2  # pause after the server refused an entry (out of memory, read-only replica, loading)
 Incident = Callable[[str, str], None]  # code, sentence
+Answer = tuple[bytes, bytes, bytes]  # stored, stopped, fenced or elsewhere; last id (of fenced: the newer epoch); error
 
 
 class Writer:
-    """Sends what the outboxes hold, in order, each batch by one atomic script that stops at its first refusal."""
+    """Sends what the outboxes hold, in order, each batch by one atomic script that stops at its first refusal.
+
+    A batch that is one large entry goes as a transaction of plain commands, under the same conditions: carrying it into a
+    script and out again keeps the server from everybody else for several times as long.
+    """
 
     def __init__(self, client: redis.Redis, config: ServerConfig, counts: Counts, incident: Incident) -> None:
         import pybreaker
@@ -34,8 +39,10 @@ class Writer:
 
         self._client, self._config, self._counts, self._incident = client, config, counts, incident
         self._append = client.register_script(scripts.APPEND)
+        self._note = client.register_script(scripts.NOTE)
         self._outboxes: list[tuple[Outbox, str]] = []
-        self._chores: list[Callable[[], None]] = []
+        self._before: list[Callable[[], None]] = []
+        self._after: list[Callable[[], None]] = []
         self._wake = threading.Event()
         self._urgent = threading.Event()
         self._stopping = False
@@ -60,7 +67,11 @@ class Writer:
 
     def each_round(self, chore: Callable[[], None]) -> None:
         """Call ``chore`` from the writer thread, several times a second, before anything is sent."""
-        self._chores.append(chore)
+        self._before.append(chore)
+
+    def after_round(self, chore: Callable[[], None]) -> None:
+        """Call ``chore`` from the writer thread, several times a second, while nobody who wants to send waits for it."""
+        self._after.append(chore)
 
     def wake(self, urgent: bool) -> None:
         """There is something to send; ``urgent`` does not wait for company."""
@@ -95,15 +106,18 @@ class Writer:
                 self._urgent.wait(timeout=LINGER_S)
             self._urgent.clear()
             self._wake.clear()
-            self.send_now()
+            with self._sending:
+                self._round(self._before)
+            for chore in self._after:
+                chore()
 
     def send_now(self) -> None:
-        """Send what waits from the calling thread: without the writer's thread being woken first."""
+        """Send what waits from the calling thread: without the writer's thread being woken first, and without its chores."""
         with self._sending:
-            self._round()
+            self._round(())
 
-    def _round(self) -> None:
-        """Send until nothing is left or the server is in trouble."""
+    def _round(self, chores: Iterable[Callable[[], None]]) -> None:
+        """Send until nothing is left or the server is in trouble, ``chores`` being done first each time."""
         import pybreaker
         import redis
 
@@ -116,7 +130,7 @@ class Writer:
                 outbox.spill()
                 if stream == "events":
                     outbox.batch()
-            for chore in self._chores:
+            for chore in chores:
                 chore()
             for outbox, stream in sorted(self._outboxes, key=lambda pair: pair[1] == "events"):
                 if outbox.fenced or not (outbox.waiting or self._doubts(outbox)):
@@ -170,10 +184,8 @@ class Writer:
         batch = outbox.batch()
         if not batch:
             return
-        arguments: list[bytes | str | int] = [outbox.epoch, outbox.last or "0-0"]
-        for id, wire in batch:
-            arguments += (text(id), wire)
-        status, last, error = self._append(keys=names[:3], args=arguments)
+        large = len(batch[0][1]) >= LARGE  # alone in its batch, then
+        status, last, error = (self._add(outbox, names, *batch[0]) if large else None) or self._run_script(outbox, names, batch)
         if status == b"fenced":
             outbox.fenced = (
                 f"run {outbox.run!r} was started again elsewhere (start {last.decode()} of its {stream};"
@@ -187,6 +199,38 @@ class Writer:
             if status == b"stopped":
                 self._refused(outbox, names, error.decode())
 
+    def _run_script(self, outbox: Outbox, names: list[str], batch: list[tuple[Id, bytes]]) -> Answer:
+        """A batch by the script; raises redis errors."""
+        arguments: list[bytes | str | int] = [outbox.epoch, outbox.last or "0-0"]
+        for id, wire in batch:
+            arguments += (text(id), wire)
+        return self._append(keys=names[:3], args=arguments)
+
+    def _add(self, outbox: Outbox, names: list[str], id: Id, wire: bytes) -> Answer | None:
+        """One large entry by XADD; None, with nothing done, where the server is not as we think. Raises redis errors.
+
+        Nothing is added when epoch or last id change in between (WATCH), so the conditions are those of the script. The note
+        of the last id follows: should it get lost, the stream is ahead of its note, and is believed.
+        """
+        import redis
+
+        before, now = (outbox.last or "0-0").encode(), text(id)
+        try:
+            with self._client.pipeline() as transaction:
+                transaction.watch(*names[1:3])
+                last, epoch = transaction.mget(*names[1:3])
+                if (last or b"0-0", epoch) != (before, str(outbox.epoch).encode()):
+                    return None
+                transaction.multi()
+                transaction.xadd(names[0], {"m": wire}, id=now)
+                (answer,) = transaction.execute(raise_on_error=False)
+        except redis.WatchError as error:  # a newer start, or the line broke: either way, ask before sending again
+            raise redis.ConnectionError(str(error)) from error
+        if isinstance(answer, redis.ResponseError):
+            return b"stopped", before, str(answer).encode()
+        self._note(keys=names[1:3], args=[outbox.epoch, now])
+        return b"stored", now.encode(), b""
+
     def _settle(self, outbox: Outbox, last: str) -> None:
         outbox.last = last
         outbox.confirm(parse(last))
@@ -194,9 +238,9 @@ class Writer:
     def _refused(self, outbox: Outbox, names: list[str], error: str) -> None:
         """The server said no to an entry: nothing after it was sent; say so and try again later."""
         if "equal or smaller" in error:  # the stream is ahead of its note of the last id: believe the stream
-            entry = self._client.xrevrange(names[0], count=1)
-            self._client.set(names[1], entry[0][0])
-            self._reconcile(outbox, names, entry[0][0].decode())
+            stands = self._client.xinfo_stream(names[0])["last-generated-id"].decode()
+            self._client.set(names[1], stands)
+            self._reconcile(outbox, names, stands)
             return
         self._said_no(error)
 
