@@ -47,13 +47,28 @@ def invitation(folder: Path) -> Invitation:
     return found
 
 
-def join(folder: Path) -> tuple[Bus, Invitation]:
-    """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached."""
+def join(folder: Path, part: str = "") -> tuple[Bus, Invitation]:
+    """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached.
+
+    ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own.
+    """
     from esper.bus.server.bus import ServerBus
     from esper.bus.server.connection import address_of
     from esper.bus.server.embedded import address_in
 
     found = invitation(folder)
+    if part:
+        _refuse_second(folder, found, part)
     config = KINDS[found.bus["name"]](**found.bus)
     address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
     return ServerBus(config, address, folder / "bus"), found
+
+
+def _refuse_second(folder: Path, found: Invitation, part: str) -> None:
+    """Two of a kind would both command the run, or both write its files."""
+    process = found.record["config"][part].get("process")
+    if process != "external":
+        raise UserError(
+            f"the run in {folder} has {part}.process={process}: its own process does this work, and a second one would"
+            f" disturb it; start the run with {part}.process=external"
+        )

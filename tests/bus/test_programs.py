@@ -19,7 +19,9 @@ from esper.bus.config import EmbeddedConfig, MemoryConfig
 from esper.bus.joining import invite
 from esper.bus.messages import Germinate, TickEnded
 from esper.bus.port import BusPort
+from esper.bus.programs import control as control_program
 from esper.bus.programs import inspect
+from esper.bus.programs import track as track_program
 from esper.controllers import ControllerRunner
 from esper.controllers.random import RandomConfig
 from esper.errors import UserError
@@ -28,7 +30,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = {
     "config": {
         "seed": 3,
-        "controller": {"name": "random", "count": 12, "earliest": "5%", "latest": "70%", "embargo": "5%"},
+        "controller": {
+            **{"name": "random", "process": "external", "count": 12},
+            **{"earliest": "5%", "latest": "70%", "embargo": "5%"},
+        },
     }
 }
 TICKS = 60
@@ -124,6 +129,16 @@ def test_a_folder_without_a_bus_to_join_is_refused_in_a_sentence(tmp_path):
         inspect.main(["status", str(tmp_path)])
 
 
+@pytest.mark.parametrize(("program", "part"), [(control_program, "controller"), (track_program, "tracking")])
+def test_a_second_controller_or_tracker_beside_a_runs_own_is_refused_in_a_sentence(tmp_path, program, part):
+    bus = open_bus(EmbeddedConfig(), tmp_path)
+    inside = {"config": {"seed": 0, part: {"name": "none", "process": "internal"}}}
+    invite(tmp_path, "run", bus.config, inside)
+    with pytest.raises(UserError, match=f"{part}.process=internal.*start the run with {part}.process=external"):
+        program.main([str(tmp_path)])
+    bus.close()
+
+
 def test_following_shows_new_messages_as_they_come(tmp_path):
     bus = open_bus(EmbeddedConfig(), tmp_path)
     invite(tmp_path, "run", bus.config, RECORD)
@@ -203,7 +218,7 @@ def train_tracked(folder: Path, kills: int, tracking: dict) -> dict[str, list[di
 
 @pytest.mark.e2e
 def test_an_external_tracker_killed_and_restarted_leaves_the_history_of_an_undisturbed_one(tmp_path):
-    tracking = {"name": "mlflow", "figures": False, "model": False, "system_s": 0.0}
+    tracking = {"name": "mlflow", "process": "external", "figures": False, "model": False, "system_s": 0.0}
     undisturbed = train_tracked(tmp_path / "calm", 0, tracking)
     assert len(undisturbed["transitions"]) > 20
     assert len(undisturbed["seeds"]) == TICKS * 6

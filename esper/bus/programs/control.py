@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
     from esper.config import options as options_of
 
     folder = options.folder.resolve()
-    bus, found = join(folder)
+    bus, found = join(folder, "controller")
     settings = found.record["config"]["controller"]
     kind = options_of("controller")[settings["name"]]
     names = set(kind.__dataclass_fields__)

@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     from esper.tracking import CONFIGS, RunRecord, TrackerRunner, build_trackers
     from esper.tracking.runner import STREAMS
 
-    bus, found = join(options.folder.resolve())
+    bus, found = join(options.folder.resolve(), "tracking")
     record = msgspec.convert(found.record, RunRecord)
     settings = record.config["tracking"]
     kind = CONFIGS[settings["name"]]
