@@ -172,10 +172,17 @@ def test_a_user_without_rights_is_told_so(secured, monkeypatch, tmp_path):
     bus.close()
 
 
-@pytest.mark.parametrize("url", ["redis://me:secret@host/0", "rediss://:secret@host", "http://host", "redis://host/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis://me:secret@host/0", "rediss://:secret@host", "redis://me:sec/secret@host", "http://host", "redis://host/x"),
+        *("redis://127.0.0.1:99999/0", "redis://127.0.0.1:abc/0", "redis://127.0.0.1:0/0", "redis://[::1/0"),
+    ],
+)
 def test_urls_with_credentials_or_without_sense_are_refused_and_credentials_not_repeated(url, tmp_path):
     with pytest.raises(UserError) as refused:
         open_bus(RedisConfig(url=url), tmp_path)
+    assert "bus.url" in str(refused.value)
     assert "secret" not in str(refused.value)
 
 
