@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from esper.bus.config import EmbeddedConfig, RedisConfig, ServerConfig
-from esper.bus.protocol import Bus
 from esper.errors import UserError
+
+if TYPE_CHECKING:
+    from esper.bus.server.bus import ServerBus
 
 NOTE = "join.json"
 KINDS: dict[str, type[ServerConfig]] = {"embedded": EmbeddedConfig, "redis": RedisConfig}
@@ -47,13 +51,16 @@ def invitation(folder: Path) -> Invitation:
     return found
 
 
-def join(folder: Path, part: str = "") -> tuple[Bus, Invitation]:
-    """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached.
+@contextmanager
+def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation]]:
+    """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached, or no longer.
 
     ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own.
     """
+    import redis
+
     from esper.bus.server.bus import ServerBus
-    from esper.bus.server.connection import address_of
+    from esper.bus.server.connection import address_of, readable
     from esper.bus.server.embedded import address_in
 
     found = invitation(folder)
@@ -61,7 +68,13 @@ def join(folder: Path, part: str = "") -> tuple[Bus, Invitation]:
         _refuse_second(folder, found, part)
     config = KINDS[found.bus["name"]](**found.bus)
     address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
-    return ServerBus(config, address, folder / "bus"), found
+    bus = ServerBus(config, address, folder / "bus")
+    try:
+        yield bus, found
+    except redis.RedisError as error:
+        raise readable(address, error) from None
+    finally:
+        bus.close()
 
 
 def _refuse_second(folder: Path, found: Invitation, part: str) -> None:
