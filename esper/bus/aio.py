@@ -17,6 +17,7 @@ from typing import Any
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
+from esper.bus.ids import Id
 from esper.bus.messages import Message
 from esper.bus.protocol import Bus, Consumer, DeadLetter, Delivery, Producer
 
@@ -62,6 +63,10 @@ class AsyncConsumer:
     async def ack(self, deliveries: list[Delivery]) -> None:
         """Acknowledge after handling."""
         await self._call(self._consumer.ack, deliveries)
+
+    def handled(self) -> dict[str, Id]:
+        """By producer, up to where the group had acknowledged all when this member first looked."""
+        return self._consumer.handled()
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         while True:

@@ -14,6 +14,7 @@ from pathlib import Path
 from esper.bus.config import MemoryConfig
 from esper.bus.counts import Counts
 from esper.bus.groups import Entry, Group, Log, Pending
+from esper.bus.ids import Id
 from esper.bus.messages import Message
 from esper.bus.overflow import Overflow
 from esper.bus.protocol import STREAMS, DeadLetter, Delivery, Fenced
@@ -187,6 +188,7 @@ class MemoryConsumer:
             (log, id) for log in logs.values() for id, held in log.groups[group].pending.items() if held.owner == name
         )
         self._next_claim = 0.0
+        self._handled = {log.name: log.groups[group].handled() for log in logs.values()}
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first."""
@@ -266,6 +268,10 @@ class MemoryConsumer:
                 self._logs[delivery.producer].groups[self.group].pending.pop(delivery.id, None)
         if deliveries:
             self._bus.counters.add("acknowledged", len(deliveries))
+
+    def handled(self) -> dict[str, Id]:
+        """By producer, up to where the group had acknowledged all when this member joined."""
+        return self._handled
 
     def close(self) -> None:
         """What was not acknowledged stays pending."""
