@@ -55,12 +55,14 @@ def invitation(folder: Path) -> Invitation:
 def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation]]:
     """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached, or no longer.
 
-    ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own.
+    ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own,
+    and otherwise its counts are said on the server while the caller is at work.
     """
     import redis
 
     from esper.bus.server.bus import ServerBus
     from esper.bus.server.connection import address_of, readable
+    from esper.bus.server.counted import report
     from esper.bus.server.embedded import address_in
 
     found = invitation(folder)
@@ -70,7 +72,11 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
     bus = ServerBus(config, address, folder / "bus")
     try:
-        yield bus, found
+        if part:
+            with report(bus, found.run, part):
+                yield bus, found
+        else:
+            yield bus, found
     except redis.RedisError as error:
         raise readable(address, error) from None
     finally:

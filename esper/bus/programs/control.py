@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from esper.bus.codec import decode_body, encode_body
+from esper.bus.counts import in_words
 from esper.bus.ids import parse
 from esper.bus.inbox import CONTROLLER
 from esper.bus.joining import joined
@@ -190,5 +191,5 @@ def main(argv: Sequence[str]) -> int:
             status = control.serve()
         finally:
             control.close()
-    print(f"the run ended: {status}", file=sys.stderr)
+        print(f"the run ended: {status}; {in_words(bus.counts())}", file=sys.stderr)
     return 0 if status == "FINISHED" else 1

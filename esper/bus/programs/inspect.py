@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from esper.bus.counts import in_words
 from esper.bus.joining import joined
 from esper.bus.protocol import STREAMS
 from esper.bus.server.bus import ServerBus
@@ -74,6 +75,9 @@ def _status(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
                 about = (group.name, group.pending, f"{group.oldest_s:.1f} s" if group.pending else "–", group.behind)
             rows.append((stream.stream, stream.producer, stream.entries, stream.last, *about))
     _table(f"run {run}: {found.dead_letters} dead letters, server {found.server}", columns, rows)
+    for process, counts in found.counts.items():
+        if any(counts.values()):
+            print(f"{process}: {in_words(counts)}")
     return 0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from esper.bus.counts import in_words
 from esper.bus.ids import parse
 from esper.bus.joining import joined
 from esper.bus.messages import Message, RunEnded, RunStarted
@@ -97,5 +98,5 @@ def main(argv: Sequence[str]) -> int:
             if ending.over.wait(0.5) and runner.drain() and ending.over.is_set():  # and it was not resumed since
                 break
         runner.close(ending.status)
-    print(f"the run ended: {ending.status}", file=sys.stderr)
+        print(f"the run ended: {ending.status}; {in_words(bus.counts())}", file=sys.stderr)
     return 0

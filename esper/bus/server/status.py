@@ -11,6 +11,7 @@ from esper.bus.codec import Refused, decode
 from esper.bus.ids import Id, parse
 from esper.bus.protocol import STREAMS
 from esper.bus.server import keys
+from esper.bus.server.counted import PROCESSES, counted
 
 if TYPE_CHECKING:
     from esper.bus.server.bus import ServerBus
@@ -42,6 +43,7 @@ class RunStatus(msgspec.Struct):
     server: str
     dead_letters: int
     streams: list[StreamStatus]
+    counts: dict[str, dict[str, int]]  # of the controller and the tracker, where they are processes of their own
 
 
 def status(bus: ServerBus, run: str) -> RunStatus:
@@ -54,7 +56,8 @@ def status(bus: ServerBus, run: str) -> RunStatus:
     for stream in STREAMS:
         for producer in sorted(member.decode() for member in client.smembers(keys.producers(run, stream))):
             streams.append(_stream(bus, run, stream, producer))
-    return RunStatus(run, f"{name} {version} at {bus.address!r}", client.xlen(keys.dead(run)), streams)
+    counts = {process: counted(client, run, process) for process in PROCESSES.values()}
+    return RunStatus(run, f"{name} {version} at {bus.address!r}", client.xlen(keys.dead(run)), streams, counts)
 
 
 def _stream(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatus:
