@@ -17,6 +17,7 @@ from typing import Any
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
+from esper.bus.ids import Id
 from esper.bus.messages import Message
 from esper.bus.protocol import Bus, Consumer, DeadLetter, Delivery, Producer
 
@@ -66,6 +67,10 @@ class AsyncConsumer:
     async def keep(self, deliveries: list[Delivery]) -> None:
         """Handling these takes long: while this consumer reads, nobody is given them."""
         await self._call(self._consumer.keep, deliveries)
+
+    def handled(self) -> dict[str, Id]:
+        """By producer, up to where the group had acknowledged all when this member first looked."""
+        return self._consumer.handled()
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         while True:

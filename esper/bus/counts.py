@@ -34,3 +34,8 @@ class Counts:
         """All counters at this moment."""
         with self._lock:
             return dict(self._values)
+
+
+def in_words(counts: dict[str, int]) -> str:
+    """``3 sent, 12 received, …``, by NAMES."""
+    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in NAMES)

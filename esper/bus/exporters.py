@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from esper.bus.readings import BUCKETS_S, PortState, Reading
+from esper.bus.metrics import BUCKETS_S, METRICS, Metric
+from esper.bus.readings import PortState, Reading
 from esper.errors import UserError
 
 Source = Callable[[], list[Reading]]
-OTEL_NAMES = {
-    "esper_bus_sent_messages_total": "messaging.client.sent.messages",
-    "esper_bus_received_messages_total": "messaging.client.consumed.messages",
-}
+ONE_EXPORT_S = 1.0  # instruments are asked one by one, and the server not for each of them
 
 
 class PrometheusEndpoint:
@@ -41,25 +40,17 @@ class PrometheusEndpoint:
         """Families in the form of prometheus_client."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-        families: dict[str, Any] = {}
+        made = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
+        families = {metric.name: made[metric.kind](metric.name, metric.help, labels=metric.labels) for metric in METRICS}
         for reading in self._source():
-            family = families.get(reading.name)
-            if family is None:
-                kind = CounterMetricFamily if reading.kind == "counter" else GaugeMetricFamily
-                labels = [name for name, _ in reading.labels]
-                family = families[reading.name] = kind(reading.name, reading.help, labels=labels)
-            family.add_metric([value for _, value in reading.labels], reading.value)
-        yield from families.values()
-        commands = HistogramMetricFamily(
-            "esper_command_seconds", "From sending a command to its end in the trainer.", labels=["status"]
-        )
+            families[reading.metric.name].add_metric(reading.labels, reading.value)
         for status, histogram in list(self._state.commands.items()):
             total, buckets = 0, []
             for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), histogram.counts, strict=True):
                 total += count
                 buckets.append((bound, total))
-            commands.add_metric([status], buckets, histogram.total)
-        yield commands
+            families["esper_command_seconds"].add_metric([status], buckets, histogram.total)
+        yield from families.values()
 
     def close(self) -> None:
         """Stop serving."""
@@ -71,7 +62,7 @@ class PrometheusEndpoint:
 class OtlpExporter:
     """Sends readings to an OpenTelemetry collector every ``every_s`` seconds (OTLP over HTTP), and once on closing."""
 
-    def __init__(self, endpoint: str, run: str, system: str, source: Source, every_s: float = 10.0) -> None:
+    def __init__(self, endpoint: str, run: str, system: str, source: Source, state: PortState, every_s: float = 10.0) -> None:
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
         from opentelemetry.sdk.metrics import MeterProvider
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
@@ -80,25 +71,45 @@ class OtlpExporter:
         if urlsplit(endpoint).scheme not in ("http", "https"):
             raise UserError(f"bus.otlp={endpoint!r} is no address of a collector: give http://host:4318/v1/metrics")
         self._source = source
+        self._taken: list[Reading] = []
+        self._taken_at = float("-inf")
         self._attributes = {"messaging.system": system, "messaging.destination.name": run}
         reader = PeriodicExportingMetricReader(OTLPMetricExporter(endpoint), export_interval_millis=every_s * 1000)
         resource = Resource.create({"service.name": "esper", "service.instance.id": run})
         self._provider = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
-        meter = self._provider.get_meter("esper.bus")
-        for name, kind, text in {(reading.name, reading.kind, reading.help) for reading in source()}:
-            make = meter.create_observable_counter if kind == "counter" else meter.create_observable_gauge
-            make(OTEL_NAMES.get(name, name.removesuffix("_total").replace("_", ".")), [self._observer(name)], "", text)
+        self._instruments(self._provider.get_meter("esper.bus"), state)
 
-    def _observer(self, name: str) -> Callable[[Any], Iterator[Any]]:
+    def _instruments(self, meter: Any, state: PortState) -> None:
+        """One for every metric there is: what has no value yet (no group reads, the server is away) may have one later."""
+        for metric in METRICS:
+            if metric.kind == "histogram":
+                bounds = {"explicit_bucket_boundaries_advisory": BUCKETS_S}
+                state.told.append(self._recorder(metric, meter.create_histogram(metric.otel_name, metric.unit, metric.help, **bounds)))
+                continue
+            make = meter.create_observable_counter if metric.kind == "counter" else meter.create_observable_gauge
+            make(metric.otel_name, [self._observer(metric)], metric.unit, metric.help)
+
+    def _recorder(self, metric: Metric, instrument: Any) -> Callable[[str, float], None]:
+        (label,) = metric.labels
+        return lambda status, seconds: instrument.record(seconds, self._attributes | {label: status})
+
+    def _observer(self, metric: Metric) -> Callable[[Any], Iterator[Any]]:
         from opentelemetry.metrics import Observation
 
         def observe(options: object) -> Iterator[Any]:
-            for reading in self._source():
-                if reading.name == name:
-                    yield Observation(float(reading.value), self._attributes | dict(reading.labels))
+            for reading in self._readings():
+                if reading.metric is metric:
+                    labels = dict(zip(metric.labels, reading.labels, strict=True))
+                    yield Observation(float(reading.value), self._attributes | labels)
 
         return observe
 
+    def _readings(self) -> list[Reading]:
+        if time.monotonic() - self._taken_at > ONE_EXPORT_S:
+            self._taken, self._taken_at = self._source(), time.monotonic()
+        return self._taken
+
     def close(self) -> None:
         """Send the last readings."""
+        self._taken_at = float("-inf")
         self._provider.shutdown()

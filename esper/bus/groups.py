@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from esper.bus.ids import Id
 from esper.bus.messages import Message
 
 Extent = tuple[int, int]  # offset and bytes of a piece of the overflow file
@@ -52,6 +53,11 @@ class Group:
     replayed: deque[tuple[str, Any]] = field(default_factory=deque)
     epoch: int = 0
     sequence: int = 0
+
+    def handled(self) -> Id:
+        """The last number before the oldest that waits for its acknowledgement, or else the last that was handed out."""
+        waiting = [(held.entry.epoch, held.entry.sequence - 1) for held in self.pending.values()]
+        return min(waiting, default=(self.epoch, self.sequence))
 
     def gap(self, entry: Entry) -> int:
         """How many sequence numbers are missing before ``entry``; moves on to it."""

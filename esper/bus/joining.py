@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from esper.bus.config import EmbeddedConfig, RedisConfig, ServerConfig
-from esper.bus.protocol import Bus
 from esper.errors import UserError
+
+if TYPE_CHECKING:
+    from esper.bus.server.bus import ServerBus
 
 NOTE = "join.json"
 KINDS: dict[str, type[ServerConfig]] = {"embedded": EmbeddedConfig, "redis": RedisConfig}
@@ -47,13 +51,43 @@ def invitation(folder: Path) -> Invitation:
     return found
 
 
-def join(folder: Path) -> tuple[Bus, Invitation]:
-    """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached."""
+@contextmanager
+def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation]]:
+    """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached, or no longer.
+
+    ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own,
+    and otherwise its counts are said on the server while the caller is at work.
+    """
+    import redis
+
     from esper.bus.server.bus import ServerBus
-    from esper.bus.server.connection import address_of
+    from esper.bus.server.connection import address_of, readable
+    from esper.bus.server.counted import report
     from esper.bus.server.embedded import address_in
 
     found = invitation(folder)
+    if part:
+        _refuse_second(folder, found, part)
     config = KINDS[found.bus["name"]](**found.bus)
     address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
-    return ServerBus(config, address, folder / "bus"), found
+    bus = ServerBus(config, address, folder / "bus")
+    try:
+        if part:
+            with report(bus, found.run, part):
+                yield bus, found
+        else:
+            yield bus, found
+    except redis.RedisError as error:
+        raise readable(address, error) from None
+    finally:
+        bus.close()
+
+
+def _refuse_second(folder: Path, found: Invitation, part: str) -> None:
+    """Two of a kind would both command the run, or both write its files."""
+    process = found.record["config"][part].get("process")
+    if process != "external":
+        raise UserError(
+            f"the run in {folder} has {part}.process={process}: its own process does this work, and a second one would"
+            f" disturb it; start the run with {part}.process=external"
+        )

@@ -14,6 +14,7 @@ from pathlib import Path
 from esper.bus.config import MemoryConfig
 from esper.bus.counts import Counts
 from esper.bus.groups import Entry, Group, Log, Pending
+from esper.bus.ids import Id
 from esper.bus.messages import Message
 from esper.bus.overflow import Overflow
 from esper.bus.protocol import STREAMS, DeadLetter, Delivery, Fenced
@@ -199,6 +200,7 @@ class MemoryConsumer:
         )
         self._kept: dict[tuple[str, str], Pending] = {}  # by producer and id
         self._next_claim = 0.0
+        self._handled = {log.name: log.groups[group].handled() for log in logs.values()}
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first."""
@@ -296,6 +298,10 @@ class MemoryConsumer:
                 held = self._logs[delivery.producer].groups[self.group].pending.get(delivery.id)
                 if held is not None:
                     self._kept[delivery.producer, delivery.id] = held
+
+    def handled(self) -> dict[str, Id]:
+        """By producer, up to where the group had acknowledged all when this member joined."""
+        return self._handled
 
     def close(self) -> None:
         """What was not acknowledged stays pending."""

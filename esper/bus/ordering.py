@@ -18,6 +18,9 @@ from esper.bus.protocol import ORDERS, Consumer, Delivery
 class Order(Protocol):
     """Takes deliveries as they arrive and releases them in order; ``now`` is monotonic seconds."""
 
+    def begin(self, producer: str, handled: Id) -> None:
+        """Before its first delivery: what ``producer`` said up to here was handled before, and is not waited for."""
+
     def push(self, delivery: Delivery, now: float) -> None:
         """One arrived."""
 
@@ -32,6 +35,10 @@ class StreamOrder:
         self._hold_s, self._counts = hold_s, counts
         self._held: dict[str, dict[Id, tuple[Delivery, float]]] = {}
         self._released: dict[str, Id] = {}
+
+    def begin(self, producer: str, handled: Id) -> None:
+        """Go on behind what was handled before."""
+        self._released.setdefault(producer, handled)
 
     def push(self, delivery: Delivery, now: float) -> None:
         """One arrived."""
@@ -77,6 +84,10 @@ class GlobalOrder:
         self._frontier: dict[str, float] = dict.fromkeys(producers, float("-inf"))
         self._last: tuple[float, str, Id] = (float("-inf"), "", (0, 0))
 
+    def begin(self, producer: str, handled: Id) -> None:
+        """Go on behind what was handled before."""
+        self._stream.begin(producer, handled)
+
     def push(self, delivery: Delivery, now: float) -> None:
         """One arrived."""
         self._stream.push(delivery, now)
@@ -113,6 +124,11 @@ class CausalOrder:
         self._hold_s, self._counts = hold_s, counts
         self._queues: dict[str, deque[tuple[Delivery, float]]] = {}
         self._released: dict[str, Id] = {}
+
+    def begin(self, producer: str, handled: Id) -> None:
+        """Go on behind what was handled before, which is also a cause that has come."""
+        self._stream.begin(producer, handled)
+        self._released.setdefault(producer, handled)
 
     def push(self, delivery: Delivery, now: float) -> None:
         """One arrived."""
@@ -159,6 +175,8 @@ class OrderedConsumer:
             left = deadline - time.monotonic()
             arrived = self._consumer.read(count, max(0.0, min(left, 0.05)) if not self._ready else 0.0)
             now = time.monotonic()
+            for producer, handled in self._consumer.handled().items() if arrived else ():
+                self._order.begin(producer, handled)
             for delivery in arrived:
                 self._order.push(delivery, now)
             self._ready.extend(self._order.ready(now))
@@ -173,6 +191,10 @@ class OrderedConsumer:
         """Handling these takes long: while this consumer reads, nobody is given them."""
         self._consumer.keep(deliveries)
 
+    def handled(self) -> dict[str, Id]:
+        """That of the consumer."""
+        return self._consumer.handled()
+
     def close(self) -> None:
         """Release; what is held stays pending."""
         self._consumer.close()
@@ -181,8 +203,9 @@ class OrderedConsumer:
 def in_order(
     consumer: Consumer, order: str, hold_s: float, counts: Counts, producers: tuple[str, ...] = ()
 ) -> Consumer:
-    """``consumer`` read in one of ``none | stream | global | causal`` order.
+    """``consumer`` read in one of ``none | stream | global | causal`` order, from where its group stands.
 
+    It is the only one at work in its group: what others of it were given would be waited for.
     Global order waits for all ``producers`` from the start; one that is not named counts from its first message on.
     """
     assert order in ORDERS, order

@@ -312,7 +312,7 @@ class BusPort:
         if config.metrics_port:
             self._exporters.append(PrometheusEndpoint(config.metrics_port, source, self.watched))
         if config.otlp:
-            self._exporters.append(OtlpExporter(config.otlp, self.run, config.name, source))
+            self._exporters.append(OtlpExporter(config.otlp, self.run, config.name, source, self.watched))
 
     def _receive(self) -> None:
         while deliveries := self._commands.read(1000):

@@ -13,6 +13,7 @@ import msgspec
 
 from esper.bus.config import MemoryConfig
 from esper.bus.counts import Counts
+from esper.bus.ids import Id
 from esper.bus.messages import Message
 from esper.errors import UserError
 
@@ -84,6 +85,9 @@ class Consumer(Protocol):
 
         They count as delivered once; a consumer that reads no more loses them to others like any message.
         """
+
+    def handled(self) -> dict[str, Id]:
+        """By producer, up to where the group had acknowledged all when this member first looked; complete once a read gave something."""
 
     def close(self) -> None:
         """Release; what was not acknowledged stays pending for another member to claim."""

@@ -1,40 +1,32 @@
-"""What can be measured of a run's bus at one moment; the Prometheus and OpenTelemetry exporters both show this list."""
+"""What can be measured of a run's bus at one moment; the Prometheus and OpenTelemetry exporters both show this."""
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from esper.bus import metrics
+from esper.bus.metrics import BUCKETS_S, Metric
 from esper.bus.protocol import Bus
 from esper.lifecycle.stages import Stage
 
-BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-COUNTED = {
-    "sent": "Messages the bus has stored.",
-    "received": "Messages handed to consumers in this process, redeliveries included.",
-    "acknowledged": "Messages acknowledged by consumers in this process.",
-    "dropped": "Messages given up: memory and spool were full, or the server lost more than could be sent again.",
-    "gaps": "Sequence numbers that consumers in this process found missing.",
-    "duplicates": "Messages recognised as seen before and not handed out again.",
-    "refused": "Messages that were corrupt, malformed, oversized, newer or of another run.",
-    "dead_letters": "Messages this process gave up on after too many deliveries or because they were unreadable.",
-    "retries": "Attempts to reach the server that failed.",
-    "late": "Messages released out of order because the bounded hold ran out.",
-}
+if TYPE_CHECKING:
+    from esper.bus.server.status import RunStatus
+
+TRAINER = "trainer"  # the process that exports; what others count lies on the server
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One value; ``kind`` is counter or gauge."""
+    """One value of a metric that is no histogram; ``labels`` are values, in the order of the metric's names."""
 
-    name: str
-    kind: str
-    help: str
+    metric: Metric
     value: float
-    labels: tuple[tuple[str, str], ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
@@ -51,12 +43,16 @@ class Histogram:
 
 
 class PortState:
-    """What the trainer's port knows beyond the bus: seeds by stage, the tick, and how long commands took."""
+    """What the trainer's port knows beyond the bus: seeds by stage, the tick, and how long commands took.
+
+    ``told`` are called with status and seconds of every command that ends.
+    """
 
     def __init__(self) -> None:
         self.tick = 0
         self.stages: Counter[int] = Counter()
         self.commands: dict[str, Histogram] = {}
+        self.told: list[Callable[[str, float], None]] = []
 
     def started(self, tick: int, sites: list[dict[str, Any]]) -> None:
         """Every seed is DORMANT unless its site says otherwise."""
@@ -73,25 +69,26 @@ class PortState:
     def finished(self, status: str, seconds: float) -> None:
         """A command ended ``seconds`` after it was sent."""
         self.commands.setdefault(status, Histogram()).add(seconds)
+        for tell in self.told:
+            tell(status, seconds)
 
 
 def readings(bus: Bus, run: str, state: PortState) -> list[Reading]:
     """Everything at this moment; what only the server knows is left out while it does not answer."""
     counts = bus.counts()
-    found = [
-        Reading(f"esper_bus_{name}_messages_total", "counter", text, counts[name]) for name, text in COUNTED.items()
-    ]
-    found.append(Reading("esper_bus_spool_bytes", "gauge", "Bytes waiting on disk.", counts["spool_bytes"]))
-    found.append(Reading("esper_bus_waiting_messages", "gauge", "Published, not yet stored.", counts.get("waiting", 0)))
-    found.append(Reading("esper_tick", "gauge", "The tick the trainer is at.", state.tick))
-    found += [
-        Reading("esper_seeds", "gauge", "Seeds by stage.", state.stages[stage], (("stage", stage.name),))
-        for stage in Stage
-    ]
+    found = _counted(TRAINER, counts)
+    found.append(Reading(metrics.SPOOL, counts["spool_bytes"]))
+    found.append(Reading(metrics.WAITING, counts.get("waiting", 0)))
+    found.append(Reading(metrics.TICK, state.tick))
+    found += [Reading(metrics.SEEDS, state.stages[stage], (stage.name,)) for stage in Stage]
     up = bus.local is bus or not bus.writer.open
     server, answered = _server(bus, run) if up and bus.local is not bus else ([], up)
-    found.append(Reading("esper_bus_up", "gauge", "1 while the bus answers.", float(up and answered)))
+    found.append(Reading(metrics.UP, float(up and answered)))
     return found + server
+
+
+def _counted(process: str, counts: dict[str, int]) -> list[Reading]:
+    return [Reading(metric, counts.get(name, 0), (process,)) for name, metric in metrics.COUNTED.items()]
 
 
 def _server(bus: Bus, run: str) -> tuple[list[Reading], bool]:
@@ -105,24 +102,20 @@ def _server(bus: Bus, run: str) -> tuple[list[Reading], bool]:
         took = time.perf_counter() - began
     except redis.RedisError:
         return [], False
-    result = [
-        Reading("esper_bus_dead_letters", "gauge", "Dead letters lying on the server.", found.dead_letters),
-        Reading("esper_bus_status_seconds", "gauge", "How long the server took to say how it is.", took),
-    ]
+    return [Reading(metrics.STATUS, took), *_lying(found)], True
+
+
+def _lying(found: RunStatus) -> list[Reading]:
+    """What lies on the server, and what those who read there have counted."""
+    result = [Reading(metrics.DEAD_LETTERS, found.dead_letters)]
+    for process, counts in found.counts.items():
+        result += _counted(process, counts)
     for stream in found.streams:
-        labels = (("stream", stream.stream), ("producer", stream.producer))
-        result.append(Reading("esper_bus_entries", "gauge", "Entries on the server.", stream.entries, labels))
+        labels = (stream.stream, stream.producer)
+        result.append(Reading(metrics.ENTRIES, stream.entries, labels))
         for group in stream.groups:
-            named = (*labels, ("group", group.name))
-            result += [
-                Reading("esper_bus_pending_messages", "gauge", "Delivered, not acknowledged.", group.pending, named),
-                Reading("esper_bus_behind_messages", "gauge", "Not yet delivered.", group.behind, named),
-                Reading(
-                    "esper_bus_oldest_unacknowledged_seconds",
-                    "gauge",
-                    "Age of the oldest message delivered and not acknowledged.",
-                    group.oldest_s,
-                    named,
-                ),
-            ]
-    return result, True
+            named = (*labels, group.name)
+            result.append(Reading(metrics.PENDING, group.pending, named))
+            result.append(Reading(metrics.BEHIND, group.behind, named))
+            result.append(Reading(metrics.OLDEST, group.oldest_s, named))
+    return result

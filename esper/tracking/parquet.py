@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import GateResult, Message, Metrics, RunStarted, Telemetry, Transition
+from esper.bus.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
 from esper.tracking.record import RunRecord
 from esper.tracking.tables import TABLES
 
@@ -23,6 +24,14 @@ GROUP_ROWS = 1 << 16
 BUFFER_BYTES = 32 << 20
 PARTS = ".parts"
 SINCE = b"esper.since"
+
+
+@dataclass
+class Life:
+    """One start of the run, as one of its streams tells it: ``since`` is the tick that it went on from."""
+
+    number: int
+    since: int = 0
 
 
 class ParquetFiles:
@@ -46,9 +55,11 @@ class ParquetFiles:
                 for part in self._parts.glob(f"{name}.*"):  # killed while closing: the whole file holds them already
                     part.unlink()
                 os.replace(whole, self._parts / f"{name}.0000.000000.parquet")
-        lives = [int(path.name.split(".")[1]) for path in self._parts.glob("*.*.*.parquet")]
-        self._life = max(lives, default=-1) + 1
-        self._since, self._part, self._bytes, self._heard = 0, 0, 0, False
+        life = max(map(_life, self._parts.glob("*.*.*.parquet")), default=-1) + 1
+        self._lives = {"telemetry": Life(life), "events": Life(life)}
+        self._part, self._bytes, self._heard = 0, 0, False
+        self._said: dict[str, int] = {}
+        self._end: int | None = None
         self._waiting: dict[str, list[Message]] = {name: [] for name in TABLES}
 
     def record(self, messages: Sequence[Message]) -> None:
@@ -57,6 +68,7 @@ class ParquetFiles:
         for message in messages:
             match message:
                 case Telemetry():
+                    self._follow(message)
                     waiting["seeds"].append(message)
                     self._bytes += len(message.data)
                 case Metrics():
@@ -66,16 +78,32 @@ class ParquetFiles:
                 case GateResult():
                     waiting["gates"].append(message)
                 case RunStarted():
-                    self._begin_life(message.tick)
+                    self._started(message.tick)
+                case RunEnded():
+                    self._end = message.tick
         if self._bytes > BUFFER_BYTES:
             self.flush()
 
-    def _begin_life(self, tick: int) -> None:
-        """A tracker in a process of its own may hear a run end, or die, and go on."""
+    def _started(self, tick: int) -> None:
+        """A tracker in a process of its own may hear a run end, or die, and go on: there the events begin a new life."""
+        self._end = None
         if self._heard:
-            self.flush()
-            self._life += 1
-        self._heard, self._since = True, tick
+            self._begin_life("events", tick)
+        else:
+            for life in self._lives.values():
+                life.since = tick
+        self._heard = True
+
+    def _follow(self, message: Telemetry) -> None:
+        """Telemetry is read beside the events, not in step with them: where its own ticks go back is its new life."""
+        if message.ticks[0] <= self._said.get(message.site, -1):
+            self._begin_life("telemetry", message.ticks[0] - 1)
+            self._said.clear()
+        self._said[message.site] = message.ticks[-1]
+
+    def _begin_life(self, stream: str, since: int) -> None:
+        self.flush()
+        self._lives[stream] = Life(self._lives[stream].number + 1, since)
 
     def flush(self) -> None:
         """Write what waits as one more part."""
@@ -83,9 +111,10 @@ class ParquetFiles:
 
         for name, messages in self._waiting.items():
             if messages:
+                life = self._lives[_stream(name)]
                 table = TABLES[name](messages)
-                table = table.replace_schema_metadata({SINCE: str(self._since).encode()})
-                part = self._parts / f"{name}.{self._life:04d}.{self._part:06d}.parquet"
+                table = table.replace_schema_metadata({SINCE: str(life.since).encode()})
+                part = self._parts / f"{name}.{life.number:04d}.{self._part:06d}.parquet"
                 pq.write_table(table, part.with_suffix(".tmp"))
                 os.replace(part.with_suffix(".tmp"), part)
                 messages.clear()
@@ -94,14 +123,30 @@ class ParquetFiles:
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Make the parts one file a table."""
         self.flush()
+        limits = {stream: self._limits(stream) for stream in self._lives}
         for name, make in TABLES.items():
-            _merge(sorted(self._parts.glob(f"{name}.*.parquet")), self._folder / f"{name}.parquet", make([]).schema)
+            parts = sorted(self._parts.glob(f"{name}.*.parquet"))
+            _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[_stream(name)])
         for left in self._parts.iterdir():
             left.unlink()
         self._parts.rmdir()
 
+    def _limits(self, stream: str) -> dict[int, int | None]:
+        """By life, the last tick that counts: where the earliest later life took over, or the run ended; None for all.
 
-def _merge(parts: list[Path], target: Path, schema: pa.Schema) -> None:
+        A life counts in every table of its stream, also where it said nothing: then what it replaced was not said again.
+        """
+        import pyarrow.parquet as pq
+
+        parts = [part for name in TABLES if _stream(name) == stream for part in self._parts.glob(f"{name}.*.parquet")]
+        since = {_life(part): int((pq.read_schema(part).metadata or {}).get(SINCE, b"0")) for part in parts}
+        if self._heard:
+            since[self._lives[stream].number] = self._lives[stream].since
+        ends = [] if self._end is None else [self._end]
+        return {life: min([*ends, *(tick for later, tick in since.items() if later > life)], default=None) for life in since}
+
+
+def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[int, int | None]) -> None:
     """Stream ``parts`` into ``target``, dropping rows of earlier lives that a later life said again."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -109,13 +154,12 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema) -> None:
 
     if parts:
         schema = pq.read_schema(parts[-1]).remove_metadata()
-    last_ticks = _last_ticks(parts)
     waiting: list[pa.Table] = []
     temporary = target.with_suffix(".tmp")
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part in parts:
             table = pq.read_table(part).replace_schema_metadata(None)
-            limit = last_ticks[_life(part)]
+            limit = limits[_life(part)]
             if limit is not None:
                 table = table.filter(pc.field("tick") <= limit)
             waiting.append(table.select(schema.names))
@@ -131,9 +175,6 @@ def _life(part: Path) -> int:
     return int(part.name.split(".")[1])
 
 
-def _last_ticks(parts: list[Path]) -> dict[int, int | None]:
-    """By life of the run, the last tick that counts: where the earliest later life took over; None for all."""
-    import pyarrow.parquet as pq
-
-    since = {_life(part): int((pq.read_schema(part).metadata or {}).get(SINCE, b"0")) for part in parts}
-    return {life: min((tick for later, tick in since.items() if later > life), default=None) for life in since}
+def _stream(table: str) -> str:
+    """Where a table's messages come from."""
+    return "telemetry" if table == "seeds" else "events"

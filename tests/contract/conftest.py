@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import inspect
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +13,16 @@ from pathlib import Path
 import pytest
 
 from esper.bus.aio import AsyncBus, AsyncConsumer, AsyncProducer
-from esper.bus.config import MemoryConfig, RedisConfig
+from esper.bus.config import EmbeddedConfig, MemoryConfig, RedisConfig
 from esper.bus.memory import MemoryBus
 from esper.bus.protocol import Bus, Consumer, Delivery
-from esper.bus.server.bus import ServerBus
-from esper.bus.server.embedded import EmbeddedServer
+from esper.bus.server.bus import EmbeddedBus, ServerBus
+from esper.bus.server.connection import Address
+from esper.bus.server.embedded import EmbeddedServer, address_in
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bus"))
+
+from tls import tls_before
 
 QUICK = {"claim_s": 0.3, "deliveries": 3}
 
@@ -51,31 +58,52 @@ class Blocking:
 class Backend:
     """Opens buses that see the same streams, as processes of one run do."""
 
-    def __init__(self, name: str, folder: Path, server: EmbeddedServer | None) -> None:
-        self.name, self._folder, self._server = name, folder, server
+    def __init__(self, name: str, folder: Path, address: Address | None) -> None:
+        self.name, self._folder, self._address = name, folder, address
         self._loop = asyncio.new_event_loop()
         self._opened: list[Bus] = []
 
     def open(self, **settings: object) -> Bus:
-        """A bus; in memory there is one process and therefore one bus."""
-        if self._server is None:
-            if not self._opened:
-                self._opened.append(MemoryBus(MemoryConfig(**QUICK | settings), self._folder))
-            return self._opened[0]
-        bus = ServerBus(RedisConfig(**QUICK | settings), self._server.address, self._folder)
-        self._opened.append(bus if self.name == "redis" else Blocking(AsyncBus(bus), self._loop))
+        """A bus; in memory there is one process and therefore one bus, and only the first starts an embedded server."""
+        if self.name != "memory" or not self._opened:
+            self._opened.append(self._open(QUICK | settings))
         return self._opened[-1]
 
+    def _open(self, settings: dict[str, object]) -> Bus:
+        if self.name == "memory":
+            return MemoryBus(MemoryConfig(**settings), self._folder)
+        if self.name == "embedded":
+            config = EmbeddedConfig(**settings)
+            if not self._opened:
+                return EmbeddedBus(config, self._folder)
+            return ServerBus(config, address_in(self._folder / "server"), self._folder)
+        bus = ServerBus(RedisConfig(**settings), self._address, self._folder)
+        return Blocking(AsyncBus(bus), self._loop) if self.name == "asyncio" else bus
+
     def close(self) -> None:
-        for bus in self._opened:
+        for bus in reversed(self._opened):
             bus.close()
         self._loop.close()
 
 
-@pytest.fixture(params=["memory", "redis", "asyncio"])
+@pytest.fixture(scope="session")
+def tls(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
+    """The same server behind TLS with client certificates."""
+    folder = tmp_path_factory.mktemp("tls")
+    with tls_before(server.address.port, folder) as port:
+        files = {"tls_ca": "authority.crt", "tls_cert": "client.crt", "tls_key": "client.key"}
+        paths = {name: str(folder / file) for name, file in files.items()}
+        yield dataclasses.replace(server.address, port=port, tls=True, **paths)
+
+
+@pytest.fixture(params=["memory", "embedded", "redis", "tls", "asyncio"])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
-    running = None if request.param == "memory" else request.getfixturevalue("server")
-    opened = Backend(request.param, tmp_path, running)
+    address = None
+    if request.param == "tls":
+        address = request.getfixturevalue("tls")
+    elif request.param in ("redis", "asyncio"):
+        address = request.getfixturevalue("server").address
+    opened = Backend(request.param, tmp_path, address)
     yield opened
     opened.close()
 

@@ -216,6 +216,28 @@ def test_any_order_can_be_had_of_any_bus(backend, run, order):
     consumer.close()
 
 
+@pytest.mark.parametrize("order", ["stream", "global", "causal"])
+def test_an_order_goes_on_after_a_restart_where_its_group_stands(backend, run, order, collect):
+    bus = backend.open()
+    trainer, observer = (bus.producer("events", run, name) for name in ("trainer", "observer"))
+
+    def start():
+        counts = Counts()
+        return in_order(backend.open().consumer("events", run, "group", "one"), order, 60.0, counts), counts
+
+    consumer, _ = start()
+    publish(trainer, range(5))
+    consumer.ack(collect(consumer, 5, ack=False)[:3])
+    consumer.close()
+    consumer, counts = start()
+    observer.publish(TickEnded(tick=5), (f"trainer/{trainer.epoch}-2",))
+    for producer, tick in ((observer, 6), (trainer, 7), (observer, 8), (trainer, 9)):  # global order keeps back the last
+        publish(producer, [tick])
+    assert {3, 4, 5, 6, 7} <= set(ticks(collect(consumer, 6)))
+    assert counts.snapshot()["gaps"] == counts.snapshot()["late"] == 0
+    consumer.close()
+
+
 def test_runs_do_not_see_each_other(backend, run, collect):
     bus = backend.open()
     publish(bus.producer("events", run + "/a"), [1])

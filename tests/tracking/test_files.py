@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from esper.bus.messages import GateResult, Metrics, Telemetry, TickEnded, Transition
+from esper.bus.messages import GateResult, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.lifecycle.stages import Stage
 from esper.tracking import CsvConfig, NoneConfig, TrackerError, TrackerRunner, build_trackers
 from esper.tracking.csv_files import CsvFiles
@@ -93,6 +93,26 @@ def test_a_resumed_run_leaves_neither_hole_nor_double(record, records, story, tm
     for name in TABLES:
         assert read(record, name).to_pylist().__repr__() == read(whole, name).to_pylist().__repr__(), name
     assert not (Path(record.folder) / PARTS).exists()
+
+
+@pytest.mark.parametrize("ahead", ["events", "telemetry", None])
+def test_a_resumed_run_heard_in_one_go_has_no_tick_twice_whichever_stream_is_ahead(record, records, story, tmp_path, ahead):
+    whole = records("run-2", tmp_path / "outputs" / "whole")
+    keep(ParquetFiles(), whole, story(100))
+    told = [*story(100, until=63), *story(100, since=50, until=80), *story(100, since=70)]
+    if ahead:
+        told.sort(key=lambda pair: pair[0] != ahead)
+        told.insert(0, told.pop(next(n for n, (_, message) in enumerate(told) if isinstance(message, RunStarted))))
+    keep(ParquetFiles(), record, told)
+    for name in TABLES:
+        assert read(record, name).to_pylist().__repr__() == read(whole, name).to_pylist().__repr__(), name
+
+
+def test_what_a_killed_run_said_after_its_last_checkpoint_goes_though_its_resumed_life_says_nothing(record, story):
+    ended = [("events", RunStarted(tick=50, total_ticks=50, sites=[])), ("events", RunEnded(tick=50, status="FINISHED", summary={}))]
+    keep(ParquetFiles(), record, [*story(100, until=63), *ended])
+    for name in ("seeds", "metrics"):
+        assert max(read(record, name)["tick"].to_pylist()) == 50, name
 
 
 def test_buffered_rows_are_written_before_memory_grows(record, monkeypatch, story):

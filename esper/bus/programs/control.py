@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import msgspec
 
 from esper.bus.codec import decode_body, encode_body
+from esper.bus.counts import in_words
 from esper.bus.ids import parse
 from esper.bus.inbox import CONTROLLER
-from esper.bus.joining import join
+from esper.bus.joining import joined
 from esper.bus.messages import Checkpoint, Command, Decided, Message, RunEnded, RunStarted, TickEnded
 from esper.bus.protocol import Bus, Delivery
 from esper.errors import UserError
@@ -179,19 +180,16 @@ def main(argv: Sequence[str]) -> int:
     from esper.config import options as options_of
 
     folder = options.folder.resolve()
-    bus, found = join(folder)
-    settings = found.record["config"]["controller"]
-    kind = options_of("controller")[settings["name"]]
-    names = set(kind.__dataclass_fields__)
-    controller = kind(**{key: value for key, value in settings.items() if key in names}).build(
-        found.record["config"]["seed"]
-    )
-    control = Control(bus, found.run, controller, folder / "bus" / "controller")
-    print(f"controlling {found.run} with controller={settings['name']}", file=sys.stderr, flush=True)
-    try:
-        status = control.serve()
-    finally:
-        control.close()
-        bus.close()
-    print(f"the run ended: {status}", file=sys.stderr)
+    with joined(folder, "controller") as (bus, found):
+        settings, seed = found.record["config"]["controller"], found.record["config"]["seed"]
+        kind = options_of("controller")[settings["name"]]
+        names = set(kind.__dataclass_fields__)
+        controller = kind(**{key: value for key, value in settings.items() if key in names}).build(seed)
+        control = Control(bus, found.run, controller, folder / "bus" / "controller")
+        print(f"controlling {found.run} with controller={settings['name']}", file=sys.stderr, flush=True)
+        try:
+            status = control.serve()
+        finally:
+            control.close()
+        print(f"the run ended: {status}; {in_words(bus.counts())}", file=sys.stderr)
     return 0 if status == "FINISHED" else 1

@@ -11,22 +11,30 @@ from typing import Any
 
 import msgspec
 
-from esper.bus.joining import join
+from esper.bus.counts import in_words
+from esper.bus.joining import joined
 from esper.bus.protocol import STREAMS
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.status import status
 from esper.errors import UserError
 
+NAMED = 20  # runs that a refusal names
+
 
 def main(argv: Sequence[str]) -> int:
     """Run one of the commands; the exit code is 0, or 1 where there was nothing to act on."""
     options = _parser().parse_args(list(argv))
-    bus, found = join(options.folder.resolve())
-    try:
-        run = options.run or found.run
-        return COMMANDS[options.command](bus, run, options)
-    finally:
-        bus.close()
+    with joined(options.folder.resolve()) as (bus, found):
+        if options.run:
+            _refuse_unknown(bus, options.run)
+        return COMMANDS[options.command](bus, options.run or found.run, options)
+
+
+def _refuse_unknown(bus: ServerBus, run: str) -> None:
+    known = bus.runs()
+    if run not in known:
+        some = ", ".join(known[:NAMED]) + (f" and {len(known) - NAMED} more" if len(known) > NAMED else "")
+        raise UserError(f"the server at {bus.address!r} has no run {run}: it has {some or 'none yet'}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,20 +65,25 @@ def _status(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     if options.json:
         _write(found)
         return 0
-    columns = ("stream", "producer", "entries", "last id", "group", "pending", "behind", "oldest unacknowledged")
+    columns = ("stream", "producer", "entries", "last id", "group", "pending", "oldest", "behind")
     rows = []
     for stream in found.streams:
         groups = stream.groups or [None]
         for group in groups:
             about = ("–",) * 4
             if group is not None:
-                about = (group.name, group.pending, group.behind, f"{group.oldest_s:.1f} s" if group.pending else "–")
+                about = (group.name, group.pending, f"{group.oldest_s:.1f} s" if group.pending else "–", group.behind)
             rows.append((stream.stream, stream.producer, stream.entries, stream.last, *about))
     _table(f"run {run}: {found.dead_letters} dead letters, server {found.server}", columns, rows)
+    for process, counts in found.counts.items():
+        if any(counts.values()):
+            print(f"{process}: {in_words(counts)}")
     return 0
 
 
 def _tail(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
+    if options.count < 1:
+        raise UserError(f"--count {options.count}: give how many of the newest messages to begin with, 1 or more")
     for producer, id, envelope in bus.newest(options.stream, run, options.count, options.follow):
         message = msgspec.to_builtins(envelope.body)
         message.pop("data", None)  # a telemetry buffer says nothing to a reader
@@ -99,15 +112,10 @@ def _dead_letters(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     if options.json:
         _write(letters)
         return 0
-    columns = ("id", "stream", "producer", "message id", "group", "deliveries", "kind", "reason")
-    rows = [
-        (
-            *(letter.id, letter.stream, letter.producer, letter.origin, letter.group, letter.deliveries),
-            *(type(letter.message).__name__ if letter.message is not None else "unreadable", letter.reason),
-        )
-        for letter in letters
-    ]
-    _table(f"dead letters of run {run}", columns, rows)
+    print(f"{len(letters)} dead letters of run {run}")
+    for letter in letters:
+        kind = type(letter.message).__name__ if letter.message is not None else "unreadable"
+        print(f"{letter.id}  {kind} {letter.origin} of {letter.stream} {letter.producer} in group {letter.group}: {letter.reason}")
     return 0
 
 
@@ -117,13 +125,12 @@ def _write(value: Any) -> None:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console().print(table)
+    """Columns as wide as what is in them: no name or number is cut, however narrow the terminal or the pipe."""
+    lines = [columns, *(tuple(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(title)
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 COMMANDS: dict[str, Callable[[ServerBus, str, argparse.Namespace], int]] = {

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import msgspec
 
+from esper.bus.counts import in_words
 from esper.bus.ids import parse
-from esper.bus.joining import join
+from esper.bus.joining import joined
 from esper.bus.messages import Message, RunEnded, RunStarted
 from esper.bus.server.bus import ServerBus
 from esper.errors import UserError
@@ -82,23 +83,20 @@ def main(argv: Sequence[str]) -> int:
     from esper.tracking import CONFIGS, RunRecord, TrackerRunner, build_trackers
     from esper.tracking.runner import STREAMS
 
-    bus, found = join(options.folder.resolve())
-    record = msgspec.convert(found.record, RunRecord)
-    settings = record.config["tracking"]
-    kind = CONFIGS[settings["name"]]
-    names = set(kind.__dataclass_fields__)
-    config = kind(**{key: value for key, value in settings.items() if key in names})
-    ending = _Ending()
-    group = fresh_group(bus, found.run, STREAMS)
-    runner = TrackerRunner(bus, record, [*build_trackers(config), ending], group=group)
-    print(f"tracking {found.run} with tracking={settings['name']}", file=sys.stderr, flush=True)
-    runner.start()
-    try:
+    with joined(options.folder.resolve(), "tracking") as (bus, found):
+        record = msgspec.convert(found.record, RunRecord)
+        settings = record.config["tracking"]
+        kind = CONFIGS[settings["name"]]
+        names = set(kind.__dataclass_fields__)
+        config = kind(**{key: value for key, value in settings.items() if key in names})
+        ending = _Ending()
+        group = fresh_group(bus, found.run, STREAMS)
+        runner = TrackerRunner(bus, record, [*build_trackers(config), ending], group=group)
+        print(f"tracking {found.run} with tracking={settings['name']}", file=sys.stderr, flush=True)
+        runner.start()
         while runner.error is None:
             if ending.over.wait(0.5) and runner.drain() and ending.over.is_set():  # and it was not resumed since
                 break
         runner.close(ending.status)
-    finally:
-        bus.close()
-    print(f"the run ended: {ending.status}", file=sys.stderr)
+        print(f"the run ended: {ending.status}; {in_words(bus.counts())}", file=sys.stderr)
     return 0

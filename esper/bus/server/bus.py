@@ -151,6 +151,10 @@ class ServerBus:
         """Forget dead letters."""
         return self.client.xdel(keys.dead(run), *ids) if ids else 0
 
+    def runs(self) -> list[str]:
+        """Names of all runs on the server."""
+        return sorted(member.decode() for member in self.client.smembers(keys.RUNS))
+
     def streams(self, run: str, stream: str) -> list[str]:
         """Keys of the streams of all producers."""
         names = sorted(member.decode() for member in self.client.smembers(keys.producers(run, stream)))

@@ -38,16 +38,19 @@ class Address:
 
 def address_of(config: RedisConfig) -> Address:
     """The address in a configuration, with user and password from the environment; raises UserError when unusable."""
-    parts = urlsplit(config.url)
+    accepted = "give redis://host:port/0 or rediss://host:port/0, the port from 1 to 65535"
+    try:
+        parts = urlsplit(config.url)
+        port = parts.port if parts.port is not None else 6379
+    except ValueError:  # a port that is none, brackets that are no IPv6 address
+        raise UserError(f"bus.url={_bare(config.url)!r} is no server address: {accepted}") from None
     if parts.username or parts.password:
         raise UserError(
             "bus.url has a user or password in it, which would be written into every saved config:"
             f" put them into {USER_VARIABLE} and {PASSWORD_VARIABLE}"
         )
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname:
-        raise UserError(
-            f"bus.url={config.url!r} is no server address: give redis://host:port/0 or rediss://host:port/0"
-        )
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or not port:
+        raise UserError(f"bus.url={config.url!r} is no server address: {accepted}")
     database = parts.path.strip("/") or "0"
     if not database.isdigit():
         raise UserError(f"bus.url={config.url!r} names database {database!r}: give a number")
@@ -59,7 +62,7 @@ def address_of(config: RedisConfig) -> Address:
         )
     return Address(
         host=parts.hostname,
-        port=parts.port or 6379,
+        port=port,
         database=int(database),
         user=os.environ.get(USER_VARIABLE) or None,
         password=os.environ.get(PASSWORD_VARIABLE) or None,
@@ -68,6 +71,12 @@ def address_of(config: RedisConfig) -> Address:
         tls_cert=config.tls_cert,
         tls_key=config.tls_key,
     )
+
+
+def _bare(url: str) -> str:
+    """An address without what stands before an ``@``: nothing in it is known to be no password."""
+    scheme, separator, rest = url.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]
 
 
 def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import ServerConfig
 from esper.bus.counts import Counts
-from esper.bus.ids import parse
+from esper.bus.ids import Id, parse
 from esper.bus.messages import ClaimCheck, Telemetry
 from esper.bus.protocol import Delivery
 from esper.bus.server import keys, scripts
@@ -64,7 +64,8 @@ class ServerConsumer:
         self._done: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._fresh: list[tuple[str, str]] = []  # what the read that is going on has taken
         self._unsent: dict[str, list[bytes]] = {}  # acknowledgements the server has not taken yet
-        self._position: dict[str, tuple[int, int]] = {}
+        self._position: dict[str, Id] = {}
+        self._handled: dict[str, Id] = {}  # by producer
         self._next_discovery = self._next_claim = 0.0
         self._lock = threading.Lock()
 
@@ -122,6 +123,10 @@ class ServerConsumer:
                 if held := self._held.get((delivery.producer, delivery.id)):
                     held.kept = True
 
+    def handled(self) -> dict[str, Id]:
+        """By producer, up to where the group had acknowledged all when this member found its stream."""
+        return self._handled
+
     def close(self) -> None:
         """Send acknowledgements that still wait; the rest stays pending for others."""
         self._send_acks()
@@ -163,6 +168,7 @@ class ServerConsumer:
                     raise
             self._keys[key] = wanted[key]
             self._position[key] = self._group_position(key)
+            self._handled.setdefault(wanted[key], self._acknowledged(key))
             self._recover[key] = "-"
 
     def _start_over(self) -> None:
@@ -253,7 +259,14 @@ class ServerConsumer:
                 others = self._between(keys=[key], args=[f"{before[0]}-{before[1]}", id])
                 self._counts.add("gaps", max(0, missing - others) if others >= 0 else 0)
 
-    def _group_position(self, key: str) -> tuple[int, int]:
+    def _acknowledged(self, key: str) -> Id:
+        """The last number before the oldest that waits for its acknowledgement, or else the last that our group was given."""
+        if oldest := self._client.xpending(key, self.group)["min"]:
+            epoch, sequence = parse(oldest)
+            return epoch, sequence - 1
+        return self._position[key]
+
+    def _group_position(self, key: str) -> Id:
         """The last entry our group was given."""
         for group in self._client.xinfo_groups(key):
             if group["name"] == self.group.encode():

@@ -38,3 +38,8 @@ def dead(run: str) -> str:
 def replays(run: str, stream: str, group: str) -> str:
     """Dead letters handed to a group once more."""
     return f"{prefix(run)}:replay:{stream}:{group}"
+
+
+def counts(run: str, process: str) -> str:
+    """What a process beside the trainer has counted."""
+    return f"{prefix(run)}:counts:{process}"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from esper.bus.codec import Refused, decode
-from esper.bus.ids import parse
+from esper.bus.ids import Id, parse
 from esper.bus.protocol import STREAMS
 from esper.bus.server import keys
+from esper.bus.server.counted import PROCESSES, counted
 
 if TYPE_CHECKING:
     from esper.bus.server.bus import ServerBus
@@ -42,6 +43,7 @@ class RunStatus(msgspec.Struct):
     server: str
     dead_letters: int
     streams: list[StreamStatus]
+    counts: dict[str, dict[str, int]]  # of the controller and the tracker, where they are processes of their own
 
 
 def status(bus: ServerBus, run: str) -> RunStatus:
@@ -54,7 +56,8 @@ def status(bus: ServerBus, run: str) -> RunStatus:
     for stream in STREAMS:
         for producer in sorted(member.decode() for member in client.smembers(keys.producers(run, stream))):
             streams.append(_stream(bus, run, stream, producer))
-    return RunStatus(run, f"{name} {version} at {bus.address!r}", client.xlen(keys.dead(run)), streams)
+    counts = {process: counted(client, run, process) for process in PROCESSES.values()}
+    return RunStatus(run, f"{name} {version} at {bus.address!r}", client.xlen(keys.dead(run)), streams, counts)
 
 
 def _stream(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatus:
@@ -64,14 +67,24 @@ def _stream(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatu
         return StreamStatus(stream, producer, 0, last, [])
     groups = []
     for group in bus.client.xinfo_groups(key):
-        behind = _behind(parse(group["last-delivered-id"]), parse(last))
+        behind = _behind(bus, key, parse(group["last-delivered-id"]), parse(last))
         groups.append(GroupStatus(group["name"].decode(), group["pending"], behind, _oldest(bus, key, group["name"])))
     return StreamStatus(stream, producer, bus.client.xlen(key), last, groups)
 
 
-def _behind(delivered: tuple[int, int], last: tuple[int, int]) -> int:
-    """Messages not yet delivered, from their numbers (XINFO's own lag cannot be relied on); at least that many."""
-    return max(0, last[1] - (delivered[1] if delivered[0] == last[0] else 0)) if delivered < last else 0
+def _behind(bus: ServerBus, key: str, delivered: Id, last: Id) -> int:
+    """Messages not yet delivered, from their numbers (XINFO's own lag cannot be relied on), over all epochs since."""
+    first = bus.client.xrange(key, count=1)
+    if first:  # what was trimmed before it will never be delivered
+        epoch, sequence = parse(first[0][0])
+        delivered = max(delivered, (epoch, sequence - 1))
+    if delivered >= last:
+        return 0
+    behind = last[1]
+    for epoch in range(delivered[0], last[0]):  # every start of the producer counted from 1 up to some last number
+        final = bus.client.xrevrange(key, f"{epoch}-{(1 << 64) - 1}", f"{epoch}-0", count=1)
+        behind += parse(final[0][0])[1] if final else 0
+    return behind - delivered[1]
 
 
 def _oldest(bus: ServerBus, key: str, group: bytes) -> float:
