@@ -13,9 +13,9 @@ from esper.compare.plan import Plan, changes
 from esper.compare.power import MOST_PAIRS, PILOT_PAIRS, fewest_pairs, needed_pairs
 from esper.compare.runs import POOLED, Pairs, Run, by_seed, pair, pool
 from esper.compare.sequential import look_pairs, sequential_holm
-from esper.compare.signflip import equivalence, interval, sign_flip
+from esper.compare.signflip import interval, sign_flip
 from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
-from esper.compare.verdict import Verdict, classify
+from esper.compare.verdict import Verdict, classify, equivalence_of
 from esper.errors import UserError
 
 Array = NDArray[np.float64]
@@ -136,7 +136,7 @@ def _means(reported: Sequence[dict[str, float]]) -> dict[str, float]:
 def judge(families: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Judged]:
     """One verdict for every comparison, corrected together."""
     p = np.array([float(sign_flip(one.tested)) for one in families])
-    p_same = holm(np.array([float(equivalence(one.tested, plan.minimum_effect)) for one in families]))
+    p_same = holm(np.array([equivalence_of(one, plan.minimum_effect) for one in families]))
     p_holm = holm(p)
     means = np.array([one.tested.mean() for one in families])
     decided = p_holm
@@ -249,7 +249,8 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
     if failed:
         arms = {arm: sum(run.arm == arm for run in failed) for arm in plan.arms}
         told = ", ".join(f"{arm} {count}" for arm, count in arms.items() if count)
-        notes.append(f"{len(failed)} of {len(runs)} runs failed ({told}); each counts as lost by the largest difference seen.")
+        counted = "a pair that one arm lost counts as the largest difference seen, and with it no two arms can be equivalent"
+        notes.append(f"{len(failed)} of {len(runs)} runs failed ({told}); {counted}.")
     for name, settings in plan.arms.items():
         if name != plan.reference and settings == plan.arms[plan.reference]:
             notes.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")

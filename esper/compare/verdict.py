@@ -7,6 +7,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.compare.runs import Pairs
 from esper.compare.signflip import equivalence, sign_flip
 from esper.compare.statistics import holm
 
@@ -39,6 +40,18 @@ def classify(mean: Array, p_difference: Array, p_equivalence: Array, alpha: floa
     codes[sure & (mean < 0)] = Verdict.A_BETTER
     codes[np.asarray(p_equivalence) <= alpha] = Verdict.EQUIVALENT
     return codes
+
+
+def equivalence_of(pairs: Pairs, margin: float) -> float:
+    """P-value of "the arms differ by ``margin`` or more", by TOST over the pairs in which both runs finished.
+
+    1 as soon as one arm alone failed in a pair. A failed run has no metric that could be shown to be near the other's:
+    it is worse than any value, as in worst-rank analysis (Lachin 1999, Controlled Clinical Trials 20:408) and the
+    composite strategy of ICH E9(R1), so its pair lies outside every margin. With such losses growing without bound the
+    larger of the two one-sided p-values stays at 1/4 or above, however many other pairs there are. Pairs in which both
+    runs failed show nothing and are left out here.
+    """
+    return 1.0 if pairs.lost.any() else float(equivalence(pairs.tested[pairs.finished], margin))
 
 
 def verdicts(
