@@ -27,6 +27,7 @@ from esper.compare.waves import waves
 from esper.compare.worker import describe
 from esper.config import RootConfig, build, config_hash
 from esper.errors import UserError
+from esper.tracking.config import MlflowConfig
 
 #: (config, folder) -> (test accuracy, status)
 Outcome = Callable[[RootConfig, Path], tuple[float, str]]
@@ -128,6 +129,16 @@ def test_jobs_that_ask_for_two_plans_are_refused(tmp_path: Path) -> None:
     sweep.jobs[1] = dataclasses.replace(sweep.jobs[1], config=dataclasses.replace(sweep.jobs[1].config, compare=CompareConfig(alpha=0.1)))
     with pytest.raises(UserError, match="b seed=0 sets the keys of compare otherwise than a seed=0"):
         plan_sweep(sweep, InstantWorkers(good))  # type: ignore[arg-type]
+
+
+def test_a_store_that_cannot_be_is_refused_before_a_process_is_started_for_it(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"a": [], "b": []}, 1)
+    sweep.jobs[0] = dataclasses.replace(
+        sweep.jobs[0], config=dataclasses.replace(sweep.jobs[0].config, tracking=MlflowConfig(uri="foo://x"))
+    )
+    with pytest.raises(UserError, match=r"^tracking.uri=foo://x is of no kind that MLflow knows"), Store(sweep):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sweep_whose_jobs_a_sweeper_proposes_is_not_said_to_have_one_arm(tmp_path: Path) -> None:
