@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.compare.runs import Pairs
-from esper.compare.signflip import equivalence, sign_flip
+from esper.compare.signflip import FLIPS, equivalence, sign_flip
 from esper.compare.statistics import holm
 
 Array = NDArray[np.float64]
@@ -42,7 +42,7 @@ def classify(mean: Array, p_difference: Array, p_equivalence: Array, alpha: floa
     return codes
 
 
-def equivalence_of(pairs: Pairs, margin: float) -> float:
+def equivalence_of(pairs: Pairs, margin: float, flips: int = FLIPS) -> float:
     """P-value of "the arms differ by ``margin`` or more", by TOST over the pairs in which both runs finished.
 
     1 as soon as one arm alone failed in a pair. A failed run has no metric that could be shown to be near the other's:
@@ -51,7 +51,7 @@ def equivalence_of(pairs: Pairs, margin: float) -> float:
     larger of the two one-sided p-values stays at 1/4 or above, however many other pairs there are. Pairs in which both
     runs failed show nothing and are left out here.
     """
-    return 1.0 if pairs.lost.any() else float(equivalence(pairs.tested[pairs.finished], margin))
+    return 1.0 if pairs.lost.any() else float(equivalence(pairs.tested[pairs.finished], margin, flips=flips))
 
 
 def verdicts(
@@ -59,7 +59,7 @@ def verdicts(
     minimum_effect: float,
     alpha: float,
     *,
-    flips: int = 9_999,
+    flips: int = FLIPS,
     rng: np.random.Generator | None = None,
 ) -> NDArray[np.int8]:
     """Verdicts of whole sweeps at once: ``[pairs, comparisons, sweeps]`` → ``[comparisons, sweeps]``.

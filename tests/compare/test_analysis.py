@@ -183,6 +183,30 @@ def test_figures_are_drawn_for_every_block(tmp_path: Path) -> None:
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in paths)
 
 
+def test_five_pairs_can_be_equivalent_and_the_note_says_only_what_they_cannot_be() -> None:
+    result = analyse(runs_of({"host": 0.0, "up": 0.0}, 5, 0.0005), plan_of(("host", "up"), 5))
+    assert result.verdicts[0].verdict == "equivalent"
+    assert result.notes == ["With fewer than 6 pairs no arm can be called better, however clear the difference."]
+
+
+def test_a_level_below_one_in_ten_thousand_can_be_reached_with_many_pairs_too() -> None:
+    plan = plan_of(("host", "up", "down", "more"), 20, alpha=2e-4)
+    result = analyse(runs_of({"host": 0.0, "up": 0.1, "down": -0.1, "more": 0.2}, 20), plan)
+    assert [row.verdict for row in result.verdicts] == ["B better", "A better", "B better"]
+    assert all(np.isfinite(row.interval).all() for row in result.verdicts)
+    for changed in ({"alpha": 1e-5}, {"alpha": 5e-5, "ranking": True}):
+        with pytest.raises(UserError, match=r"compare.alpha=.* p-values below .*; raise alpha or compare fewer arms"):
+            plan_of(("host", "up", "down", "more"), 20, **changed)
+    assert plan_of(("host", "up", "down", "more"), 15, alpha=1e-5).statement()[1].startswith("Too few pairs: below 20 ")
+
+
+def test_a_sequential_plan_states_the_power_of_the_looks() -> None:
+    once, looked = (plan_of(("host", "up"), 20, sequential=sequential, spread=0.0).statement()[1] for sequential in (False, True))
+    assert looked.startswith("20 pairs, looked at after 7, 13 or 20, find a difference of ")
+    one_look, three_looks = (float(text.partition("difference of ")[2].split()[0]) for text in (once, looked))
+    assert three_looks > one_look + 0.01
+
+
 def test_the_plan_says_what_its_pairs_can_find() -> None:
     assert "needs 10 pairs" in plan_of(("host", "up"), 15).statement()[2]
     assert "so this sweep has too few" in plan_of(("host", "a", "b", "c"), 8).statement()[2]
