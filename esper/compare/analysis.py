@@ -13,9 +13,9 @@ from esper.compare.plan import Plan, changes
 from esper.compare.power import MOST_PAIRS, PILOT_PAIRS, fewest_pairs, needed_pairs
 from esper.compare.runs import POOLED, Pairs, Run, by_seed, pair, pool
 from esper.compare.sequential import look_pairs, sequential_holm
-from esper.compare.signflip import equivalence, interval, sign_flip
+from esper.compare.signflip import flips_for, interval, sign_flip
 from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
-from esper.compare.verdict import Verdict, classify
+from esper.compare.verdict import Verdict, classify, equivalence_of
 from esper.errors import UserError
 
 Array = NDArray[np.float64]
@@ -135,8 +135,10 @@ def _means(reported: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def judge(families: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Judged]:
     """One verdict for every comparison, corrected together."""
-    p = np.array([float(sign_flip(one.tested)) for one in families])
-    p_same = holm(np.array([float(equivalence(one.tested, plan.minimum_effect)) for one in families]))
+    level = plan.alpha / len(families)
+    flips = [flips_for(level, len(one.tested)) for one in families]
+    p = np.array([float(sign_flip(one.tested, flips=number)) for one, number in zip(families, flips, strict=True)])
+    p_same = holm(np.array([equivalence_of(one, plan.minimum_effect, number) for one, number in zip(families, flips, strict=True)]))
     p_holm = holm(p)
     means = np.array([one.tested.mean() for one in families])
     decided = p_holm
@@ -161,7 +163,8 @@ def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[NDArray[np.bool_], b
         seeds.append(seed)
     rows = np.array([[one.tested[one.seeds.index(seed)] for one in families] for seed in seeds]).reshape(len(seeds), -1, 1)
     looks = look_pairs(len(plan.seeds), plan.looks, fewest_pairs(plan.alpha, len(families)))
-    return sequential_holm(rows, looks, len(plan.seeds), plan.alpha)[:, 0], len(seeds) == len(plan.seeds)
+    flips = flips_for(plan.alpha / len(families), len(plan.seeds))
+    return sequential_holm(rows, looks, len(plan.seeds), plan.alpha, flips=flips)[:, 0], len(seeds) == len(plan.seeds)
 
 
 def _judged(one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float]) -> Judged:
@@ -215,7 +218,7 @@ def _more_pairs(one: Pairs, plan: Plan) -> int:
         return max(fewest_pairs(plan.alpha, plan.comparisons) - len(one.tested), 0)
     noise = tuple(one.tested.tolist()) if len(one.tested) >= PILOT_PAIRS else ()
     for effect in (plan.minimum_effect, abs(float(one.tested.mean()))):
-        needed = needed_pairs(effect / spread, plan.power, plan.alpha, plan.comparisons, noise) if effect > 0 else MOST_PAIRS
+        needed = needed_pairs(effect / spread, plan.power, plan.alpha, plan.comparisons, noise, plan.early) if effect > 0 else MOST_PAIRS
         if needed > len(one.tested):
             return needed - len(one.tested)
     return 0
@@ -249,7 +252,8 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
     if failed:
         arms = {arm: sum(run.arm == arm for run in failed) for arm in plan.arms}
         told = ", ".join(f"{arm} {count}" for arm, count in arms.items() if count)
-        notes.append(f"{len(failed)} of {len(runs)} runs failed ({told}); each counts as lost by the largest difference seen.")
+        counted = "a pair that one arm lost counts as the largest difference seen, and with it no two arms can be equivalent"
+        notes.append(f"{len(failed)} of {len(runs)} runs failed ({told}); {counted}.")
     for name, settings in plan.arms.items():
         if name != plan.reference and settings == plan.arms[plan.reference]:
             notes.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")
@@ -263,5 +267,5 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
     notes += [f"Seeds {seeds} of {arm} or {plan.reference} have no partner and are left out." for arm, seeds in unpaired.items() if seeds]
     if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
         fewest = fewest_pairs(plan.alpha, plan.comparisons)
-        notes.append(f"With fewer than {fewest} pairs no verdict but inconclusive is possible.")
+        notes.append(f"With fewer than {fewest} pairs no arm can be called better, however clear the difference.")
     return notes

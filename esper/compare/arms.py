@@ -9,9 +9,12 @@ from typing import Any
 
 import yaml
 
+from esper.config import listing
 from esper.errors import UserError
 
 SEED = "seed"
+#: What belongs to a sweep as a whole; groups and keys with all that is below them.
+WHOLE = ("compare", "tracking", "output", "resume", "name", "tags")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
         job_overrides: ``key=value`` texts, one list a job.
         blocks: keys that make blocks (``compare.block``), with all keys below them.
         seed: the seed of jobs that set none.
+
+    Raises:
+        UserError: several values of a setting that belongs to the whole sweep.
     """
     settings = [dict(text.partition("=")[::2] for text in overrides) for overrides in job_overrides]
     values: dict[str, set[str]] = {}
@@ -54,7 +60,13 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
         for key, value in one.items():
             values.setdefault(key.lstrip("+"), set()).add(value)
     varying = [key for key, found in values.items() if len(found) > 1 and key != SEED and not key.startswith("hydra.")]
-    blocked = [key for key in varying if any(key == block or key.startswith(f"{block}.") for block in blocks)]
+    for key in varying:
+        if _below(key, WHOLE):
+            raise UserError(
+                f"{key} has several values in this sweep; {listing(WHOLE)} belong to a sweep as a whole and make no arms: "
+                f"give one value of {key}, or start a sweep for each."
+            )
+    blocked = [key for key in varying if _below(key, blocks)]
     armed = [key for key in varying if key not in blocked]
     jobs = []
     for number, (overrides, one) in enumerate(zip(job_overrides, settings, strict=True)):
@@ -63,6 +75,26 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
         jobs.append(job)
     distinct = (tuple(dict.fromkeys(getattr(job, part) for job in jobs)) for part in ("arm", "block", "seed"))
     return Layout(tuple(jobs), *distinct)
+
+
+def refuse_repeated(layout: Layout) -> None:
+    """Refuse a sweep in which a run occurs twice: each would count as a pair of its own.
+
+    Raises:
+        UserError: naming the run and its two jobs.
+    """
+    first: dict[tuple[str, str, int], Job] = {}
+    for job in layout.jobs:
+        same = first.setdefault((job.arm, job.block, job.seed), job)
+        if same is not job:
+            raise UserError(
+                f"Jobs {same.number} and {job.number} of the sweep are the same run ({' '.join(job.overrides)}); "
+                "give every value once, also every seed: a pair that is counted twice is no evidence."
+            )
+
+
+def _below(key: str, owners: Sequence[str]) -> bool:
+    return any(key == owner or key.startswith(f"{owner}.") for owner in owners)
 
 
 def _seed(text: str | None, default: int) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sqlite3
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ from esper.compare.analysis import analyse
 from esper.compare.config import CompareConfig
 from esper.compare.plan import Plan
 from esper.compare.report import show, write_results
-from esper.compare.store import children, find_sweep, plan_of, run_of_store
+from esper.compare.store import SWEEP, children, find_sweep, plan_of, reading, run_of_store
 from esper.config import listing, nearest, structure
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
+from esper.tracking.reach import SQLITE, check_uri
 
 #: Parts of the plan that an analysis may change, which makes it exploratory.
 CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking")
@@ -46,18 +50,19 @@ def main(arguments: Sequence[str]) -> int:
     uri = tracking_uri(MlflowConfig(uri=given.pop("uri", "")), output)
     if "sweep" not in given:
         raise UserError("esper compare needs sweep=<id or name>, which the sweep printed and MLflow shows.")
-    client = _client(uri)
-    parent = find_sweep(client, given.pop("sweep"))
+    _check_there(uri)
+    with reading(uri) as client:
+        parent = find_sweep(client, given.pop("sweep"))
+        folder = _writable(Path(output) / "compare" / parent.data.tags[SWEEP])
+        stored = children(client, parent)
     planned = plan_of(parent)
     figures = given.pop("figures", True)
     plan = _changed(planned, given)
-    stored = children(client, parent)
     runs = [run_of_store(run, plan.metric) for run in stored if run.info.status != "RUNNING"]
     _check_metric(plan.metric, stored)
     comparison = analyse(runs, plan, planned)
     console = Console()
     show(comparison, plan, console)
-    folder = Path(output) / "compare" / parent.data.tags["esper.sweep"]
     files = write_results(comparison, plan, folder, figures)
     console.print(f"written: {', '.join(str(path) for path in files)}", soft_wrap=True, highlight=False)
     return 0
@@ -77,22 +82,50 @@ def _read(arguments: Sequence[str]) -> dict[str, Any]:
         key = key.removeprefix("compare.")
         if not equals or key not in KEYS:
             raise UserError(f"'{word}' is not accepted: esper compare takes {listing(KEYS)}{nearest(key, KEYS)}.")
-        given[key] = text if key in ("sweep", "uri", "output", "metric", "reference") else yaml.safe_load(text)
+        try:
+            given[key] = text if key in ("sweep", "uri", "output", "metric", "reference") else yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"'{word}' cannot be read: {key} takes one plain value, as in {key}=0.1 or {key}=true.") from None
     checked = structure(CompareConfig, {k: v for k, v in given.items() if k in (*CHANGEABLE, "figures")}, "compare")
     return {key: getattr(checked, key) if key in (*CHANGEABLE, "figures") else value for key, value in given.items()}
 
 
-def _client(uri: str) -> Any:
-    """A client of a store that exists: analysing must not make an empty one.
+def _check_there(uri: str) -> None:
+    """Refuse what is no store yet: analysing must not make one, neither a new file nor tables in another program's.
 
     Raises:
         UserError: there is no store at ``uri``.
     """
-    from esper.tracking.mlflow_store import SQLITE, quiet_client
-
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+    check_uri(uri, "uri", "or name the folder of another with output=…")
+    if not uri.startswith(SQLITE):
+        return
+    path = Path(uri.removeprefix(SQLITE).partition("?")[0])
+    if not path.exists() or not _has_runs(path):
         raise UserError(f"There is no store at {uri}; name one with uri=… or its folder with output=….")
-    return quiet_client(uri)
+
+
+def _has_runs(database: Path) -> bool:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as opened:
+            return bool(opened.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'runs'").fetchall())
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"The store {database} cannot be read ({error}); bring back a copy of it, or name another with uri=….") from error
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made and tried before the store's runs are read and analysed.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"The results cannot be written to {folder} ({str(error.strerror).lower()}); give another folder: output=…."
+        ) from error
+    return folder
 
 
 def _changed(planned: Plan, given: dict[str, Any]) -> Plan:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from esper.cli.compose import from_hydra
-from esper.compare.arms import Job, Layout, lay_out
+from esper.compare.arms import Job, Layout, lay_out, refuse_repeated
 from esper.compare.composing import composed
 from esper.compare.going_on import taken_up
 from esper.compare.jobs import Prepared
@@ -34,6 +34,7 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
         UserError: the sweep cannot be judged as asked, before its first run starts.
         SystemExit: with code 1, after everything has run and was judged, when jobs failed.
     """
+    whole = _whole(launcher)
     overrides = [tuple(str(text) for text in one) for one in job_overrides]
     folder = Path(str(launcher.config.hydra.sweep.dir)).resolve()
     prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
@@ -42,18 +43,20 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
         folder = before
         prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
     layout = lay_out(overrides, config.compare.block, config.seed)
-    if not _whole(launcher):  # another sweeper proposes as it learns: nothing is paired
+    if whole:
+        refuse_repeated(layout)
+    else:  # another sweeper proposes as it learns: nothing is paired
         layout = Layout(tuple(Job(job.number, job.overrides, "", "", job.seed) for job in layout.jobs), ("",), ("",), layout.seeds)
     jobs = [Prepared(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
     if len({one.folder for one in jobs}) < len(jobs):
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
-    sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry)
+    sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, proposed=not whole)
     run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads)[: len(jobs)])
     if sweep.failures:
         retry = f"{resume_command(sweep)} hydra.launcher.retry=true"
         count = "1 job" if len(sweep.failures) == 1 else f"{len(sweep.failures)} jobs"
         sweep.console.print(f"{count} failed; to try again:\n  {retry}", soft_wrap=True, highlight=False)
-        if _whole(launcher):
+        if whole:
             raise SystemExit(1)
     return [_returned(one) for one in jobs]
 
@@ -79,10 +82,20 @@ def _leaner(config: Any, overrides: Sequence[str]) -> Any:
 
 
 def _whole(launcher: WorkersLauncher) -> bool:
-    """Whether the sweeper hands over all jobs at once."""
+    """Whether the sweeper hands over all jobs at once.
+
+    Raises:
+        UserError: Hydra's own sweeper is told to hand them over in pieces, of which none could be compared with another.
+    """
     sweeper = OmegaConf.to_container(launcher.config.hydra.sweeper)
     assert isinstance(sweeper, dict)
-    return str(sweeper["_target_"]).endswith(".BasicSweeper") and sweeper.get("max_batch_size") is None
+    basic, size = str(sweeper["_target_"]).endswith(".BasicSweeper"), sweeper.get("max_batch_size")
+    if basic and size is not None:
+        raise UserError(
+            f"hydra.sweeper.max_batch_size={size} cuts the sweep into pieces that cannot be compared; leave it out: "
+            "hydra.launcher.workers says how many jobs run at once."
+        )
+    return basic
 
 
 def _returned(one: Prepared) -> JobReturn:

@@ -14,6 +14,9 @@ import numpy as np
 
 from esper.compare.config import CompareConfig
 from esper.compare.power import PILOT_PAIRS, centred, detectable, fewest_pairs, needed_pairs
+from esper.compare.sequential import look_pairs
+from esper.compare.signflip import finest_level
+from esper.config import listing
 from esper.errors import UserError
 
 FILE = "plan.json"
@@ -59,6 +62,16 @@ class Plan:
                 raise UserError(f"compare.tune.{key}={values} is not accepted: give a list of values, as in {key}: [0.001, 0.003].")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"Seeds pair the arms, so each must be given once; got {list(self.seeds)}.")
+        self._refuse_too_fine()
+
+    def _refuse_too_fine(self) -> None:
+        pairs, arms = len(self.seeds), len(self.arms)
+        most = max(self.comparisons, arms * (arms - 1) // 2 if self.ranking else 1)
+        if self.alpha / most < finest_level(pairs):
+            raise UserError(
+                f"compare.alpha={self.alpha:g} over {most} comparisons asks for p-values below {self.alpha / most:.1g}, and the random "
+                f"sign patterns of {pairs} pairs decide at {finest_level(pairs):.1g} at the finest; raise alpha or compare fewer arms."
+            )
 
     @property
     def comparisons(self) -> int:
@@ -70,6 +83,11 @@ class Plan:
     def sign(self) -> float:
         """+1 where larger values of the metric are better, −1 where smaller ones are."""
         return 1.0 if self.direction == "max" else -1.0
+
+    @property
+    def early(self) -> int:
+        """How often a sequential sweep looks; 0 for one that is judged at its end alone."""
+        return self.looks if self.sequential else 0
 
     @property
     def digest(self) -> str:
@@ -89,14 +107,15 @@ class Plan:
             f"worth having: {self.minimum_effect:g}."
         ]
         if pairs < fewest:
-            words = f"Too few pairs: below {fewest} no result, however clear, can reach α; nothing can be detected"
+            words = f"Too few pairs: below {fewest} no difference, however clear, can reach α; none can be detected"
             return [*lines, f"{words} with {pairs}."]
-        effect = detectable(pairs, self.power, self.alpha, self.comparisons, self.noise)
+        effect = detectable(pairs, self.power, self.alpha, self.comparisons, self.noise, self.early)
         words = "standard deviations of the paired differences"
         shape = f"as the {len(self.noise)} of the pilot are spread" if self.noise else "if these are normal"
-        lines.append(f"{pairs} pairs find a difference of {effect:.2f} {words} with {self.power:.0%} power, {shape}.")
+        looked = f", looked at after {listing(look_pairs(pairs, self.looks, fewest))}," if self.sequential else ""
+        lines.append(f"{pairs} pairs{looked} find a difference of {effect:.2f} {words} with {self.power:.0%} power, {shape}.")
         if self.spread > 0 and self.minimum_effect > 0:
-            needed = needed_pairs(self.minimum_effect / self.spread, self.power, self.alpha, self.comparisons, self.noise)
+            needed = needed_pairs(self.minimum_effect / self.spread, self.power, self.alpha, self.comparisons, self.noise, self.early)
             verdict = ", so this sweep has too few." if needed > pairs else "."
             words = f"At the expected spread {self.spread:g} that is {effect * self.spread:.3g}"
             lines.append(f"{words}; a difference of {self.minimum_effect:g} needs {needed} pairs{verdict}")

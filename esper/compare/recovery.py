@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.signflip import interval, invert, sign_flip
+from esper.compare.signflip import flips_for, interval, invert, sign_flip
 
 Array = NDArray[np.float64]
 
@@ -41,5 +41,6 @@ def gap_recovery(small: Array, final: Array, grown: Array, alpha: float = 0.05) 
     if not ends[0] > 0:
         return Recovery(float(gap.mean()), ends, *unknown)
     share = float(gain.mean() / gap.mean())
-    share_ends = invert(lambda r: float(sign_flip(gain - r * gap)), share, 1.0, alpha)
+    flips = flips_for(10 * alpha, len(gap))
+    share_ends = invert(lambda r: float(sign_flip(gain - r * gap, flips=flips)), share, 1.0, alpha)
     return Recovery(float(gap.mean()), ends, share, share_ends)

@@ -41,8 +41,9 @@ class Pairs:
     """Differences of one arm to another by seed, positive where the first is better; shapes ``[pairs]``.
 
     ``tested`` holds a number for every pair: one with a failed run counts as the largest difference seen (at least
-    the minimum effect) against the arm that failed, and as 0 where both failed. Swapping the arms' names flips its
-    signs, so the sign-flip test stays exact. ``finished`` marks the pairs in which both runs finished.
+    the minimum effect, and 1 where both are 0) against the arm that failed, and as 0 where both failed. Swapping the
+    arms' names flips its signs, so the sign-flip test stays exact. ``finished`` marks the pairs in which both runs
+    finished, ``lost`` those that one arm alone failed in.
     """
 
     arm: str
@@ -51,6 +52,7 @@ class Pairs:
     seeds: tuple[int, ...]
     tested: Array
     finished: NDArray[np.bool_]
+    lost: NDArray[np.bool_]
 
 
 def by_seed(runs: Sequence[Run], arm: str, block: str) -> dict[int, Run]:
@@ -86,12 +88,12 @@ def pair(runs: Sequence[Run], arm: str, reference: str, block: str, sign: float,
             f"{arm!r} (seeds {sorted(ours)}) and {reference!r} (seeds {sorted(theirs)}) share no seed{where}; "
             "pairs need the same seeds in both arms: run the missing ones."
         )
-    lost = np.array([[ours[s].failed, theirs[s].failed] for s in seeds])
-    finished = ~lost.any(axis=1)
+    failed = np.array([[ours[s].failed, theirs[s].failed] for s in seeds])
+    finished = ~failed.any(axis=1)
     raw = np.array([sign * (ours[s].value - theirs[s].value) if ok else 0.0 for s, ok in zip(seeds, finished, strict=True)])
-    worst = max(float(np.abs(raw).max()), minimum_effect)
-    tested = raw + worst * (lost[:, 1].astype(float) - lost[:, 0].astype(float))
-    return Pairs(arm, reference, block, seeds, tested, finished)
+    worst = max(float(np.abs(raw).max()), minimum_effect) or 1.0  # the test asks for signs alone where nothing gives a scale
+    tested = raw + worst * (failed[:, 1].astype(float) - failed[:, 0].astype(float))
+    return Pairs(arm, reference, block, seeds, tested, finished, failed[:, 0] != failed[:, 1])
 
 
 def pool(blocks: Sequence[Pairs]) -> Pairs | None:
@@ -105,7 +107,8 @@ def pool(blocks: Sequence[Pairs]) -> Pairs | None:
     rows = [[p.seeds.index(s) for s in shared] for p in blocks]
     tested = np.mean([p.tested[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
     finished = np.all([p.finished[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
-    return Pairs(blocks[0].arm, blocks[0].reference, POOLED, tuple(shared), tested, finished)
+    lost = np.any([p.lost[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
+    return Pairs(blocks[0].arm, blocks[0].reference, POOLED, tuple(shared), tested, finished, lost)
 
 
 POOLED = "pooled"

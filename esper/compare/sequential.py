@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.signflip import FLIPS, TOLERANCE, sign_patterns
+from esper.compare.signflip import FLIPS, TOLERANCE, Signs, sign_patterns, sums
 
 Array = NDArray[np.float64]
 
@@ -52,7 +52,7 @@ def crossing_look(
     return np.concatenate(parts)
 
 
-def _crossings(data: Array, looks: list[int], pairs: int, level: float, signs: Array) -> NDArray[np.int64]:
+def _crossings(data: Array, looks: list[int], pairs: int, level: float, signs: Signs) -> NDArray[np.int64]:
     crossed = np.zeros((len(signs), data.shape[1]), dtype=bool)
     first = np.full(data.shape[1], -1, dtype=np.int64)
     for look, count in enumerate(looks):
@@ -61,11 +61,11 @@ def _crossings(data: Array, looks: list[int], pairs: int, level: float, signs: A
         allowed = int(np.floor(spent(count / pairs, level) * len(signs) + TOLERANCE))
         if allowed < 1:
             continue
-        sums = np.abs(signs[:, :count] @ data[:count])
-        sums[crossed] = np.inf
+        far = np.abs(sums(signs[:, :count], data[:count]))
+        far[crossed] = np.inf
         # strictly above the first value that may not cross: ties at the boundary stay inside, on the safe side
-        bound = np.partition(sums, len(signs) - allowed - 1, axis=0)[len(signs) - allowed - 1]
-        crossed |= sums > bound + TOLERANCE * np.abs(data[:count]).sum(axis=0)
+        bound = np.partition(far, len(signs) - allowed - 1, axis=0)[len(signs) - allowed - 1]
+        crossed |= far > bound + TOLERANCE * np.abs(data[:count]).sum(axis=0)
         first[(first < 0) & crossed[0]] = look
     return first
 

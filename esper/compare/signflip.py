@@ -7,7 +7,7 @@ Everything works on many data sets at once: differences have shape ``[pairs]`` o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -17,13 +17,29 @@ from esper.compare.draws import generator
 
 EXACT_PAIRS = 15
 FLIPS = 9_999
+MOST_FLIPS = 999_999
 TOLERANCE = 1e-9  # of the sum of absolute differences: equal sums must count as equal whatever the order of addition
-CHUNK = 4_000_000  # sums held at once (32 MB)
+CHUNK = 4_000_000  # floats held at once (32 MB)
+PATTERNS = 64_000_000  # signs held at once, a byte each
 
 Array = NDArray[np.float64]
+Signs = NDArray[np.int8]
 
 
-def sign_patterns(pairs: int, flips: int = FLIPS, rng: np.random.Generator | None = None) -> Array:
+def flips_for(level: float, pairs: int) -> int:
+    """How many random patterns a decision at ``level`` needs: a hundred for every 1/level, the smallest p being 1/(flips + 1).
+
+    At least 9,999; at most 999,999 and what 64 MB hold.
+    """
+    return max(FLIPS, min(int(np.ceil(100 / level)) - 1, MOST_FLIPS, PATTERNS // max(pairs, 1)))
+
+
+def finest_level(pairs: int) -> float:
+    """The smallest level at which so many pairs can be judged: ten of the patterns counted must lie beyond it."""
+    return 0.0 if pairs <= EXACT_PAIRS else 10 / (flips_for(1 / MOST_FLIPS, pairs) + 1)
+
+
+def sign_patterns(pairs: int, flips: int = FLIPS, rng: np.random.Generator | None = None) -> Signs:
     """Rows of ±1 of shape ``[patterns, pairs]``; the first row is all +1, the data as observed.
 
     To 15 pairs: every pattern that starts with +1; their negatives complete the set. Beyond: the observed pattern and
@@ -35,18 +51,35 @@ def sign_patterns(pairs: int, flips: int = FLIPS, rng: np.random.Generator | Non
 
 
 @lru_cache(maxsize=4)  # an interval asks a hundred times for the same
-def _known_patterns(pairs: int, flips: int) -> Array:
+def _known_patterns(pairs: int, flips: int) -> Signs:
     found = _patterns(pairs, flips, generator("sign flips", pairs))
     found.flags.writeable = False
     return found
 
 
-def _patterns(pairs: int, flips: int, rng: np.random.Generator) -> Array:
+def _patterns(pairs: int, flips: int, rng: np.random.Generator) -> Signs:
     if pairs <= EXACT_PAIRS:
         bits = (np.arange(2 ** max(pairs - 1, 0))[:, None] >> np.arange(max(pairs - 1, 0))) & 1
-        return np.hstack([np.ones((len(bits), min(pairs, 1))), 1.0 - 2.0 * bits])
-    random = 1.0 - 2.0 * rng.integers(0, 2, size=(flips, pairs))
-    return np.vstack([np.ones((1, pairs)), random])
+        return np.hstack([np.ones((len(bits), min(pairs, 1))), 1 - 2 * bits]).astype(np.int8)
+    signs = np.ones((flips + 1, pairs), dtype=np.int8)
+    for part in _rows(flips, pairs):
+        signs[1:][part] = 1 - 2 * rng.integers(0, 2, size=(part.stop - part.start, pairs))
+    return signs
+
+
+def _rows(count: int, width: int) -> Iterator[slice]:
+    """Pieces of ``count`` rows of ``width`` numbers that are small enough to be held as floats."""
+    step = max(CHUNK // max(width, 1), 1)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+def sums(signs: Signs, data: Array) -> Array:
+    """The sum of ``data`` ``[pairs, sets]`` under every pattern, ``[patterns, sets]``."""
+    found = np.empty((len(signs), data.shape[1]))
+    for part in _rows(*signs.shape):
+        found[part] = signs[part].astype(np.float64) @ data
+    return found
 
 
 def sign_flip(differences: Array, alternative: str = "two-sided", *, flips: int = FLIPS, rng: np.random.Generator | None = None) -> Array:
@@ -66,16 +99,16 @@ def sign_flip(differences: Array, alternative: str = "two-sided", *, flips: int 
     return np.concatenate(parts).reshape(data.shape[1:])
 
 
-def _tail(signs: Array, columns: Array, alternative: str) -> Array:
-    sums = signs @ columns
+def _tail(signs: Signs, columns: Array, alternative: str) -> Array:
+    found = sums(signs, columns)
     observed = columns.sum(axis=0)
     slack = TOLERANCE * np.abs(columns).sum(axis=0)
     if alternative == "two-sided":
-        return np.mean(np.abs(sums) >= np.abs(observed) - slack, axis=0)
-    above = np.mean(sums >= observed - slack, axis=0)
+        return np.mean(np.abs(found) >= np.abs(observed) - slack, axis=0)
+    above = np.mean(found >= observed - slack, axis=0)
     if len(columns) > EXACT_PAIRS:
         return above
-    return (above + np.mean(-sums >= observed - slack, axis=0)) / 2  # the negatives of the listed patterns
+    return (above + np.mean(-found >= observed - slack, axis=0)) / 2  # the negatives of the listed patterns
 
 
 def equivalence(differences: Array, margin: float, *, flips: int = FLIPS, rng: np.random.Generator | None = None) -> Array:
@@ -90,13 +123,15 @@ def equivalence(differences: Array, margin: float, *, flips: int = FLIPS, rng: n
 def interval(differences: Array, alpha: float) -> tuple[float, float]:
     """The shifts that the two-sided test at ``alpha`` does not reject: an interval that errs as rarely as the test.
 
-    Infinite where so few pairs can reject nothing. Shape of ``differences``: ``[pairs]``.
+    It is of one comparison alone, before Holm. Infinite where so few pairs can reject nothing. Shape of
+    ``differences``: ``[pairs]``.
     """
     data = np.asarray(differences, dtype=np.float64)
+    flips = flips_for(10 * alpha, len(data))  # ten patterns beyond an end place it well enough
     centre, reach = float(data.mean()), float(np.ptp(data))
     if reach <= TOLERANCE * abs(centre):  # equal differences: any other shift is rejected, if anything can be
         return (centre, centre) if 2.0 ** (1 - len(data)) <= alpha else (-np.inf, np.inf)
-    return invert(lambda shift: float(sign_flip(data - shift)), centre, reach, alpha)
+    return invert(lambda shift: float(sign_flip(data - shift, flips=flips)), centre, reach, alpha)
 
 
 def invert(p_value: Callable[[float], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:

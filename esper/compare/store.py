@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from esper.bus.messages import Metrics
@@ -75,6 +77,33 @@ def run_of_store(stored: StoredRun, metric: str) -> Run:
         growth={n: metrics[f"final/seeds/{key}"] for n, key in GROWTH.items() if f"final/seeds/{key}" in metrics},
         id=stored.info.run_id,
     )
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[MlflowClient]:
+    """A client of the store at ``uri``; what breaks while it is used becomes a sentence.
+
+    A server that is there but does not answer is given up after a minute, where MLflow would try for a quarter of an
+    hour; its own environment variables win.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from esper.tracking.mlflow_store import quiet_client
+
+    try:
+        yield quiet_client(uri)
+    except (MlflowException, SQLAlchemyError, requests.RequestException, ImportError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"The store at {uri} cannot be read: {first.rstrip('. ')}; see that it runs, or name another with uri=…."
+        ) from error
 
 
 def find_sweep(client: MlflowClient, sweep: str) -> StoredRun:

@@ -18,7 +18,8 @@ from esper.compare.arms import Layout
 from esper.compare.config import CompareConfig
 from esper.compare.going_on import NOTE, alone, goes_on
 from esper.compare.jobs import Prepared, note, runs_of, set_aside
-from esper.compare.plan import Plan, make_plan, save_plan
+from esper.compare.plan import Plan
+from esper.compare.planning import plan_sweep
 from esper.compare.power import fewest_pairs
 from esper.compare.progress import Progress
 from esper.compare.report import show, write_results
@@ -28,16 +29,14 @@ from esper.compare.tuning import best, trials, with_values
 from esper.compare.waves import Missing, derive, waves
 from esper.compare.worker import LOG
 from esper.compare.workers import Workers
-from esper.config import plain
-from esper.errors import UserError
-from esper.tracking.record import flatten
 
 
 @dataclass
 class Sweep:
     """Everything that one start of a sweep knows.
 
-    ``command`` is what the user typed, for the sentence that says how to go on; ``retry`` runs failed jobs again.
+    ``command`` is what the user typed, for the sentence that says how to go on; ``retry`` runs failed jobs again;
+    ``proposed`` jobs are a learning sweeper's, which pairs nothing.
     """
 
     layout: Layout
@@ -46,6 +45,7 @@ class Sweep:
     command: list[str]
     console: Console
     retry: bool = False
+    proposed: bool = False
     id: str = ""
     parent: str = ""
     plan: Plan | None = None
@@ -86,7 +86,7 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
 
 def _run(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
     with Store(sweep) as store, Workers([{**e, **store.environment} for e in environments]) as workers:
-        sweep.plan = _plan(sweep, workers)
+        sweep.plan = plan_sweep(sweep, workers)
         store.open()
         _remember(sweep)
         try:
@@ -120,53 +120,6 @@ def _remember(sweep: Sweep, ended: bool = False) -> None:
     beside = sweep.folder / f".{NOTE}"
     beside.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     beside.replace(sweep.folder / NOTE)
-
-
-def _plan(sweep: Sweep, workers: Workers) -> Plan | None:
-    """Make the plan, say what it can show, and save it before the first run."""
-    if len(sweep.layout.arms) < 2:
-        what = "its values make blocks (compare.block)" if len(sweep.layout.blocks) > 1 else "only the seed varies"
-        sweep.console.print(f"One arm: {what}, so the sweep runs but there is nothing to compare.", highlight=False)
-        return None
-    known = workers.ask(sweep.jobs[0].request("describe"))
-    if known.get("error"):
-        raise UserError(known["error"])
-    metric = sweep.compare.metric or known["primary"]
-    if metric not in known["directions"] and sweep.compare.direction == "auto":
-        names = ", ".join(known["directions"])
-        raise UserError(f"compare.metric={metric} is no metric of the task, which has {names}; name one of them.")
-    plan = make_plan(
-        sweep.compare,
-        arms=arm_settings(sweep.jobs),
-        seeds=sweep.layout.seeds,
-        blocks=sweep.layout.blocks,
-        metric=metric,
-        direction=known["directions"].get(metric, ""),
-    )
-    save_plan(plan, sweep.folder)
-    for line in plan.statement():
-        sweep.console.print(line, highlight=False, soft_wrap=True)
-    for name, settings in plan.arms.items():
-        if name != plan.reference and settings == plan.arms[plan.reference]:
-            sweep.console.print(f"{name} and {plan.reference} differ in nothing: an A/A test.", highlight=False)
-    return plan
-
-
-def arm_settings(jobs: Sequence[Prepared]) -> dict[str, dict[str, Any]]:
-    """For every arm the settings, flattened, in which the arms' first jobs differ."""
-    first: dict[str, dict[str, Any]] = {}
-    unlike = ("name", "tags", "output", "tracking", "compare", "experiment", "arm", "debug", "seed")
-    for one in jobs:
-        if one.job.arm not in first:
-            first[one.job.arm] = flatten({k: v for k, v in plain(one.config).items() if k not in unlike})
-    keys = sorted({key for settings in first.values() for key in settings})
-    differing = [key for key in keys if len({json.dumps(s.get(key), sort_keys=True) for s in first.values()}) > 1]
-    found = {arm: {key: settings[key] for key in differing if key in settings} for arm, settings in first.items()}
-    compare = jobs[0].config.compare
-    for name, taken in (("final_of", compare.final_of), ("equal_macs", compare.equal_macs)):
-        for arm in found.keys() & taken.keys():
-            found[arm][f"compare.{name}"] = taken[arm]
-    return found
 
 
 def _run_jobs(sweep: Sweep, workers: Workers, store: Store) -> None:

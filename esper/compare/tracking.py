@@ -14,6 +14,7 @@ import esper
 from esper.compare.store import ARM, BLOCK, SEED, SWEEP
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
+from esper.tracking.reach import check_store
 from esper.tracking.shared import SOCKET
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Store:
     def __enter__(self) -> Store:
         if not isinstance(self._config, MlflowConfig):
             return self
+        check_store(self._config, self.sweep.jobs[0].config.output)
         self._home = tempfile.TemporaryDirectory(prefix="esper-")
         path = str(Path(self._home.name) / "store")  # short: a socket's path has 107 characters
         self.environment = {SOCKET: path}

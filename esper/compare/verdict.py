@@ -7,7 +7,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.signflip import equivalence, sign_flip
+from esper.compare.runs import Pairs
+from esper.compare.signflip import FLIPS, equivalence, sign_flip
 from esper.compare.statistics import holm
 
 Array = NDArray[np.float64]
@@ -41,12 +42,24 @@ def classify(mean: Array, p_difference: Array, p_equivalence: Array, alpha: floa
     return codes
 
 
+def equivalence_of(pairs: Pairs, margin: float, flips: int = FLIPS) -> float:
+    """P-value of "the arms differ by ``margin`` or more", by TOST over the pairs in which both runs finished.
+
+    1 as soon as one arm alone failed in a pair. A failed run has no metric that could be shown to be near the other's:
+    it is worse than any value, as in worst-rank analysis (Lachin 1999, Controlled Clinical Trials 20:408) and the
+    composite strategy of ICH E9(R1), so its pair lies outside every margin. With such losses growing without bound the
+    larger of the two one-sided p-values stays at 1/4 or above, however many other pairs there are. Pairs in which both
+    runs failed show nothing and are left out here.
+    """
+    return 1.0 if pairs.lost.any() else float(equivalence(pairs.tested[pairs.finished], margin, flips=flips))
+
+
 def verdicts(
     differences: Array,
     minimum_effect: float,
     alpha: float,
     *,
-    flips: int = 9_999,
+    flips: int = FLIPS,
     rng: np.random.Generator | None = None,
 ) -> NDArray[np.int8]:
     """Verdicts of whole sweeps at once: ``[pairs, comparisons, sweeps]`` → ``[comparisons, sweeps]``.

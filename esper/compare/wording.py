@@ -25,7 +25,8 @@ def sentence(judged: Judged, plan: Plan) -> str:
     """One sentence: who, by how much, how sure, at what cost, and what is missing where nothing can be told."""
     where = " over all blocks" if judged.block == POOLED else (f" in {judged.block}" if judged.block else "")
     low, high = judged.interval
-    shown = f"{plan.metric} {judged.difference:+.3g}" + (
+    counted = " with failed runs counted as lost" if any(judged.failed) else ""
+    shown = f"{plan.metric} {judged.difference:+.3g}{counted}" + (
         f" ({low:+.3g} to {high:+.3g})" if math.isfinite(low) and math.isfinite(high) else ""
     )
     chance = judged.p_equivalent if judged.verdict == "equivalent" else judged.p_holm
@@ -37,7 +38,7 @@ def sentence(judged: Judged, plan: Plan) -> str:
         "equivalent": f"{two} are equivalent{where}, closer than {plan.minimum_effect:g}: {shown}",
         "inconclusive": f"Cannot tell {judged.arm} from {judged.reference}{where}: {shown}",
     }
-    return heads[judged.verdict] + _cost(judged) + _aside(judged, plan) + "."
+    return heads[judged.verdict] + _cost(judged) + _failures(judged) + _aside(judged, plan) + "."
 
 
 def _cost(judged: Judged) -> str:
@@ -45,8 +46,14 @@ def _cost(judged: Judged) -> str:
     return f", at {', '.join(told)}" if told else ""
 
 
+def _failures(judged: Judged) -> str:
+    names = (judged.arm, judged.reference)
+    told = [f"{count} of {name}" for count, name in zip(judged.failed, names, strict=True) if count]
+    return f"; failed runs: {', '.join(told)}" if told else ""
+
+
 def _aside(judged: Judged, plan: Plan) -> str:
-    if judged.verdict in ("B better", "A better") and abs(judged.difference) < plan.minimum_effect:
+    if judged.verdict in ("B better", "A better") and abs(judged.difference) < plan.minimum_effect and not any(judged.failed):
         return f"; the difference seen is below the {plan.minimum_effect:g} worth having"
     if judged.verdict != "inconclusive":
         return ""

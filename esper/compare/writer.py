@@ -163,7 +163,8 @@ def main() -> int:
             answers.write(json.dumps({"parent": writer.parent}) + "\n")
         except Exception as error:  # told to the sweep, which says it to the user
             traceback.print_exc()
-            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+            first = (str(error).splitlines() or [""])[0][:200]  # the log has the rest
+            answers.write(json.dumps({"error": f"{type(error).__name__}: {first}"}) + "\n")
         if request["ask"] == "close":
             return 0
     if writer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,44 +14,52 @@ from esper.tracking.config import MlflowConfig, tracking_uri
 SQLITE = "sqlite:///"
 MAGIC = b"SQLite format 3\x00"  # https://www.sqlite.org/fileformat.html, first 16 bytes
 WAIT_S = 5.0
-_OTHERWISE = "or choose tracking=csv"
+#: What MLflow itself opens, besides the schemes of installed plugins.
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 
 
 def check_store(config: MlflowConfig, outputs: str) -> None:
-    """Refuse a server that does not answer and a database file that is none.
+    """Refuse a server that does not answer, a database file that is none, and what MLflow has no store for.
 
     Raises:
         UserError: naming the URI and what to do.
     """
-    uri = tracking_uri(config, outputs)
-    if uri.startswith(("http://", "https://")):
-        _check_server(uri)
+    check_uri(tracking_uri(config, outputs), "tracking.uri", "or choose tracking=csv")
+
+
+def check_uri(uri: str, key: str, otherwise: str) -> None:
+    """The same for a URI that was given by ``key``; ``otherwise`` is what else there is to do.
+
+    Raises:
+        UserError: naming the URI and what to do.
+    """
+    scheme = uri.partition("://")[0].partition("+")[0]
+    if scheme in ("http", "https"):
+        _check_server(uri, key, otherwise)
     elif uri.startswith(SQLITE):
-        _check_file(Path(uri.removeprefix(SQLITE).partition("?")[0]))
-    elif "://" not in uri or uri.startswith("file:"):
-        raise UserError(f"tracking.uri={uri} is a folder; give sqlite:///<absolute path>.db or http(s)://<server>.")
+        _check_file(Path(uri.removeprefix(SQLITE).partition("?")[0]), key, otherwise)
+    elif "://" not in uri or scheme == "file":
+        raise UserError(f"{key}={uri} is a folder; give sqlite:///<absolute path>.db or http(s)://<server>.")
+    elif scheme not in SCHEMES and scheme not in {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}:
+        raise UserError(f"{key}={uri} is of no kind that MLflow knows; give sqlite:///<absolute path>.db or http(s)://<server>.")
 
 
-def _check_server(uri: str) -> None:
+def _check_server(uri: str, key: str, otherwise: str) -> None:
     parts = urlsplit(uri)
     try:
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         socket.create_connection((parts.hostname or "", port), WAIT_S).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"tracking.uri={uri} does not answer ({str(reason).lower()}); start the server (mlflow server), {_OTHERWISE}."
-        ) from error
+        raise UserError(f"{key}={uri} does not answer ({str(reason).lower()}); start the server (mlflow server), {otherwise}.") from error
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, key: str, otherwise: str) -> None:
     if not path.exists():
         return
     if not os.access(path, os.W_OK):
-        raise UserError(f"The MLflow store {path} cannot be written; get the right to, give another tracking.uri, {_OTHERWISE}.")
+        raise UserError(f"The MLflow store {path} cannot be written; get the right to, give another {key}, {otherwise}.")
     with path.open("rb") as file:
         head = file.read(len(MAGIC))
     if head not in (b"", MAGIC):
-        raise UserError(
-            f"The MLflow store {path} is damaged or no SQLite database; move it away, give another tracking.uri, {_OTHERWISE}."
-        )
+        raise UserError(f"The MLflow store {path} is damaged or no SQLite database; move it away, give another {key}, {otherwise}.")

@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 PAIRS = (6, 8, 10, 15, 20, 30)
 ARMS = (2, 3, 4, 6)
 SEQUENTIAL_PAIRS = (10, 15, 20, 30)
-SEQUENTIAL_ARMS = (2, 4)
+SEQUENTIAL_ARMS, LOOKS = (2, 4), 3
 ALPHA, POWER, MARGIN = 0.05, 0.8, 1.0  # the margin in standard deviations of a paired difference
 SAMPLES = 360  # size of the test set behind the bounded accuracies (digits keeps 20 % of 1,797)
 UNIT = np.sqrt(60 * 4 / (64 * 65) / SAMPLES)  # mean of p·(1 − p) over Beta(60, 4) is 60·4 / (64·65)
@@ -139,9 +139,9 @@ def sequential_settings(name: str, pairs: int, sweeps: int) -> Iterator[dict[str
     """Error rate of sweeps that are looked at three times and stopped when decided."""
     rng, draw = generator(f"sequential {name}", pairs), DRAWS[name]
     for arms in SEQUENTIAL_ARMS:
-        looks = look_pairs(pairs, 3, fewest_pairs(ALPHA, arms - 1))
+        looks = look_pairs(pairs, LOOKS, fewest_pairs(ALPHA, arms - 1))
         wrong = found = 0
-        effect = detectable(pairs, POWER, ALPHA, arms - 1)
+        effect = detectable(pairs, POWER, ALPHA, arms - 1, looks=LOOKS)
         shift = shift_of(draw, rng, effect)
         for size in batches(sweeps):
             null = differences(draw, rng, pairs, size, np.zeros(arms))
@@ -182,7 +182,7 @@ def _wrong(row: dict[str, object], column: str, draw: Draw, rng: np.random.Gener
     null = differences(draw, rng, pairs, size, np.zeros(arms))
     if row["mode"] == "fixed":
         return int((holm(sign_flip(null, rng=rng)) <= ALPHA).any(axis=0).sum())
-    looks = look_pairs(pairs, 3, fewest_pairs(ALPHA, arms - 1))
+    looks = look_pairs(pairs, LOOKS, fewest_pairs(ALPHA, arms - 1))
     return int(sequential_holm(null, looks, pairs, ALPHA, flips=1_999, rng=rng).any(axis=0).sum())
 
 

@@ -70,6 +70,45 @@ def test_failed_runs_are_counted_and_hurt_the_arm_that_failed() -> None:
     assert (hurt.failed, hurt.pairs) == ((4, 0), 10)
 
 
+def without(runs: list[Run], arm: str, seeds: range) -> list[Run]:
+    return [dataclasses.replace(r, status="FAILED", value=float("nan")) if r.arm == arm and r.seed in seeds else r for r in runs]
+
+
+@pytest.mark.parametrize("failed", [1, 5, 7, 8, 10, 15])
+def test_an_arm_that_fails_is_never_equivalent_however_alike_its_other_runs_are(failed: int) -> None:
+    alike = runs_of({"host": 0.0, "up": 0.0}, 15, 0.0005)
+    assert analyse(alike, plan_of(("host", "up"), 15)).verdicts[0].verdict == "equivalent"
+    row = analyse(without(alike, "up", range(failed)), plan_of(("host", "up"), 15)).verdicts[0]
+    assert (row.verdict, row.p_equivalent) == ("A better" if failed >= 7 else row.verdict, 1.0)
+    assert row.verdict in ("A better", "inconclusive")
+    assert f"failed runs: {failed} of up" in row.sentence
+
+
+def test_as_many_failures_on_either_side_show_no_equivalence_and_neither_do_pairs_in_which_both_failed() -> None:
+    alike = runs_of({"host": 0.0, "up": 0.0}, 15, 0.0005)
+    crossed = without(without(alike, "up", range(7)), "host", range(7, 14))
+    row = analyse(crossed, plan_of(("host", "up"), 15)).verdicts[0]
+    assert row.verdict == "inconclusive" and "failed runs: 7 of up, 7 of host" in row.sentence
+    for both, verdict in ((7, "equivalent"), (11, "inconclusive")):  # 8 pairs are left, and 4
+        runs = without(without(alike, "up", range(both)), "host", range(both))
+        assert analyse(runs, plan_of(("host", "up"), 15)).verdicts[0].verdict == verdict
+
+
+def test_without_a_minimum_effect_an_arm_that_fails_every_time_is_worse() -> None:
+    runs = [Run("host", seed, 0.9) for seed in range(10)] + [Run("up", seed, float("nan"), status="FAILED") for seed in range(10)]
+    row = analyse(runs, plan_of(("host", "up"), minimum_effect=0.0)).verdicts[0]
+    assert row.verdict == "A better" and max(row.points) < 0.0
+    assert "up is worse than host" in row.sentence and "failed runs: 10 of up" in row.sentence
+
+
+def test_a_failure_in_one_block_keeps_the_pooled_verdict_from_equivalent() -> None:
+    alike = [dataclasses.replace(run, block=block) for block in ("x", "y") for run in runs_of({"host": 0.0, "up": 0.0}, 15, 0.0005)]
+    plan = plan_of(("host", "up"), 15, blocks=("x", "y"))
+    broken = [dataclasses.replace(r, value=float("nan")) if (r.arm, r.block, r.seed) == ("up", "x", 3) else r for r in alike]
+    assert [row.verdict for row in analyse(alike, plan).verdicts] == ["equivalent"] * 3
+    assert [row.verdict for row in analyse(broken, plan).verdicts] == ["inconclusive", "equivalent", "inconclusive"]
+
+
 def test_a_sweep_in_which_all_runs_failed_is_refused() -> None:
     with pytest.raises(UserError, match="All 2 runs"):
         analyse([Run("host", 0, float("nan")), Run("up", 0, 1.0, status="FAILED")], plan_of(("host", "up")))
@@ -142,6 +181,30 @@ def test_figures_are_drawn_for_every_block(tmp_path: Path) -> None:
     paths = draw(analyse(runs, plan), plan, tmp_path)
     assert [p.name for p in paths] == ["pairs.png", "cost-digits.png", "cost-mnist1d.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in paths)
+
+
+def test_five_pairs_can_be_equivalent_and_the_note_says_only_what_they_cannot_be() -> None:
+    result = analyse(runs_of({"host": 0.0, "up": 0.0}, 5, 0.0005), plan_of(("host", "up"), 5))
+    assert result.verdicts[0].verdict == "equivalent"
+    assert result.notes == ["With fewer than 6 pairs no arm can be called better, however clear the difference."]
+
+
+def test_a_level_below_one_in_ten_thousand_can_be_reached_with_many_pairs_too() -> None:
+    plan = plan_of(("host", "up", "down", "more"), 20, alpha=2e-4)
+    result = analyse(runs_of({"host": 0.0, "up": 0.1, "down": -0.1, "more": 0.2}, 20), plan)
+    assert [row.verdict for row in result.verdicts] == ["B better", "A better", "B better"]
+    assert all(np.isfinite(row.interval).all() for row in result.verdicts)
+    for changed in ({"alpha": 1e-5}, {"alpha": 5e-5, "ranking": True}):
+        with pytest.raises(UserError, match=r"compare.alpha=.* p-values below .*; raise alpha or compare fewer arms"):
+            plan_of(("host", "up", "down", "more"), 20, **changed)
+    assert plan_of(("host", "up", "down", "more"), 15, alpha=1e-5).statement()[1].startswith("Too few pairs: below 20 ")
+
+
+def test_a_sequential_plan_states_the_power_of_the_looks() -> None:
+    once, looked = (plan_of(("host", "up"), 20, sequential=sequential, spread=0.0).statement()[1] for sequential in (False, True))
+    assert looked.startswith("20 pairs, looked at after 7, 13 or 20, find a difference of ")
+    one_look, three_looks = (float(text.partition("difference of ")[2].split()[0]) for text in (once, looked))
+    assert three_looks > one_look + 0.01
 
 
 def test_the_plan_says_what_its_pairs_can_find() -> None:

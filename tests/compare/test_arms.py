@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm
+from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm, refuse_repeated
 from esper.errors import UserError
 
 
@@ -32,6 +32,27 @@ def test_several_varying_keys_are_named_and_constant_ones_are_not() -> None:
 
 def test_a_sweep_over_seeds_alone_has_one_arm() -> None:
     assert lay_out(jobs("seed=0", "seed=1"), []).arms == ("",)
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        (("x=a seed=0", "x=a seed=0", "x=b seed=0", "x=b seed=0"), r"Jobs 0 and 1 of the sweep are the same run \(x=a seed=0\)"),
+        (("x=a seed=0", "x=a seed=1", "x=a seed=0", "x=a seed=1"), r"Jobs 0 and 2 .* \(x=a seed=0\)"),
+        (("task=a x=1", "task=b x=1", "task=a x=1", "task=b x=1"), r"Jobs 0 and 2 .* \(task=a x=1\)"),
+    ],
+)
+def test_a_run_that_occurs_twice_is_refused_by_its_jobs(texts: tuple[str, ...], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        refuse_repeated(lay_out(jobs(*texts), ["task"]))
+    refuse_repeated(lay_out(jobs("x=a seed=0", "x=a seed=1", "x=b seed=0", "x=b seed=1"), ["task"]))
+
+
+@pytest.mark.parametrize("key", ["compare.alpha", "compare", "tracking.uri", "tracking", "output", "name", "tags", "resume"])
+def test_several_values_of_what_belongs_to_the_whole_sweep_are_refused(key: str) -> None:
+    with pytest.raises(UserError, match=f"^{key} has several values in this sweep; .* make no arms: give one value of {key}"):
+        lay_out(jobs(f"{key}=a seed=0", f"{key}=b seed=0"), [])
+    assert lay_out(jobs(f"{key}=a seed=0", f"{key}=a seed=1"), []).arms == ("",)
 
 
 def test_an_override_of_what_an_arm_sets_is_refused_naming_key_and_arm(tmp_path: Path) -> None:

@@ -17,13 +17,17 @@ from rich.console import Console
 
 from esper.cli.compose import compose
 from esper.compare.arms import lay_out
+from esper.compare.config import CompareConfig
 from esper.compare.jobs import Prepared
 from esper.compare.plan import make_plan
-from esper.compare.sweep import Sweep, _run_jobs, arm_settings
+from esper.compare.planning import arm_settings, plan_sweep
+from esper.compare.sweep import Sweep, _run_jobs
 from esper.compare.tracking import Store
 from esper.compare.waves import waves
+from esper.compare.worker import describe
 from esper.config import RootConfig, build, config_hash
 from esper.errors import UserError
+from esper.tracking.config import MlflowConfig
 
 #: (config, folder) -> (test accuracy, status)
 Outcome = Callable[[RootConfig, Path], tuple[float, str]]
@@ -35,6 +39,9 @@ class InstantWorkers:
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.ran: list[RootConfig] = []
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        return describe(request)
 
     def run(self, requests: Sequence[dict[str, Any]], started: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, request in enumerate(requests):
@@ -75,6 +82,71 @@ def go(sweep: Sweep, outcome: Outcome) -> InstantWorkers:
 
 def good(config: RootConfig, folder: Path) -> tuple[float, str]:
     return 0.5, "FINISHED"
+
+
+ACCURACY, BITS = {"loss": "min", "accuracy": "max"}, {"loss": "min", "bits": "min"}
+
+
+def planned(folder: Path, told: dict[str, dict[str, str]], **compare: Any) -> str:
+    """The metric and the direction in the plan of a sweep whose blocks are the tasks of ``told``, each with these metrics."""
+    texts = [[f"grafting={arm}", f"task={task}", "seed=0"] for arm in ("linear", "drift") for task in told]
+    layout = lay_out(texts, ["task"])
+    base = compose(["tracking=none"])
+    base = dataclasses.replace(base, compare=dataclasses.replace(base.compare, **compare))
+    tasks = [dataclasses.replace(base.task, name=list(told)[job.number % len(told)]) for job in layout.jobs]
+    jobs = [Prepared(job, dataclasses.replace(base, task=task), {}, folder / "job") for job, task in zip(layout.jobs, tasks, strict=True)]
+
+    class Told(InstantWorkers):
+        def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+            directions = told[request["config"]["task"]["name"]]
+            return {"primary": list(directions)[1], "directions": directions}
+
+    plan = plan_sweep(Sweep(layout, jobs, folder, [], Console(file=StringIO())), Told(good))  # type: ignore[arg-type]
+    assert plan is not None
+    return f"{plan.metric} {plan.direction}"
+
+
+def test_a_metric_that_a_task_has_not_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 2, metric="beauty", direction="max")
+    with pytest.raises(UserError, match=r"compare.metric=beauty is no metric of the task, which has loss or accuracy; .* compare.metric=…"):
+        plan_sweep(sweep, InstantWorkers(good))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_block_is_asked_for_the_metric_and_its_direction(tmp_path: Path) -> None:
+    assert planned(tmp_path / "1", {"x": ACCURACY, "y": ACCURACY}) == "accuracy max"
+    assert planned(tmp_path / "2", {"x": ACCURACY, "y": BITS}, metric="loss") == "loss min"
+    with pytest.raises(UserError, match=r"compare.metric=bits is no metric of the task of x"):
+        planned(tmp_path, {"y": BITS, "x": ACCURACY}, metric="bits", direction="min")
+    with pytest.raises(UserError, match=r"accuracy, the primary metric of the first task, is no metric of the task of y"):
+        planned(tmp_path, {"x": ACCURACY, "y": BITS})
+    with pytest.raises(UserError, match="The direction of accuracy is max of x and min of y"):
+        planned(tmp_path, {"x": ACCURACY, "y": {"loss": "min", "accuracy": "min"}}, direction="max")
+
+
+def test_jobs_that_ask_for_two_plans_are_refused(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 1)
+    sweep.jobs[1] = dataclasses.replace(sweep.jobs[1], config=dataclasses.replace(sweep.jobs[1].config, compare=CompareConfig(alpha=0.1)))
+    with pytest.raises(UserError, match="b seed=0 sets the keys of compare otherwise than a seed=0"):
+        plan_sweep(sweep, InstantWorkers(good))  # type: ignore[arg-type]
+
+
+def test_a_store_that_cannot_be_is_refused_before_a_process_is_started_for_it(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"a": [], "b": []}, 1)
+    sweep.jobs[0] = dataclasses.replace(
+        sweep.jobs[0], config=dataclasses.replace(sweep.jobs[0].config, tracking=MlflowConfig(uri="foo://x"))
+    )
+    with pytest.raises(UserError, match=r"^tracking.uri=foo://x is of no kind that MLflow knows"), Store(sweep):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_whose_jobs_a_sweeper_proposes_is_not_said_to_have_one_arm(tmp_path: Path) -> None:
+    two = sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 1)
+    sweep = dataclasses.replace(two, layout=dataclasses.replace(two.layout, arms=("",)), proposed=True)
+    assert plan_sweep(sweep, InstantWorkers(good)) is None  # type: ignore[arg-type]
+    said = sweep.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "proposes its jobs" in said and "One arm" not in said
 
 
 def test_pairs_are_complete_early(tmp_path: Path) -> None:

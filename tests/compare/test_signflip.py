@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from esper.compare.draws import generator
-from esper.compare.signflip import EXACT_PAIRS, equivalence, interval, sign_flip
+from esper.compare.signflip import EXACT_PAIRS, FLIPS, equivalence, finest_level, flips_for, interval, sign_flip, sign_patterns
 
 
 def brute(data: np.ndarray) -> float:
@@ -33,6 +33,17 @@ def test_monte_carlo_agrees_with_the_t_test_and_never_gives_zero() -> None:
     data = generator("test").normal(0.4, 1.0, 40)
     assert sign_flip(data) == pytest.approx(stats.ttest_1samp(data, 0).pvalue, abs=0.01)
     assert sign_flip(np.ones(40)) == pytest.approx(1 / 10_000)
+
+
+def test_small_levels_take_a_hundred_patterns_for_every_level_within_bounds() -> None:
+    assert [flips_for(level, 20) for level in (0.05, 0.01, 1e-3, 1e-9)] == [FLIPS, FLIPS, 99_999, 999_999]
+    assert flips_for(1e-9, 1_000) == 64_000
+    assert (finest_level(15), finest_level(20)) == (0.0, 1e-5)
+    more = sign_patterns(20, 99_999)
+    np.testing.assert_array_equal(more[: FLIPS + 1], sign_patterns(20))  # the same ones first, however many are drawn
+    assert more.nbytes == 100_000 * 20
+    clear = np.full(20, 1.0) + generator("test").normal(0, 0.1, 20)
+    assert sign_flip(clear, flips=99_999) == pytest.approx(1e-5, abs=2e-5)
 
 
 def test_six_pairs_are_the_fewest_that_reach_five_percent() -> None:

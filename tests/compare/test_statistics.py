@@ -7,6 +7,7 @@ from statsmodels.stats.power import TTestPower
 
 from esper.compare.draws import generator
 from esper.compare.power import centred, detectable, fewest_pairs, lattice, needed_pairs, power
+from esper.compare.sequential import crossing_look, look_pairs
 from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
 
 
@@ -50,6 +51,19 @@ def test_more_comparisons_need_more_pairs() -> None:
     assert needed_pairs(0.8, 0.8, 0.05, 5) > needed_pairs(0.8, 0.8, 0.05, 1)
     assert power(5, 9.0, 0.05) == 0.0
     assert detectable(5, 0.8, 0.05) == np.inf
+
+
+def test_power_at_small_levels_is_a_number_that_grows_with_the_effect() -> None:
+    found = [power(33, effect, 1e-4, 2) for effect in np.arange(0.1, 3.0, 0.1)]
+    assert np.isfinite(found).all() and found == sorted(found)
+
+
+@pytest.mark.parametrize(("pairs", "comparisons", "wanted"), [(10, 1, 0.8), (20, 1, 0.8), (30, 3, 0.9), (60, 1, 0.7)])
+def test_stated_power_of_a_sequential_sweep_is_the_power_it_has(pairs: int, comparisons: int, wanted: float) -> None:
+    effect = detectable(pairs, wanted, 0.05, comparisons, (), 3)
+    data = generator("looked").standard_normal((pairs, 2_000)) + effect
+    found = crossing_look(data, look_pairs(pairs, 3, fewest_pairs(0.05, comparisons)), pairs, 0.05 / comparisons, flips=1_999) >= 0
+    assert found.mean() == pytest.approx(wanted, abs=0.03)
 
 
 def test_a_heavy_tailed_pilot_states_more_power() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from esper.compare.analysis import analyse
+from esper.compare.command import main as compare
 from esper.compare.plan import Plan
 from esper.compare.store import ARM, BLOCK, KIND, PLAN, SEED, SWEEP, children, find_sweep, pieces, plan_of, run_of_store
 from esper.errors import UserError
@@ -18,10 +23,15 @@ ARMS = {"host": {"x": 1}, "grown": {"x": 2, "why": "long " * 2_000}}
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Any:
     from esper.tracking.mlflow_store import experiment_id, quiet_client
 
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    uri = f"sqlite:///{folder}/mlflow.db"
     made = quiet_client(uri)
     experiment_id(made, uri, "esper")
     return made
@@ -99,3 +109,60 @@ def test_an_empty_store_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="no sweep 'x'; it has: none"):
         find_sweep(quiet_client(f"sqlite:///{tmp_path}/mlflow.db"), "x")
+
+
+@pytest.fixture
+def chatter(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server that is none of MLflow's."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "3")
+        monkeypatch.delenv(name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_store_that_cannot_be_read_is_a_sentence_and_is_left_as_it_is(tmp_path: Path, chatter: str) -> None:
+    letter, other, torn = tmp_path / "letter.db", tmp_path / "other.db", tmp_path / "torn.db"
+    letter.write_text("a letter to a friend, and not a database")
+    torn.write_bytes(b"SQLite format 3\x00" + b"\xff" * 8_000)
+    with sqlite3.connect(other) as opened:
+        opened.execute("CREATE TABLE recipes (name TEXT)")
+    before = other.read_bytes()
+    for uri, sentence in (
+        (f"sqlite:///{letter}", "letter.db is damaged or no SQLite database; move it away, give another uri"),
+        (f"sqlite:///{torn}", "torn.db cannot be read"),
+        (f"sqlite:///{other}", "There is no store at sqlite:///.*other.db"),
+        ("foo://x", "uri=foo://x is of no kind that MLflow knows"),
+        ("http://127.0.0.1:9", r"uri=http://127.0.0.1:9 does not answer \(connection refused\)"),
+        (chatter, f"The store at {chatter} cannot be read: "),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            compare(["sweep=x", f"uri={uri}", f"output={tmp_path}/out", "figures=false"])
+    assert not (tmp_path / "out").exists() and other.read_bytes() == before
+    assert (os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"], os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]) == ("1", "30")
+
+
+def test_values_that_cannot_be_read_and_a_folder_that_cannot_be_written_are_refused_before_the_analysis(
+    folder: Path, fill: Fill, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill("s7", "seventh", pairs=1)
+    words = ["sweep=s7", f"uri=sqlite:///{folder}/mlflow.db", "figures=false"]
+    with pytest.raises(UserError, match=r"'alpha=\[1' cannot be read: alpha takes one plain value"):
+        compare([*words, "alpha=[1"])
+    with pytest.raises(UserError, match=r"The results cannot be written to /proc/nope/compare/s7 \(.*\); give another folder: output=…"):
+        compare([*words, "output=/proc/nope"])
+    assert capsys.readouterr().out == ""

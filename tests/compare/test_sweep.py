@@ -181,3 +181,22 @@ def test_jobs_that_differ_in_their_seed_alone_are_composed_once_and_are_what_the
     for one in sweep.jobs:
         assert one.config == compose([f"grafting={one.config.grafting.name}", f"seed={one.config.seed}", *words])
         assert one.folder.name.startswith(f"{one.config.seed}-{one.config.grafting.name}-")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["grafting=linear,drift", "seed=0,0"], "Jobs 0 and 1 of the sweep are the same run (grafting=linear seed=0"),
+        (["grafting=linear,drift", "hydra.sweeper.max_batch_size=1"], "hydra.sweeper.max_batch_size=1 cuts the sweep into pieces"),
+    ],
+)
+def test_a_sweep_that_cannot_be_compared_is_refused_before_its_first_run(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from esper.app import main
+    from esper.compare import launch
+
+    monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", *words, "tracking=none"]) == 2
+    assert sentence in capsys.readouterr().err

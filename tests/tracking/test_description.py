@@ -62,6 +62,9 @@ def test_a_server_that_listens_passes_and_one_that_does_not_is_refused(tmp_path:
         check_store(MlflowConfig(uri=uri), str(tmp_path))
     with pytest.raises(UserError, match="does not answer"):
         check_store(MlflowConfig(uri="http://127.0.0.1:99999999"), str(tmp_path))
+    with pytest.raises(UserError, match=r"tracking.uri=foo://x is of no kind that MLflow knows; give sqlite:///"):
+        check_store(MlflowConfig(uri="foo://x"), str(tmp_path))
+    check_store(MlflowConfig(uri="postgresql+psycopg2://user@somewhere/store"), str(tmp_path))
 
 
 def test_a_store_may_be_new_or_empty_but_no_other_file(tmp_path: Path):

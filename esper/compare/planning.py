@@ -1,0 +1,114 @@
+"""The plan of a sweep from its jobs: every task is asked for its metrics, and what the pairs can show is said, before the first run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from esper.compare.plan import Plan, make_plan, save_plan
+from esper.config import listing, nearest, plain
+from esper.errors import UserError
+from esper.tracking.record import flatten
+
+if TYPE_CHECKING:
+    from esper.compare.jobs import Prepared
+    from esper.compare.sweep import Sweep
+    from esper.compare.workers import Workers
+
+#: Settings in which the jobs of one sweep may differ without being other arms.
+BESIDE = ("name", "tags", "output", "tracking", "compare", "experiment", "arm", "debug", "seed")
+
+
+def plan_sweep(sweep: Sweep, workers: Workers) -> Plan | None:
+    """Make the plan, say what it can show, and save it; None where there is nothing to compare.
+
+    Raises:
+        UserError: jobs that ask for different plans, or no metric that every task has and means in the same direction.
+    """
+    if len(sweep.layout.arms) < 2:
+        sweep.console.print(f"{_why_alone(sweep)}, so the sweep runs but there is nothing to compare.", highlight=False)
+        return None
+    if unlike := [one for one in sweep.jobs if one.config.compare != sweep.compare]:
+        raise UserError(
+            f"{unlike[0].job.label} sets the keys of compare otherwise than {sweep.jobs[0].job.label}, and a sweep has one plan; "
+            "take compare out of the arms' files and give it on the command line."
+        )
+    metric, direction = primary(sweep, workers)
+    plan = make_plan(
+        sweep.compare,
+        arms=arm_settings(sweep.jobs),
+        seeds=sweep.layout.seeds,
+        blocks=sweep.layout.blocks,
+        metric=metric,
+        direction=direction,
+    )
+    save_plan(plan, sweep.folder)
+    for line in plan.statement():
+        sweep.console.print(line, highlight=False, soft_wrap=True)
+    for name, settings in plan.arms.items():
+        if name != plan.reference and settings == plan.arms[plan.reference]:
+            sweep.console.print(f"{name} and {plan.reference} differ in nothing: an A/A test.", highlight=False)
+    return plan
+
+
+def _why_alone(sweep: Sweep) -> str:
+    if sweep.proposed:
+        return "The sweeper proposes its jobs as it learns, and nothing is paired"
+    return f"One arm: {'its values make blocks (compare.block)' if len(sweep.layout.blocks) > 1 else 'only the seed varies'}"
+
+
+def primary(sweep: Sweep, workers: Workers) -> tuple[str, str]:
+    """The metric that the sweep is judged by and which way is better, as all of its tasks have it.
+
+    Raises:
+        UserError: a task without the metric, or two that mean it in opposite directions.
+    """
+    metric, directions = sweep.compare.metric, {}
+    for where, known in _tasks(sweep, workers):
+        metric = metric or known["primary"]
+        if metric not in known["directions"]:
+            asked = f"compare.metric={metric}" if sweep.compare.metric else f"{metric}, the primary metric of the first task,"
+            names = list(known["directions"])
+            raise UserError(
+                f"{asked} is no metric of the task{where}, which has {listing(names)}{nearest(metric, names)}; "
+                "give one that every task of the sweep has: compare.metric=…."
+            )
+        directions.setdefault(known["directions"][metric], where)
+    if len(directions) > 1:
+        told = " and ".join(f"{direction}{where}" for direction, where in directions.items())
+        raise UserError(f"The direction of {metric} is {told}, and a sweep is judged in one; give each of these tasks a sweep of its own.")
+    return metric, next(iter(directions))
+
+
+def _tasks(sweep: Sweep, workers: Workers) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each distinct task of the sweep answers, asked of the first job of every arm and block; where it is, in words."""
+    asked: list[Any] = []
+    seen: set[tuple[str, str]] = set()
+    for one in sweep.jobs:
+        place = (one.job.arm, one.job.block)
+        if place in seen or one.config.task in asked:
+            continue
+        seen.add(place)
+        known = workers.ask(one.request("describe"))
+        if known.get("error"):
+            raise UserError(known["error"])
+        where = one.job.block or (one.job.arm if asked else "")
+        asked.append(one.config.task)
+        yield f" of {where}" if where else "", known
+
+
+def arm_settings(jobs: Sequence[Prepared]) -> dict[str, dict[str, Any]]:
+    """For every arm the settings, flattened, in which the arms' first jobs differ."""
+    first: dict[str, dict[str, Any]] = {}
+    for one in jobs:
+        if one.job.arm not in first:
+            first[one.job.arm] = flatten({k: v for k, v in plain(one.config).items() if k not in BESIDE})
+    keys = sorted({key for settings in first.values() for key in settings})
+    differing = [key for key in keys if len({json.dumps(s.get(key), sort_keys=True) for s in first.values()}) > 1]
+    found = {arm: {key: settings[key] for key in differing if key in settings} for arm, settings in first.items()}
+    compare = jobs[0].config.compare
+    for name, taken in (("final_of", compare.final_of), ("equal_macs", compare.equal_macs)):
+        for arm in found.keys() & taken.keys():
+            found[arm][f"compare.{name}"] = taken[arm]
+    return found
