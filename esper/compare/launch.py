@@ -48,7 +48,8 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     if len({one.folder for one in jobs}) < len(jobs):
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
     sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry)
-    run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads)[: len(jobs)])
+    gpu = any(one.config.trainer.device != "cpu" for one in jobs)
+    run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
     if sweep.failures:
         retry = f"{resume_command(sweep)} hydra.launcher.retry=true"
         count = "1 job" if len(sweep.failures) == 1 else f"{len(sweep.failures)} jobs"
