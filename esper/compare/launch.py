@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -66,17 +66,8 @@ def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int, s
     choices = {key: str(value) for key, value in config.hydra.runtime.choices.items() if value is not None}
     unique = hashlib.sha256(str(sweep).encode()).hexdigest()[:6]  # the folder's name is the run's name on the bus
     folder = sweep / f"{config.hydra.sweep.subdir}-{unique}"
-    checked = _leaner(from_hydra(config, choices), overrides)
+    checked = from_hydra(config, choices)
     return Prepared(Job(number, tuple(overrides), "", "", checked.seed), checked, choices, folder)
-
-
-def _leaner(config: Any, overrides: Sequence[str]) -> Any:
-    """A sweep keeps no model, figures and system metrics of each of its runs unless they are asked for."""
-    asked = {text.partition("=")[0].lstrip("+") for text in overrides}
-    for key, value in (("model", False), ("figures", False), ("system_s", 0.0)):
-        if hasattr(config.tracking, key) and f"tracking.{key}" not in asked:
-            setattr(config.tracking, key, value)
-    return config
 
 
 def _whole(launcher: WorkersLauncher) -> bool:

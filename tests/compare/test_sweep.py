@@ -195,6 +195,44 @@ def test_the_controls_end_in_a_figure_and_a_sentence(tmp_path: Path) -> None:
     assert (tmp_path / "s" / "figures" / "cost.png").stat().st_size > 10_000
 
 
+LEAN = {"figures": False, "model": False, "system_s": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ([], LEAN),
+        (["tracking.figures=true"], {**LEAN, "figures": True}),
+        (["experiment=drawn"], {**LEAN, "figures": True}),
+        (["experiment=drawn", "tracking.figures=false"], LEAN),
+        (["arm=measured", "tracking.model=true"], {**LEAN, "system_s": 5.0, "model": True}),
+        (["tracking=ours"], {**LEAN, "model": True}),
+    ],
+    ids=str,
+)
+def test_a_sweep_keeps_little_of_each_run_unless_a_file_or_a_word_asks(
+    words: list[str], kept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esper.app import main
+    from esper.cli import conf
+    from esper.compare import launch
+
+    files = {
+        "experiment/drawn": "# @package _global_\n# Draws\ntracking: {figures: true}\n",
+        "arm/measured": "# @package _global_\n# Measures\ntracking: {system_s: 5.0}\n",
+        "tracking/ours": "# Ours\ndefaults: [mlflow]\nmodel: true\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.yaml").write_text(text)
+    seen: list[Any] = []
+    monkeypatch.setattr(conf, "_own", [])
+    monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: seen.append(sweep))
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", "seed=0,1", *words, "--config-dir", str(tmp_path)]) == 0
+    assert [{key: getattr(one.config.tracking, key) for key in LEAN} for one in seen[0].jobs] == [kept, kept]
+
+
 def test_jobs_that_differ_in_their_seed_alone_are_composed_once_and_are_what_they_would_be(tmp_path: Path, monkeypatch: Any) -> None:
     from esper.app import main
     from esper.cli.compose import compose

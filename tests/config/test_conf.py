@@ -39,6 +39,15 @@ def test_a_file_has_the_keys_types_and_defaults_of_its_dataclass(group: str, nam
         assert [type(value) for value in written.values()] == [type(value) for value in expected.values()]
 
 
+def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() -> None:
+    files = sorted((conf.folder() / "sweep").glob("*/*.yaml"))
+    assert [path.relative_to(conf.folder() / "sweep").as_posix() for path in files] == ["tracking/csv.yaml", "tracking/mlflow.yaml"]
+    for path in files:
+        single = (conf.folder() / "tracking" / path.name).read_text(encoding="utf-8").splitlines()[1:]
+        pairs = zip(single, path.read_text(encoding="utf-8").splitlines()[1:], strict=True)
+        assert {one.partition(":")[0] for one, other in pairs if one != other} <= {"figures", "model", "system_s"}
+
+
 @pytest.mark.parametrize("group", list(conf.groups()))
 def test_every_option_that_a_package_offers_has_a_file(group: str) -> None:
     if group not in PRESETS:
