@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from esper.cli import conf, overrides
 from esper.compare.arms import refuse_overridden_arm
-from esper.config import PRESETS, RootConfig, build
+from esper.compare.config import LauncherConfig
+from esper.config import PRESETS, RootConfig, build, structure
 from esper.errors import UserError
 
 
@@ -155,6 +156,9 @@ def _compose(parsed: list[Override]) -> Composed:
     if arm := internals.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
+    launcher = dict(internals.launcher)
+    if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
+        structure(LauncherConfig, launcher, "hydra.launcher")
     config = from_hydra(tree, dict(internals.runtime.choices))
     sweep = {str(key): str(value) for key, value in (internals.sweeper.get("params") or {}).items()}
     return Composed(config, str(internals.mode).endswith("MULTIRUN"), sweep, tree)

@@ -18,6 +18,9 @@ from esper.errors import UserError
 #: Where a user's own part takes its arguments.
 _ARGUMENT = re.compile(rf"({'|'.join(CUSTOM)})\.args\.\w")
 
+#: A setting that itself holds keys, of which no file knows: ``compare.tune={optimizer.lr:[0.001,0.003]}``.
+_KEYS = re.compile(r"(?!hydra\.)\w+(\.\w+)+=\{")
+
 
 def parse(words: Sequence[str]) -> list[Override]:
     """Overrides from the command line's words.
@@ -31,15 +34,15 @@ def parse(words: Sequence[str]) -> list[Override]:
 def quoted(words: Sequence[str]) -> list[str]:
     """The words as Hydra must have them.
 
-    Option names that its grammar would read as numbers are quoted (``debug=nan``), and arguments of the user's own parts, of
-    which no file knows, are added (``model.args.width=64``).
+    Option names that its grammar would read as numbers are quoted (``debug=nan``), and keys of which no file knows are added:
+    arguments of the user's own parts (``model.args.width=64``), and what stands in braces (``compare.fresh_seeds={again:1000}``).
     """
     return [_quote(word) for word in words]
 
 
 def _quote(word: str) -> str:
     group, _, text = word.partition("=")
-    if _ARGUMENT.match(group):
+    if _ARGUMENT.match(group) or _KEYS.match(word):
         return f"++{word}"
     names = text.split(",")
     if "nan" not in names or group not in conf.groups():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from esper.compare.runs import POOLED, Pairs, Run, by_seed, pair, pool
 from esper.compare.sequential import look_pairs, sequential_holm
 from esper.compare.signflip import flips_for, interval, sign_flip
 from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
+from esper.compare.tuned import Tuned
 from esper.compare.verdict import Verdict, classify, equivalence_of
 from esper.errors import UserError
 
@@ -74,6 +75,7 @@ class Comparison:
     notes: list[str]
     ranking: list[Judged] = field(default_factory=list)
     conclusion: list[str] = field(default_factory=list)
+    tuned: list[Tuned] = field(default_factory=list)
 
 
 def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Comparison:
@@ -105,6 +107,11 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
         ranking=_ranking(runs, plan) if plan.ranking else [],
         conclusion=conclude(verdicts, runs, plan),
     )
+
+
+def with_tuned(comparison: Comparison, tuned: Sequence[Tuned]) -> Comparison:
+    """The comparison with what tuning chose beforehand, and a note on every tuning run that failed."""
+    return replace(comparison, tuned=list(tuned), notes=[*comparison.notes, *(line for one in tuned for line in one.warning())])
 
 
 def summarize(runs: Sequence[Run], arm: str, block: str) -> ArmSummary:

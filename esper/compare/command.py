@@ -12,11 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from esper.compare.analysis import analyse
+from esper.compare.analysis import analyse, with_tuned
 from esper.compare.config import CompareConfig
 from esper.compare.plan import Plan
 from esper.compare.report import show, write_results
-from esper.compare.store import SWEEP, children, find_sweep, plan_of, reading, run_of_store
+from esper.compare.store import SWEEP, children, find_sweep, plan_of, reading, run_of_store, tuned_of
 from esper.config import listing, nearest, structure
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = _changed(planned, given)
     runs = [run_of_store(run, plan.metric) for run in stored if run.info.status != "RUNNING"]
     _check_metric(plan.metric, stored)
-    comparison = analyse(runs, plan, planned)
+    comparison = with_tuned(analyse(runs, plan, planned), tuned_of(parent))
     console = Console()
     show(comparison, plan, console)
     files = write_results(comparison, plan, folder, figures)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from esper.cli import conf
+
 if TYPE_CHECKING:
     from hydra_plugins.esper_workers import WorkersLauncher
+
+
+def lean(loader: Any) -> None:
+    """Let Hydra's loader find the options for runs of a sweep before those of single runs with the same name.
+
+    They are defaults like these: what the user states, in a file or on the command line, has the last word.
+    """
+    path = loader.get_search_path()
+    path.prepend("sweep", f"file://{conf.folder() / 'sweep'}")
+    loader.repository.initialize_sources(path)
 
 
 def composed(launcher: WorkersLauncher, overrides: Sequence[str], number: int) -> DictConfig:

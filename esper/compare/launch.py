@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -51,7 +51,8 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     if len({one.folder for one in jobs}) < len(jobs):
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
     sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, proposed=not whole)
-    run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads)[: len(jobs)])
+    gpu = any(one.config.trainer.device != "cpu" for one in jobs)
+    run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
     if sweep.failures:
         retry = f"{resume_command(sweep)} hydra.launcher.retry=true"
         count = "1 job" if len(sweep.failures) == 1 else f"{len(sweep.failures)} jobs"
@@ -68,17 +69,8 @@ def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int, s
     choices = {key: str(value) for key, value in config.hydra.runtime.choices.items() if value is not None}
     unique = hashlib.sha256(str(sweep).encode()).hexdigest()[:6]  # the folder's name is the run's name on the bus
     folder = sweep / f"{config.hydra.sweep.subdir}-{unique}"
-    checked = _leaner(from_hydra(config, choices), overrides)
+    checked = from_hydra(config, choices)
     return Prepared(Job(number, tuple(overrides), "", "", checked.seed), checked, choices, folder)
-
-
-def _leaner(config: Any, overrides: Sequence[str]) -> Any:
-    """A sweep keeps no model, figures and system metrics of each of its runs unless they are asked for."""
-    asked = {text.partition("=")[0].lstrip("+") for text in overrides}
-    for key, value in (("model", False), ("figures", False), ("system_s", 0.0)):
-        if hasattr(config.tracking, key) and f"tracking.{key}" not in asked:
-            setattr(config.tracking, key, value)
-    return config
 
 
 def _whole(launcher: WorkersLauncher) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,12 +20,15 @@ COLOURS = {"done": "green", "running": "yellow", "waiting": "dim", "failed": "re
 
 
 class Progress:
-    """Counts by arm, refreshed in place in a terminal; a line a job elsewhere. Failures are said when they happen."""
+    """Counts by row (an arm, or its tuning), refreshed in place in a terminal; a line a job elsewhere.
 
-    def __init__(self, jobs: Sequence[Job], console: Console) -> None:
-        self.jobs = jobs
+    Failures are said when they happen.
+    """
+
+    def __init__(self, rows: Mapping[str, Sequence[Job]], console: Console) -> None:
+        self.rows = rows
         self.console = console
-        self.state = dict.fromkeys((job.number for job in jobs), "waiting")
+        self.state = dict.fromkeys((job.number for jobs in rows.values() for job in jobs), "waiting")
         self._began = time.monotonic()
         self._finished = 0
         self._live = Live(self.table(), console=console, refresh_per_second=2) if console.is_terminal else None
@@ -68,7 +71,7 @@ class Progress:
             self._live.update(self.table())
 
     def table(self) -> Table:
-        """Arms in rows, states in columns, with the time left at the present pace."""
+        """Arms and their tuning in rows, states in columns, with the time left at the present pace."""
         left = ""
         if self._finished:
             pace = (time.monotonic() - self._began) / self._finished
@@ -77,7 +80,7 @@ class Progress:
         table.add_column("arm")
         for state in STATES:
             table.add_column(state, justify="right", style=COLOURS[state])
-        for arm in dict.fromkeys(job.arm for job in self.jobs):
-            counts = Counter(self.state[job.number] for job in self.jobs if job.arm == arm)
-            table.add_row(escape(arm) or "–", *(str(counts[state]) for state in STATES))
+        for name, jobs in self.rows.items():
+            counts = Counter(self.state[job.number] for job in jobs)
+            table.add_row(escape(name) or "–", *(str(counts[state]) for state in STATES))
         return table

@@ -8,8 +8,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from esper.compare.analysis import Comparison
 from esper.compare.plan import Plan
+from esper.compare.tuned import named as listed
 from esper.compare.wording import named
 
 if TYPE_CHECKING:
@@ -73,6 +76,8 @@ def show(comparison: Comparison, plan: Plan, console: Console) -> None:
     console.print(arm_table(comparison, plan))
     if any(arm.costs or arm.growth for arm in comparison.arms):
         console.print(cost_table(comparison))
+    if comparison.tuned:
+        console.print(tuning_table(comparison, plan))
     console.print(verdict_table(comparison))
     if comparison.ranking:
         console.print(ranking_table(comparison, plan))
@@ -103,6 +108,18 @@ def cost_table(comparison: Comparison) -> Table:
     for arm in comparison.arms:
         numbers = [_number(getattr(arm, part).get(name)) for part, name in parts]
         table.add_row(*_where(arm.block, comparison), arm.arm, *numbers)
+    return table
+
+
+def tuning_table(comparison: Comparison, plan: Plan) -> Table:
+    """What every arm chose beforehand, and what choosing cost."""
+    table = _table("tuned on validation, with seeds of their own", comparison)
+    for name in ("chosen", plan.metric, "runs", "failed", "MACs"):
+        table.add_column(name, justify="left" if name == "chosen" else "right", overflow="fold")
+    for one in comparison.tuned:
+        failed = f"[red]{one.failed}[/]" if one.failed else "0"
+        chosen = [escape(listed(one.values)), _number(one.mean), str(one.runs), failed, _number(one.macs)]
+        table.add_row(*_where(one.block, comparison), one.arm, *chosen)
     return table
 
 

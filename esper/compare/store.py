@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from esper.bus.messages import Metrics
 from esper.compare.plan import Plan, parse_plan
 from esper.compare.runs import Run
+from esper.compare.tuned import Tuned, parse
 from esper.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,15 +19,22 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SWEEP, KIND, ARM, BLOCK, SEED = "esper.sweep", "esper.kind", "arm", "block", "seed"
-PLAN, JOB_ERROR = "esper.plan", "esper.error"
-PIECE = 4_000  # characters of the plan in one tag; the store takes 5,000
+PLAN, TUNED, JOB_ERROR = "esper.plan", "esper.tuned", "esper.error"
+TUNING = "tuning"  # KIND of a run that tuned an arm
+PIECE = 4_000  # characters of such a text in one tag; the store takes 5,000
 PAGE = 1_000
 GROWTH = {"germinations": "germinated", "fossils": "fossilized", "culls": "culled"}
 
 
-def pieces(plan: str) -> dict[str, str]:
-    """The plan's text as tags, so that a store without its files is enough."""
-    return {f"{PLAN}.{i // PIECE}": plan[i : i + PIECE] for i in range(0, len(plan), PIECE)}
+def pieces(text: str, name: str = PLAN) -> dict[str, str]:
+    """A long text (the plan's) as tags, so that a store without its files is enough."""
+    return {f"{name}.{i // PIECE}": text[i : i + PIECE] for i in range(0, len(text), PIECE)}
+
+
+def joined(tags: Mapping[str, str], name: str) -> str:
+    """The text that :func:`pieces` cut; empty where there is none."""
+    numbers = sorted(int(tag.removeprefix(f"{name}.")) for tag in tags if tag.startswith(f"{name}."))
+    return "".join(tags[f"{name}.{number}"] for number in numbers)
 
 
 def cost_values(summary: Mapping[str, Any]) -> Metrics:
@@ -131,7 +139,7 @@ def children(client: MlflowClient, parent: StoredRun) -> list[StoredRun]:
     newest: dict[tuple[str, str, str], StoredRun] = {}
     for run in sorted(found, key=lambda run: run.info.start_time):
         tags = run.data.tags
-        if SWEEP in tags:  # tuning runs have none
+        if SWEEP in tags and tags.get(KIND) != TUNING:
             newest[(tags.get(ARM, ""), tags.get(BLOCK, ""), tags[SEED])] = run
     return list(newest.values())
 
@@ -142,11 +150,16 @@ def plan_of(parent: StoredRun) -> Plan:
     Raises:
         UserError: the sweep has none (one arm only).
     """
-    tags = parent.data.tags
-    numbers = sorted(int(name.removeprefix(f"{PLAN}.")) for name in tags if name.startswith(f"{PLAN}."))
-    if not numbers:
-        raise UserError(f"Sweep {tags[SWEEP]} has no plan: it had one arm only, so there is nothing to compare.")
-    return parse_plan("".join(tags[f"{PLAN}.{number}"] for number in numbers))
+    written = joined(parent.data.tags, PLAN)
+    if not written:
+        raise UserError(f"Sweep {parent.data.tags[SWEEP]} has no plan: it had one arm only, so there is nothing to compare.")
+    return parse_plan(written)
+
+
+def tuned_of(parent: StoredRun) -> list[Tuned]:
+    """What tuning chose for every arm; empty where nothing was tuned."""
+    written = joined(parent.data.tags, TUNED)
+    return parse(written) if written else []
 
 
 def _search(client: MlflowClient, experiments: list[str], query: str) -> list[StoredRun]:

@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from esper.compare.analysis import Comparison, analyse
-from esper.compare.arms import Layout
+from esper.compare.analysis import Comparison, analyse, with_tuned
+from esper.compare.arms import Job, Layout
 from esper.compare.config import CompareConfig
 from esper.compare.going_on import NOTE, alone, goes_on
 from esper.compare.jobs import Prepared, note, runs_of, set_aside
@@ -25,10 +25,12 @@ from esper.compare.progress import Progress
 from esper.compare.report import show, write_results
 from esper.compare.sequential import look_pairs
 from esper.compare.tracking import Store
-from esper.compare.tuning import best, trials, with_values
+from esper.compare.tuned import Tuned
+from esper.compare.tuning import choose, trials, values_of, with_values
 from esper.compare.waves import Missing, derive, waves
 from esper.compare.worker import LOG
 from esper.compare.workers import Workers
+from esper.tracking.mlflow_run import legal
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Sweep:
     """Everything that one start of a sweep knows.
 
     ``command`` is what the user typed, for the sentence that says how to go on; ``retry`` runs failed jobs again;
-    ``proposed`` jobs are a learning sweeper's, which pairs nothing.
+    ``proposed`` jobs are a learning sweeper's, which pairs nothing. ``trials`` are the jobs that tune the arms, ``tuned`` is what
+    they led to, by arm and block.
     """
 
     layout: Layout
@@ -50,11 +53,13 @@ class Sweep:
     parent: str = ""
     plan: Plan | None = None
     failures: list[Prepared] = field(default_factory=list)
-    tuned: dict[tuple[str, str], list[Prepared]] = field(default_factory=dict)
+    trials: list[Prepared] = field(default_factory=list)
+    tuned: dict[tuple[str, str], Tuned] = field(default_factory=dict)
 
     def finished(self, arm: str, block: str, seed: int) -> dict[str, Any]:
-        """The summary of a job or of a tuning job, empty where it did not finish."""
-        for one in (*self.tuned.get((arm, block), []), *self.jobs):
+        """The summary of a job, or of a tuning job with the values that were chosen; empty where it did not finish."""
+        chosen = self.tuned.get((arm, block))
+        for one in (*self.jobs, *(one for one in self.trials if chosen and values_of(one) == chosen.values)):
             if (one.job.arm, one.job.block, one.job.seed) == (arm, block, seed):
                 return one.summary if one.summary.get("status") == "FINISHED" else {}
         return {}
@@ -87,6 +92,8 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
 def _run(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
     with Store(sweep) as store, Workers([{**e, **store.environment} for e in environments]) as workers:
         sweep.plan = plan_sweep(sweep, workers)
+        if sweep.plan is not None:
+            sweep.trials = trials(sweep.jobs, sweep.plan.tune_seeds, sweep.folder)
         store.open()
         _remember(sweep)
         try:
@@ -125,17 +132,26 @@ def _remember(sweep: Sweep, ended: bool = False) -> None:
 def _run_jobs(sweep: Sweep, workers: Workers, store: Store) -> None:
     """All that is left to do: look by look, within it the arms in the order in which they depend on each other."""
     order = waves(sweep.layout.arms, sweep.compare)
-    with Progress([one.job for one in sweep.jobs], sweep.console) as progress:
+    with Progress(_rows(sweep), sweep.console) as progress:
         for seeds in _looks(sweep):
             for arms in order:
-                if sweep.plan is not None and sweep.plan.tune:
-                    _tune(sweep, arms, workers)
+                _tune(sweep, arms, workers, store, progress)
                 chosen = [i for i, one in enumerate(sweep.jobs) if one.job.arm in arms and one.job.seed in seeds]
                 chosen.sort(key=lambda i: sweep.layout.seeds.index(sweep.jobs[i].job.seed))  # pairs complete early
-                _run_some(sweep, chosen, workers, store, progress)
+                _run_some(sweep, sweep.jobs, chosen, workers, store, progress)
             if _decided(sweep):
                 sweep.console.print("Every comparison is decided: the sweep stops here, as planned.")
                 break
+
+
+def _rows(sweep: Sweep) -> dict[str, list[Job]]:
+    """What the progress table shows: a row an arm, and one for the tuning of each."""
+    rows: dict[str, list[Job]] = {}
+    for one in sweep.trials:
+        rows.setdefault(f"{one.job.arm}, tuning", []).append(one.job)
+    for one in sweep.jobs:
+        rows.setdefault(one.job.arm, []).append(one.job)
+    return rows
 
 
 def _looks(sweep: Sweep) -> list[set[int]]:
@@ -147,14 +163,14 @@ def _looks(sweep: Sweep) -> list[set[int]]:
     return [set(seeds[a:b]) for a, b in pairwise([0, *looks])]
 
 
-def _run_some(sweep: Sweep, chosen: Sequence[int], workers: Workers, store: Store, progress: Progress) -> None:
-    """Run those of the chosen jobs that no earlier start has done."""
+def _run_some(sweep: Sweep, jobs: list[Prepared], chosen: Sequence[int], workers: Workers, store: Store, progress: Progress) -> None:
+    """Run those of the chosen ``jobs`` (the sweep's own, or its tuning jobs) that no earlier start has done."""
     left: list[Prepared] = []
     for index in chosen:
         try:
-            one = sweep.jobs[index] = derive(sweep.jobs[index], sweep.finished)
+            one = jobs[index] = derive(jobs[index], sweep.finished)
         except Missing as missing:
-            one = sweep.jobs[index]
+            one = jobs[index]
             note(one, {"status": "FAILED", "error": str(missing)})
             _failed(sweep, one, str(missing), store)
             progress.finished(one.job, 0.0, str(missing), "none, it did not run")
@@ -188,28 +204,19 @@ def _failed(sweep: Sweep, one: Prepared, error: str, store: Store) -> None:
     store.failed(one, error)
 
 
-def _tune(sweep: Sweep, arms: Sequence[str], workers: Workers) -> None:
+def _tune(sweep: Sweep, arms: Sequence[str], workers: Workers, store: Store, progress: Progress) -> None:
     """Let each of these arms choose its values on validation, in every block; runs once, also when resumed."""
-    assert sweep.plan is not None
-    for arm in arms:
-        for block in sweep.layout.blocks:
-            if (arm, block) in sweep.tuned:
-                continue
-            mine = [i for i, one in enumerate(sweep.jobs) if (one.job.arm, one.job.block) == (arm, block)]
-            tried = trials(sweep.jobs[mine[0]], sweep.plan.tune_seeds, sweep.folder)
-            tried = [(values, derive(one, sweep.finished)) for values, one in tried]
-            left = [one for _, one in tried if one.summary.get("status") != "FINISHED"]
-            for one in left:
-                _make_room(sweep, one)
-            for index, answer in workers.run([one.request("run") for one in left]):
-                note(left[index], answer)
-            values = best(tried, sweep.plan.metric, sweep.plan.sign)
-            sweep.tuned[(arm, block)] = [one for given, one in tried if given == values]
-            told = ", ".join(f"{key}={value}" for key, value in values.items())
-            sweep.console.print(f"tuned {arm} {block}: {told} ({len(tried)} runs on validation)", highlight=False)
-            for i in mine:
-                one = sweep.jobs[i]
-                sweep.jobs[i] = replace(one, config=with_values(one.config, values, one.choices))
+    places = [(one.job.arm, one.job.block) for one in sweep.trials]
+    new = [i for i, place in enumerate(places) if place[0] in arms and place not in sweep.tuned]
+    _run_some(sweep, sweep.trials, new, workers, store, progress)
+    for place in dict.fromkeys(places[i] for i in new):
+        assert sweep.plan is not None
+        tried = [one for one, its in zip(sweep.trials, places, strict=True) if its == place]
+        found = sweep.tuned[place] = choose(tried, sweep.plan.metric, sweep.plan.sign)
+        sweep.console.print(found.sentence(sweep.plan.metric), highlight=False, soft_wrap=True, markup=False)
+        for i, one in enumerate(sweep.jobs):
+            if (one.job.arm, one.job.block) == place:
+                sweep.jobs[i] = replace(one, config=with_values(one.config, found.values, one.choices))
 
 
 def _decided(sweep: Sweep) -> bool:
@@ -225,14 +232,16 @@ def _decided(sweep: Sweep) -> bool:
 def _judge(sweep: Sweep) -> Comparison | None:
     if sweep.plan is None:
         return None
-    return analyse(runs_of(sweep.jobs, sweep.plan.metric), sweep.plan)
+    return with_tuned(analyse(runs_of(sweep.jobs, sweep.plan.metric), sweep.plan), list(sweep.tuned.values()))
 
 
 def _keep(comparison: Comparison, plan: Plan, sweep: Sweep) -> tuple[list[Path], dict[str, float]]:
     """Write ``comparison.json``, the table and the figures; the files, and the numbers for the parent run."""
     files = write_results(comparison, plan, sweep.folder, sweep.compare.figures)
-    numbers = {f"arm/{arm.arm or 'all'}/{plan.metric}": arm.mean for arm in comparison.arms if arm.points}
-    return files, numbers
+    numbers = {f"arm/{' '.join(filter(None, (arm.arm, arm.block)))}/{plan.metric}": arm.mean for arm in comparison.arms if arm.points}
+    for one in comparison.tuned:
+        numbers |= one.numbers()
+    return files, {legal(name): number for name, number in numbers.items()}
 
 
 def resume_command(sweep: Sweep) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import esper
-from esper.compare.store import ARM, BLOCK, SEED, SWEEP
+from esper.compare.store import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, pieces
+from esper.compare.tuned import text
+from esper.compare.tuning import TuningJob
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
 from esper.tracking.reach import check_store
@@ -91,14 +93,15 @@ class Store:
                 "folder": str(sweep.folder.resolve()),
                 "plan": sweep.plan.text() if sweep.plan else "",
                 "tags": {"esper.plan_digest": sweep.plan.digest} if sweep.plan else {},
-                "jobs": {str(one.folder.resolve()): self._tags(one) for one in sweep.jobs},
+                "jobs": {str(one.folder.resolve()): self._tags(one) for one in (*sweep.jobs, *sweep.trials)},
             }
         )
         sweep.parent, self._opened = answer["parent"], True
 
     def _tags(self, one: Prepared) -> dict[str, str]:
         job = one.job
-        return {"name": job.label, SWEEP: self.sweep.id, ARM: job.arm, BLOCK: job.block, SEED: str(job.seed)}
+        kind = {KIND: TUNING} if isinstance(job, TuningJob) else {}
+        return kind | {"name": job.label, SWEEP: self.sweep.id, ARM: job.arm, BLOCK: job.block, SEED: str(job.seed)}
 
     def failed(self, one: Prepared, error: str) -> None:
         """Record a job that failed, also one that never reached the store itself."""
@@ -106,7 +109,7 @@ class Store:
             self._ask({"ask": "failed", "folder": str(one.folder), "error": error})
 
     def _close(self) -> None:
-        tags = {"esper.failed_jobs": str(len(self.sweep.failures))}
+        tags = {"esper.failed_jobs": str(len(self.sweep.failures))} | pieces(text(self.sweep.tuned.values()), TUNED)
         files = [str(path) for path in self.files]
         self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.numbers, "tags": tags})
 

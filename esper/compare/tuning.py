@@ -4,25 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from esper.compare.arms import Job
 from esper.compare.config import CompareConfig
 from esper.compare.jobs import Prepared
+from esper.compare.tuned import Tried, Tuned, Values, named
 from esper.config import RootConfig, build, plain
 from esper.errors import UserError
+from esper.tracking.record import flatten
 
 FIRST_SEED = 1_000_000  # far from the seeds that people give
 
-Values = dict[str, Any]
+
+@dataclass(frozen=True)
+class TuningJob(Job):
+    """A job that tries ``values`` for its arm; it is no part of the comparison."""
+
+    values: Values = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """A name that a person can read, like ``tuning linear optimizer.lr=0.003 seed=1000000``."""
+        return " ".join(part for part in ("tuning", self.arm, self.block, named(self.values), f"seed={self.seed}") if part)
 
 
 def grid(compare: CompareConfig) -> list[Values]:
     """Every combination of the values that ``compare.tune`` lists."""
     return [dict(zip(compare.tune, one, strict=True)) for one in itertools.product(*compare.tune.values())]
+
+
+def refuse_varied(jobs: Sequence[Prepared]) -> None:
+    """Refuse to tune what makes the arms or the blocks: each would lose its own value.
+
+    Raises:
+        UserError: naming the key and what it is in which arm.
+    """
+    settings = {" ".join(filter(None, place)): flatten(plain(one.config)) for place, one in _first(jobs).items()}
+    for key in jobs[0].config.compare.tune:
+        found = {name: one.get(key) for name, one in settings.items()}
+        if len({json.dumps(value, sort_keys=True) for value in found.values()}) > 1:
+            told = ", ".join(f"{name} has {'none' if value is None else value}" for name, value in found.items())
+            raise UserError(
+                f"compare.tune.{key} is not accepted, because the arms differ in {key} ({told}) and tuning would put its own value "
+                f"into each: tune another key, or do not sweep over this one."
+            )
+
+
+def _first(jobs: Sequence[Prepared]) -> dict[tuple[str, str], Prepared]:
+    """The first job of every arm in every block."""
+    found: dict[tuple[str, str], Prepared] = {}
+    for one in jobs:
+        found.setdefault((one.job.arm, one.job.block), one)
+    return found
 
 
 def with_values(config: RootConfig, values: Mapping[str, Any], choices: Mapping[str, str]) -> RootConfig:
@@ -44,32 +85,64 @@ def with_values(config: RootConfig, values: Mapping[str, Any], choices: Mapping[
     return build(tree, presets)
 
 
-def trials(one: Prepared, seeds: int, folder: Path) -> list[tuple[Values, Prepared]]:
-    """The tuning jobs of one arm in one block: every combination with every tuning seed."""
-    found = []
-    for number, values in enumerate(grid(one.config.compare)):
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-            config = dataclasses.replace(with_values(one.config, values, one.choices), seed=seed)
-            place = folder / f"tune-{one.folder.name}-{number}-{seed - FIRST_SEED}"
-            found.append((values, Prepared(dataclasses.replace(one.job, seed=seed), config, one.choices, place)))
+def trials(jobs: Sequence[Prepared], seeds: int, folder: Path) -> list[Prepared]:
+    """The tuning jobs: for every arm in every block each combination with each tuning seed; none where nothing is tuned.
+
+    Raises:
+        UserError: a key or a value that is not accepted.
+    """
+    if not jobs[0].config.compare.tune:
+        return []
+    refuse_varied(jobs)
+    found: list[Prepared] = []
+    for one in _first(jobs).values():
+        for number, values in enumerate(grid(one.config.compare)):
+            for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+                config = dataclasses.replace(with_values(one.config, values, one.choices), seed=seed)
+                job = TuningJob(len(jobs) + len(found), one.job.overrides, one.job.arm, one.job.block, seed, values)
+                place = folder / f"tune-{one.folder.name}-{number}-{seed - FIRST_SEED}"
+                found.append(Prepared(job, config, one.choices, place))
     return found
 
 
-def best(tried: Sequence[tuple[Values, Prepared]], metric: str, sign: float) -> Values:
-    """The combination with the best mean validation metric over its seeds; a failed run counts as the worst.
+def values_of(one: Prepared) -> Values:
+    """What a tuning job tries."""
+    assert isinstance(one.job, TuningJob)
+    return one.job.values
+
+
+def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
+    """The combination with the best mean validation metric over its seeds, of those in which no run failed.
+
+    Args:
+        tried: the tuning jobs of one arm in one block, all ended.
 
     Raises:
-        UserError: no run of the arm gave the metric.
+        UserError: there is none.
     """
-    scores: dict[str, list[float]] = {}
-    values_of: dict[str, Values] = {}
-    for values, one in tried:
-        final = (one.summary.get("metrics") or {}).get("final") or {}
-        value = final.get(f"validation/{metric}")
-        scores.setdefault(repr(values), []).append(-np.inf if value is None else sign * float(value))
-        values_of[repr(values)] = values
-    means = {key: float(np.mean(found)) for key, found in scores.items()}
-    chosen = max(means, key=lambda key: means[key])
-    if means[chosen] == -np.inf:
-        raise UserError(f"Tuning arm {tried[0][1].job.arm!r}: no combination finished with a validation {metric}.")
-    return values_of[chosen]
+    job = tried[0].job
+    groups: dict[str, list[Prepared]] = {}
+    for one in tried:
+        groups.setdefault(named(values_of(one)), []).append(one)
+    rows = tuple(_row(group, metric) for group in groups.values())
+    sound = [row for row in rows if not row.failed]
+    if not sound:
+        raise UserError(
+            f"Tuning arm {job.arm!r}: every combination has a run that failed or gave no validation {metric}, so none can be "
+            "chosen; the log of each run says why."
+        )
+    macs = sum(float(one.summary.get("macs") or 0.0) for one in tried)
+    return Tuned(job.arm, job.block, max(sound, key=lambda row: sign * row.mean).values, rows, macs)
+
+
+def _row(group: Sequence[Prepared], metric: str) -> Tried:
+    found = [_validated(one, metric) for one in group]
+    return Tried(values_of(group[0]), float(np.mean(found)), len(found), sum(math.isnan(value) for value in found))
+
+
+def _validated(one: Prepared, metric: str) -> float:
+    """The final validation metric of a tuning job, NaN where it failed."""
+    summary = one.summary
+    value = ((summary.get("metrics") or {}).get("final") or {}).get(f"validation/{metric}")
+    sound = not one.error and summary.get("status") == "FINISHED" and value is not None and math.isfinite(value)
+    return float(value) if sound else math.nan

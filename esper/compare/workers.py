@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from typing import Any
 
 import esper
 
+DRIVER = Path("/proc/driver/nvidia")
+_DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
 STOP_S = 20.0  # how long a stopped run may take to say goodbye to its files and its tracker
 
 Request = dict[str, Any]
@@ -132,24 +136,31 @@ def _next(answers: queue.SimpleQueue[tuple[Worker, int, Answer]]) -> tuple[Worke
             return answers.get(timeout=0.5)
 
 
-def environments(workers: int, threads: int) -> list[dict[str, str]]:
+def environments(workers: int, threads: int, gpu: bool = True) -> list[dict[str, str]]:
     """One environment a worker: one worker per GPU where there are any, else one per core.
 
     Args:
-        workers: how many; 0 means as many as GPUs or cores.
+        workers: how many; 0 means as many as GPUs or cores. More than there are GPUs share them in turn.
         threads: CPU threads of libraries other than torch in each.
+        gpu: whether the jobs may use one.
     """
-    gpus = _gpus()
+    gpus = _gpus() if gpu else []
     count = workers or len(gpus) or len(os.sched_getaffinity(0))
     shared = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     return [shared | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(count)]
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, without importing torch where there is no NVIDIA driver."""
-    if not Path("/proc/driver/nvidia").exists():
+    """The GPUs that this process may use, without importing torch where there is no NVIDIA driver.
+
+    As CUDA reads ``CUDA_VISIBLE_DEVICES``: what follows the first word that names no device (``-1``, ``NoDevFiles``) is hidden.
+    """
+    if not DRIVER.exists():
         return []
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()  # knows which of the words are real; 0 where torch was built without CUDA
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(index) for index in range(count)]
+    return list(itertools.takewhile(_DEVICE.fullmatch, (word.strip() for word in visible.split(","))))[:count]

@@ -98,9 +98,9 @@ class MlflowRun:
         record, client = self._record, self._client
         before = client.get_run(self.run_id)
         new = [
-            Param(_legal(key), value)
+            Param(legal(key), value)
             for key, value in sorted(record.changed.items())
-            if _legal(key) not in before.data.params
+            if legal(key) not in before.data.params
         ]
         for start in range(0, len(new), NAMES):
             client.log_batch(self.run_id, params=new[start : start + NAMES])
@@ -144,7 +144,7 @@ class MlflowRun:
 
     def _is_news(self, tick: int, name: str) -> bool:
         """What a clock said differs when a resumed run says it again; the first word stands."""
-        return self._before is None or "second" not in name.rsplit("/", 1)[-1] or tick > self._before.last_tick(_legal(name))
+        return self._before is None or "second" not in name.rsplit("/", 1)[-1] or tick > self._before.last_tick(legal(name))
 
     def flush(self) -> None:
         """Send what waits, at most 1000 values a call."""
@@ -157,7 +157,7 @@ class MlflowRun:
                 if not math.isfinite(value):
                     self._note_not_finite(tick, name)
                     value = math.nan
-                batch.append(Metric(_legal(name), value, self._started_ms + tick, tick))
+                batch.append(Metric(legal(name), value, self._started_ms + tick, tick))
             self._client.log_batch(self.run_id, metrics=batch)
 
     def _note_not_finite(self, tick: int, name: str) -> None:
@@ -228,7 +228,7 @@ def _source(record: RunRecord) -> dict[str, str]:
     return tags
 
 
-def _legal(name: str) -> str:
+def legal(name: str) -> str:
     """MLflow takes letters, digits and ``_-. :/`` in names."""
     return re.sub(r"[^\w\-. :/]", "_", name)
 

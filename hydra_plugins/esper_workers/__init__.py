@@ -32,6 +32,9 @@ class WorkersLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
+        from esper.compare.composing import lean
+
+        lean(hydra_context.config_loader)
         self.context, self.config = hydra_context, config
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 

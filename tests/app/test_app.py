@@ -125,6 +125,14 @@ def test_an_option_named_like_a_number_is_an_option(esper: Run) -> None:
     assert yaml.safe_load(esper("--cfg", "job", "debug=nan").stdout)["trainer"]["detect_anomaly"] is True
 
 
+def test_settings_that_hold_keys_are_typed_in_braces() -> None:
+    depending = ["compare.final_of={a:b}", "compare.equal_macs={a:b/c}", "compare.fresh_seeds={a:9}"]
+    compare = compose(["compare.tune={optimizer.lr:[0.001,0.003]}", *depending]).compare
+    assert (compare.tune, compare.final_of) == ({"optimizer.lr": [0.001, 0.003]}, {"a": "b"})
+    assert (compare.equal_macs, compare.fresh_seeds) == ({"a": "b/c"}, {"a": 9})
+    assert compose(["experiment=aa", "compare.fresh_seeds={again:9}"]).compare.fresh_seeds == {"again": 9}
+
+
 def test_a_sweep_is_checked_value_by_value_also_when_a_file_asks_for_it() -> None:
     check_jobs(["seed=range(0,3)", "grafting=linear,drift"], multirun=True)
     check_jobs(["hydra.mode=MULTIRUN", "+hydra.sweeper.params.seed='1,2'"], multirun=False)

@@ -21,8 +21,11 @@ from esper.compare.config import CompareConfig
 from esper.compare.jobs import Prepared
 from esper.compare.plan import make_plan
 from esper.compare.planning import arm_settings, plan_sweep
-from esper.compare.sweep import Sweep, _run_jobs
+from esper.compare.report import show
+from esper.compare.sweep import Sweep, _judge, _run_jobs
 from esper.compare.tracking import Store
+from esper.compare.tuned import Tried, parse, text
+from esper.compare.tuning import trials
 from esper.compare.waves import waves
 from esper.compare.worker import describe
 from esper.config import RootConfig, build, config_hash
@@ -71,6 +74,7 @@ def sweep_of(folder: Path, arms: dict[str, list[str]], seeds: int, **compare: An
     sweep = Sweep(layout, jobs, folder, [], Console(file=StringIO()))
     if len(layout.arms) > 1:
         sweep.plan = make_plan(sweep.compare, arms=arm_settings(jobs), seeds=layout.seeds, blocks=[""], metric="accuracy", direction="max")
+        sweep.trials = trials(jobs, sweep.plan.tune_seeds, folder)
     return sweep
 
 
@@ -237,22 +241,77 @@ def test_fresh_seeds_change_the_run_and_not_the_pair(tmp_path: Path) -> None:
     assert sweep.jobs[-1].job.seed == 1
 
 
-def test_every_arm_is_tuned_on_validation_with_seeds_of_its_own(tmp_path: Path) -> None:
-    def likes(config: RootConfig, folder: Path) -> tuple[float, str]:
-        best = 0.01 if config.grafting.name == "drift" else 0.1
-        return 1.0 - abs(config.optimizer.lr - best), "FINISHED"
+ARMS = {"a": [], "b": ["grafting=drift"]}
 
-    arms = {"a": [], "b": ["grafting=drift"]}
-    sweep = sweep_of(tmp_path, arms, 2, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=3)
+
+def likes(config: RootConfig, folder: Path) -> tuple[float, str]:
+    """One arm likes a learning rate of 0.1, the other 0.01; nobody survives 1e30."""
+    best = 0.01 if config.grafting.name == "drift" else 0.1
+    return 1.0 - abs(config.optimizer.lr - best), "FAILED" if config.optimizer.lr > 1e29 else "FINISHED"
+
+
+def test_every_arm_is_tuned_on_validation_with_seeds_of_its_own(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, ARMS, 2, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=3)
     ran = go(sweep, likes).ran
     tuning, compared = [c for c in ran if c.seed >= 1_000_000], [c for c in ran if c.seed < 1_000_000]
     assert len(tuning) == 2 * 2 * 3
     assert {(c.grafting.name, c.optimizer.lr) for c in compared} == {("linear", 0.1), ("drift", 0.01)}
-    assert go(sweep_of(tmp_path, arms, 2, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=3), likes).ran == []
+    assert go(sweep_of(tmp_path, ARMS, 2, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=3), likes).ran == []
+
+
+def test_what_tuning_chose_and_cost_is_kept_and_its_failures_are_said_and_counted(tmp_path: Path) -> None:
+    grid = {"optimizer.lr": [1e30, 0.1, 0.01]}
+    sweep = sweep_of(tmp_path, {"a": ["trainer.steps=50"], "b": ["trainer.steps=50", "grafting=drift"]}, 1, tune=grid, tune_seeds=2)
+    go(sweep, likes)
+    found = sweep.tuned[("b", "")]
+    assert (found.values, found.runs, found.failed, found.macs) == ({"optimizer.lr": 0.01}, 6, 2, 6 * 50_000)
+    assert [(one.runs, one.failed) for one in found.tried] == [(2, 2), (2, 0), (2, 0)]
+    assert found.tried[2] == Tried({"optimizer.lr": 0.01}, 1.0, 2, 0)
+    assert parse(text(sweep.tuned.values()))[1].tried[1:] == found.tried[1:]
+    said = " ".join(sweep.console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "failed tuning b optimizer.lr=1e+30 seed=1000001: it broke" in said
+    assert "tuned b: optimizer.lr=0.01, validation accuracy 1 (6 runs, 2 failed, 3e+05 MACs)" in said
+    assert [one.job.label for one in sweep.failures][:2] == [f"tuning a optimizer.lr=1e+30 seed={s}" for s in (1_000_000, 1_000_001)]
+    comparison = _judge(sweep)
+    assert comparison is not None and comparison.tuned == list(sweep.tuned.values())
+    assert any("2 of 6 tuning runs of b failed (optimizer.lr=1e+30 2 of 2)" in line for line in comparison.notes)
+    show(comparison, sweep.plan, sweep.console)  # type: ignore[arg-type]
+    assert "tuned on validation" in sweep.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tuning_that_failed_runs_again_on_request_only_and_one_combination_must_survive(tmp_path: Path) -> None:
+    given = {"tune": {"optimizer.lr": [0.1, 1e30]}, "tune_seeds": 1}
+    go(sweep_of(tmp_path, ARMS, 1, **given), likes)
+    again = sweep_of(tmp_path, ARMS, 1, **given)
+    assert go(again, likes).ran == [] and len(again.failures) == 2
+    retry = dataclasses.replace(sweep_of(tmp_path, ARMS, 1, **given), retry=True)
+    assert [config.optimizer.lr for config in go(retry, likes).ran] == [1e30, 1e30]
+    with pytest.raises(UserError, match="Tuning arm 'a': every combination has a run that failed"):
+        go(sweep_of(tmp_path / "none", ARMS, 1, tune={"optimizer.lr": [1e30]}), likes)
+
+
+def test_what_the_arms_differ_in_is_not_tuned(tmp_path: Path) -> None:
+    sentence = "compare.tune.optimizer.lr is not accepted, because the arms differ in optimizer.lr [(]a has 0.001, b has 0.01[)]"
+    with pytest.raises(UserError, match=sentence):
+        sweep_of(tmp_path, {"a": ["optimizer.lr=0.001"], "b": ["optimizer.lr=0.01"]}, 1, tune={"optimizer.lr": [0.003]})
+    with pytest.raises(UserError, match="a has none, b has"):
+        sweep_of(tmp_path, ARMS, 1, tune={"grafting.threshold": [0.2]})
+
+
+def test_an_arm_that_depends_on_another_is_tuned_on_runs_of_the_values_that_one_chose(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, ARMS, 1, final_of={"b": "a"}, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=2)
+
+    def breaks(config: RootConfig, folder: Path) -> tuple[float, str]:
+        broken = (config.grafting.name, config.optimizer.lr, config.seed) == ("linear", 0.1, 1_000_001)
+        return 0.5, "FAILED" if broken else "FINISHED"
+
+    go(sweep, breaks)
+    assert [sweep.tuned[(arm, "")].failed for arm in ARMS] == [1, 0]
+    assert sweep.finished("a", "", 1_000_001)["status"] == "FINISHED"
 
 
 def test_a_tuned_key_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no key optimizer"):
-        go(sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 1, tune={"optimizer.rate": [1]}), good)
+        sweep_of(tmp_path, ARMS, 1, tune={"optimizer.rate": [1]})
     with pytest.raises(UserError, match="give a list"):
-        go(sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 1, tune={"optimizer.lr": 1}), good)
+        sweep_of(tmp_path, ARMS, 1, tune={"optimizer.lr": 1})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -122,6 +124,33 @@ def test_a_job_that_breaks_is_said_at_once_and_counted(tmp_path: Path) -> None:
     assert "optimizer.lr" in log.read_text()
 
 
+def test_the_documented_tuning_runs_and_stays_on_record(tmp_path: Path, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documented = re.search(r"`(compare\.tune=[^`]*)`", (checkout / "docs" / "comparing.md").read_text(encoding="utf-8"))
+    assert documented is not None
+    typed = [word.replace("0.003", "1e30") for word in shlex.split(documented[1])]
+    brief = ["compare.tune_seeds=1", "trainer.steps=20", "trainer.control=false", "compare.figures=false"]
+    words = ["-m", "grafting=linear,drift", *typed, *brief, f"output={tmp_path}", f"hydra.sweep.dir={tmp_path}/s"]
+    said = " ".join(esper(*words, code=1).split())
+    assert "failed tuning drift optimizer.lr=1e+30 seed=1000000: " in said
+    assert "tuned linear: optimizer.lr=0.001, validation accuracy " in said and "2 jobs failed" in said
+    kept = json.loads((tmp_path / "s" / "comparison.json").read_text())
+    assert [(one["arm"], one["values"]) for one in kept["tuned"]] == [(arm, {"optimizer.lr": 0.001}) for arm in ("linear", "drift")]
+    assert [(tried["runs"], tried["failed"]) for tried in kept["tuned"][0]["tried"]] == [(1, 0), (1, 1)]
+    assert sum("1 of 2 tuning runs" in line for line in kept["notes"]) == 2
+    note = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    client = client_of(tmp_path)
+    parent = client.get_run(note["parent"])
+    assert (parent.data.metrics["tuning/linear/runs"], parent.data.metrics["tuning/linear/failed"]) == (2.0, 1.0)
+    assert parent.data.metrics["tuning/drift/macs"] > 0 and parent.data.tags["esper.failed_jobs"] == "2"
+    runs = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{note['parent']}'")
+    tuning = {run.info.run_name: (run.data.tags["arm"], run.info.status) for run in runs if run.data.tags.get("esper.kind") == "tuning"}
+    names = [f"tuning {arm} optimizer.lr={lr} seed=1000000" for arm in ("linear", "drift") for lr in (0.001, 1e30)]
+    assert tuning == dict(zip(names, [(a, s) for a in ("linear", "drift") for s in ("FINISHED", "FAILED")], strict=True))
+    assert compare([f"sweep={note['id']}", f"output={tmp_path}", "figures=false"]) == 0
+    theirs = json.loads((tmp_path / "compare" / note["id"] / "comparison.json").read_text())
+    assert (theirs["arms"], theirs["tuned"], theirs["notes"]) == (kept["arms"], kept["tuned"], kept["notes"])
+
+
 def test_ctrl_c_keeps_what_is_done_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
     words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,4)", "trainer.steps=100", f"output={tmp_path}"]
     process = subprocess.Popen(
@@ -164,6 +193,44 @@ def test_the_controls_end_in_a_figure_and_a_sentence(tmp_path: Path) -> None:
     assert macs["scratch_macs"] == pytest.approx(macs["grown"], rel=0.03)
     assert macs["host"] < macs["grown"] < macs["all_on"]
     assert (tmp_path / "s" / "figures" / "cost.png").stat().st_size > 10_000
+
+
+LEAN = {"figures": False, "model": False, "system_s": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ([], LEAN),
+        (["tracking.figures=true"], {**LEAN, "figures": True}),
+        (["experiment=drawn"], {**LEAN, "figures": True}),
+        (["experiment=drawn", "tracking.figures=false"], LEAN),
+        (["arm=measured", "tracking.model=true"], {**LEAN, "system_s": 5.0, "model": True}),
+        (["tracking=ours"], {**LEAN, "model": True}),
+    ],
+    ids=str,
+)
+def test_a_sweep_keeps_little_of_each_run_unless_a_file_or_a_word_asks(
+    words: list[str], kept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from esper.app import main
+    from esper.cli import conf
+    from esper.compare import launch
+
+    files = {
+        "experiment/drawn": "# @package _global_\n# Draws\ntracking: {figures: true}\n",
+        "arm/measured": "# @package _global_\n# Measures\ntracking: {system_s: 5.0}\n",
+        "tracking/ours": "# Ours\ndefaults: [mlflow]\nmodel: true\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.yaml").write_text(text)
+    seen: list[Any] = []
+    monkeypatch.setattr(conf, "_own", [])
+    monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: seen.append(sweep))
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", "seed=0,1", *words, "--config-dir", str(tmp_path)]) == 0
+    assert [{key: getattr(one.config.tracking, key) for key in LEAN} for one in seen[0].jobs] == [kept, kept]
 
 
 def test_jobs_that_differ_in_their_seed_alone_are_composed_once_and_are_what_they_would_be(tmp_path: Path, monkeypatch: Any) -> None:

@@ -18,7 +18,8 @@ from esper.config import GROUPS, PRESETS, RootConfig, config_hash, options
 from esper.errors import UserError
 
 #: Values that a file sets otherwise than its dataclass, on purpose: the file's whole point.
-DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd"), ("scheduler", "warmup_cosine")}
+NARROW = {("grafting", "grad_norm_narrow"), ("grafting", "stability_narrow")}
+DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd"), ("scheduler", "warmup_cosine"), *NARROW}
 
 FILES = [(group, name) for group in GROUPS for name in conf.options(group)]
 
@@ -36,6 +37,15 @@ def test_a_file_has_the_keys_types_and_defaults_of_its_dataclass(group: str, nam
     if (group, name) not in DELIBERATE:
         assert written == expected
         assert [type(value) for value in written.values()] == [type(value) for value in expected.values()]
+
+
+def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() -> None:
+    files = sorted((conf.folder() / "sweep").glob("*/*.yaml"))
+    assert [path.relative_to(conf.folder() / "sweep").as_posix() for path in files] == ["tracking/csv.yaml", "tracking/mlflow.yaml"]
+    for path in files:
+        single = (conf.folder() / "tracking" / path.name).read_text(encoding="utf-8").splitlines()[1:]
+        pairs = zip(single, path.read_text(encoding="utf-8").splitlines()[1:], strict=True)
+        assert {one.partition(":")[0] for one, other in pairs if one != other} <= {"figures", "model", "system_s"}
 
 
 @pytest.mark.parametrize("group", list(conf.groups()))
