@@ -5,6 +5,7 @@ Children are forked from a process that has imported everything already, so that
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -71,6 +72,31 @@ def _be_child(work: Callable[[], None], log: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process dies by its own hand: at the ``number``-th call of ``owner.name``, before it does anything or when it is through."""
+
+    owner: Any
+    name: str
+    number: int = 1
+    after: bool = False
+
+    def trap(self) -> None:
+        """Set it, in the process that is to die; the product knows nothing of it."""
+        original, calls = getattr(self.owner, self.name), itertools.count(1)
+
+        def deadly(*arguments: Any, **more: Any) -> Any:
+            due = next(calls) == self.number
+            if due and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **more)
+            if due:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(self.owner, self.name, deadly)
 
 
 def reached(folder: Path, step: int) -> Callable[[], bool]:
