@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 
@@ -29,6 +30,9 @@ class CsvFiles:
         self.record_of_run = record
         folder = Path(record.folder)
         self._paths = (folder / "metrics.csv", folder / "events.jsonl")
+        self._open_files()
+
+    def _open_files(self) -> None:
         self._metrics, self._events = (path.open("a", newline="", encoding="utf-8") for path in self._paths)
         self._writer = csv.writer(self._metrics)
         if self._metrics.tell() == 0:
@@ -46,12 +50,14 @@ class CsvFiles:
 
     def _cut_after(self, tick: int) -> None:
         """Forget what an earlier life of this run said about ticks it is now going through again."""
-        self.flush()
+        self._metrics.close()
+        self._events.close()
         metrics, events = self._paths
-        lines = _whole_lines(metrics)
-        _rewrite(self._metrics, [line for n, line in enumerate(lines) if n == 0 or int(line.split(",", 1)[0]) <= tick])
-        events_before = [line for line in _whole_lines(events) if msgspec.json.decode(line)["tick"] <= tick]
-        _rewrite(self._events, events_before if tick > 0 else [])
+        said = enumerate(_whole_lines(metrics))
+        _replace(metrics, [line for number, line in said if number == 0 or int(line.split(",", 1)[0]) <= tick])
+        happened = [line for line in _whole_lines(events) if msgspec.json.decode(line)["tick"] <= tick]
+        _replace(events, happened if tick > 0 else [])
+        self._open_files()
 
     def flush(self) -> None:
         """Hand everything to the operating system."""
@@ -74,8 +80,9 @@ def _whole_lines(path: Path) -> list[str]:
         return [line for line in file if line.endswith("\n")]
 
 
-def _rewrite(file: TextIO, lines: list[str]) -> None:
-    file.seek(0)
-    file.truncate()
-    file.writelines(lines)
-    file.flush()
+def _replace(path: Path, lines: list[str]) -> None:
+    """Written beside and renamed: what was there stays whole until the new file is, whenever the process dies."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.replace(beside, path)

@@ -5,6 +5,8 @@ Children are forked from a process that has imported everything already, so that
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import signal
 import sys
@@ -72,6 +74,31 @@ def _be_child(work: Callable[[], None], log: Path) -> None:
         os._exit(code)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a process dies by its own hand: at the ``number``-th call of ``owner.name``, before it does anything or when it is through."""
+
+    owner: Any
+    name: str
+    number: int = 1
+    after: bool = False
+
+    def trap(self) -> None:
+        """Set it, in the process that is to die; the product knows nothing of it."""
+        original, calls = getattr(self.owner, self.name), itertools.count(1)
+
+        def deadly(*arguments: Any, **more: Any) -> Any:
+            due = next(calls) == self.number
+            if due and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*arguments, **more)
+            if due:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(self.owner, self.name, deadly)
+
+
 def reached(folder: Path, step: int) -> Callable[[], bool]:
     """Whether the run in a folder has a checkpoint of that step or a later one."""
     return lambda: any(int(kept.name) >= step for kept in store.checkpoints(folder / store.FOLDER))
@@ -103,14 +130,49 @@ def differences(folder: Path, reference: Path) -> list[str]:
         if key not in TIMED and a.get(key) != b.get(key):
             found.append(f"summary {key}: {a.get(key)} and {b.get(key)}")
     found += [f"{name}.parquet" for name in TABLES if rows(folder / f"{name}.parquet") != rows(reference / f"{name}.parquet")]
+    found += [path.name for path in (folder / "metrics.csv", folder / "events.jsonl") if lines(path) != lines(reference / path.name)]
     if (folder / ".parts").exists():
         found.append("parts of Parquet files are left over")
     return found
 
 
 def rows(path: Path) -> list[str]:
-    """The rows of a table as text, in their order, without those that hold seconds."""
+    """The rows of a table as text, in their order, without the values that a clock gave."""
     import pyarrow.parquet as pq
 
     table: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-    return [repr(row) for row in table if "second" not in str(row.get("name", ""))]
+    return [repr({**row, "value": 0.0} if "second" in str(row.get("name", "")) else row) for row in table]
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of ``metrics.csv`` or ``events.jsonl``, without what a clock or the number of lives has a part in; none without a file."""
+    if not path.exists():
+        return []
+    every = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".csv":
+        return [line.rpartition(",")[0] if "second" in line else line for line in every]
+    return [line for line in every if json.loads(line)["kind"] not in ("RunStarted", "Checkpoint", "RunEnded")]
+
+
+def different_histories(output: Path, reference: Path) -> list[str]:
+    """In what the MLflow stores of two output folders differ: each must hold one run, finished, with the same metrics."""
+    a, b = history(output), history(reference)
+    return [f"the MLflow history of {name}" for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+
+
+def history(output: Path) -> dict[str, Any]:
+    """(step, timestamp since the run began, value) of every metric of the MLflow run, without the values that a clock gave.
+
+    Under ``runs``: how each run of the store ended.
+    """
+    from esper.tracking.mlflow_store import quiet_client
+
+    client = quiet_client(f"sqlite:///{output}/mlflow.db")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    found: dict[str, Any] = {"runs": [run.info.status for run in runs]}
+    for only in runs[:1]:
+        for name in only.data.metrics:
+            points = client.get_metric_history(only.info.run_id, name)
+            since = only.info.start_time
+            found[name] = sorted((p.step, p.timestamp - since, 0.0 if "second" in name else p.value) for p in points)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,22 @@ def test_a_resumed_csv_has_no_tick_twice(record, story):
     assert len([e for e in events if e["kind"] == "Transition"]) == len(
         [m for _, m in story(100) if isinstance(m, Transition)]
     )
+
+
+def test_a_disk_without_room_leaves_what_a_csv_said_before(record, story):
+    """As does a process killed there: a resumed run rewrites its files beside the old ones."""
+    config, folder = CsvConfig(figures=False), Path(record.folder)
+    keep(CsvFiles(config), record, story(200, until=150), status="KILLED")
+    before = {name: (folder / name).read_bytes() for name in ("metrics.csv", "events.jsonl")}
+    tracker, limits = CsvFiles(config), resource.getrlimit(resource.RLIMIT_FSIZE)
+    tracker.open(record)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["metrics.csv"]) // 4, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tracker.record([message for _, message in story(200, since=140)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {name: (folder / name).read_bytes() for name in before} == before
 
 
 def test_tracking_none_keeps_the_parquet_files_alone(bus, record, story, publish):
