@@ -75,10 +75,29 @@ class HeuristicController:
         if isinstance(message, RunStarted):
             self.attempts.rest_ticks = self.view.ticks(self.config.embargo)
             self.budget.check()
+            self._check_times(message)
         elif isinstance(message, Telemetry):
             self.health.observe(message)
         elif isinstance(message, Metrics) and self.config.metric in message.values:
             self.plateau.observe(message.tick, message.values[self.config.metric])
+
+    def _check_times(self, started: RunStarted) -> None:
+        """Raise UserError where whatever starts a wave, or the first telemetry, would come when nothing germinates any more."""
+        config, ticks = self.config, self.view.ticks
+        last = min(ticks(config.until), self.view.last_decision)
+        end = f"nothing germinates after tick {last} of {started.total_ticks} (controller.until={config.until}), so nothing ever would"
+        if config.germinate_at and ticks(config.germinate_at) > last:
+            at = f"controller.germinate_at={config.germinate_at} is tick {ticks(config.germinate_at)}"
+            raise UserError(f"{at}, and {end}; give an earlier time, or a later until.")
+        if not config.germinate_at and ticks(config.plateau) >= last:
+            lasts = f"controller.plateau={config.plateau} lasts {ticks(config.plateau)} ticks"
+            raise UserError(f"{lasts}, and {end}; give a shorter plateau, or a later until.")
+        first = min(site["telemetry_every"] for site in started.sites)
+        if first > last:
+            raise UserError(
+                f"The first telemetry, by which the heuristic chooses seeds, comes at tick {first} (telemetry.every), and {end}; "
+                "lower telemetry.every, or choose controller=random."
+            )
 
     def decide(self, tick: int) -> list[Command]:
         """Germinate the best seeds that the present wave still wants."""

@@ -147,6 +147,7 @@ class Observer:
             "blueprint": self.garden.default_blueprint,
             "blueprints": fitting,
             "host_parameters": host,
+            "telemetry_every": self.config.every,
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:
