@@ -31,7 +31,7 @@ class HeuristicConfig(ControllerPlace):
         0.001, low=0.0, help="smallest improvement that ends a plateau, as a share of the best"
     )
     until: str = setting("50%", unit="duration", help="no germination after this: growing late does less")
-    count: int = setting(4, low=0, unit="seeds", help="germinations of one wave")
+    count: int = setting(4, low=0, high=10**6, unit="seeds", help="germinations of one wave")
     max_active: int = setting(4, low=1, unit="seeds", help="most seeds between GERMINATED and FINE_TUNING at a time")
     max_parameters: int = setting(0, low=0, help="most parameters that all branches may add; 0: no limit")
     max_growth: float = setting(0.0, low=0.0, unit="hosts", help="the same as a multiple of the host's; 0: no limit")

@@ -22,7 +22,7 @@ class RandomConfig(ControllerPlace):
     """How many seeds, between when and when."""
 
     name: str = "random"
-    count: int = setting(4, low=0, unit="seeds", help="seeds that germinate in the run; a refused one is replaced")
+    count: int = setting(4, low=0, high=10**6, unit="seeds", help="seeds that germinate in the run; a refused one is replaced")
     earliest: str = setting("10%", unit="duration", help="times are drawn evenly from here …")
     latest: str = setting("10%", unit="duration", help="… to here; the same time for both draws places alone")
     site: str = setting("*", help="sites among which places are drawn (name or glob)")

@@ -14,6 +14,7 @@ from esper.errors import UserError
 from esper.randomness import generator
 from esper.saved import load_weights
 from esper.tasks.base import Task
+from esper.training.device import is_out_of_memory
 from esper.training.port import Port
 from esper.training.trainer import Growth, Trainer
 
@@ -74,8 +75,19 @@ def build_growth(config: RootConfig) -> Growth:
     return Growth(config.sites, blueprint, config.lifecycle, grafting, config.telemetry, config.kernel)
 
 
-def build_trainer(config: RootConfig, task: Task, device: torch.device, port: Port | None = None, steps: int | None = None, state: Any = None) -> Trainer:
-    """The training of a run; ``steps`` overrides its length (controls), ``state`` is a checkpoint's to go on from."""
-    host = build_host(config, task)
+def build_trainer(
+    config: RootConfig, task: Task, device: torch.device, port: Port | None = None, steps: int | None = None, state: Any = None
+) -> Trainer:
+    """The training of a run; ``steps`` overrides its length (controls), ``state`` is a checkpoint's to go on from.
+
+    Raises:
+        UserError: parts that do not fit each other, or the memory.
+    """
     growth = build_growth(config)
-    return Trainer(host, task, config.trainer, config.optimizer, config.scheduler, growth, config.seed, device, port, steps, state)
+    try:
+        host = build_host(config, task)
+        return Trainer(host, task, config.trainer, config.optimizer, config.scheduler, growth, config.seed, device, port, steps, state)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"model={config.model.name} does not fit into memory; make it smaller, or use a machine with more.") from error

@@ -70,7 +70,7 @@ def test_a_resumed_run_draws_what_an_undisturbed_one_draws(run, reborn, cut):
     ("settings", "sentence"),
     [
         ({"site": "zzz"}, r"controller\.site=zzz matches no site; there are: fc1, fc2\."),
-        ({"blueprint": "nope"}, r"controller\.blueprint=nope fits no site that controller\.site=\* matches; blueprints that do: affine, mlp"),
+        ({"blueprint": "nope"}, r"controller\.blueprint=nope fits no site that controller\.site=\* matches; blueprints that do: affine"),
         ({"earliest": "100%", "latest": "100%"}, r"earliest=100% is tick 100, and what is decided after tick 99 comes too late"),
     ],
 )

@@ -90,6 +90,12 @@ def closed() -> int:
         return int(probe.getsockname()[1])
 
 
+def test_a_host_larger_than_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("esper.hosts.mlp.MLP", lambda *sizes: torch.empty(2**60))
+    with pytest.raises(UserError, match=r"^model=mlp does not fit into memory; make it smaller"):
+        start(tmp_path)
+
+
 def test_commands_that_cannot_be_applied_are_refused_with_the_reason(tmp_path: Path):
     words = script(
         "at: 5step, command: germinate, site: fc9, seeds: [0]",
