@@ -189,7 +189,7 @@ def _in_range(value: Any, metadata: Mapping[str, Any]) -> bool:
     choices, low, high = (metadata.get(key) for key in ("choices", "low", "high"))
     if choices and value not in choices:
         return False
-    if isinstance(value, float) and math.isnan(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return False
     return not isinstance(value, (int, float)) or ((low is None or value >= low) and (high is None or value <= high))
 
@@ -209,7 +209,7 @@ def _in_form(value: Any, metadata: Mapping[str, Any]) -> bool:
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "a text",
     list: "a list, as in [a,b]",
     tuple: "a list, as in [a,b]",

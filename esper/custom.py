@@ -7,6 +7,7 @@ the environment, or ``allow: [my_pkg]`` in ``esper.yaml`` in the folder that esp
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import os
@@ -74,6 +75,17 @@ def locate(target: str, key: str) -> Any:
             raise UserError(f"{key}={target}: the module '{module}' has no '{name}'.")
         found = getattr(found, part)
     return found
+
+
+def source_digest(target: str) -> str:
+    """SHA-256 over the Python files of the package (or the one module) that a ``target`` already imported comes from."""
+    package = sys.modules[target.partition(":")[0].split(".")[0]]
+    folders = [Path(folder) for folder in getattr(package, "__path__", ())]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    digest = hashlib.sha256()
+    for file in files or [Path(str(package.__file__))]:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def make(target: str, args: Mapping[str, Any], group: str) -> Any:

@@ -19,8 +19,8 @@ class Conv(Blueprint):
     """δ(x) = pointwise(act(norm(depthwise(x)))); one normalization group a branch, over channels and positions."""
 
     name: str = "conv"
-    kernel: int = setting(3, low=1, unit="positions", help="width of the depthwise kernel, odd")
-    expand: int = setting(2, low=1, help="depthwise outputs a channel")
+    kernel: int = setting(3, low=1, high=1023, unit="positions", help="width of the depthwise kernel, odd")
+    expand: int = setting(2, low=1, high=1024, help="depthwise outputs a channel")
     activation: str = setting("relu", choices=tuple(ACTIVATIONS), help="activation after the norm")
 
     spatial = True

@@ -16,7 +16,7 @@ class GLU(Blueprint):
     """One gated hidden layer of ``hidden`` units."""
 
     name: str = "glu"
-    hidden: int = setting(32, low=1, help="hidden units")
+    hidden: int = setting(32, low=1, high=2**20, help="hidden units")
 
     output = "w2"
 

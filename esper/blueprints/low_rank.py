@@ -16,7 +16,7 @@ class LowRank(Blueprint):
     """A linear map of rank ``rank`` from what the branch reads to its chunk."""
 
     name: str = "low_rank"
-    rank: int = setting(4, low=1, help="rank of the product")
+    rank: int = setting(4, low=1, high=2**20, help="rank of the product")
 
     output = "up"
 

@@ -16,7 +16,7 @@ class MLP(Blueprint):
     """One hidden layer of ``hidden`` units."""
 
     name: str = "mlp"
-    hidden: int = setting(16, low=1, help="hidden units")
+    hidden: int = setting(16, low=1, high=2**20, help="hidden units")
     activation: str = setting("relu", choices=tuple(ACTIVATIONS), help="activation of the hidden layer")
 
     output = "w2"

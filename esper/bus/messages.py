@@ -35,7 +35,8 @@ class Telemetry(Message, kw_only=True):
 
 
 class RunStarted(Message):
-    """First event of a run; ``sites`` has one dict a site: name, kind, width, seeds, blueprint parameters and MACs."""
+    """First event of a run; ``sites`` has one dict a site: name, kind, width, seeds, blueprint parameters
+    and MACs, ticks between two telemetry rows."""
 
     tick: int
     total_ticks: int

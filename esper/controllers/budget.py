@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from esper.bus.messages import Message, RunStarted, Transition
-from esper.controllers.view import LOST, Seed
+from esper.controllers.view import LOST, Seed, refuse_unfitting
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage
 
@@ -62,12 +62,8 @@ class Budget:
 
     def check(self) -> None:
         """Raise UserError when the wanted blueprint fits none of the sites, or the limit not even one branch."""
-        if self._blueprint and not any(self._blueprint in site.get("blueprints", {}) for site in self._sites.values()):
-            fitting = sorted({name for site in self._sites.values() for name in site.get("blueprints", {})})
-            raise UserError(
-                f"controller.blueprint={self._blueprint} fits no site of this host; "
-                f"blueprints that do: {', '.join(fitting) or 'none'}."
-            )
+        if self._blueprint:
+            refuse_unfitting(self._sites.values(), self._blueprint, "of this host")
         cheapest = min(map(self.cost, self._sites), default=0)
         if cheapest > self.limit:
             raise UserError(

@@ -31,7 +31,7 @@ class HeuristicConfig(ControllerPlace):
         0.001, low=0.0, help="smallest improvement that ends a plateau, as a share of the best"
     )
     until: str = setting("50%", unit="duration", help="no germination after this: growing late does less")
-    count: int = setting(4, low=0, unit="seeds", help="germinations of one wave")
+    count: int = setting(4, low=0, high=10**6, unit="seeds", help="germinations of one wave")
     max_active: int = setting(4, low=1, unit="seeds", help="most seeds between GERMINATED and FINE_TUNING at a time")
     max_parameters: int = setting(0, low=0, help="most parameters that all branches may add; 0: no limit")
     max_growth: float = setting(0.0, low=0.0, unit="hosts", help="the same as a multiple of the host's; 0: no limit")
@@ -75,10 +75,29 @@ class HeuristicController:
         if isinstance(message, RunStarted):
             self.attempts.rest_ticks = self.view.ticks(self.config.embargo)
             self.budget.check()
+            self._check_times(message)
         elif isinstance(message, Telemetry):
             self.health.observe(message)
         elif isinstance(message, Metrics) and self.config.metric in message.values:
             self.plateau.observe(message.tick, message.values[self.config.metric])
+
+    def _check_times(self, started: RunStarted) -> None:
+        """Raise UserError where whatever starts a wave, or the first telemetry, would come when nothing germinates any more."""
+        config, ticks = self.config, self.view.ticks
+        last = min(ticks(config.until), self.view.last_decision)
+        end = f"nothing germinates after tick {last} of {started.total_ticks} (controller.until={config.until}), so nothing ever would"
+        if config.germinate_at and ticks(config.germinate_at) > last:
+            at = f"controller.germinate_at={config.germinate_at} is tick {ticks(config.germinate_at)}"
+            raise UserError(f"{at}, and {end}; give an earlier time, or a later until.")
+        if not config.germinate_at and ticks(config.plateau) >= last:
+            lasts = f"controller.plateau={config.plateau} lasts {ticks(config.plateau)} ticks"
+            raise UserError(f"{lasts}, and {end}; give a shorter plateau, or a later until.")
+        first = min(site["telemetry_every"] for site in started.sites)
+        if first > last:
+            raise UserError(
+                f"The first telemetry, by which the heuristic chooses seeds, comes at tick {first} (telemetry.every), and {end}; "
+                "lower telemetry.every, or choose controller=random."
+            )
 
     def decide(self, tick: int) -> list[Command]:
         """Germinate the best seeds that the present wave still wants."""

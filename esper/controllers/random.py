@@ -10,7 +10,7 @@ from typing import Any
 from esper.bus.messages import Command, Germinate, Message, RunStarted
 from esper.controllers.attempts import Attempts
 from esper.controllers.base import PRODUCER, command_id
-from esper.controllers.view import RunView, check_duration
+from esper.controllers.view import RunView, check_duration, refuse_unfitting
 from esper.errors import UserError
 from esper.fields import setting
 from esper.lifecycle.stages import Stage
@@ -22,7 +22,7 @@ class RandomConfig(ControllerPlace):
     """How many seeds, between when and when."""
 
     name: str = "random"
-    count: int = setting(4, low=0, unit="seeds", help="seeds that germinate in the run; a refused one is replaced")
+    count: int = setting(4, low=0, high=10**6, unit="seeds", help="seeds that germinate in the run; a refused one is replaced")
     earliest: str = setting("10%", unit="duration", help="times are drawn evenly from here …")
     latest: str = setting("10%", unit="duration", help="… to here; the same time for both draws places alone")
     site: str = setting("*", help="sites among which places are drawn (name or glob)")
@@ -56,6 +56,9 @@ class RandomController:
             self.attempts.rest_ticks = self.view.ticks(self.config.embargo)
             self.times = self._draw_times()
 
+            where = f"that controller.site={self.config.site} matches"
+            refuse_unfitting(self.view.matching(self.config.site), self.config.blueprint, where)
+
     def _draw_times(self) -> list[int]:
         first, last = self.view.ticks(self.config.earliest), self.view.ticks(self.config.latest)
         if first > last:
@@ -63,6 +66,12 @@ class RandomController:
                 f"controller.earliest={self.config.earliest} is after controller.latest={self.config.latest}; "
                 "give a time span that does not end before it begins."
             )
+        if first > self.view.last_decision:
+            raise UserError(
+                f"controller.earliest={self.config.earliest} is tick {first}, and what is decided after tick {self.view.last_decision} "
+                "comes too late for this run; give an earlier time."
+            )
+        last = min(last, self.view.last_decision)
         lot = self._lot("times")
         return sorted(lot.randint(first, last) for _ in range(self.config.count))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -58,9 +59,21 @@ class RunView:
             if stage is None or self.stages[name, seed] == stage
         ]
 
+    def matching(self, site: str) -> list[dict[str, Any]]:
+        """What was said of the sites that the glob of ``controller.site`` matches; raises UserError when it matches none."""
+        found = [described for name, described in self.sites.items() if fnmatchcase(name, site)]
+        if not found:
+            raise UserError(f"controller.site={site} matches no site; there are: {', '.join(self.sites) or 'none'}.")
+        return found
+
     def active(self) -> list[Seed]:
         """Seeds whose branch is under way: GERMINATED to FINE_TUNING."""
         return [seed for seed, stage in self.stages.items() if stage in ACTIVE]
+
+    @property
+    def last_decision(self) -> int:
+        """The last tick whose commands are still applied, at the next."""
+        return self.total_ticks - 1
 
     def ticks(self, text: str) -> int:
         """A duration in ticks of this run; raises UserError for epochs, whose length no message tells."""
@@ -74,6 +87,16 @@ class RunView:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
         self.stages = {(site, seed): stage for site, seed, stage in state["stages"]}
+
+
+def refuse_unfitting(sites: Iterable[dict[str, Any]], blueprint: str, where: str) -> None:
+    """Raise UserError when ``blueprint`` (empty: the run's own) fits none of these sites; ``where`` names them in words."""
+    sites = list(sites)
+    if any((blueprint or site["blueprint"]) in site["blueprints"] for site in sites):
+        return
+    fitting = sorted({name for site in sites for name in site["blueprints"]})
+    what = f"controller.blueprint={blueprint}" if blueprint else "The run's blueprint"
+    raise UserError(f"{what} fits no site {where}; blueprints that do: {', '.join(fitting) or 'none'}.")
 
 
 def check_duration(text: str) -> None:

@@ -27,7 +27,7 @@ class AdaptiveConfig(HoldingConfig):
 
     name: str = "adaptive"
     margin: float = setting(0.1, low=0.0, high=2.0, help="how much stronger than the present choice a rival must be")
-    patience: int = setting(3, low=1, unit="ticks", help="ticks in a row that the same rival must be stronger")
+    patience: int = setting(3, low=1, high=10**12, unit="ticks", help="ticks in a row that the same rival must be stronger")
     score_weight: float = setting(0.25, low=0.0, high=1.0, help="how much past pay counts beside the present signals")
     score_decay: float = setting(0.9, low=0.0, high=1.0, help="weight of a choice's past pay when it is paid again")
     score_scale: float = setting(50.0, low=0.0, help="pay for a counterfactual gain that grew by the whole loss")

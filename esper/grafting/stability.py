@@ -29,7 +29,7 @@ class StabilityConfig(HoldingConfig):
     max_metric_variance: float = setting(0.01, low=0.0, unit="metric²", help="largest steady variance of the metric")
     band_low: float = setting(0.1, low=0.0, high=1.0, unit="medians", help="smallest steady gradient norm")
     band_high: float = setting(10.0, low=1.0, unit="medians", help="largest steady gradient norm")
-    patience: int = setting(5, low=1, unit="ticks", help="unsteady ticks in a row that lead to a step back")
+    patience: int = setting(5, low=1, high=10**12, unit="ticks", help="unsteady ticks in a row that lead to a step back")
 
 
 def plan(config: StabilityConfig, state: Tensor, context: GraftingContext) -> Plan:

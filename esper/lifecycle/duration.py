@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from esper.errors import UserError
 
+LONGEST = 2**53
+"""Ticks that no run reaches; sums of a few such durations still fit the tables' integers."""
+
 _FORM = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)\s*$")
 
 
@@ -19,10 +22,10 @@ class Duration:
     unit: str
 
     def ticks(self, total_ticks: int, ticks_per_epoch: int, steps_per_tick: int = 1) -> int:
-        """Whole ticks in a run of ``total_ticks``; a positive length is at least one tick."""
+        """Whole ticks in a run of ``total_ticks``; a positive length is at least one tick, and at most ``LONGEST``."""
         scale = {"step": 1.0 / steps_per_tick, "epoch": float(ticks_per_epoch), "%": total_ticks / 100.0}[self.unit]
         exact = self.amount * scale
-        return 0 if exact == 0 else max(1, math.floor(exact + 0.5))
+        return 0 if exact == 0 else max(1, math.floor(min(exact, LONGEST) + 0.5))
 
 
 def parse(text: str) -> Duration:

@@ -16,7 +16,7 @@ from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.numbers import count, duration, short
 from esper.running.estimates import Cost, Forward, cost_of, forward_of
-from esper.running.parts import build_trainer
+from esper.running.parts import build_trainer, refuse_idle
 from esper.seeds import Site
 from esper.training.device import choose_device, describe, numerics
 from esper.training.passes import host_parameters
@@ -42,6 +42,7 @@ def check(config: RootConfig) -> str:
         try:
             forward = forward_of(trainer)
             cost = cost_of(trainer)
+            refuse_idle(config, task, trainer)
         finally:
             trainer.batches.close()
     console.print(_sites(config, trainer, forward))

@@ -23,6 +23,7 @@ from esper.controllers import ControllerRunner
 from esper.errors import UserError
 from esper.running.parts import build_controller
 from esper.seeds import COLUMNS
+from esper.tasks.base import Task
 from esper.tracking import RunRecord, TrackerRunner, build_trackers
 from esper.tracking.runner import STREAMS as READ_BY_TRACKERS
 
@@ -107,9 +108,11 @@ def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, qui
             print(f"{group}.process=external: start  esper {program} {folder}", file=sys.stderr, flush=True)
 
 
-def connect_controller(config: RootConfig, bus: Bus, record: RunRecord) -> tuple[ControllerRunner | ControlledElsewhere, Watched]:
+def connect_controller(
+    config: RootConfig, task: Task, bus: Bus, record: RunRecord
+) -> tuple[ControllerRunner | ControlledElsewhere, Watched]:
     """Who decides, and the trainer's port. Raises UserError for settings that no controller can be built from."""
-    settings, controller = config.controller, build_controller(config)  # where it decides elsewhere, refused here all the same
+    settings, controller = config.controller, build_controller(config, task)  # where it decides elsewhere, refused here all the same
     if settings.process == EXTERNAL:
         port = Watched(bus, record.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
         return ControlledElsewhere(), port

@@ -16,6 +16,7 @@ from torch import Tensor
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig, plain
+from esper.errors import UserError
 from esper.report.progress import ProgressBar
 from esper.report.summary import Summary, write_summary
 from esper.report.table import print_report
@@ -23,7 +24,7 @@ from esper.running.connecting import Watched, connect_controller, connect_tracke
 from esper.running.control import control, equal_macs_steps
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
-from esper.running.parts import build_trainer
+from esper.running.parts import build_trainer, refuse_idle
 from esper.running.profiling import profiled
 from esper.running.record import run_record
 from esper.running.summary import summarize
@@ -77,18 +78,20 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
     record = run_record(config, task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
     say_where(config, bus, record, folder, quiet)
-    runner, port = connect_controller(config, bus, record)
+    runner, port = connect_controller(config, task, bus, record)
     trackers = connect_trackers(config, bus, record)
     progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
     lost: TrackerError | None = None
     try:
         with _failing(progress, trackers):
-            trackers.start()
-            progress.start()
             if state is not None:
                 load(state, runner, port)
             trainer = build_trainer(config, task, device, port, state=None if state is None else state["trainer"])
-        keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
+            with _refusing(trainer):
+                refuse_idle(config, task, trainer)
+            keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
+            trackers.start()  # only now: what is refused leaves no run behind
+            progress.start()
         with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
             with keeper.listening(), profiled(trainer, keeper, config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
@@ -149,6 +152,17 @@ def _ending(
             with _quietly(status != "FINISHED"):
                 progress.close(status)
                 trackers.close(status)
+
+
+@contextmanager
+def _refusing(trainer: Trainer) -> Iterator[None]:
+    """A run that is refused when its trainer has been built lets go of what that holds."""
+    try:
+        yield
+    except UserError:
+        trainer.batches.close()
+        trainer.grow.close("FAILED")
+        raise
 
 
 @contextmanager

@@ -103,7 +103,10 @@ class TrackerRunner:
         self._status = self._status or status
         self._grace_s = grace_s
         self._closing.set()
-        if self._thread.is_alive():
+        if self._thread.ident is None:  # it never began: nobody else gives its places on the bus back
+            for consumer in self._consumers.values():
+                consumer.close()
+        elif self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
                 raise TrackerError(

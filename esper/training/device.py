@@ -36,6 +36,11 @@ def describe(device: torch.device, config: TrainerConfig) -> str:
     return f"device: cpu, {threads} thread{'s' if threads > 1 else ''}, {config.precision}{unused}"
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's or the CPU's memory could not be had; torch has a class of its own for the former alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
 def numerics(config: TrainerConfig) -> Iterator[None]:
     """Within: the determinism and the number of threads that the config asks for; put back afterwards."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from esper.blueprints import Block, Blueprint
 from esper.lifecycle import Stage
 from esper.seeds import COLUMNS, Branch, Garden, Recording, TelemetryConfig
+from esper.seeds.layer import ATTRIBUTE
 from esper.training.objectives import Objective
 from esper.training.passes import host_parameters
 from esper.training.signals import gradient_norms
@@ -23,7 +24,10 @@ FIRST = COLUMNS.index(MEASURED[0])
 
 
 class Observer:
-    """Reads the seeds of a garden every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one, ``tick`` which is now."""
+    """Reads the seeds of a garden every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
+
+    ``tick`` tells which is now.
+    """
 
     def __init__(self, garden: Garden, config: TelemetryConfig, objective: Objective, tick: Callable[[], int]) -> None:
         self.garden = garden
@@ -74,12 +78,26 @@ class Observer:
                 self._gradient_ratio[branch] = math.sqrt((norm * norm / count) / max(host, 1e-24))
 
     def _host_gradient(self, number: int) -> float | None:
-        """Mean square of the gradient at the host's parameters at a site; None where there is none."""
-        host = [p.grad for p in self._site_parameters(number) if p.grad is not None]
+        """Mean square of the gradient at the host's parameters beside a site; None where there is none."""
+        host = [p.grad for p in self._parameters_beside(number) if p.grad is not None]
         if not host:
             return None
         flat = [gradient.float().reshape(-1) for gradient in host]  # as dot products: no square as large as the weights is made
         return float(torch.stack([torch.dot(gradient, gradient) for gradient in flat]).sum()) / sum(gradient.numel() for gradient in flat)
+
+    def _parameters_beside(self, number: int) -> list[torch.nn.Parameter]:
+        """The host's parameters that branches at a site are measured against: those of the site's module.
+
+        Where it has none (flattened inputs, an activation): those of the next module, in order of definition, that has some of
+        its own, and of the whole host where none follows.
+        """
+        own = self._site_parameters(number)
+        if own:
+            return own
+        modules = [module for name, module in self.garden.model.named_modules() if f"{ATTRIBUTE}." not in f"{name}."]
+        after = modules[modules.index(self.garden.sites[number].module) + 1 :]
+        following = (list(module.parameters(recurse=False)) for module in after)
+        return next((some for some in following if some), list(host_parameters(self.garden.model).values()))
 
     def branch_gradients(self, branches: list[Branch]) -> dict[int, tuple[float, int]]:
         """By branch: (L2 norm, number of parameters) of the gradient at its parameters, from the task or its objective."""
@@ -147,6 +165,7 @@ class Observer:
             "blueprint": self.garden.default_blueprint,
             "blueprints": fitting,
             "host_parameters": host,
+            "telemetry_every": self.config.every,
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from esper.tasks.loading import Batches
 from esper.training.attach import attach
 from esper.training.checkpoint.engine import load_trainer
 from esper.training.config import OptimizerConfig, SchedulerConfig, TrainerConfig
-from esper.training.device import TYPES
+from esper.training.device import TYPES, is_out_of_memory
 from esper.training.evaluate import Repeated, evaluate, held_out
 from esper.training.governor import Governor, Watch
 from esper.training.grow import Grow
@@ -151,11 +151,14 @@ class Trainer:
         while self.outcome.steps < self.total:
             try:
                 self.advance()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 grown = len(self.grow.garden.branches.living())
+                whose = "GPU" if self.device.type == "cuda" else "machine"
                 raise UserError(
-                    f"The GPU's memory is full at step {self.outcome.steps + 1}, with {grown} branches grown; lower trainer.batch_size, "
-                    "let fewer seeds grow, or resume from the last checkpoint where more memory is free."
+                    f"The {whose}'s memory is full at step {self.outcome.steps + 1}, with {grown} branches grown; lower "
+                    "trainer.batch_size, let fewer or smaller branches grow, or resume from the last checkpoint where more memory is free."
                 ) from error
             if between is not None:
                 between(self)

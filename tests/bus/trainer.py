@@ -22,6 +22,7 @@ def site() -> dict:
         "seeds": SEEDS,
         "blueprint": "mlp",
         "blueprints": {"mlp": {"parameters": 10, "macs": 10}},
+        "telemetry_every": 1,
         "host_parameters": 1000,
     }
 

@@ -31,6 +31,7 @@ def _site(name: str, seeds: int, parameters: int) -> dict[str, Any]:
         "blueprint": "mlp",
         "blueprints": {"mlp": {"parameters": parameters, "macs": parameters}, "affine": {"parameters": 2, "macs": 2}},
         "host_parameters": 1000,
+        "telemetry_every": 1,
     }
 
 

@@ -104,6 +104,23 @@ def test_no_more_than_max_active_are_under_way_and_the_rest_follow(run):
     assert {tick: len(places) for tick, places in ran.germinated.items()} == {11: 3, 22: 1}
 
 
+@pytest.mark.parametrize(
+    ("settings", "every", "sentence"),
+    [
+        ({"germinate_at": "99%"}, 1, r"germinate_at=99% is tick 99, and nothing germinates after tick 50 of 100 \(controller\.until=50%\)"),
+        ({"germinate_at": "100%", "until": "100%"}, 1, r"germinate_at=100% is tick 100, and nothing germinates after tick 99 of 100"),
+        ({"germinate_at": "", "plateau": "60%"}, 1, r"plateau=60% lasts 60 ticks, and nothing germinates after tick 50"),
+        ({}, 51, r"first telemetry.*comes at tick 51 \(telemetry\.every\), and nothing germinates after tick 50.*lower telemetry\.every"),
+    ],
+)
+def test_times_at_which_nothing_can_germinate_are_refused_when_the_run_starts(run, settings, every, sentence):
+    ran = run(HeuristicConfig(**settings).build(0))
+    for site in ran.sites:
+        site["telemetry_every"] = every
+    with pytest.raises(UserError, match=sentence):
+        ran.start().until(1)
+
+
 def test_nothing_germinates_after_until(run):
     ran = run(HeuristicConfig(count=4, max_active=1, until="20%").build(0)).start().until(25)
     ran.move(*ran.germinated[11][0], Stage.FOSSILIZED)
@@ -193,7 +210,7 @@ def test_a_blueprint_that_fits_nowhere_is_refused_with_those_that_do(run):
 
 def test_a_run_that_goes_on_tells_the_stages_to_a_controller_that_was_not_there():
     controller = HeuristicConfig().build(0)
-    site = {"name": "fc1", "kind": "linear", "width": 8, "seeds": 2, "blueprints": {}, "stages": [7, 3]}
+    site = {"name": "fc1", "kind": "linear", "width": 8, "seeds": 2, "blueprints": {}, "stages": [7, 3], "telemetry_every": 1}
     controller.observe(RunStarted(tick=50, total_ticks=100, sites=[site]))
     assert controller.view.active() == [("fc1", 1)]
     assert controller.view.seeds(stage=Stage.FOSSILIZED) == [("fc1", 0)]

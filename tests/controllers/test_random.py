@@ -66,6 +66,31 @@ def test_a_resumed_run_draws_what_an_undisturbed_one_draws(run, reborn, cut):
     assert first.germinated | second.germinated == whole.germinated
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"site": "zzz"}, r"controller\.site=zzz matches no site; there are: fc1, fc2\."),
+        ({"blueprint": "nope"}, r"controller\.blueprint=nope fits no site that controller\.site=\* matches; blueprints that do: affine"),
+        ({"earliest": "100%", "latest": "100%"}, r"earliest=100% is tick 100, and what is decided after tick 99 comes too late"),
+    ],
+)
+def test_what_could_germinate_nothing_is_refused_when_the_run_starts(run, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run(RandomConfig(**settings).build(0)).start().until(1)
+
+
+def test_a_run_whose_blueprint_does_not_fit_the_chosen_sites_is_refused(run):
+    ran = run(RandomConfig(site="fc2").build(0))
+    del ran.sites[1]["blueprints"]["mlp"]
+    with pytest.raises(UserError, match=r"The run's blueprint fits no site that controller\.site=fc2 matches; blueprints that do: affine"):
+        ran.start().until(1)
+
+
+def test_the_last_time_drawn_is_one_that_still_counts(run):
+    ran = run(RandomConfig(count=5, earliest="99%", latest="100%").build(0)).start().until(100)
+    assert sum(map(len, ran.germinated.values())) == 5
+
+
 def test_a_span_that_ends_before_it_begins_is_refused(run):
     ran = run(RandomConfig(earliest="50%", latest="10%").build(0)).start()
     with pytest.raises(UserError, match=r"earliest=50% is after controller\.latest=10%"):

@@ -56,6 +56,13 @@ def script(*entries: str) -> list[str]:
         (["trainer.precision=fp16"], r"fp16.*(bf16|fp32)"),
         (["trainer.batch_size=5000"], r"batches of 5000 cannot be made from 1000 samples"),
         (["controller.blueprint=conv"], r"controller\.blueprint=conv fits no site of this host; blueprints that do"),
+        (["controller=random", "controller.site=zzz"], r"controller\.site=zzz matches no site; there are: inputs, fc1, fc2\."),
+        (["controller=random", "controller.blueprint=nope"], r"controller\.blueprint=nope fits no site .*blueprints that do: affine"),
+        (["controller=random", "controller.earliest=100%", "controller.latest=100%"], r"controller\.earliest=100% is tick 60"),
+        (["controller.germinate_at=99%"], r"germinate_at=99% is tick 59, and nothing germinates after tick 30 of 60"),
+        (["telemetry.every=100000"], r"comes at tick 100000 \(telemetry\.every\), and nothing germinates after tick 30"),
+        (["controller.germinate_at=", "controller.plateau=5%", "controller.metric=validation/lss"], r"did you mean validation/loss"),
+        (["controller.metric=validation/accuracy"], r"gets better towards its maximum; set controller\.direction=max"),
         (["controller.strategy=liner"], r"controller\.strategy=liner is not accepted.*did you mean linear; empty means the run's own"),
         (script("at: 10%, command: germinat"), r"controller\.script\[0\]\.command is 'germinat'; accepted are germinate"),
         (["task=text", "task.path=/nowhere.txt"], r"/nowhere\.txt"),
@@ -72,7 +79,7 @@ def test_what_cannot_begin_is_refused_with_what_to_do(words: list[str], sentence
         start(tmp_path, *(word.replace("{closed}", str(closed)) for word in words))
     assert "\n" not in str(caught.value)
     assert threading.active_count() == before, "no thread is left behind"
-    assert not (tmp_path / "run" / "run.lock").exists()
+    assert [path.name for path in (tmp_path / "run").rglob("*")] in ([], ["config.yaml"]), "nothing that looks like a run"
 
 
 @pytest.fixture
@@ -81,6 +88,12 @@ def closed() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def test_a_host_larger_than_the_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("esper.hosts.mlp.MLP", lambda *sizes: torch.empty(2**60))
+    with pytest.raises(UserError, match=r"^model=mlp does not fit into memory; make it smaller"):
+        start(tmp_path)
 
 
 def test_commands_that_cannot_be_applied_are_refused_with_the_reason(tmp_path: Path):
@@ -169,15 +182,24 @@ def test_a_disk_that_fills_up_ends_the_run_as_failed_and_closes_everything(tmp_p
     assert (tmp_path / "run" / "transitions.parquet").exists() and (tmp_path / "run" / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("place", ["build_trainer", "control"])
+LIGHT = ["tracking.figures=false", "tracking.model=false", "tracking.system_s=0"]
+
+
+def test_a_refused_run_leaves_no_mlflow_run(tmp_path: Path):
+    for word in ("sites.match=[fc9]", "controller.germinate_at=99%"):
+        with pytest.raises(UserError):
+            start(tmp_path, "tracking=mlflow", *LIGHT, word)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("place", ["profiled", "control"])
 def test_an_interrupt_leaves_an_mlflow_run_that_says_killed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"esper.running.run.{place}", interrupted)
-    light = ["tracking=mlflow", "tracking.figures=false", "tracking.model=false", "tracking.system_s=0", "trainer.control=true"]
     with pytest.raises(KeyboardInterrupt):
-        start(tmp_path, *light)
+        start(tmp_path, "tracking=mlflow", *LIGHT, "trainer.control=true")
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         assert store.execute("select status from runs").fetchall() == [("KILLED",)]
     if place == "control":

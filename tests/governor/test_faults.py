@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -146,11 +147,16 @@ def test_a_flipped_bit_that_no_activation_feels_enters_no_snapshot(make: Make) -
     assert float(weight.abs().max()) < 10.0 and "the largest weight is" in alerts(trainer)[0]
 
 
-def test_a_full_gpu_stops_with_a_sentence(make: Make) -> None:
+def out_of_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("ask", [out_of_gpu, lambda: torch.empty(2**60)], ids=["gpu", "cpu"])
+def test_a_full_memory_stops_with_a_sentence(ask: Callable[[], Any], make: Make) -> None:
     trainer = make()
 
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        ask()
 
     trainer.grow.after_backward = full
     with pytest.raises(UserError, match=r"memory is full at step 1, with 0 branches grown; lower trainer.batch_size"):

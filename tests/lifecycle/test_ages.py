@@ -7,7 +7,9 @@ import pytest
 from esper.errors import UserError
 from esper.grafting import CONFIGS, longest_ramp
 from esper.lifecycle import LifecycleConfig, Stage, resolve
-from esper.lifecycle.duration import parse
+from esper.lifecycle.duration import LONGEST, parse
+from esper.lifecycle.machine import Machine
+from esper.lifecycle.table import SeedTable
 
 MINIMA = {
     "TRAINING": "training_min",
@@ -23,6 +25,17 @@ MINIMA = {
 )
 def test_a_duration_is_steps_epochs_or_a_share_of_the_run(text: str, ticks: int):
     assert parse(text).ticks(total_ticks=1000, ticks_per_epoch=20) == ticks
+
+
+def test_durations_that_no_run_reaches_are_as_good_as_never():
+    text = "9" * 400 + "step"
+    assert parse(text).ticks(total_ticks=1000, ticks_per_epoch=20) == LONGEST
+    ages = resolve(LifecycleConfig(training_max=text, fade=text, embargo=text, judge_every=text), "1%", "1%", 1000, 100)
+    machine = Machine(SeedTable(1), ages)
+    for stage in (Stage.GERMINATED, Stage.TRAINING):
+        machine.apply(0, stage, "test")
+    machine.advance()
+    assert machine.outlived() == [] and ages.maximum[Stage.CULLED] == 2 * LONGEST
 
 
 @pytest.mark.parametrize("text", ["", "5", "-1step", "step", "5 days", "nan%", "1e3step", "%"])

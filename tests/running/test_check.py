@@ -10,6 +10,7 @@ import torch
 from esper.app import main
 from esper.cli.compose import compose
 from esper.config import config_hash
+from esper.errors import UserError
 from esper.running.check import check
 from esper.running.parts import build_trainer
 
@@ -138,3 +139,8 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert main(["check", SHORT]) == 0
     assert "Sites:" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_controller_that_could_never_do_anything_is_refused_here_too() -> None:
+    with pytest.raises(UserError, match=r"germinate_at=99% is tick 297, and nothing germinates after tick 150"):
+        _said(SHORT, "controller.germinate_at=99%")

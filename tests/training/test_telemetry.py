@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from growing import Loop, batch, germinate, sample_loss, short
+from growing import HOSTS, Loop, batch, germinate, sample_loss, short
+from torch import nn
 
 from esper.blueprints import Geometry
 from esper.grafting.drift import weight_drift
@@ -82,6 +83,27 @@ def test_a_living_branch_tells_its_share_and_its_gradient():
     assert values["grad_ratio"] == pytest.approx(ratio, rel=1e-4)
     assert values["alpha"] == pytest.approx(alpha + 0.05) and values["stage"] == float(S.GRAFTING)
     assert row(loop, "fc1", 1)["alpha"] == 0.0
+
+
+def test_new_gradients_are_measured_against_old_ones_also_where_the_host_has_no_parameters(monkeypatch: pytest.MonkeyPatch):
+    """At flattened inputs against the layer that reads them, behind the last layer against the whole host."""
+    layers = (nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3), nn.Identity())
+    monkeypatch.setitem(HOSTS, "plain", lambda: nn.Sequential(*layers))
+    settings = {"telemetry": TelemetryConfig(every=1), "sites": ["0", "4"], "per_site": 1}
+    loop = Loop("plain", settings=settings, commands={1: [germinate("0"), germinate("4")]})
+    loop.until(S.GRAFTING)
+    loop.run(8)
+    loop.backward(batch(number=50))
+    host = [parameter.grad for layer in (layers[1], layers[3]) for parameter in (layer.weight, layer.bias)]
+    ratios = []
+    for site, beside in ((0, host[:2]), (1, host)):
+        bank: Any = loop.grow.garden.layers[site].bank("mlp")
+        mine = torch.cat([stack.grad[0].flatten() for stack in bank.stacks.values()])
+        ratios.append(float((mine.square().mean() / torch.cat([grad.flatten() for grad in beside]).square().mean()).sqrt()))
+    loop.optimizer.step()
+    loop.grow.tick(1.0)
+    assert [row(loop, site, 0)["grad_ratio"] for site in ("0", "4")] == pytest.approx(ratios, rel=1e-4)
+    assert all(math.isfinite(ratio) and ratio > 0.0 for ratio in ratios)
 
 
 def test_sites_and_branches_introduce_themselves():
