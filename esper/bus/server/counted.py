@@ -72,5 +72,7 @@ def report(bus: ServerBus, run: str, part: str) -> Iterator[None]:
     saying = Report(bus, keys.counts(run, process), since)
     saying.say()
     bus.writer.each_round(saying.work)
-    yield
-    saying.work(last=True)
+    try:
+        yield
+    finally:
+        saying.work(last=True)
