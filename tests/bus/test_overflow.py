@@ -6,12 +6,16 @@ import os
 import random
 import resource
 
+import torch
+
 from esper.bus.codec import encode_body
-from esper.bus.config import MemoryConfig
+from esper.bus.config import MemoryConfig, RedisConfig
 from esper.bus.groups import Entry
 from esper.bus.memory import MemoryBus
 from esper.bus.messages import Telemetry
 from esper.bus.overflow import Overflow
+from esper.bus.port import BusPort
+from esper.bus.server.bus import ServerBus
 
 LIMIT = 100_000
 
@@ -80,3 +84,22 @@ def test_a_place_on_disk_is_kept_until_every_group_has_acknowledged_and_a_dead_l
     assert [letter.message.ticks for letter in bus.dead_letters("run")] == [[number] for number in range(25, 30)]
     assert bus.counts()["spool_bytes"] == bus.counts()["dropped"] == 0
     bus.close()
+
+
+def test_what_a_stalled_reader_in_the_process_loses_is_in_the_ports_counts(server, tmp_path):
+    settings = RedisConfig(memory_mb=1, spool_mb=1, codec="raw", flush_ticks=1)
+    served = ServerBus(settings, server.address, tmp_path / "bus")
+    tracker = served.local.consumer("telemetry", "stalled", "tracker", "one")
+    port = BusPort(served, "stalled", ("x",))
+    port.started(0, 60, [])
+    for tick in range(60):
+        port.telemetry(tick, "fc", torch.full((12_500, 1), float(tick)))
+        port.barrier()
+    assert port.counts()["spool_bytes"] > 500_000
+    tracker.ack(found := tracker.read(100))
+    port.telemetry(60, "fc", torch.full((12_500, 1), 60.0))
+    tracker.ack(last := tracker.read(100))
+    counts = port.counts()
+    assert counts["dropped"] == counts["gaps"] == 61 - len(found + last) > 0
+    port.close()
+    served.close()

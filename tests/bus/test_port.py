@@ -180,25 +180,6 @@ def test_what_was_decided_for_an_earlier_start_of_the_trainer_is_not_applied(ser
     port.close()
 
 
-def test_what_a_stalled_reader_in_the_process_loses_is_in_the_ports_counts(server, tmp_path):
-    settings = RedisConfig(memory_mb=1, spool_mb=1, codec="raw", flush_ticks=1)
-    served = ServerBus(settings, server.address, tmp_path / "bus")
-    tracker = served.local.consumer("telemetry", "stalled", "tracker", "one")
-    port = BusPort(served, "stalled", ("x",))
-    port.started(0, 60, [])
-    for tick in range(60):
-        port.telemetry(tick, "fc", torch.full((12_500, 1), float(tick)))
-        port.barrier()
-    assert port.counts()["spool_bytes"] > 500_000
-    tracker.ack(found := tracker.read(100))
-    port.telemetry(60, "fc", torch.full((12_500, 1), 60.0))
-    tracker.ack(last := tracker.read(100))
-    counts = port.counts()
-    assert counts["dropped"] == counts["gaps"] == 61 - len(found + last) > 0
-    port.close()
-    served.close()
-
-
 def test_a_second_controller_beside_a_run_that_has_its_own_changes_nothing_and_is_told(served):
     runner = Germinator(served.local, "twice")
     heard, events = (served.local.consumer(stream, "twice", "test", "one") for stream in ("acks", "events"))
