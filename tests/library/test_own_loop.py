@@ -17,6 +17,7 @@ from growing import Loop, Net, Notebook, batch, build, germinate, same, sample_l
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 from torch.utils.checkpoint import checkpoint
 
 from esper import attach
@@ -125,28 +126,77 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.01, total_steps=60),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [5]),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.1, 4), lr_scheduler.ExponentialLR(o, 0.9)]),
+    "SWALR": lambda o: SWALR(o, 0.002, anneal_epochs=5),
 }
 
 
-@pytest.mark.parametrize("name", list(SCHEDULERS))
-def test_every_scheduler_of_torch_survives_germination_and_branches_follow_its_factor(name: str) -> None:
+Optimizer = torch.optim.Optimizer
+Scheduled = Callable[[Optimizer], Any]
+
+
+def rates(make: Callable[[Any], Optimizer], schedule: Scheduled, first: bool) -> tuple[list[float], list[list[float]], Grow]:
+    """(rates of the branches, those of the host's groups) over 12 steps, the scheduler made before attaching or after."""
     model = build("mlp")
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    scheduler = SCHEDULERS[name](optimizer)
-    grow = attach(
-        model, loss=sample_loss, optimizer=optimizer, judge=JUDGE, total_steps=60, lifecycle=short(), sites="fc1", controller=scheduled()
-    )
+    optimizer = make(model)
+    scheduler = schedule(optimizer) if first else None
+    settings: dict[str, Any] = {"lifecycle": short(), "sites": "fc1", "controller": scheduled()}
+    grow = attach(model, loss=sample_loss, optimizer=optimizer, judge=JUDGE, total_steps=60, **settings)
+    scheduler = scheduler or schedule(optimizer)
+    seen, host = [], []
     for step in range(12):
-        loss = functional.cross_entropy(model(batch("mlp", step)[0]), batch("mlp", step)[1])
+        loss = sample_loss(model, batch("mlp", step)).mean()
         loss.backward()
         grow.after_backward(batch("mlp", step), loss.detach())
         optimizer.step()
+        host.append([float(group["lr"]) for group in optimizer.param_groups])
         grow.tick(loss.detach())
+        seen.append(grow.settings.learning.lr * grow.rate.factor())
         optimizer.zero_grad()
-        scheduler.step(float(loss.detach())) if name == "ReduceLROnPlateau" else scheduler.step()
-        assert grow.settings.learning.lr * grow._lr_factor() == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-5)
-    assert grow.life.counts["germinated"] == 1
-    assert len(optimizer.param_groups) == 1
+        scheduler.step(*([float(loss.detach())] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+    assert grow.life.counts["germinated"] == 1 and len(optimizer.param_groups) == len(host[0])
+    return seen, host, grow
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_every_scheduler_of_torch_survives_germination_and_branches_follow_it(name: str, first: bool) -> None:
+    """Beside an Adam the branches learn at its rate; beside SGD at their own, times the host's share of its highest rate so far."""
+    seen, host, _ = rates(lambda model: torch.optim.AdamW(model.parameters(), 0.01), SCHEDULERS[name], first)
+    assert seen == pytest.approx([rate for (rate,) in host], rel=1e-5)
+    seen, host, _ = rates(lambda model: torch.optim.SGD(model.parameters(), 0.01), SCHEDULERS[name], first)
+    start = 0.001 if name == "CyclicLR" else 0.01  # nobody who sees only the optimizer can tell how high a cycle will climb
+    highest = [max(start, *(rate for (rate,) in host[: step + 1])) for step in range(12)]
+    assert seen == pytest.approx([1e-3 * rate / top for (rate,), top in zip(host, highest, strict=True)], rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", ["CosineAnnealingLR", "OneCycleLR", "LambdaLR", "SWALR"])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_group_with_the_highest_rate_is_followed_not_a_frozen_one_before_it(kind: Any, name: str, first: bool) -> None:
+    def groups(model: Any) -> Optimizer:
+        backbone, rest = model.fc1.parameters(), [*model.fc2.parameters(), *model.head.parameters()]
+        frozen, learning = {"lr": 0.0, "weight_decay": 0.0}, {"lr": 0.01, "weight_decay": 0.3}
+        return kind([{"params": backbone, **frozen}, {"params": rest, **learning}], lr=0.001)
+
+    each = {"OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, [0.0, 0.01], total_steps=60)}
+    seen, host, grow = rates(groups, each.get(name, SCHEDULERS[name]), first)
+    adam = kind is torch.optim.AdamW
+    assert seen == pytest.approx([(rate if adam else rate / 0.01 * 1e-3) for _, rate in host], rel=1e-5) and seen[-1] > 0
+    assert grow.settings.learning.weight_decay == (0.3 if adam else 0.0)
+
+
+def test_a_cycle_that_climbs_a_hundredfold_never_drives_branches_beyond_their_own_rate() -> None:
+    def cycle(optimizer: Optimizer) -> Any:
+        return lr_scheduler.CyclicLR(optimizer, 0.001, 0.1, step_size_up=4, cycle_momentum=False)
+
+    made = [rates(lambda model: torch.optim.SGD(model.parameters(), 0.05), cycle, first) for first in (True, False)]
+    (seen, host, grow), (again, _, _) = made
+    assert seen == again and max(seen) == 1e-3
+    assert seen[4:] == pytest.approx([1e-3 * rate / 0.1 for (rate,) in host[4:]])
+    given: dict[str, Any] = {"optimizer": grow.optimizer, "total_steps": 60, "lifecycle": short(), "controller": scheduled()}
+    second = attach(build("mlp"), loss=sample_loss, judge=JUDGE, sites="fc1", state=grow.state(), **given)
+    assert second.rate.peak == grow.rate.peak == pytest.approx(100.0)
 
 
 def test_accumulating_four_equals_one_batch_four_times_larger() -> None:
