@@ -33,6 +33,7 @@ from esper.training.losses import as_tensor_loss, probing
 from esper.training.optimizer import BranchLearning
 from esper.training.passes import to_device
 from esper.training.port import Port
+from esper.training.rate import HostRate
 
 
 def attach(
@@ -112,6 +113,7 @@ def attach(
     worst = partial(longest_ramp, strategy)
     ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst)
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model))
+    rate = HostRate(optimizer, kept)
     own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
     garden = Garden(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels)
     settings = GrowSettings(
@@ -119,7 +121,7 @@ def attach(
         ages=ages,
         grafting=strategy,
         telemetry=_per_tick(telemetry or TelemetryConfig(), steps_per_tick),
-        learning=dataclasses.replace(learning or _default_learning(optimizer, kept), warmup=own_warmup),
+        learning=dataclasses.replace(learning or rate.learning(), warmup=own_warmup),
         total_ticks=total_ticks,
         steps_per_tick=steps_per_tick,
         accumulate=accumulate,
@@ -127,7 +129,7 @@ def attach(
     )
     garden.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
-    return Grow(garden, settings, loss, judge, judged, optimizer, scaler, _port(port, controller, seed, kept), kept)
+    return Grow(garden, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, kept), kept)
 
 
 def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:
@@ -192,12 +194,3 @@ def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:
     for batch in judge:
         return batch
     raise UserError("judge=… holds no batch, so nothing could be judged; pass the batches kept for judging, or none at all.")
-
-
-def _default_learning(optimizer: torch.optim.Optimizer | None, state: dict[str, Any] | None) -> BranchLearning:
-    if optimizer is not None and "adam" in type(optimizer).__name__.lower():
-        group = optimizer.param_groups[0]
-        first = (state or {}).get("initial_lr") or [group.get("initial_lr", group["lr"])]
-        highest = group.get("max_lr", first[0])  # OneCycleLR begins far below what it climbs to
-        return BranchLearning(lr=float(highest), weight_decay=float(group.get("weight_decay", 0.0)))
-    return BranchLearning(lr=1e-3)

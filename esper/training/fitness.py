@@ -42,10 +42,12 @@ def fit(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
             raise UserError(f"'{name}' is nn.DataParallel, which copies it at every step; use DistributedDataParallel.")
-        if _quantized(module):
+        reason = _unplain(module)
+        if reason is not None:
+            which = f"The layer '{name}'" if name else "This model"
             raise UserError(
-                f"The layer '{name}' ({type(module).__name__}) is quantized; seeds need layers in floating point: attach to the "
-                "model before it is quantized, export, and quantize the exported model."
+                f"{which} ({type(module).__name__}) {reason}; seeds need layers in floating point: attach to the model before it is "
+                "quantized or sharded, export, and quantize the exported model."
             )
         _refuse_switched_on(name, module)
     if not any(p.is_floating_point() for p in model.parameters()):
@@ -53,11 +55,20 @@ def fit(model: nn.Module) -> nn.Module:
     return model
 
 
-def _quantized(module: nn.Module) -> bool:
-    if type(module).__module__.startswith(_QUANTIZED):
-        return True
-    weight = module._parameters.get("weight")
-    return weight is not None and not weight.is_floating_point()
+def _unplain(module: nn.Module) -> str | None:
+    """Why the module's weights are not numbers in floating point as torch keeps them, or None."""
+    by_transformers = getattr(module, "is_quantized", False) is True or getattr(module, "hf_quantizer", None) is not None
+    if by_transformers or type(module).__module__.startswith(_QUANTIZED):
+        return "is quantized"
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        kind = type(parameter)
+        if name == "weight" and not parameter.is_floating_point():
+            return "is quantized"
+        if kind is not Tensor and kind.__module__ != nn.Parameter.__module__:
+            return f"keeps its {name} in a {kind.__name__}, a kind of tensor that may be quantized or sharded"
+    return None
 
 
 def refuse_reentrant(loss: Tensor) -> None:

@@ -6,7 +6,6 @@ step, ``observe(…)`` when a held-out metric was measured, ``export()`` at the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.errors import UserError
 from esper.grafting import GraftingConfig, signals_of
 from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
@@ -39,6 +37,7 @@ from esper.training.observing import Observer
 from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 from esper.training.passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
 from esper.training.port import NullPort, Port
+from esper.training.rate import HostRate
 from esper.training.signals import LossSignal
 from esper.training.stopwatch import Stopwatch
 
@@ -69,7 +68,7 @@ class Grow:
         loss: LossFunction,
         judge: Iterable[Any] | None,
         judge_loss: LossFunction | None,
-        optimizer: torch.optim.Optimizer | None,
+        rate: HostRate,
         scaler: Any | None,
         port: Port | None,
         state: dict[str, Any] | None = None,
@@ -77,7 +76,8 @@ class Grow:
         self.garden = garden
         self.settings = settings
         self.loss = loss
-        self.optimizer = optimizer
+        self.optimizer = rate.optimizer
+        self.rate = rate
         self.scaler = scaler
         self.port: Port = NullPort() if port is None else port
         self.meter = Meter(garden.kernels)
@@ -87,7 +87,7 @@ class Grow:
         life, lifecycle = settings.lifecycle, settings.ages
         self.machine = Machine(garden.table, lifecycle, life.reseed, life.training_slots)
         self.objective = Objective(life.objective, garden, loss, self.replay, self.meter)
-        self.life = Life(garden, self.machine, settings.grafting, self.objective, self.port, optimizer)
+        self.life = Life(garden, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
         self.device = next(iter(host_parameters(garden.model).values())).device
         self.judge = None if judge is None else Judge(garden, judge_loss or loss, judge, self.device, self.meter)
         self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
@@ -97,7 +97,6 @@ class Grow:
         self.branch_optimizer = BranchOptimizer(garden, settings.learning)
         self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
-        self.initial_lr = [_initial_lr(group) for group in optimizer.param_groups] if optimizer is not None else []
         self._scale = 1.0
         self._last_batch: Any = None
         self._losses: list[Tensor | float] = []
@@ -160,9 +159,10 @@ class Grow:
         self._unscale(learning)
         if self.observer.due:
             self.observer.note_gradients(self._scale)
+        factor = self.rate.factor()
         if learning:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
-            self.branch_optimizer.step(learning, self._lr_factor(), frozenset(scaled))
+            self.branch_optimizer.step(learning, factor, frozenset(scaled))
         self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
         if metric is not None or losses:
             self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
@@ -295,13 +295,6 @@ class Grow:
     def _skipped(self) -> bool:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale
 
-    def _lr_factor(self) -> float:
-        if self.optimizer is None:
-            return 1.0
-        group = self.optimizer.param_groups[0]
-        highest = float(group.get("max_lr", self.initial_lr[0]))  # OneCycleLR climbs from its initial_lr to max_lr
-        return float(group["lr"]) / highest if highest else 1.0  # a host that is frozen by its rate has no schedule
-
     # --- cost ---
 
     def _count(self, batch: Any) -> None:
@@ -361,13 +354,6 @@ class Grow:
 
         model, cards = export_with_cards(self.garden)
         return save_model(folder, model, cards, host)
-
-
-def _initial_lr(group: dict[str, Any]) -> float:
-    rate = float(group.get("initial_lr", group["lr"]))
-    if not math.isfinite(rate):
-        raise UserError(f"The optimizer's learning rate is {rate}; give a finite number.")
-    return rate
 
 
 def _as_float32(value: float) -> float:

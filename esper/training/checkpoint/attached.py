@@ -28,15 +28,15 @@ def attached_state(grow: Grow) -> Tree:
     recent = [] if grow.judge is None else [_packed(batch) for batch in grow.judge.recent]
     return {
         "grow": grow_state(grow),
-        "initial_lr": list(grow.initial_lr),
+        "initial_lr": list(grow.rate.initial),
+        "peak_lr": grow.rate.peak,
         "recent": [] if None in recent else recent,  # batches of kinds of the user's own: the judge gathers others
         "controller": memory_of(grow.port),
     }
 
 
 def take_over(grow: Grow, state: Tree) -> None:
-    """What ``attached_state`` holds beside seeds and branches; a state of esper's own trainer has none of it."""
-    grow.initial_lr = [float(rate) for rate in state.get("initial_lr", grow.initial_lr)]
+    """The batches that the judge remembers; a state of esper's own trainer has none of them."""
     for batch in kept(state.get("recent", [])):
         if grow.judge is not None:
             grow.judge.remember(_unpacked(batch, grow.device))
