@@ -14,7 +14,7 @@ import torch
 from growing import build, sample_loss, short
 from test_own_loop import JUDGE, train
 
-from esper import attach
+from esper import attach, load_model
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -32,7 +32,7 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"my_pkg.{name}")
 
 
-def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: Any) -> None:
+def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: Any, tmp_path: Path) -> None:
     model = build("mlp")
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     parts = {
@@ -48,6 +48,9 @@ def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: 
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(grow.export().eval()(JUDGE[0][0]), model(JUDGE[0][0]))
+        grow.save(tmp_path)
+        loaded = load_model(tmp_path, build("mlp"), blueprints=[mine("branches").Sine])
+        assert torch.equal(loaded(JUDGE[0][0]), grow.export().eval()(JUDGE[0][0]))
 
 
 def test_own_data_takes_at_most_25_lines() -> None:
