@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from growing import build, sample_loss, short
+from growing import batch, build, sample_loss, short
 from test_own_loop import JUDGE, train
 
 from esper import attach, load_model
+from esper.lifecycle import Stage
+from esper.seeds import COLUMNS
+from esper.training.observing import Observer
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -23,6 +26,28 @@ def test_the_own_loop_example_runs_and_grows() -> None:
     told = subprocess.run([sys.executable, str(DOCS / "examples" / "own_loop.py")], capture_output=True, text=True, check=True, timeout=120)
     germinated = re.search(r"germinated (\d+), kept (\d+)", told.stdout)
     assert germinated is not None and int(germinated.group(1)) > 0
+
+
+def test_the_readmes_loop_runs_as_it_stands_and_misses_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    told: list[torch.Tensor] = []
+    rows = Observer.rows
+
+    def kept(self: Observer) -> list[tuple[str, torch.Tensor]]:
+        found = rows(self)
+        told.extend(part for _, part in found)
+        return found
+
+    monkeypatch.setattr(Observer, "rows", kept)
+    model = build("mlp")
+    given: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), 0.01), "loss": sample_loss}
+    given |= {"judge_batches": JUDGE, "batches": [batch("mlp", number) for number in range(300)], "steps": 300}
+    exec(block, given)
+    assert given["grow"].steps == 300 and given["grow"].life.counts["germinated"] > 0
+    assert type(given["plain"]) is type(model)
+    columns = {name: torch.cat(told)[:, number] for number, name in enumerate(COLUMNS)}
+    learning = (columns["stage"] == Stage.GRAFTING) | (columns["stage"] == Stage.FINE_TUNING)
+    assert learning.any() and columns["grad_ratio"][learning].isfinite().all()
 
 
 @pytest.fixture
