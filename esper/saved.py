@@ -6,8 +6,10 @@ built in at which site, and which names share a tensor. Nothing in it is code.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -51,7 +53,9 @@ def save_model(folder: str | Path, model: nn.Module, cards: list[Any], host: Des
             first[place] = name
             tensors[name] = value.detach().cpu().contiguous().clone()
     description = {"format": FORMAT, "version": VERSION, "esper": esper.__version__, "host": host}
-    description |= {"grown": [*getattr(model, GROWN_BEFORE, []), cards], "tied": tied}
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in tensors and name not in tied}
+    dtypes = {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in unsaved.items()}
+    description |= {"grown": [*getattr(model, GROWN_BEFORE, []), cards], "tied": tied, "unsaved": dtypes}
     for name, write in (
         (WEIGHTS, lambda path: path.write_bytes(save(tensors))),  # an OSError where save_file has an error of its own
         (DESCRIPTION, lambda path: path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")),
@@ -62,20 +66,21 @@ def save_model(folder: str | Path, model: nn.Module, cards: list[Any], host: Des
     return folder
 
 
-def load_model(path: str | Path, host: nn.Module | None = None) -> nn.Module:
-    """The model saved in a folder (or a run's folder), on the CPU, in evaluation mode.
+def load_model(path: str | Path, host: nn.Module | None = None, blueprints: Iterable[type[Blueprint]] = ()) -> nn.Module:
+    """The model saved in a folder (or a run's folder), in the dtypes it had, on the CPU, in evaluation mode.
 
     Args:
         host: a fresh module of the host's class, which is changed and returned; needed where esper did not build the host.
+        blueprints: your own classes of branches that grew, known again by their names; else their packages must be allowed.
 
     Raises:
-        UserError: nothing saved there, another format, or a host that does not fit.
+        UserError: nothing saved there, another format, a host that does not fit, or a branch whose class is not known.
     """
     folder = model_folder(path)
     description = read_description(folder / DESCRIPTION)
     if host is None:
         host = build_host(description, folder)
-    return load_into(host, folder / WEIGHTS, description).eval()
+    return load_into(host, folder / WEIGHTS, description, tuple(blueprints), as_saved=True).eval()
 
 
 def model_folder(path: str | Path) -> Path:
@@ -118,8 +123,10 @@ def load_weights(host: nn.Module, path: str) -> nn.Module:
     return load_into(host, folder / WEIGHTS, read_description(folder / DESCRIPTION))
 
 
-def load_into(host: nn.Module, path: Path, description: Description) -> nn.Module:
-    """Build what grew into ``host`` and load the tensors, every name strictly."""
+def load_into(
+    host: nn.Module, path: Path, description: Description, blueprints: tuple[type[Blueprint], ...] = (), as_saved: bool = False
+) -> nn.Module:
+    """Build what grew into ``host`` and load the tensors, every name strictly; ``as_saved``: the host takes the dtypes of the file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -128,7 +135,7 @@ def load_into(host: nn.Module, path: Path, description: Description) -> nn.Modul
     try:
         tensors = load_file(path)
         for cards in description["grown"]:
-            regraft(host, cards, _blueprint)
+            regraft(host, cards, lambda entry: _blueprint(entry, blueprints))
     except (SafetensorError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} does not fit this host: {error}; build the host that was trained.") from error
     tensors |= {name: tensors[source] for name, source in description["tied"].items() if source in tensors}
@@ -138,9 +145,20 @@ def load_into(host: nn.Module, path: Path, description: Description) -> nn.Modul
         there = f"shape {tuple(tensors[wrong[0]].shape)}" if wrong[0] in tensors else "no such tensor"
         here = f"shape {tuple(own[wrong[0]].shape)}" if wrong[0] in own else "no such tensor"
         raise UserError(f"{path} does not fit this host: '{wrong[0]}' has {there} in the file and {here} in the host.")
+    if as_saved:
+        _take_dtypes(host, tensors, description)
     host.load_state_dict(tensors)
     setattr(host, GROWN_BEFORE, description["grown"])
     return host
+
+
+def _take_dtypes(host: nn.Module, tensors: dict[str, torch.Tensor], description: Description) -> None:
+    """Give the host's floating-point tensors the dtypes of those that were saved; buffers that no file holds, those they had."""
+    unsaved = description.get("unsaved", {})
+    for name, own in itertools.chain(host.named_parameters(), host.named_buffers()):
+        dtype = tensors[name].dtype if name in tensors else getattr(torch, unsaved.get(name, ""), own.dtype)
+        if own.is_floating_point() and own.dtype != dtype:
+            own.data = own.data.to(dtype)
 
 
 def host_card(model: Description, task: Any) -> Description:
@@ -164,12 +182,19 @@ def build_host(description: Description, folder: Path) -> nn.Module:
     return host
 
 
-def _blueprint(entry: Description) -> Blueprint:
+def _blueprint(entry: Description, known: tuple[type[Blueprint], ...]) -> Blueprint:
     from esper.blueprints import CONFIGS
     from esper.custom import make
 
-    if entry["target"]:
+    if not entry["target"]:
+        built: Blueprint = CONFIGS[entry["blueprint"]](**entry["settings"])
+        return built
+    name = entry["target"].replace(":", ".").rpartition(".")[2]
+    for kind in known:
+        if kind.__name__ == name:
+            return kind(**entry["settings"])
+    try:
         made: Blueprint = make(entry["target"], entry["settings"], "blueprint")
-        return made
-    built: Blueprint = CONFIGS[entry["blueprint"]](**entry["settings"])
-    return built
+    except UserError as error:
+        raise UserError(f"{error} In a program of yours, load_model(…, blueprints=[{name}]) does without.") from error
+    return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
@@ -100,6 +102,20 @@ def _check_blueprint(blueprint: Any) -> None:
     if not isinstance(blueprint, (str, Blueprint, Block)):
         names = ", ".join(BLUEPRINTS)
         raise UserError(f"blueprint is {_a(blueprint)}; it takes a name ({names}) or an object derived from esper.blueprints.Blueprint.")
+    if not isinstance(blueprint, str):
+        _check_settings(blueprint)
+
+
+def _check_settings(blueprint: Blueprint | Block) -> None:
+    """What grew is saved with its blueprint's settings: better said now than after the training."""
+    for name, value in dataclasses.asdict(blueprint).items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"The setting {name} of blueprint '{blueprint.name}' is {_a(value)}, with which no model could be saved; make it a text, a "
+                "number, or a list or dict of them, and let forward look up what it names."
+            ) from error
 
 
 def _a(value: Any) -> str:

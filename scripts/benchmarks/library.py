@@ -1,6 +1,6 @@
 """How fast the library is: attaching to a transformers model of 100 M parameters, and the exported model's forward.
 
-    python scripts/benchmarks/library.py
+    scripts/bench library [--json FILE]
 
 ``attach``: GPT-2 small's shape (124 M) at random weights, seeds at every hidden layer, a batch of 8 × 128 tokens as sample.
 ``forward``: an exported model against the same architecture written by hand, each the median of alternating rounds.
@@ -9,9 +9,9 @@ Both must give the same outputs before anything is timed.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
-import platform
 import statistics
 import sys
 import time
@@ -29,15 +29,17 @@ from growing import Loop, germinate  # the hosts and the loop that the tests gro
 
 from esper import attach
 from esper.lifecycle import Stage
+from scripts.benchmarks._machine import machine
 
 ROUNDS, CALLS = 101, 40
+SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2}
 
 
-def attaching(rounds: int = 5) -> dict[str, Any]:
+def attaching(rounds: int, shape: dict[str, int]) -> dict[str, Any]:
     """Seconds of ``attach`` on fresh seeds of one model; the first one also imports what is imported lazily."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config())
+    model = GPT2LMHeadModel(GPT2Config(**shape))
     ids = torch.randint(0, 50000, (8, 128))
     batch = {"input_ids": ids, "labels": ids}
     seconds, busy = [], []
@@ -76,7 +78,7 @@ class ByHand(nn.Module):
         return torch.cat([left, right], -1)
 
 
-def forward(rows: int) -> dict[str, Any]:
+def forward(rows: int, rounds: int) -> dict[str, Any]:
     """Median seconds of a forward of ``rows`` rows, exported and by hand, and their ratio."""
     loop = Loop("mlp", {1: [germinate(seed=0), germinate(seed=1)]})
     loop.until(Stage.EVALUATING)
@@ -86,13 +88,13 @@ def forward(rows: int) -> dict[str, Any]:
     x = torch.randn(rows, 6)
     with torch.inference_mode():
         assert torch.allclose(exported(x), hand(x), atol=1e-6), "the two models differ: nothing to time"
-        mine, theirs = _alternating(lambda: exported(x), lambda: hand(x))
+        mine, theirs = _alternating(lambda: exported(x), lambda: hand(x), rounds)
     return {"rows": rows, "exported_us": mine * 1e6, "by_hand_us": theirs * 1e6, "ratio": mine / theirs}
 
 
-def _alternating(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[float, float]:
+def _alternating(first: Callable[[], Tensor], second: Callable[[], Tensor], rounds: int) -> tuple[float, float]:
     times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for function, spent in zip((first, second), times, strict=True):
             began = time.process_time()
             for _ in range(CALLS):
@@ -101,8 +103,18 @@ def _alternating(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> t
     return statistics.median(times[0]), statistics.median(times[1])
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Measure both and print them; ``--json FILE`` keeps them."""
+    parser = argparse.ArgumentParser(prog="scripts/bench library", description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small model and few rounds: a look, not a result")
+    parser.add_argument("--json", type=Path, help="write what is printed to this file")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    print(json.dumps({**machine, "forward": [forward(rows) for rows in (256, 4096)], "attach": attaching()}, indent=1))
+    rounds, shape = (3, SMALL) if options.quick else (ROUNDS, {})
+    found = {"forward": [forward(rows, rounds) for rows in (256, 4096)], "attach": attaching(2 if options.quick else 5, shape)}
+    text = json.dumps({"machine": machine("transformers"), **found}, indent=1)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0

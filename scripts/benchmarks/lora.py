@@ -1,10 +1,10 @@
 """Seeds on a pretrained, frozen host beside LoRA (``peft``): same host, same data, same number of parameters that learn.
 
-    python scripts/benchmarks/lora.py [--seeds 3] [--steps 600]
+    scripts/bench lora [--seeds 3] [--steps 600] [--json FILE]
 
 The host is a tiny GPT-2 that first learns progressions modulo 30 with steps 1–3; then it is frozen and adapted to steps 4–6.
-Printed as JSON, a line an arm: held-out loss, milliseconds a step (process time), parameters, and the largest memory of the
-tensors that a step's forward keeps for its backward.
+Told as JSON, a row an arm and seed, and the medians: held-out loss, milliseconds a step (process time), parameters, and the largest
+memory of the tensors that a step's forward keeps for its backward.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from esper.blueprints import LowRank
 from esper.controllers import CONFIGS
 from esper.lifecycle import LifecycleConfig
 from esper.training.optimizer import BranchLearning
+from scripts.benchmarks._machine import machine
 
 MODULO, LENGTH, BATCH, RANK, RATE = 30, 12, 32, 8, 3e-3
 Batch = dict[str, torch.Tensor]
@@ -132,33 +134,30 @@ def timed(step: Callable[[Batch], None], steps: int, seed: int) -> tuple[float, 
     return (time.process_time() - began) / steps * 1e3, largest / 1024
 
 
-def main() -> None:
-    """Both arms over the seeds, then the medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    host = pretrained(given.steps)
+def compared(seeds: int, steps: int) -> dict[str, Any]:
+    """Both arms over the seeds, and their medians."""
+    host = pretrained(steps)
     width, hidden = host.config.n_embd, 4 * host.config.n_embd
     rank = round(RANK * (width + hidden) / (2 * hidden))  # a seed reads the layer's output, LoRA its input: fewer numbers a rank
-    rows = [
-        arm for seed in range(1, given.seeds + 1) for arm in (with_lora(host, given.steps, seed), with_seeds(host, given.steps, seed, rank))
-    ]
-    print(json.dumps({"host": sum(p.numel() for p in host.parameters()), "host_loss": held_out(host), "torch": torch.__version__}))
-    for row in rows:
-        print(json.dumps(row))
-    for arm in ("lora", "seeds"):
-        mine = [row for row in rows if row["arm"] == arm]
-        print(
-            json.dumps(
-                {
-                    "arm": arm,
-                    "median": {key: statistics.median(row[key] for row in mine) for key in ("parameters", "loss", "step_ms", "kept_kib")},
-                }
-            )
-        )
+    rows = [arm for seed in range(1, seeds + 1) for arm in (with_lora(host, steps, seed), with_seeds(host, steps, seed, rank))]
+    told = ("parameters", "loss", "step_ms", "kept_kib")
+    medians = {arm: {key: statistics.median(row[key] for row in rows if row["arm"] == arm) for key in told} for arm in ("lora", "seeds")}
+    before = {"host": sum(p.numel() for p in host.parameters()), "host_loss": held_out(host)}
+    return {"seeds": seeds, "steps": steps, **before, "median": medians, "rows": rows}
 
 
-if __name__ == "__main__":
-    main()
+def main(arguments: list[str]) -> int:
+    """Train both arms and print what came of them; ``--json FILE`` keeps it."""
+    parser = argparse.ArgumentParser(prog="scripts/bench lora", description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--quick", action="store_true", help="one seed, 60 steps: a look, not a result")
+    parser.add_argument("--json", type=Path, help="write what is printed to this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found = compared(*((1, 60) if options.quick else (options.seeds, options.steps)))
+    text = json.dumps({"machine": machine("transformers", "peft"), **found}, indent=1)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from esper import load_model
+from esper.cli.compose import compose
+from esper.running.parts import build_host
 
 pytestmark = pytest.mark.e2e
 STAGES = ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING", "FOSSILIZED"]
@@ -35,6 +40,21 @@ def test_a_network_grows_on_real_data_from_one_command(esper: Any, tmp_path: Pat
     assert len(transitions) == sum(len(branch["path"]) for branch in summary["branches"])
     assert len(seeds) > 0 and "NOTHING" not in done.stdout
     assert summary["metrics"]["final"]["test/accuracy"] > 0.4, "the host learnt too"
+
+
+def test_on_a_frozen_host_only_what_grows_learns(esper: Any, tmp_path: Path):
+    words = ["trainer.freeze_host=true", "trainer.steps=400", "trainer.control=false", "tracking=none", "optimizer.weight_decay=0.1"]
+    done = esper(*words, "output=out")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("*/*/summary.json")
+    summary = json.loads(path.read_text())
+    assert summary["seeds"]["fossilized"] >= 1 and summary["metrics"]["final"]["test/accuracy"] > 0.3
+    config = compose(words)
+    host, grown = build_host(config, config.task.build()).state_dict(), load_model(path.parent).state_dict()
+    for name, value in host.items():
+        parent, _, leaf = name.rpartition(".")
+        assert torch.equal(value, grown[name] if name in grown else grown[f"{parent}.module.{leaf}"]), name
+    assert len(grown) > len(host)
 
 
 def test_a_run_that_grew_nothing_says_so_loudly(esper: Any, tmp_path: Path):

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from growing import build, sample_loss, short
+from growing import batch, build, sample_loss, short
 from test_own_loop import JUDGE, train
 
-from esper import attach
+from esper import attach, load_model
+from esper.lifecycle import Stage
+from esper.seeds import COLUMNS
+from esper.training.observing import Observer
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -25,6 +28,28 @@ def test_the_own_loop_example_runs_and_grows() -> None:
     assert germinated is not None and int(germinated.group(1)) > 0
 
 
+def test_the_readmes_loop_runs_as_it_stands_and_misses_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    told: list[torch.Tensor] = []
+    rows = Observer.rows
+
+    def kept(self: Observer) -> list[tuple[str, torch.Tensor]]:
+        found = rows(self)
+        told.extend(part for _, part in found)
+        return found
+
+    monkeypatch.setattr(Observer, "rows", kept)
+    model = build("mlp")
+    given: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), 0.01), "loss": sample_loss}
+    given |= {"judge_batches": JUDGE, "batches": [batch("mlp", number) for number in range(300)], "steps": 300}
+    exec(block, given)
+    assert given["grow"].steps == 300 and given["grow"].life.counts["germinated"] > 0
+    assert type(given["plain"]) is type(model)
+    columns = {name: torch.cat(told)[:, number] for number, name in enumerate(COLUMNS)}
+    learning = (columns["stage"] == Stage.GRAFTING) | (columns["stage"] == Stage.FINE_TUNING)
+    assert learning.any() and columns["grad_ratio"][learning].isfinite().all()
+
+
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module of ``my_pkg`` by name."""
@@ -32,7 +57,7 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"my_pkg.{name}")
 
 
-def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: Any) -> None:
+def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: Any, tmp_path: Path) -> None:
     model = build("mlp")
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
     parts = {
@@ -48,6 +73,9 @@ def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: 
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(grow.export().eval()(JUDGE[0][0]), model(JUDGE[0][0]))
+        grow.save(tmp_path)
+        loaded = load_model(tmp_path, build("mlp"), blueprints=[mine("branches").Sine])
+        assert torch.equal(loaded(JUDGE[0][0]), grow.export().eval()(JUDGE[0][0]))
 
 
 def test_own_data_takes_at_most_25_lines() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ def _bench(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_name_it_lists_what_there_is(checkout: Path) -> None:
     done = _bench(checkout)
     assert done.returncode == 0
-    for name in ("step", "million", "start", "tracking", "kernels", "counts", "checkpoint"):
+    for name in ("library", "lora", "step", "million", "start", "tracking", "kernels", "counts", "checkpoint"):
         assert f"\n  {name} " in done.stdout
 
 
@@ -45,6 +47,30 @@ def test_a_smaller_multitude_of_seeds_goes_the_same_way(checkout: Path, tmp_path
     done = _bench(checkout, "million", "--seeds", "6400", "--ticks", "5", "--out", str(tmp_path / "rows.csv"))
     assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: slower than the limit, as a busy machine may be
     assert done.stdout.count("60 bytes a seed") == 2
+
+
+def _told(checkout: Path, file: Path, name: str) -> dict[str, Any]:
+    """What a brief run of a benchmark prints and writes, which are the same."""
+    done = _bench(checkout, name, "--quick", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    assert json.loads(done.stdout) == found
+    assert {"system", "cores", "load", "threads", "python", "torch", "transformers"} <= found["machine"].keys()
+    return found
+
+
+def test_seeds_and_lora_learn_with_as_many_parameters_on_one_host(checkout: Path, tmp_path: Path) -> None:
+    found = _told(checkout, tmp_path / "lora.json", "lora")
+    lora, seeds = (found["median"][arm] for arm in ("lora", "seeds"))
+    assert found["machine"]["peft"] and [row["arm"] for row in found["rows"]] == ["lora", "seeds"]
+    assert seeds["parameters"] == pytest.approx(lora["parameters"], rel=0.03) and 0 < lora["parameters"] < found["host"] / 2
+    assert max(lora["loss"], seeds["loss"]) < found["host_loss"] and min(lora["kept_kib"], seeds["kept_kib"]) > 0
+
+
+def test_the_librarys_own_speed_is_measured_on_models_that_agree(checkout: Path, tmp_path: Path) -> None:
+    found = _told(checkout, tmp_path / "library.json", "library")
+    assert [row["rows"] for row in found["forward"]] == [256, 4096] and all(row["ratio"] > 0 for row in found["forward"])
+    assert found["attach"]["sites"] == 2 and len(found["attach"]["seconds"]) == 2
 
 
 def test_a_check_fails_where_the_committed_baseline_was_clearly_better(checkout: Path, tmp_path: Path) -> None:

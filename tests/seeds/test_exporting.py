@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 import transformers as hf
 from growing import Loop, Net, Notebook, batch, build, germinate, same, sample_loss, short
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from esper import attach, load_model
-from esper.blueprints import CONFIGS, Affine
+from esper.blueprints import CONFIGS, Affine, Blueprint, Geometry
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.running.export import export_onnx, export_pt2
@@ -204,6 +205,79 @@ def test_a_loaded_model_is_a_host_that_grows_on_and_is_saved_again(tmp_path: Pat
     before = host(data[0]).detach().clone()
     grow = attach(host, loss=sample_loss, total_steps=200, sample=data)
     assert grow.garden.sites and torch.equal(host(data[0]), before), "seeds find their places, and change nothing yet"
+
+
+@dataclass
+class Wave(Blueprint):
+    """A branch of the user's own, written in the script that trains."""
+
+    name: str = "wave"
+    hidden: int = 4
+    gains: list[float] = field(default_factory=lambda: [1.0, 2.0])
+    act: object = "sin"
+    output = "w2"
+
+    def shapes(self, reads: int, writes: int, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        return {"w1": (reads, self.hidden), "w2": (self.hidden, writes)}
+
+    def forward(self, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.matmul(getattr(torch, str(self.act))(torch.matmul(x, parameters["w1"])), parameters["w2"])
+
+
+def test_an_own_branch_is_loaded_with_its_class_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wave, "__module__", "__main__")  # as where the training script defines it
+    loop = Loop("mlp", {1: [germinate("fc1", 0)]}, {"blueprint": Wave(hidden=3)})
+    loop.until(Stage.EVALUATING)
+    loop.grow.save(tmp_path)
+    with pytest.raises(UserError, match=r"would import '__main__'.*load_model\(…, blueprints=\[Wave\]\) does without\.$"):
+        load_model(tmp_path, build("mlp"))
+    monkeypatch.setattr(Wave, "__module__", "other")  # another program imports it
+    again = load_model(tmp_path, build("mlp"), blueprints=[Affine, Wave])
+    x = batch("mlp", 7)[0]
+    with torch.no_grad():
+        assert torch.equal(again(x), loop.grow.export().eval()(x))
+
+
+def test_a_setting_that_no_file_could_hold_is_refused_before_the_training() -> None:
+    words = r"^The setting act of blueprint 'wave' is a builtin_function_or_method, with which no model could be saved; .*looks? up"
+    with pytest.raises(UserError, match=words):
+        attach(build("mlp"), loss=sample_loss, total_steps=200, sample=batch("mlp"), blueprint=Wave(act=torch.sin))
+
+
+class Half(nn.Module):
+    """A host in bfloat16 but for its norm, with a buffer that no state dict holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = Net(), nn.LayerNorm(6)
+        self.register_buffer("shift", torch.linspace(-1, 1, 6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.norm(x.float()).to(self.shift.dtype) + self.shift).float()
+
+
+def test_a_model_comes_back_in_the_dtypes_it_was_saved_in(tmp_path: Path) -> None:
+    model = Half().bfloat16()
+    model.norm.float()
+    optimizer, port = torch.optim.AdamW(model.parameters(), 0.01), Notebook({1: [germinate("net.fc1", 0)]})
+    settings: dict[str, Any] = {"lifecycle": short(), "port": port, "per_site": 2, "sites": ["net.fc1"]}
+    grow = attach(model, loss=sample_loss, optimizer=optimizer, judge=[batch("mlp", 900)], total_steps=200, **settings)
+    for step in range(10):
+        sample_loss(model, batch("mlp", step)).mean().backward()
+        grow.after_backward(batch("mlp", step))
+        optimizer.step()
+        grow.tick(1.0)
+        optimizer.zero_grad()
+    assert grow.garden.branches.alpha[0] > 0
+    grow.save(tmp_path)
+    plain, again = grow.export().eval(), load_model(tmp_path, Half())
+    same(again.state_dict(), plain.state_dict())
+    assert {name: value.dtype for name, value in again.state_dict().items()} == {n: v.dtype for n, v in plain.state_dict().items()}
+    assert (again.net.fc2.weight.dtype, again.norm.weight.dtype, again.shift.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    x = batch("mlp", 7)[0]
+    with torch.no_grad():
+        assert torch.equal(again(x), plain(x))
+    assert {p.dtype for p in load_weights(Half(), str(tmp_path)).parameters()} == {torch.float32}, "a host to train on keeps its own"
 
 
 def test_tied_weights_stay_tied_on_disk_and_off_it(tmp_path: Path) -> None:
