@@ -200,3 +200,22 @@ def test_a_sweep_that_cannot_be_compared_is_refused_before_its_first_run(
     monkeypatch.chdir(tmp_path)
     assert main(["-m", *words, "tracking=none"]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_way_to_try_again_is_said_also_when_every_job_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from esper.app import main
+    from esper.compare import launch
+
+    def run(sweep: Any, environments: Any) -> None:
+        sweep.failures += sweep.jobs
+        raise UserError("All 2 runs of the sweep failed.")
+
+    monkeypatch.setattr(launch, "run_sweep", run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["-m", "optimizer.lr=1e30,1e31", "tracking=none"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and "esper: All 2 runs of the sweep failed." in said.err
+    assert "2 jobs failed; to try again:" in said.out and said.out.strip().endswith("hydra.launcher.retry=true")
