@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,15 +19,20 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SWEEP, KIND, ARM, BLOCK, SEED = "esper.sweep", "esper.kind", "arm", "block", "seed"
-PLAN, JOB_ERROR = "esper.plan", "esper.error"
+PLAN, PLAN_DIGEST, JOB_ERROR = "esper.plan", "esper.plan_digest", "esper.error"
 PIECE = 4_000  # characters of the plan in one tag; the store takes 5,000
 PAGE = 1_000
 GROWTH = {"germinations": "germinated", "fossils": "fossilized", "culls": "culled"}
 
 
 def pieces(plan: str) -> dict[str, str]:
-    """The plan's text as tags, so that a store without its files is enough."""
-    return {f"{PLAN}.{i // PIECE}": plan[i : i + PIECE] for i in range(0, len(plan), PIECE)}
+    """The plan's text and its SHA-256 as tags, so that a store without its files is enough; nothing for no plan."""
+    parts = {f"{PLAN}.{i // PIECE}": plan[i : i + PIECE] for i in range(0, len(plan), PIECE)}
+    return parts | ({PLAN_DIGEST: _digest(plan)} if plan else {})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cost_values(summary: Mapping[str, Any]) -> Metrics:
@@ -140,13 +146,26 @@ def plan_of(parent: StoredRun) -> Plan:
     """The plan that was saved before the sweep's first run.
 
     Raises:
-        UserError: the sweep has none (one arm only).
+        UserError: the sweep has none (one arm only), or it cannot be read any more.
     """
+    text, sweep = _plan_text(parent), parent.data.tags[SWEEP]
+    if not text:
+        raise UserError(f"Sweep {sweep} has no plan: it had one arm only, so there is nothing to compare.")
+    try:
+        return parse_plan(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The plan of sweep {sweep} in the store cannot be read ({error}); its tags {PLAN}.… were changed.") from error
+
+
+def plan_untouched(parent: StoredRun) -> bool:
+    """Whether the plan in the store is still the text that was saved before the sweep's first run."""
+    return parent.data.tags.get(PLAN_DIGEST) == _digest(_plan_text(parent))
+
+
+def _plan_text(parent: StoredRun) -> str:
     tags = parent.data.tags
     numbers = sorted(int(name.removeprefix(f"{PLAN}.")) for name in tags if name.startswith(f"{PLAN}."))
-    if not numbers:
-        raise UserError(f"Sweep {tags[SWEEP]} has no plan: it had one arm only, so there is nothing to compare.")
-    return parse_plan("".join(tags[f"{PLAN}.{number}"] for number in numbers))
+    return "".join(tags[f"{PLAN}.{number}"] for number in numbers)
 
 
 def _search(client: MlflowClient, experiments: list[str], query: str) -> list[StoredRun]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import esper
+from esper.compare.plan import saved_text
 from esper.compare.store import ARM, BLOCK, SEED, SWEEP
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
@@ -89,8 +90,7 @@ class Store:
                 "sweep": sweep.id,
                 "name": sweep.name,
                 "folder": str(sweep.folder.resolve()),
-                "plan": sweep.plan.text() if sweep.plan else "",
-                "tags": {"esper.plan_digest": sweep.plan.digest} if sweep.plan else {},
+                "plan": saved_text(sweep.folder) if sweep.plan else "",
                 "jobs": {str(one.folder.resolve()): self._tags(one) for one in sweep.jobs},
             }
         )

@@ -44,7 +44,7 @@ class Writer:
             self.client.set_tag(self.parent, name, piece)
 
     def _create_parent(self, opening: Mapping[str, Any]) -> str:
-        tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"], **opening["tags"]}
+        tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"]}
         started = int(time.time() * 1000)
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=opening["name"])
         return run.info.run_id
