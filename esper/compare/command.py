@@ -16,7 +16,7 @@ from esper.compare.analysis import analyse, with_tuned
 from esper.compare.config import CompareConfig
 from esper.compare.plan import Plan
 from esper.compare.report import show, write_results
-from esper.compare.store import SWEEP, children, find_sweep, plan_of, reading, run_of_store, tuned_of
+from esper.compare.store import SWEEP, children, find_sweep, plan_of, plan_untouched, reading, run_of_store, tuned_of
 from esper.config import listing, nearest, structure
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
@@ -61,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
     runs = [run_of_store(run, plan.metric) for run in stored if run.info.status != "RUNNING"]
     _check_metric(plan.metric, stored)
     comparison = with_tuned(analyse(runs, plan, planned), tuned_of(parent))
+    if not plan_untouched(parent):
+        edited = "the plan in the store is not the text that was saved before the first run"
+        comparison = dataclasses.replace(comparison, exploratory=[edited, *comparison.exploratory])
     console = Console()
     show(comparison, plan, console)
     files = write_results(comparison, plan, folder, figures)

@@ -52,7 +52,12 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
     sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, proposed=not whole)
     gpu = any(one.config.trainer.device != "cpu" for one in jobs)
-    run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
+    try:
+        run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
+    except UserError as error:
+        if not sweep.failures:
+            raise
+        print(f"esper: {error}", file=sys.stderr)
     if sweep.failures:
         retry = f"{resume_command(sweep)} hydra.launcher.retry=true"
         count = "1 job" if len(sweep.failures) == 1 else f"{len(sweep.failures)} jobs"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,11 +87,6 @@ class Plan:
     def early(self) -> int:
         """How often a sequential sweep looks; 0 for one that is judged at its end alone."""
         return self.looks if self.sequential else 0
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the plan's canonical JSON."""
-        return hashlib.sha256(self.text().encode()).hexdigest()
 
     def text(self) -> str:
         """The plan as JSON, arms in their order."""
@@ -186,6 +180,12 @@ def save_plan(plan: Plan, folder: Path) -> None:
         raise UserError(
             f"{folder} already holds a sweep with another plan ({', '.join(changed)} differ); give this sweep a name of its own."
         )
+
+
+def saved_text(folder: Path) -> str:
+    """The plan of the sweep in ``folder`` as its first start wrote it; empty where it has none."""
+    path = folder / FILE
+    return path.read_text() if path.exists() else ""
 
 
 def load_plan(path: Path) -> Plan:

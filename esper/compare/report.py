@@ -28,7 +28,6 @@ def as_dict(comparison: Comparison, plan: Plan) -> dict[str, Any]:
         {
             "schema": SCHEMA,
             "plan": dataclasses.asdict(plan),
-            "plan_digest": plan.digest,
             **dataclasses.asdict(comparison),
         }
     )

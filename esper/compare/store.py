@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SWEEP, KIND, ARM, BLOCK, SEED = "esper.sweep", "esper.kind", "arm", "block", "seed"
-PLAN, TUNED, JOB_ERROR = "esper.plan", "esper.tuned", "esper.error"
+PLAN, PLAN_DIGEST, TUNED, JOB_ERROR = "esper.plan", "esper.plan_digest", "esper.tuned", "esper.error"
 TUNING = "tuning"  # KIND of a run that tuned an arm
 PIECE = 4_000  # characters of such a text in one tag; the store takes 5,000
 PAGE = 1_000
 GROWTH = {"germinations": "germinated", "fossils": "fossilized", "culls": "culled"}
 
 
-def pieces(text: str, name: str = PLAN) -> dict[str, str]:
-    """A long text (the plan's) as tags, so that a store without its files is enough."""
+def pieces(text: str, name: str) -> dict[str, str]:
+    """A long text as tags, so that a store without its files is enough; nothing for no text."""
     return {f"{name}.{i // PIECE}": text[i : i + PIECE] for i in range(0, len(text), PIECE)}
 
 
@@ -35,6 +36,15 @@ def joined(tags: Mapping[str, str], name: str) -> str:
     """The text that :func:`pieces` cut; empty where there is none."""
     numbers = sorted(int(tag.removeprefix(f"{name}.")) for tag in tags if tag.startswith(f"{name}."))
     return "".join(tags[f"{name}.{number}"] for number in numbers)
+
+
+def plan_tags(plan: str) -> dict[str, str]:
+    """The plan's text and its SHA-256 as tags; nothing for no plan."""
+    return pieces(plan, PLAN) | ({PLAN_DIGEST: _digest(plan)} if plan else {})
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cost_values(summary: Mapping[str, Any]) -> Metrics:
@@ -148,12 +158,20 @@ def plan_of(parent: StoredRun) -> Plan:
     """The plan that was saved before the sweep's first run.
 
     Raises:
-        UserError: the sweep has none (one arm only).
+        UserError: the sweep has none (one arm only), or it cannot be read any more.
     """
-    written = joined(parent.data.tags, PLAN)
-    if not written:
-        raise UserError(f"Sweep {parent.data.tags[SWEEP]} has no plan: it had one arm only, so there is nothing to compare.")
-    return parse_plan(written)
+    text, sweep = joined(parent.data.tags, PLAN), parent.data.tags[SWEEP]
+    if not text:
+        raise UserError(f"Sweep {sweep} has no plan: it had one arm only, so there is nothing to compare.")
+    try:
+        return parse_plan(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The plan of sweep {sweep} in the store cannot be read ({error}); its tags {PLAN}.… were changed.") from error
+
+
+def plan_untouched(parent: StoredRun) -> bool:
+    """Whether the plan in the store is still the text that was saved before the sweep's first run."""
+    return parent.data.tags.get(PLAN_DIGEST) == _digest(joined(parent.data.tags, PLAN))
 
 
 def tuned_of(parent: StoredRun) -> list[Tuned]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import esper
+from esper.compare.plan import saved_text
 from esper.compare.store import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, pieces
 from esper.compare.tuned import text
 from esper.compare.tuning import TuningJob
@@ -91,8 +92,7 @@ class Store:
                 "sweep": sweep.id,
                 "name": sweep.name,
                 "folder": str(sweep.folder.resolve()),
-                "plan": sweep.plan.text() if sweep.plan else "",
-                "tags": {"esper.plan_digest": sweep.plan.digest} if sweep.plan else {},
+                "plan": saved_text(sweep.folder) if sweep.plan else "",
                 "jobs": {str(one.folder.resolve()): self._tags(one) for one in (*sweep.jobs, *sweep.trials)},
             }
         )

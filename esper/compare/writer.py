@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, pieces
+from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
 from esper.tracking import frames
 from esper.tracking.mlflow_run import MlflowRun
 from esper.tracking.mlflow_store import experiment_id, quiet_client
@@ -40,11 +40,11 @@ class Writer:
         self.opened: set[str] = set()
         self.parent: str = opening["parent"] or self._create_parent(opening)
         self.client.update_run(self.parent, status="RUNNING")
-        for name, piece in pieces(opening["plan"]).items():
+        for name, piece in plan_tags(opening["plan"]).items():
             self.client.set_tag(self.parent, name, piece)
 
     def _create_parent(self, opening: Mapping[str, Any]) -> str:
-        tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"], **opening["tags"]}
+        tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"]}
         started = int(time.time() * 1000)
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=opening["name"])
         return run.info.run_id

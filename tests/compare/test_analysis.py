@@ -167,7 +167,6 @@ def test_json_is_strict_and_holds_every_pair(tmp_path: Path) -> None:
     read = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert len(read["verdicts"][0]["points"]) == 4
     assert read["verdicts"][0]["interval"] == [None, None]
-    assert read["plan_digest"] == plan.digest
 
 
 def test_the_same_runs_give_the_same_numbers_again() -> None:
@@ -238,8 +237,7 @@ def test_a_saved_plan_comes_back_and_is_never_replaced(tmp_path: Path) -> None:
     plan = plan_of(("host", "up"))
     save_plan(plan, tmp_path)
     save_plan(plan, tmp_path)
-    loaded = load_plan(tmp_path / "plan.json")
-    assert (loaded, loaded.digest) == (plan, plan.digest)
+    assert load_plan(tmp_path / "plan.json") == plan
     assert changes(plan, dataclasses.replace(plan, alpha=0.1, ranking=True)) == ["alpha"]
     with pytest.raises(UserError, match="alpha differ"):
         save_plan(dataclasses.replace(plan, alpha=0.1), tmp_path)

@@ -15,7 +15,20 @@ import pytest
 from esper.compare.analysis import analyse
 from esper.compare.command import main as compare
 from esper.compare.plan import Plan
-from esper.compare.store import ARM, BLOCK, KIND, PLAN, SEED, SWEEP, children, find_sweep, pieces, plan_of, run_of_store
+from esper.compare.store import (
+    ARM,
+    BLOCK,
+    KIND,
+    PLAN,
+    SEED,
+    SWEEP,
+    children,
+    find_sweep,
+    plan_tags,
+    plan_of,
+    plan_untouched,
+    run_of_store,
+)  # fmt: skip
 from esper.errors import UserError
 
 Fill = Callable[..., str]
@@ -44,7 +57,7 @@ def fill(client: Any) -> Fill:
 
     def make(sweep: str, name: str, pairs: int = 6, plan: bool = True) -> str:
         text = Plan("accuracy", "max", 0.01, 0.05, 0.8, 0.0, "host", ARMS, tuple(range(pairs))).text() if plan else ""
-        parent = client.create_run(experiment, tags={KIND: "sweep", SWEEP: sweep, **pieces(text)}, run_name=name)
+        parent = client.create_run(experiment, tags={KIND: "sweep", SWEEP: sweep, **plan_tags(text)}, run_name=name)
         for arm in ARMS:
             for seed in range(pairs):
                 tags = {SWEEP: sweep, ARM: arm, BLOCK: "", SEED: str(seed), "mlflow.parentRunId": parent.info.run_id}
@@ -67,6 +80,31 @@ def test_a_sweep_comes_back_with_its_plan_however_long(client: Any, fill: Fill) 
     assert len(runs) == 12
     assert (runs[0].costs, runs[0].growth) == ({"macs": 1000.0}, {"germinations": 4.0})
     assert analyse(runs, plan_of(parent)).verdicts[0].verdict == "B better"
+
+
+def test_a_plan_that_was_edited_in_the_store_makes_the_analysis_exploratory(
+    client: Any, fill: Fill, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sweep=s8", f"uri=sqlite:///{folder}/mlflow.db", f"output={tmp_path}", "figures=false"]
+    parent = fill("s8", "eighth")
+    assert compare(words) == 0
+    assert "exploratory" not in capsys.readouterr().out
+    first = find_sweep(client, "s8").data.tags[f"{PLAN}.0"]
+    client.set_tag(parent, f"{PLAN}.0", first.replace('"alpha": 0.05', '"alpha": 0.4'))
+    assert compare(words) == 0
+    assert "exploratory: the plan in the store is not the text that was saved" in " ".join(capsys.readouterr().out.split())
+    client.set_tag(parent, f"{PLAN}.0", first.replace('"alpha"', '"omega"'))
+    with pytest.raises(UserError, match=r"The plan of sweep s8 in the store cannot be read"):
+        compare(words)
+
+
+def test_a_plan_that_an_earlier_version_wrote_is_not_taken_for_an_edited_one(client: Any, fill: Fill) -> None:
+    parent = fill("s9", "ninth", plan=False)
+    text = Plan("accuracy", "max", 0.01, 0.05, 0.8, 0.0, "host", ARMS, (0, 1)).text().replace('"ranking": false,', "")
+    for name, value in plan_tags(text).items():
+        client.set_tag(parent, name, value)
+    found = find_sweep(client, "s9")
+    assert plan_untouched(found) and plan_of(found).ranking is False
 
 
 def test_a_deleted_run_is_missed_and_said(client: Any, fill: Fill) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from esper.compare.command import main as compare
+from esper.compare.fingerprint import _metrics
 from esper.errors import UserError
 
 SWEEP = ("-m", "optimizer.lr=0.001,0.01", "seed=0,1", "trainer.steps=30", "compare.figures=true")
@@ -267,3 +269,61 @@ def test_a_sweep_that_cannot_be_compared_is_refused_before_its_first_run(
     monkeypatch.chdir(tmp_path)
     assert main(["-m", *words, "tracking=none"]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_way_to_try_again_is_said_also_when_every_job_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from esper.app import main
+    from esper.compare import launch
+
+    def run(sweep: Any, environments: Any) -> None:
+        sweep.failures += sweep.jobs
+        raise UserError("All 2 runs of the sweep failed.")
+
+    monkeypatch.setattr(launch, "run_sweep", run)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["-m", "optimizer.lr=1e30,1e31", "tracking=none"])
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and "esper: All 2 runs of the sweep failed." in said.err
+    assert "2 jobs failed; to try again:" in said.out and said.out.strip().endswith("hydra.launcher.retry=true")
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Two arms in two blocks with two seeds, whose branches germinate late: the folder of the sweep, and what it said."""
+    folder = tmp_path_factory.mktemp("blocks")
+    late = ("controller=random", "controller.count=2", "controller.earliest=70%", "controller.latest=75%")
+    words = ("-m", "blueprint=mlp,low_rank", "optimizer.lr=0.001,0.01", "seed=0,1", "compare.block=[optimizer.lr]", "compare.ranking=true")
+    brief = ("trainer.steps=60", "trainer.control=false", "trainer.checkpoint_every=", "compare.figures=false", "tracking=none")
+    return folder / "s", esper(*words, *late, *brief, f"output={folder}", f"hydra.sweep.dir={folder}/s")
+
+
+def test_what_compare_block_names_is_judged_apart_and_pooled_and_ranking_compares_all_arms(blocks: tuple[Path, str]) -> None:
+    folder, said = blocks
+    read = json.loads((folder / "comparison.json").read_text())
+    assert read["plan"]["blocks"] == ["0.001", "0.01"] and list(read["plan"]["arms"]) == ["mlp", "low_rank"]
+    assert [(row["arm"], row["block"]) for row in read["verdicts"]] == [("low_rank", name) for name in ("0.001", "0.01", "pooled")]
+    assert [(row["arm"], row["reference"], row["block"]) for row in read["ranking"]] == [("low_rank", "mlp", "pooled")]
+    assert "3 comparisons at" in said and "all against all, after Holm" in said
+    means = {arm: sum(one["mean"] for one in read["arms"] if one["arm"] == arm) / 2 for arm in ("mlp", "low_rank")}
+    table = [line for line in said.partition("all against all")[2].splitlines() if line.startswith("│")]
+    assert [line.split()[1] for line in table] == sorted(means, key=lambda arm: -means[arm])
+
+
+def test_every_arm_starts_from_the_same_weights_sees_the_same_data_and_germinates_at_the_same_sites(blocks: tuple[Path, str]) -> None:
+    seen: dict[tuple[float, int], list[Any]] = {}
+    for folder in blocks[0].glob("[0-7]-*"):
+        told, config = json.loads((folder / "summary.json").read_text()), yaml.safe_load((folder / "config.yaml").read_text())
+        places = [(one["site"], one["seed"], one["path"][0]) for one in told["branches"]]
+        first = min(tick for _, _, (_, tick) in places)
+        before = {place: value for place, value in _metrics(folder).items() if place[0] < first}
+        seen.setdefault((config["optimizer"]["lr"], config["seed"]), []).append((places, before, told["fingerprint"]))
+    assert {len(arms) for arms in seen.values()} == {2} and len(seen) == 4
+    for (places, before, fingerprint), (others, earlier, different) in seen.values():
+        assert places == others and len(places) == 2
+        assert before == earlier and max(tick for tick, _ in before) > 30  # batches of 64: more than all samples there are
+        assert fingerprint != different  # the arms do differ
+    first, second = seen[(0.01, 0)][0], seen[(0.01, 1)][0]
+    assert first[0] != second[0] and first[1] != second[1]
