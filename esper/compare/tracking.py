@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -50,15 +51,18 @@ class Store:
         self._home = tempfile.TemporaryDirectory(prefix="esper-")
         path = str(Path(self._home.name) / "store")  # short: a socket's path has 107 characters
         self.environment = {SOCKET: path}
+        self._process = self._start(path)
+        return self
+
+    def _start(self, path: str) -> subprocess.Popen[str]:
         root = str(Path(esper.__file__).resolve().parents[1])
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         with (self.sweep.folder / LOG).open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-m", "esper.compare.writer", path],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._process is None:
@@ -66,17 +70,33 @@ class Store:
         try:
             if self._opened:
                 self._close()
+        except UserError:
+            self._end_parent()
+            if kind is None:
+                raise
         finally:
-            process = self._process
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+            self._stop(self._process)
             self._home.cleanup()
+
+    def _end_parent(self) -> None:
+        """A process of its own ends the parent run that one that was killed has left RUNNING."""
+        assert self._process is not None
+        self._stop(self._process)
+        self._process = self._start(self.environment[SOCKET])
+        self.status, self.files, self.numbers = "FAILED", [], {}
+        self.open()
+        self._close()
+
+    def _stop(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it was killed with a request unread
+            process.stdin.close()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
 
     def open(self) -> None:
         """Make or continue the parent run, with the plan on it, before the first job."""

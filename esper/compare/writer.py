@@ -82,14 +82,21 @@ class Writer:
         self.client.set_terminated(run.info.run_id, "FAILED")
 
     def close(self, request: Mapping[str, Any]) -> None:
-        """Log the comparison's files and numbers, and end the parent run."""
-        for path in request["artifacts"]:
-            self.client.log_artifact(self.parent, path, "figures" if path.endswith(".png") else None)
-        for name, value in request["metrics"].items():
-            self.client.log_metric(self.parent, name, value)
-        for name, value in request["tags"].items():
-            self.client.set_tag(self.parent, name, value[:4900])
-        self.client.set_terminated(self.parent, request["status"])
+        """Log the comparison's files and numbers, and end the parent run, whatever comes; no child is left RUNNING."""
+        status = "FAILED"
+        try:
+            for path in request["artifacts"]:
+                self.client.log_artifact(self.parent, path, "figures" if path.endswith(".png") else None)
+            for name, value in request["metrics"].items():
+                self.client.log_metric(self.parent, name, value)
+            for name, value in request["tags"].items():
+                self.client.set_tag(self.parent, name, value[:4900])
+            status = request["status"]
+        finally:
+            running = f"tags.`mlflow.parentRunId` = '{self.parent}' and attributes.status = 'RUNNING'"
+            for run in self.client.search_runs([self.experiment], running):
+                self.client.set_terminated(run.info.run_id, "KILLED")
+            self.client.set_terminated(self.parent, status)
 
 
 def serve_run(writer: Writer, stream: BinaryIO) -> None:
@@ -147,6 +154,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
     server = socket.socket(socket.AF_UNIX)
+    Path(sys.argv[1]).unlink(missing_ok=True)  # of one that was killed
     server.bind(sys.argv[1])
     server.listen(64)
     writer: Writer | None = None

@@ -23,9 +23,10 @@ TEXT = """# What does a sweep cost beside its runs?
 **Question.** {jobs} jobs of the default run{steps} on {cores} cores: how long as a sweep, against one after another as single
 runs, and how long does a job take from its start to its first step?
 
-**Command.** `{command}` (Python {python}; load average of the last minute
-{before:.1f} when it began, {between:.1f} when the sweep began, {after:.1f} when it ended; a single run alone makes about 1, the sweep
-about {cores}, what exceeds that were other programs on the same cores). This file is written by it.
+**Command.** `{command}` (Python {python}; half of the single runs before the sweep and half after it, so that
+what else the machine does meets both; load average of the last minute {loads} when the single runs, the sweep and
+the other single runs began and at the end; a single run alone makes about 1, the sweep about {cores}, what exceeds that were other
+programs on the same cores). This file is written by it.
 
 | | seconds | |
 |---|---|---|
@@ -82,13 +83,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of README.md")
     given = parser.parse_args()
     extra = [f"trainer.steps={given.steps}"] if given.steps else []
-    before, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    cores, loads = len(os.sched_getaffinity(0)), [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        singles = [single(folder / "a", seed, extra) for seed in range(given.jobs)]
-        between = os.getloadavg()[0]
+        half = given.jobs // 2
+        singles = [single(folder / "a", seed, extra) for seed in range(half)]
+        loads.append(os.getloadavg()[0])
         words = ["-m", f"seed=range(0,{given.jobs})", f"output={folder}/b", f"hydra.sweep.dir={folder}/b/s", *extra]
         sweep = esper(*words)
+        loads.append(os.getloadavg()[0])
+        singles += [single(folder / "a", seed, extra) for seed in range(half, given.jobs)]
+        loads.append(os.getloadavg()[0])
         inside_single, inside_job = loops(folder, "a/*/*/summary.json"), loops(folder, "b/s/*/summary.json")
         jobs = [json.loads(path.read_text())["seconds"] for path in folder.glob("b/s/*/job.json")]
         started = starts(folder / "b" / "s")
@@ -101,9 +106,7 @@ def main() -> None:
         cores=cores,
         command=" ".join(["python experiments/sweep_speed/run.py", *sys.argv[1:]]),
         python=platform.python_version(),
-        before=before,
-        between=between,
-        after=os.getloadavg()[0],
+        loads=", ".join(f"{load:.1f}" for load in loads),
         single=alone,
         sweep=sweep,
         ratio=sweep / alone,

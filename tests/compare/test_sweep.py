@@ -7,11 +7,13 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -176,6 +178,47 @@ def test_ctrl_c_keeps_what_is_done_says_how_to_go_on_and_leaves_nothing_running(
     command = f"hydra.sweep.dir={tmp_path}"
     left = [p for p in Path("/proc").glob("[0-9]*/environ") if b"ESPER_TRACKER" in _read(p) and command.encode() in _read(p)]
     assert left == []
+
+
+def test_eight_jobs_at_once_never_meet_a_locked_database_or_lose_a_row(tmp_path: Path) -> None:
+    brief = ["trainer.steps=20", "trainer.control=false", "trainer.validate_every=1step", "telemetry.every=1", "controller=none"]
+    words = ["-m", "grafting=linear,drift", "seed=range(0,4)", "hydra.launcher.workers=8", "compare.figures=false", *brief]
+    said = esper(*words, f"output={tmp_path}", f"hydra.sweep.dir={tmp_path}/s")
+    assert " done in " in said and "locked" not in said + (tmp_path / "s" / "tracker.log").read_text()
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        assert store.execute("SELECT status, count(*) FROM runs GROUP BY status").fetchall() == [("FINISHED", 9)]
+        rows = dict(store.execute("SELECT run_uuid, count(*) FROM metrics GROUP BY run_uuid").fetchall())
+        kept = store.execute("SELECT run_uuid, step, key FROM metrics").fetchall()
+    notes = [json.loads(path.read_text()) for path in (tmp_path / "s").glob("*/mlflow.json")]
+    assert len(notes) == 8 and len({rows[note["run"]] for note in notes}) == 1
+    for folder, note in zip((tmp_path / "s").glob("*/mlflow.json"), notes, strict=True):
+        measured = pd.read_parquet(folder.with_name("metrics.parquet"))
+        named = {(tick, name) for run, tick, name in kept if run == note["run"]}
+        assert len(measured) > 40 and set(zip(measured.tick, measured.name, strict=True)) <= named
+
+
+def test_a_store_process_that_is_killed_leaves_no_run_running(tmp_path: Path) -> None:
+    words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,6)", "trainer.steps=60", "trainer.control=false", f"output={tmp_path}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "esper", *words, f"hydra.sweep.dir={tmp_path}/s"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " done in " in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (writer,) = [int(pid) for pid in children if b"esper.compare.writer" in _read(Path(f"/proc/{pid}/cmdline"))]
+    os.kill(writer, signal.SIGKILL)
+    said = " ".join(process.stdout.read().split())
+    assert process.wait() == 2
+    assert "esper: The sweep's tracking process failed: it ended unexpectedly" in said and "Traceback" not in said
+    note = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    client = client_of(tmp_path)
+    parent = client.get_run(note["parent"])
+    assert parent.info.status == "FAILED"
+    runs = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{note['parent']}'")
+    assert "FINISHED" in {run.info.status for run in runs} <= {"FINISHED", "FAILED", "KILLED"}
 
 
 def _read(path: Path) -> bytes:
