@@ -18,7 +18,7 @@ from esper.config import GROUPS, PRESETS, RootConfig, config_hash, options
 from esper.errors import UserError
 
 #: Values that a file sets otherwise than its dataclass, on purpose: the file's whole point.
-DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd"), ("scheduler", "warmup_cosine")}
+DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd")}
 
 FILES = [(group, name) for group in GROUPS for name in conf.options(group)]
 
