@@ -15,11 +15,11 @@ from esper.tasks.base import Task
 class MLP(nn.Module):
     """Flattened ``inputs``, ``depth`` hidden layers ``fc1, act1, fc2, act2, …`` and a linear ``head``.
 
-    ``inputs`` has a name so that seeds may sit there too (``sites.match=[inputs,fc*]``): before the first narrow layer.
+    ``inputs`` is a module of its own so that seeds may sit there too: before the first narrow layer.
     """
 
     growth_sites = ("inputs", "fc*")
-    """The hidden layers' outputs, before their activations."""
+    """The flattened inputs, and the hidden layers' outputs before their activations."""
 
     def __init__(self, features: int, width: int, depth: int, classes: int, activation: str) -> None:
         super().__init__()

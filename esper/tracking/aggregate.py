@@ -1,4 +1,4 @@
-"""Telemetry rows of a site as a few numbers a tick: how many seeds in which stage, their mean alpha and gain."""
+"""Telemetry rows of a site as a few numbers a tick: how many seeds in which stage, and what they are like on average."""
 
 from __future__ import annotations
 
@@ -12,16 +12,27 @@ from esper.tracking.tracker import rows
 
 Point = tuple[int, str, float]  # tick, name, value
 
-BLENDED = range(Stage.GRAFTING, Stage.FOSSILIZED + 1)
+BLENDED = tuple(range(Stage.GRAFTING, Stage.FOSSILIZED + 1))
+LEARNT = (int(Stage.TRAINING), *BLENDED)
+
+MEANS: dict[str, tuple[int, ...]] = {
+    "alpha": BLENDED,
+    "gain": BLENDED,
+    "branch_rms_ratio": BLENDED,
+    "grad_ratio": LEARNT,
+    "variance": (int(Stage.DORMANT), *LEARNT),
+    "near_zero": (int(Stage.DORMANT), *LEARNT),
+}
+"""Columns whose mean is published, and the stages in which they say something; seeds that wait or rest are counted alone."""
 
 
 class Aggregates:
-    """``sites/<site>/seeds_<stage>``, ``…/alpha_<stage>`` and ``…/gain_<stage>``, at most ``points`` times a run.
+    """``sites/<site>/seeds_<stage>`` and, of the columns in ``MEANS``, ``…/<column>_<stage>``, at most ``points`` times a run.
 
     One prefix a site, because MLflow's page has a section for every prefix.
 
     A stage that was ever seen at a site keeps being counted, so that its curve comes down to zero. Means run over the
-    seeds in the stage at that tick; alpha and, where it is known, gain from GRAFTING to FOSSILIZED.
+    seeds in the stage at that tick whose value is finite: a gain that nobody judged yet, say, is left out.
     """
 
     def __init__(self, points: int) -> None:
@@ -60,12 +71,10 @@ class Aggregates:
         for code in sorted(known):
             where, word = f"sites/{message.site}", Stage(code).name.lower()
             found.append((tick, f"{where}/seeds_{word}", float(counts[code])))
-            if code not in BLENDED or not counts[code]:
-                continue
             members = stage == code
-            found.append((tick, f"{where}/alpha_{word}", float(column["alpha"][members].mean())))
-            gain = column["gain"][members] if "gain" in column else np.empty(0)
-            gain = gain[np.isfinite(gain)]
-            if len(gain):
-                found.append((tick, f"{where}/gain_{word}", float(gain.mean())))
+            for name in (name for name, stages in MEANS.items() if code in stages and name in column):
+                values = column[name][members]
+                values = values[np.isfinite(values)]
+                if len(values):
+                    found.append((tick, f"{where}/{name}_{word}", float(values.mean())))
         return found

@@ -17,7 +17,8 @@ class Continued:
 
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         names = client.get_run(run_id).data.metrics
-        wanted = [n for n in names if n.startswith(("sites/", "alerts/")) or "second" in n.rsplit("/", 1)[-1]]
+        ends = {name: name.rsplit("/", 1)[-1] for name in names}
+        wanted = [n for n, end in ends.items() if n.startswith("alerts/") or end.startswith("seeds_") or "second" in end]
         self._steps = {
             name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in wanted
         }

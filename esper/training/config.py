@@ -1,4 +1,4 @@
-"""Settings of the training loop, the optimizer and the learning-rate schedule."""
+"""Settings of the training loop and the optimizer; those of the learning-rate schedules stand beside their rules."""
 
 from __future__ import annotations
 
@@ -64,13 +64,3 @@ class OptimizerConfig:
     momentum: float = setting(0.9, low=0.0, high=0.9999, help="momentum of sgd; β1 of adamw")
     branch_lr: float = setting(3e-3, low=0.0, high=1000.0, help="learning rate of the branches (AdamW)")
     branch_warmup: str = setting("1%", unit="duration", help="a branch's own warm-up after it begins to learn")
-
-
-@dataclass
-class SchedulerConfig:
-    """The learning rate's factor over the run; lengths are shares of it."""
-
-    name: str = "constant_then_decay"
-    warmup: float = setting(0.0, low=0.0, high=1.0, unit="share of the run", help="linear rise at the start")
-    decay: float = setting(0.3, low=0.0, high=1.0, unit="share of the run", help="last part, in which constant_then_decay falls")
-    final: float = setting(0.0, low=0.0, high=1.0, help="factor at the end")

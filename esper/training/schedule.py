@@ -1,25 +1,98 @@
-"""Learning-rate schedules as a pure factor of (step, total steps)."""
+"""Learning-rate schedules: each a pure factor of (step, total steps), lengths as shares of the run."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from esper.training.config import SchedulerConfig
-
-SCHEDULES = ("constant", "constant_then_decay", "cosine", "warmup_cosine")
+from esper.fields import setting
 
 
-def factor(config: SchedulerConfig, step: int, total: int) -> float:
-    """Factor for the 0-based ``step`` of ``total``, between ``final`` and 1 (and rising from 1/warm-up steps at first)."""
-    assert config.name in SCHEDULES, config.name
-    warmup = round(config.warmup * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.name == "constant":
-        return 1.0
-    if config.name == "constant_then_decay":
-        decay = max(1, round(config.decay * total))
-        left = min(1.0, (total - step) / decay)
-        return config.final + (1.0 - config.final) * left
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return config.final + (1.0 - config.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+def _warmup(default: float) -> Any:
+    return setting(default, low=0.0, high=1.0, unit="share of the run", help="linear rise at the start")
+
+
+def _final() -> Any:
+    return setting(0.0, low=0.0, high=1.0, help="factor at the end")
+
+
+class Schedule(Protocol):
+    """Gives the learning rate's factor over the run."""
+
+    def factor(self, step: int, total: int) -> float:
+        """Factor for the 0-based ``step`` of ``total``, at most 1; a warm-up rises from 1/its steps."""
+
+
+@dataclass
+class ConstantConfig:
+    """The same learning rate throughout."""
+
+    name: str = "constant"
+    warmup: float = _warmup(0.0)
+
+    def factor(self, step: int, total: int) -> float:
+        """1 after the warm-up."""
+        return _rise(step, round(self.warmup * total))
+
+
+@dataclass
+class ConstantThenDecayConfig:
+    """Large while growing, one linear fall at the end."""
+
+    name: str = "constant_then_decay"
+    warmup: float = _warmup(0.0)
+    decay: float = setting(0.3, low=0.0, high=1.0, unit="share of the run", help="last part, in which the factor falls")
+    final: float = _final()
+
+    def factor(self, step: int, total: int) -> float:
+        """1 between warm-up and fall."""
+        warmup = round(self.warmup * total)
+        if step < warmup:
+            return _rise(step, warmup)
+        left = min(1.0, (total - step) / max(1, round(self.decay * total)))
+        return self.final + (1.0 - self.final) * left
+
+
+@dataclass
+class CosineConfig:
+    """Half a cosine from the first step."""
+
+    name: str = "cosine"
+    final: float = _final()
+
+    def factor(self, step: int, total: int) -> float:
+        """From 1 at the first step."""
+        return _half_cosine(step, total, self.final)
+
+
+@dataclass
+class WarmupCosineConfig:
+    """A linear rise, then half a cosine."""
+
+    name: str = "warmup_cosine"
+    warmup: float = _warmup(0.05)
+    final: float = _final()
+
+    def factor(self, step: int, total: int) -> float:
+        """From 1 at the end of the warm-up."""
+        warmup = round(self.warmup * total)
+        return _rise(step, warmup) if step < warmup else _half_cosine(step - warmup, total - warmup, self.final)
+
+
+SCHEDULES: dict[str, type] = {
+    "constant": ConstantConfig,
+    "constant_then_decay": ConstantThenDecayConfig,
+    "cosine": CosineConfig,
+    "warmup_cosine": WarmupCosineConfig,
+}
+
+
+def _rise(step: int, warmup: int) -> float:
+    return (step + 1) / warmup if step < warmup else 1.0
+
+
+def _half_cosine(step: int, total: int, final: float) -> float:
+    """``final + (1 − final) · ½ (1 + cos(π · step / total))`` (Loshchilov & Hutter 2017, without restarts)."""
+    progress = min(1.0, step / max(1, total))
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))

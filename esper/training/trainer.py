@@ -23,7 +23,7 @@ from esper.tasks.base import Task
 from esper.tasks.loading import Batches
 from esper.training.attach import attach
 from esper.training.checkpoint.engine import load_trainer
-from esper.training.config import OptimizerConfig, SchedulerConfig, TrainerConfig
+from esper.training.config import OptimizerConfig, TrainerConfig
 from esper.training.device import TYPES, is_out_of_memory
 from esper.training.evaluate import Repeated, evaluate, held_out
 from esper.training.governor import Governor, Watch
@@ -32,7 +32,7 @@ from esper.training.judge import RECENT
 from esper.training.optimizer import BranchLearning
 from esper.training.passes import freeze_statistics
 from esper.training.port import NullPort, Port
-from esper.training.schedule import factor
+from esper.training.schedule import Schedule
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Trainer:
         task: Task,
         config: TrainerConfig,
         optimizer: OptimizerConfig,
-        scheduler: SchedulerConfig,
+        scheduler: Schedule,
         growth: Growth,
         seed: int,
         device: torch.device,
@@ -178,7 +178,7 @@ class Trainer:
             self._validate()
 
     def _step(self, step: int) -> None:
-        rate = factor(self.scheduler, step, self.total)
+        rate = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
         losses = []

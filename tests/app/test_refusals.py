@@ -16,6 +16,7 @@ from esper.app import main
         (["model.widht=8"], ["There is no key model.widht", "model=mlp has", "did you mean model.width."]),
         (["alpha_max=1"], ["There is no key alpha_max", "did you mean grafting.alpha_max."]),
         (["model.width.x=8"], ["model.width is a single value"]),
+        (["scheduler=cosine", "scheduler.decay=0.2"], ["There is no key scheduler.decay", "scheduler=cosine has"]),
         (["grafting.alpha_max=2"], ["from 0.0 to 1.0"]),
         (["optimizer.momentum=1.0"], ["optimizer.momentum takes a finite number from 0.0 to 0.9999"]),
         (["optimizer.branch_lr=1e30"], ["optimizer.branch_lr takes a finite number from 0.0 to 1000.0"]),

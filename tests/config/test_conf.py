@@ -19,7 +19,7 @@ from esper.errors import UserError
 
 #: Values that a file sets otherwise than its dataclass, on purpose: the file's whole point.
 NARROW = {("grafting", "grad_norm_narrow"), ("grafting", "stability_narrow")}
-DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd"), ("scheduler", "warmup_cosine"), *NARROW}
+DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd"), *NARROW}
 
 FILES = [(group, name) for group in GROUPS for name in conf.options(group)]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper.cli.compose import compose
 from esper.errors import UserError
@@ -104,3 +105,16 @@ def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch):
     assert git_state() == {"commit": "", "changed": False}
     monkeypatch.setattr("esper.running.environment.PACKAGES", ("no-such-package",))
     assert environment(torch.device("cpu"))["packages"] == {"no-such-package": ""}
+
+
+def test_a_run_asked_to_compile_trains_the_compiled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Dynamo's graphs run by torch itself, so that the bits are those of the eager run; Inductor would take most of a minute."""
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("eager")
+    ordinary = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: ordinary(model, backend=graphs))
+    words = ["trainer.save=false", "trainer.checkpoint_every="]
+    eager = run(config(tmp_path, *words), tmp_path / "eager", quiet=True).summary
+    assert graphs.frame_count == 0
+    compiled = run(config(tmp_path, *words, "trainer.compile=true"), tmp_path / "compiled", quiet=True).summary
+    assert graphs.frame_count > 0 and compiled["fingerprint"] == eager["fingerprint"]

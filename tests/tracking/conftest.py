@@ -121,6 +121,9 @@ def _rows(tick: int, stages: np.ndarray) -> bytes:
     block[:, 0] = stages
     block[:, 1] = np.where(stages >= Stage.GRAFTING, 0.5, 0.0)
     block[:, 2] = tick
+    block[:, 3], block[:, 4] = 2.0, np.arange(SEEDS) / SEEDS
+    block[:, 7] = np.where(stages >= Stage.GRAFTING, 0.2, 0.0)
+    block[:, 8] = np.where((stages >= Stage.TRAINING) & (stages < Stage.FOSSILIZED), 5.0, np.nan)
     block[:, 11] = np.where(stages == Stage.FOSSILIZED, 0.03, np.nan)
     return block.tobytes()
 

@@ -132,6 +132,19 @@ def test_aggregates_per_site_and_stage_follow_the_seeds(client, record, story):
     assert dormant[0][2] == 4.0 and dormant[-1][2] == 3.0
 
 
+def test_health_and_parity_are_told_per_site_and_stage_too(client, record, story):
+    run = tracked(record, [message for _, message in story(100)])
+    names = {name.removeprefix("sites/layers.0/") for name in client.get_run(run.run_id).data.metrics if name.startswith("sites/layers.0/")}
+    dormant = {step: value for step, _, value in history(client, run, "sites/layers.0/near_zero_dormant")}
+    assert dormant[1] == pytest.approx(1.5 / 4) and dormant[15] == pytest.approx(1.25 / 3), "of seeds 0, 2 and 3 when 1 has gone"
+    assert history(client, run, "sites/layers.0/variance_training")[0][2] == 2.0
+    assert history(client, run, "sites/layers.0/branch_rms_ratio_grafting")[0][2] == pytest.approx(0.2)
+    assert {value for _, _, value in history(client, run, "sites/layers.0/grad_ratio_training")} == {5.0}
+    assert "grad_ratio_fossilized" not in names, "nothing there is finite"
+    assert not {"branch_rms_ratio_training", "near_zero_germinated", "variance_culled", "grad_ratio_dormant"} & names
+    assert len(names) < 50
+
+
 def test_aggregates_are_thinned_to_the_points_asked_for(client, record, story):
     run = tracked(record, [message for _, message in story(200)], points=20)
     assert [step for step, _, _ in history(client, run, "sites/layers.0/seeds_dormant")] == [1, *range(10, 201, 10)]

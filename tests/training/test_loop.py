@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,15 +11,16 @@ import torch
 
 from esper.errors import UserError
 from esper.randomness import generator, seed_for
-from esper.training.config import SchedulerConfig, TrainerConfig
+from esper.training.config import TrainerConfig
 from esper.training.device import choose_device, describe, numerics
-from esper.training.schedule import SCHEDULES, factor
+from esper.training.schedule import SCHEDULES
 
 TOTAL = 100
 
 
 def curve(name: str, **settings: float) -> list[float]:
-    return [factor(SchedulerConfig(name=name, **settings), step, TOTAL) for step in range(TOTAL)]
+    schedule = SCHEDULES[name](**settings)
+    return [schedule.factor(step, TOTAL) for step in range(TOTAL)]
 
 
 def test_constant_is_constant_after_its_warm_up():
@@ -33,10 +35,10 @@ def test_constant_then_decay_falls_in_its_last_part_alone():
     assert curve("constant_then_decay", decay=0.0)[:99] == [1.0] * 99
 
 
-@pytest.mark.parametrize(("name", "warmup"), [("cosine", 0.0), ("warmup_cosine", 0.2)])
-def test_cosine_follows_half_a_wave(name: str, warmup: float):
-    values = curve(name, warmup=warmup, final=0.05)
-    first = round(warmup * TOTAL)
+@pytest.mark.parametrize(("name", "first"), [("cosine", 0), ("warmup_cosine", 20)])
+def test_cosine_follows_half_a_wave(name: str, first: int):
+    values = curve(name, final=0.05, **({"warmup": first / TOTAL} if first else {}))
+    assert values[:first] == pytest.approx([(step + 1) / 20 for step in range(first)])
     for step in range(first, TOTAL):
         expected = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - first) / (TOTAL - first)))
         assert values[step] == pytest.approx(expected)
@@ -44,7 +46,14 @@ def test_cosine_follows_half_a_wave(name: str, warmup: float):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_factor_is_between_nothing_and_one(name: str):
-    assert all(0.0 < value <= 1.0 for value in curve(name, warmup=0.05, final=0.01))
+    for settings in ({}, {field.name: 0.01 for field in dataclasses.fields(SCHEDULES[name]) if field.name != "name"}):
+        assert all(0.0 < value <= 1.0 for value in curve(name, **settings))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_key_of_a_schedule_changes_its_curve(name: str):
+    for key in (field.name for field in dataclasses.fields(SCHEDULES[name]) if field.name != "name"):
+        assert curve(name, **{key: 0.2}) != curve(name, **{key: 0.4}), key
 
 
 def test_a_run_has_one_length():
