@@ -24,8 +24,8 @@ from esper.compare.store import (
     SWEEP,
     children,
     find_sweep,
-    plan_tags,
     plan_of,
+    plan_tags,
     plan_untouched,
     run_of_store,
 )  # fmt: skip
