@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 NAME = "summary.json"
+ROOM = 1 << 16
+"""Bytes kept free for it: some eighty branches."""
 
 
 class BranchSummary(TypedDict, total=False):
@@ -105,13 +107,26 @@ class Summary(TypedDict, total=False):
     config_hash: str
 
 
+def reserve(folder: str | Path) -> None:
+    """Take now the room that ``write_summary`` will need: a disk that fills up while the run lasts leaves it its summary.
+
+    Raises OSError where there is no room even now.
+    """
+    _unfinished(folder).write_bytes(bytes(ROOM))
+
+
+def _unfinished(folder: str | Path) -> Path:
+    return (Path(folder) / NAME).with_suffix(".tmp")
+
+
 def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
     """Write ``summary.json`` into ``folder`` in one move, keys sorted, NaN and infinities as null; its path."""
     path = Path(folder) / NAME
     text = json.dumps(plain(summary), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    temporary = _unfinished(folder)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # over what was reserved
+        file.write(text.encode())
+        file.truncate()
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

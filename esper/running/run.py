@@ -16,9 +16,8 @@ from torch import Tensor
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig, plain
-from esper.errors import UserError
 from esper.report.progress import ProgressBar
-from esper.report.summary import Summary, write_summary
+from esper.report.summary import Summary, reserve, write_summary
 from esper.report.table import print_report
 from esper.running.connecting import Watched, connect_controller, connect_trackers, let_them_read, load, refuse_alone, say_where
 from esper.running.control import control, equal_macs_steps
@@ -87,8 +86,9 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             if state is not None:
                 load(state, runner, port)
             trainer = build_trainer(config, task, device, port, state=None if state is None else state["trainer"])
-            with _refusing(trainer):
+            with _beginning(trainer):
                 refuse_idle(config, task, trainer)
+                reserve(folder)
             keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
             trackers.start()  # only now: what is refused leaves no run behind
             progress.start()
@@ -155,11 +155,11 @@ def _ending(
 
 
 @contextmanager
-def _refusing(trainer: Trainer) -> Iterator[None]:
-    """A run that is refused when its trainer has been built lets go of what that holds."""
+def _beginning(trainer: Trainer) -> Iterator[None]:
+    """A run that cannot begin though its trainer stands lets go of what that holds."""
     try:
         yield
-    except UserError:
+    except BaseException:
         trainer.batches.close()
         trainer.grow.close("FAILED")
         raise

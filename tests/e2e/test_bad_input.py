@@ -21,10 +21,12 @@ from torch.utils.data import TensorDataset
 from esper import app
 from esper.cli.compose import compose
 from esper.errors import TrackerError, UserError
+from esper.report.summary import ROOM
 from esper.running.run import run
 from esper.tasks import task_of
 from esper.tasks.base import SETS
 from esper.tracking.model import save_program
+from esper.training.trainer import Trainer
 
 pytestmark = pytest.mark.e2e
 BRIEF = ["trainer.steps=60", "trainer.control=false", "trainer.save=false", "trainer.checkpoint_every=", "tracking=none"]
@@ -171,7 +173,35 @@ def test_an_unwritable_folder_is_said(locked: Path, capsys: pytest.CaptureFixtur
     assert len(said.splitlines()) == 1
 
 
-def test_a_disk_that_fills_up_ends_the_run_as_failed_and_closes_everything(tmp_path: Path):
+def test_a_disk_that_fills_up_leaves_the_summary_in_the_room_kept_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kept: list[os.stat_result] = []
+
+    def full(self: Trainer, step: int) -> None:
+        kept.append((tmp_path / "run" / "summary.tmp").stat())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_step", full)
+    with pytest.raises(OSError, match="No space left"):
+        start(tmp_path)
+    summary = tmp_path / "run" / "summary.json"
+    assert json.loads(summary.read_text())["status"] == "FAILED"
+    assert kept[0].st_size == ROOM > summary.stat().st_size, "so there was room for it"
+    assert summary.stat().st_ino == kept[0].st_ino, "it was written where the room was, which nobody else could take meanwhile"
+    assert not (tmp_path / "run" / "summary.tmp").exists()
+
+
+def test_a_disk_that_is_full_already_is_said_before_training(tmp_path: Path):
+    before = threading.active_count()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        start(tmp_path, "tracking=csv")
+    assert threading.active_count() == before
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "summary.tmp"}
+
+
+def test_a_disk_that_fills_up_ends_the_run_as_failed_and_closes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("esper.running.run.reserve", lambda folder: None)  # even the room for the summary is gone
     before = threading.active_count()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.tmp").symlink_to("/dev/full")
