@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from esper.errors import UserError
+
 NAME = "summary.json"
 ROOM = 1 << 16
 """Bytes kept free for it: some eighty branches."""
@@ -134,8 +136,15 @@ def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """Inverse of ``write_summary``; raises FileNotFoundError when the run left none."""
-    return json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+    """Inverse of ``write_summary``; raises FileNotFoundError when the run left none, UserError for one that is damaged."""
+    path = Path(folder) / NAME
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or delete it for a run that is to be counted as not ended.") from error
+    if not isinstance(found, dict) or "status" not in found:
+        raise UserError(f"{path} holds no run's summary; restore it, or delete it for a run that is to be counted as not ended.")
+    return found
 
 
 def plain(value: Any) -> Any:

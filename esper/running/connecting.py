@@ -26,6 +26,7 @@ from esper.seeds import COLUMNS
 from esper.tasks.base import Task
 from esper.tracking import RunRecord, TrackerRunner, build_trackers
 from esper.tracking.runner import STREAMS as READ_BY_TRACKERS
+from esper.training.checkpoint.engine import fitting
 
 EXTERNAL = "external"
 CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for those who read it
@@ -160,13 +161,14 @@ def _has_read(bus: Bus, run: str, prefix: str, names: Sequence[str]) -> bool:
 
 def load(state: Mapping[str, str], runner: ControllerRunner | ControlledElsewhere, port: Watched) -> None:
     """Go on from a checkpoint. Raises UserError when the controller's memory is not where the controller is now."""
-    memory = json.loads(state["controller"])
-    if (memory is None) != isinstance(runner, ControlledElsewhere):
-        before, now = (EXTERNAL, "internal") if memory is None else ("internal", EXTERNAL)
-        raise UserError(
-            f"This checkpoint was taken with controller.process={before}, so a controller with process={now} would go on"
-            f" without its memory: go on with controller.process={before}."
-        )
-    runner.load_state(memory)
-    port.load_state(json.loads(state["port"]))
-    port.alerts = json.loads(state["alerts"])
+    with fitting():
+        memory = json.loads(state["controller"])
+        if (memory is None) != isinstance(runner, ControlledElsewhere):
+            before, now = (EXTERNAL, "internal") if memory is None else ("internal", EXTERNAL)
+            raise UserError(
+                f"This checkpoint was taken with controller.process={before}, so a controller with process={now} would go on"
+                f" without its memory: go on with controller.process={before}."
+            )
+        runner.load_state(memory)
+        port.load_state(json.loads(state["port"]))
+        port.alerts = list(json.loads(state["alerts"]))

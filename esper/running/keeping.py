@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig
 from esper.lifecycle.duration import parse
+from esper.running.origin import origin
 from esper.training.checkpoint import store
 from esper.training.checkpoint.engine import trainer_state
 from esper.training.checkpoint.saver import Retention, Saver
@@ -76,6 +77,7 @@ class Keeper:
             "controller": json.dumps(self.runner.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),
+            **origin(trainer.task),
         }
         sites = state["trainer"]["grow"]["topology"]
         return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))

@@ -23,6 +23,7 @@ from esper.running.connecting import Watched, connect_controller, connect_tracke
 from esper.running.control import control, equal_macs_steps
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
+from esper.running.origin import other_versions, refuse_other_data
 from esper.running.parts import build_trainer, refuse_idle
 from esper.running.profiling import profiled
 from esper.running.record import run_record
@@ -65,6 +66,8 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     if not quiet:
         print(describe(device, config.trainer), file=sys.stderr, flush=True)
     task = config.task.build()
+    if state is not None:
+        refuse_other_data(state, task, folder)
     try:
         with numerics(config.trainer), alive(config, folder):
             return _connected(config, task, device, folder, quiet, state)
@@ -92,6 +95,9 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
             trackers.start()  # only now: what is refused leaves no run behind
             progress.start()
+            if state is not None and (warning := other_versions(state)):
+                log.warning(warning)
+                port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
         with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
             with keeper.listening(), profiled(trainer, keeper, config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from esper import attach
 from esper.errors import UserError
+from esper.training.checkpoint import store
+from esper.training.grow import Grow
 from tests.checkpoint.conftest import Make, train_until
 
 
@@ -47,3 +52,39 @@ def test_another_topology_is_refused_before_anything_is_loaded(make: Make, tmp_p
         other.grow.load_branches(path)
     assert reason in str(refusal.value) or ("site" in reason and "site" in str(refusal.value))
     assert other.grow.tick_number == 0
+
+
+def grown(activation: type[nn.Module], **changes: Any) -> Grow:
+    """Seeds on a plain host of the user's own."""
+    host = nn.Sequential(nn.Linear(8, 6), activation(), nn.Linear(6, 2))
+    batch = (torch.ones(4, 8), torch.zeros(4, dtype=torch.int64))
+    optimizer = torch.optim.AdamW(host.parameters())
+    return attach(host, total_steps=20, loss=loss, optimizer=optimizer, judge=[batch], **changes)
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Of every sample."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def test_a_host_of_other_modules_is_refused_though_every_shape_is_the_same(tmp_path: Path) -> None:
+    path = grown(nn.ReLU).save_branches(tmp_path)
+    grown(nn.ReLU).load_branches(path)
+    other = grown(nn.Tanh)
+    with pytest.raises(UserError, match="the host's module '1' is ReLU there and Tanh here"):
+        other.load_branches(path)
+    older = store.read(path)[1]
+    del older["grow"]["topology"]["modules"]  # schema 4 named none
+    other.load_branches(older)
+
+
+def test_a_whole_runs_checkpoint_is_refused_where_branches_are_asked_for(make: Make, tmp_path: Path) -> None:
+    state = {"trainer": train_until(make(), 3)}
+    path = store.write(store.copy(state, 3, 3, {}, None), tmp_path).path
+    for given in (path, tmp_path, state):
+        with pytest.raises(UserError, match="is a whole run's checkpoint, which esper resume= and fork= go on from"):
+            grown(nn.ReLU).load_branches(given)
+        with pytest.raises(UserError, match="is a whole run's checkpoint"):
+            grown(nn.ReLU, state=given)
+    with pytest.raises(UserError, match="does not hold seeds and branches"):
+        grown(nn.ReLU).load_branches({"something": 1})

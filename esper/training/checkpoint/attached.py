@@ -45,14 +45,23 @@ def take_over(grow: Grow, state: Tree) -> None:
 def read_state(state: Tree | str | Path) -> Tree:
     """The state itself, or the one in a checkpoint, or in the newest of a folder of them. Raises UserError where there is none."""
     if isinstance(state, Mapping):
-        return dict(state)
+        return _of_grow(state, "The state")
     place = Path(state)
-    if (place / store.MANIFEST).is_file():
-        return dict(store.read(place)[1])
-    kept = store.checkpoints(place)
-    if not kept:
-        raise UserError(f"There is nothing in {place} to go on from; give what save_branches wrote, its folder, or no state.")
-    return dict(store.read(kept[-1])[1])
+    if not (place / store.MANIFEST).is_file():
+        kept = store.checkpoints(place)
+        if not kept:
+            raise UserError(f"There is nothing in {place} to go on from; give what save_branches wrote, its folder, or no state.")
+        place = kept[-1]
+    return _of_grow(store.read(place)[1], str(place))
+
+
+def _of_grow(state: Any, where: str) -> Tree:
+    """The state, if it is what ``attached_state`` makes."""
+    if isinstance(state, Mapping) and "grow" in state:
+        return dict(state)
+    whole = isinstance(state, Mapping) and "trainer" in state
+    what = "is a whole run's checkpoint, which esper resume= and fork= go on from" if whole else "does not hold seeds and branches"
+    raise UserError(f"{where} {what}; give what grow.state() returned or grow.save_branches wrote.")
 
 
 def grown_in(checkpoint: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esper.errors import UserError
 from esper.kernels import MISMATCH
+from esper.seeds.layer import ATTRIBUTE
 from esper.training.checkpoint.tree import kept
 from esper.training.gatekeeper import GateRecord
 from esper.training.passes import host_buffers, host_parameters
@@ -24,19 +25,26 @@ Tree = dict[str, Any]
 
 
 def topology(grow: Grow) -> Tree:
-    """What must agree before a tensor is loaded: the host's parameters and the sites with their seeds (JSON-able)."""
-    named = {**host_parameters(grow.garden.model), **host_buffers(grow.garden.model)}
+    """What must agree before a tensor is loaded: the host's tensors and modules' classes, the sites with their seeds (JSON-able).
+
+    What a module does is known by its class alone: a function called in ``forward`` is not seen.
+    """
+    model = grow.garden.model
+    named = {**host_parameters(model), **host_buffers(model)}
     host = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in named.items()}
-    return {"host": host, **grow.garden.topology()}
+    modules = {name: type(module).__name__ for name, module in model.named_modules() if ATTRIBUTE not in name.split(".")}
+    return {"host": host, "modules": modules, **grow.garden.topology()}
 
 
 def refuse_misfit(saved: Any, present: Tree, where: str) -> None:
     """Raise UserError, naming the first difference, unless both topologies are the same."""
-    if saved == present:
+    there, here = (dict(side) if isinstance(side, dict) else {} for side in (saved, present))
+    if "modules" not in there:  # saved before schema 5
+        here.pop("modules", None)
+    if there == here:
         return
-    there, here = (side if isinstance(side, dict) else {} for side in (saved, present))
     reason = "it describes another kind of run"
-    for key in ("host", "sites", "blueprint", "silent"):
+    for key in ("host", "modules", "sites", "blueprint", "silent"):
         if there.get(key) != here.get(key):
             reason = _difference(key, there.get(key), here.get(key))
             break
@@ -48,6 +56,10 @@ def _difference(key: str, there: Any, here: Any) -> str:
         for name in sorted({*there, *here}):
             if there.get(name) != here.get(name):
                 return f"the host's '{name}' is {_shape(there.get(name))} there and {_shape(here.get(name))} here"
+    if key == "modules" and isinstance(there, dict) and isinstance(here, dict):
+        for name in sorted({*there, *here}):
+            if there.get(name) != here.get(name):
+                return f"the host's module '{name}' is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
     if key == "sites" and isinstance(there, list) and isinstance(here, list):
         for old, new in zip(there, here, strict=False):
             if old != new:
@@ -90,20 +102,22 @@ def load_grow(grow: Grow, state: Tree) -> None:
 
     Raises UserError for a state of another topology, before a tensor of it is looked at, and for one that does not fit.
     """
-    refuse_misfit(state.get("topology"), topology(grow), "The saved state")
-    with _fitting():
+    with fitting():
+        refuse_misfit(state.get("topology"), topology(grow), "The saved state")
         _load_grow(grow, kept(state))
 
 
 @contextmanager
-def _fitting() -> Iterator[None]:
+def fitting() -> Iterator[None]:
     """Within: a state that is not built as ours are is refused in words; whole files hold only what was written."""
     try:
         yield
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(
-            f"The saved state cannot be taken over: {' '.join(str(error).split())}; "
-            "it was made by another version of esper or tampered with."
+            f"The saved state cannot be taken over: {reason}; it is of something else, made by another version of esper or tampered with."
         ) from error
 
 
@@ -156,7 +170,7 @@ def trainer_state(trainer: Trainer) -> Tree:
 @torch.no_grad()
 def load_trainer(trainer: Trainer, state: Tree) -> None:
     """Take over ``trainer_state``, all but ``grow``, which was there before the run was announced."""
-    with _fitting():
+    with fitting():
         _load_trainer(trainer, state)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Tree = dict[str, Any]
-SCHEMA = 4
+SCHEMA = 5
 
 
 def _unchanged(tree: Tree) -> Tree:
@@ -49,11 +49,17 @@ def _with_guard(grow: Tree) -> Tree:
     return {**kept, "guard": {"states": [], "calm": None, "lowest": math.inf, "sound": {}}}
 
 
+def _of_unknown_origin(state: Tree) -> Tree:
+    """Up to version 4 a run told neither its data nor the versions that computed it; topologies named no module's class, and need not."""
+    return {**state, "data": "", "versions": {}} if "trainer" in state else state
+
+
 #: What leads from a version to the next one.
 UPGRADES: dict[int, Upgrade] = {
     1: Upgrade(manifest=_one_hash_a_part),
     2: Upgrade(state=_said_nothing),
     3: Upgrade(state=_guarded),
+    4: Upgrade(state=_of_unknown_origin),
 }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from esper.running.origin import origin
 from esper.training.checkpoint import store
 from esper.training.checkpoint.engine import topology, trainer_state
 from esper.training.checkpoint.schema import SCHEMA
@@ -36,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer = build(*WORDS)
     train_until(trainer, STEP)
-    state = {"trainer": trainer_state(trainer)}
+    state = {"trainer": trainer_state(trainer), **origin(trainer.task)}
     made = store.write(store.copy(state, STEP, trainer.grow.tick_number, topology(trainer.grow), None), HERE)
     made.path.rename(place)
 
