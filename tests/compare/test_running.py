@@ -22,7 +22,7 @@ from esper.compare.jobs import Prepared
 from esper.compare.plan import make_plan
 from esper.compare.planning import arm_settings, plan_sweep
 from esper.compare.report import show
-from esper.compare.sweep import Sweep, _judge, _run_jobs
+from esper.compare.sweep import Sweep, _judge, _keep, _run_jobs
 from esper.compare.tracking import Store
 from esper.compare.tuned import Tried, parse, text
 from esper.compare.tuning import trials
@@ -277,6 +277,17 @@ def test_what_tuning_chose_and_cost_is_kept_and_its_failures_are_said_and_counte
     assert any("2 of 6 tuning runs of b failed (optimizer.lr=1e+30 2 of 2)" in line for line in comparison.notes)
     show(comparison, sweep.plan, sweep.console)  # type: ignore[arg-type]
     assert "tuned on validation" in sweep.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_parent_runs_metrics_have_names_that_mlflow_takes(tmp_path: Path) -> None:
+    arms = {"optimizer.lr=1 sites=[fc1]": [], "optimizer.lr=2 sites=[fc1]": ["grafting=drift"]}
+    sweep = sweep_of(tmp_path, arms, 1, tune={"optimizer.lr": [0.1]}, tune_seeds=1, figures=False)
+    go(sweep, good)
+    comparison = _judge(sweep)
+    assert comparison is not None and sweep.plan is not None
+    _, numbers = _keep(comparison, sweep.plan, sweep)
+    assert numbers["arm/optimizer.lr_1 sites__fc1_/accuracy"] == numbers["tuning/optimizer.lr_2 sites__fc1_/validation"] == 0.5
+    assert len(numbers) == 2 + 2 * 4
 
 
 def test_tuning_that_failed_runs_again_on_request_only_and_one_combination_must_survive(tmp_path: Path) -> None:

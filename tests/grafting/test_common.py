@@ -40,7 +40,9 @@ def test_yaml_holds_the_defaults_of_the_dataclass(name):
 
 
 def test_every_strategy_has_a_yaml_and_a_config():
-    assert {path.stem for path in CONF.glob("*.yaml")} - {"custom"} == set(CONFIGS) == set(STRATEGIES)
+    named = {OmegaConf.load(path).name for path in CONF.glob("*.yaml")}
+    assert named - {"custom"} == set(CONFIGS) == set(STRATEGIES)
+    assert all((CONF / f"{name}.yaml").is_file() for name in CONFIGS)
     assert len(STRATEGIES) == 7
 
 
