@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from esper.errors import UserError
+
 NAME = "summary.json"
 
 
@@ -119,8 +121,16 @@ def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """Inverse of ``write_summary``; raises FileNotFoundError when the run left none."""
-    return json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+    """Inverse of ``write_summary``; raises FileNotFoundError when the run left none, UserError for one that is damaged."""
+    path = Path(folder) / NAME
+    way_out = "restore it, or delete it so that its run counts as one that did not end"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); {way_out}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no summary; {way_out}.")
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ import yaml
 from esper.config import RootConfig, config_hash, plain
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
+from esper.report.summary import read_summary
 
 CONFIG, LOCK = "config.yaml", "run.lock"
 _held: set[Path] = set()  # a record lock keeps other processes out, this keeps out the process itself
@@ -73,13 +74,18 @@ def status(folder: Path) -> str:
         return "RUNNING" if is_alive(folder) else "DIED"
     if not (folder / SUMMARY).exists():
         return "NEW"
-    return str(json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["status"])
+    found = read_summary(folder)
+    if "status" not in found:
+        raise UserError(f"{folder / SUMMARY} does not say how its run ended; restore it, or delete it so that the run counts as not ended.")
+    return str(found["status"])
 
 
 def hash_of(folder: Path) -> str:
-    """The hash of the configuration that runs or ran in ``folder``; empty where none did."""
-    for name in (LOCK, SUMMARY):
-        path = folder / name
-        if path.exists() and path.stat().st_size:
-            return str(json.loads(path.read_text(encoding="utf-8")).get("config_hash", ""))
-    return ""
+    """The hash of the configuration that runs or ran in ``folder``; empty where none did, or it died before it noted it."""
+    note = folder / LOCK
+    if note.exists() and note.stat().st_size:
+        try:
+            return str(json.loads(note.read_text(encoding="utf-8"))["config_hash"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{note} cannot be read ({error}); delete it if no process runs in {folder}.") from error
+    return str(read_summary(folder).get("config_hash", "")) if (folder / SUMMARY).exists() else ""

@@ -22,8 +22,11 @@ from esper.cli.terminal import Sentence
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listing
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
+from esper.report.summary import read_summary
 from esper.running.folder import CONFIG, LOCK, hash_of, status
+from esper.running.forking import forked
 from esper.training.checkpoint import store
+from esper.training.checkpoint.engine import fitting
 
 #: What a resumed run may have otherwise: none of it changes a bit of what was trained so far.
 CHANGEABLE = (
@@ -77,22 +80,30 @@ def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> S
     folder, chosen = _locate(place)
     tree, choices = _stored(folder)
     refuse_changes(words, folder)
-    before = copy.deepcopy(tree)
-    config = build(_changed(tree, words), choices)
-    longer = tree["trainer"] != before["trainer"] and _length(tree) != _length(before)
-    if chosen is None and status(folder) == "FINISHED" and not longer:
+    before, config = _before_and_after(tree, choices, words)
+    was, now = _lengths(before, config)
+    if now < was:
         raise UserError(
-            f"The run in {folder} is finished; to train it longer give trainer.steps=<more than {before['trainer']['steps']}>, "
+            f"This ends the run at step {now}, and {folder} was to train {was}: with resume= a run only gets longer. To train less "
+            f"from its state, in a new run: fork={folder} {' '.join(words)}."
+        )
+    if now == was and _is_over(folder, chosen):
+        key = "steps" if before.trainer.steps else "epochs"
+        raise UserError(
+            f"The run in {folder} is finished; to train it longer give trainer.{key}=<more than {getattr(before.trainer, key)}>, "
             f"to try other settings from its end fork={folder}."
         )
     return Start(config, folder, _state(folder, chosen, fall_back))
 
 
 def fork(place: Path, words: Sequence[str] = ()) -> Start:
-    """A new run, in a folder of its own, that begins with the state in ``place`` and its settings with ``words`` changed."""
+    """A new run, in a folder of its own, that begins with the state in ``place`` and its settings with ``words`` changed.
+
+    An optimizer or a controller of another kind than the run had begins anew, which is said on stderr. Raises UserError where
+    there is no state, or none that fits, or nothing is left to train.
+    """
     folder, chosen = _locate(place)
-    tree, choices = _stored(folder)
-    config = build(_changed(tree, words), choices)
+    before, config = _before_and_after(*_stored(folder), words)
     if config.controller.process == "external":
         raise UserError(
             f"A fork has a folder of its own, in which a controller in another process would go on without its memory: resume={folder}"
@@ -101,17 +112,33 @@ def fork(place: Path, words: Sequence[str] = ()) -> Start:
     state = _state(folder, chosen, fall_back=False)
     if state is None:
         raise UserError(f"There is no checkpoint in {folder} to fork from; name a run that saved one.")
+    state, said = forked(state, before, config)
+    with fitting():
+        done, total = int(state["trainer"]["steps"]), _length(config)
+    if total <= done:
+        raise UserError(
+            f"The state in {chosen or folder} is that of step {done}, and the fork would end at step {total}, with nothing left to train; "
+            f"give trainer.steps=<more than {done}>."
+        )
+    for sentence in said:
+        print(f"esper: {sentence}", file=sys.stderr)
     now = time.strftime("%Y-%m-%d/%H-%M-%S")
     return Start(config, Path(config.output) / f"{now}-{config.name}-{secrets.token_hex(3)}", state)
 
 
 def unfinished(config: RootConfig) -> Path | None:
-    """The newest run of this very configuration under ``config.output`` that did not come to its end, and runs nowhere now."""
+    """The newest run of this very configuration under ``config.output`` that did not come to its end, and runs nowhere now.
+
+    A folder of which that cannot be told is passed over, and said.
+    """
     wanted, output = config_hash(config), Path(config.output)
     folders = {path.parent for path in (*_at_depths(output, LOCK), *_at_depths(output, SUMMARY))}
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
-        if hash_of(folder) == wanted and status(folder) in ("KILLED", "DIED"):
-            return folder
+        try:
+            if hash_of(folder) == wanted and status(folder) in ("KILLED", "DIED"):
+                return folder
+        except UserError as error:
+            print(f"esper: {error}", file=sys.stderr)
     return None
 
 
@@ -149,11 +176,17 @@ def stored(place: Path) -> tuple[Path, Path | None, RootConfig, str]:
 
 def _locate(place: Path) -> tuple[Path, Path | None]:
     """(run folder, checkpoint or None) for a path to either."""
-    if (place / store.MANIFEST).exists():
-        return place.resolve().parent.parent, place.resolve()
-    if not (place / CONFIG).exists():
+    if (place / CONFIG).exists():
+        return place.resolve(), None
+    if not (place / store.MANIFEST).exists():
         raise UserError(f"{place} is no run's folder (it has no {CONFIG}) and no checkpoint; name one, or use resume=auto.")
-    return place.resolve(), None
+    folder = place.resolve().parent.parent
+    if place.resolve().parent.name != store.FOLDER or not (folder / CONFIG).exists():
+        raise UserError(
+            f"{place} is a checkpoint apart from its run, whose {CONFIG} says how to go on: put it back as <run folder>/{store.FOLDER}/<step> "
+            "and name that. What grow.save_branches wrote is for attach(state=…) and grow.load_branches."
+        )
+    return folder, place.resolve()
 
 
 def _stored(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -190,8 +223,28 @@ def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _length(tree: dict[str, Any]) -> tuple[int, int]:
-    return tree["trainer"]["steps"], tree["trainer"]["epochs"]
+def _before_and_after(tree: dict[str, Any], choices: dict[str, str], words: Sequence[str]) -> tuple[RootConfig, RootConfig]:
+    """The run's own configuration, and the one with ``words`` changed."""
+    changed = _changed(copy.deepcopy(tree), words)
+    return build(tree, dict(choices)), build(changed, choices)
+
+
+def _lengths(before: RootConfig, config: RootConfig) -> tuple[int, int]:
+    """Optimizer steps before and after, or 0 and 0 where nothing was changed: the data, which say how long an epoch is, cost time."""
+    if (before.trainer.steps, before.trainer.epochs) == (config.trainer.steps, config.trainer.epochs):
+        return 0, 0
+    return _length(before), _length(config)
+
+
+def _is_over(folder: Path, chosen: Path | None) -> bool:
+    """Whether the run came to its end, and ``chosen``, if one was, is the checkpoint of it."""
+    if status(folder) != "FINISHED":
+        return False
+    return chosen is None or store.read_manifest(chosen).step >= int(read_summary(folder)["steps"])
+
+
+def _length(config: RootConfig) -> int:
+    return config.trainer.steps or config.trainer.total_steps(len(config.task.build().train))
 
 
 def _state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:

@@ -53,6 +53,14 @@ class TrainerConfig:
         if self.freeze_host and self.precision == "fp16":
             raise UserError("trainer.freeze_host=true leaves no gradient for fp16's loss scaling to watch; use trainer.precision=bf16 or fp32.")
 
+    def steps_per_epoch(self, samples: int) -> int:
+        """Optimizer steps of an epoch over this many samples; those left over make none."""
+        return max(1, samples // self.batch_size // self.accumulate)
+
+    def total_steps(self, samples: int) -> int:
+        """Length of the run over this many training samples [optimizer steps]."""
+        return self.steps or self.epochs * self.steps_per_epoch(samples)
+
 
 @dataclass
 class OptimizerConfig:

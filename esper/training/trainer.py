@@ -82,8 +82,8 @@ class Trainer:
         self.port: Port = port or NullPort()
         size, workers = config.batch_size, config.num_workers
         self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device)
-        self.steps_per_epoch = max(1, len(self.batches) // config.accumulate)
-        self.total = steps or config.steps or config.epochs * self.steps_per_epoch
+        self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
+        self.total = steps or config.total_steps(self.batches.length)
         self.validation = held_out(task, "validation", device)
         self.optimizer = _optimizer(optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None

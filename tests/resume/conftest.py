@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 
 from esper.cli.compose import compose
 from esper.config import RootConfig
+from esper.report.summary import read_summary
 from esper.running.run import run
+from esper.training.checkpoint import store
 
 SHORT = (
     "trainer.steps=80",
@@ -31,8 +35,13 @@ Configure = Callable[..., RootConfig]
 
 @pytest.fixture(scope="session")
 def configure() -> Configure:
-    """A short run's config with further overrides."""
-    return lambda *words: compose([word for word in SHORT if "tracking=none" not in words or "tracking." not in word] + list(words))
+    """A short run's config with further overrides; what of it another option of the same group has no key for is left out."""
+
+    def composed(*words: str) -> RootConfig:
+        given = {word.partition("=")[0] for word in words}
+        return compose([word for word in SHORT if word.partition("=")[0].partition(".")[0] not in given] + list(words))
+
+    return composed
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +50,14 @@ def finished(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> 
     output = tmp_path_factory.mktemp("finished")
     run(configure(f"output={output}"), output / "day" / "run", quiet=True)
     return output / "day" / "run"
+
+
+def copied(finished: Path, tmp_path: Path, until: int | None = None) -> Path:
+    """A run's folder as if it had died after ``until`` steps' checkpoint."""
+    folder = tmp_path / "day" / "run"
+    shutil.copytree(finished, folder)
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(str(finished.parents[1]), str(tmp_path)))
+    if until is not None:
+        store.forget_after(folder / store.FOLDER, until)
+        (folder / "run.lock").write_text(json.dumps({"config_hash": read_summary(folder)["config_hash"]}))
+    return folder

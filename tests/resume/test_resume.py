@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,28 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from esper.app import main
 from esper.errors import UserError
 from esper.report.summary import read_summary
 from esper.running.folder import alive
-from esper.running.resume import auto, fork, refuse_changes, resume, unfinished
+from esper.running.resume import auto, refuse_changes, resume, unfinished
 from esper.running.run import run
 from esper.training.checkpoint import store
 from tests.resume import killing
-from tests.resume.conftest import SHORT, Configure
-
-
-def copied(finished: Path, tmp_path: Path, until: int | None = None) -> Path:
-    """A run's folder as if it had died after ``until`` steps' checkpoint."""
-    folder = tmp_path / "day" / "run"
-    shutil.copytree(finished, folder)
-    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(str(finished.parents[1]), str(tmp_path)))
-    if until is not None:
-        store.forget_after(folder / store.FOLDER, until)
-        (folder / "run.lock").write_text(json.dumps({"config_hash": read_summary(folder)["config_hash"]}))
-    return folder
+from tests.resume.conftest import SHORT, Configure, copied
 
 
 @pytest.mark.parametrize("step", [28, 64])
@@ -72,15 +57,6 @@ def test_a_longer_run_goes_on_from_the_end_of_a_finished_one(finished: Path, tmp
     start = resume(folder, ["trainer.steps=90"])
     result = run(start.config, start.folder, quiet=True, state=start.state)
     assert result.summary["steps"] == 90
-
-
-def test_a_fork_is_a_new_run_with_other_settings_from_that_state(finished: Path, tmp_path: Path) -> None:
-    folder = copied(finished, tmp_path, until=79)
-    start = fork(folder, ["optimizer.lr=1e-4", "grafting=drift", "tags=[forked]"])
-    assert start.folder != folder and tmp_path in start.folder.parents
-    assert (start.config.optimizer.lr, start.config.grafting.name, start.config.tags) == (1e-4, "drift", ["forked"])
-    result = run(start.config, start.folder, quiet=True, state=start.state)
-    assert result.summary["steps"] == 80 and result.summary["fingerprint"] != read_summary(finished)["fingerprint"]
 
 
 def test_overrides_that_change_the_bits_are_refused_with_the_way_out(finished: Path) -> None:
@@ -134,14 +110,3 @@ def test_warnings_of_a_run_that_goes_on_reach_the_terminal_and_its_log(tmp_path:
     assert done.stderr == "the tracker is lost\n"
     log = (tmp_path / "esper.log").read_text()
     assert "ERROR esper.tracking: the tracker is lost" in log and "INFO root: a detail" in log
-
-
-def test_what_is_no_run_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([f"resume={tmp_path}"]) == 2
-    assert "is no run's folder" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text("a: [")
-    assert main([f"resume={tmp_path}", "trainer.steps=3"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"steps": 10, "epochs": 0}}))
-    assert main([f"fork={tmp_path}", "trainer.stepps=3"]) == 2
-    assert "There is no key trainer.stepps" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""What cannot go on as it began is refused in a sentence, before anything in the run's folder changes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from esper.app import main
+from esper.errors import UserError
+from esper.running.resume import fork, resume, unfinished
+from esper.running.run import run
+from esper.training.checkpoint import store
+from esper.training.checkpoint.tree import join, split
+from tests.resume.conftest import Configure, copied
+
+
+def test_what_is_no_run_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"resume={tmp_path}"]) == 2
+    assert "is no run's folder" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("a: [")
+    assert main([f"resume={tmp_path}", "trainer.steps=3"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"steps": 10, "epochs": 0}}))
+    assert main([f"fork={tmp_path}", "trainer.stepps=3"]) == 2
+    assert "There is no key trainer.stepps" in capsys.readouterr().err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_data_than_it_was_trained_on_are_refused_with_the_fork_that_takes_them(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} sheep and {number * 7 % 13} goats. " for number in range(2000)))
+    small = ("task.context=16", "model=transformer", "model.width=8", "model.depth=1", "trainer.steps=8", "trainer.batch_size=4")
+    folder = tmp_path / "day" / "run"
+    run(configure("task=text", f"task.path={text}", *small, f"output={tmp_path}"), folder, quiet=True)
+    before = contents(folder)
+    text.write_text(text.read_text()[::-1])  # the same characters in another order
+    assert main([f"resume={folder}", "trainer.steps=12"]) == 2
+    said = capsys.readouterr().err
+    assert "The data of task=text are not those that this run was trained on" in said and f"fork={folder}" in said
+    assert {name: kept for name, kept in contents(folder).items() if name != "esper.log"} == before
+    start = fork(folder, ["trainer.steps=12"])
+    assert run(start.config, start.folder, quiet=True, state=start.state).summary["steps"] == 12
+
+
+def test_other_versions_are_said_and_stay_in_the_summary(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(finished, tmp_path, until=79)
+    start = resume(folder)
+    assert start.state["versions"]["torch"] == torch.__version__
+    start.state["versions"]["torch"] = "2.0.1"
+    summary = run(start.config, start.folder, quiet=True, state=start.state).summary
+    sentence = f"computed by torch 2.0.1, now {torch.__version__}"
+    assert sentence in caplog.text
+    assert [alert["code"] for alert in summary["alerts"] if sentence in alert["text"]] == ["other_versions"]
+
+
+@pytest.mark.parametrize("words", [["trainer.steps=50"], ["trainer.steps=0", "trainer.epochs=1"], ["trainer.steps=79", "tracking=none"]])
+def test_a_run_gets_no_shorter(finished: Path, tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for until in (None, 40):
+        folder = copied(finished, tmp_path / str(until), until)
+        before = contents(folder)
+        assert main([f"resume={folder}", *words]) == 2
+        assert "with resume= a run only gets longer" in capsys.readouterr().err
+        assert contents(folder) == before
+
+
+def test_epochs_that_come_to_more_steps_are_longer(finished: Path, tmp_path: Path) -> None:
+    assert resume(copied(finished, tmp_path), ["trainer.steps=0", "trainer.epochs=3"]).config.trainer.epochs == 3
+
+
+def test_the_last_checkpoint_of_a_finished_run_leaves_nothing_to_do(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path)
+    with pytest.raises(UserError, match="is finished"):
+        resume(store.checkpoints(folder / store.FOLDER)[-1])
+
+
+def test_a_checkpoint_apart_from_its_run_is_refused(finished: Path, tmp_path: Path) -> None:
+    checkpoint = store.checkpoints(finished / store.FOLDER)[-1]
+    for place in (tmp_path / "step", tmp_path / store.FOLDER / "000000080"):
+        shutil.copytree(checkpoint, place)
+        for begin in (resume, fork):
+            with pytest.raises(UserError, match="is a checkpoint apart from its run"):
+                begin(place)
+
+
+def without(path: Path, change: Any) -> None:
+    """Let a state be changed and the checkpoint be written anew, with right hashes."""
+    checkpoint, state = store.read(path)
+    plain, tensors = split(change(join(*split(state))))
+    manifest = checkpoint.manifest
+    store.write(store.Copy(checkpoint.step, manifest["tick"], manifest["topology"], plain, tensors, manifest["score"]), path.parent)
+
+
+FORGERIES = {
+    "no controller": lambda state: {key: value for key, value in state.items() if key != "controller"},
+    "no alerts": lambda state: {key: value for key, value in state.items() if key != "alerts"},
+    "a controller of text": lambda state: {**state, "controller": "{"},
+    "alerts of nothing": lambda state: {**state, "alerts": "null"},
+    "branches alone": lambda state: {"grow": state["trainer"]["grow"]},
+    "a list": lambda state: [state],
+    "no versions": lambda state: {**state, "versions": 3},
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_whole_checkpoint_that_is_not_a_runs_is_refused(
+    finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(finished, tmp_path, until=40)
+    without(store.checkpoints(folder / store.FOLDER)[-1], FORGERIES[name])
+    assert main([f"resume={folder}"]) == 2
+    assert "The saved state cannot be taken over" in capsys.readouterr().err
+
+
+def test_a_broken_summary_is_said_and_no_obstacle_to_auto(
+    configure: Configure, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(finished, tmp_path)
+    config = configure(f"output={tmp_path}")
+    for content, said in (("{", "cannot be read"), ("", "cannot be read"), ("[]", "holds no summary")):
+        (folder / "summary.json").write_text(content)
+        assert main([f"resume={folder}"]) == 2
+        assert f"{folder / 'summary.json'} {said}" in capsys.readouterr().err
+        assert unfinished(config) is None
+        assert f"{folder / 'summary.json'} {said}" in capsys.readouterr().err
+    (folder / "summary.json").write_text("{}")
+    assert main([f"resume={folder}"]) == 2
+    assert "does not say how its run ended" in capsys.readouterr().err
