@@ -138,12 +138,13 @@ def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
 def read_summary(folder: str | Path) -> dict[str, Any]:
     """Inverse of ``write_summary``; raises FileNotFoundError when the run left none, UserError for one that is damaged."""
     path = Path(folder) / NAME
+    way_out = "restore it, or delete it so that its run counts as one that did not end"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} cannot be read ({error}); restore it, or delete it for a run that is to be counted as not ended.") from error
-    if not isinstance(found, dict) or "status" not in found:
-        raise UserError(f"{path} holds no run's summary; restore it, or delete it for a run that is to be counted as not ended.")
+        raise UserError(f"{path} cannot be read ({error}); {way_out}.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no summary; {way_out}.")
     return found
 
 

@@ -74,7 +74,10 @@ def status(folder: Path) -> str:
         return "RUNNING" if is_alive(folder) else "DIED"
     if not (folder / SUMMARY).exists():
         return "NEW"
-    return str(read_summary(folder)["status"])
+    found = read_summary(folder)
+    if "status" not in found:
+        raise UserError(f"{folder / SUMMARY} does not say how its run ended; restore it, or delete it so that the run counts as not ended.")
+    return str(found["status"])
 
 
 def hash_of(folder: Path) -> str:

@@ -129,9 +129,12 @@ def test_a_broken_summary_is_said_and_no_obstacle_to_auto(
 ) -> None:
     folder = copied(finished, tmp_path)
     config = configure(f"output={tmp_path}")
-    for content in ("{", "[]", "{}", ""):
+    for content, said in (("{", "cannot be read"), ("", "cannot be read"), ("[]", "holds no summary")):
         (folder / "summary.json").write_text(content)
         assert main([f"resume={folder}"]) == 2
-        assert f"{folder / 'summary.json'}" in capsys.readouterr().err
+        assert f"{folder / 'summary.json'} {said}" in capsys.readouterr().err
         assert unfinished(config) is None
-        assert f"{folder / 'summary.json'}" in capsys.readouterr().err
+        assert f"{folder / 'summary.json'} {said}" in capsys.readouterr().err
+    (folder / "summary.json").write_text("{}")
+    assert main([f"resume={folder}"]) == 2
+    assert "does not say how its run ended" in capsys.readouterr().err
