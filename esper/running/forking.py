@@ -51,7 +51,7 @@ def _emptied(holder: State) -> State:
 
 def _new_controller(config: RootConfig, grow: State) -> Any:
     """The state of a controller that has decided nothing, but sees the stages that the seeds are in."""
-    fresh = build_controller(config).state()
+    fresh = build_controller(config, config.task.build()).state()
     if isinstance(fresh, dict) and "view" in fresh:
         seeds = [(site["name"], seed) for site in grow["topology"]["sites"] for seed in range(site["seeds"])]
         stages = grow["garden"]["table"]["stage"].tolist()
