@@ -26,7 +26,7 @@ def as_tensor_loss(loss: Callable[[nn.Module, Any], Any] | None) -> LossFunction
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = type(result).__name__
             if loss is None:
-                raise UserError(f"The model gave a {kind} without .loss: pass loss=…, a function of model and batch, or batches with labels.")
+                raise UserError(f"The model gave a {kind} without .loss: pass loss=…, a function of model and batch, or give labels.")
             raise UserError(f"loss(model, batch) gave a {kind}; it must give a tensor (the mean, or one a sample) or an output with .loss.")
         return value
 

@@ -88,7 +88,7 @@ def test_without_a_loss_function_the_models_output_must_hold_its_loss() -> None:
     grow = attach(Own("dict"), judge=[{"inputs": X, "targets": Y}], total_steps=100, lifecycle=short(), per_site=2)
     assert grow.loss(grow.garden.model, (X, Y)).isfinite()
     for gives, data, kind in (("logits", (X, Y), "Tensor"), ("dict", (X,), "dict")):
-        sentence = rf"The model gave a {kind} without \.loss: pass loss=…, a function of model and batch, or batches with labels\.$"
+        sentence = rf"The model gave a {kind} without \.loss: pass loss=…, a function of model and batch, or give labels\.$"
         with pytest.raises(UserError, match=sentence):
             attach(Own(gives), judge=[data], total_steps=100, lifecycle=short(), per_site=2)
 
