@@ -60,7 +60,7 @@ def test_a_group_that_comes_late_reads_from_the_beginning(backend, run, collect)
 
 
 def test_one_look_finds_what_a_producer_unknown_before_has_said(backend, run):
-    bus = backend.open()
+    bus = backend.open(claim_s=30.0)
     consumer = bus.consumer("events", run, "group", "one")
     publish(bus.producer("events", run, "known"), [1])
     assert ticks(consumer.read(10, 1)) == [1]
@@ -133,10 +133,10 @@ def test_a_message_never_acknowledged_becomes_a_dead_letter_after_n_deliveries(b
 
 
 def test_what_a_consumer_keeps_is_given_to_nobody_while_it_reads_and_counts_as_delivered_once(backend, run):
-    bus = backend.open(deliveries=2)
+    bus = backend.open(deliveries=2, claim_s=0.8)
     publish(bus.producer("events", run), [7, 8])
     keeper = bus.consumer("events", run, "group", "keeper")
-    other = backend.open(deliveries=2).consumer("events", run, "group", "other")
+    other = backend.open(deliveries=2, claim_s=0.8).consumer("events", run, "group", "other")
     got = keeper.read(10, 1)
     keeper.keep(got)
     began = time.monotonic()
@@ -190,7 +190,7 @@ def test_several_producers_of_a_stream_keep_their_own_numbering(backend, run, co
 
 @pytest.mark.parametrize("order", ["none", "stream", "global", "causal"])
 def test_any_order_can_be_had_of_any_bus(backend, run, order):
-    bus = backend.open()
+    bus = backend.open(claim_s=30.0)
     producers = {name: bus.producer("events", run, name) for name in ("trainer", "observer")}
     plain = bus.consumer("events", run, "group", "one")
     consumer = in_order(plain, order, 0.2, Counts(), tuple(producers))
@@ -255,14 +255,14 @@ def test_reading_waits_for_the_first_message_and_no_longer(backend, run):
 
 
 def test_messages_beyond_memory_wait_on_disk_and_come_back_in_order(backend, run, collect):
-    bus = backend.open(memory_mb=1, spool_mb=64)
+    bus = backend.open(memory_mb=1, spool_mb=64, claim_s=60.0)
     consumer = bus.consumer("events", run, "group", "one")
     producer = bus.producer("events", run)
     big = {f"metric/{i}": float(i) for i in range(200)}
     for number in range(12_000):
         producer.publish(Metrics(tick=number, values=big) if number % 1000 == 0 else TickEnded(tick=number))
-    assert producer.flush(10)
-    assert ticks(collect(consumer, 12_000, seconds=20)) == list(range(12_000))
+    assert producer.flush(60)
+    assert ticks(collect(consumer, 12_000, seconds=60)) == list(range(12_000))
     assert bus.counts()["dropped"] == 0
 
 
