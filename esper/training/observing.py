@@ -71,19 +71,22 @@ class Observer:
         ]
         self._gradient_ratio = {}
         living = self.garden.branches.living()
-        below = {number: self._host_gradient(number) for number in {branch.site for branch in living}}
+        beside = self._host_gradients(sorted({branch.site for branch in living}))
         for branch, (norm, count) in self.branch_gradients(living).items():
-            host = below[self.garden.branches[branch].site]
+            host = beside.get(self.garden.branches[branch].site)
             if count and host is not None and math.isfinite(norm):
                 self._gradient_ratio[branch] = math.sqrt((norm * norm / count) / max(host, 1e-24))
 
-    def _host_gradient(self, number: int) -> float | None:
-        """Mean square of the gradient at the host's parameters beside a site; None where there is none."""
-        host = [p.grad for p in self._parameters_beside(number) if p.grad is not None]
-        if not host:
-            return None
-        flat = [gradient.float().reshape(-1) for gradient in host]  # as dot products: no square as large as the weights is made
-        return float(torch.stack([torch.dot(gradient, gradient) for gradient in flat]).sum()) / sum(gradient.numel() for gradient in flat)
+    def _host_gradients(self, sites: list[int]) -> dict[int, float]:
+        """Mean square of the gradient at the host's parameters beside each site that has any; waits for the device once."""
+        sums, sizes = {}, {}
+        for site in sites:
+            host = [p.grad.float().reshape(-1) for p in self._parameters_beside(site) if p.grad is not None]
+            if host:  # as dot products: no square as large as the weights is made
+                sums[site] = torch.stack([torch.dot(gradient, gradient) for gradient in host]).sum()
+                sizes[site] = sum(gradient.numel() for gradient in host)
+        values = torch.stack(list(sums.values())).tolist() if sums else []
+        return {site: value / sizes[site] for site, value in zip(sums, values, strict=True)}
 
     def _parameters_beside(self, number: int) -> list[torch.nn.Parameter]:
         """The host's parameters that branches at a site are measured against: those of the site's module.
