@@ -29,7 +29,7 @@ from esper.compare.waves import Missing, derive, waves
 from esper.compare.worker import LOG
 from esper.compare.workers import Workers
 from esper.config import plain
-from esper.errors import UserError
+from esper.errors import Preempted, Terminated, UserError
 from esper.tracking.record import flatten
 
 
@@ -76,16 +76,24 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
 
     Raises:
         UserError: no plan can be made, or all runs failed.
-        KeyboardInterrupt: after Ctrl-C, when everything has been stopped and the way on has been said.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when everything has been stopped and the way on has been said;
+            Preempted after a SIGTERM where every job that was under way has saved what it did.
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
     with alone(sweep.folder):
         _recall(sweep)
-        return _run(sweep, environments)
+        with Store(sweep) as store:
+            workers = Workers([{**e, **store.environment} for e in environments])
+            try:
+                return _run(sweep, store, workers)
+            except Terminated as stop:
+                if workers.saved:
+                    raise Preempted(resume_command(sweep)) from stop
+                raise
 
 
-def _run(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
-    with Store(sweep) as store, Workers([{**e, **store.environment} for e in environments]) as workers:
+def _run(sweep: Sweep, store: Store, workers: Workers) -> Comparison | None:
+    with workers:
         sweep.plan = _plan(sweep, workers)
         store.open()
         _remember(sweep)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig
+from esper.errors import Preempted
 from esper.lifecycle.duration import parse
 from esper.running.origin import origin
 from esper.training.checkpoint import store
@@ -20,10 +21,6 @@ from esper.training.checkpoint.store import Checkpoint, Copy
 from esper.training.trainer import Trainer
 
 SETTLING_S = 120.0
-
-
-class Preempted(KeyboardInterrupt):
-    """SIGTERM after which everything was saved: ``esper resume=<folder>`` goes on with the same bits."""
 
 
 class Keeper:
@@ -61,7 +58,7 @@ class Keeper:
         self._due = False
         self.saver.save(lambda: self._copy(trainer), wait=over or self.asked)
         if self.asked:
-            raise Preempted
+            raise Preempted(f"esper resume={self.folder}")
 
     def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
         """The controller in another process missed its deadline; what a resumed run needs is saved first."""
