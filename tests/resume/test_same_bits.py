@@ -95,12 +95,20 @@ def test_the_bits_do_not_depend_on_exporting_telemetry(configure: Configure, fin
     assert same_bits(tmp_path / "day" / "run", finished)
 
 
+def processor(folder: Path) -> str:
+    """What a run was computed by."""
+    return str(read_summary(folder)["environment"]["cpu"]["model"])
+
+
 def test_the_first_difference_is_named(configure: Configure, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "day" / "run"
     run(configure("optimizer.lr=0.0031", f"output={tmp_path}"), folder, quiet=True)
     kinds = {difference.kind: difference.text for difference in explain(finished, folder)}
     assert "optimizer.lr is 0.003 and 0.0031" in kinds["config"]
     assert "at tick 5" in kinds["step"] and kinds["weights"].startswith("equal at step 0")
+    (folder / "summary.json").write_text((folder / "summary.json").read_text().replace(processor(folder), "another one"))
+    kinds = {difference.text for difference in explain(finished, folder) if difference.kind == "environment"}
+    assert f"cpu.model is {processor(finished)} and another one" in kinds
     assert compare([str(finished), str(folder)]) == 1
     assert "not the same bits" in capsys.readouterr().out
     assert compare([str(finished), str(finished)]) == 0
