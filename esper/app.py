@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from esper.cli import help, programs
-from esper.errors import TrackerError, UserError
+from esper.errors import Preempted, Terminated, TrackerError, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,10 +32,6 @@ STORAGE = {
     errno.EROFS: f"make it writable, {_ELSEWHERE}",
     errno.ENOTDIR: f"move the file that is in the way, {_ELSEWHERE}",
 }
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Ctrl-C would be, so that one way of ending cleanly serves both."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -177,10 +173,10 @@ def _job(tree: DictConfig) -> float:
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
-    """The sentence and the code of a run that somebody ended; ``run`` put its folder into ``stop``."""
+    """The sentence and the code of a run or sweep that somebody ended; ``run`` put its folder into ``stop``."""
     kept = f"; what there is so far lies in {stop.args[0]}" if stop.args else ""
-    if type(stop).__name__ == "Preempted":
-        return _say(f"ended by SIGTERM, everything is saved: esper resume={stop.args[0]} goes on", PREEMPTED)
+    if isinstance(stop, Preempted):
+        return _say(f"ended by SIGTERM, everything is saved: {stop} goes on", PREEMPTED)
     if isinstance(stop, Terminated):
         return _say(f"ended by SIGTERM{kept}", TERMINATED)
     return _say(f"ended by Ctrl-C{kept}", INTERRUPTED)

@@ -1,4 +1,4 @@
-"""The exceptions that a user sees as a sentence instead of a traceback."""
+"""The exceptions that a user sees as a sentence instead of a traceback, and the two that a signal raises."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,14 @@ class UserError(ValueError):
 
     The command line prints it alone and exits with code 2; as a library it is an ordinary ``ValueError``.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where Ctrl-C would be, so that one way of ending cleanly serves both."""
+
+
+class Preempted(KeyboardInterrupt):
+    """SIGTERM after which everything was saved; its text is the command that goes on with the same bits."""
 
 
 class TrackerError(RuntimeError):

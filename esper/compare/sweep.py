@@ -30,6 +30,7 @@ from esper.compare.tuning import choose, trials, values_of, with_values
 from esper.compare.waves import Missing, derive, waves
 from esper.compare.worker import LOG
 from esper.compare.workers import Workers
+from esper.errors import Preempted, Terminated
 from esper.tracking.mlflow_run import legal
 
 
@@ -81,16 +82,24 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
 
     Raises:
         UserError: no plan can be made, or all runs failed.
-        KeyboardInterrupt: after Ctrl-C, when everything has been stopped and the way on has been said.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when everything has been stopped and the way on has been said;
+            Preempted after a SIGTERM where every job that was under way has saved what it did.
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
     with alone(sweep.folder):
         _recall(sweep)
-        return _run(sweep, environments)
+        with Store(sweep) as store:
+            workers = Workers([{**e, **store.environment} for e in environments])
+            try:
+                return _run(sweep, store, workers)
+            except Terminated as stop:
+                if workers.saved:
+                    raise Preempted(resume_command(sweep)) from stop
+                raise
 
 
-def _run(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
-    with Store(sweep) as store, Workers([{**e, **store.environment} for e in environments]) as workers:
+def _run(sweep: Sweep, store: Store, workers: Workers) -> Comparison | None:
+    with workers:
         sweep.plan = plan_sweep(sweep, workers)
         if sweep.plan is not None:
             sweep.trials = trials(sweep.jobs, sweep.plan.tune_seeds, sweep.folder)

@@ -19,29 +19,34 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from esper.config import build, plain
-from esper.errors import UserError
+from esper.errors import Preempted, Terminated, UserError
 
 LOG = "job.log"
 ORPHANED_S = 0.5  # time between two looks at whether the sweep lives
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM from the sweep: end this run the way Ctrl-C would."""
+SAVED, LOST = 75, 143
+"""Exit codes after SIGTERM: the job under way, if there was one, has saved what it did, or it has not."""
 
 
 def main() -> int:
     """Serve until the input ends."""
+    busy = False
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
     try:
         for line in sys.stdin:
+            busy = True
             answers.write(json.dumps(handle(json.loads(line))) + "\n")
-    except KeyboardInterrupt:  # Stopped, or the run's own form of it after everything was saved
-        return 143
+            busy = False
+    except Preempted:
+        return SAVED
+    except KeyboardInterrupt:
+        return LOST if busy else SAVED
     except BrokenPipeError:  # the sweep was killed, and finds what the job left
-        return 143
+        return LOST
     return 0
 
 
@@ -109,7 +114,7 @@ def _train(request: dict[str, Any], folder: Path) -> None:
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
-    raise Stopped
+    raise Terminated
 
 
 def _follow(sweep: int) -> None:

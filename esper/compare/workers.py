@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import esper
+from esper.compare.worker import SAVED
 
 DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
@@ -65,24 +66,29 @@ class Worker:
         """End the process, and with SIGTERM the run that it is at."""
         self._process.terminate()
 
-    def wait(self) -> None:
-        """Wait for the end; kill what does not come to one."""
+    def wait(self) -> bool:
+        """Wait for the end; kill what does not come to one. Whether what its job did is saved."""
         try:
-            self._process.wait(STOP_S)
+            code = self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            code = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]
+        return code in (0, SAVED, -signal.SIGTERM)  # the last one had not even begun to listen
 
 
 class Workers:
-    """As many workers as there are environments. Use as a context: leaving it ends the processes."""
+    """As many workers as there are environments. Use as a context: leaving it ends the processes.
+
+    ``saved`` tells afterwards whether every job that was under way then has saved what it did.
+    """
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
         self._workers = [Worker(environment) for environment in environments]
         self._stopping = False
+        self.saved = False
 
     def __enter__(self) -> Workers:
         return self
@@ -91,8 +97,8 @@ class Workers:
         self._stopping = True
         for worker in self._workers:
             worker.stop()
-        for worker in self._workers:
-            worker.wait()
+        saved = [worker.wait() for worker in self._workers]
+        self.saved = all(saved)
 
     def ask(self, request: Request) -> Answer:
         """One answer from the first worker; for use before and after, not while jobs run."""

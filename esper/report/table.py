@@ -93,10 +93,16 @@ def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
         ("training MACs", count(summary.get("macs"))),
         ("parameters", f"{count(parameters.get('before'))} → {count(parameters.get('after'))}"),
         ("time", _time(seconds)),
+        ("bits", _bits(summary.get("environment") or {})),
         ("output", str(summary.get("output", ""))),
         ("see it in MLflow", ui),
     ]
     return [(label, text) for label, text in lines if text]
+
+
+def _bits(environment: Mapping[str, Any]) -> str:
+    """Said only where the promise that a run repeats was given up."""
+    return "trainer.deterministic=false: another run of this config may have others" if environment.get("deterministic") is False else ""
 
 
 def _tested(metrics: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -12,22 +14,60 @@ import torch
 
 import esper
 
-PACKAGES = ("torch", "triton", "hydra-core", "omegaconf", "mlflow", "redis", "numpy", "pandas", "scikit-learn")
+PACKAGES = (
+    *("torch", "triton", "hydra-core", "omegaconf", "mlflow", "redis", "numpy", "pandas", "scikit-learn"),
+    *("msgspec", "pyarrow", "safetensors"),
+)
+#: What libraries read from the environment and take another way of computing by.
+VARIABLES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_CBWR", "MKL_DYNAMIC", "ATEN_CPU_CAPABILITY"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"),
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Plain values: Python, packages, processor, device, threads, git commit and whether the tree was changed."""
+    """Plain values: Python, packages, processor, device, threads, flags, git commit and whether the tree was changed.
+
+    ``constraints`` is the SHA-256 of the checkout's ``constraints.txt``, empty where there is none; of ``VARIABLES`` those that are set
+    are told.
+    """
     return {
         "esper": esper.__version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "constraints": _constraints(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": {"model": _processor(), "capability": torch.backends.cpu.get_cpu_capability()},
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "flags": {
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        },
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "git": git_state(),
     }
+
+
+def _processor() -> str:
+    """The processor's name and, where Linux tells them, the numbers by which models of one name differ."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    first = info.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0]
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{key} {told[key]}" for key in ("cpu family", "model", "stepping") if key in told]
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _constraints() -> str:
+    path = Path(esper.__file__).resolve().parent.parent / "constraints.txt"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def git_state() -> dict[str, Any]:

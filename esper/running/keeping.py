@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig
+from esper.errors import Preempted
 from esper.lifecycle.duration import parse
 from esper.running.origin import origin
 from esper.training.checkpoint import store
@@ -19,11 +21,13 @@ from esper.training.checkpoint.saver import Retention, Saver
 from esper.training.checkpoint.store import Checkpoint, Copy
 from esper.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
+
 SETTLING_S = 120.0
-
-
-class Preempted(KeyboardInterrupt):
-    """SIGTERM after which everything was saved: ``esper resume=<folder>`` goes on with the same bits."""
+SKIPPED = (
+    "the checkpoint due at step %d is skipped, and so is every other that comes due while the one before is still being written; "
+    "a longer trainer.checkpoint_every leaves none out"
+)
 
 
 class Keeper:
@@ -59,9 +63,10 @@ class Keeper:
         if not self._due or not (over or grow.steps % grow.settings.steps_per_tick == 0):
             return  # inside a tick things are said that a resumed run would say again under the same tick
         self._due = False
-        self.saver.save(lambda: self._copy(trainer), wait=over or self.asked)
+        if not self.saver.save(lambda: self._copy(trainer), wait=over or self.asked) and self.saver.skipped == 1:
+            log.info(SKIPPED, steps)
         if self.asked:
-            raise Preempted
+            raise Preempted(f"esper resume={self.folder}")
 
     def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
         """The controller in another process missed its deadline; what a resumed run needs is saved first."""
@@ -84,7 +89,10 @@ class Keeper:
 
     def _settled(self) -> bool:
         self.port.barrier()
-        return bool(self.trackers.settle(SETTLING_S))
+        kept = bool(self.trackers.settle(SETTLING_S))
+        if not kept:
+            log.warning("a checkpoint does not count, for what was said before it is not kept: the trackers failed or took too long")
+        return kept
 
     def _written(self, checkpoint: Checkpoint) -> None:
         self._finished.append(checkpoint)

@@ -183,8 +183,9 @@ def _locate(place: Path) -> tuple[Path, Path | None]:
     folder = place.resolve().parent.parent
     if place.resolve().parent.name != store.FOLDER or not (folder / CONFIG).exists():
         raise UserError(
-            f"{place} is a checkpoint apart from its run, whose {CONFIG} says how to go on: put it back as <run folder>/{store.FOLDER}/<step> "
-            "and name that. What grow.save_branches wrote is for attach(state=…) and grow.load_branches."
+            f"{place} is a checkpoint apart from its run, whose {CONFIG} says how to go on: put it back as "
+            f"<run folder>/{store.FOLDER}/<step> and name that. What grow.save_branches wrote is for "
+            "attach(state=…) and grow.load_branches."
         )
     return folder, place.resolve()
 

@@ -72,7 +72,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
         with numerics(config.trainer), alive(config, folder):
             return _connected(config, task, device, folder, quiet, state)
     except KeyboardInterrupt as stop:
-        stop.args = (str(folder),)  # for the sentence that says where what was kept lies
+        stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,46 @@ def test_killed_and_started_again_with_resume_auto_it_ends_as_an_undisturbed_one
     assert len(jobs(cut)) == 2, "nothing was set aside, and no second sweep was begun"
     assert undisturbed.wait(120) == 0
     assert [text for text in differences(second, whole) if not text.startswith("summary run:")] == []
+
+
+def test_stopped_by_a_scheduler_it_ends_with_75_is_queued_again_and_goes_on(tmp_path: Path, checkout: Path) -> None:
+    """The recipe of the documentation, with a SLURM that only notes what it is asked."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, line in (("esper", f'exec {sys.executable} -m esper "$@"'), ("scontrol", f'echo "$@" >> {tmp_path}/asked')):
+        (commands / name).write_text(f"#!/bin/sh\n{line}\n")
+        (commands / name).chmod(0o755)
+    environment = ENVIRONMENT | {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "PYTHONPATH": str(checkout)}
+    command = ["bash", str(checkout / "docs" / "examples" / "requeue.sh"), *SWEEP, f"output={tmp_path}"]
+
+    def queued() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    process = queued()
+    until(lambda: jobs(tmp_path) and any((jobs(tmp_path)[0] / "checkpoints").glob("[0-9]*")), process)
+    process.send_signal(signal.SIGTERM)  # as SLURM does: to the shell alone
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, said
+    assert "esper: ended by SIGTERM, everything is saved: esper -m seed=0,1 " in said
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    done = read_summary(jobs(tmp_path)[0])
+    assert done["status"] == "KILLED" and 0 < done["steps"] < STEPS
+    process = queued()
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "seed=0 goes on from its newest checkpoint" in said
+    assert f"going on after step {done['steps']}\n" in (jobs(tmp_path)[0] / "job.log").read_text()
+    assert [read_summary(job)["status"] for job in jobs(tmp_path)] == ["FINISHED", "FINISHED"]
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+def test_a_stopped_sweep_whose_jobs_saved_nothing_ends_with_143(tmp_path: Path) -> None:
+    process = begin(*SWEEP, "trainer.steps=20000", "trainer.checkpoint_every=", f"output={tmp_path}")
+    until(lambda: jobs(tmp_path) and (jobs(tmp_path)[0] / "metrics.csv").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 143, said
+    assert "Stopped; what is done is kept. Go on with:" in said and "esper: ended by SIGTERM\n" in said
 
 
 def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_taken_up(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,23 @@ def test_a_run_leaves_its_summary(tmp_path: Path):
     assert summary["environment"]["packages"]["torch"] == torch.__version__
     assert summary["macs"] > 0 and summary["seconds"]["total"] > 0.0
     assert torch.are_deterministic_algorithms_enabled() is False, "the process is left as it was"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_need_not_repeat_is_said_in_summary_and_report(tmp_path: Path, deterministic: bool, capsys: pytest.CaptureFixture[str]):
+    words = [] if deterministic else ["trainer.deterministic=false"]
+    run(config(tmp_path, *words), tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["environment"]["deterministic"] is deterministic
+    assert ("trainer.deterministic=false" in capsys.readouterr().out) is not deterministic
+
+
+def test_a_checkpoint_that_is_skipped_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        run(config(tmp_path, "trainer.checkpoint_every=1step", "trainer.checkpoint_keep=40"), tmp_path / "run", quiet=True)
+    said = [record.getMessage() for record in caplog.records if "checkpoint" in record.getMessage()]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) < 40
+    assert len(said) == 1 and "trainer.checkpoint_every" in said[0]
 
 
 def test_a_run_that_fails_says_failed_and_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -99,7 +118,13 @@ def test_equal_macs_are_equal_macs():
 def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch):
     told = environment(torch.device("cpu"))
     assert told["device"] == "cpu" and told["gpu"] == "" and told["threads"] >= 1
-    assert "" not in (told["python"], told["system"], told["esper"])
+    assert "" not in (told["python"], told["system"], told["esper"], told["cpu"]["model"], told["cpu"]["capability"])
+    assert {"msgspec", "pyarrow", "safetensors"} <= told["packages"].keys()
+    assert told["constraints"] == hashlib.sha256((Path(__file__).parents[2] / "constraints.txt").read_bytes()).hexdigest()
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    variables = environment(torch.device("cpu"))["variables"]
+    assert variables["MKL_CBWR"] == "COMPATIBLE" and "ATEN_CPU_CAPABILITY" not in variables
     assert len(git_state()["commit"]) in (0, 40)
     monkeypatch.setenv("PATH", "")
     assert git_state() == {"commit": "", "changed": False}

@@ -40,7 +40,7 @@ class Saver:
         self._settled, self._written = settled, written
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self.skipped = 0
+        self.skipped = 0  # saves that were due while another was being written
         self.stalled_s: list[float] = []
 
     @property
@@ -78,7 +78,6 @@ class Saver:
     def _write(self, taken: Copy) -> None:
         try:
             if not self._settled():
-                self.skipped += 1
                 return
             checkpoint = store.write(taken, self.folder)
             store.retain(self.folder, self.retention.keep, self.retention.best, self.retention.hours)
