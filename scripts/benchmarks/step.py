@@ -291,7 +291,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench step", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--hosts", default=",".join(HOSTS), help="of " + ", ".join(HOSTS))
-    parser.add_argument("--arms", default="", help="only arms whose name begins so")
+    parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name begins with one of these")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of blocks for each arm")
     parser.add_argument("--steps", type=int, default=TelemetryConfig.every, help="steps of a block")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
@@ -311,12 +311,13 @@ def main(argv: list[str]) -> int:
     rows = []
     for name in options.hosts.split(","):
         for arm in ARMS:
-            if arm.name.startswith(options.arms):
+            if arm.name.startswith(tuple(options.arms)):
                 rows.append(measure(name, arm, device, options.pairs, options.steps))
                 print(line(rows[-1]), flush=True)
                 write(rows, options.out)
     if not rows:
-        raise UserError(f"No arm's name begins with '{options.arms}'; they are {'; '.join(arm.name for arm in ARMS)}.")
+        asked = " or ".join(f"'{name}'" for name in options.arms)
+        raise UserError(f"No arm's name begins with {asked}; they are {'; '.join(arm.name for arm in ARMS)}.")
     print(f"{rows[-1].device}, {rows[-1].threads} thread(s), torch {rows[-1].torch}, load {rows[-1].load}; written to {options.out}")
     worse = regressions(spreads([asdict(row) for row in rows]), spreads(baseline))
     for sentence in worse:
