@@ -286,7 +286,7 @@ def line(row: Row) -> str:
     met = "" if row.target != row.target else f"target {row.target:5.2f} {'met' if row.ratio <= row.target else 'MISSED'}"
     return (
         f"{row.case:28s}{row.kernel:15s} S={row.seeds:<4d}H={row.hidden:<4d} {row.p50_ms:8.4f} ms  ratio {row.ratio:6.2f}  "
-        f"{row.gb_per_s:7.0f} GB/s  gap {row.gap:5.2f}  {met}"
+        f"{row.gb_per_s:7.0f} GB/s  at least {row.least_mb:7.1f} MB and {row.least_gflop:6.1f} Gflop, gap {row.gap:5.2f}  {met}"
     )
 
 
