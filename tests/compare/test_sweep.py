@@ -211,7 +211,7 @@ def test_a_store_process_that_is_killed_leaves_no_run_running(tmp_path: Path) ->
     (writer,) = [int(pid) for pid in children if b"esper.compare.writer" in _read(Path(f"/proc/{pid}/cmdline"))]
     os.kill(writer, signal.SIGKILL)
     said = " ".join(process.stdout.read().split())
-    assert process.wait() == 2
+    assert process.wait() in (1, 2)  # 1: a job that was under way has failed with it
     assert "esper: The sweep's tracking process failed: it ended unexpectedly" in said and "Traceback" not in said
     note = json.loads((tmp_path / "s" / "sweep.json").read_text())
     client = client_of(tmp_path)
