@@ -17,6 +17,7 @@ from esper.tasks.base import Task
 from esper.training.checkpoint.engine import trainer_state
 from esper.training.checkpoint.tree import join, split
 from esper.training.fingerprint import fingerprint
+from esper.training.port import NullPort
 from esper.training.trainer import Trainer
 
 Make = Callable[..., Trainer]
@@ -35,6 +36,8 @@ SHORT = (
 
 class Scripted:
     """A port that germinates two seeds of every site at tick 8, and hears everything."""
+
+    slot = NullPort.slot
 
     def __init__(self) -> None:
         self.plan: dict[int, list[Any]] = {}

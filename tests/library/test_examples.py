@@ -33,8 +33,8 @@ def test_the_readmes_loop_runs_as_it_stands_and_misses_no_telemetry(monkeypatch:
     told: list[torch.Tensor] = []
     rows = Observer.rows
 
-    def kept(self: Observer) -> list[tuple[str, torch.Tensor]]:
-        found = rows(self)
+    def kept(self: Observer, slot: Any) -> list[tuple[str, torch.Tensor]]:
+        found = rows(self, slot)
         told.extend(part for _, part in found)
         return found
 
