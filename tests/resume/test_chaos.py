@@ -54,7 +54,7 @@ PLACES = {
     "after a checkpoint was renamed": Place(os, "rename", 2, after=True),
     "in a transition": Place(Life, "_carry_out", 9),
     "after a germination": Place(Life, "germinate", 3, after=True),
-    "in a flush of telemetry": Place(TelemetryRing, "_emit_full", 5),
+    "in a flush of telemetry": Place(TelemetryRing, "_emit_upto", 5),
 }
 
 
