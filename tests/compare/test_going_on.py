@@ -19,7 +19,7 @@ from tests.resume.killing import differences
 
 pytestmark = pytest.mark.e2e
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-STEPS = 200
+STEPS = 500  # long enough not to be over when a busy machine comes to kill it
 SWEEP = (
     "-m",
     "seed=0,1",

@@ -156,7 +156,7 @@ def test_the_documented_tuning_runs_and_stays_on_record(tmp_path: Path, checkout
 
 
 def test_ctrl_c_keeps_what_is_done_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
-    words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,4)", "trainer.steps=100", f"output={tmp_path}"]
+    words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,4)", "trainer.steps=500", f"output={tmp_path}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "esper", *words, f"hydra.sweep.dir={tmp_path}/s"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
