@@ -31,7 +31,8 @@ def fit(model: nn.Module) -> nn.Module:
         UserError: a model on which seeds could not live, with what to do instead.
     """
     if isinstance(model, nn.DataParallel):
-        raise UserError("nn.DataParallel copies the model at every step, so seeds cannot live on it; use DistributedDataParallel.")
+        raise UserError("nn.DataParallel copies the model at every step, so seeds cannot live on it; train it on one device.")
+    _refuse_many_processes()
     model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # what was compiled before, a step around the model too, knows nothing of hooks that come now
@@ -41,7 +42,7 @@ def fit(model: nn.Module) -> nn.Module:
         raise UserError("This model has no parameters, so there is nothing to grow beside.")
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
-            raise UserError(f"'{name}' is nn.DataParallel, which copies it at every step; use DistributedDataParallel.")
+            raise UserError(f"'{name}' is nn.DataParallel, which copies it at every step; train it on one device.")
         reason = _unplain(module)
         if reason is not None:
             which = f"The layer '{name}'" if name else "This model"
@@ -53,6 +54,15 @@ def fit(model: nn.Module) -> nn.Module:
     if not any(p.is_floating_point() for p in model.parameters()):
         raise UserError("This model has no parameters in floating point, so there is nothing to grow beside.")
     return model
+
+
+def _refuse_many_processes() -> None:
+    """Nobody averages the gradients of what germinates after DistributedDataParallel was built: the replicas would drift apart unseen."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if there and (processes := torch.distributed.get_world_size()) > 1:
+        raise UserError(
+            f"This training runs in {processes} processes, and what grows would not be the same in each; train it in one process."
+        )
 
 
 def _unplain(module: nn.Module) -> str | None:

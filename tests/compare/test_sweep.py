@@ -155,16 +155,21 @@ def test_the_documented_tuning_runs_and_stays_on_record(tmp_path: Path, checkout
     assert (theirs["arms"], theirs["tuned"], theirs["notes"]) == (kept["arms"], kept["tuned"], kept["notes"])
 
 
-def test_ctrl_c_keeps_what_is_done_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
-    words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,4)", "trainer.steps=500", f"output={tmp_path}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "esper", *words, f"hydra.sweep.dir={tmp_path}/s"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+def begun(words: list[str]) -> subprocess.Popen[str]:
+    """A sweep in a process of its own, of which one job is done."""
+    command = [sys.executable, "-m", "esper", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
     for line in process.stdout:
         if " done in " in line:
             break
+    return process
+
+
+def test_ctrl_c_keeps_what_is_done_says_how_to_go_on_and_leaves_nothing_running(tmp_path: Path) -> None:
+    words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,4)", "trainer.steps=500", f"output={tmp_path}"]
+    process = begun([*words, f"hydra.sweep.dir={tmp_path}/s"])
+    assert process.stdout is not None
     process.send_signal(signal.SIGINT)
     said = process.stdout.read()
     assert process.wait() == 130
@@ -199,14 +204,8 @@ def test_eight_jobs_at_once_never_meet_a_locked_database_or_lose_a_row(tmp_path:
 
 def test_a_store_process_that_is_killed_leaves_no_run_running(tmp_path: Path) -> None:
     words = ["-m", "optimizer.lr=0.001,0.01", "seed=range(0,6)", "trainer.steps=60", "trainer.control=false", f"output={tmp_path}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "esper", *words, f"hydra.sweep.dir={tmp_path}/s"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+    process = begun([*words, f"hydra.sweep.dir={tmp_path}/s"])
     assert process.stdout is not None
-    for line in process.stdout:
-        if " done in " in line:
-            break
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (writer,) = [int(pid) for pid in children if b"esper.compare.writer" in _read(Path(f"/proc/{pid}/cmdline"))]
     os.kill(writer, signal.SIGKILL)

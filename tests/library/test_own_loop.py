@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import namedtuple
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -269,7 +270,7 @@ class Packed(Tensor):
 
 
 def test_models_on_which_seeds_cannot_live_are_refused_in_words() -> None:
-    with pytest.raises(UserError, match="use DistributedDataParallel"):
+    with pytest.raises(UserError, match="train it on one device"):
         attached(nn.DataParallel(build("mlp")))
     quantized = build("mlp")
     quantized.fc1.weight = nn.Parameter(quantized.fc1.weight.detach().to(torch.int8), requires_grad=False)
@@ -319,3 +320,16 @@ def test_the_stability_gate_hears_the_loss_wherever_it_is_given_and_says_when_it
     assert ("EVALUATING" in reached) is (given != "never")
     assert len(said) == len(alerts) == (given == "never")
     assert given != "never" or "the gate 'stability' stays shut: give it to grow.tick(loss)" in said[0]
+
+
+def test_training_in_several_processes_is_refused_before_replicas_could_drift_apart(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\nfrom tests.growing import Loop\n"
+        "torch.distributed.init_process_group('gloo', init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)\nLoop()"
+    )
+    start = [sys.executable, "-c", code, f"file://{tmp_path}/meeting"]
+    root = Path(__file__).resolve().parents[2]
+    ranks = [subprocess.Popen([*start, str(rank)], cwd=root, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    for process in ranks:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 1 and "UserError: This training runs in 2 processes" in said

@@ -42,7 +42,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "judge of one look": ({"judge": (batch() for _ in range(3)), "sample": batch()}, "is a generator, .*only once; give a list of batches"),
     "judge's iterator": ({"judge": iter([batch()])}, "is a list_iterator, .* or a DataLoader"),
     "empty judge": ({"judge": []}, "holds no batch"),
-    "data parallel": ({"model": nn.DataParallel(Net())}, "use DistributedDataParallel"),
+    "data parallel": ({"model": nn.DataParallel(Net())}, "train it on one device"),
     "nothing": ({"model": nn.Flatten()}, "no parameters"),
     "one layer": ({"model": nn.Sequential(nn.Linear(6, 3))}, "no hidden layer"),
 }
