@@ -166,10 +166,10 @@ class ServerConsumer:
                     continue
                 if "BUSYGROUP" not in str(error):
                     raise
-            self._keys[key] = wanted[key]
             self._position[key] = self._group_position(key)
             self._handled.setdefault(wanted[key], self._acknowledged(key))
             self._recover[key] = "-"
+            self._keys[key] = wanted[key]  # last: a connection that breaks before leaves nothing half joined
 
     def _start_over(self) -> None:
         """After a broken connection: replies may be lost, so look through our own pending entries again."""
