@@ -170,10 +170,11 @@ class Loop:
     accumulate: int = 1
     seeds: bool = True
     lr: float = 0.01
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Build host, optimizer and, unless ``seeds`` is False, what grows."""
-        self.model = build(self.host)
+        self.model = build(self.host).to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), self.lr, weight_decay=0.1)
         self.port = Notebook(self.commands)
         self.step_number = 0
@@ -185,7 +186,7 @@ class Loop:
                 "per_site": 2,
                 "telemetry": TelemetryConfig(every=10),
                 "grafting": "linear",
-                "judge": [batch(self.host, 900, 64)],
+                "judge": [self.batch(900, 64)],
             } | self.settings
             self._grow = attach(
                 self.model,
@@ -203,9 +204,14 @@ class Loop:
         assert self._grow is not None
         return self._grow
 
+    def batch(self, number: int, size: int = 12) -> Batch:
+        """Batch ``number`` of the host's data, where the model is."""
+        inputs, targets = batch(self.host, number, size)
+        return inputs.to(self.device), targets.to(self.device)
+
     def backward(self, data: Batch | None = None) -> float:
         """One micro-batch: forward, backward, and the seeds' own learning."""
-        data = batch(self.host, self.step_number) if data is None else data
+        data = self.batch(self.step_number) if data is None else data
         loss = sample_loss(self.model, data).mean()
         (loss / self.accumulate).backward()
         if self._grow is not None:

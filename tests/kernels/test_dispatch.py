@@ -83,7 +83,7 @@ def test_a_canary_that_agrees_stays_silent():
 
 def test_a_canary_that_disagrees_falls_back_for_the_rest_of_the_run(monkeypatch, caplog):
     case, kernels = make_case(15, 24, 4, "mlp_gelu", share=1.0), Kernels(KernelConfig("triton", canary=1.0))
-    wrong = lambda x, *rest: (x * 2, torch.ones(4), torch.ones(4))  # noqa: E731
+    wrong = lambda x, *rest: (x * 2, torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE))  # noqa: E731
     kernels.begin(3)
     with monkeypatch.context() as patch:
         patch.setattr(reference_branches, "forward", wrong)

@@ -10,12 +10,13 @@ import torch
 from esper.blueprints import MLP
 from esper.kernels import MISMATCH, KernelConfig, dispatch
 from tests.growing import Loop, germinate
+from tests.kernels.sites import DEVICE
 
 
 def loop(kernel: Any, **more: Any) -> Loop:
     """The small host with one chunk branch, from tick 2 on."""
     settings = {"kernel": kernel, "blueprint": MLP(receptive_field="chunk", hidden=4), "sites": ["fc1"], **more}
-    return Loop(commands={2: [germinate()]}, settings=settings)
+    return Loop(commands={2: [germinate()]}, settings=settings, device=DEVICE)
 
 
 def test_a_branch_lives_the_same_life_behind_the_kernels() -> None:
@@ -33,4 +34,4 @@ def test_a_mismatch_is_an_alert_on_the_bus_and_outlives_a_restart(monkeypatch: p
     alerts = [words for words in run.port.alerts if words[2] == MISMATCH]
     assert len(alerts) == 1 and alerts[0][1] == "error" and "plain torch from here on" in alerts[0][3]
     kernels = loop(KernelConfig("triton", canary=1.0), state=run.grow.state()).grow.garden.kernels
-    assert kernels is not None and kernels.path("fc1", torch.ones(2, 8)) == "torch"
+    assert kernels is not None and kernels.path("fc1", torch.ones(2, 8, device=DEVICE)) == "torch"
