@@ -3,8 +3,8 @@
 Goes over hosts, tasks, strategies, controllers, objectives, buses and trackers; some runs are killed again after they were
 resumed. Compared are the fingerprint, ``summary.json`` but for wall time, every row of the four Parquet files and of the CSV
 files, and the history of the MLflow run. The undisturbed runs must grow something, of every host at least one branch to the
-end, or a late kill would find nothing to spoil. Writes what came of it to ``scripts/chaos_suites/resume.json``; the exit code
-is 1 when anything differed.
+end, or a late kill would find nothing to spoil. Writes what came of it to ``scripts/chaos_suites/resume.json``, where there is a
+GPU (then the runs are on it) to ``resume_cuda.json``; the exit code is 1 when anything differed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = Path(__file__).with_suffix(".json")
+RESULTS = {False: Path(__file__).with_suffix(".json"), True: Path(__file__).with_name("resume_cuda.json")}
 sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
@@ -33,6 +33,7 @@ from esper.config import RootConfig  # noqa: E402
 from esper.lifecycle import Stage  # noqa: E402
 from esper.report.summary import read_summary  # noqa: E402
 from esper.tracking import MlflowConfig  # noqa: E402
+from esper.training.checkpoint import store  # noqa: E402
 from tests.resume import killing  # noqa: E402
 
 SHORT = (
@@ -147,7 +148,7 @@ def _kill_them(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     while True:
         report = _report(options, references, results, time.monotonic() - began)
         if not options.dry:  # after every run, so that an interrupted suite leaves what it found
-            RESULT.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            RESULTS[torch.cuda.is_available()].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         name = min(chosen, key=lambda key: results[key].runs)
         if report["kills"] >= options.kills and results[name].runs:
             return report
@@ -164,6 +165,7 @@ class Reference:
     germinated: int
     fossilized: int
     furthest: str
+    device: str
 
 
 @dataclass
@@ -185,11 +187,11 @@ def _reference(name: str, place: Path, output: Path) -> Reference:
     assert done.code == 0, f"{name}: {(output / 'log').read_text()}"
     if isinstance(config.tracking, MlflowConfig):
         assert killing.history(output)["runs"] == ["FINISHED"], f"{name}: {killing.history(output)['runs']}"
-    seeds, branches = (read_summary(folder)[key] for key in ("seeds", "branches"))
+    seeds, branches, environment = (read_summary(folder)[key] for key in ("seeds", "branches", "environment"))
     passed = [Stage[stage] for branch in branches for stage, _ in branch["path"]]
     furthest = max((stage for stage in passed if stage <= Stage.FOSSILIZED), default=Stage.DORMANT)
     assert furthest >= Stage.GRAFTING or config.controller.name == "none", f"{name}: nothing was grafted, {seeds}"
-    return Reference(config, folder, done.seconds, seeds["germinated"], seeds["fossilized"], furthest.name)
+    return Reference(config, folder, done.seconds, seeds["germinated"], seeds["fossilized"], furthest.name, environment["gpu"] or "cpu")
 
 
 def _one(name: str, reference: Reference, output: Path, lot: random.Random, each: int, result: Result) -> None:
@@ -199,10 +201,10 @@ def _one(name: str, reference: Reference, output: Path, lot: random.Random, each
     folder.mkdir(parents=True)
     log, moments, work, found = output / "log", [], killing.start, []
     for attempt in range(each + 1):
-        moment = lot.uniform(0.0, 0.7 * reference.seconds) if attempt < each else None
-        kept = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-        result.from_checkpoint += attempt > 0 and kept
-        lived = killing.child(lambda work=work: work(config, folder), log, moment)
+        kept = store.checkpoints(folder / store.FOLDER)
+        result.from_checkpoint += attempt > 0 and bool(kept)
+        when = _moment(reference, folder, lot, int(kept[-1].name) if kept else 0) if attempt < each else {}
+        lived = killing.child(lambda work=work: work(config, folder), log, **when)
         if lived.code == 0:
             break
         if lived.code != -9:
@@ -220,6 +222,23 @@ def _one(name: str, reference: Reference, output: Path, lot: random.Random, each
     print(f"{name}: killed at {moments} of {reference.seconds:.2f} s, {'NOT THE SAME' if found else 'same'}", file=sys.stderr)
 
 
+def _moment(reference: Reference, folder: Path, lot: random.Random, done: int) -> dict[str, Any]:
+    """When a run dies: at any moment of it, or (every other time) soon after a step whose checkpoint is on disk.
+
+    A run that takes long to begin would otherwise nearly always die before it has learnt anything.
+    """
+    if lot.random() < 0.5:
+        return {"kill_after_s": lot.uniform(0.0, 0.7 * reference.seconds)}
+    step, wait = lot.uniform(done, 0.95 * reference.config.trainer.steps), lot.uniform(0.0, 0.15 * reference.seconds)
+    reached, since = killing.reached(folder, round(step)), [0.0]
+
+    def due() -> bool:
+        since[0] = since[0] or (time.monotonic() if reached() else 0.0)
+        return bool(since[0]) and time.monotonic() - since[0] >= wait
+
+    return {"kill_when": due}
+
+
 def _language() -> str:
     """A text that a small network learns something of in a hundred steps: twelve words of eight letters, drawn at random."""
     lot = random.Random(0)
@@ -235,6 +254,7 @@ def _report(options: argparse.Namespace, references: dict[str, Reference], resul
     return {
         "command": f"scripts/chaos resume --kills {options.kills} --seed {options.seed}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": ", ".join(sorted({found.device for found in references.values()})),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "seconds": round(seconds),
