@@ -1,7 +1,7 @@
 """What the governor makes of injected faults: recovered or stopped, and the final accuracy against undisturbed runs.
 
 Every fault is injected at three tenths of the run while branches are being blended in, over several random seeds; beside each
-seed's faulty run stands its undisturbed one. Writes ``results.csv`` and the README's table.
+seed's faulty run stands its undisturbed one. Writes ``results.csv`` (``results_cuda.csv``) and the README's table.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from esper.lifecycle import Stage  # noqa: E402
 from esper.running.parts import build_trainer  # noqa: E402
 from esper.training.port import NullPort  # noqa: E402
 from esper.training.trainer import Trainer  # noqa: E402
+from scripts.benchmarks._machine import chosen  # noqa: E402
 
 WORDS = (
     "trainer.steps=240",
@@ -40,6 +41,7 @@ WORDS = (
     "grafting.ramp=30%",
     "lifecycle.grafting_max=40%",
 )
+RESULTS = {"cpu": "results.csv", "cuda": "results_cuda.csv"}
 FIELDS = ("fault", "seed", "outcome", "accuracy", "undisturbed", "rollbacks", "culprit_found", "alerts")
 
 
@@ -144,8 +146,18 @@ def poisoned_alpha(trainer: Trainer) -> None:
 
 
 def full_gpu(trainer: Trainer) -> None:
-    """The next step's backward finds no memory; on a CPU the error of a full GPU is raised in its place."""
-    trainer.grow.after_backward = out_of_memory
+    """The next step finds a GPU without a free byte; on a CPU the error of a full GPU is raised in its backward instead."""
+    if trainer.device.type == "cpu":
+        trainer.grow.after_backward = out_of_memory
+        return
+    torch.cuda.empty_cache()
+    hoard, size = [], 1 << 34
+    while size >= 512:
+        try:
+            hoard.append(torch.empty(size, dtype=torch.uint8, device=trainer.device))
+        except torch.OutOfMemoryError:
+            size //= 2
+    trainer.hoard = hoard  # as long as the run
 
 
 def out_of_memory(*_: Any) -> None:
@@ -170,11 +182,11 @@ FAULTS: dict[str, Callable[[Trainer], None]] = {
 }
 
 
-def train(fault: str, seed: int) -> dict[str, Any]:
+def train(fault: str, seed: int, device: torch.device) -> dict[str, Any]:
     """One run with a fault ('' for none)."""
     config = compose([*WORDS, f"seed={seed}"])
     port = Growing(approving=fault == "controller approves everything")
-    trainer = build_trainer(config, config.task.build(), torch.device("cpu"), port)
+    trainer = build_trainer(config, config.task.build(), device, port)
     outcome, accuracy = "recovered", float("nan")
     try:
         trainer.model.train()
@@ -198,25 +210,28 @@ def main(arguments: list[str]) -> int:
     """Run, write, report; 1 when a fault was neither recovered nor stopped, or cost more than the spread."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args(arguments)
+    device = chosen(options.device)
     torch.set_num_threads(1)
-    undisturbed = {seed: train("", seed) for seed in range(options.seeds)}
-    rows = list(undisturbed.values()) + [train(fault, seed) for fault in FAULTS for seed in range(options.seeds)]
+    undisturbed = {seed: train("", seed, device) for seed in range(options.seeds)}
+    rows = list(undisturbed.values()) + [train(fault, seed, device) for fault in FAULTS for seed in range(options.seeds)]
     for row in rows:
         row["undisturbed"] = undisturbed[row["seed"]]["accuracy"]
-    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    with (HERE / RESULTS[options.device]).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    return report(rows, options.seeds)
+    return report(rows, options)
 
 
-def report(rows: list[dict[str, Any]], seeds: int) -> int:
-    """The table, between the README's marks."""
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> int:
+    """The table, between the README's marks of its device."""
     base = [row["accuracy"] for row in rows if row["fault"] == "none"]
     mean, spread = statistics.mean(base), statistics.stdev(base)
     lines = [
-        f"`{' '.join(WORDS)}`, seeds 0–{seeds - 1}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
+        f"`{' '.join(WORDS)}`, seeds 0–{options.seeds - 1}; torch {torch.__version__}, "
+        f"{torch.cuda.get_device_name() if options.device == 'cuda' else f'{platform.machine()}, {os.cpu_count()} cores'}.",
         "",
         f"Undisturbed: accuracy {mean:.4f} ± {spread:.4f} (standard deviation over seeds), {min(base):.4f} to {max(base):.4f}, "
         f"{sum(row['rollbacks'] for row in rows if row['fault'] == 'none')} rollbacks.",
@@ -228,18 +243,22 @@ def report(rows: list[dict[str, Any]], seeds: int) -> int:
     for fault in FAULTS:
         mine = [row for row in rows if row["fault"] == fault]
         through = [row for row in mine if row["outcome"] == "recovered"]
-        accuracy = statistics.mean(row["accuracy"] for row in through) if through else float("nan")
-        change = statistics.mean(row["accuracy"] - row["undisturbed"] for row in through) if through else float("nan")
-        within = not through or accuracy >= mean - 2 * spread
-        bad += not within
+        said = "| – | – | – |"
+        if through:
+            accuracy = statistics.mean(row["accuracy"] for row in through)
+            change = statistics.mean(row["accuracy"] - row["undisturbed"] for row in through)
+            within = accuracy >= mean - 2 * spread
+            bad += not within
+            said = f"| {accuracy:.4f} | {change:+.4f} | {'yes' if within else 'NO'} |"
         lines.append(
             f"| {fault} | {len(through)}/{len(mine)} | {len(mine) - len(through)} | {sum(row['rollbacks'] for row in mine)} "
-            f"| {sum(row['culprit_found'] for row in mine)} | {accuracy:.4f} | {change:+.4f} | {'yes' if within else 'NO'} |"
+            f"| {sum(row['culprit_found'] for row in mine)} {said}"
         )
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition("<!-- results -->\n")
+    mark = f"<!-- results {options.device} -->\n"
+    before, _, rest = readme.partition(mark)
     after = rest.partition("<!-- end -->")[2]
-    (HERE / "README.md").write_text(before + "<!-- results -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
+    (HERE / "README.md").write_text(before + mark + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
     print("\n".join(lines))
     return 1 if bad else 0
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from scripts.benchmarks._baseline import Spread, regressions
+from scripts.benchmarks._machine import chosen
 from scripts.benchmarks.checkpoint_parts import on_disk, running
 from scripts.benchmarks.checkpoint_parts.spent import Spent
 
@@ -45,18 +46,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--turns", type=int, default=9, help="of 100 steps, with a save and without")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the model is")
     parser.add_argument("--check", action="store_true", help=f"exit code 1 where a limit is missed or {RESULT.name} was better")
     parser.add_argument("--baseline", type=Path, default=RESULT, help="what --check compares with")
     parser.add_argument("--write", action="store_true", help=f"keep the result in {RESULT.name}")
     options = parser.parse_args(arguments)
+    device = chosen(options.device)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        ratios = on_disk.measure(options.parameters, options.repeats, Path(folder)) | running.measure(options.turns, Path(folder))
+        ratios = on_disk.measure(options.parameters, options.repeats, Path(folder), device)
+        ratios |= running.measure(options.turns, Path(folder), device)
     result = {
         "parameters": options.parameters,
         "bytes": 12 * options.parameters,
         "repeats": options.repeats,
         "turns": options.turns,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "ratios": {name: row(name, values) for name, values in ratios.items()},
     }

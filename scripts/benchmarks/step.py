@@ -34,6 +34,7 @@ from esper.training.device import keep_freed_memory
 from esper.training.grow import Grow
 from esper.training.port import NullPort
 from scripts.benchmarks._baseline import Spread, regressions
+from scripts.benchmarks._machine import chosen
 
 BASELINE = Path(__file__).resolve().parents[2] / "experiments" / "step_cost" / "results" / "cpu.csv"
 
@@ -299,15 +300,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="also fail where a ratio is worse than the baseline's, spread for spread")
     parser.add_argument("--baseline", type=Path, default=BASELINE, help="a CSV of this benchmark, from the same kind of device")
     options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch sees no GPU here; leave --device out.")
     baseline = read(options.baseline) if options.check else []
     unknown = [name for name in options.hosts.split(",") if name not in HOSTS]
     if unknown:
         raise UserError(f"There is no host '{unknown[0]}'; there are {', '.join(HOSTS)}.")
     keep_freed_memory()  # as a run does
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device = chosen(options.device)
     rows = []
     for name in options.hosts.split(","):
         for arm in ARMS:

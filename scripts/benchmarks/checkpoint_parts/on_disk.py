@@ -23,32 +23,37 @@ from scripts.benchmarks.checkpoint_parts.spent import Spent, spent
 LIMITS = {"stall / copy": 1.2, "save / write": 1.3, "load / read": 1.3, "load and copy / read and copy": 1.3}
 
 
-def state(parameters: int) -> dict[str, object]:
-    """A host of ``parameters`` numbers with AdamW's two moments, in tensors as a transformer has them."""
+def state(parameters: int, device: torch.device) -> dict[str, object]:
+    """A host of ``parameters`` numbers with AdamW's two moments, on ``device`` in tensors as a transformer has them."""
     width = 1024
     count = max(1, parameters // (width * width))
     return {
-        "host": {f"layer{n}.weight": torch.randn(width, width) for n in range(count)},
+        "host": {f"layer{n}.weight": torch.randn(width, width, device=device) for n in range(count)},
         "optimizer": [
-            {"step": torch.tensor(1.0), "exp_avg": torch.randn(width, width), "exp_avg_sq": torch.rand(width, width)} for _ in range(count)
+            {
+                "step": torch.tensor(1.0),
+                "exp_avg": torch.randn(width, width, device=device),
+                "exp_avg_sq": torch.rand(width, width, device=device),
+            }
+            for _ in range(count)
         ],
     }
 
 
-def measure(parameters: int, repeats: int, folder: Path) -> dict[str, list[Spent]]:
-    """The ratios, one a repetition."""
-    tree = state(parameters)
+def measure(parameters: int, repeats: int, folder: Path, device: torch.device) -> dict[str, list[Spent]]:
+    """The ratios, one a repetition. For a GPU's tensors the copy that the stall is held against is one to the machine's memory."""
+    tree = state(parameters, device)
     _, tensors = split(tree)
-    pieces = [memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in tensors.values()]
+    pieces = [memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy()) for tensor in tensors.values()]
     raw, kept = folder / "raw", folder / "checkpoints"
     ratios: dict[str, list[Spent]] = {name: [] for name in LIMITS}
     for repeat in range(repeats + 1):  # the first touches memory and disk for the first time
         taken: list[Copy] = []
         if repeat % 2:  # whoever comes second may get memory that the first has just given back
-            copy = spent(lambda: [tensor.clone() for tensor in tensors.values()])
+            copy = spent(lambda: [in_memory(tensor) for tensor in tensors.values()])
         stall = spent(lambda taken=taken: taken.append(store.copy(tree, 1, 1, {}, None)))
         if not repeat % 2:
-            copy = spent(lambda: [tensor.clone() for tensor in tensors.values()])
+            copy = spent(lambda: [in_memory(tensor) for tensor in tensors.values()])
         write = spent(lambda: write_raw(raw, pieces))
         save = spent(lambda taken=taken: store.write(taken[0], kept))
         taken.clear()
@@ -61,6 +66,11 @@ def measure(parameters: int, repeats: int, folder: Path) -> dict[str, list[Spent
             for name, ratio in zip(LIMITS, found, strict=True):
                 ratios[name].append(ratio)
     return ratios
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """A copy in the machine's memory."""
+    return tensor.cpu() if tensor.is_cuda else tensor.clone()
 
 
 def write_raw(path: Path, pieces: list[memoryview]) -> None:

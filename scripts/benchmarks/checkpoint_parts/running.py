@@ -66,29 +66,29 @@ class Gardener(NullPort):
         return [Germinate(id=site, site=site, seed=0) for site in self.sites] if tick == 1 else []
 
 
-def grown(words: tuple[str, ...], tasks: dict[str, Task]) -> Trainer:
+def grown(words: tuple[str, ...], tasks: dict[str, Task], device: torch.device) -> Trainer:
     """A trainer with a branch being blended in at every site."""
     config = compose([*COMMON, *words])
     task = tasks.setdefault(config.task.name, config.task.build())
-    trainer = build_trainer(config, task, torch.device("cpu"), Gardener())
+    trainer = build_trainer(config, task, device, Gardener())
     trainer.model.train()
     _advance(trainer, GROWN)
     return trainer
 
 
-def measure(turns: int, folder: Path) -> dict[str, list[Spent]]:
+def measure(turns: int, folder: Path, device: torch.device) -> dict[str, list[Spent]]:
     """The ratios of all hosts, one a repetition."""
     found = {}
     for name in HOSTS:
-        found[f"{name}: saving / none"], found[f"{name}: stall"] = saving(name, turns, folder)
-        found[f"{name}: rollback / step"] = rollback(name, turns)
+        found[f"{name}: saving / none"], found[f"{name}: stall"] = saving(name, turns, folder, device)
+        found[f"{name}: rollback / step"] = rollback(name, turns, device)
     return found
 
 
-def saving(name: str, turns: int, folder: Path) -> tuple[list[Spent], list[Spent]]:
+def saving(name: str, turns: int, folder: Path, device: torch.device) -> tuple[list[Spent], list[Spent]]:
     """(turn with a save over turn without, share of a turn that training waited), one a pair of turns."""
     tasks: dict[str, Task] = {}
-    saves, rests = grown(HOSTS[name], tasks), grown(HOSTS[name], tasks)
+    saves, rests = grown(HOSTS[name], tasks, device), grown(HOSTS[name], tasks, device)
     saver = Saver(folder / name, Retention())
     ratios, stalls = [], []
     for turn in range(turns + 1):  # the first is for warmth
@@ -103,9 +103,9 @@ def saving(name: str, turns: int, folder: Path) -> tuple[list[Spent], list[Spent
     return ratios, stalls
 
 
-def rollback(name: str, repeats: int) -> list[Spent]:
+def rollback(name: str, repeats: int, device: torch.device) -> list[Spent]:
     """Recovery over a step, one a repetition; the branches stay, as none of them did it."""
-    trainer = grown(HOSTS[name], {})
+    trainer = grown(HOSTS[name], {}, device)
     assert trainer.governor is not None and trainer.governor.snapshot is not None
     governor, ratios = trainer.governor, []
     for repeat in range(repeats + 1):

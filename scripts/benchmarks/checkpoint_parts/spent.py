@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -20,9 +22,16 @@ class Spent:
 
 
 def spent(work: Callable[[], object]) -> Spent:
-    """Do it once; what it returns is dropped after the clock has stopped."""
+    """Do it once, and wait for a GPU that is in use; what it returns is dropped after the clock has stopped."""
+    _wait()
     wall, cpu = time.perf_counter(), time.process_time()
     made = work()
+    _wait()
     taken = Spent(time.perf_counter() - wall, time.process_time() - cpu)
     del made
     return taken
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
