@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils import deterministic as filling
 
 from esper.errors import UserError
 from esper.training.config import TrainerConfig
@@ -43,11 +44,16 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def numerics(config: TrainerConfig) -> Iterator[None]:
-    """Within: the determinism and the number of threads that the config asks for; put back afterwards."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    """Within: the determinism and the number of threads that the config asks for; put back afterwards.
+
+    Memory that is about to be written is not filled with NaN first, as torch would do to show a read of it: that is one more
+    kernel for nearly every tensor made.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), filling.fill_uninitialized_memory
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it first starts
     torch.use_deterministic_algorithms(config.deterministic)
+    filling.fill_uninitialized_memory = False
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
@@ -56,6 +62,7 @@ def numerics(config: TrainerConfig) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.set_num_threads(before[1])
+        filling.fill_uninitialized_memory = before[2]
 
 
 def keep_freed_memory() -> None:

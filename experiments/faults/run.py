@@ -42,6 +42,8 @@ WORDS = (
     "lifecycle.grafting_max=40%",
 )
 RESULTS = {"cpu": "results.csv", "cuda": "results_cuda.csv"}
+HOARD: list[torch.Tensor] = []
+"""What fills a GPU, until the run has ended."""
 FIELDS = ("fault", "seed", "outcome", "accuracy", "undisturbed", "rollbacks", "culprit_found", "alerts")
 
 
@@ -157,7 +159,7 @@ def full_gpu(trainer: Trainer) -> None:
             hoard.append(torch.empty(size, dtype=torch.uint8, device=trainer.device))
         except torch.OutOfMemoryError:
             size //= 2
-    trainer.hoard = hoard  # as long as the run
+    HOARD.extend(hoard)
 
 
 def out_of_memory(*_: Any) -> None:
@@ -198,6 +200,8 @@ def train(fault: str, seed: int, device: torch.device) -> dict[str, Any]:
         accuracy = (final["validation/accuracy"] + final["test/accuracy"]) / 2
     except UserError as error:
         outcome = f"stopped: {error}"
+    HOARD.clear()
+    torch.cuda.empty_cache()
     assert trainer.governor is not None
     found = any(anomaly.culprits for anomaly in trainer.governor.anomalies)
     return {

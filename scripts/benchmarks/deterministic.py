@@ -34,9 +34,9 @@ GROWN = 20
 TEXT = ("task=text", "task.path={text}", "model=transformer", "blueprint=low_rank")
 HOSTS = {
     "mlp": (),
-    "mlp, 2048 wide": ("model.width=2048", "trainer.batch_size=1024"),
+    "mlp, 2048 wide": ("model.width=2048", "trainer.batch_size=512"),
     "cnn": ("model=cnn", "blueprint=conv"),
-    "cnn, 256 channels": ("model=cnn", "blueprint=conv", "model.channels=[128,256]", "trainer.batch_size=1024"),
+    "cnn, 256 channels": ("model=cnn", "blueprint=conv", "model.channels=[128,256]", "trainer.batch_size=512"),
     "transformer": (*TEXT, "trainer.batch_size=8"),
     "transformer, 512 wide": (*TEXT, "model.width=512", "model.depth=6", "task.context=256", "trainer.batch_size=32"),
 }
