@@ -237,6 +237,13 @@ def test_retention_by_count_score_and_age(tmp_path: Path) -> None:
     assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 4]
 
 
+def test_of_equal_scores_the_first_is_the_best_since_later_ones_were_not_measured(tmp_path: Path) -> None:
+    for step, score in ((1, 0.3), (2, 0.9), (3, 0.9), (4, 0.9), (5, 0.1)):
+        saved(tmp_path, step, score)
+    store.retain(tmp_path, keep=1, best=1, hours=0.0)
+    assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 5]
+
+
 def test_what_a_killed_process_left_is_no_checkpoint(tmp_path: Path) -> None:
     path = saved(tmp_path)
     shutil.copytree(path, tmp_path / ".000000009.123")

@@ -154,7 +154,10 @@ def newest(folder: Path) -> tuple[Checkpoint, Any, list[str]] | None:
 
 
 def retain(folder: Path, keep: int, best: int, hours: float) -> list[Path]:
-    """Delete what need not be kept: all but the newest ``keep``, the ``best`` by score, and those younger than ``hours``."""
+    """Delete what need not be kept: all but the newest ``keep``, the ``best`` by score, and those younger than ``hours``.
+
+    Of equal scores the earliest is the best: between two validations every checkpoint has the score of the one before.
+    """
     known: list[Checkpoint] = []
     for path in checkpoints(folder):
         try:
@@ -163,7 +166,7 @@ def retain(folder: Path, keep: int, best: int, hours: float) -> list[Path]:
             _throw_away(path)
     kept = {checkpoint.path for checkpoint in known[-keep:]}
     scored = [checkpoint for checkpoint in known if checkpoint.manifest["score"] is not None]
-    scored.sort(key=lambda checkpoint: (checkpoint.manifest["score"], checkpoint.step), reverse=True)
+    scored.sort(key=lambda checkpoint: (-checkpoint.manifest["score"], checkpoint.step))
     kept |= {checkpoint.path for checkpoint in scored[:best]}
     kept |= {checkpoint.path for checkpoint in known if time.time() - checkpoint.manifest["saved"] < hours * 3600.0}
     gone = [checkpoint.path for checkpoint in known if checkpoint.path not in kept]
