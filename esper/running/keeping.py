@@ -82,7 +82,7 @@ class Keeper:
             "controller": json.dumps(self.runner.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),
-            **origin(trainer.task),
+            **origin(trainer.task, trainer.device),
         }
         sites = state["trainer"]["grow"]["topology"]
         return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
