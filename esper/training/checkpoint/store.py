@@ -162,8 +162,9 @@ def retain(folder: Path, keep: int, best: int, hours: float) -> list[Path]:
     for path in checkpoints(folder):
         try:
             known.append(read_manifest(path))
-        except UserError:
-            _throw_away(path)
+        except UserError as error:
+            if not _out_of_reach(error):
+                _throw_away(path)
     kept = {checkpoint.path for checkpoint in known[-keep:]}
     scored = [checkpoint for checkpoint in known if checkpoint.manifest["score"] is not None]
     scored.sort(key=lambda checkpoint: (-checkpoint.manifest["score"], checkpoint.step))
@@ -173,6 +174,11 @@ def retain(folder: Path, keep: int, best: int, hours: float) -> list[Path]:
     for path in gone:
         _throw_away(path)
     return gone
+
+
+def _out_of_reach(error: UserError) -> bool:
+    """Whether a manifest could not be read for a reason that may pass, such as a share that is away: nothing says that it is damaged."""
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, (FileNotFoundError, IsADirectoryError))
 
 
 def forget_after(folder: Path, step: int) -> None:
