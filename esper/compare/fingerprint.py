@@ -16,8 +16,9 @@ from esper.report.summary import read_summary
 from esper.tracking.record import flatten
 from esper.training.checkpoint import store
 from esper.training.checkpoint.tree import same
+from esper.training.fingerprint import untimed
 
-CONFIG = "config.yaml"
+CONFIG, METRICS = "config.yaml", "metrics.parquet"
 USAGE = "usage: esper compare fingerprint <run folder> <run folder>"
 
 
@@ -84,7 +85,11 @@ def _values(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[D
 
 def _first_metric(first: Path, second: Path) -> Iterator[Difference]:
     """The first tick at which a recorded value that no clock gave differs."""
-    a, b = _metrics(first), _metrics(second)
+    try:
+        a, b = _metrics(first), _metrics(second)
+    except UserError as error:
+        yield Difference("step", f"the first values to differ cannot be told: {error}")
+        return
     for place in sorted({*a, *b}):
         if a.get(place) != b.get(place):
             tick, name = place
@@ -95,23 +100,33 @@ def _first_metric(first: Path, second: Path) -> Iterator[Difference]:
             return
 
 
-def _metrics(folder: Path) -> dict[tuple[int, str], float]:
+def _metrics(folder: Path) -> dict[tuple[int, str], float | str]:
+    """Value by (tick, name) but for those of a clock; not a number is a text, since it does not equal itself. Raises UserError."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(folder / "metrics.parquet").to_pydict()
-    rows = zip(table["tick"], table["name"], table["value"], strict=True)
-    return {(tick, name): value for tick, name, value in rows if "second" not in name and value == value}
+    path = folder / METRICS
+    if not path.exists():
+        raise UserError(f"{folder} has no {METRICS}")
+    try:
+        table = pq.read_table(path, columns=["tick", "name", "value"]).to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
+    rows = untimed(zip(table["tick"], table["name"], table["value"], strict=True))
+    return {(tick, name): value if value == value else "NaN" for tick, name, value in rows}
 
 
 def _first_weights(first: Path, second: Path) -> Iterator[Difference]:
     """The first checkpoint that both have and that differs, with the first tensor in it that does."""
     common = {path.name for path in store.checkpoints(first / store.FOLDER)} & {p.name for p in store.checkpoints(second / store.FOLDER)}
-    last_equal = 0
+    if not common:
+        yield Difference("weights", "no step is left of which both have a checkpoint; trainer.checkpoint_keep keeps more of them")
+    before = "there is no earlier checkpoint that both have"
     for name in sorted(common):
         a, b = (store.read(folder / store.FOLDER / name)[1]["trainer"] for folder in (first, second))
         for part in ("host", "buffers", "optimizer", "grow"):
             if (part != "grow" and not same(a[part], b[part])) or (part == "grow" and not same(a[part]["garden"], b[part]["garden"])):
-                where = next((key for key in a[part] if not same(a[part][key], b[part].get(key))), "") if part == "host" else ""
-                yield Difference("weights", f"equal at step {last_equal}, at step {int(name)} the {part} differs {where}".rstrip())
+                where = next((f" ({key})" for key in a[part] if not same(a[part][key], b[part].get(key))), "") if part == "host" else ""
+                yield Difference("weights", f"at step {int(name)} the {part} differs{where}; {before}")
                 return
-        last_equal = int(name)
+        before = f"at step {int(name)} all were equal"

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "constraints": _constraints(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": {"model": _processor(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "cpu": {"model": processor(), "capability": torch.backends.cpu.get_cpu_capability()},
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "threads": torch.get_num_threads(),
@@ -53,7 +54,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def computing(device: torch.device) -> str:
+    """What computes on ``device``: the GPU's name, or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+@cache
+def processor() -> str:
     """The processor's name and, where Linux tells them, the numbers by which models of one name differ."""
     info = Path("/proc/cpuinfo")
     if not info.exists():

@@ -82,7 +82,7 @@ class Keeper:
             "controller": json.dumps(self.runner.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),
-            **origin(trainer.task),
+            **origin(trainer.task, trainer.device),
         }
         sites = state["trainer"]["grow"]["topology"]
         return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
@@ -121,9 +121,9 @@ class Keeper:
 
 
 def _score(trainer: Trainer) -> float | None:
-    """The last validation value of the primary metric, turned so that larger is better."""
+    """The last validation value of the primary metric, however long ago, turned so that larger is better; None for none or no number."""
     name = f"validation/{trainer.task.primary}"
-    values = [value for _, key, value in reversed(trainer.outcome.history[-100:]) if key == name]
-    if not values or values[0] != values[0]:
+    value = next((value for _, key, value in reversed(trainer.outcome.history) if key == name), None)
+    if value is None or value != value:
         return None
-    return values[0] if trainer.task.metrics[trainer.task.primary].direction == "max" else -values[0]
+    return value if trainer.task.metrics[trainer.task.primary].direction == "max" else -value

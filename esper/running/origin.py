@@ -1,4 +1,4 @@
-"""What the bits of a run come from beside its configuration: its data, and the versions that computed it."""
+"""What the bits of a run come from beside its configuration: its data, and the versions and the processor that computed it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 import esper
 from esper.errors import UserError
+from esper.running.environment import computing
 from esper.tasks.base import Task
 from esper.training.checkpoint.engine import fitting
 
@@ -16,9 +17,9 @@ from esper.training.checkpoint.engine import fitting
 PARTS = ("trainer", "controller", "port", "alerts", "data", "versions")
 
 
-def origin(task: Task) -> dict[str, Any]:
-    """``data``, the task's digest, and ``versions`` by package: what a checkpoint says of where its numbers came from."""
-    return {"data": task.digest, "versions": _versions()}
+def origin(task: Task, device: torch.device) -> dict[str, Any]:
+    """``data``, the task's digest, and ``versions`` of packages and processor: what a checkpoint says of where its numbers came from."""
+    return {"data": task.digest, "versions": _versions(device)}
 
 
 def unknown_origin() -> dict[str, Any]:
@@ -37,9 +38,9 @@ def refuse_other_data(state: Any, task: Task, folder: Path) -> None:
         )
 
 
-def other_versions(state: Any) -> str:
-    """A sentence where other versions computed the state than would go on from it, empty where they are the same or not known."""
-    now = _versions()
+def other_versions(state: Any, device: torch.device) -> str:
+    """A sentence where another version or processor computed the state than would go on from it, empty for the same or not known ones."""
+    now = _versions(device)
     with fitting():
         then = {name: str(state["versions"].get(name, number)) for name, number in now.items()}
     changed = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
@@ -48,5 +49,5 @@ def other_versions(state: Any) -> str:
     return f"what was trained so far was computed by {' and '.join(changed)}: from here on the bits may be others than an undisturbed run's"
 
 
-def _versions() -> dict[str, str]:
-    return {"esper": esper.__version__, "torch": str(torch.__version__)}
+def _versions(device: torch.device) -> dict[str, str]:
+    return {"esper": esper.__version__, "torch": str(torch.__version__), "the processor": computing(device)}

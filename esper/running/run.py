@@ -95,7 +95,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
             trackers.start()  # only now: what is refused leaves no run behind
             progress.start()
-            if state is not None and (warning := other_versions(state)):
+            if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
                 port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
         with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:

@@ -142,6 +142,11 @@ class Governor:
 
     def _give_up(self) -> None:
         story = "; ".join(map(str, self.anomalies[-len(self.rollbacks) :]))
+        if self.snapshot is None:
+            raise UserError(
+                f"The run is stopped before it had a healthy state to go back to: {story}. Look at the data of these steps, "
+                "the weights it began with, and optimizer.lr."
+            )
         raise UserError(
             f"The run was rolled back {len(self.rollbacks)} times within {self.watch.span} steps, so it is stopped: {story}. "
             "Look at the data of these steps, lower optimizer.lr, or resume from an earlier checkpoint."

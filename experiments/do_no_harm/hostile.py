@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esper.blueprints.base import Parameters
+from esper.blueprints.base import Blueprint, Parameters
+from esper.blueprints.conv import Conv
 from esper.blueprints.mlp import MLP
 from esper.bus.messages import Cancel, ChangeStrategy, Command, Germinate, PauseGrafting, ResumeGrafting, Selector, SetStage
 from esper.grafting import STRATEGY_NAMES
@@ -30,27 +31,44 @@ class _Reversed(torch.autograd.Function):
 
 
 @dataclass
-class Hostile(MLP):
-    """An mlp branch that does ``kind``: good, nan, huge, noise, slow or adversarial."""
+class Hostile(Blueprint):
+    """A branch that does ``kind``: good, nan, huge, noise, slow or adversarial; ``draws`` is the seed of what it draws."""
 
-    name: str = "mlp"
     kind: str = "good"
-    draws: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    draws: int = 0
+
+    def __post_init__(self) -> None:
+        """The generator is no setting: a model is saved with its blueprint's settings, and no file could hold one."""
+        self.lot = torch.Generator().manual_seed(self.draws)
 
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
-        """The mlp's output, spoiled."""
+        """The output of the blueprint that is spoiled."""
         if self.kind == "adversarial":
             parameters = {name: _Reversed.apply(value) for name, value in parameters.items()}
-        delta = super().forward(parameters, x)
-        if self.kind == "nan" and float(torch.rand((), generator=self.draws)) < 0.05:
+        delta: Tensor = super().forward(parameters, x)
+        if self.kind == "nan" and float(torch.rand((), generator=self.lot)) < 0.05:
             return delta + float("nan")
         if self.kind == "huge":
-            return delta + 10.0 ** float(torch.empty(()).uniform_(-1, 30, generator=self.draws))
+            return delta + 10.0 ** float(torch.empty(()).uniform_(-1, 30, generator=self.lot))
         if self.kind == "noise":
-            return delta + torch.randn(delta.shape, generator=self.draws)
+            return delta + torch.randn(delta.shape, generator=self.lot)
         if self.kind == "slow":
             time.sleep(0.0005)
         return delta
+
+
+@dataclass
+class HostileMLP(Hostile, MLP):
+    """At the sites of perceptrons."""
+
+    name: str = "mlp"
+
+
+@dataclass
+class HostileConv(Hostile, Conv):
+    """At the sites of convolutions."""
+
+    name: str = "conv"
 
 
 KINDS = ("good", "nan", "huge", "noise", "slow", "adversarial")

@@ -3,7 +3,8 @@
 First the never-grown runs: every seed twice, with the same initial weights and another order of the data. The 99 % quantile
 of what the one is worse than the other is what chance alone does. Then every seed once more with hostile blueprints under
 random commands. Held out is the mean of validation and test accuracy. Writes ``results.csv`` and the README's table; with
-``--first`` above 0, ``fresh.csv`` and the README's second table, of seeds that nothing was made with in mind.
+``--first`` above 0, ``fresh.csv`` and the README's second table, of seeds that nothing was made with in mind; with another
+``--host`` than the mlp, ``results-<host>.csv`` or ``fresh-<host>.csv`` and a table of its own, by the limit of that host's own twins.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import csv
 import math
 import os
 import platform
+import random
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,16 +26,23 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from hostile import KINDS, Hostile, RandomPort  # noqa: E402
+from hostile import KINDS, HostileConv, HostileMLP, RandomPort  # noqa: E402
 
 from esper.cli.compose import compose  # noqa: E402
 from esper.errors import UserError  # noqa: E402
 from esper.grafting import CONFIGS as STRATEGIES  # noqa: E402
-from esper.hosts import CONFIGS as HOSTS  # noqa: E402
 from esper.randomness import generator  # noqa: E402
 from esper.training.trainer import Growth, Trainer  # noqa: E402
 
 WORDS = ("trainer.steps=200", "trainer.batch_size=32", "lifecycle.judge_every=2%", "telemetry.every=20", "tracking=none")
+HOSTS: dict[str, tuple[str, ...]] = {
+    "mlp": (),
+    "cnn": ("model=cnn", "trainer.batch_size=16"),
+    "transformer": (
+        *("task=text", "task.path={text}", "task.context=32", "task.held_out=0.02", "trainer.batch_size=8"),
+        *("model=transformer", "model.width=32", "model.depth=2", "optimizer.lr=0.01"),
+    ),
+}
 COUNTS = ("germinated", "fossilized", "culled", "rolled_back")
 SAID = ("slow_harm", "host_returned")
 FIELDS = ("arm", "seed", "kind", "strategy", "accuracy", "loss", *COUNTS, *SAID, "rollbacks", "stopped")
@@ -43,8 +53,8 @@ SHARE = 0.01
 def one(config: Any, task: Any, seed: int, order: int, arm: str) -> dict[str, Any]:
     """One run: initial weights by ``seed``, data order by ``order``."""
     kind, strategy = KINDS[seed % len(KINDS)], sorted(STRATEGIES)[seed % len(STRATEGIES)]
-    host = HOSTS["mlp"]().build(task, generator(seed, "host"))
-    blueprint = Hostile(kind=kind, draws=torch.Generator().manual_seed(seed))
+    host = config.model.build(task, generator(seed, "host"))
+    blueprint = (HostileConv if config.model.name == "cnn" else HostileMLP)(kind=kind, draws=seed)
     growth = Growth(config.sites, blueprint, config.lifecycle, STRATEGIES[strategy](), config.telemetry)
     port = RandomPort(seed, config.trainer.steps) if arm == "grown" else None
     cpu = torch.device("cpu")
@@ -68,10 +78,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--host", choices=tuple(HOSTS), default="mlp")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    config = compose(WORDS)
-    task = config.task.build()
+    config, task = prepared(WORDS, options.host)
     rows = []
     for arm, shift in (("twin", 0), ("other order", 1_000_000), ("grown", 0)):
         for number in range(options.runs):
@@ -79,12 +89,28 @@ def main(arguments: list[str]) -> int:
             rows.append(one(config, task, seed, seed + shift, arm))
             if number % 20 == 19:
                 print(f"{arm}: {number + 1} of {options.runs}", file=sys.stderr, flush=True)
-    mark = "fresh" if options.first else "results"
+    mark = ("fresh" if options.first else "results") + ("" if options.host == "mlp" else f"-{options.host}")
     with (HERE / f"{mark}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({**row, "accuracy": f"{row['accuracy']:.5f}", "loss": f"{row['loss']:.5f}"} for row in rows)
-    return report(rows, mark)
+    return report(rows, mark, (*WORDS, *HOSTS[options.host]))
+
+
+def prepared(words: Iterable[str], host: str) -> tuple[Any, Any]:
+    """The configuration of a host's runs and their data."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text(_language(), encoding="utf-8")
+        config = compose([*words, *(word.replace("{text}", str(text)) for word in HOSTS[host])])
+        return config, config.task.build()
+
+
+def _language() -> str:
+    """Twelve words of eight letters, drawn at random: a small network learns something of them in few steps."""
+    lot = random.Random(0)
+    words = ["".join(lot.choice("abcdefgh") for _ in range(lot.randrange(2, 5))) for _ in range(12)]
+    return " ".join(lot.choice(words) for _ in range(60_000))
 
 
 def at_least(count: int, runs: int, share: float) -> float:
@@ -92,8 +118,8 @@ def at_least(count: int, runs: int, share: float) -> float:
     return math.fsum(math.comb(runs, k) * share**k * (1.0 - share) ** (runs - k) for k in range(count, runs + 1))
 
 
-def report(rows: list[dict[str, Any]], mark: str) -> int:
-    """Put the numbers into the README between the marks ``mark`` and ``end``."""
+def report(rows: list[dict[str, Any]], mark: str, words: Iterable[str]) -> int:
+    """Put the numbers into the README between the marks ``mark`` and ``end``; one that it has not yet is put at its end."""
     by_arm = {arm: {row["seed"]: row for row in rows if row["arm"] == arm} for arm in ("twin", "other order", "grown")}
     seeds = sorted(by_arm["twin"])
     chance = torch.tensor([by_arm["twin"][s]["accuracy"] - by_arm["other order"][s]["accuracy"] for s in seeds]).double()
@@ -102,7 +128,7 @@ def report(rows: list[dict[str, Any]], mark: str) -> int:
     over = [s for s in seeds if not worse[s] <= limit]
     likely = at_least(len(over), len(seeds), SHARE)
     lines = [
-        f"Seeds {seeds[0]} to {seeds[-1]}, {' '.join(WORDS)}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
+        f"Seeds {seeds[0]} to {seeds[-1]}, {' '.join(words)}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
         "",
         f"By chance alone a run is worse than its twin by at most {limit:.4f} (99 % quantile of the {2 * len(seeds)} differences).",
         f"Grown runs worse than their never-grown twin by more than that: **{len(over)} of {len(seeds)}**. "
@@ -115,6 +141,8 @@ def report(rows: list[dict[str, Any]], mark: str) -> int:
         _line("all", list(by_arm["grown"].values()), worse),
     ]
     readme = (HERE / "README.md").read_text(encoding="utf-8")
+    if f"<!-- {mark} -->\n" not in readme:
+        readme += f"\n## {mark}\n\n<!-- {mark} -->\n<!-- end -->\n"
     before, _, rest = readme.partition(f"<!-- {mark} -->\n")
     after = rest.partition("<!-- end -->")[2]
     (HERE / "README.md").write_text(before + f"<!-- {mark} -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -235,6 +236,28 @@ def test_retention_by_count_score_and_age(tmp_path: Path) -> None:
     assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 4, 5]
     store.forget_after(tmp_path, 4)
     assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 4]
+
+
+def test_of_equal_scores_the_first_is_the_best_since_later_ones_were_not_measured(tmp_path: Path) -> None:
+    for step, score in ((1, 0.3), (2, 0.9), (3, 0.9), (4, 0.9), (5, 0.1)):
+        saved(tmp_path, step, score)
+    store.retain(tmp_path, keep=1, best=1, hours=0.0)
+    assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 5]
+
+
+def test_a_checkpoint_that_cannot_be_reached_for_a_moment_is_not_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [saved(tmp_path, step) for step in (1, 2, 3)]
+    (paths[0] / store.MANIFEST).write_text("{")  # damaged: it goes
+    read = Path.read_bytes
+
+    def away(path: Path) -> bytes:
+        if path == paths[1] / store.MANIFEST:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    store.retain(tmp_path, keep=1, best=0, hours=0.0)
+    assert store.checkpoints(tmp_path) == paths[1:]
 
 
 def test_what_a_killed_process_left_is_no_checkpoint(tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_failures_that_repeat_stop_the_run_with_a_report(make: Make) -> None:
         steps(trainer, 20)
 
 
+def test_a_run_that_is_never_healthy_is_stopped_and_not_said_to_have_been_rolled_back(make: Make) -> None:
+    trainer = make()
+    good = trainer._batch
+    trainer._batch = lambda number: (good(number)[0] * float("nan"), good(number)[1])
+    with pytest.raises(UserError, match="stopped before it had a healthy state to go back to: step 0: the loss is nan"):
+        trainer.fit()
+
+
 def test_a_flipped_bit_that_no_activation_feels_enters_no_snapshot(make: Make) -> None:
     trainer = make("sites.match=[fc2]")
     good = trainer._batch

@@ -12,6 +12,7 @@ import yaml
 
 from esper.app import main
 from esper.errors import UserError
+from esper.running.environment import processor
 from esper.running.resume import fork, resume, unfinished
 from esper.running.run import run
 from esper.training.checkpoint import store
@@ -53,15 +54,16 @@ def test_other_data_than_it_was_trained_on_are_refused_with_the_fork_that_takes_
     assert run(start.config, start.folder, quiet=True, state=start.state).summary["steps"] == 12
 
 
-def test_other_versions_are_said_and_stay_in_the_summary(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("what", "then", "now"), [("torch", "2.0.1", str(torch.__version__)), ("the processor", "an abacus", processor())])
+def test_other_versions_and_processors_are_said_and_stay_in_the_summary(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str, then: str, now: str
 ) -> None:
     folder = copied(finished, tmp_path, until=79)
     start = resume(folder)
-    assert start.state["versions"]["torch"] == torch.__version__
-    start.state["versions"]["torch"] = "2.0.1"
+    assert start.state["versions"][what] == now
+    start.state["versions"][what] = then
     summary = run(start.config, start.folder, quiet=True, state=start.state).summary
-    sentence = f"computed by torch 2.0.1, now {torch.__version__}"
+    sentence = f"computed by {what} {then}, now {now}"
     assert sentence in caplog.text
     assert [alert["code"] for alert in summary["alerts"] if sentence in alert["text"]] == ["other_versions"]
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from esper.errors import UserError
 from esper.report.summary import read_summary
 from esper.running.folder import alive
+from esper.running.keeping import _score
 from esper.running.resume import auto, refuse_changes, resume, unfinished
 from esper.running.run import run
 from esper.training.checkpoint import store
+from esper.training.trainer import Outcome
 from tests.resume import killing
 from tests.resume.conftest import SHORT, Configure, copied
 
@@ -84,6 +88,16 @@ def test_auto_finds_the_run_of_this_configuration_that_did_not_end(
     assert unfinished(configure(f"output={tmp_path}", "seed=1")) is None
     with alive(config, folder):
         assert unfinished(config) is None  # it is running: this process holds it
+
+
+@pytest.mark.parametrize(("direction", "score"), [("max", 0.9), ("min", -0.9)])
+def test_a_checkpoint_has_the_score_of_the_last_validation_however_long_ago_it_was(direction: str, score: float) -> None:
+    task = SimpleNamespace(primary="quality", metrics={"quality": SimpleNamespace(direction=direction)})
+    said = [(tick, "train/loss", 1.0) for tick in range(2, 1000)]
+    before, last = (1, "validation/quality", 0.5), (1, "validation/quality", 0.9)
+    assert _score(SimpleNamespace(task=task, outcome=Outcome(history=[before, last, *said]))) == score
+    assert _score(SimpleNamespace(task=task, outcome=Outcome(history=[before, (1, "validation/quality", math.nan), *said]))) is None
+    assert _score(SimpleNamespace(task=task, outcome=Outcome(history=said))) is None
 
 
 def test_the_checkpoint_before_can_be_asked_for(finished: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import socket
 import threading
 import urllib.request
@@ -17,7 +19,8 @@ from esper.compare.fingerprint import explain, same_bits
 from esper.compare.fingerprint import main as compare
 from esper.report.summary import read_summary
 from esper.running.run import run
-from tests.resume.conftest import Configure
+from esper.training.checkpoint import store
+from tests.resume.conftest import Configure, copied
 
 AXES = {
     "again": (),
@@ -105,7 +108,8 @@ def test_the_first_difference_is_named(configure: Configure, finished: Path, tmp
     run(configure("optimizer.lr=0.0031", f"output={tmp_path}"), folder, quiet=True)
     kinds = {difference.kind: difference.text for difference in explain(finished, folder)}
     assert "optimizer.lr is 0.003 and 0.0031" in kinds["config"]
-    assert "at tick 5" in kinds["step"] and kinds["weights"].startswith("equal at step 0")
+    assert "at tick 5" in kinds["step"]
+    assert kinds["weights"] == "at step 4 the host differs (fc1.weight); there is no earlier checkpoint that both have"
     (folder / "summary.json").write_text((folder / "summary.json").read_text().replace(processor(folder), "another one"))
     kinds = {difference.text for difference in explain(finished, folder) if difference.kind == "environment"}
     assert f"cpu.model is {processor(finished)} and another one" in kinds
@@ -113,3 +117,32 @@ def test_the_first_difference_is_named(configure: Configure, finished: Path, tmp
     assert "not the same bits" in capsys.readouterr().out
     assert compare([str(finished), str(finished)]) == 0
     assert "same bits: " in capsys.readouterr().out
+
+
+def test_what_is_missing_for_a_comparison_is_said(
+    configure: Configure, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "day" / "run"
+    run(configure("optimizer.lr=0.0031", "trainer.checkpoint_every=7%", f"output={tmp_path}"), folder, quiet=True)
+    shutil.rmtree(folder / store.FOLDER)
+    (folder / "metrics.parquet").write_bytes(b"PAR1 no more")
+    kinds = {difference.kind: difference.text for difference in explain(finished, folder)}
+    assert f"{folder / 'metrics.parquet'} cannot be read" in kinds["step"]
+    assert "no step is left of which both have a checkpoint" in kinds["weights"]
+    (folder / "metrics.parquet").unlink()
+    assert compare([str(finished), str(folder)]) == 1
+    assert f"cannot be told: {folder} has no metrics.parquet" in capsys.readouterr().out
+
+
+def test_weights_are_called_equal_only_where_both_were_looked_at(configure: Configure, finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "fingerprint": "another"}))
+    assert not [difference for difference in explain(finished, folder) if difference.kind == "weights"]
+    other = tmp_path / "other" / "run"
+    run(configure("optimizer.lr=0.0031", f"output={tmp_path / 'other'}"), other, quiet=True)
+    *_, before, latest = (path.name for path in store.checkpoints(folder / store.FOLDER))
+    shutil.rmtree(folder / store.FOLDER / latest)
+    shutil.copytree(other / store.FOLDER / latest, folder / store.FOLDER / latest)
+    (text,) = (difference.text for difference in explain(finished, folder) if difference.kind == "weights")
+    assert text == f"at step 80 the host differs (fc1.weight); at step {int(before)} all were equal"

@@ -154,22 +154,31 @@ def newest(folder: Path) -> tuple[Checkpoint, Any, list[str]] | None:
 
 
 def retain(folder: Path, keep: int, best: int, hours: float) -> list[Path]:
-    """Delete what need not be kept: all but the newest ``keep``, the ``best`` by score, and those younger than ``hours``."""
+    """Delete what need not be kept: all but the newest ``keep``, the ``best`` by score, and those younger than ``hours``.
+
+    Of equal scores the earliest is the best: between two validations every checkpoint has the score of the one before.
+    """
     known: list[Checkpoint] = []
     for path in checkpoints(folder):
         try:
             known.append(read_manifest(path))
-        except UserError:
-            _throw_away(path)
+        except UserError as error:
+            if not _out_of_reach(error):
+                _throw_away(path)
     kept = {checkpoint.path for checkpoint in known[-keep:]}
     scored = [checkpoint for checkpoint in known if checkpoint.manifest["score"] is not None]
-    scored.sort(key=lambda checkpoint: (checkpoint.manifest["score"], checkpoint.step), reverse=True)
+    scored.sort(key=lambda checkpoint: (-checkpoint.manifest["score"], checkpoint.step))
     kept |= {checkpoint.path for checkpoint in scored[:best]}
     kept |= {checkpoint.path for checkpoint in known if time.time() - checkpoint.manifest["saved"] < hours * 3600.0}
     gone = [checkpoint.path for checkpoint in known if checkpoint.path not in kept]
     for path in gone:
         _throw_away(path)
     return gone
+
+
+def _out_of_reach(error: UserError) -> bool:
+    """Whether a manifest could not be read for a reason that may pass, such as a share that is away: nothing says that it is damaged."""
+    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, (FileNotFoundError, IsADirectoryError))
 
 
 def forget_after(folder: Path, step: int) -> None:
