@@ -272,6 +272,11 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
         arm: sorted({r.seed for r in runs if r.arm == arm} ^ {r.seed for r in runs if r.arm == plan.reference}) for arm in plan.arms
     }
     notes += [f"Seeds {seeds} of {arm} or {plan.reference} have no partner and are left out." for arm, seeds in unpaired.items() if seeds]
+    if plan.sequential:
+        notes.append(
+            "The p-values are those of one look at all pairs that are there; the verdicts follow the α spent over the looks, "
+            "so a p below α may be inconclusive, and one above it belong to a verdict of an earlier look."
+        )
     if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
         fewest = fewest_pairs(plan.alpha, plan.comparisons)
         notes.append(f"With fewer than {fewest} pairs no arm can be called better, however clear the difference.")

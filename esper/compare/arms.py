@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from esper.errors import UserError
 SEED = "seed"
 #: What belongs to a sweep as a whole; groups and keys with all that is below them.
 WHOLE = ("compare", "tracking", "output", "resume", "name", "tags")
+_HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,19 @@ def refuse_repeated(layout: Layout) -> None:
             )
 
 
+def refuse_own_seed(job: Job, seed: int) -> None:
+    """Refuse a job whose seed is not the pair's: an arm's file that sets one would pair runs that share nothing.
+
+    Raises:
+        UserError: naming the job and both seeds.
+    """
+    if seed != job.seed:
+        raise UserError(
+            f"{job.label} would run with seed={seed}: an arm's file sets a seed, but seeds pair the arms and every arm has the same; "
+            "take it out of the file (for an A/A test there is compare.fresh_seeds)."
+        )
+
+
 def _below(key: str, owners: Sequence[str]) -> bool:
     return any(key == owner or key.startswith(f"{owner}.") for owner in owners)
 
@@ -120,24 +135,50 @@ def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path
     Raises:
         UserError: naming the key and the arm.
     """
-    paths = [path for folder in folders if (path := folder / f"{arm}.yaml").exists()]
-    ours = [name for path in paths for name in arm_keys(yaml.safe_load(path.read_text(encoding="utf-8")) or {})]
+    ours = _set_by(arm, folders)
     for key in typed:
-        for name in ours:
+        for name, file in ours.items():
             if key == name or key.startswith(f"{name}.") or ("." in key and name.startswith(f"{key}.")):
                 raise UserError(
-                    f"{key} is set on the command line and by arm {arm!r} (conf/arm/{arm}.yaml sets {name}); the "
+                    f"{key} is set on the command line and by arm {arm!r} (conf/arm/{file}.yaml sets {name}); the "
                     f"command line would win in every arm: leave {key} out, or sweep over it instead of arm."
                 )
 
 
-def arm_keys(tree: dict[str, Any]) -> list[str]:
-    """Dotted keys and groups that an arm's file sets."""
+def _set_by(arm: str, folders: Sequence[Path]) -> dict[str, str]:
+    """Dotted keys and groups that an arm sets, and which file does: its own, or one that its defaults take in."""
+    found: dict[str, str] = {}
+    files = [arm]
+    for file in files:  # grows on the way
+        for path in (path for folder in folders if (path := folder / f"{file}.yaml").exists()):
+            text = path.read_text(encoding="utf-8")
+            tree = yaml.safe_load(text) or {}
+            for name in arm_keys(tree, _package(text)):
+                found.setdefault(name, file)
+            files += [other for other in _taken_in(tree) if other not in files]
+    return found
+
+
+def _package(text: str) -> str:
+    """Where the header ``# @package`` puts the keys of a file; empty for the top."""
+    header = _HEADER.search(text)
+    return header[1] if header and header[1] != "_global_" else ""
+
+
+def _taken_in(tree: dict[str, Any]) -> list[str]:
+    """The arms' files that this one takes in: ``defaults: [base]``."""
+    entries = [entry for entry in tree.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    return [entry.split()[-1].removeprefix("/arm/").partition("@")[0] for entry in entries]
+
+
+def arm_keys(tree: dict[str, Any], package: str = "") -> list[str]:
+    """Dotted keys and groups that an arm's file sets; its keys lie below ``package``."""
     groups = []
     for entry in tree.get("defaults", []):
         if isinstance(entry, dict):
             groups += [str(key).split()[-1].lstrip("/").partition("@")[0] for key in entry]
-    return groups + _leaves({key: value for key, value in tree.items() if key not in ("defaults", "hydra")})
+    prefix = f"{package}." if package else ""
+    return groups + _leaves({key: value for key, value in tree.items() if key not in ("defaults", "hydra")}, prefix)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:

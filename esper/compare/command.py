@@ -25,6 +25,8 @@ from esper.tracking.reach import SQLITE, check_uri
 #: Parts of the plan that an analysis may change, which makes it exploratory.
 CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking")
 KEYS = ("sweep", "uri", "output", "figures", *CHANGEABLE)
+#: Runs that have no end yet: they count neither as finished nor as failed. KILLED is one that Ctrl-C or SIGTERM interrupted.
+UNDER_WAY = ("RUNNING", "KILLED")
 USAGE = f"""\
 usage: esper compare sweep=<id or name> [key=value …]
 
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     planned = plan_of(parent)
     figures = given.pop("figures", True)
     plan = _changed(planned, given)
-    runs = [run_of_store(run, plan.metric) for run in stored if run.info.status != "RUNNING"]
+    runs = [run_of_store(run, plan.metric) for run in stored if run.info.status not in UNDER_WAY]
     _check_metric(plan.metric, stored)
     comparison = with_tuned(analyse(runs, plan, planned), tuned_of(parent))
     if not plan_untouched(parent):
@@ -143,12 +145,12 @@ def _changed(planned: Plan, given: dict[str, Any]) -> Plan:
 
 
 def _check_metric(metric: str, stored: Sequence[Any]) -> None:
-    """Refuse a metric that no run has.
+    """Refuse a metric that no finished run has.
 
     Raises:
         UserError: naming those that the runs have.
     """
-    names = sorted({name for run in stored for name in run.data.metrics})
+    names = sorted({name for run in stored if run.info.status == "FINISHED" for name in run.data.metrics})
     if names and not {f"final/test/{metric}", f"final/{metric}"} & set(names):
         known = [name.removeprefix("final/test/") for name in names if name.startswith("final/test/")]
         raise UserError(f"No run of the sweep has the metric {metric!r}; they have {listing(known)}{nearest(metric, known)}.")

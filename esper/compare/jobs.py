@@ -14,6 +14,7 @@ from esper.compare.store import run_of_summary
 from esper.config import PRESETS, RootConfig, config_hash, plain
 from esper.report.summary import NAME as SUMMARY
 from esper.report.summary import read_summary
+from esper.tracking.mlflow_run import ASIDE
 
 JOB = "job.json"
 
@@ -56,7 +57,7 @@ def set_aside(folder: Path) -> None:
     """Keep what an unfinished attempt left, under another name: a retry starts in an empty folder."""
     if folder.exists():
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.attempt{number}")).exists():
+        while (aside := folder.with_name(f"{folder.name}{ASIDE}{number}")).exists():
             number += 1
         folder.rename(aside)
 

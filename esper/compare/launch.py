@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from esper.cli.compose import from_hydra
-from esper.compare.arms import Job, Layout, lay_out, refuse_repeated
+from esper.compare.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated
 from esper.compare.composing import composed
 from esper.compare.going_on import taken_up
 from esper.compare.jobs import Prepared
@@ -45,6 +45,8 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     layout = lay_out(overrides, config.compare.block, config.seed)
     if whole:
         refuse_repeated(layout)
+        for job, one in zip(layout.jobs, prepared, strict=True):
+            refuse_own_seed(job, one.config.seed)
     else:  # another sweeper proposes as it learns: nothing is paired
         layout = Layout(tuple(Job(job.number, job.overrides, "", "", job.seed) for job in layout.jobs), ("",), ("",), layout.seeds)
     jobs = [Prepared(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]

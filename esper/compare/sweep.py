@@ -31,7 +31,10 @@ from esper.compare.waves import Missing, derive, waves
 from esper.compare.worker import LOG
 from esper.compare.workers import Workers
 from esper.errors import Preempted, Terminated
+from esper.tracking.config import MlflowConfig
 from esper.tracking.mlflow_run import legal
+
+OUTPUT = "outputs"  # where esper compare looks unless it is told
 
 
 @dataclass
@@ -116,6 +119,7 @@ def _run(sweep: Sweep, store: Store, workers: Workers) -> Comparison | None:
             assert sweep.plan is not None
             store.files, store.numbers = _keep(comparison, sweep.plan, sweep)
             show(comparison, sweep.plan, sweep.console)
+            _say_how_to_judge_again(sweep)
         store.status = "FINISHED"
         _remember(sweep, ended=True)
         return comparison
@@ -251,6 +255,17 @@ def _keep(comparison: Comparison, plan: Plan, sweep: Sweep) -> tuple[list[Path],
     for one in comparison.tuned:
         numbers |= one.numbers()
     return files, {legal(name): number for name, number in numbers.items()}
+
+
+def _say_how_to_judge_again(sweep: Sweep) -> None:
+    """The sweep's id, in the command that takes it; nothing where no store keeps the runs."""
+    config = sweep.jobs[0].config
+    if not isinstance(config.tracking, MlflowConfig):
+        return
+    words = ["esper", "compare", f"sweep={sweep.id}"]
+    words += [f"uri={config.tracking.uri}"] if config.tracking.uri else []
+    words += [f"output={config.output}"] if config.output != OUTPUT else []
+    sweep.console.print(f"To judge this sweep again from the store:\n  {shlex.join(words)}", soft_wrap=True, highlight=False, markup=False)
 
 
 def resume_command(sweep: Sweep) -> str:

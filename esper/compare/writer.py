@@ -37,7 +37,8 @@ class Writer:
         self.uri: str = opening["uri"]
         self.client = quiet_client(self.uri)
         self.experiment = experiment_id(self.client, self.uri, opening["experiment"])
-        self.opened: set[str] = set()
+        self.opened: dict[str, str] = {}  # MLflow run by the job's folder
+        self.broken: set[str] = set()  # folders of jobs that failed
         self.parent: str = opening["parent"] or self._create_parent(opening)
         self.client.update_run(self.parent, status="RUNNING")
         for name, piece in plan_tags(opening["plan"]).items():
@@ -64,7 +65,7 @@ class Writer:
         )
         run = MlflowRun(dataclasses.replace(frame.config, uri=self.uri))
         run.open(record)
-        self.opened.add(str(Path(record.folder).resolve()))
+        self.opened[str(Path(record.folder).resolve())] = run.run_id
         for key, name in ((ARM, "arm"), (BLOCK, "block"), (SEED, "seed")):
             if tags.get(key) and name not in self.client.get_run(run.run_id).data.params:
                 self.client.log_param(run.run_id, name, tags[key])  # readable axes in parallel coordinates
@@ -73,13 +74,19 @@ class Writer:
     def failed(self, request: Mapping[str, Any]) -> None:
         """A job that failed: its run says so, also where it never came to open one."""
         folder = str(Path(request["folder"]).resolve())
-        if folder in self.opened:
-            return
+        self.broken.add(folder)
+        known = self.opened.get(folder) or self._create_failed(folder)
+        self.client.set_tag(known, JOB_ERROR, request["error"][:4000])
+        self.client.set_terminated(known, "FAILED")
+
+    def _create_failed(self, folder: str) -> str:
         tags = dict(self.tags(folder)) | {"mlflow.parentRunId": self.parent, "esper.folder": folder}
         name = tags.pop("name", Path(folder).name)
-        run = self.client.create_run(self.experiment, tags=tags, run_name=name)
-        self.client.set_tag(run.info.run_id, JOB_ERROR, request["error"][:4000])
-        self.client.set_terminated(run.info.run_id, "FAILED")
+        return self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
+
+    def lost(self, folder: str) -> str:
+        """How a run ended whose job has gone without a word: its process broke, or the sweep was stopped."""
+        return "FAILED" if folder in self.broken else "KILLED"
 
     def close(self, request: Mapping[str, Any]) -> None:
         """Log the comparison's files and numbers, and end the parent run, whatever comes; no child is left RUNNING."""
@@ -100,15 +107,16 @@ class Writer:
 
 
 def serve_run(writer: Writer, stream: BinaryIO) -> None:
-    """One job's frames until it closes; a job that goes without a word is marked KILLED."""
+    """One job's frames until it closes; a job that goes without a word is marked KILLED, or FAILED where the sweep says so."""
     run: MlflowRun | None = None
+    folder = ""
     try:
         while True:
             frame = frames.read(stream)
             with writer.lock:
                 match frame:
                     case frames.Open():
-                        run = writer.child(frame)
+                        run, folder = writer.child(frame), str(Path(frame.record.folder).resolve())
                     case frames.Record():
                         assert run is not None
                         run.record(frame.messages)
@@ -127,7 +135,7 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
     except (EOFError, ConnectionError):
         if run is not None:
             with writer.lock:
-                run.close("KILLED", {})
+                run.close(writer.lost(folder), {})
     except Exception as error:  # told to the job, which raises it at the end of its run
         traceback.print_exc()
         frames.write(stream, frames.Reply(f"{type(error).__name__}: {error}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import glob
 import json
 import math
 import os
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 BATCH = 1000  # MLflow's own limit of metrics in a call
 NAMES = 100  # and of parameters or tags
 NOTE = "mlflow.json"
+ASIDE = ".attempt"  # and a number: what the folder of an earlier attempt is called from then on
 KEPT = ("*.parquet", "*.log", "*.json", "*.jsonl", "*.csv", "*.yaml")
 
 
@@ -78,11 +80,16 @@ class MlflowRun:
         beside.replace(path)
 
     def _unnoted(self, experiment: str) -> str:
-        """The MLflow run that a killed process created for this run and did not live to note, or nothing."""
+        """The MLflow run that a killed process created for this run and did not live to note, or nothing.
+
+        Neither one that ended, nor that of an attempt that was set aside: whoever runs again in an empty folder begins anew.
+        """
         record = self._record
         quote = '"' if "'" in record.run else "'"
         found = self._client.search_runs([experiment], f"tags.`esper.run` = {quote}{record.run}{quote}", max_results=1000)
-        same = [run for run in found if run.data.tags.get("esper.folder") == record.folder]
+        earlier = _set_aside(record.folder)
+        open_ = [run for run in found if run.info.status not in ("FINISHED", "FAILED") and run.info.run_id not in earlier]
+        same = [run for run in open_ if run.data.tags.get("esper.folder") == record.folder]
         return same[0].info.run_id if same else ""
 
     def _continue(self, run_id: str) -> None:
@@ -240,3 +247,10 @@ def _noted(folder: str, uri: str) -> str:
         return ""
     note = json.loads(path.read_text(encoding="utf-8"))
     return note["run"] if note["uri"] == uri else ""
+
+
+def _set_aside(folder: str) -> set[str]:
+    """The MLflow runs of earlier attempts in this folder."""
+    path = Path(folder)
+    notes = path.parent.glob(f"{glob.escape(path.name)}{ASIDE}*/{NOTE}")
+    return {json.loads(note.read_text(encoding="utf-8"))["run"] for note in notes}

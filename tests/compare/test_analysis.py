@@ -151,6 +151,16 @@ def test_a_sequential_sweep_may_stop_at_a_look_and_stay_confirmatory() -> None:
     assert result.exploratory == []
 
 
+def test_the_p_values_of_a_sequential_sweep_are_said_to_be_those_of_one_look() -> None:
+    weak = [-0.008, -0.002, 0.013, -0.019, 0.01, 0.0, 0.007, 0.005, 0.008, 0.014, -0.002, 0.022, 0.014, 0.015, 0.019]
+    plan = plan_of(("host", "up"), 15, minimum_effect=0.001)
+    runs = [Run("host", seed, 0.5) for seed in range(15)] + [Run("up", seed, 0.5 + value) for seed, value in enumerate(weak)]
+    once, looked = (analyse(runs, dataclasses.replace(plan, sequential=sequential)) for sequential in (False, True))
+    assert once.verdicts[0].p_holm == looked.verdicts[0].p_holm <= plan.alpha
+    assert (once.verdicts[0].verdict, looked.verdicts[0].verdict) == ("B better", "inconclusive")
+    assert [note for note in looked.notes if "those of one look" in note] and once.notes == []
+
+
 def test_ranking_names_whom_each_arm_surely_beats() -> None:
     plan = plan_of(("host", "up", "more"), 12, ranking=True)
     result = analyse(runs_of({"host": 0.0, "up": 0.05, "more": 0.1}, 12), plan)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm, refuse_repeated
+from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm, refuse_own_seed, refuse_repeated
 from esper.errors import UserError
 
 
@@ -66,3 +66,25 @@ def test_an_override_of_what_an_arm_sets_is_refused_naming_key_and_arm(tmp_path:
         with pytest.raises(UserError, match=rf"{typed} is set .* arm 'fast'"):
             refuse_overridden_arm([typed], "fast", [tmp_path])
     refuse_overridden_arm(["optimizer.weight_decay", "task", "optimizer"], "fast", [tmp_path])
+
+
+def test_what_an_arm_takes_in_from_another_file_or_puts_into_a_package_is_its_own_too(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("# @package _global_\noptimizer: {lr: 0.1}\n")
+    (tmp_path / "child.yaml").write_text("# @package _global_\ndefaults: [base, _self_]\noptimizer: {weight_decay: 0.2}\n")
+    (tmp_path / "packed.yaml").write_text("# @package grafting\nramp: 3%\n")
+    for key, arm, file in (
+        ("optimizer.lr", "child", "base"),
+        ("optimizer.weight_decay", "child", "child"),
+        ("grafting.ramp", "packed", "packed"),
+    ):
+        with pytest.raises(UserError, match=rf"{key} is set .* arm '{arm}' \(conf/arm/{file}.yaml sets {key}\)"):
+            refuse_overridden_arm([key], arm, [tmp_path])
+    refuse_overridden_arm(["grafting.ramp"], "child", [tmp_path])
+    refuse_overridden_arm(["optimizer.lr", "ramp"], "packed", [tmp_path])
+
+
+def test_a_seed_of_its_own_in_an_arms_file_is_refused() -> None:
+    (job,) = lay_out(jobs("arm=b seed=3"), []).jobs
+    refuse_own_seed(job, 3)
+    with pytest.raises(UserError, match=r"^seed=3 would run with seed=5: an arm's file sets a seed"):
+        refuse_own_seed(job, 5)

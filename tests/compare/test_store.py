@@ -128,6 +128,33 @@ def test_a_second_attempt_replaces_the_first_and_a_failed_run_counts(client: Any
     assert [run.id for run in runs if run.failed] == [late.info.run_id]
 
 
+def test_an_interrupted_run_is_no_failed_one(
+    client: Any, fill: Fill, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill("s10", "tenth", pairs=7)
+    (stopped,) = (run for run in children(client, find_sweep(client, "s10")) if (run.data.tags[ARM], run.data.tags[SEED]) == ("host", "6"))
+    client.set_terminated(stopped.info.run_id, "KILLED")
+    assert compare(["sweep=s10", f"uri=sqlite:///{folder}/mlflow.db", f"output={tmp_path}", "figures=false"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "exploratory: 6 of 7 planned pairs are there" in said and "grown is better than host" in said and "failed runs" not in said
+
+
+def test_a_sweep_of_which_all_runs_failed_says_that_and_not_that_they_have_no_metric(
+    client: Any, fill: Fill, folder: Path, tmp_path: Path
+) -> None:
+    parent = fill("s11", "eleventh", pairs=0, plan=False)
+    for arm in ARMS:
+        tags = {SWEEP: "s11", ARM: arm, BLOCK: "", SEED: "0", "mlflow.parentRunId": parent}
+        run = client.create_run(client.get_experiment_by_name("esper").experiment_id, tags=tags).info.run_id
+        client.log_metric(run, "train/loss", 1.0)
+        client.set_terminated(run, "FAILED")
+    text = Plan("accuracy", "max", 0.01, 0.05, 0.8, 0.0, "host", ARMS, (0,)).text()
+    for name, value in plan_tags(text).items():
+        client.set_tag(parent, name, value)
+    with pytest.raises(UserError, match="All 2 runs of the sweep failed"):
+        compare(["sweep=s11", f"uri=sqlite:///{folder}/mlflow.db", f"output={tmp_path}", "figures=false"])
+
+
 def test_two_sweeps_of_one_name_are_told_apart_by_their_ids(client: Any, fill: Fill) -> None:
     fill("s4", "twin", pairs=1)
     fill("s5", "twin", pairs=1)

@@ -50,6 +50,8 @@ def test_a_sweep_says_its_plan_first_and_its_verdict_last(done: tuple[Path, str]
     said = done[1]
     assert said.index("Too few pairs") < said.index("1/4") < said.index("against the reference")
     assert "Cannot tell 0.01 from 0.001" in said
+    note = json.loads((done[0] / "sweep" / "sweep.json").read_text())
+    assert f"  esper compare sweep={note['id']} output={done[0]}\n" in said
 
 
 def test_parent_and_children_are_in_the_store_with_tags_to_group_by(done: tuple[Path, str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from esper.bus.messages import Alert, Metrics, RunStarted, Telemetry
+from esper.compare.jobs import set_aside
 from esper.errors import UserError
 from esper.tracking import (
     MlflowConfig,
@@ -112,6 +113,20 @@ def test_a_process_killed_before_it_noted_its_run_leaves_no_second_one(client, r
     again = MlflowRun(MlflowConfig(**LIGHT))
     again.open(records(name, folder))
     assert again.run_id == first.run_id
+
+
+@pytest.mark.parametrize("status", ["FAILED", "FINISHED", "KILLED"])
+def test_an_attempt_that_was_set_aside_keeps_its_mlflow_run(client, records, outputs, status):
+    folder = outputs / f"again [{status}]"
+    folder.mkdir()
+    first = tracked(records(status, folder), [Metrics(tick=1, values={"a": 1.0})], status=status)
+    set_aside(folder)
+    folder.mkdir()
+    again = tracked(records(status, folder, changed={"trainer.steps": "200"}), [Metrics(tick=1, values={"a": 2.0})])
+    assert again.run_id != first.run_id
+    assert client.get_run(first.run_id).info.status == status
+    assert [value for _, _, value in history(client, first, "a")] == [1.0]
+    assert client.get_run(again.run_id).data.params["trainer.steps"] == "200"
 
 
 def test_values_that_are_not_finite_are_kept_as_nan_and_named(client, record):
