@@ -185,6 +185,28 @@ def test_broken_connections_do_not_count_as_deliveries_of_what_is_in_hands(fragi
     assert bus.dead_letters("run") == []
 
 
+@pytest.mark.parametrize("before", [0, 1])  # deliveries in an earlier life
+@pytest.mark.parametrize("spare", [1, 2, 3, 4])  # replies of a read that come through: those of login and joining, of the claim …
+def test_broken_connections_do_not_count_as_deliveries_of_what_never_arrived(fragile, proxy, open_bus, spare, before):
+    bus = open_bus(fragile.address, deliveries=2)
+    producer = bus.producer("events", "run")
+    for number in range(3):
+        producer.publish(TickEnded(tick=number))
+    assert producer.flush(5)
+    for _ in range(before):
+        assert len(bus.consumer("events", "run", "group", "one").read(3, 2)) == 3
+    consumer = open_bus(proxy.address, folder="reader", deliveries=2, claim_s=60).consumer("events", "run", "group", "one")
+    found = []
+    for _ in range(12):
+        proxy.reset_after_request(1, spare)
+        found += consumer.read(3)
+    proxy.calm()
+    while len(found) < 3 and (got := consumer.read(3, 2)):
+        found += got
+    assert bus.dead_letters("run") == []
+    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(n, 1 + before) for n in range(3)]
+
+
 def test_a_record_cut_off_by_a_kill_does_not_spoil_those_before_it(tmp_path):
     spool = Spool(tmp_path / "spool", 1 << 20)
     for number in range(10):
