@@ -16,7 +16,7 @@ from esper.bus.ids import Id, parse
 from esper.bus.messages import ClaimCheck, Telemetry
 from esper.bus.protocol import Delivery
 from esper.bus.server import keys, scripts
-from esper.bus.server.claim_check import check_out, discard
+from esper.bus.server.claim_check import check_out, discard_if_read
 from esper.bus.telemetry import unpacked
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class ServerConsumer:
                 self._done.popitem(last=False)
         self._send_acks()
         for held in stored:
-            self._finished_with(held)
+            discard_if_read(self._patient, self._payloads, held.key, held.entry, held.digest)
         if deliveries:
             self._counts.add("acknowledged", len(deliveries))
 
@@ -375,17 +375,3 @@ class ServerConsumer:
             with self._lock:
                 for key, entries in unsent.items():
                     self._unsent.setdefault(key, []).extend(entries)
-
-    def _finished_with(self, held: Held) -> None:
-        """Remove a stored payload once every group on its stream has acknowledged it; the last of them does."""
-        import redis
-
-        try:
-            for group in self._patient.xinfo_groups(held.key):
-                if parse(group["last-delivered-id"]) < parse(held.entry):
-                    return
-                if self._patient.xpending_range(held.key, group["name"], held.entry, held.entry, 1):
-                    return
-        except redis.RedisError:
-            return  # it stays until `esper bus purge`
-        discard(self._payloads, held.digest)
