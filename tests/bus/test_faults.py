@@ -15,7 +15,9 @@ import pytest
 from faults import wait_until
 
 from esper.bus.messages import Telemetry, TickEnded
+from esper.bus.programs.track import fresh_group
 from esper.bus.spool import Spool
+from esper.errors import UserError
 
 
 def drain(consumer, wanted, seconds=15.0):
@@ -252,6 +254,19 @@ def test_acknowledged_entries_are_trimmed_and_unacknowledged_ones_never(fragile,
     time.sleep(0.6)
     again = consumer.read(60, 1)
     assert [delivery.message.ticks[0] for delivery in again] == list(range(20, 30))
+
+
+def test_who_reads_from_the_beginning_notices_that_all_of_it_was_trimmed(fragile, open_bus):
+    bus = open_bus(fragile.address, keep_mb=1, codec="raw")
+    producer, consumer = bus.producer("telemetry", "run"), bus.consumer("telemetry", "run", "controller", "one")
+    for number in range(60):
+        producer.publish(Telemetry(site="a", ticks=[number], seeds=100, columns=["x"] * 100, data=bytes(40_000)))
+    assert producer.flush(5)
+    while found := consumer.read(60, 0.5):
+        consumer.ack(found)
+    assert wait_until(lambda: bus.client.xlen("esper:{run}:telemetry:main") <= 1, 6)
+    with pytest.raises(UserError, match="let go of the beginning"):
+        fresh_group(bus, "run", ["telemetry"])
 
 
 def test_a_server_that_forgot_the_epochs_gives_none_twice(fragile, open_bus):
