@@ -95,6 +95,14 @@ class Inbox:
         self._publish(Acknowledgement(command_id=command_id, status=status, reason=reason, tick=tick))
         self._ended(command_id)
 
+    def refuse_rest(self, reason: str, tick: int) -> None:
+        """End whatever has not been handed out: nothing will be applied any more."""
+        commands = self._due + self._undecided
+        self._due, self._undecided = [], []
+        for command in commands:
+            self._publish(Acknowledgement(command_id=command.id, status="delivered", tick=tick))
+            self.finish(command.id, "refused", reason, tick)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs (JSON-able): commands not yet handed out and ids already seen."""
         return {

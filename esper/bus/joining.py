@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,8 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached, or no longer.
 
     ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own,
-    and otherwise its counts are said on the server while the caller is at work.
+    and otherwise its counts are said on the server while the caller is at work. No message is given up on for having been
+    in the hands of a controller that died, however often: without it the next would decide otherwise, and nobody would see.
     """
     import redis
 
@@ -69,6 +71,8 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     if part:
         _refuse_second(folder, found, part)
     config = KINDS[found.bus["name"]](**found.bus)
+    if part == "controller":
+        config = dataclasses.replace(config, deliveries=sys.maxsize)
     address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
     bus = ServerBus(config, address, folder / "bus")
     try:

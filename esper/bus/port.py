@@ -29,7 +29,7 @@ from esper.bus.messages import (
 from esper.bus.protocol import Bus, Delivery, Producer
 from esper.bus.rate import AlertLimit
 from esper.bus.readings import PortState, Reading, readings
-from esper.bus.receiver import Receiver
+from esper.bus.receiver import Receiver, Safekeeping
 from esper.bus.ring import TelemetryRing
 from esper.errors import UserError
 
@@ -92,9 +92,10 @@ class BusPort:
         self._commands = bus.local.consumer("commands", run, "trainer", "trainer")
         self._receiver: Receiver | None = None
         self._unfinished: dict[str, Delivery] = {}
+        self.safe = Safekeeping(lambda delivery: self._receiver.done(delivery))
         self._inbox = Inbox(self._acknowledge, self._ended)
         self._thread: Background | None = None
-        self._over = False
+        self._over = self._finished = False
         self.watched = PortState()
         self._inbox.measure = self.watched.finished
         self._exporters: list[PrometheusEndpoint | OtlpExporter] = []
@@ -137,7 +138,7 @@ class BusPort:
         self._ring.drain()
         self._incidents(tick)
         self._event(RunEnded(tick=tick, status=status, summary=summary))
-        self._over = True
+        self._over, self._finished = True, status == "FINISHED"
 
     def transition(
         self,
@@ -206,6 +207,8 @@ class BusPort:
 
     def checkpoint(self, tick: int, path: str, digest: str) -> None:
         """A checkpoint was written and verified; with an empty ``path``: its state was taken, and is on its way to the disk."""
+        if path:
+            self.safe.written()
         self._event(Checkpoint(tick=tick, path=path, digest=digest))
 
     def report(self, tick: int, command_id: str, stages: dict[str, int], branches: list[dict[str, Any]]) -> None:
@@ -273,6 +276,7 @@ class BusPort:
     def state(self) -> dict[str, Any]:
         """What a checkpoint taken after ``end_tick`` needs to give the same commands at the next tick (JSON-able)."""
         self._receive()
+        self.safe.copied()
         return self._inbox.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -291,6 +295,10 @@ class BusPort:
         self._ring.drain()
         if self._thread is not None and self._over:
             self._thread.join()
+        if self._finished:  # what is killed or fails may go on later, and its commands with it
+            self._receive()
+            self._inbox.refuse_rest("the run ended before it could be applied", self.watched.tick)
+            self.safe.release()
         for producers in self._out.values():
             for producer in producers:
                 producer.close()
@@ -352,8 +360,12 @@ class BusPort:
 
     def _ended(self, command_id: str) -> None:
         delivery = self._unfinished.pop(command_id, None)
-        if delivery is not None:
+        if delivery is None:
+            return
+        if delivery.producer == CONTROLLER:  # of a run that goes on from a checkpoint, it decides again
             self._receiver.done(delivery)
+        else:
+            self.safe.ended(delivery)
 
     def _incidents(self, tick: int) -> None:
         """What happened to the bus itself, said from the trainer's thread so that the order of events is its own."""

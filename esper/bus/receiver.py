@@ -63,3 +63,42 @@ class Receiver:
     def _acknowledge(self) -> None:
         if self._done:
             self._consumer.ack([self._done.popleft() for _ in range(len(self._done))])
+
+
+class Safekeeping:
+    """Commands that have ended, until nothing can undo what came of them; only then does the server forget them.
+
+    A run that is killed goes on from its last checkpoint, which knows nothing of what was applied after it. With ``hold`` a
+    command is therefore acknowledged when a checkpoint that was taken after its end is on disk, and at once without it.
+    """
+
+    def __init__(self, done: Callable[[Delivery], None]) -> None:
+        self.hold = False
+        self._done = done
+        self._ended: list[Delivery] = []
+        self._copied: deque[list[Delivery]] = deque()  # of every checkpoint that is on its way to the disk
+
+    def ended(self, delivery: Delivery) -> None:
+        """This command needs no answer any more."""
+        if self.hold:
+            self._ended.append(delivery)
+        else:
+            self._done(delivery)
+
+    def copied(self) -> None:
+        """A checkpoint's state was taken, with all that ended so far in it."""
+        if self.hold:
+            self._copied.append(self._ended)
+            self._ended = []
+
+    def written(self) -> None:
+        """The oldest of those is on disk, or a later one: never one whose state was taken after it."""
+        for delivery in self._copied.popleft() if self._copied else ():
+            self._done(delivery)
+
+    def release(self) -> None:
+        """The run is over and will not go on."""
+        for delivery in (*(delivery for batch in self._copied for delivery in batch), *self._ended):
+            self._done(delivery)
+        self._copied.clear()
+        self._ended = []

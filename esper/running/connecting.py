@@ -18,6 +18,7 @@ from esper.bus.messages import Message
 from esper.bus.port import BusPort, ControllerSilent
 from esper.bus.programs.track import GROUP as TRACKER
 from esper.bus.protocol import Bus
+from esper.bus.server.claim_check import keep_all
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
 from esper.errors import UserError
@@ -104,6 +105,8 @@ def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, qui
     """Let other processes find the run's bus, and tell the user what to start."""
     if bus.local is not bus:
         invite(folder, record.run, config.bus, msgspec.to_builtins(record))
+        if config.tracking.process == EXTERNAL:
+            keep_all(folder / "bus" / "payloads")
     for group, program in (("controller", "control"), ("tracking", "track")):
         if getattr(config, group).process == EXTERNAL and not quiet:
             print(f"{group}.process=external: start  esper {program} {folder}", file=sys.stderr, flush=True)

@@ -40,6 +40,7 @@ class Keeper:
         settings = config.trainer
         self.every = settings.checkpoint_every
         self.folder, self.port, self.runner, self.trackers = folder, port, runner, trackers
+        port.safe.hold = bool(self.every)
         retention = Retention(settings.checkpoint_keep, settings.checkpoint_best, settings.checkpoint_hours)
         self.saver = Saver(folder / store.FOLDER, retention, self._settled, self._written)
         self.asked = self._due = False

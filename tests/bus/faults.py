@@ -67,6 +67,11 @@ class FaultProxy:
             self._resets += times
             self._spare = spare
 
+    def calm(self) -> None:
+        """Lose no more replies."""
+        with self._lock:
+            self._resets = 0
+
     def reset_all(self) -> None:
         """Reset every connection now."""
         for pair in list(self._pairs):

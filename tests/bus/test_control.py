@@ -8,7 +8,8 @@ import pytest
 from trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus.config import RedisConfig
-from esper.bus.messages import Germinate
+from esper.bus.joining import invite, joined
+from esper.bus.messages import Germinate, RunStarted
 from esper.bus.port import BusPort, ControllerSilent
 from esper.bus.programs.control import Control
 from esper.bus.server.bus import ServerBus
@@ -104,6 +105,23 @@ def test_a_trainer_that_goes_back_to_where_the_controller_was_not_is_refused(ope
     assert "kept nothing at that tick" in failures[0]
     port.close()
     control.close()
+
+
+def test_a_controller_killed_often_before_it_could_decide_still_knows_the_run(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("ESPER_BUS_PASSWORD", server.address.password)
+    config = RedisConfig(url=f"redis://127.0.0.1:{server.address.port}/0", timeout_s=0.5, deliveries=1)
+    trainer = ServerBus(config, server.address, tmp_path / "trainer")
+    invite(tmp_path, "often", config, {"config": {"controller": {"process": "external"}}})
+    producer = trainer.producer("events", "often")
+    producer.publish(RunStarted(tick=0, total_ticks=20, sites=[]))
+    assert producer.flush(5)
+    for _ in range(4):  # nothing is acknowledged before the first tick has ended
+        with joined(tmp_path, "controller") as (bus, found):
+            controller = Counting()
+            Control(bus, found.run, controller, tmp_path / "memory").serve(idle_s=0.5)
+        assert controller.heard == ["RunStarted"]
+    assert trainer.dead_letters("often") == []
+    trainer.close()
 
 
 def test_a_trainer_that_stopped_without_a_decision_gets_it_when_it_is_resumed(open_bus, tmp_path):

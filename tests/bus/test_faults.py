@@ -15,7 +15,9 @@ import pytest
 from faults import wait_until
 
 from esper.bus.messages import Telemetry, TickEnded
+from esper.bus.programs.track import fresh_group
 from esper.bus.spool import Spool
+from esper.errors import UserError
 
 
 def drain(consumer, wanted, seconds=15.0):
@@ -185,6 +187,28 @@ def test_broken_connections_do_not_count_as_deliveries_of_what_is_in_hands(fragi
     assert bus.dead_letters("run") == []
 
 
+@pytest.mark.parametrize("before", [0, 1])  # deliveries in an earlier life
+@pytest.mark.parametrize("spare", [1, 2, 3, 4])  # replies of a read that come through: those of login and joining, of the claim …
+def test_broken_connections_do_not_count_as_deliveries_of_what_never_arrived(fragile, proxy, open_bus, spare, before):
+    bus = open_bus(fragile.address, deliveries=2)
+    producer = bus.producer("events", "run")
+    for number in range(3):
+        producer.publish(TickEnded(tick=number))
+    assert producer.flush(5)
+    for _ in range(before):
+        assert len(bus.consumer("events", "run", "group", "one").read(3, 2)) == 3
+    consumer = open_bus(proxy.address, folder="reader", deliveries=2, claim_s=60).consumer("events", "run", "group", "one")
+    found = []
+    for _ in range(12):
+        proxy.reset_after_request(1, spare)
+        found += consumer.read(3)
+    proxy.calm()
+    while len(found) < 3 and (got := consumer.read(3, 2)):
+        found += got
+    assert bus.dead_letters("run") == []
+    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(n, 1 + before) for n in range(3)]
+
+
 def test_a_record_cut_off_by_a_kill_does_not_spoil_those_before_it(tmp_path):
     spool = Spool(tmp_path / "spool", 1 << 20)
     for number in range(10):
@@ -230,6 +254,19 @@ def test_acknowledged_entries_are_trimmed_and_unacknowledged_ones_never(fragile,
     time.sleep(0.6)
     again = consumer.read(60, 1)
     assert [delivery.message.ticks[0] for delivery in again] == list(range(20, 30))
+
+
+def test_who_reads_from_the_beginning_notices_that_all_of_it_was_trimmed(fragile, open_bus):
+    bus = open_bus(fragile.address, keep_mb=1, codec="raw")
+    producer, consumer = bus.producer("telemetry", "run"), bus.consumer("telemetry", "run", "controller", "one")
+    for number in range(60):
+        producer.publish(Telemetry(site="a", ticks=[number], seeds=100, columns=["x"] * 100, data=bytes(40_000)))
+    assert producer.flush(5)
+    while found := consumer.read(60, 0.5):
+        consumer.ack(found)
+    assert wait_until(lambda: bus.client.xlen("esper:{run}:telemetry:main") <= 1, 6)
+    with pytest.raises(UserError, match="let go of the beginning"):
+        fresh_group(bus, "run", ["telemetry"])
 
 
 def test_a_server_that_forgot_the_epochs_gives_none_twice(fragile, open_bus):

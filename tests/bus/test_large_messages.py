@@ -9,7 +9,9 @@ import pytest
 from faults import wait_until
 
 from esper.bus.messages import Metrics, Telemetry, TickEnded
+from esper.bus.programs.track import fresh_group
 from esper.bus.protocol import Fenced
+from esper.bus.server.claim_check import keep_all
 
 
 def large(number):
@@ -147,3 +149,19 @@ def test_a_tampered_payload_is_refused(fragile, open_bus):
     assert consumer.read(1, 1) == []
     (letter,) = bus.dead_letters("run")
     assert "does not have its hash" in letter.reason
+
+
+def test_a_tracker_killed_after_it_acknowledged_a_large_message_finds_it_again(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    producer, controller = bus.producer("events", "run"), bus.consumer("events", "run", "controller", "one")
+    assert controller.read() == []
+    keep_all(bus.folder / "payloads")  # as a run with tracking.process=external does
+    said = Metrics(tick=1, values={f"metric/{number}": float(number) for number in range(100_000)})
+    producer.publish(said)
+    assert producer.flush(5)
+    for _ in range(3):  # every start reads all again
+        controller.ack(controller.read(1, 2))
+        reader = bus.consumer("events", "run", fresh_group(bus, "run", ["events"]), "tracker")
+        (delivery,) = reader.read(1, 2)
+        assert delivery.message == said
+        reader.ack([delivery])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,3 +116,32 @@ def test_an_effect_whose_cause_never_comes_is_held_for_a_bounded_time():
     assert order.ready(9.9) == []
     assert order.ready(20.0) == [effect]
     assert counts.snapshot()["late"] == 1
+
+
+@pytest.mark.parametrize("kind", [StreamOrder, GlobalOrder, CausalOrder])
+@given(traffic=traffic(), data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_whatever_is_missing_or_delayed_the_rest_comes_once_and_disorder_is_counted(kind, traffic, data):
+    sent, arrival, _ = traffic
+    missing = data.draw(st.lists(st.sampled_from(sent), max_size=3, unique_by=id))
+    pauses = data.draw(st.lists(st.sampled_from([0.0, 0.1, 4.0, 11.0]), min_size=len(arrival), max_size=len(arrival)))
+    counts, now = Counts(), 0.0
+    order, released = kind(10.0, counts), []
+    for message, pause in zip(arrival, pauses, strict=True):
+        now += pause
+        if not any(message is gone for gone in missing):
+            order.push(message, now)
+        released += order.ready(now)
+    for _ in range(len(sent) + 2):
+        now += 10.0
+        released += order.ready(now)
+    assert sorted(map(id, released)) == sorted(id(message) for message in sent if not any(message is gone for gone in missing))
+    late, last, passed = counts.snapshot()["late"], {}, 0
+    for delivery in released:
+        passed += parse(delivery.id) < last.get(delivery.producer, (0, 0))
+        last[delivery.producer] = max(last.get(delivery.producer, (0, 0)), parse(delivery.id))
+    assert passed <= late
+    if kind is CausalOrder:
+        position = {f"{delivery.producer}/{delivery.id}": index for index, delivery in enumerate(released)}
+        early = [any(position.get(cause, -1) > index for cause in message.after) for index, message in enumerate(released)]
+        assert sum(early) <= late

@@ -6,14 +6,20 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from esper.bus.codec import Envelope, Refused, decode, encode
+from esper.bus.ids import parse
 from esper.bus.messages import ClaimCheck
+
+if TYPE_CHECKING:
+    import redis
 
 THRESHOLD = 1 << 20
 LIMIT = 1 << 30
+KEPT = "kept"  # a file of this name in the folder: see keep_all
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,8 +62,29 @@ def check_out(folder: Path, envelope: Envelope) -> Envelope:
     return inner
 
 
-def discard(folder: Path, digest: str) -> None:
-    """Remove a payload that everybody has acknowledged."""
+def keep_all(folder: Path) -> None:
+    """From now on no payload is removed: a tracker in a process of its own reads all again at every start, its first included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KEPT).touch()
+
+
+def discard_if_read(client: redis.Redis, folder: Path, key: str, entry: bytes, digest: str) -> None:
+    """Remove a payload once every group on its stream has acknowledged the entry; the last of them does.
+
+    It stays where the server does not answer, and after ``keep_all``.
+    """
+    import redis
+
+    if (folder / KEPT).exists():
+        return
+    try:
+        for group in client.xinfo_groups(key):
+            if parse(group["last-delivered-id"]) < parse(entry):
+                return
+            if client.xpending_range(key, group["name"], entry, entry, 1):
+                return
+    except redis.RedisError:
+        return
     _path(folder, digest).unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from esper.bus.ids import Id, parse
 from esper.bus.messages import ClaimCheck, Telemetry
 from esper.bus.protocol import Delivery
 from esper.bus.server import keys, scripts
-from esper.bus.server.claim_check import check_out, discard
+from esper.bus.server.claim_check import check_out, discard_if_read
 from esper.bus.telemetry import unpacked
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class ServerConsumer:
         self._keys: dict[str, str] = {}  # key -> producer
         self._not_streams: set[str] = set()
         self._recover: dict[str, str] = {}  # key -> where reading of our own pending entries stands
+        self._recovered: set[str] = set()  # keys read through so once: what is pending there now was handed to this life
+        self._owed: dict[tuple[str, bytes], int] = {}  # key and entry -> which delivery it is, kept until a read went well
         self._held: dict[tuple[str, str], Held] = {}
         self._done: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._fresh: list[tuple[str, str]] = []  # what the read that is going on has taken
@@ -91,6 +93,9 @@ class ServerConsumer:
                 self._keys.clear()  # the server came back without our group, or a key was replaced: look anew
                 self._start_over()
                 found = []
+            else:
+                if not self._recover:  # all that was owed is in hands
+                    self._owed.clear()
             if found or time.monotonic() >= deadline:
                 self._counts.add("received", len(found))
                 return found
@@ -112,7 +117,7 @@ class ServerConsumer:
                 self._done.popitem(last=False)
         self._send_acks()
         for held in stored:
-            self._finished_with(held)
+            discard_if_read(self._patient, self._payloads, held.key, held.entry, held.digest)
         if deliveries:
             self._counts.add("acknowledged", len(deliveries))
 
@@ -181,19 +186,30 @@ class ServerConsumer:
     def _own(self, count: int) -> list[Delivery]:
         """Entries pending under our name that are not in somebody's hands in this process.
 
-        What is in hands is left alone, or every broken connection would count as one more delivery of it.
+        What is in hands is left alone, or every broken connection would count as one more delivery of it. What an earlier life
+        left has one delivery more than it says. What this life was given in a reply that got lost has none: nobody saw it.
         """
         found: list[Delivery] = []
         for key in list(self._recover):
             pending = self._client.xpending_range(key, self.group, self._recover[key], "+", count, self.name)
             if not pending:
                 del self._recover[key]
+                self._recovered.add(key)
                 continue
             self._recover[key] = f"({pending[-1]['message_id'].decode()}"
             in_hands = {held.entry for held in self._held.values() if held.key == key}
-            wanted = [entry["message_id"] for entry in pending if entry["message_id"] not in in_hands]
-            claimed = self._client.xclaim(key, self.group, self.name, 0, wanted) if wanted else []
-            found += self._deliver(key, [(id, fields) for id, fields in claimed if id is not None], again=True)
+            more = key not in self._recovered
+            times = {
+                entry["message_id"]: self._owed.setdefault((key, entry["message_id"]), entry["times_delivered"] + more)
+                for entry in pending
+                if entry["message_id"] not in in_hands
+            }
+            claimed: list[tuple[bytes, Any]] = []
+            for count_now in sorted(set(times.values())):  # the number is said, so that asking again changes nothing
+                ids = [id for id in times if times[id] == count_now]
+                claimed += self._client.xclaim(key, self.group, self.name, 0, ids, retrycount=count_now)
+            entries = sorted(((id, fields) for id, fields in claimed if id is not None), key=lambda entry: parse(entry[0]))
+            found += self._deliver(key, entries, times)
         return found
 
     def _claim(self, count: int) -> list[Delivery]:
@@ -208,7 +224,7 @@ class ServerConsumer:
                 entries = [(id, fields) for id, fields in reply[1] if fields]
                 if gone := [id for id, fields in reply[1] if not fields]:  # deleted entries, on servers before 7.0
                     self._client.xack(key, self.group, *gone)
-                found += self._deliver(key, entries, again=True)
+                found += self._deliver(key, entries, self._times_delivered(key, entries))
                 start = reply[0]
                 if start in (b"0-0", "0-0"):
                     break
@@ -243,7 +259,7 @@ class ServerConsumer:
         found: list[Delivery] = []
         for key, entries in reply or ():
             self._note_gaps(key.decode(), entries)
-            found += self._deliver(key.decode(), entries, again=False)
+            found += self._deliver(key.decode(), entries, {})
         return found
 
     def _note_gaps(self, key: str, entries: list[tuple[bytes, Any]]) -> None:
@@ -275,9 +291,9 @@ class ServerConsumer:
 
     # --- handing out ---
 
-    def _deliver(self, key: str, entries: list[tuple[bytes, Any]], again: bool) -> list[Delivery]:
+    def _deliver(self, key: str, entries: list[tuple[bytes, Any]], times: dict[bytes, int]) -> list[Delivery]:
+        """What can be handed out of these; ``times`` says which delivery it is, where it is not the first."""
         found: list[Delivery] = []
-        times = self._times_delivered(key, entries) if again and entries else {}
         for id, fields in entries:
             delivery = self._open(key, id, fields, times.get(id, 1))
             if delivery is not None:
@@ -285,6 +301,8 @@ class ServerConsumer:
         return found
 
     def _times_delivered(self, key: str, entries: list[tuple[bytes, Any]]) -> dict[bytes, int]:
+        if not entries:
+            return {}
         pending = self._client.xpending_range(key, self.group, entries[0][0], entries[-1][0], len(entries), self.name)
         return {entry["message_id"]: entry["times_delivered"] for entry in pending}
 
@@ -357,17 +375,3 @@ class ServerConsumer:
             with self._lock:
                 for key, entries in unsent.items():
                     self._unsent.setdefault(key, []).extend(entries)
-
-    def _finished_with(self, held: Held) -> None:
-        """Remove a stored payload once every group on its stream has acknowledged it; the last of them does."""
-        import redis
-
-        try:
-            for group in self._patient.xinfo_groups(held.key):
-                if parse(group["last-delivered-id"]) < parse(held.entry):
-                    return
-                if self._patient.xpending_range(held.key, group["name"], held.entry, held.entry, 1):
-                    return
-        except redis.RedisError:
-            return  # it stays until `esper bus purge`
-        discard(self._payloads, held.digest)

@@ -41,15 +41,17 @@ class Trimmer:
             return
 
     def trim(self, key: str) -> None:
-        """Remove what every group has acknowledged; a stream without groups is kept whole."""
+        """Remove what every group has acknowledged; a stream without groups is kept whole.
+
+        The last entry stays, as a sign that there were others: who reads from the beginning must notice that it is gone.
+        """
         floors = []
         for group in self._client.xinfo_groups(key):
             pending = self._client.xpending(key, group["name"])
             if pending["pending"]:
                 floors.append(parse(pending["min"]))
             else:
-                epoch, sequence = parse(group["last-delivered-id"])
-                floors.append((epoch, sequence + 1))
+                floors.append(parse(group["last-delivered-id"]))
         if floors and min(floors) > (0, 0):
             epoch, sequence = min(floors)
             self._client.xtrim(key, minid=f"{epoch}-{sequence}", approximate=False)
