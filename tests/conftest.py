@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.here import restored
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run in its interpreter
 
@@ -28,7 +30,7 @@ def checkout() -> Path:
 def esper(tmp_path: Path) -> Run:
     """Runs ``esper`` as a user would, in an empty folder, and returns exit code, stdout and stderr."""
 
-    def run(*words: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "esper", *words]
         root = Path(__file__).resolve().parent.parent
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -65,6 +67,13 @@ def interrupted(tmp_path: Path, checkout: Path) -> Callable[..., tuple[int, str]
         return process.returncode, rest.decode()
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def undone() -> Iterator[None]:
+    """What the program does to its process, it does to a test's process until the test's end only."""
+    with restored():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
