@@ -18,6 +18,7 @@ import yaml
 from esper.app import main
 from esper.cli import conf, programs
 from esper.cli.compose import check_jobs, compose
+from tests.here import here
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -111,9 +112,10 @@ def test_sigterm_ends_with_143(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().err == "esper: ended by SIGTERM\n"
 
 
-def test_an_output_folder_that_cannot_be_is_said_so(esper: Run, tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
-    result = esper("output=file/runs")
+    monkeypatch.chdir(tmp_path)
+    result = here("output=file/runs")
     assert result.returncode == 1
     assert "set output=<another folder>" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
