@@ -19,6 +19,35 @@ if not torch.cuda.is_available():
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
+#: The files that take longest, the longest first: begun last, they would leave the other processes of ``scripts/test`` without work.
+LONGEST = (
+    "compare/test_sweep.py",
+    "compare/test_going_on.py",
+    "e2e/test_external.py",
+    "repro/test_fingerprints.py",
+    "bus/test_programs.py",
+    "custom/test_user.py",
+    "bus/test_chaos.py",
+    "resume/test_chaos.py",
+    "app/test_interrupt.py",
+    "e2e/test_growth.py",
+    "tracking/test_mlflow.py",
+    "custom/test_controls.py",
+    "kernels/test_branches.py",
+    "library/test_compiled.py",
+    "compare/test_studies.py",
+    "resume/test_same_bits.py",
+    "e2e/test_bad_input.py",
+    "scripts/test_bench.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the tests of a file stay in their order."""
+    here = Path(__file__).resolve().parent
+    ranks = {here / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
