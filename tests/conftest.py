@@ -12,10 +12,41 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.here import restored
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run in its interpreter
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+#: The files that take longest, the longest first: begun last, they would leave the other processes of ``scripts/test`` without work.
+LONGEST = (
+    "compare/test_sweep.py",
+    "compare/test_going_on.py",
+    "e2e/test_external.py",
+    "repro/test_fingerprints.py",
+    "bus/test_programs.py",
+    "custom/test_user.py",
+    "bus/test_chaos.py",
+    "resume/test_chaos.py",
+    "app/test_interrupt.py",
+    "e2e/test_growth.py",
+    "tracking/test_mlflow.py",
+    "custom/test_controls.py",
+    "kernels/test_branches.py",
+    "library/test_compiled.py",
+    "compare/test_studies.py",
+    "resume/test_same_bits.py",
+    "e2e/test_bad_input.py",
+    "scripts/test_bench.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the tests of a file stay in their order."""
+    here = Path(__file__).resolve().parent
+    ranks = {here / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +59,7 @@ def checkout() -> Path:
 def esper(tmp_path: Path) -> Run:
     """Runs ``esper`` as a user would, in an empty folder, and returns exit code, stdout and stderr."""
 
-    def run(*words: str, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "esper", *words]
         root = Path(__file__).resolve().parent.parent
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -65,6 +96,13 @@ def interrupted(tmp_path: Path, checkout: Path) -> Callable[..., tuple[int, str]
         return process.returncode, rest.decode()
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def undone() -> Iterator[None]:
+    """What the program does to its process, it does to a test's process until the test's end only."""
+    with restored():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from esper.bus.config import RedisConfig
+from esper.bus import open_bus as opened_as
+from esper.bus.config import MemoryConfig, RedisConfig
+from esper.bus.protocol import Bus
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.embedded import EmbeddedServer
 
-sys.path.insert(0, str(Path(__file__).parent))  # samples.py, faults.py
+sys.path.insert(0, str(Path(__file__).parent))  # samples.py, faults.py, deciding.py
 
 from faults import FaultProxy, FragileServer
 
@@ -56,3 +58,19 @@ def open_bus(tmp_path: Path) -> Iterator[Callable[..., ServerBus]]:
     yield open_one
     for bus in opened:
         bus.close()
+
+
+@pytest.fixture
+def bus(tmp_path: Path) -> Iterator[Bus]:
+    """A bus in this process's memory."""
+    opened = opened_as(MemoryConfig(), tmp_path)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def served(server: EmbeddedServer, tmp_path: Path) -> Iterator[ServerBus]:
+    """A bus on the shared server; patient, because while it waits in vain for a busy machine it reads nothing."""
+    opened = ServerBus(RedisConfig(timeout_s=5.0), server.address, tmp_path / "bus")
+    yield opened
+    opened.close()

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+from esper.bus.protocol import Consumer, Delivery
 from esper.bus.server.connection import Address
 from esper.bus.server.embedded import EmbeddedServer
 
@@ -155,3 +156,14 @@ def any_of(generator: random.Random, **weights: float) -> str:
 def spool_folder(folder: Path) -> Path:
     """Where a bus with this folder keeps what waits."""
     return folder / "spool"
+
+
+def drain(consumer: Consumer, wanted: int, seconds: float = 15.0) -> list[int]:
+    """Read and acknowledge until ``wanted`` ticks are there or the time is up."""
+    found: list[Delivery] = []
+    deadline = time.monotonic() + seconds
+    while len(found) < wanted and time.monotonic() < deadline:
+        got = consumer.read(100, 0.05)
+        consumer.ack(got)
+        found += got
+    return [delivery.message.tick for delivery in found]

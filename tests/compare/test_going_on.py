@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from esper.cli.compose import compose
 from esper.compare.going_on import alone, taken_up
 from esper.report.summary import read_summary
+from esper.running.run import run
 from tests.resume.killing import differences
 
 pytestmark = pytest.mark.e2e
@@ -55,8 +57,7 @@ def jobs(folder: Path) -> list[Path]:
 
 def test_killed_and_started_again_with_resume_auto_it_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    alone = [word for word in SWEEP[2:] if not word.startswith("hydra.")]
-    undisturbed = begin(*alone, "seed=1", "tracking.figures=false", f"output={tmp_path}", f"hydra.run.dir={whole}")
+    one = [word for word in SWEEP[2:] if not word.startswith("hydra.")]
     process = begin(*SWEEP, f"output={cut}")
     until(lambda: len(jobs(cut)) == 2 and len(list((jobs(cut)[1] / "checkpoints").glob("[0-9]*"))) > 1, process)
     process.kill()
@@ -74,7 +75,7 @@ def test_killed_and_started_again_with_resume_auto_it_ends_as_an_undisturbed_one
     assert 0 < step < STEPS
     assert (first / "summary.json").stat().st_mtime_ns == written
     assert len(jobs(cut)) == 2, "nothing was set aside, and no second sweep was begun"
-    assert undisturbed.wait(120) == 0
+    run(compose([*one, "seed=1", "tracking.figures=false", f"output={tmp_path}"]), whole, quiet=True)
     assert [text for text in differences(second, whole) if not text.startswith("summary run:")] == []
 
 

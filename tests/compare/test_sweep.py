@@ -20,6 +20,7 @@ import yaml
 from esper.compare.command import main as compare
 from esper.compare.fingerprint import _metrics
 from esper.errors import UserError
+from tests.here import here
 
 SWEEP = ("-m", "optimizer.lr=0.001,0.01", "seed=0,1", "trainer.steps=30", "compare.figures=true")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -27,8 +28,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 pytestmark = pytest.mark.e2e
 
 
-def esper(*words: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "esper", *words], capture_output=True, text=True, env=ENVIRONMENT)
+def esper(*words: str, code: int = 0, apart: bool = False) -> str:
+    """What a sweep says; its jobs and its store have processes of their own, and ``apart`` it has one too."""
+    if apart:
+        done = subprocess.run([sys.executable, "-m", "esper", *words], capture_output=True, text=True, env=ENVIRONMENT)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("COLUMNS", "120")
+            done = here(*words)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -43,7 +51,7 @@ def client_of(folder: Path) -> Any:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished sweep of two arms and two seeds: its outputs, and what it said."""
     folder = tmp_path_factory.mktemp("outputs")
-    return folder, esper(*SWEEP, f"output={folder}", f"hydra.sweep.dir={folder}/sweep")
+    return folder, esper(*SWEEP, f"output={folder}", f"hydra.sweep.dir={folder}/sweep", apart=True)
 
 
 def test_a_sweep_says_its_plan_first_and_its_verdict_last(done: tuple[Path, str]) -> None:

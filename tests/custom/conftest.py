@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Path:
 def user(installed: Path, home: Path) -> User:
     """Runs ``esper`` from the wheel in the user's folder; ``allow`` is ``ESPER_ALLOW``."""
 
-    def run(*words: str, allow: str = "my_pkg", timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, allow: str = "my_pkg", timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(installed), "ESPER_ALLOW": allow}
         # as the console script starts it: the user's folder is not on the path
         start = "import sys; sys.path.remove('') if '' in sys.path else None; from esper.app import main; sys.exit(main())"

@@ -17,6 +17,7 @@ from esper.errors import UserError
 from esper.running.resume import fork, resume
 from esper.running.run import run
 from esper.training.checkpoint import store
+from tests.here import here
 from tests.resume.conftest import SHORT, Configure, configure
 from tests.resume.killing import rows
 
@@ -91,10 +92,9 @@ def test_controller_and_tracker_outside_killed_once_leave_what_a_run_with_both_i
     until(memory.exists, control)
     control.kill()
     control.wait()
-    status = start("bus", "status", str(folder), "--json")
-    said, complaint = status.communicate(timeout=60)
-    assert status.returncode == 0, complaint
-    streams = {stream["stream"]: stream for stream in json.loads(said)["streams"]}
+    status = here("bus", "status", str(folder), "--json")
+    assert status.returncode == 0, status.stderr
+    streams = {stream["stream"]: stream for stream in json.loads(status.stdout)["streams"]}
     assert {group["name"] for group in streams["events"]["groups"]} >= {"controller"}
     track.kill()
     control, track = start("control", str(folder)), start("track", str(folder))
@@ -143,8 +143,9 @@ def test_a_killed_trainer_goes_on_beside_its_controller_to_the_same_end_and_is_n
     same(folder, inside)
 
 
-def test_parts_outside_need_a_bus_that_reaches_there(esper: Any) -> None:
+def test_parts_outside_need_a_bus_that_reaches_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for group in ("controller", "tracking"):
-        done = esper(f"{group}.process=external", "tracking=none" if group == "controller" else "tracking=csv")
+        done = here(f"{group}.process=external", "tracking=none" if group == "controller" else "tracking=csv")
         assert done.returncode == 2
         assert f"{group}.process=external needs a bus" in done.stderr and "bus=embedded" in done.stderr

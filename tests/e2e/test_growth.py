@@ -13,6 +13,7 @@ import torch
 from esper import load_model
 from esper.cli.compose import compose
 from esper.running.parts import build_host
+from tests.here import here
 
 pytestmark = pytest.mark.e2e
 STAGES = ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING", "FOSSILIZED"]
@@ -42,9 +43,10 @@ def test_a_network_grows_on_real_data_from_one_command(esper: Any, tmp_path: Pat
     assert summary["metrics"]["final"]["test/accuracy"] > 0.4, "the host learnt too"
 
 
-def test_on_a_frozen_host_only_what_grows_learns(esper: Any, tmp_path: Path):
+def test_on_a_frozen_host_only_what_grows_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     words = ["trainer.freeze_host=true", "trainer.steps=400", "trainer.control=false", "tracking=none", "optimizer.weight_decay=0.1"]
-    done = esper(*words, "output=out")
+    done = here(*words, "output=out")
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "out").glob("*/*/summary.json")
     summary = json.loads(path.read_text())
@@ -57,8 +59,9 @@ def test_on_a_frozen_host_only_what_grows_learns(esper: Any, tmp_path: Path):
     assert len(grown) > len(host)
 
 
-def test_a_run_that_grew_nothing_says_so_loudly(esper: Any, tmp_path: Path):
-    done = esper("trainer.steps=60", "trainer.control=false", "tracking=none", "controller=none", "output=out")
+def test_a_run_that_grew_nothing_says_so_loudly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    done = here("trainer.steps=60", "trainer.control=false", "tracking=none", "controller=none", "output=out")
     assert done.returncode == 0, done.stderr
     assert "NOTHING" in done.stdout
     (path,) = (tmp_path / "out").glob("*/*/summary.json")

@@ -32,3 +32,15 @@ if not torch.cuda.is_available():
         return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     interpreter.InterpreterBuilder.create_dot = _create_dot
+    _call = interpreter.GridExecutor.__call__
+
+    def _unwatched(self, *arguments, **settings):
+        """Coverage reports no line of a kernel (pyproject.toml); watching the interpreter work through one takes as long as the work."""
+        watching = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return _call(self, *arguments, **settings)
+        finally:
+            sys.settrace(watching)
+
+    interpreter.GridExecutor.__call__ = _unwatched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,8 @@ from esper.errors import UserError
 from esper.report.summary import read_summary
 from esper.running.folder import alive
 from esper.running.keeping import _score
-from esper.running.resume import auto, refuse_changes, resume, unfinished
+from esper.running.resume import Start, auto, refuse_changes, resume, unfinished
+from esper.running.resume import main as go_on
 from esper.running.run import run
 from esper.training.checkpoint import store
 from esper.training.trainer import Outcome
@@ -113,14 +116,16 @@ def test_two_processes_do_not_run_in_one_folder(configure: Configure, tmp_path: 
     assert not (tmp_path / "run.lock").exists()
 
 
-def test_warnings_of_a_run_that_goes_on_reach_the_terminal_and_its_log(tmp_path: Path) -> None:
-    program = (
-        "import logging, sys\nfrom pathlib import Path\nfrom esper.running import resume, run\n"
-        "def warn(*words, **more): logging.getLogger('esper.tracking').error('the tracker is lost'); logging.info('a detail')\n"
-        "run.run = warn\nresume.resume = lambda *words: resume.Start(None, Path(sys.argv[1]), None)\n"
-        "resume.main([f'resume={sys.argv[1]}'])"
-    )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stderr == "the tracker is lost\n"
+def test_warnings_of_a_run_that_goes_on_reach_the_terminal_and_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(*_: Any, **__: Any) -> None:
+        logging.getLogger("esper.tracking").error("the tracker is lost")
+        logging.info("a detail")
+
+    monkeypatch.setattr("esper.running.run.run", warn)
+    monkeypatch.setattr("esper.running.resume.resume", lambda *words: Start(None, tmp_path, None))  # type: ignore[arg-type]
+    go_on([f"resume={tmp_path}"])
+    assert capsys.readouterr().err == "the tracker is lost\n"
     log = (tmp_path / "esper.log").read_text()
     assert "ERROR esper.tracking: the tracker is lost" in log and "INFO root: a detail" in log

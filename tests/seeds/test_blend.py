@@ -21,7 +21,7 @@ def activation(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
 
 
-def compared(name: str, site: str, seeds: list[int], residual: bool = False) -> None:
+def assert_as_one_by_one(name: str, site: str, seeds: list[int], residual: bool = False) -> None:
     geometry, shape = SITES[site]
     bank, parts = filled_bank((BLUEPRINTS | CONVS)[name], geometry, seeds, residual)
     plan = build(parts, {bank.blueprint.name: bank}, geometry, torch.device("cpu"))
@@ -39,12 +39,12 @@ def compared(name: str, site: str, seeds: list[int], residual: bool = False) -> 
 
 @pytest.mark.parametrize(("name", "site"), CASES)
 def test_all_branches_at_once_equal_one_after_the_other(name: str, site: str):
-    compared(name, site, list(range(SITES[site][0].seeds)))
+    assert_as_one_by_one(name, site, list(range(SITES[site][0].seeds)))
 
 
 @pytest.mark.parametrize("name", [*BLUEPRINTS, *CONVS])
 def test_some_of_the_seeds_in_any_order_do_too(name: str):
-    compared(name, "image", [2, 0], residual=True)
+    assert_as_one_by_one(name, "image", [2, 0], residual=True)
 
 
 @pytest.mark.parametrize(("name", "site"), [("mlp-chunk", "uneven"), ("glu-layer", "uneven"), ("conv-chunk", "series")])

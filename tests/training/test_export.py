@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from growing import HOSTS, Loop, batch, germinate, same, short
+from growing import HOSTS, Loop, batch, build, germinate, same, short
 
 from esper.blueprints import GLU, MLP, Affine, Block, Conv, LowRank
 from esper.lifecycle import Stage
@@ -54,7 +54,9 @@ def test_an_export_computes_the_same(host: str, blueprint: Any):
 @pytest.mark.parametrize("host", list(HOSTS))
 def test_an_export_of_a_host_that_grew_nothing_is_the_host(host: str):
     loop = Loop(host).run(2)
-    same(dict(loop.grow.export().state_dict()), loop.host_state())
+    plain = loop.grow.export()
+    assert [type(module) for module in plain.modules()] == [type(module) for module in build(host).modules()]
+    same(dict(plain.state_dict()), loop.host_state())
 
 
 def test_exporting_leaves_the_original_as_it_was():
