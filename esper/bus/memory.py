@@ -191,6 +191,8 @@ class MemoryProducer:
 class MemoryConsumer:
     """A member of a consumer group over all producers of one stream."""
 
+    answered = True
+
     def __init__(self, bus: MemoryBus, stream: str, run: str, group: str, name: str, logs: dict[str, Log]) -> None:
         self._bus, self._stream, self._run = bus, stream, run
         self.group, self.name = group, name

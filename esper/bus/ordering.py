@@ -168,6 +168,11 @@ class OrderedConsumer:
         self._consumer, self._order = consumer, order
         self._ready: deque[Delivery] = deque()
 
+    @property
+    def answered(self) -> bool:
+        """That of the consumer."""
+        return self._consumer.answered
+
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages in order, waiting at most ``block_s`` seconds for the first."""
         deadline = time.monotonic() + block_s

@@ -71,6 +71,10 @@ class Producer(Protocol):
 class Consumer(Protocol):
     """A named member of a consumer group: every message goes to one member, and stays pending until acknowledged."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether the last read reached the bus: nothing found by one that did not says nothing of what is there."""
+
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first.
 

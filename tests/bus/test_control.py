@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from faults import wait_until
 from trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus.config import RedisConfig
 from esper.bus.joining import invite, joined
-from esper.bus.messages import Germinate, RunStarted
+from esper.bus.messages import Germinate, RunStarted, Telemetry, TickEnded
 from esper.bus.port import BusPort, ControllerSilent
 from esper.bus.programs.control import Control
 from esper.bus.server.bus import ServerBus
@@ -122,6 +123,36 @@ def test_a_controller_killed_often_before_it_could_decide_still_knows_the_run(se
         assert controller.heard == ["RunStarted"]
     assert trainer.dead_letters("often") == []
     trainer.close()
+
+
+class Watching(Counting):
+    """Remembers what it had heard when it decided on a tick."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = {}
+
+    def decide(self, tick):
+        self.known[tick] = self.heard.count("Telemetry")
+        return []
+
+
+def test_a_connection_that_breaks_while_a_tick_is_read_hides_none_of_its_telemetry(fragile, proxy, tmp_path):
+    config, watching = RedisConfig(timeout_s=0.5), Watching()
+    near, far = ServerBus(config, fragile.address, tmp_path / "near"), ServerBus(config, proxy.address, tmp_path / "far")
+    events, telemetry = near.producer("events", "run"), near.producer("telemetry", "run")
+    control = Control(far, "run", watching, tmp_path / "memory")
+    threading.Thread(target=control.serve, daemon=True).start()
+    for tick in range(1, 25):
+        telemetry.publish(Telemetry(site="a", ticks=[tick], seeds=1, columns=["x"], data=bytes(4)))
+        assert telemetry.flush(5)
+        proxy.reset_after_request(1, spare=tick % 6)
+        events.publish(TickEnded(tick=tick))
+        assert wait_until(lambda tick=tick: tick in watching.known)
+        proxy.calm()
+    assert watching.known == {tick: tick for tick in range(1, 25)}
+    near.close()
+    far.close()
 
 
 def test_a_trainer_that_stopped_without_a_decision_gets_it_when_it_is_resumed(open_bus, tmp_path):

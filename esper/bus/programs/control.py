@@ -85,7 +85,9 @@ class Control:
 
     def _tick(self, ended: TickEnded) -> None:
         for stream in HEARD:
-            while deliveries := self._consumers[stream].read(1000):
+            consumer = self._consumers[stream]
+            # What was said before the tick's end is there; without an answer from the bus nobody knows that there is no more.
+            while (deliveries := consumer.read(1000, 0.0 if consumer.answered else 0.05)) or not consumer.answered:
                 for delivery in deliveries:
                     self._hear(stream, delivery)
         if ended.tick > self._memory.tick:

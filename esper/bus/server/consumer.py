@@ -54,6 +54,7 @@ class ServerConsumer:
         self._client, self._patient = client, patient  # without and with retries
         self._config, self._counts, self._payloads = config, counts, payloads
         self._stream, self._run, self.group, self.name = stream, run, group, name
+        self.answered = True
         self._bury = patient.register_script(scripts.BURY)
         self._renew = client.register_script(scripts.RENEW)
         self._between = patient.register_script(scripts.BETWEEN)
@@ -80,19 +81,20 @@ class ServerConsumer:
         deadline = time.monotonic() + block_s
         while True:
             self._fresh.clear()
+            self.answered = True
             try:
                 found = self._read(count, max(0.0, deadline - time.monotonic()))
             except (redis.ConnectionError, redis.TimeoutError):
                 self._counts.add("retries")
                 self._start_over()
-                found = []
+                found, self.answered = [], False
                 time.sleep(max(0.0, min(0.05, deadline - time.monotonic())))
             except redis.ResponseError as error:
                 if not any(word in str(error) for word in ("NOGROUP", "UNBLOCKED", "WRONGTYPE")):
                     raise
                 self._keys.clear()  # the server came back without our group, or a key was replaced: look anew
                 self._start_over()
-                found = []
+                found, self.answered = [], False
             else:
                 if not self._recover:  # all that was owed is in hands
                     self._owed.clear()
