@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
+from esper.blueprints.once import each_once
 from esper.seeds.fused import Fused
 from esper.seeds.places import Fork, Put, take
 from esper.seeds.plan import BlockGroup, Group, Injection, Plan
@@ -38,7 +39,8 @@ def blend(x: Tensor, plan: Plan, geometry: Geometry, recording: Recording | None
         y = _add_groups(x, y, groups, geometry, ratios)
     for group in plan:
         if isinstance(group, Injection):
-            y = y.index_add(group.dim, group.target, group.addition.to(y.dtype))
+            with each_once(y.device):
+                y = y.index_add(group.dim, group.target, group.addition.to(y.dtype))
         elif isinstance(group, BlockGroup):
             y = _add_block(x, y, group, geometry, ratios)
             group.forwards += 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import MLP, Geometry, SlotBank
+from esper.blueprints.once import each_once
 from esper.kernels import Kernels
 from esper.kernels.dispatch import fits
 from esper.kernels.kinds import KINDS
@@ -56,7 +57,8 @@ class Fused:
         """``x + Σ α·δ(x)``, shaped as ``x``; counts contained branches, and notes ``ratios`` where ``statistics`` are at hand."""
         dim = self.geometry.dim
         rows = x if dim == -1 else x.movedim(dim, -1)
-        alpha = torch.zeros(self.geometry.seeds, device=x.device).index_copy(0, self.seeds, self.alpha.float())
+        with each_once(x.device):
+            alpha = torch.zeros(self.geometry.seeds, device=x.device).index_copy(0, self.seeds, self.alpha.float())
         grown = self.kernels.branches(self.site, rows, alpha, self.route, self.kinds, self._parameters())
         self.failures += (self.alpha > 0) & (grown.live.detach()[self.seeds] == 0)
         if ratios is not None and statistics is not None:

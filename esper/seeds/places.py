@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.blueprints.once import each_once
 from esper.seeds.plan import Group
 
 
@@ -28,11 +29,12 @@ def take(x: Tensor, group: Group, dim: int, seeds: int) -> Tensor:
 
 def add_(y: Tensor, added: Tensor, group: Group, dim: int, seeds: int) -> None:
     """Add ``[…, A, C, …]`` to the group's chunks of ``y``, in place; padding is left out."""
-    if group.seeds is None:
-        flat = added.flatten(dim, dim + 1)
-        y.index_add_(dim, group.target, flat if group.real is None else flat.index_select(dim, group.real))
-    else:
-        y.unflatten(dim, (seeds, -1)).index_add_(dim, group.seeds, added)
+    with each_once(y.device):
+        if group.seeds is None:
+            flat = added.flatten(dim, dim + 1)
+            y.index_add_(dim, group.target, flat if group.real is None else flat.index_select(dim, group.real))
+        else:
+            y.unflatten(dim, (seeds, -1)).index_add_(dim, group.seeds, added)
 
 
 class Fork(torch.autograd.Function):

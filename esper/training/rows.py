@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import BlockBank, SlotBank
+from esper.blueprints.once import each_once
 from esper.seeds import Branch
 
 
@@ -41,7 +42,8 @@ class SlotRows:
         if not self._whole:
             for number, stepped in enumerate((self.values, self.first, self.second)):
                 for row, tensor in zip(self._kept, stepped, strict=True):
-                    row[number].index_copy_(0, self._slots, tensor)
+                    with each_once(tensor.device):
+                        row[number].index_copy_(0, self._slots, tensor)
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if self._whole else tensor.detach().index_select(0, self._slots)
