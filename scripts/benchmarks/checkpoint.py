@@ -25,7 +25,7 @@ from scripts.benchmarks.checkpoint_parts import on_disk, running
 from scripts.benchmarks.checkpoint_parts.spent import Spent
 
 LIMITS = {**on_disk.LIMITS, **running.LIMITS}
-RESULT = Path(__file__).with_suffix(".json")
+RESULTS = {"cpu": Path(__file__).with_suffix(".json"), "cuda": Path(__file__).with_name("checkpoint_cuda.json")}
 
 
 def row(name: str, ratios: list[Spent]) -> dict[str, Any]:
@@ -47,11 +47,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--turns", type=int, default=9, help="of 100 steps, with a save and without")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="on the disk to measure")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the model is")
-    parser.add_argument("--check", action="store_true", help=f"exit code 1 where a limit is missed or {RESULT.name} was better")
-    parser.add_argument("--baseline", type=Path, default=RESULT, help="what --check compares with")
-    parser.add_argument("--write", action="store_true", help=f"keep the result in {RESULT.name}")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a limit is missed or the baseline was better")
+    parser.add_argument("--baseline", type=Path, help="what --check compares with; the committed one of the device")
+    parser.add_argument("--write", action="store_true", help="keep the result as the committed one of the device")
     options = parser.parse_args(arguments)
-    device = chosen(options.device)
+    device, kept = chosen(options.device), RESULTS[options.device]
+    baseline = options.baseline or kept
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         ratios = on_disk.measure(options.parameters, options.repeats, Path(folder), device)
         ratios |= running.measure(options.turns, Path(folder), device)
@@ -66,11 +67,11 @@ def main(arguments: list[str]) -> int:
         "ratios": {name: row(name, values) for name, values in ratios.items()},
     }
     print(json.dumps(result, indent=2))
-    worse = regressions(spreads(result), spreads(json.loads(options.baseline.read_text(encoding="utf-8")))) if options.check else []
+    worse = regressions(spreads(result), spreads(json.loads(baseline.read_text(encoding="utf-8")))) if options.check else []
     for sentence in worse:
-        print(f"worse than {options.baseline}: {sentence}", file=sys.stderr)
+        print(f"worse than {baseline}: {sentence}", file=sys.stderr)
     if options.write:
-        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        kept.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     missed = [name for name, found in result["ratios"].items() if found["limit"] and found["median"] > found["limit"]]
     return 1 if options.check and (missed or worse) else 0
 
