@@ -10,10 +10,10 @@ from esper.kernels.language import activate, activate_gradient, assignment, chun
 
 
 @triton.jit
-def hidden_slopes(x, into, bias, gate, gate_bias, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+def hidden_slopes(x, into, gate, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """Hidden units of one block, and their derivatives by the value side's and the gate side's pre-activations."""
-    value, switch = hidden_units(x, into, bias, gate, gate_bias, BIAS, GATED, PRECISION)
+    value, switch = hidden_units(x, into, gate, b1, bg, slot, first, H, BIAS, GATED, PRECISION)
     if GATED:
         slope = tl.sigmoid(switch)
         hidden = slope * value
@@ -66,7 +66,7 @@ def chunk_backward_kernel(
         g_factor, g_shift = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
     else:
         dtype = x.dtype.element_ty
-        into, bias, gate, gate_bias, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, dtype)
+        into, gate, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, dtype)
         # Without lessons α multiplies the weights once instead of dy in every tile.
         back = out if LESSONS else (out * strength).to(dtype)
         g_into, g_out, g_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([HB, CP], tl.float32), tl.zeros([16, HB], tl.float32)
@@ -91,7 +91,7 @@ def chunk_backward_kernel(
                 else:
                     delta = tl.zeros([BM, CP], tl.float32)
                     if H <= HB:
-                        delta = block_delta(tile, delta, into, bias, gate, gate_bias, out, BIAS, GATED, ACT, PRECISION)
+                        delta = block_delta(tile, delta, into, gate, out, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
                     else:
                         delta = all_blocks_delta(tile, delta, w1, b1, wg, bg, w2, slot, size, C, H, CP, HB, BIAS, GATED, ACT, PRECISION)
                 delta = tl.where(mask, delta + shift[None, :] - wide * echo + scale * arriving, 0.0)
@@ -104,7 +104,7 @@ def chunk_backward_kernel(
             d_tile = (g if LESSONS else strength * g) * factor[None, :]
         else:
             # In this order the fewest tiles are alive at once.
-            hidden, slope, switch_slope = hidden_slopes(tile, into, bias, gate, gate_bias, BIAS, GATED, ACT, PRECISION)
+            hidden, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
             g_out = tl.dot(tl.trans(hidden.to(tile.dtype)), gb, acc=g_out, input_precision=PRECISION)
             d_hidden = tl.dot(gb, tl.trans(back), input_precision=PRECISION)
             d_value = (d_hidden * slope).to(tile.dtype)
@@ -177,22 +177,39 @@ def chunk_input_gradient_kernel(
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col = tl.arange(0, CP)
     column = (start + col).to(tl.int64)
+    if H <= HB:
+        into, gate, out = load_block(w1, b1, wg, bg, w2, slot, 0, size, C, H, CP, HB, BIAS, GATED, x.dtype.element_ty)
+        back = (out * through).to(x.dtype.element_ty)
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & (col < size)[None, :]
-        tile = tl.load(x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc, mask=mask, other=0.0)
-        arriving = tl.load(dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc, mask=mask, other=0.0)
-        g = through * arriving.to(tl.float32)
+        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
+        arrives = dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc
+        tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
+        arriving = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         d_tile = tl.zeros([BM, CP], tl.float32)
-        for first in range(0, H, HB):
-            into, bias, gate, gate_bias, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, tile.dtype)
-            _, slope, switch_slope = hidden_slopes(tile, into, bias, gate, gate_bias, BIAS, GATED, ACT, PRECISION)
-            d_hidden = tl.dot(g.to(tile.dtype), tl.trans(out), input_precision=PRECISION)
-            d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)
-            if GATED:
-                d_tile = tl.dot((d_hidden * switch_slope).to(tile.dtype), tl.trans(gate), acc=d_tile, input_precision=PRECISION)
-        total = arriving.to(tl.float32) + d_tile - echo * g
-        tl.store(dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc, total.to(dx.dtype.element_ty), mask=mask)
+        if H <= HB:
+            d_tile = block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
+        else:
+            for first in range(0, H, HB):
+                into, gate, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, tile.dtype)
+                back = (out * through).to(tile.dtype)
+                d_tile = block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
+        total = arriving.to(tl.float32) * (1.0 - echo * through) + d_tile
+        writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
+        tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr,
+                         GATED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Adds what one block of hidden units gives to ``dx``; ``back`` are its out weights times α."""
+    _, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
+    d_hidden = tl.dot(arriving, tl.trans(back), input_precision=PRECISION)
+    d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)
+    if GATED:
+        d_tile = tl.dot((d_hidden * switch_slope).to(tile.dtype), tl.trans(gate), acc=d_tile, input_precision=PRECISION)
+    return d_tile
 
 
 @triton.jit

@@ -79,16 +79,22 @@ def resident(registers: int, warps: int, shared: int, limit: Limits) -> int:
     return max(1, min(limit.registers // (threads * registers), limit.threads // threads, limit.shared // max(shared, 1)))
 
 
-def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits) -> Launch:
+def forward(
+    chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, telemetry: bool = True
+) -> Launch:
     """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
 
-    Sweep on an H200, bfloat16, relu (docs/bench/kernel_sweep.csv): 64 rows with 4 warps beat 128 rows by a tenth at widths 32 and 64;
-    at 128, 8 warps; three stages always beat two. Shared memory shrinks stages first, then hidden block, then rows.
+    Sweep on an H100, bfloat16, relu (docs/bench/kernel_sweep.csv): four warps for 64 rows, so that no two of them compute the same tile,
+    and as many programs as registers allow; at width 32 eight for 128 rows. At 128 two stages with telemetry, else three.
+    Shared memory shrinks stages first, then hidden block, then rows.
     """
     if affine:
         return Launch(max(16, min(128, 8192 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
-    block = 64 if itemsize == 2 else 32
-    warps, tile, stages = 4 if max(chunk, hidden) <= 64 else 8, hidden, 3
+    block, tile, stages, wide = 64 if itemsize == 2 else 32, hidden, 3, max(chunk, hidden)
+    warps = 4 if wide <= 64 else 8
+    if limit.wgmma and itemsize == 2:
+        block, warps = (128, 8) if wide <= 32 else (64, 4)
+        stages = 2 if telemetry and wide > 64 else 3
     while forward_shared(block, chunk, tile, gated, itemsize, stages) > limit.shared:
         if stages > 1:
             stages -= 1
@@ -98,31 +104,32 @@ def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, s
             block //= 2
             assert block >= 16, "no block fits"
     used = forward_shared(block, chunk, tile, gated, itemsize, stages)
-    registers = min(255, block * (tile + 3 * chunk) // (32 * warps) + 64)
+    registers = min(255, block * (tile + 2 * chunk) // (32 * warps) + 64)
     return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
 
 
 def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: all weights, the pipelined input tiles, one converted hidden tile, one output tile in float32."""
+    """Upper bound in bytes: all weights, the input tiles under way, and one hidden or output tile that changes hands."""
     weights = chunk * hidden * (3 if gated else 2) * itemsize
-    return weights + stages * block * chunk * itemsize + block * hidden * itemsize + block * chunk * 4
+    return weights + max(1, stages - 1) * block * chunk * itemsize + block * max(hidden, chunk) * itemsize
 
 
 def backward(
     chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False
 ) -> Launch:
-    """Settings of the backward kernels; a block of hidden units is as large as its gradient accumulators leave registers for.
+    """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
 
-    Same sweep: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 64 rows with 8 warps and two stages.
-    ``lessons``: the kernel also computes δ, for the isolated objectives.
+    Same sweep: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps and
+    two stages. ``lessons``: the kernel also computes δ, for the isolated objectives.
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
-    tile, products = hidden, 3 if gated else 2
-    while tile > 16 and products * chunk * tile > limit.registers // 2:  # half of the registers for the accumulators
+    tile, products, quick = hidden, 3 if gated else 2, limit.wgmma and itemsize == 2
+    # Accumulators may take half of the registers, a quarter where 128 rows at once then make up for the second kernel.
+    while tile > 16 and products * chunk * tile > limit.registers // (4 if quick else 2):
         tile //= 2
     warps = 4 if products * chunk * tile <= 8192 else 8
-    block = 32 if itemsize > 2 else 128 if products * chunk * tile <= 2048 else 64
+    block = 32 if itemsize > 2 else 128 if products * chunk * tile <= 2048 or (quick and tile < hidden) else 64
     block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
     block = max(16, block // 2) if lessons else block  # δ and what it misses are two more tiles in registers
     stages = 3 if warps == 4 else 2
@@ -144,15 +151,37 @@ def backward_shared(
 ) -> int:
     """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32.
 
-    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx`` with one more tile of it, and δ, which
-    ``lessons`` need, takes three more matrices of weights and a hidden tile; unsplit, δ is three more tiles (seen: one to three).
+    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx``, and δ, which ``lessons`` need, takes three
+    more matrices of weights and a hidden tile; unsplit, δ is three more tiles (seen: one to three).
     """
     matrix = chunk * hidden * itemsize
-    tiles = 2 * stages * block * chunk * itemsize
-    most = (5 if gated else 3) * matrix + tiles + max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
+    tiles, units = 2 * stages * block * chunk * itemsize, (3 if gated else 2) * block * hidden * itemsize
+    if split and not lessons:
+        return (5 if gated else 3) * matrix + tiles + units
+    most = (5 if gated else 3) * matrix + tiles + max(units, block * chunk * 4)
     if not lessons:
-        return most + (block * chunk * 4 if split else 0)
+        return most
     return most + (3 * matrix + block * hidden * itemsize if split else 3 * block * chunk * 4)
+
+
+def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, plan: Launch) -> Launch:
+    """Settings of the kernel for ``dx`` alone, beside a backward ``plan`` whose block does not hold all hidden units.
+
+    All weights in shared memory where they and 128 rows fit; else blocks of the plan's size, read again for every tile.
+    """
+    if limit.wgmma and itemsize == 2 and input_gradient_shared(128, chunk, hidden, gated, itemsize, 2) <= limit.shared:
+        return Launch(128, hidden, 8, 2, programs(seeds, 1, limit))
+    block, stages = min(plan.rows, 64), plan.stages
+    while input_gradient_shared(block, chunk, plan.hidden, gated, itemsize, stages) > limit.shared:
+        stages, block = (stages - 1, block) if stages > 1 else (stages, block // 2)
+        assert block >= 16, "no block fits"
+    return Launch(block, plan.hidden, plan.warps, stages, plan.programs)
+
+
+def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
+    """Upper bound in bytes: weights, x and dy tiles under way, and a hidden or output tile that changes hands."""
+    tiles = (2 * max(1, stages - 1) + 1) * block * chunk * itemsize
+    return (3 if gated else 2) * chunk * hidden * itemsize + tiles + block * max(hidden * itemsize, chunk * 4)
 
 
 @dataclass(frozen=True)
@@ -186,11 +215,12 @@ class WholeRowsLaunch:
     stages: int
 
 
-def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits) -> WholeRowsLaunch | None:
+def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 
     With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, and nothing spills (seen in
-    `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way, and shrinks the stages.
+    `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way, and shrinks the stages. One that also
+    ``copies`` fares best with fewer of both.
     """
     place, group = power_of_two(-(-width // seeds)), power_of_two(seeds)
     tile = place * group
@@ -198,10 +228,10 @@ def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits) 
         return None
     warps = max(4, tile // 512) if group > 512 else 8 if tile > 4096 else 4
     block = max(1, min(2048 // tile, power_of_two(rows)))
-    stages = 5
+    stages, held = (3, 2) if copies else (5, 3)
     while stages > 1 and whole_rows_shared(block, tile, itemsize, stages) > limit.shared:
         stages -= 1
-    parts = max(1, min(limit.processors * 3, -(-rows // block)))
+    parts = max(1, min(limit.processors * held, -(-rows // block)))
     return WholeRowsLaunch(block, group, place, warps, parts, stages)
 
 

@@ -38,7 +38,7 @@ def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, direction: str)
         "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation, "PRECISION": "ieee", "xc": 1,
     }  # fmt: skip
     if direction == "forward":
-        return {**common, "AFFINE": kind.affine, "TELEMETRY": True, "HALF": False, "yc": 1}
+        return {**common, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
     common |= {"LESSONS": "lessons" in direction, "gc": 1, "dc": 1}
     return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": plan.hidden >= hidden}
 
@@ -85,6 +85,9 @@ def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capabili
         return None
     sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
     bound = launch.backward_shared(*sizes, units > plan.hidden, lessons) if backward else launch.forward_shared(*sizes)
+    if direction == "input gradient":
+        plan = launch.input_gradient(padded, units, kind.gated, ITEMSIZE[dtype], 64, limit, plan)
+        bound = launch.input_gradient_shared(plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
     kernel = {
         "forward": chunk_forward.chunk_forward_kernel,
         "input gradient": chunk_backward.chunk_input_gradient_kernel,
@@ -95,19 +98,20 @@ def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capabili
     return {**about, **settings, **needs(binary, bound, limit)}
 
 
-def telemetry_row(width: int, seeds: int, dtype: str, capability: int) -> dict[str, object] | None:
-    """The same of the whole-row telemetry kernel; None where rows are too wide for it."""
+def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: bool) -> dict[str, object] | None:
+    """The same of the whole-row telemetry kernel, alone or copying what passes; None where rows are too wide for it."""
     limit = DEVICES[capability]
-    plan = launch.whole_rows(width, seeds, 65536, ITEMSIZE[dtype], limit)
+    plan = launch.whole_rows(width, seeds, 65536, ITEMSIZE[dtype], limit, copies)
     if plan is None:
         return None
     chunk, even = -(-width // seeds), width % seeds == 0
     fixed = {
         "BM": plan.rows, "SP": plan.seeds, "CP": plan.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": plan.stages, "xc": 1,
-        "FULL": width == seeds * plan.places and seeds == plan.seeds,
+        "FULL": width == seeds * plan.places and seeds == plan.seeds, "COPY": copies, "BANKS": int(copies), "RB": 64, "yc": 1,
     }  # fmt: skip
     binary = compiled(measure.rows_kernel, fixed, dtype, plan.warps, capability)
-    about = {"kernel": "telemetry", "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
+    name = "telemetry, copying" if copies else "telemetry"
+    about = {"kernel": name, "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
     settings = {"rows": plan.rows, "hidden_block": 0, "warps": plan.warps, "stages": plan.stages, "programs": plan.parts}
     bound = launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, ITEMSIZE[dtype], plan.stages)
     return {**about, **settings, **needs(binary, bound, limit)}
@@ -141,7 +145,9 @@ def main(argv: list[str]) -> int:
                     found += [row(direction, name, chunk, hidden, dtype, capability) for direction in options.directions]
     for site in options.sites:
         width, seeds = (int(part) for part in site.split("x"))
-        found += [telemetry_row(width, seeds, dtype, capability) for dtype in options.dtypes for capability in DEVICES]
+        for dtype in options.dtypes:
+            for capability in DEVICES:
+                found += [telemetry_row(width, seeds, dtype, capability, copies) for copies in (False, True)]
     rows = [made for made in found if made is not None]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
