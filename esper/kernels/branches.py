@@ -34,7 +34,7 @@ def branches(
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
             **shape_of(kind, bank, x, seeds, plan), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
-            PRECISION=PRECISION, num_warps=plan.warps, num_stages=plan.stages,
+            STAGES=plan.stages, PLAIN_STAGES=forward_plan(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=plan.warps,
         )  # fmt: skip
         if last and measure:
             moments_of_means(x, partial, roster)
@@ -53,7 +53,7 @@ def settle(x, y, roster: Roster, sums, partial: Partial, live, power, health, nu
         x, y, roster.alpha, roster.route, roster.order[number], roster.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
-        PB=256, num_warps=4,
+        PB=health_group(seeds)[1], num_warps=4,
     )  # fmt: skip
 
 
@@ -74,16 +74,16 @@ def branches_backward(
     banks = split_banks(kinds, parameters)
     roster = Roster.empty(live, lesson, route, len(banks))
     pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), roster, seeds, 0.0)
-    order, rank = roster.order, roster.rank
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, plan = bank_backward(x, dy, dx, live, lesson, route, order[number], name, tensors)
-        targets = [torch.zeros_like(tensor) for tensor in tensors]
-        slots = [*zip(found[:-1], targets, strict=True), *([(found[-1], None)] if lesson is not None else [])]
-        for sums, target in slots:
-            collect(sums, residual if target is None else target, route, order[number], rank, x, number, plan, by_seed=target is None)
-        grads += targets
+        found, plan = bank_backward(x, dy, dx, live, lesson, route, roster.order[number], name, tensors)
+        grads += collect(found[:-1], tensors, roster, x, number, plan)
+        if lesson is not None:
+            wrap_triton(chunk_backward.residual_kernel)[(seeds,)](
+                found[-1], residual, route, roster.order[number], roster.rank, x.shape[0] * x.shape[1], plan.programs, number,
+                BM=plan.rows, num_warps=1,
+            )  # fmt: skip
     return dx, grads, residual
 
 
@@ -116,15 +116,21 @@ def bank_backward(
     return [*partial, residual], plan
 
 
-def collect(sums: Tensor, target: Tensor, route: Tensor, order: Tensor, rank: Tensor, x: Tensor, number: int, plan: launch.Launch,
-            by_seed: bool) -> None:  # fmt: skip
-    """Add the programs' partial sums in a fixed order into ``target[slot]`` (``target[seed]`` if ``by_seed``)."""
-    seeds, numel = rank.shape[0] - 1, sums.numel() // plan.programs
-    block = min(1024, launch.power_of_two(numel))
-    wrap_triton(chunk_backward.collect_kernel)[(seeds, -(-numel // block))](
-        sums, target, route, order, rank, x.shape[0] * x.shape[1], plan.programs, number, numel,
-        BM=plan.rows, BN=block, BY_SEED=by_seed, num_warps=4,
+def collect(
+    sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch
+) -> list[Tensor]:
+    """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
+    targets = [torch.empty_like(tensor) for tensor in tensors]
+    sizes, seeds = [tensor[0].numel() for tensor in tensors], roster.alpha.shape[0]
+    block = min(1024, launch.power_of_two(max(sizes)))
+    pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
+    pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
+    wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
+        *pairs, roster.route, roster.order[number], roster.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
+        **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
+        BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip
+    return targets
 
 
 @branches_backward.register_fake

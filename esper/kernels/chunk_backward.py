@@ -213,17 +213,64 @@ def block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot,
 
 
 @triton.jit
-def collect_kernel(partial, gradient, route, order, rank, rows, programs, bank, numel, BM: tl.constexpr, BN: tl.constexpr,
-                   BY_SEED: tl.constexpr):  # fmt: skip
-    """``gradient[slot]`` (or ``[seed]``) = sum of its seed's ``partial[program]`` in a fixed order; one program a seed and BN elements."""
-    seed, element = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
-    place = tl.load(rank + seed)
-    if (place < 0) | (tl.load(route + seed * 3) != bank):
-        return
-    count = tl.load(order)
-    parts = tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
+def add_parts(partial, target, into, element, numel, place, count, parts, BN: tl.constexpr):
+    """``target[into]`` at ``element`` = sum of the partial sums of a seed's programs, in a fixed order; 0 without a program."""
     total = tl.zeros([BN], tl.float32)
     for part in range(0, parts):
         total += tl.load(partial + (part * count + place).to(tl.int64) * numel + element, mask=element < numel, other=0.0)
-    slot = seed.to(tl.int64) if BY_SEED else tl.load(route + seed * 3 + 1).to(tl.int64)
-    tl.store(gradient + slot * numel + element, total, mask=element < numel)
+    tl.store(target + into * numel + element, total, mask=element < numel)
+
+
+@triton.jit
+def add_slot(partial, target, into, block, N: tl.constexpr, place, count, parts, BN: tl.constexpr):
+    """:func:`add_parts` of block ``block`` of a tensor, if it has so many; returns the block counted from the next tensor on."""
+    if N > 0:
+        if (block >= 0) & (block < (N + BN - 1) // BN):
+            add_parts(partial, target, into, block * BN + tl.arange(0, BN), N, place, count, parts, BN)
+    return block - (N + BN - 1) // BN
+
+
+@triton.jit
+def seed_parts(order, rows, programs, BM: tl.constexpr):
+    """Active seeds of a bank (at least 1), and programs of each; see ``assignment``."""
+    count = tl.maximum(tl.load(order), 1)
+    return count, tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
+
+
+@triton.jit
+def collect_kernel(
+    p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, order, rank, seeds, rows, programs, bank,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, N5: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all tensors of a bank, ``t[slot]`` from ``p[program]`` with N elements each (0: no such tensor).
+
+    One program a slot and BN elements, counted through all tensors. A slot without an active seed gets zeros.
+    """
+    slot, block = tl.program_id(0), tl.program_id(1)
+    holder = -1
+    for first in range(0, seeds, SB):
+        seed = first + tl.arange(0, SB)
+        known = seed < seeds
+        here = (tl.load(route + seed * 3, mask=known, other=-1) == bank) & (tl.load(route + seed * 3 + 1, mask=known, other=-1) == slot)
+        place = tl.load(rank + seed, mask=known, other=-1)
+        holder = tl.maximum(holder, tl.max(tl.where(here, place, -1)))
+    count, most = seed_parts(order, rows, programs, BM)
+    parts, into = tl.where(holder < 0, 0, most), slot.to(tl.int64)
+    block = add_slot(p0, t0, into, block, N0, holder, count, parts, BN)
+    block = add_slot(p1, t1, into, block, N1, holder, count, parts, BN)
+    block = add_slot(p2, t2, into, block, N2, holder, count, parts, BN)
+    block = add_slot(p3, t3, into, block, N3, holder, count, parts, BN)
+    block = add_slot(p4, t4, into, block, N4, holder, count, parts, BN)
+    block = add_slot(p5, t5, into, block, N5, holder, count, parts, BN)
+
+
+@triton.jit
+def residual_kernel(partial, residual, route, order, rank, rows, programs, bank, BM: tl.constexpr):
+    """``residual[seed]`` = sum of its ``partial[program]``; one program a seed."""
+    seed = tl.program_id(0)
+    place = tl.load(rank + seed)
+    if (place < 0) | (tl.load(route + seed * 3) != bank):
+        return
+    count, parts = seed_parts(order, rows, programs, BM)
+    add_parts(partial, residual, seed, tl.arange(0, 1), 1, place, count, parts, 1)

@@ -72,7 +72,7 @@ def walk(
     rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    TELEMETRY: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    TELEMETRY: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The forward kernel's walk over rows; returns Σ(x-p)², the near-zero count (both 0 without TELEMETRY) and Σδ²."""
     col = tl.arange(0, CP)
@@ -86,7 +86,7 @@ def walk(
     power = tl.zeros([BM], tl.float32)
     # Neighbouring places lie in one thread: adding eight of them exchanges nothing between threads.
     spread, close = tl.zeros([BM, CP // 8], tl.float32), tl.zeros([BM, CP // 8], tl.float32)
-    for block in range(part, tl.cdiv(rows, BM), parts):
+    for block in tl.range(part, tl.cdiv(rows, BM), parts, num_stages=STAGES):
         row = block * BM + tl.arange(0, BM)
         reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
         mask = (row < rows)[:, None] & inside[None, :]
@@ -124,13 +124,14 @@ def chunk_forward_kernel(
     seeds, width, rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr,
+    STAGES: tl.constexpr, PLAIN_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, every ``parts``-th block of BM rows (see ``assignment``).
 
     The matrices stay in shared memory over all blocks. ``partial[program]`` gets Σ(x-p)², the near-zero count and Σδ²,
     ``means[seed, row]`` the row's chunk mean minus the pivot p, the chunk's mean in row 0. FULL: no place of a tile is padding.
-    TELEMETRY is left out where ``rows_kernel`` has measured all chunks (see ``few_active``).
+    TELEMETRY is left out where ``rows_kernel`` has measured all chunks (see ``few_active``); the walk then has PLAIN_STAGES.
     """
     seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, BM))
     if parts == 0:
@@ -152,13 +153,13 @@ def chunk_forward_kernel(
         spread, close, power = walk(
             x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
-            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, PRECISION,
+            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, STAGES, PRECISION,
         )  # fmt: skip
     else:
         spread, close, power = walk(
             x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
-            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, PRECISION,
+            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, PLAIN_STAGES, PRECISION,
         )  # fmt: skip
     entry = partial + tl.program_id(0) * 3
     tl.store(entry, spread)

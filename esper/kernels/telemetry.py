@@ -174,7 +174,7 @@ def moments_of_means(x: Tensor, partial: Partial, roster: Roster | None) -> None
 
 def health_group(seeds: int) -> tuple[int, int]:
     """Seeds and partial sums that a program of the last step takes at once."""
-    return (1, 256) if seeds <= 1024 else (128, 32)
+    return (1, 512) if seeds <= 1024 else (128, 32)
 
 
 def finish(x: Tensor, partial: Partial, roster: Roster | None) -> Tensor:
