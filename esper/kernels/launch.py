@@ -92,7 +92,7 @@ def forward(
         return Launch(max(16, min(128, 8192 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
     block, tile, stages, wide = 64 if itemsize == 2 else 32, hidden, 3, max(chunk, hidden)
     warps = 4 if wide <= 64 else 8
-    if limit.wgmma and itemsize == 2:
+    if limit.wgmma and itemsize == 2 and wide <= (64 if gated else 128):  # beyond, four warps lack registers
         block, warps = (128, 8) if wide <= 32 else (64, 4)
         stages = 2 if telemetry and wide > 64 else 3
     while forward_shared(block, chunk, tile, gated, itemsize, stages) > limit.shared:
@@ -124,7 +124,7 @@ def backward(
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
-    tile, products, quick = hidden, 3 if gated else 2, limit.wgmma and itemsize == 2
+    tile, products, quick = hidden, 3 if gated else 2, limit.wgmma and itemsize == 2 and not gated
     # Accumulators may take half of the registers, a quarter where 128 rows at once then make up for the second kernel.
     while tile > 16 and products * chunk * tile > limit.registers // (4 if quick else 2):
         tile //= 2
@@ -143,7 +143,8 @@ def backward(
             assert tile >= 16, "no block fits"
     used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons)
     registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
-    return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
+    # All blocks of hidden units at once, so that what one reads is still in the cache for the others.
+    return Launch(block, tile, warps, stages, max(seeds, limit.processors * resident(registers, warps, used, limit) * tile // hidden))
 
 
 def backward_shared(
@@ -167,21 +168,34 @@ def backward_shared(
 def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, plan: Launch) -> Launch:
     """Settings of the kernel for ``dx`` alone, beside a backward ``plan`` whose block does not hold all hidden units.
 
-    All weights in shared memory where they and 128 rows fit; else blocks of the plan's size, read again for every tile.
+    With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (same sweep);
+    else blocks of the plan's size, read again for every tile.
     """
-    if limit.wgmma and itemsize == 2 and input_gradient_shared(128, chunk, hidden, gated, itemsize, 2) <= limit.shared:
-        return Launch(128, hidden, 8, 2, programs(seeds, 1, limit))
-    block, stages = min(plan.rows, 64), plan.stages
-    while input_gradient_shared(block, chunk, plan.hidden, gated, itemsize, stages) > limit.shared:
-        stages, block = (stages - 1, block) if stages > 1 else (stages, block // 2)
-        assert block >= 16, "no block fits"
-    return Launch(block, plan.hidden, plan.warps, stages, plan.programs)
+    used = input_gradient_shared(64, chunk, hidden, gated, itemsize, 1, False)
+    if limit.wgmma and itemsize == 2 and not gated and hidden <= 128 and used <= limit.shared:
+        return Launch(64, hidden, 4, 1, programs(seeds, resident(255, 4, used, limit), limit))
+    block, tile, stages = min(plan.rows, 64), plan.hidden, plan.stages
+    while input_gradient_shared(block, chunk, tile, gated, itemsize, stages, True) > limit.shared:
+        if stages > 1:
+            stages -= 1
+        elif block > 16:
+            block //= 2
+        else:
+            tile //= 2
+            assert tile >= 16, "no block fits"
+    return Launch(block, tile, plan.warps, stages, programs(seeds, 1, limit))
 
 
-def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: weights, x and dy tiles under way, and a hidden or output tile that changes hands."""
-    tiles = (2 * max(1, stages - 1) + 1) * block * chunk * itemsize
-    return (3 if gated else 2) * chunk * hidden * itemsize + tiles + block * max(hidden * itemsize, chunk * 4)
+def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool) -> int:
+    """Upper bound in bytes: weights, x and dy tiles under way, a tile that changes hands.
+
+    ``split``: weights come block after block of hidden units, some of them under way too, and more tiles change hands.
+    """
+    matrix, tiles = chunk * hidden * itemsize, 2 * stages * block * chunk * itemsize
+    if not split:
+        return (3 if gated else 2) * matrix + tiles + block * max(hidden, chunk) * itemsize
+    units = max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
+    return (5 if gated else 3) * matrix + tiles + units + block * chunk * 4
 
 
 @dataclass(frozen=True)

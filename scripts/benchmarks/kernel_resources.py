@@ -88,7 +88,8 @@ def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capabili
     bound = launch.backward_shared(*sizes, units > plan.hidden, lessons) if backward else launch.forward_shared(*sizes)
     if direction == "input gradient":
         plan = launch.input_gradient(padded, units, kind.gated, ITEMSIZE[dtype], 64, limit, plan)
-        bound = launch.input_gradient_shared(plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
+        sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
+        bound = launch.input_gradient_shared(*sizes, plan.hidden < units)
     kernel = {
         "forward": chunk_forward.chunk_forward_kernel,
         "input gradient": chunk_backward.chunk_input_gradient_kernel,
