@@ -109,9 +109,9 @@ def forward(
 
 
 def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: all weights, the input tiles under way, and one hidden or output tile that changes hands."""
+    """Upper bound in bytes: all weights, the input tiles under way, one hidden or output tile that changes hands, sums of rows."""
     weights = chunk * hidden * (3 if gated else 2) * itemsize
-    return weights + max(1, stages - 1) * block * chunk * itemsize + block * max(hidden, chunk) * itemsize
+    return weights + max(1, stages - 1) * block * chunk * itemsize + block * max(hidden, chunk) * itemsize + block * 16
 
 
 def backward(
@@ -232,7 +232,7 @@ class WholeRowsLaunch:
 def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 
-    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, and nothing spills (seen in
+    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, four times where it also copies, and nothing spills (seen in
     `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way, and shrinks the stages. One that also
     ``copies`` fares best with fewer of both.
     """
@@ -240,7 +240,7 @@ def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, 
     tile = place * group
     if tile > 8192:
         return None
-    warps = max(4, tile // 512) if group > 512 else 8 if tile > 4096 else 4
+    warps = max(4, tile // (256 if copies else 512)) if group > 512 else 8 if tile > 4096 else 4
     block = max(1, min(2048 // tile, power_of_two(rows)))
     stages, held = (3, 2) if copies else (5, 3)
     while stages > 1 and whole_rows_shared(block, tile, itemsize, stages) > limit.shared:
