@@ -66,7 +66,7 @@ def chunk_backward_kernel(
         g_factor, g_shift = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
     else:
         dtype = x.dtype.element_ty
-        into, gate, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, dtype)
+        into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, dtype)
         # Without lessons α multiplies the weights once instead of dy in every tile.
         back = out if LESSONS else (out * strength).to(dtype)
         g_into, g_out, g_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([HB, CP], tl.float32), tl.zeros([16, HB], tl.float32)
@@ -178,7 +178,7 @@ def chunk_input_gradient_kernel(
     col = tl.arange(0, CP)
     column = (start + col).to(tl.int64)
     if H <= HB:
-        into, gate, out = load_block(w1, b1, wg, bg, w2, slot, 0, size, C, H, CP, HB, BIAS, GATED, x.dtype.element_ty)
+        into, gate, out = load_block(w1, wg, w2, slot, 0, size, C, H, CP, HB, GATED, x.dtype.element_ty)
         back = (out * through).to(x.dtype.element_ty)
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
@@ -191,21 +191,21 @@ def chunk_input_gradient_kernel(
         if H <= HB:
             d_tile = block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
         else:
+            g = (through * arriving.to(tl.float32)).to(tile.dtype)
             for first in range(0, H, HB):
-                into, gate, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, tile.dtype)
-                back = (out * through).to(tile.dtype)
-                d_tile = block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
+                into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, tile.dtype)
+                d_tile = block_input_gradient(tile, g, d_tile, into, gate, out, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
         total = arriving.to(tl.float32) * (1.0 - echo * through) + d_tile
         writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
         tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr,
+def block_input_gradient(tile, g, d_tile, into, gate, back, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr,
                          GATED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Adds what one block of hidden units gives to ``dx``; ``back`` are its out weights times α."""
+    """Adds what one block of hidden units gives to ``dx``; α is in its out weights ``back`` or in ``g``."""
     _, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
-    d_hidden = tl.dot(arriving, tl.trans(back), input_precision=PRECISION)
+    d_hidden = tl.dot(g, tl.trans(back), input_precision=PRECISION)
     d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)
     if GATED:
         d_tile = tl.dot((d_hidden * switch_slope).to(tile.dtype), tl.trans(gate), acc=d_tile, input_precision=PRECISION)
@@ -223,11 +223,10 @@ def add_parts(partial, target, into, element, numel, place, count, parts, BN: tl
 
 @triton.jit
 def add_slot(partial, target, into, block, N: tl.constexpr, place, count, parts, BN: tl.constexpr):
-    """:func:`add_parts` of block ``block`` of a tensor, if it has so many; returns the block counted from the next tensor on."""
+    """:func:`add_parts` of block ``block`` of a tensor of N elements a slot, if it has such a block."""
     if N > 0:
         if (block >= 0) & (block < (N + BN - 1) // BN):
             add_parts(partial, target, into, block * BN + tl.arange(0, BN), N, place, count, parts, BN)
-    return block - (N + BN - 1) // BN
 
 
 @triton.jit
@@ -257,12 +256,18 @@ def collect_kernel(
         holder = tl.maximum(holder, tl.max(tl.where(here, place, -1)))
     count, most = seed_parts(order, rows, programs, BM)
     parts, into = tl.where(holder < 0, 0, most), slot.to(tl.int64)
-    block = add_slot(p0, t0, into, block, N0, holder, count, parts, BN)
-    block = add_slot(p1, t1, into, block, N1, holder, count, parts, BN)
-    block = add_slot(p2, t2, into, block, N2, holder, count, parts, BN)
-    block = add_slot(p3, t3, into, block, N3, holder, count, parts, BN)
-    block = add_slot(p4, t4, into, block, N4, holder, count, parts, BN)
-    block = add_slot(p5, t5, into, block, N5, holder, count, parts, BN)
+    # Where each tensor's blocks begin, without values from calls: a tracer takes what feeds an address for written.
+    B1: tl.constexpr = (N0 + BN - 1) // BN
+    B2: tl.constexpr = B1 + (N1 + BN - 1) // BN
+    B3: tl.constexpr = B2 + (N2 + BN - 1) // BN
+    B4: tl.constexpr = B3 + (N3 + BN - 1) // BN
+    B5: tl.constexpr = B4 + (N4 + BN - 1) // BN
+    add_slot(p0, t0, into, block, N0, holder, count, parts, BN)
+    add_slot(p1, t1, into, block - B1, N1, holder, count, parts, BN)
+    add_slot(p2, t2, into, block - B2, N2, holder, count, parts, BN)
+    add_slot(p3, t3, into, block - B3, N3, holder, count, parts, BN)
+    add_slot(p4, t4, into, block - B4, N4, holder, count, parts, BN)
+    add_slot(p5, t5, into, block - B5, N5, holder, count, parts, BN)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from esper.kernels.measure import finish
 
 
 @triton.jit
-def load_block(w1, b1, wg, bg, w2, slot, first, size, C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr,
-               BIAS: tl.constexpr, GATED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+def load_block(w1, wg, w2, slot, first, size, C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr,
+               GATED: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """One branch's matrices for the hidden units ``first`` to ``first + HB - 1``: in, gate (in again if there is none), out."""
     col, unit = tl.arange(0, CP), tl.arange(0, HB)
     into = weight_tile(w1, slot, col, unit, first, size, H, C, H, dtype)
@@ -61,7 +61,7 @@ def all_blocks_delta(x, delta, w1, b1, wg, bg, w2, slot, size, C: tl.constexpr, 
                      HB: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """δ over all blocks of hidden units, their weights read again for every tile (hidden widths that do not fit at once)."""
     for first in range(0, H, HB):
-        into, gate, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, x.dtype)
+        into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, x.dtype)
         delta = block_delta(x, delta, into, gate, out, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
     return delta
 
@@ -82,7 +82,7 @@ def walk(
         scale = tl.load(w1 + slot * C + col, mask=inside, other=0.0)
         shift = tl.load(b2 + slot * C + col, mask=inside, other=0.0)
     elif H <= HB:
-        into, gate, out = load_block(w1, b1, wg, bg, w2, slot, 0, size, C, H, CP, HB, BIAS, GATED, x.dtype.element_ty)
+        into, gate, out = load_block(w1, wg, w2, slot, 0, size, C, H, CP, HB, GATED, x.dtype.element_ty)
     power = tl.zeros([BM], tl.float32)
     # Neighbouring places lie in one thread: adding eight of them exchanges nothing between threads.
     spread, close = tl.zeros([BM, CP // 8], tl.float32), tl.zeros([BM, CP // 8], tl.float32)

@@ -103,15 +103,20 @@ def forward(
         else:
             block //= 2
             assert block >= 16, "no block fits"
-    used = forward_shared(block, chunk, tile, gated, itemsize, stages)
+    used = forward_shared(block, chunk, tile, gated, itemsize, stages) - padding(chunk, tile, gated)
     registers = min(255, block * (tile + 2 * chunk) // (32 * warps) + 64)
     return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
 
 
+def padding(chunk: int, hidden: int, gated: bool) -> int:
+    """Bytes that the forward's tiles are padded by, at most (seen in `scripts/bench kernel_resources`)."""
+    return 8 * max(chunk, hidden) * (3 if gated else 2)
+
+
 def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: all weights, the input tiles under way, one hidden or output tile that changes hands, sums of rows."""
-    weights = chunk * hidden * (3 if gated else 2) * itemsize
-    return weights + max(1, stages - 1) * block * chunk * itemsize + block * max(hidden, chunk) * itemsize + block * 16
+    """Upper bound in bytes: all weights, the input tiles under way, and one hidden or output tile that changes hands."""
+    weights, tiles = chunk * hidden * (3 if gated else 2) * itemsize, max(1, stages - 1) * block * chunk * itemsize
+    return weights + tiles + block * max(hidden, chunk) * itemsize + padding(chunk, hidden, gated)
 
 
 def backward(
@@ -232,9 +237,9 @@ class WholeRowsLaunch:
 def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 
-    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, four times where it also copies, and nothing spills (seen in
-    `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way, and shrinks the stages. One that also
-    ``copies`` fares best with fewer of both.
+    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, four times where it also
+    ``copies``, and hardly anything spills (seen in `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way,
+    and shrinks the stages. One that copies fares best with fewer stages and programs.
     """
     place, group = power_of_two(-(-width // seeds)), power_of_two(seeds)
     tile = place * group
@@ -243,12 +248,12 @@ def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, 
     warps = max(4, tile // (256 if copies else 512)) if group > 512 else 8 if tile > 4096 else 4
     block = max(1, min(2048 // tile, power_of_two(rows)))
     stages, held = (3, 2) if copies else (5, 3)
-    while stages > 1 and whole_rows_shared(block, tile, itemsize, stages) > limit.shared:
+    while stages > 1 and whole_rows_shared(block, tile, itemsize, stages, copies) > limit.shared:
         stages -= 1
     parts = max(1, min(limit.processors * held, -(-rows // block)))
     return WholeRowsLaunch(block, group, place, warps, parts, stages)
 
 
-def whole_rows_shared(block: int, tile: int, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: the tiles under way (or one, to exchange between threads), and a few words a warp."""
-    return max(1, stages - 1) * block * tile * itemsize + 256
+def whole_rows_shared(block: int, tile: int, itemsize: int, stages: int, copies: bool = False) -> int:
+    """Upper bound in bytes: the tiles under way (or one, to exchange between threads), and a few words a warp, a seed if it ``copies``."""
+    return max(1, stages - 1) * block * tile * itemsize + (4 * tile if copies else 256)

@@ -134,8 +134,8 @@ def read_rows(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | No
     """Whole rows, measured and copied."""
     copies, (outer, inner, width) = roster is not None, x.shape
     plan = rows_plan(x, seeds, copies)
-    rows, target, spare = outer * inner, x if y is None else y, partial.totals
-    alpha, _, *who = (spare,) * 5 if roster is None else roster.tensors
+    rows, target = outer * inner, x if y is None else y
+    alpha, _, *who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
     full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
     wrap_triton(measure.rows_kernel)[(plan.parts + copies,)](
         x, target, alpha, *who, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
@@ -149,11 +149,11 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster |
     """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without a ``roster``."""
     outer, inner, width = x.shape
     plan, copies = passing_plan(x, seeds), roster is not None
-    target, spare = x if y is None else y, partial.stats
-    who = (spare,) * 5 if roster is None else roster.tensors
+    target = x if y is None else y
+    who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
     full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
     wrap_triton(passing.passing_kernel)[(-(-seeds // plan.seeds) * plan.parts + copies,)](
-        x, target, *who, spare, partial.means, partial.pivots,
+        x, target, *who, partial.stats, partial.means, partial.pivots,
         seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,

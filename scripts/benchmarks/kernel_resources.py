@@ -115,7 +115,7 @@ def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: b
     name = "telemetry, copying" if copies else "telemetry"
     about = {"kernel": name, "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
     settings = {"rows": plan.rows, "hidden_block": 0, "warps": plan.warps, "stages": plan.stages, "programs": plan.parts}
-    bound = launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, ITEMSIZE[dtype], plan.stages)
+    bound = launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, ITEMSIZE[dtype], plan.stages, copies)
     return {**about, **settings, **needs(binary, bound, limit)}
 
 
