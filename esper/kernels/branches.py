@@ -9,7 +9,7 @@ from torch.library import triton_op, wrap_triton
 from esper.kernels import chunk_backward, chunk_forward, launch
 from esper.kernels.geometry import chunk_width
 from esper.kernels.kinds import KINDS, Kind, Layers, layers, split_banks
-from esper.kernels.telemetry import Partial, evenness, health_from_means, pass_through, passing_plan
+from esper.kernels.telemetry import Partial, Roster, evenness, finish, health_group, moments_of_means, pass_through, read
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
 
@@ -19,57 +19,41 @@ def branches(
     x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, live, power, health)`` for ``x [outer, inner, W]``, as ``reference_branches.forward``; ``health [S, 4]`` if ``measure``."""
-    seeds, rows = alpha.shape[0], x.shape[0] * x.shape[1]
-    y = torch.empty_like(x)
-    partial = Partial.empty(x, seeds, passing_plan(x, seeds).parts, measure)
-    pass_through(x, y, alpha, route, partial, seeds, near_zero)
-    live, power = torch.empty_like(alpha), torch.empty_like(alpha)
-    banks = split_banks(kinds, parameters)
-    order, rank = roster(alpha, None, route, len(banks))
+    seeds, rows, banks = alpha.shape[0], x.shape[0] * x.shape[1], split_banks(kinds, parameters)
+    y, live, power = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
+    health = x.new_empty(seeds if measure else 0, 4, dtype=torch.float32)
+    partial, roster = Partial.empty(x, seeds, measure, copies=True), Roster.empty(alpha, None, route, len(banks))
+    read(x, partial, seeds, near_zero, y, roster)
+    together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
-        kind, bank = KINDS[name], layers(name, tensors)
-        plan = forward_plan(x, seeds, kind, bank)
+        kind, bank, last = KINDS[name], layers(name, tensors), number == len(banks) - 1
+        plan = forward_plan(x, seeds, kind, bank, measure)
         sums = alpha.new_empty(plan.programs, 3)
         wrap_triton(chunk_forward.chunk_forward_kernel)[(plan.programs,)](
-            x, y, alpha, route, order[number], bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2, sums, partial.means, partial.pivots,
+            x, y, alpha, route, roster.order[number], roster.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+            sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
-            **shape_of(kind, bank, x, seeds, plan), TELEMETRY=measure, HALF=x.dtype == torch.float16, PRECISION=PRECISION,
-            num_warps=plan.warps, num_stages=plan.stages,
+            **shape_of(kind, bank, x, seeds, plan), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
+            STAGES=plan.stages, PLAIN_STAGES=forward_plan(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=plan.warps,
         )  # fmt: skip
-        settle(x, y, alpha, route, order, rank, sums, partial, live, power, number, plan)
-    health = health_from_means(x, partial, seeds) if measure else x.new_empty(0, 4, dtype=torch.float32)
+        if last and measure:
+            moments_of_means(x, partial, roster)
+        settle(x, y, roster, sums, partial, live, power, health, number, plan, together and last)
+    if measure and not together:
+        health = finish(x, partial, roster)
     return y, live, power, health
 
 
-def roster(alpha: Tensor, lesson: Tensor | None, route: Tensor, banks: int) -> tuple[Tensor, Tensor]:
-    """``order [banks, S + 1]`` (count, active seeds) and ``rank [S]``, found on the device: no wait, no recompile."""
-    seeds = alpha.shape[0]
-    order, rank = route.new_empty(banks, seeds + 1), route.new_empty(seeds)
-    block = min(1024, launch.power_of_two(seeds))
-    wrap_triton(chunk_forward.roster_kernel)[(1,)](
-        alpha,
-        alpha if lesson is None else lesson,
-        route,
-        order,
-        rank,
-        seeds,
-        BANKS=banks,
-        LESSONS=lesson is not None,
-        SB=block,
-        num_warps=4,
-    )
-    return order, rank
-
-
-def settle(x, y, alpha, route, order, rank, sums, partial: Partial, live, power, number: int, plan: launch.Launch) -> None:
-    """Containment and the bank's sums; see ``settle_kernel``."""
-    seeds, (outer, inner, width) = alpha.shape[0], x.shape
+def settle(x, y, roster: Roster, sums, partial: Partial, live, power, health, number: int, plan: launch.Launch, last: bool) -> None:
+    """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``settle_kernel``."""
+    (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
     place = min(128, launch.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch.limits(x.device).processors * 4 // seeds))
     wrap_triton(chunk_forward.settle_kernel)[(seeds, shares)](
-        x, y, alpha, route, order[number], rank, sums, partial.stats, live, power,
-        seeds, width, outer * inner, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(),
-        BM=32, BC=place, **evenness(width, seeds), TELEMETRY=partial.telemetry, FLAT=outer == 1, num_warps=4,
+        x, y, roster.alpha, roster.route, roster.order[number], roster.rank, sums, live, power, *partial.sums, health,
+        seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
+        BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
+        PB=health_group(seeds)[1], num_warps=4,
     )  # fmt: skip
 
 
@@ -87,19 +71,19 @@ def branches_backward(
     assert dy.shape == x.shape, f"gradient {tuple(dy.shape)} of an output {tuple(x.shape)}"
     seeds = live.shape[0]
     dx = torch.empty_like(x)
-    awake = live if lesson is None else torch.where(lesson[:, 1] != 0, torch.ones_like(live), live)
-    pass_through(dy, dx, awake, route, Partial.empty(x, seeds, 1, False), seeds, 0.0)
     banks = split_banks(kinds, parameters)
-    order, rank = roster(live, lesson, route, len(banks))
+    roster = Roster.empty(live, lesson, route, len(banks))
+    pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), roster, seeds, 0.0)
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, plan = bank_backward(x, dy, dx, live, lesson, route, order[number], name, tensors)
-        targets = [torch.zeros_like(tensor) for tensor in tensors]
-        slots = [*zip(found[:-1], targets, strict=True), *([(found[-1], None)] if lesson is not None else [])]
-        for sums, target in slots:
-            collect(sums, residual if target is None else target, route, order[number], rank, x, number, plan, by_seed=target is None)
-        grads += targets
+        found, plan = bank_backward(x, dy, dx, live, lesson, route, roster.order[number], name, tensors)
+        grads += collect(found[:-1], tensors, roster, x, number, plan)
+        if lesson is not None:
+            wrap_triton(chunk_backward.residual_kernel)[(seeds,)](
+                found[-1], residual, route, roster.order[number], roster.rank, x.shape[0] * x.shape[1], plan.programs, number,
+                BM=plan.rows, num_warps=1,
+            )  # fmt: skip
     return dx, grads, residual
 
 
@@ -122,22 +106,31 @@ def bank_backward(
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
+        alone = input_gradient_plan(x, seeds, kind, bank, plan)
+        common = shape_of(kind, bank, x, seeds, alone)
         common.pop("AFFINE")
-        wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(plan.programs,)](
+        settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
+        wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(alone.programs,)](
             x, dy, dx, live, lessons, route, order, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
         )
     return [*partial, residual], plan
 
 
-def collect(sums: Tensor, target: Tensor, route: Tensor, order: Tensor, rank: Tensor, x: Tensor, number: int, plan: launch.Launch,
-            by_seed: bool) -> None:  # fmt: skip
-    """Add the programs' partial sums in a fixed order into ``target[slot]`` (``target[seed]`` if ``by_seed``)."""
-    seeds, numel = rank.shape[0], sums.numel() // plan.programs
-    block = min(1024, launch.power_of_two(numel))
-    wrap_triton(chunk_backward.collect_kernel)[(seeds, -(-numel // block))](
-        sums, target, route, order, rank, x.shape[0] * x.shape[1], plan.programs, number, numel,
-        BM=plan.rows, BN=block, BY_SEED=by_seed, num_warps=4,
+def collect(
+    sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch
+) -> list[Tensor]:
+    """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
+    targets = [torch.empty_like(tensor) for tensor in tensors]
+    sizes, seeds = [tensor[0].numel() for tensor in tensors], roster.alpha.shape[0]
+    block = min(1024, launch.power_of_two(max(sizes)))
+    pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
+    pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
+    wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
+        *pairs, roster.route, roster.order[number], roster.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
+        **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
+        BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip
+    return targets
 
 
 @branches_backward.register_fake
@@ -174,13 +167,19 @@ def shape_of(kind: Kind, bank: Layers, x: Tensor, seeds: int, plan: launch.Launc
     }  # fmt: skip
 
 
-def forward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers) -> launch.Launch:
+def forward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, measure: bool) -> launch.Launch:
     """Launch settings of the forward kernel for this site and bank."""
     chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device))
+    return launch.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), measure)
 
 
 def backward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, lessons: bool) -> launch.Launch:
     """Launch settings of the backward kernels for this site and bank."""
     chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
     return launch.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), lessons)
+
+
+def input_gradient_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, plan: launch.Launch) -> launch.Launch:
+    """Launch settings of the kernel for ``dx`` alone, where the backward's ``plan`` splits the hidden units."""
+    chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
+    return launch.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch.limits(x.device), plan)

@@ -10,10 +10,10 @@ from esper.kernels.language import activate, activate_gradient, assignment, chun
 
 
 @triton.jit
-def hidden_slopes(x, into, bias, gate, gate_bias, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+def hidden_slopes(x, into, gate, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """Hidden units of one block, and their derivatives by the value side's and the gate side's pre-activations."""
-    value, switch = hidden_units(x, into, bias, gate, gate_bias, BIAS, GATED, PRECISION)
+    value, switch = hidden_units(x, into, gate, b1, bg, slot, first, H, BIAS, GATED, PRECISION)
     if GATED:
         slope = tl.sigmoid(switch)
         hidden = slope * value
@@ -66,7 +66,7 @@ def chunk_backward_kernel(
         g_factor, g_shift = tl.zeros([CP], tl.float32), tl.zeros([CP], tl.float32)
     else:
         dtype = x.dtype.element_ty
-        into, bias, gate, gate_bias, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, dtype)
+        into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, dtype)
         # Without lessons α multiplies the weights once instead of dy in every tile.
         back = out if LESSONS else (out * strength).to(dtype)
         g_into, g_out, g_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([HB, CP], tl.float32), tl.zeros([16, HB], tl.float32)
@@ -91,7 +91,7 @@ def chunk_backward_kernel(
                 else:
                     delta = tl.zeros([BM, CP], tl.float32)
                     if H <= HB:
-                        delta = block_delta(tile, delta, into, bias, gate, gate_bias, out, BIAS, GATED, ACT, PRECISION)
+                        delta = block_delta(tile, delta, into, gate, out, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
                     else:
                         delta = all_blocks_delta(tile, delta, w1, b1, wg, bg, w2, slot, size, C, H, CP, HB, BIAS, GATED, ACT, PRECISION)
                 delta = tl.where(mask, delta + shift[None, :] - wide * echo + scale * arriving, 0.0)
@@ -104,7 +104,7 @@ def chunk_backward_kernel(
             d_tile = (g if LESSONS else strength * g) * factor[None, :]
         else:
             # In this order the fewest tiles are alive at once.
-            hidden, slope, switch_slope = hidden_slopes(tile, into, bias, gate, gate_bias, BIAS, GATED, ACT, PRECISION)
+            hidden, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
             g_out = tl.dot(tl.trans(hidden.to(tile.dtype)), gb, acc=g_out, input_precision=PRECISION)
             d_hidden = tl.dot(gb, tl.trans(back), input_precision=PRECISION)
             d_value = (d_hidden * slope).to(tile.dtype)
@@ -177,36 +177,105 @@ def chunk_input_gradient_kernel(
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col = tl.arange(0, CP)
     column = (start + col).to(tl.int64)
+    if H <= HB:
+        into, gate, out = load_block(w1, wg, w2, slot, 0, size, C, H, CP, HB, GATED, x.dtype.element_ty)
+        back = (out * through).to(x.dtype.element_ty)
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & (col < size)[None, :]
-        tile = tl.load(x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc, mask=mask, other=0.0)
-        arriving = tl.load(dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc, mask=mask, other=0.0)
-        g = through * arriving.to(tl.float32)
+        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
+        arrives = dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc
+        tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
+        arriving = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         d_tile = tl.zeros([BM, CP], tl.float32)
-        for first in range(0, H, HB):
-            into, bias, gate, gate_bias, out = load_block(w1, b1, wg, bg, w2, slot, first, size, C, H, CP, HB, BIAS, GATED, tile.dtype)
-            _, slope, switch_slope = hidden_slopes(tile, into, bias, gate, gate_bias, BIAS, GATED, ACT, PRECISION)
-            d_hidden = tl.dot(g.to(tile.dtype), tl.trans(out), input_precision=PRECISION)
-            d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)
-            if GATED:
-                d_tile = tl.dot((d_hidden * switch_slope).to(tile.dtype), tl.trans(gate), acc=d_tile, input_precision=PRECISION)
-        total = arriving.to(tl.float32) + d_tile - echo * g
-        tl.store(dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc, total.to(dx.dtype.element_ty), mask=mask)
+        if H <= HB:
+            d_tile = block_input_gradient(tile, arriving, d_tile, into, gate, back, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
+        else:
+            g = (through * arriving.to(tl.float32)).to(tile.dtype)
+            for first in range(0, H, HB):
+                into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, tile.dtype)
+                d_tile = block_input_gradient(tile, g, d_tile, into, gate, out, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
+        total = arriving.to(tl.float32) * (1.0 - echo * through) + d_tile
+        writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
+        tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def collect_kernel(partial, gradient, route, order, rank, rows, programs, bank, numel, BM: tl.constexpr, BN: tl.constexpr,
-                   BY_SEED: tl.constexpr):  # fmt: skip
-    """``gradient[slot]`` (or ``[seed]``) = sum of its seed's ``partial[program]`` in a fixed order; one program a seed and BN elements."""
-    seed, element = tl.program_id(0), tl.program_id(1) * BN + tl.arange(0, BN)
-    place = tl.load(rank + seed)
-    if (place < 0) | (tl.load(route + seed * 3) != bank):
-        return
-    count = tl.load(order)
-    parts = tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
+def block_input_gradient(tile, g, d_tile, into, gate, back, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr,
+                         GATED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Adds what one block of hidden units gives to ``dx``; α is in its out weights ``back`` or in ``g``."""
+    _, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
+    d_hidden = tl.dot(g, tl.trans(back), input_precision=PRECISION)
+    d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)
+    if GATED:
+        d_tile = tl.dot((d_hidden * switch_slope).to(tile.dtype), tl.trans(gate), acc=d_tile, input_precision=PRECISION)
+    return d_tile
+
+
+@triton.jit
+def add_parts(partial, target, into, element, numel, place, count, parts, BN: tl.constexpr):
+    """``target[into]`` at ``element`` = sum of the partial sums of a seed's programs, in a fixed order; 0 without a program."""
     total = tl.zeros([BN], tl.float32)
     for part in range(0, parts):
         total += tl.load(partial + (part * count + place).to(tl.int64) * numel + element, mask=element < numel, other=0.0)
-    slot = seed.to(tl.int64) if BY_SEED else tl.load(route + seed * 3 + 1).to(tl.int64)
-    tl.store(gradient + slot * numel + element, total, mask=element < numel)
+    tl.store(target + into * numel + element, total, mask=element < numel)
+
+
+@triton.jit
+def add_slot(partial, target, into, block, N: tl.constexpr, place, count, parts, BN: tl.constexpr):
+    """:func:`add_parts` of block ``block`` of a tensor of N elements a slot, if it has such a block."""
+    if N > 0:
+        if (block >= 0) & (block < (N + BN - 1) // BN):
+            add_parts(partial, target, into, block * BN + tl.arange(0, BN), N, place, count, parts, BN)
+
+
+@triton.jit
+def seed_parts(order, rows, programs, BM: tl.constexpr):
+    """Active seeds of a bank (at least 1), and programs of each; see ``assignment``."""
+    count = tl.maximum(tl.load(order), 1)
+    return count, tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
+
+
+@triton.jit
+def collect_kernel(
+    p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, order, rank, seeds, rows, programs, bank,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, N5: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all tensors of a bank, ``t[slot]`` from ``p[program]`` with N elements each (0: no such tensor).
+
+    One program a slot and BN elements, counted through all tensors. A slot without an active seed gets zeros.
+    """
+    slot, block = tl.program_id(0), tl.program_id(1)
+    holder = -1
+    for first in range(0, seeds, SB):
+        seed = first + tl.arange(0, SB)
+        known = seed < seeds
+        here = (tl.load(route + seed * 3, mask=known, other=-1) == bank) & (tl.load(route + seed * 3 + 1, mask=known, other=-1) == slot)
+        place = tl.load(rank + seed, mask=known, other=-1)
+        holder = tl.maximum(holder, tl.max(tl.where(here, place, -1)))
+    count, most = seed_parts(order, rows, programs, BM)
+    parts, into = tl.where(holder < 0, 0, most), slot.to(tl.int64)
+    # Where each tensor's blocks begin, without values from calls: a tracer takes what feeds an address for written.
+    B1: tl.constexpr = (N0 + BN - 1) // BN
+    B2: tl.constexpr = B1 + (N1 + BN - 1) // BN
+    B3: tl.constexpr = B2 + (N2 + BN - 1) // BN
+    B4: tl.constexpr = B3 + (N3 + BN - 1) // BN
+    B5: tl.constexpr = B4 + (N4 + BN - 1) // BN
+    add_slot(p0, t0, into, block, N0, holder, count, parts, BN)
+    add_slot(p1, t1, into, block - B1, N1, holder, count, parts, BN)
+    add_slot(p2, t2, into, block - B2, N2, holder, count, parts, BN)
+    add_slot(p3, t3, into, block - B3, N3, holder, count, parts, BN)
+    add_slot(p4, t4, into, block - B4, N4, holder, count, parts, BN)
+    add_slot(p5, t5, into, block - B5, N5, holder, count, parts, BN)
+
+
+@triton.jit
+def residual_kernel(partial, residual, route, order, rank, rows, programs, bank, BM: tl.constexpr):
+    """``residual[seed]`` = sum of its ``partial[program]``; one program a seed."""
+    seed = tl.program_id(0)
+    place = tl.load(rank + seed)
+    if (place < 0) | (tl.load(route + seed * 3) != bank):
+        return
+    count, parts = seed_parts(order, rows, programs, BM)
+    add_parts(partial, residual, seed, tl.arange(0, 1), 1, place, count, parts, 1)

@@ -50,6 +50,18 @@ def assignment(order, pid, programs, blocks):
 
 
 @triton.jit
+def few_active(rank, seeds, WHOLE: tl.constexpr):
+    """Whether the kernel over whole rows measures all seeds, active ones included, because at most a quarter of them is active.
+
+    ``rank[seeds]`` is their number. Reading the active chunks once more then costs less than leaving row means for a second pass.
+    """
+    if WHOLE:
+        return tl.load(rank + seeds) * 4 <= seeds
+    else:
+        return seeds < 0
+
+
+@triton.jit
 def activate(h, ACT: tl.constexpr):
     """identity, relu, gelu (exact, erf) or silu, in float32."""
     if ACT == "relu":

@@ -79,16 +79,22 @@ def resident(registers: int, warps: int, shared: int, limit: Limits) -> int:
     return max(1, min(limit.registers // (threads * registers), limit.threads // threads, limit.shared // max(shared, 1)))
 
 
-def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits) -> Launch:
+def forward(
+    chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, telemetry: bool = True
+) -> Launch:
     """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
 
-    Sweep on an H200, bfloat16, relu (docs/bench/kernel_sweep.csv): 64 rows with 4 warps beat 128 rows by a tenth at widths 32 and 64;
-    at 128, 8 warps; three stages always beat two. Shared memory shrinks stages first, then hidden block, then rows.
+    Sweep on an H100, bfloat16, relu (docs/bench/kernel_sweep.csv): four warps for 64 rows, so that no two of them compute the same tile,
+    and as many programs as registers allow; at width 32 eight for 128 rows. At 128 two stages with telemetry, else three.
+    Shared memory shrinks stages first, then hidden block, then rows.
     """
     if affine:
         return Launch(max(16, min(128, 8192 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
-    block = 64 if itemsize == 2 else 32
-    warps, tile, stages = 4 if max(chunk, hidden) <= 64 else 8, hidden, 3
+    block, tile, stages, wide = 64 if itemsize == 2 else 32, hidden, 3, max(chunk, hidden)
+    warps = 4 if wide <= 64 else 8
+    if limit.wgmma and itemsize == 2 and wide <= (64 if gated else 128):  # beyond, four warps lack registers
+        block, warps = (128, 8) if wide <= 32 else (64, 4)
+        stages = 2 if telemetry and wide > 64 else 3
     while forward_shared(block, chunk, tile, gated, itemsize, stages) > limit.shared:
         if stages > 1:
             stages -= 1
@@ -97,32 +103,38 @@ def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, s
         else:
             block //= 2
             assert block >= 16, "no block fits"
-    used = forward_shared(block, chunk, tile, gated, itemsize, stages)
-    registers = min(255, block * (tile + 3 * chunk) // (32 * warps) + 64)
+    used = forward_shared(block, chunk, tile, gated, itemsize, stages) - padding(chunk, tile, gated)
+    registers = min(255, block * (tile + 2 * chunk) // (32 * warps) + 64)
     return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
 
 
+def padding(chunk: int, hidden: int, gated: bool) -> int:
+    """Bytes that the forward's tiles are padded by, at most (seen in `scripts/bench kernel_resources`)."""
+    return 8 * max(chunk, hidden) * (3 if gated else 2)
+
+
 def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: all weights, the pipelined input tiles, one converted hidden tile, one output tile in float32."""
-    weights = chunk * hidden * (3 if gated else 2) * itemsize
-    return weights + stages * block * chunk * itemsize + block * hidden * itemsize + block * chunk * 4
+    """Upper bound in bytes: all weights, the input tiles under way, and one hidden or output tile that changes hands."""
+    weights, tiles = chunk * hidden * (3 if gated else 2) * itemsize, max(1, stages - 1) * block * chunk * itemsize
+    return weights + tiles + block * max(hidden, chunk) * itemsize + padding(chunk, hidden, gated)
 
 
 def backward(
     chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False
 ) -> Launch:
-    """Settings of the backward kernels; a block of hidden units is as large as its gradient accumulators leave registers for.
+    """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
 
-    Same sweep: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 64 rows with 8 warps and two stages.
-    ``lessons``: the kernel also computes δ, for the isolated objectives.
+    Same sweep: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps and
+    two stages. ``lessons``: the kernel also computes δ, for the isolated objectives.
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
-    tile, products = hidden, 3 if gated else 2
-    while tile > 16 and products * chunk * tile > limit.registers // 2:  # half of the registers for the accumulators
+    tile, products, quick = hidden, 3 if gated else 2, limit.wgmma and itemsize == 2 and not gated
+    # Accumulators may take half of the registers, a quarter where 128 rows at once then make up for the second kernel.
+    while tile > 16 and products * chunk * tile > limit.registers // (4 if quick else 2):
         tile //= 2
     warps = 4 if products * chunk * tile <= 8192 else 8
-    block = 32 if itemsize > 2 else 128 if products * chunk * tile <= 2048 else 64
+    block = 32 if itemsize > 2 else 128 if products * chunk * tile <= 2048 or (quick and tile < hidden) else 64
     block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
     block = max(16, block // 2) if lessons else block  # δ and what it misses are two more tiles in registers
     stages = 3 if warps == 4 else 2
@@ -136,7 +148,8 @@ def backward(
             assert tile >= 16, "no block fits"
     used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons)
     registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
-    return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
+    # All blocks of hidden units at once, so that what one reads is still in the cache for the others.
+    return Launch(block, tile, warps, stages, max(seeds, limit.processors * resident(registers, warps, used, limit) * tile // hidden))
 
 
 def backward_shared(
@@ -144,15 +157,50 @@ def backward_shared(
 ) -> int:
     """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32.
 
-    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx`` with one more tile of it, and δ, which
-    ``lessons`` need, takes three more matrices of weights and a hidden tile; unsplit, δ is three more tiles (seen: one to three).
+    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx``, and δ, which ``lessons`` need, takes three
+    more matrices of weights and a hidden tile; unsplit, δ is three more tiles (seen: one to three).
     """
     matrix = chunk * hidden * itemsize
-    tiles = 2 * stages * block * chunk * itemsize
-    most = (5 if gated else 3) * matrix + tiles + max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
+    tiles, units = 2 * stages * block * chunk * itemsize, (3 if gated else 2) * block * hidden * itemsize
+    if split and not lessons:
+        return (5 if gated else 3) * matrix + tiles + units
+    most = (5 if gated else 3) * matrix + tiles + max(units, block * chunk * 4)
     if not lessons:
-        return most + (block * chunk * 4 if split else 0)
+        return most
     return most + (3 * matrix + block * hidden * itemsize if split else 3 * block * chunk * 4)
+
+
+def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, plan: Launch) -> Launch:
+    """Settings of the kernel for ``dx`` alone, beside a backward ``plan`` whose block does not hold all hidden units.
+
+    With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (same sweep);
+    else blocks of the plan's size, read again for every tile.
+    """
+    used = input_gradient_shared(64, chunk, hidden, gated, itemsize, 1, False)
+    if limit.wgmma and itemsize == 2 and not gated and hidden <= 128 and used <= limit.shared:
+        return Launch(64, hidden, 4, 1, programs(seeds, resident(255, 4, used, limit), limit))
+    block, tile, stages = min(plan.rows, 64), plan.hidden, plan.stages
+    while input_gradient_shared(block, chunk, tile, gated, itemsize, stages, True) > limit.shared:
+        if stages > 1:
+            stages -= 1
+        elif block > 16:
+            block //= 2
+        else:
+            tile //= 2
+            assert tile >= 16, "no block fits"
+    return Launch(block, tile, plan.warps, stages, programs(seeds, 1, limit))
+
+
+def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool) -> int:
+    """Upper bound in bytes: weights, x and dy tiles under way, a tile that changes hands.
+
+    ``split``: weights come block after block of hidden units, some of them under way too, and more tiles change hands.
+    """
+    matrix, tiles = chunk * hidden * itemsize, 2 * stages * block * chunk * itemsize
+    if not split:
+        return (3 if gated else 2) * matrix + tiles + block * max(hidden, chunk) * itemsize
+    units = max((3 if gated else 2) * block * hidden * itemsize, block * chunk * 4)
+    return (5 if gated else 3) * matrix + tiles + units + block * chunk * 4
 
 
 @dataclass(frozen=True)
@@ -186,25 +234,26 @@ class WholeRowsLaunch:
     stages: int
 
 
-def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits) -> WholeRowsLaunch | None:
+def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 
-    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, and nothing spills (seen in
-    `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way, and shrinks the stages.
+    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, four times where it also
+    ``copies``, and hardly anything spills (seen in `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way,
+    and shrinks the stages. One that copies fares best with fewer stages and programs.
     """
     place, group = power_of_two(-(-width // seeds)), power_of_two(seeds)
     tile = place * group
     if tile > 8192:
         return None
-    warps = max(4, tile // 512) if group > 512 else 8 if tile > 4096 else 4
+    warps = max(4, tile // (256 if copies else 512)) if group > 512 else 8 if tile > 4096 else 4
     block = max(1, min(2048 // tile, power_of_two(rows)))
-    stages = 5
-    while stages > 1 and whole_rows_shared(block, tile, itemsize, stages) > limit.shared:
+    stages, held = (3, 2) if copies else (5, 3)
+    while stages > 1 and whole_rows_shared(block, tile, itemsize, stages, copies) > limit.shared:
         stages -= 1
-    parts = max(1, min(limit.processors * 3, -(-rows // block)))
+    parts = max(1, min(limit.processors * held, -(-rows // block)))
     return WholeRowsLaunch(block, group, place, warps, parts, stages)
 
 
-def whole_rows_shared(block: int, tile: int, itemsize: int, stages: int) -> int:
-    """Upper bound in bytes: the tiles under way (or one, to exchange between threads), and a few words a warp."""
-    return max(1, stages - 1) * block * tile * itemsize + 256
+def whole_rows_shared(block: int, tile: int, itemsize: int, stages: int, copies: bool = False) -> int:
+    """Upper bound in bytes: the tiles under way (or one, to exchange between threads), and a few words a warp, a seed if it ``copies``."""
+    return max(1, stages - 1) * block * tile * itemsize + (4 * tile if copies else 256)

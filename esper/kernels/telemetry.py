@@ -14,23 +14,11 @@ from esper.kernels.geometry import as_rows, chunk_width
 
 @triton_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
-    outer, inner, width = x.shape
-    rows = outer * inner
-    limit = launch.limits(x.device)
-    plan = launch.whole_rows(width, seeds, rows, x.element_size(), limit)
-    if plan is None:
-        partial = Partial.empty(x, seeds, passing_plan(x, seeds).parts, telemetry=True)
-        pass_through(x, None, None, None, partial, seeds, near_zero)
-        return health_from_means(x, partial, seeds)
-    moments, stats = x.new_empty(2, plan.parts, seeds, 3, dtype=torch.float32).unbind()
-    totals, pivots = x.new_empty(plan.parts, 2, dtype=torch.float32), x.new_empty(seeds, dtype=torch.float32)
-    full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
-    wrap_triton(measure.rows_kernel)[(plan.parts,)](
-        x, moments, totals, stats, pivots, seeds, width, rows, plan.parts, inner, *x.stride(), near_zero,
-        BM=plan.rows, SP=plan.seeds, CP=plan.places, **evenness(width, seeds), FULL=full, FLAT=outer == 1, STAGES=plan.stages,
-        num_warps=plan.warps,
-    )  # fmt: skip
-    return finish(moments, totals, stats, pivots, width, rows)
+    partial = Partial.empty(x, seeds, telemetry=True, copies=False)
+    read(x, partial, seeds, near_zero)
+    if not partial.whole:
+        moments_of_means(x, partial, None)
+    return finish(x, partial, None)
 
 
 @_telemetry.register_fake
@@ -55,63 +43,146 @@ def passing_plan(x: Tensor, seeds: int) -> launch.PassingLaunch:
     return launch.passing(x.shape[2], seeds, x.shape[0] * x.shape[1], launch.limits(x.device))
 
 
+def rows_plan(x: Tensor, seeds: int, copies: bool) -> launch.WholeRowsLaunch | None:
+    """Launch settings of the kernel over whole rows for this site; None where a row is too wide for it."""
+    return launch.whole_rows(x.shape[2], seeds, x.shape[0] * x.shape[1], x.element_size(), launch.limits(x.device), copies)
+
+
+def means_block(x: Tensor) -> int:
+    """Rows a program of the second pass over row means."""
+    return min(128, launch.power_of_two(x.shape[0] * x.shape[1]))
+
+
 @dataclass(frozen=True)
 class Partial:
-    """Partial sums that several kernels fill: ``stats [parts, S, 3]`` (zeros at first), ``means [S, rows]``, ``pivots [S]``."""
+    """Partial sums that several kernels fill.
 
+    ``moments [max(parts, blocks), S, 3]`` and ``totals [.., 2]`` of ``parts`` programs over whole rows or ``blocks`` of rows in the second
+    pass, ``stats [parts, S, 3]``, ``means [S, rows]``, ``pivots [S]``. ``whole``: rows fit the kernel over whole rows; ``telemetry``: measured at all.
+    """
+
+    pivots: Tensor
+    moments: Tensor
+    totals: Tensor
     stats: Tensor
     means: Tensor
-    pivots: Tensor
+    parts: int
+    blocks: int
+    whole: bool
+    telemetry: bool
 
     @classmethod
-    def empty(cls, x: Tensor, seeds: int, parts: int, telemetry: bool) -> Partial:
-        """Buffers for a site's ``x [outer, inner, W]``; kernels with fewer parts leave the rest of ``stats`` zero."""
-        rows = x.shape[0] * x.shape[1] if telemetry else 0
-        stats = x.new_zeros(parts, seeds, 3, dtype=torch.float32)
-        return cls(stats, x.new_empty(seeds, rows, dtype=torch.float32), x.new_empty(seeds, dtype=torch.float32))
+    def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> Partial:
+        """Buffers for a site's ``x [outer, inner, W]``, of no size where nothing is measured; ``copies``: there are branches."""
+        rows, plan = (x.shape[0] * x.shape[1] if telemetry else 0), rows_plan(x, seeds, copies)
+        parts = passing_plan(x, seeds).parts if plan is None else plan.parts
+        blocks = -(-rows // means_block(x))
+        most = max(parts, blocks) if telemetry else 0
+
+        def room(*shape: int) -> Tensor:
+            return x.new_empty(*shape, dtype=torch.float32)
+
+        sums = room(seeds), room(most, seeds, 3), room(most, 2), room(parts if telemetry else 0, seeds, 3)
+        leaves_means = plan is None or copies
+        return cls(*sums, room(seeds, rows if leaves_means else 0), parts, blocks, plan is not None, telemetry)
 
     @property
-    def telemetry(self) -> bool:
-        """Whether the call measures."""
-        return self.means.shape[1] > 0
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order in which the kernels take them."""
+        return self.pivots, self.moments, self.totals, self.stats
+
+    def size(self, x: Tensor) -> tuple[int, int, int, int, int]:
+        """Seeds, width, rows and how many partial sums there are."""
+        return self.pivots.shape[0], x.shape[2], x.shape[0] * x.shape[1], self.blocks, self.parts
 
 
-def pass_through(
-    x: Tensor, y: Tensor | None, alpha: Tensor | None, route: Tensor | None, partial: Partial, seeds: int, near_zero: float
-) -> None:
-    """Copy (with ``y``) and measure (if ``partial`` does) the chunks without an active branch; all of them without ``alpha``."""
-    outer, inner, width = x.shape
-    plan = passing_plan(x, seeds)
-    target, stats = x if y is None else y, partial.stats
-    full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
-    wrap_triton(passing.passing_kernel)[(-(-seeds // plan.seeds) * plan.parts,)](
-        x, target, stats if alpha is None else alpha, stats if route is None else route, stats, partial.means, partial.pivots,
-        seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
-        COPY=y is not None, TELEMETRY=partial.telemetry, ALL=alpha is None, FLAT=outer == 1, STAGES=plan.stages, num_warps=4,
+@dataclass(frozen=True)
+class Roster:
+    """Which seeds are active: ``order [banks, S + 1]`` and ``rank [S + 1]``, see ``write_roster``; found from ``alpha`` and ``lesson``."""
+
+    alpha: Tensor
+    lesson: Tensor | None
+    route: Tensor
+    order: Tensor
+    rank: Tensor
+
+    @classmethod
+    def empty(cls, alpha: Tensor, lesson: Tensor | None, route: Tensor, banks: int) -> Roster:
+        """Room for a site's roster, which the copying kernels write."""
+        return cls(alpha, lesson, route, route.new_empty(banks, alpha.shape[0] + 1), route.new_empty(alpha.shape[0] + 1))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order in which the copying kernels take them."""
+        return self.alpha, self.alpha if self.lesson is None else self.lesson, self.route, self.order, self.rank
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Banks, and seeds that the roster's program takes at once."""
+        return {"BANKS": self.order.shape[0], "RB": min(1024, launch.power_of_two(self.alpha.shape[0]))}
+
+
+def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, roster: Roster | None = None) -> None:
+    """Measure ``x`` as ``partial`` asks; with ``y`` and ``roster`` also copy the chunks without an active branch, and fill the roster."""
+    if partial.telemetry and partial.whole:
+        read_rows(x, y, partial, roster, seeds, near_zero)
+    else:
+        pass_through(x, y, partial, roster, seeds, near_zero)
+
+
+def read_rows(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | None, seeds: int, near_zero: float) -> None:
+    """Whole rows, measured and copied."""
+    copies, (outer, inner, width) = roster is not None, x.shape
+    plan = rows_plan(x, seeds, copies)
+    rows, target = outer * inner, x if y is None else y
+    alpha, _, *who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
+    full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
+    wrap_triton(measure.rows_kernel)[(plan.parts + copies,)](
+        x, target, alpha, *who, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
+        seeds, width, rows, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
+        BM=plan.rows, SP=plan.seeds, CP=plan.places, **evenness(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
+        STAGES=plan.stages, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=plan.warps,
     )  # fmt: skip
 
 
-def health_from_means(x: Tensor, partial: Partial, seeds: int) -> Tensor:
+def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | None, seeds: int, near_zero: float) -> None:
+    """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without a ``roster``."""
+    outer, inner, width = x.shape
+    plan, copies = passing_plan(x, seeds), roster is not None
+    target = x if y is None else y
+    who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
+    full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
+    wrap_triton(passing.passing_kernel)[(-(-seeds // plan.seeds) * plan.parts + copies,)](
+        x, target, *who, partial.stats, partial.means, partial.pivots,
+        seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
+        BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
+        COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,
+        LESSONS=copies and roster.lesson is not None, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
+    )  # fmt: skip
+
+
+def moments_of_means(x: Tensor, partial: Partial, roster: Roster | None) -> None:
     """Second pass over ``means``: row totals, and every seed's moments with them."""
-    means, width, rows = partial.means, x.shape[2], partial.means.shape[1]
-    block = min(128, launch.power_of_two(rows))
-    group = min(8192 // block, launch.power_of_two(seeds))
-    blocks = -(-rows // block)
-    moments, totals = means.new_empty(blocks, seeds, 3), means.new_empty(blocks, 2)
-    wrap_triton(measure.moments_kernel)[(blocks,)](
-        means, moments, totals, seeds, width, rows, **evenness(width, seeds), BM=block, SB=group, num_warps=8
-    )
-    return finish(moments, totals, partial.stats, partial.pivots, width, rows)
+    seeds, block = partial.pivots.shape[0], means_block(x)
+    group = min(16384 // block, launch.power_of_two(seeds))
+    wrap_triton(measure.moments_kernel)[(partial.blocks,)](
+        partial.means, partial.pivots if roster is None else roster.rank, partial.moments, partial.totals,
+        seeds, x.shape[2], x.shape[0] * x.shape[1], **evenness(x.shape[2], seeds), WHOLE=partial.whole and roster is not None,
+        BM=block, SB=group, ONCE=group >= seeds, num_warps=8,
+    )  # fmt: skip
 
 
-def finish(moments: Tensor, totals: Tensor, stats: Tensor, pivots: Tensor, width: int, rows: int) -> Tensor:
-    """Reduce partial sums to ``health [seeds, 4]``."""
-    seeds = pivots.shape[0]
-    health = pivots.new_empty(seeds, 4)
-    group, parts = (1, 256) if seeds <= 1024 else (128, 32)
+def health_group(seeds: int) -> tuple[int, int]:
+    """Seeds and partial sums that a program of the last step takes at once."""
+    return (1, 512) if seeds <= 1024 else (128, 32)
+
+
+def finish(x: Tensor, partial: Partial, roster: Roster | None) -> Tensor:
+    """Reduce partial sums to ``health [seeds, 4]``; with a ``roster``, those of a site with branches."""
+    seeds = partial.pivots.shape[0]
+    health, (group, parts) = x.new_empty(seeds, 4, dtype=torch.float32), health_group(seeds)
     wrap_triton(measure.finish_kernel)[(-(-seeds // group),)](
-        pivots, moments, totals, stats, health, seeds, width, rows,
-        moments.shape[0], totals.shape[0], stats.shape[0], **evenness(width, seeds), SB=group, PB=parts, num_warps=4,
+        partial.pivots if roster is None else roster.rank, *partial.sums, health, *partial.size(x), **evenness(x.shape[2], seeds),
+        WHOLE=partial.whole, CHOICE=roster is not None, SB=group, PB=parts, num_warps=4,
     )  # fmt: skip
     return health

@@ -30,15 +30,16 @@ SITES = ("4096x64", "3072x1000", "8192x64")
 """Width x seeds at which the whole-row telemetry kernel is compiled."""
 
 
-def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, direction: str) -> dict[str, object]:
-    """Compile-time arguments of the kernel for a contiguous site of even chunks."""
+def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, direction: str, plain_stages: int) -> dict[str, object]:
+    """Compile-time arguments of the kernel for a contiguous site of even chunks; ``plain_stages`` see the forward kernel."""
     padded = launch.power_of_two(chunk, 16)
     common = {
         "C": chunk, "H": hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows, "EVEN": True, "FULL": chunk == padded, "FLAT": True,
         "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation, "PRECISION": "ieee", "xc": 1,
     }  # fmt: skip
     if direction == "forward":
-        return {**common, "AFFINE": kind.affine, "TELEMETRY": True, "HALF": False, "yc": 1}
+        stages = {"STAGES": plan.stages, "PLAIN_STAGES": plain_stages}
+        return {**common, **stages, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
     common |= {"LESSONS": "lessons" in direction, "gc": 1, "dc": 1}
     return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": plan.hidden >= hidden}
 
@@ -80,36 +81,41 @@ def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capabili
     kind, limit, backward = KINDS[name], DEVICES[capability], direction != "forward"
     padded, units, lessons = launch.power_of_two(chunk, 16), launch.power_of_two(hidden, 16), "lessons" in direction
     widths = (padded, units, kind.gated, kind.affine, ITEMSIZE[dtype], 64, limit)
-    plan = launch.backward(*widths, lessons) if backward else launch.forward(*widths)
+    plan, plain = launch.backward(*widths, lessons) if backward else launch.forward(*widths), launch.forward(*widths, False)
     if direction == "input gradient" and plan.hidden >= units:
         return None
-    sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
+    sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages if backward else max(plan.stages, plain.stages))
     bound = launch.backward_shared(*sizes, units > plan.hidden, lessons) if backward else launch.forward_shared(*sizes)
+    if direction == "input gradient":
+        plan = launch.input_gradient(padded, units, kind.gated, ITEMSIZE[dtype], 64, limit, plan)
+        sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
+        bound = launch.input_gradient_shared(*sizes, plan.hidden < units)
     kernel = {
         "forward": chunk_forward.chunk_forward_kernel,
         "input gradient": chunk_backward.chunk_input_gradient_kernel,
     }.get(direction, chunk_backward.chunk_backward_kernel)
-    binary = compiled(kernel, constants(kind, chunk, hidden, plan, direction), dtype, plan.warps, capability, plan.stages)
+    binary = compiled(kernel, constants(kind, chunk, hidden, plan, direction, plain.stages), dtype, plan.warps, capability, plan.stages)
     settings = {"rows": plan.rows, "hidden_block": plan.hidden, "warps": plan.warps, "stages": plan.stages, "programs": plan.programs}
     about = {"kernel": direction, "kind": name, "chunk": chunk, "hidden": hidden, "dtype": dtype, "capability": capability}
     return {**about, **settings, **needs(binary, bound, limit)}
 
 
-def telemetry_row(width: int, seeds: int, dtype: str, capability: int) -> dict[str, object] | None:
-    """The same of the whole-row telemetry kernel; None where rows are too wide for it."""
+def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: bool) -> dict[str, object] | None:
+    """The same of the whole-row telemetry kernel, alone or copying what passes; None where rows are too wide for it."""
     limit = DEVICES[capability]
-    plan = launch.whole_rows(width, seeds, 65536, ITEMSIZE[dtype], limit)
+    plan = launch.whole_rows(width, seeds, 65536, ITEMSIZE[dtype], limit, copies)
     if plan is None:
         return None
     chunk, even = -(-width // seeds), width % seeds == 0
     fixed = {
         "BM": plan.rows, "SP": plan.seeds, "CP": plan.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": plan.stages, "xc": 1,
-        "FULL": width == seeds * plan.places and seeds == plan.seeds,
+        "FULL": width == seeds * plan.places and seeds == plan.seeds, "COPY": copies, "BANKS": int(copies), "RB": 64, "yc": 1,
     }  # fmt: skip
     binary = compiled(measure.rows_kernel, fixed, dtype, plan.warps, capability)
-    about = {"kernel": "telemetry", "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
+    name = "telemetry, copying" if copies else "telemetry"
+    about = {"kernel": name, "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
     settings = {"rows": plan.rows, "hidden_block": 0, "warps": plan.warps, "stages": plan.stages, "programs": plan.parts}
-    bound = launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, ITEMSIZE[dtype], plan.stages)
+    bound = launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, ITEMSIZE[dtype], plan.stages, copies)
     return {**about, **settings, **needs(binary, bound, limit)}
 
 
@@ -141,7 +147,9 @@ def main(argv: list[str]) -> int:
                     found += [row(direction, name, chunk, hidden, dtype, capability) for direction in options.directions]
     for site in options.sites:
         width, seeds = (int(part) for part in site.split("x"))
-        found += [telemetry_row(width, seeds, dtype, capability) for dtype in options.dtypes for capability in DEVICES]
+        for dtype in options.dtypes:
+            for capability in DEVICES:
+                found += [telemetry_row(width, seeds, dtype, capability, copies) for copies in (False, True)]
     rows = [made for made in found if made is not None]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:

@@ -16,12 +16,13 @@ from scripts.benchmarks.kernels import NEAR_ZERO, ROWS, SHAPES, WIDTH, machine, 
 
 
 def chunk_candidates(seeds: int, hidden: int, backward: bool) -> list[Launch]:
-    """Row blocks × warps × stages × resident programs."""
+    """Row blocks × warps × stages × resident programs; backward at 128 by halves of the hidden units."""
     limit, found = launch.limits(torch.device("cuda")), []
     blocks = ((64, 4), (64, 8), (32, 4), (128, 8), (128, 4)) if backward else ((64, 4), (128, 8), (128, 4), (64, 8))
     for (rows, warps), stages, resident in itertools.product(blocks, (2, 3), (1, 2, 3, 4)):
-        if warps * resident <= 16 and not (backward and hidden > 64 and rows > 64):
-            found.append(Launch(rows, hidden, warps, stages, launch.programs(seeds, resident, limit)))
+        if warps * resident <= 16 and not (backward and hidden > 64 and rows * 4 < warps * 64):
+            parts = 2 if backward and hidden > 64 else 1
+            found.append(Launch(rows, hidden // parts, warps, stages, launch.programs(seeds, resident, limit) // parts))
     return found
 
 
@@ -37,7 +38,7 @@ def passing_candidates(seeds: int) -> list[PassingLaunch]:
 
 def row_candidates() -> list[tuple[int, int, int]]:
     """Warps, stages and programs a multiprocessor of the whole-row telemetry kernel."""
-    return list(itertools.product((4, 8), (1, 3, 5), (3, 4, 6, 8)))
+    return list(itertools.product((4, 8), (1, 3, 5), (2, 3, 4, 6)))
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench kernel_sweep", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/kernel_sweep.csv"))
     parser.add_argument("--kind", default="mlp_relu")
-    parser.add_argument("--only", default="telemetry,passing,forward,backward")
+    parser.add_argument("--only", default="telemetry,copying,passing,forward,backward,input_gradient")
     options = parser.parse_args(argv)
     about, rows = machine(), []
     for what in options.only.split(","):
@@ -65,32 +66,44 @@ def main(argv: list[str]) -> int:
 
 
 def sweep(what: str, seeds: int, hidden: int, kind: str):
-    """Yields (setting, p50 in ms); a setting that does not fit the device is infinitely slow."""
+    """Yields (setting, p50 in ms); a setting that does not fit the device is infinitely slow.
+
+    ``copying``: whole rows measured and copied, a tenth active; ``passing``: the same without telemetry, in tiles of chunks.
+    """
     from triton.runtime.errors import OutOfResources
 
     from esper.kernels.branches import branches, branches_backward
     from esper.kernels.telemetry import telemetry
 
-    p = make_problem(ROWS, WIDTH, seeds, hidden, 1.0, kind)
+    p = make_problem(ROWS, WIDTH, seeds, hidden, 0.1 if what in ("copying", "passing") else 1.0, kind)
     x, dy = p.x[None], p.dy[None]
-    processors = launch.limits(torch.device("cuda")).processors
-    if what == "telemetry":
-        place = WIDTH // seeds
-        for warps, stages, resident in row_candidates():
-            plan = WholeRowsLaunch(1, seeds, place, warps, processors * resident, stages)
-            with mock.patch.object(launch, "whole_rows", lambda *_, plan=plan: plan):
-                yield (warps, stages, resident), attempt(lambda: telemetry(p.x, seeds, NEAR_ZERO), OutOfResources)
-        return
+
+    def forward():
+        return branches(x, p.alpha, p.route, None, kind, p.parameters, what != "passing", NEAR_ZERO)
+
+    def backward():
+        return branches_backward(x, dy, p.alpha, None, p.route, kind, p.parameters)
+
+    steps = {"telemetry": lambda: telemetry(p.x, seeds, NEAR_ZERO), "backward": backward, "input_gradient": backward}
+    rule = "whole_rows" if what in ("telemetry", "copying") else what
+    for plan in candidates(what, seeds, hidden):
+        with mock.patch.object(launch, rule, lambda *_, plan=plan: plan):
+            yield plan, attempt(steps.get(what, forward), OutOfResources)
+
+
+def candidates(what: str, seeds: int, hidden: int) -> list[Launch] | list[PassingLaunch] | list[WholeRowsLaunch]:
+    """What the rule of that kernel may choose from; nothing where the rule is not asked."""
+    limit = launch.limits(torch.device("cuda"))
+    if what in ("telemetry", "copying"):
+        settings = row_candidates()
+        return [WholeRowsLaunch(1, seeds, WIDTH // seeds, warps, limit.processors * held, stages) for warps, stages, held in settings]
     if what == "passing":
-        p = make_problem(ROWS, WIDTH, seeds, hidden, 0.1, kind)
-    candidates = passing_candidates(seeds) if what == "passing" else chunk_candidates(seeds, hidden, what == "backward")
-    for plan in candidates:
-        with mock.patch.object(launch, what, lambda *_, plan=plan: plan):
-            if what != "backward":
-                step = lambda: branches(x, p.alpha, p.route, None, kind, p.parameters, True, NEAR_ZERO)  # noqa: E731
-            else:
-                step = lambda: branches_backward(x, dy, p.alpha, None, p.route, kind, p.parameters)  # noqa: E731
-            yield plan, attempt(step, OutOfResources)
+        return passing_candidates(seeds)
+    if what == "input_gradient":
+        blocks = ((128, 8), (64, 4)) if hidden > 64 else ()
+        found = itertools.product(blocks, (1, 2), (1, 2))
+        return [Launch(rows, hidden, warps, stages, launch.programs(seeds, held, limit)) for (rows, warps), stages, held in found]
+    return chunk_candidates(seeds, hidden, what == "backward")
 
 
 def attempt(step, refused: type[Exception]) -> float:

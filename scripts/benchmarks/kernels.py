@@ -127,7 +127,7 @@ def gate(kinds: str, shapes=SHAPES) -> list[str]:
 
     wrong = []
     for seeds, hidden in shapes:
-        for share in (0.1, 1.0):
+        for share in (0.1, 0.5, 1.0):
             p = make_problem(1777, WIDTH, seeds, hidden, share, kinds)
             x, dy = p.x[None], p.dy[None]
 

@@ -8,7 +8,8 @@ import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.kernels import reference, reference_branches
+from esper.kernels import branches as branches_module
+from esper.kernels import launch, reference, reference_branches, telemetry
 from esper.kernels.branches import branches, branches_backward
 from esper.kernels.geometry import as_rows
 from tests.kernels.sites import DEVICE, error, make_case
@@ -103,6 +104,28 @@ def test_strided_and_channels_first_input():
     check(case, x=wide[:, 3:27:2])
     check(case, x=wide[::2, :12])
     check(case, x=torch.randn(2, 12, 3, 4, device=DEVICE).movedim(1, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("active", [0, 2, 3, 8])
+@pytest.mark.parametrize("whole", [True, False])
+def test_few_and_many_active_seeds_are_measured_alike(monkeypatch, whole, active, dtype):
+    """Up to a quarter of the seeds: whole rows measure all chunks; beyond, and where rows are too wide, active ones measure theirs."""
+    if not whole:
+        monkeypatch.setattr(launch, "whole_rows", lambda *_: None)
+    case = make_case(45, 44, 8, "mlp_relu,affine", hidden=6, share=1.0, dtype=dtype)
+    case.alpha.copy_(torch.arange(8) < active)
+    check(case)
+    check(case, x=(case.x + 30.0).to(dtype))
+
+
+@pytest.mark.parametrize("active", [1, 5])
+def test_health_of_very_many_seeds_takes_a_launch_of_its_own(monkeypatch, active):
+    for module in (branches_module, telemetry):
+        monkeypatch.setattr(module, "health_group", lambda seeds: (2, 4))
+    case = make_case(45, 44, 5, "affine,mlp_relu", hidden=6, share=1.0)
+    case.alpha.copy_(torch.arange(5) < active)
+    check(case)
 
 
 def test_one_seed_a_feature():
