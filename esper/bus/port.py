@@ -95,7 +95,7 @@ class BusPort:
         self.safe = Safekeeping(lambda delivery: self._receiver.done(delivery))
         self._inbox = Inbox(self._acknowledge, self._ended)
         self._thread: Background | None = None
-        self._over = self._finished = False
+        self._over = self.finished = False
         self.watched = PortState()
         self._inbox.measure = self.watched.finished
         self._exporters: list[PrometheusEndpoint | OtlpExporter] = []
@@ -138,7 +138,7 @@ class BusPort:
         self._ring.drain()
         self._incidents(tick)
         self._event(RunEnded(tick=tick, status=status, summary=summary))
-        self._over, self._finished = True, status == "FINISHED"
+        self._over, self.finished = True, status == "FINISHED"
 
     def transition(
         self,
@@ -295,7 +295,7 @@ class BusPort:
         self._ring.drain()
         if self._thread is not None and self._over:
             self._thread.join()
-        if self._finished:  # what is killed or fails may go on later, and its commands with it
+        if self.finished:  # what is killed or fails may go on later, and its commands with it
             self._receive()
             self._inbox.refuse_rest("the run ended before it could be applied", self.watched.tick)
             self.safe.release()
