@@ -27,7 +27,7 @@ from esper.bus.messages import (
     Transition,
 )
 from esper.bus.protocol import Bus, Delivery, Producer
-from esper.bus.rate import AlertLimit
+from esper.bus.rate import CODE, AlertLimit
 from esper.bus.readings import PortState, Reading, readings
 from esper.bus.receiver import Receiver, Safekeeping
 from esper.bus.ring import TelemetryRing
@@ -136,7 +136,7 @@ class BusPort:
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
         """Say that the run is over, after everything else has been said."""
         self._ring.drain()
-        self._incidents(tick)
+        self._incidents(tick, end=True)
         self._event(RunEnded(tick=tick, status=status, summary=summary))
         self._over, self.finished = True, status == "FINISHED"
 
@@ -367,13 +367,15 @@ class BusPort:
         else:
             self.safe.ended(delivery)
 
-    def _incidents(self, tick: int) -> None:
+    def _incidents(self, tick: int, end: bool = False) -> None:
         """What happened to the bus itself, said from the trainer's thread so that the order of events is its own."""
+        held_back = self._limit.over()
         incidents = self.bus.incidents
         while incidents:
-            code, sentence = incidents.popleft()
-            if self._limit.allows(code):
-                self.alert(tick, ALERTS.get(code, "warning"), code, sentence)
+            if said := self._limit.offer(*incidents.popleft(), tick):
+                self.alert(tick, ALERTS.get(said[0], "warning"), *said)
+        for sentence in held_back + (self._limit.over(end=True) if end else []):
+            self.alert(tick, "info", CODE, sentence)
 
     def _telemetry(self, message: Telemetry) -> None:
         self._publish("telemetry", message)
