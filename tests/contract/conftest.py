@@ -46,8 +46,8 @@ class Blocking:
         if not callable(value):
             return value
 
-        def call(*arguments: object) -> object:
-            result = value(*arguments)
+        def call(*arguments: object, **settings: object) -> object:
+            result = value(*arguments, **settings)
             if inspect.isawaitable(result):
                 result = self._loop.run_until_complete(result)
             return Blocking(result, self._loop) if isinstance(result, AsyncProducer | AsyncConsumer) else result

@@ -216,6 +216,25 @@ def test_any_order_can_be_had_of_any_bus(backend, run, order):
     consumer.close()
 
 
+def test_what_an_order_holds_longer_than_the_claim_time_is_not_delivered_again(backend, run):
+    bus = backend.open(deliveries=1)
+    counts = Counts()
+    consumer = in_order(bus.consumer("events", run, "group", "one"), "causal", 1.5, counts)
+    effect = bus.producer("events", run)
+    effect.publish(TickEnded(tick=1), ("somebody/1-1",))
+    assert effect.flush(5)
+    found, deadline = [], time.monotonic() + 5
+    while not found and time.monotonic() < deadline:
+        found += consumer.read(10, 0.1)
+    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(1, 1)]
+    assert counts.snapshot()["late"] == 1
+    assert bus.dead_letters(run) == []
+    while not bus.dead_letters(run) and time.monotonic() < deadline:  # handed out, it has its claim time like any other
+        assert consumer.read(10, 0.05) == []
+    assert len(bus.dead_letters(run)) == 1
+    consumer.close()
+
+
 @pytest.mark.parametrize("order", ["stream", "global", "causal"])
 def test_an_order_goes_on_after_a_restart_where_its_group_stands(backend, run, order, collect):
     bus = backend.open()

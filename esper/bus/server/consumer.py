@@ -128,12 +128,12 @@ class ServerConsumer:
         if deliveries:
             self._counts.add("acknowledged", len(deliveries))
 
-    def keep(self, deliveries: list[Delivery]) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them."""
+    def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
         with self._lock:
             for delivery in deliveries:
                 if held := self._held.get((delivery.producer, delivery.id)):
-                    held.kept = True
+                    held.kept = on
 
     def handled(self) -> dict[str, Id]:
         """By producer, up to where the group had acknowledged all when this member found its stream."""
