@@ -243,6 +243,8 @@ class BusPort:
         controlled = self.external or self.runner is not None
         if controlled:
             self._ring.drain()
+        elif self.bus.local is self.bus:  # no writer thread looks for what has waited long enough
+            self._ring.drain(self.bus.config.flush_s)
         self._incidents(tick)
         self._event(TickEnded(tick=tick, epoch=self._inbox.epoch))
         if self._thread is not None:
