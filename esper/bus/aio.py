@@ -64,9 +64,9 @@ class AsyncConsumer:
         """Acknowledge after handling."""
         await self._call(self._consumer.ack, deliveries)
 
-    async def keep(self, deliveries: list[Delivery]) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them."""
-        await self._call(self._consumer.keep, deliveries)
+    async def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
+        await self._call(self._consumer.keep, deliveries, on)
 
     def handled(self) -> dict[str, Id]:
         """By producer, up to where the group had acknowledged all when this member first looked."""

@@ -19,7 +19,8 @@ class MemoryConfig:
     flush_ticks: int = setting(
         16, low=1, unit="ticks", help="telemetry rows of a site are sent after this many ticks …"
     )
-    flush_kb: int = setting(1024, low=1, unit="KiB", help="… or this many bytes")
+    flush_kb: int = setting(1024, low=1, unit="KiB", help="… or this many bytes …")
+    flush_s: float = setting(1.0, low=0.001, unit="s", help="… or when the first of them is this old")
     claim_s: float = setting(
         30.0, low=0.01, unit="s", help="after this long an unacknowledged message goes to another consumer"
     )
@@ -42,7 +43,6 @@ class ServerConfig(MemoryConfig):
     codec: str = setting(
         "delta", choices=("raw", "delta", "rounded"), help="how telemetry is packed; rounded keeps 10 bits of mantissa"
     )
-    flush_s: float = setting(1.0, low=0.001, unit="s", help="… or when the first of them is this old")
     timeout_s: float = setting(
         2.0, low=0.05, unit="s", help="how long a request may take before the server counts as unreachable"
     )

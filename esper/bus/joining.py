@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from esper.bus.config import EmbeddedConfig, RedisConfig, ServerConfig
+from esper.bus.server.connection import NoAnswer, address_of, readable
 from esper.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     import redis
 
     from esper.bus.server.bus import ServerBus
-    from esper.bus.server.connection import address_of, readable
     from esper.bus.server.counted import report
     from esper.bus.server.embedded import address_in
 
@@ -74,7 +74,10 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     if part == "controller":
         config = dataclasses.replace(config, deliveries=sys.maxsize)
     address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
-    bus = ServerBus(config, address, folder / "bus")
+    try:
+        bus = ServerBus(config, address, folder / "bus")
+    except NoAnswer as error:
+        raise (_over(folder, error) if isinstance(config, EmbeddedConfig) else error) from None
     try:
         if part:
             with report(bus, found.run, part):
@@ -82,9 +85,19 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
         else:
             yield bus, found
     except redis.RedisError as error:
-        raise readable(address, error) from None
+        said = readable(address, error)
+        raise (_over(folder, said) if isinstance(said, NoAnswer) and isinstance(config, EmbeddedConfig) else said) from None
     finally:
         bus.close()
+
+
+def _over(folder: Path, error: NoAnswer) -> UserError:
+    """A run's own server that does not answer: nobody can start it but the run itself."""
+    return UserError(
+        f"{error.finding}: this server belongs to the run in {folder} and ended with it; what the bus counted is in summary.json"
+        " there, what happened in the files of its trackers, and a run that was stopped has its server again when it goes on with"
+        f" resume={folder}"
+    )
 
 
 def _refuse_second(folder: Path, found: Invitation, part: str) -> None:

@@ -293,12 +293,14 @@ class MemoryConsumer:
         if deliveries:
             bus.counters.add("acknowledged", len(deliveries))
 
-    def keep(self, deliveries: list[Delivery]) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them."""
+    def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
         with self._bus.lock:
             for delivery in deliveries:
                 held = self._logs[delivery.producer].groups[self.group].pending.get(delivery.id)
-                if held is not None:
+                if not on:
+                    self._kept.pop((delivery.producer, delivery.id), None)
+                elif held is not None:
                     self._kept[delivery.producer, delivery.id] = held
 
     def handled(self) -> dict[str, Id]:

@@ -196,7 +196,11 @@ class ResumeGrafting(Command, kw_only=True):
 
 
 class ApplyTogether(Command, kw_only=True):
-    """All of these or none: validated and applied on a copy, which is swapped in when every one succeeds."""
+    """All of these or none: validated and applied on a copy, which is swapped in when every one succeeds.
+
+    They come and end together: acknowledged is this command's id and not theirs, and its deadline and priority hold for all of
+    them. One that has a deadline or priority of its own has the whole refused.
+    """
 
     commands: list[Germinate | SetStage | Cancel | ChangeStrategy | PauseGrafting | ResumeGrafting]
 

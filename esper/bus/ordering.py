@@ -1,7 +1,8 @@
 """Orders in which a consumer can have its messages, whatever order they arrive in.
 
-Waiting is bounded: after ``hold_s`` seconds a message is released although something before it is missing, and what
-then still comes is released as it comes; both are counted as ``late`` (and sequence numbers passed over as ``gaps``).
+Waiting is bounded: ``hold_s`` seconds after it arrived a message is released although something before it is missing, and so
+is all that came in meanwhile and goes before it, however late that was. What then still comes is released as it comes; both
+are counted as ``late`` (and sequence numbers passed over as ``gaps``).
 """
 
 from __future__ import annotations
@@ -46,14 +47,17 @@ class StreamOrder:
 
     def ready(self, now: float) -> list[Delivery]:
         """What may be handled now, each producer's in order."""
+        return [delivery for delivery, _ in self.timed(now)]
+
+    def timed(self, now: float) -> list[tuple[Delivery, float]]:
+        """The same, with the moments at which they arrived."""
         found = []
         for producer, held in self._held.items():
+            overdue = max((id for id, (_, since) in held.items() if since + self._hold_s <= now), default=(0, 0))
             for id in sorted(held):
-                delivery, since = held[id]
-                if not self._release(producer, id, now - since >= self._hold_s):
+                if not self._release(producer, id, id <= overdue):
                     break
-                del held[id]
-                found.append(delivery)
+                found.append(held.pop(id))
         return found
 
     def _release(self, producer: str, id: Id, expired: bool) -> bool:
@@ -94,16 +98,18 @@ class GlobalOrder:
 
     def ready(self, now: float) -> list[Delivery]:
         """What may be handled now, in global order."""
-        for delivery in self._stream.ready(now):
-            self._queues.setdefault(delivery.producer, deque()).append((delivery, now))
+        for delivery, arrived in self._stream.timed(now):
+            self._queues.setdefault(delivery.producer, deque()).append((delivery, arrived))
             known = self._frontier.get(delivery.producer, float("-inf"))
             self._frontier[delivery.producer] = max(known, delivery.time)
+        overdue = sum(since + self._hold_s <= now for queue in self._queues.values() for _, since in queue)
         found = []
         while heads := [queue[0] for queue in self._queues.values() if queue]:
             delivery, since = min(heads, key=lambda head: self._key(head[0]))
             silent = any(not queue and self._frontier[name] <= delivery.time for name, queue in self._queues.items())
-            if silent and now - since < self._hold_s:
+            if silent and not overdue:
                 break
+            overdue -= since + self._hold_s <= now
             self._queues[delivery.producer].popleft()
             if self._key(delivery) < self._last:
                 self._counts.add("late")
@@ -136,25 +142,27 @@ class CausalOrder:
 
     def ready(self, now: float) -> list[Delivery]:
         """What may be handled now, causes before effects."""
-        for delivery in self._stream.ready(now):
-            self._queues.setdefault(delivery.producer, deque()).append((delivery, now))
+        for timed in self._stream.timed(now):
+            self._queues.setdefault(timed[0].producer, deque()).append(timed)
+        overdue = {name: sum(since + self._hold_s <= now for _, since in queue) for name, queue in self._queues.items()}
         found = []
         progress = True
         while progress:
             progress = False
             for producer, queue in self._queues.items():
-                while queue and self._may_go(*queue[0], now):
-                    delivery = queue.popleft()[0]
+                while queue and self._may_go(queue[0][0], overdue[producer] > 0):
+                    delivery, since = queue.popleft()
+                    overdue[producer] -= since + self._hold_s <= now
                     self._released[producer] = max(self._released.get(producer, (0, 0)), parse(delivery.id))
                     found.append(delivery)
                     progress = True
         return found
 
-    def _may_go(self, delivery: Delivery, since: float, now: float) -> bool:
+    def _may_go(self, delivery: Delivery, overdue: bool) -> bool:
         for name in delivery.after:
             producer, _, id = name.rpartition("/")
             if self._released.get(producer, (0, 0)) < parse(id):
-                if now - since < self._hold_s:
+                if not overdue:
                     return False
                 self._counts.add("late")
                 break
@@ -162,7 +170,7 @@ class CausalOrder:
 
 
 class OrderedConsumer:
-    """A consumer whose reads come in an order; held messages stay pending on the bus, so a crash loses none of them."""
+    """A consumer whose reads come in an order; held messages are kept from others, and stay pending, so a crash loses none."""
 
     def __init__(self, consumer: Consumer, order: Order) -> None:
         self._consumer, self._order = consumer, order
@@ -184,17 +192,20 @@ class OrderedConsumer:
                 self._order.begin(producer, handled)
             for delivery in arrived:
                 self._order.push(delivery, now)
+            self._consumer.keep(arrived)  # or a hold longer than the claim time would count as failed deliveries
             self._ready.extend(self._order.ready(now))
             if self._ready or now >= deadline:
-                return [self._ready.popleft() for _ in range(min(count, len(self._ready)))]
+                released = [self._ready.popleft() for _ in range(min(count, len(self._ready)))]
+                self._consumer.keep(released, on=False)
+                return released
 
     def ack(self, deliveries: list[Delivery]) -> None:
         """Acknowledge after handling."""
         self._consumer.ack(deliveries)
 
-    def keep(self, deliveries: list[Delivery]) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them."""
-        self._consumer.keep(deliveries)
+    def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
+        self._consumer.keep(deliveries, on)
 
     def handled(self) -> dict[str, Id]:
         """That of the consumer."""

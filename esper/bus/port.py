@@ -27,7 +27,7 @@ from esper.bus.messages import (
     Transition,
 )
 from esper.bus.protocol import Bus, Delivery, Producer
-from esper.bus.rate import AlertLimit
+from esper.bus.rate import CODE, AlertLimit
 from esper.bus.readings import PortState, Reading, readings
 from esper.bus.receiver import Receiver, Safekeeping
 from esper.bus.ring import TelemetryRing
@@ -95,7 +95,7 @@ class BusPort:
         self.safe = Safekeeping(lambda delivery: self._receiver.done(delivery))
         self._inbox = Inbox(self._acknowledge, self._ended)
         self._thread: Background | None = None
-        self._over = self._finished = False
+        self._over = self.finished = False
         self.watched = PortState()
         self._inbox.measure = self.watched.finished
         self._exporters: list[PrometheusEndpoint | OtlpExporter] = []
@@ -136,9 +136,9 @@ class BusPort:
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
         """Say that the run is over, after everything else has been said."""
         self._ring.drain()
-        self._incidents(tick)
+        self._incidents(tick, end=True)
         self._event(RunEnded(tick=tick, status=status, summary=summary))
-        self._over, self._finished = True, status == "FINISHED"
+        self._over, self.finished = True, status == "FINISHED"
 
     def transition(
         self,
@@ -243,6 +243,8 @@ class BusPort:
         controlled = self.external or self.runner is not None
         if controlled:
             self._ring.drain()
+        elif self.bus.local is self.bus:  # no writer thread looks for what has waited long enough
+            self._ring.drain(self.bus.config.flush_s)
         self._incidents(tick)
         self._event(TickEnded(tick=tick, epoch=self._inbox.epoch))
         if self._thread is not None:
@@ -295,7 +297,7 @@ class BusPort:
         self._ring.drain()
         if self._thread is not None and self._over:
             self._thread.join()
-        if self._finished:  # what is killed or fails may go on later, and its commands with it
+        if self.finished:  # what is killed or fails may go on later, and its commands with it
             self._receive()
             self._inbox.refuse_rest("the run ended before it could be applied", self.watched.tick)
             self.safe.release()
@@ -367,13 +369,15 @@ class BusPort:
         else:
             self.safe.ended(delivery)
 
-    def _incidents(self, tick: int) -> None:
+    def _incidents(self, tick: int, end: bool = False) -> None:
         """What happened to the bus itself, said from the trainer's thread so that the order of events is its own."""
+        held_back = self._limit.over()
         incidents = self.bus.incidents
         while incidents:
-            code, sentence = incidents.popleft()
-            if self._limit.allows(code):
-                self.alert(tick, ALERTS.get(code, "warning"), code, sentence)
+            if said := self._limit.offer(*incidents.popleft(), tick):
+                self.alert(tick, ALERTS.get(said[0], "warning"), *said)
+        for sentence in held_back + (self._limit.over(end=True) if end else []):
+            self.alert(tick, "info", CODE, sentence)
 
     def _telemetry(self, message: Telemetry) -> None:
         self._publish("telemetry", message)

@@ -84,10 +84,11 @@ class Consumer(Protocol):
     def ack(self, deliveries: list[Delivery]) -> None:
         """Acknowledge after handling."""
 
-    def keep(self, deliveries: list[Delivery]) -> None:
+    def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
         """Handling these takes longer than ``claim_s``: as long as this consumer reads, nobody is given them, itself included.
 
-        They count as delivered once; a consumer that reads no more loses them to others like any message.
+        They count as delivered once; a consumer that reads no more loses them to others like any message. With ``on=False`` they
+        are messages like any other again.
         """
 
     def handled(self) -> dict[str, Id]:

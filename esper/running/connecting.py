@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from esper.bus.messages import Message
 from esper.bus.port import BusPort, ControllerSilent
 from esper.bus.programs.track import GROUP as TRACKER
 from esper.bus.protocol import Bus
-from esper.bus.server.claim_check import keep_all
+from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
 from esper.errors import UserError
@@ -28,6 +29,8 @@ from esper.tasks.base import Task
 from esper.tracking import RunRecord, TrackerRunner, build_trackers
 from esper.tracking.runner import STREAMS as READ_BY_TRACKERS
 from esper.training.checkpoint.engine import fitting
+
+log = logging.getLogger(__name__)
 
 EXTERNAL = "external"
 CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for those who read it
@@ -101,6 +104,12 @@ def refuse_alone(config: RootConfig) -> None:
             )
 
 
+def refuse_untrackable(config: RootConfig, folder: Path) -> None:
+    """Raise UserError for a run made longer whose first part `esper track` can no longer read."""
+    if config.tracking.process == EXTERNAL and released(folder / "bus" / "payloads"):
+        raise UserError(RELEASED.format(run=f"in {folder}"))
+
+
 def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, quiet: bool) -> None:
     """Let other processes find the run's bus, and tell the user what to start."""
     if bus.local is not bus:
@@ -131,10 +140,14 @@ def connect_trackers(config: RootConfig, bus: Bus, record: RunRecord) -> Tracker
     return TrackerRunner(bus.local, record, build_trackers(config.tracking))
 
 
-def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: bool) -> None:
-    """Before a server of the run's own ends with it: those in other processes read what was said last."""
+def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: bool) -> bool:
+    """Before a server of the run's own ends with it: those in other processes read what was said last.
+
+    Whether the trackers have; those of a server that stays may have more time.
+    """
     if not isinstance(config.bus, EmbeddedConfig):
-        return
+        return config.tracking.process != EXTERNAL
+    tracked = True
     waited_for = {"controller": 0.0 if port.silent else CONTROLLER_S, "tracking": TRACKER_S}
     began = time.monotonic()
     for group, prefix, streams in (("controller", CONTROLLER, ("events",)), ("tracking", TRACKER, READ_BY_TRACKERS)):
@@ -142,8 +155,27 @@ def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: 
             continue
         while not (read := _has_read(bus, run, prefix, streams)) and time.monotonic() - began < waited_for[group]:
             time.sleep(0.05)
+        tracked = read if group == "tracking" else tracked
         if not read and group == "tracking" and not quiet:
             print(f"tracking.process=external: nobody read the end of {run}, and its server ends with it", file=sys.stderr, flush=True)
+    return tracked
+
+
+def let_payloads_go(bus: Bus, run: str, port: Watched, tracked: bool) -> None:
+    """After the end of a finished run that was ``tracked`` nobody reads it anew; of one that is not, `esper track` does this at its end.
+
+    What has not reached the server yet stays for the next start, and its payload with it.
+    """
+    import redis
+
+    from esper.bus.server.bus import ServerBus
+
+    if not isinstance(bus, ServerBus) or not (port.finished and tracked) or bus.counts()["waiting"]:
+        return
+    try:
+        bus.payloads(run).release()
+    except redis.RedisError as error:
+        log.warning("the large messages of %s stay in %s, since the bus server does not answer: %s", run, bus.folder / "payloads", error)
 
 
 def _has_read(bus: Bus, run: str, prefix: str, names: Sequence[str]) -> bool:

@@ -19,7 +19,17 @@ from esper.config import RootConfig, plain
 from esper.report.progress import ProgressBar
 from esper.report.summary import Summary, reserve, write_summary
 from esper.report.table import print_report
-from esper.running.connecting import Watched, connect_controller, connect_trackers, let_them_read, load, refuse_alone, say_where
+from esper.running.connecting import (
+    Watched,
+    connect_controller,
+    connect_trackers,
+    let_payloads_go,
+    let_them_read,
+    load,
+    refuse_alone,
+    refuse_untrackable,
+    say_where,
+)
 from esper.running.control import control, equal_macs_steps
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
@@ -58,6 +68,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     """
     refuse_alone(config)
     folder = folder.resolve()
+    refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(config.tracking, MlflowConfig):
         check_store(config.tracking, config.output)
@@ -113,7 +124,8 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
     except TrackerError as error:  # the training itself is done: its report first
         lost = error
     finally:
-        let_them_read(config, bus, record.run, port, quiet)
+        tracked = let_them_read(config, bus, record.run, port, quiet)
+        let_payloads_go(bus, record.run, port, tracked)
         runner.close()
         bus.close()
     assert ending.summary is not None

@@ -48,6 +48,17 @@ class Action:
     paused: bool = False
 
 
+def _without_own(part: Any) -> Any:
+    """A part of ApplyTogether, which comes and ends with the whole; Refused where it asks for more."""
+    for name, none in (("deadline", -1), ("priority", 0)):
+        if getattr(part, name) != none:
+            raise Refused(
+                f"the command '{part.id}' in an ApplyTogether has a {name} of its own, but all of them come and end together:"
+                f" give the {name} to the ApplyTogether"
+            )
+    return part
+
+
 class Executor:
     """Applies one command at a time at a tick boundary: all of it or nothing."""
 
@@ -91,7 +102,7 @@ class Executor:
         if kind == "Germinate":
             return [self._germinate(command, trial)]
         if kind == "ApplyTogether":
-            return [action for part in command.commands for action in self._plan(part, trial, tick)]
+            return [action for part in command.commands for action in self._plan(_without_own(part), trial, tick)]
         if kind == "EmergencyStop":
             return self._stop_everything(trial)
         if kind == "SetStage":

@@ -26,8 +26,17 @@ def test_a_run_whose_controller_tracker_and_server_are_killed_is_as_if_undisturb
     assert outcome.counts["commands"] > 0 < outcome.counts["rows"]
 
 
-def test_the_committed_result_is_of_a_thousand_faults_and_clean():
+def test_the_committed_result_is_of_a_thousand_faults_on_streams_and_on_whole_runs_and_clean():
     result = json.loads(RESULT.read_text())
     assert result["clean"]
     assert result["faults"] >= 1000
+    assert result["kinds"].keys() >= {"kill server", "kill controller", "kill tracker", "kill trainer"}
+    assert sum(result["kinds"].values()) == result["faults"]
+    stream, run = result["episodes"]["stream"], result["episodes"]["run"]
+    assert stream["faults"] + run["faults"] == result["faults"]
+    for found, done in ((stream, "published"), (run, "rows")):
+        assert found["faults"] > 0 < found[done]
+        assert found["wrong"] == found["dropped"] == 0
+    assert stream["lost"] == stream["doubled"] == stream["disordered"] == 0
     assert result["mutated"]["tried"] >= 1_000_000
+    assert result["mutated"]["accepted"] == 0

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from esper.bus import open_bus
-from esper.bus.config import EmbeddedConfig
+from esper.bus.config import EmbeddedConfig, RedisConfig
 from esper.bus.joining import invite
 from esper.bus.messages import TickEnded
 from esper.bus.programs import inspect
@@ -95,6 +95,24 @@ def test_a_server_that_goes_away_meanwhile_is_a_sentence(tmp_path, bus, monkeypa
     with pytest.raises(UserError, match=r"no bus answers at redis://127.0.0.1"):
         inspect.main(["status", str(tmp_path)])
     bus.server.start()
+
+
+@pytest.mark.parametrize("words", [["status"], ["tail"], ["dead-letters", "list"]])
+def test_a_run_whose_own_server_ended_with_it_says_so_and_what_can_still_be_seen(tmp_path, words):
+    ended = open_bus(EmbeddedConfig(), tmp_path)
+    invite(tmp_path, "run", ended.config, {})
+    ended.close()
+    with pytest.raises(UserError) as said:
+        inspect.main([*words, str(tmp_path)])
+    assert f"this server belongs to the run in {tmp_path} and ended with it" in str(said.value)
+    assert "summary.json" in str(said.value) and f"resume={tmp_path}" in str(said.value)
+    assert "bus.url" not in str(said.value) and "bus=embedded" not in str(said.value)
+
+
+def test_a_server_of_others_that_is_gone_is_not_said_to_have_ended_with_the_run(tmp_path):
+    invite(tmp_path, "run", RedisConfig(url="redis://127.0.0.1:1/0"), {})
+    with pytest.raises(UserError, match=r"no bus answers at .*: start the server or correct bus.url"):
+        inspect.main(["status", str(tmp_path)])
 
 
 @pytest.mark.parametrize("count", ["0", "-1"])

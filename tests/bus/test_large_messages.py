@@ -6,17 +6,44 @@ import time
 
 import numpy as np
 import pytest
+import redis
 from faults import wait_until
 
-from esper.bus.messages import Metrics, Telemetry, TickEnded
+from esper.bus.codec import Envelope, encode
+from esper.bus.messages import ClaimCheck, Metrics, Telemetry, TickEnded
 from esper.bus.programs.track import fresh_group
 from esper.bus.protocol import Fenced
-from esper.bus.server.claim_check import keep_all
+from esper.bus.server.payloads import keep_all
+from esper.errors import UserError
 
 
 def large(number):
     """A message that goes to the server by itself, as plain commands."""
     return Telemetry(site="a", ticks=[number], seeds=1000, columns=["x"] * 25, data=np.full(25_000, number, "<f4").tobytes())
+
+
+def many(tick):
+    """A message that goes by claim check."""
+    return Metrics(tick=tick, values={f"metric/{number}": float(number) for number in range(100_000)})
+
+
+def stored(bus):
+    """Names of the stored payloads."""
+    folder = bus.folder / "payloads"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def say(bus, *ticks):
+    """Publish so many large messages."""
+    producer = bus.producer("events", "run")
+    for tick in ticks:
+        producer.publish(many(tick))
+    assert producer.flush(5)
+
+
+def refused_often(bus, consumer):
+    """Have one message become a dead letter, as a consumer does that fails whenever it is given it."""
+    assert wait_until(lambda: not consumer.read(10, 0.05) and bool(bus.dead_letters("run")))
 
 
 def drain(consumer, wanted, seconds=15.0):
@@ -126,7 +153,7 @@ def test_a_large_message_goes_by_claim_check_and_its_file_goes_when_all_groups_h
     for reader in readers:
         time.sleep(0.21)
         reader.read(1, 0.01)
-    producer.publish(Metrics(tick=1, values={f"metric/{number}": float(number) for number in range(100_000)}))
+    producer.publish(many(1))
     assert producer.flush(5)
     payloads = bus.folder / "payloads"
     for reader in readers:
@@ -140,7 +167,7 @@ def test_a_large_message_goes_by_claim_check_and_its_file_goes_when_all_groups_h
 def test_a_tampered_payload_is_refused(fragile, open_bus):
     bus = open_bus(fragile.address)
     producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "group", "one")
-    producer.publish(Metrics(tick=1, values={f"metric/{number}": float(number) for number in range(100_000)}))
+    producer.publish(many(1))
     assert producer.flush(5)
     (path,) = (bus.folder / "payloads").iterdir()
     data = bytearray(path.read_bytes())
@@ -156,7 +183,7 @@ def test_a_tracker_killed_after_it_acknowledged_a_large_message_finds_it_again(f
     producer, controller = bus.producer("events", "run"), bus.consumer("events", "run", "controller", "one")
     assert controller.read() == []
     keep_all(bus.folder / "payloads")  # as a run with tracking.process=external does
-    said = Metrics(tick=1, values={f"metric/{number}": float(number) for number in range(100_000)})
+    said = many(1)
     producer.publish(said)
     assert producer.flush(5)
     for _ in range(3):  # every start reads all again
@@ -165,3 +192,141 @@ def test_a_tracker_killed_after_it_acknowledged_a_large_message_finds_it_again(f
         (delivery,) = reader.read(1, 2)
         assert delivery.message == said
         reader.ack([delivery])
+
+
+def test_what_was_kept_for_a_tracker_goes_when_all_have_read_the_finished_run_and_the_rest_as_it_is_read(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    tracker, controller = (bus.consumer("events", "run", group, "one") for group in ("tracker-1", "controller"))
+    keep_all(bus.folder / "payloads")
+    say(bus, 1, 2)
+    tracker.ack(tracker.read(2, 2))
+    held = controller.read(2, 2)
+    controller.ack(held[:1])
+    assert len(stored(bus)) == 2 + 1
+    bus.payloads("run").release()
+    assert len(stored(bus)) == 1
+    controller.ack(held[1:])
+    assert stored(bus) == []
+    with pytest.raises(UserError, match="large messages of run run were removed.*tracking.process=internal"):
+        fresh_group(bus, "run", ["events"])
+
+
+def test_what_a_server_that_is_gone_cannot_say_stays_kept(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    tracker = bus.consumer("events", "run", "tracker-1", "one")
+    keep_all(bus.folder / "payloads")
+    say(bus, 1)
+    tracker.ack(tracker.read(2, 2))
+    fragile.kill()
+    with pytest.raises(redis.ConnectionError):
+        bus.payloads("run").release()
+    assert len(stored(bus)) == 2
+    fragile.start()
+    bus.payloads("run").release()
+    assert stored(bus) == []
+
+
+def test_a_payload_whose_acknowledgement_was_sent_late_goes_too(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    consumer = bus.consumer("events", "run", "group", "one")
+    say(bus, 1)
+    (delivery,) = consumer.read(1, 2)
+    fragile.kill()
+    consumer.ack([delivery])
+    assert len(stored(bus)) == 1
+    fragile.start()
+    assert wait_until(lambda: consumer.read(1, 0.05) == stored(bus))
+
+
+def test_a_dead_letter_keeps_its_payload_until_it_is_purged(fragile, open_bus):
+    bus = open_bus(fragile.address, deliveries=1, claim_s=0.05)
+    failing, other = (bus.consumer("events", "run", group, "one") for group in ("failing", "other"))
+    say(bus, 1)
+    refused_often(bus, failing)
+    other.ack(other.read(1, 2))
+    assert len(stored(bus)) == 1
+    (letter,) = bus.dead_letters("run")
+    assert letter.message == many(1)
+    assert bus.purge("run", [letter.id]) == 1
+    assert stored(bus) == []
+
+
+def test_a_purged_letter_keeps_the_payload_for_groups_that_have_not_read_it(fragile, open_bus):
+    bus = open_bus(fragile.address, deliveries=1, claim_s=0.05)
+    failing, slow = (bus.consumer("events", "run", group, "one") for group in ("failing", "slow"))
+    say(bus, 1)
+    refused_often(bus, failing)
+    bus.client.xgroup_create("esper:{run}:events:main", "slow", id="0")  # it is there, and reads later
+    assert bus.purge("run", [bus.dead_letters("run")[0].id]) == 1
+    assert len(stored(bus)) == 1
+    slow.ack(slow.read(1, 2))
+    assert stored(bus) == []
+
+
+def test_a_replayed_letter_does_not_take_the_payload_from_others_and_takes_it_along_at_the_end(fragile, open_bus):
+    bus = open_bus(fragile.address, deliveries=1, claim_s=0.05)
+    failing, other = (bus.consumer("events", "run", group, "one") for group in ("failing", "other"))
+    say(bus, 1)
+    refused_often(bus, failing)
+    assert bus.replay("run", [bus.dead_letters("run")[0].id]) == 1
+    other.ack(other.read(1, 2))
+    assert len(stored(bus)) == 1
+    (again,) = failing.read(1, 2)
+    failing.ack([again])
+    assert again.message == many(1)
+    assert stored(bus) == []
+
+
+def test_a_hostile_letter_that_names_anothers_payload_does_not_take_it_along(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    reader = bus.consumer("events", "run", "group", "one")
+    assert reader.read() == []
+    say(bus, 1)
+    (digest,) = stored(bus)
+    hostile = encode(Envelope("run", "poison", 1, 1, 0.0, (), ClaimCheck(digest=digest, size=5)))
+    bus.client.sadd("esper:{run}:events", "poison")
+    bus.client.xadd("esper:{run}:events:poison", {"m": hostile}, id="1-1")
+    found = []
+    assert wait_until(lambda: found.extend(reader.read(10, 0.05)) or (found and bus.dead_letters("run")))
+    assert bus.purge("run", [letter.id for letter in bus.dead_letters("run")]) == 1
+    assert stored(bus) == [digest]
+
+
+def test_a_group_that_comes_after_a_payload_was_removed_is_told_and_counts_a_gap(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    first = bus.consumer("events", "run", "first", "one")
+    say(bus, 1, 2)
+    first.ack(first.read(2, 2))
+    assert stored(bus) == []
+    late = open_bus(fragile.address)
+    consumer = late.consumer("events", "run", "late", "one")
+    assert consumer.read(10, 0.3) == []
+    assert late.counts()["gaps"] == 2
+    assert [code for code, _ in late.incidents] == ["bus_payload_gone"]
+    assert "'late' came to the events after" in late.incidents[0][1]
+    assert late.dead_letters("run") == []
+    consumer.read(1, 0.05)
+    assert bus.client.xpending("esper:{run}:events:main", "late")["pending"] == 0
+
+
+def test_a_payload_that_is_lost_before_anybody_read_it_is_still_a_dead_letter(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    consumers = [bus.consumer("events", "run", group, "one") for group in ("one", "two")]
+    assert [consumer.read() for consumer in consumers] == [[], []]
+    say(bus, 1)
+    time.sleep(0.25)
+    (bus.folder / "payloads" / stored(bus)[0]).unlink()
+    assert consumers[0].read(1, 0.5) == []
+    assert "is not there" in bus.dead_letters("run")[0].reason
+
+
+def test_a_message_that_comes_again_after_its_payload_went_is_recognised(fragile, open_bus):
+    bus = open_bus(fragile.address)
+    consumer = bus.consumer("events", "run", "group", "one")
+    say(bus, 1)
+    consumer.ack(consumer.read(1, 2))
+    assert stored(bus) == []
+    bus.client.xgroup_setid("esper:{run}:events:main", "group", "0")
+    assert consumer.read(1, 0.3) == []
+    assert bus.dead_letters("run") == []
+    assert bus.counts()["duplicates"] == 1

@@ -13,7 +13,6 @@ from scraping import Run
 from esper.bus.joining import joined
 from esper.bus.metrics import BUCKETS_S, METRICS
 from esper.bus.programs import inspect
-from esper.bus.rate import A_MINUTE, AlertLimit
 from esper.errors import UserError
 
 
@@ -113,10 +112,3 @@ def test_a_collector_gets_over_otlp_all_that_a_scrape_shows_under_opentelemetrys
     (took,) = received["esper.command.seconds"].histogram.data_points
     assert (took.count, tuple(took.explicit_bounds)) == (count, BUCKETS_S)
     assert received["esper.command.seconds"].unit == "s"
-
-
-def test_alerts_about_the_bus_are_rate_limited_and_the_rest_counted():
-    limit = AlertLimit()
-    assert [limit.allows("bus_refused") for _ in range(A_MINUTE + 3)] == [True] * A_MINUTE + [False] * 3
-    assert limit.allows("bus_down")
-    assert limit.held_back == 3

@@ -145,3 +145,37 @@ def test_whatever_is_missing_or_delayed_the_rest_comes_once_and_disorder_is_coun
         position = {f"{delivery.producer}/{delivery.id}": index for index, delivery in enumerate(released)}
         early = [any(position.get(cause, -1) > index for cause in message.after) for index, message in enumerate(released)]
         assert sum(early) <= late
+
+
+@pytest.mark.parametrize("kind", [StreamOrder, GlobalOrder, CausalOrder])
+@given(traffic=traffic(), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_nothing_waits_longer_than_the_hold_whatever_comes_before_it_and_when(kind, traffic, data):
+    sent, arrival, producers = traffic
+    missing = data.draw(st.lists(st.sampled_from(sent), max_size=3, unique_by=id))
+    pauses = data.draw(st.lists(st.sampled_from([0.0, 0.1, 4.0, 9.0]), min_size=len(arrival), max_size=len(arrival)))
+    order = GlobalOrder(10.0, Counts(), tuple(producers)) if kind is GlobalOrder else kind(10.0, Counts())
+    due, released, now = {}, set(), 0.0
+
+    def look(until):
+        for moment in sorted({moment for moment in due.values() if now < moment <= until}) + [until]:
+            released.update(map(id, order.ready(moment)))
+            assert {number for number, last in due.items() if last <= moment} <= released
+
+    for message, pause in zip(arrival, pauses, strict=True):
+        look(now + pause)
+        now += pause
+        if not any(message is gone for gone in missing):
+            order.push(message, now)
+            due[id(message)] = now + 10.0
+    look(now + 10.0)
+    assert released == due.keys()
+
+
+def test_each_late_message_with_a_lower_number_does_not_start_the_wait_anew():
+    order = StreamOrder(10.0, Counts())
+    messages = {number: Delivery(f"1-{number}", TickEnded(tick=number)) for number in (3, 5, 7, 9)}
+    for moment, number in ((0.0, 9), (3.0, 7), (6.0, 5), (9.0, 3)):
+        order.push(messages[number], moment)
+        assert order.ready(moment) == []
+    assert order.ready(10.0) == [messages[number] for number in (3, 5, 7, 9)]

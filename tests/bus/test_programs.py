@@ -63,7 +63,7 @@ def undisturbed(tmp_path):
 @pytest.mark.parametrize("kills", [0, 2])
 def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_path, undisturbed, kills):
     assert len(undisturbed) > 12
-    bus = open_bus(EmbeddedConfig(claim_s=1.0, deliveries=50), tmp_path)
+    bus = open_bus(EmbeddedConfig(claim_s=1.0), tmp_path)
     invite(tmp_path, "run", bus.config, RECORD)
     trainer = ScriptedTrainer(
         BusPort(bus, "run", COLUMNS, external=True, deadline_s=30), TICKS, step_s=0.01 if kills else 0

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,8 +50,8 @@ class Blocking:
         if not callable(value):
             return value
 
-        def call(*arguments: object) -> object:
-            result = value(*arguments)
+        def call(*arguments: object, **settings: object) -> object:
+            result = value(*arguments, **settings)
             if inspect.isawaitable(result):
                 result = self._loop.run_until_complete(result)
             return Blocking(result, self._loop) if isinstance(result, AsyncProducer | AsyncConsumer) else result
@@ -79,6 +83,27 @@ class Backend:
             return ServerBus(config, address_in(self._folder / "server"), self._folder)
         bus = ServerBus(RedisConfig(**settings), self._address, self._folder)
         return Blocking(AsyncBus(bus), self._loop) if self.name == "asyncio" else bus
+
+    def kill_one_that_holds(self, run: str, count: int) -> float:
+        """When a consumer ``dead`` was killed with so many messages in its hands: ``kill -9`` of a process, where there can be one."""
+        if self.name == "memory":  # whoever dies there takes the bus along; what is left of a member is that it reads no more
+            assert len(self.open().consumer("events", run, "group", "dead").read(count, 1)) == count
+            return time.monotonic()
+        bus = self._opened[-1]
+        address = dataclasses.asdict(bus.address)
+        what = {"run": run, "count": count, "folder": str(self._folder), "settings": QUICK, "address": address}
+        command = [sys.executable, str(Path(__file__).parent / "victim.py")]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as victim:
+            try:
+                victim.stdin.write(json.dumps(what) + "\n")
+                victim.stdin.flush()
+                assert victim.stdout.readline() == "held\n"
+            finally:
+                victim.kill()
+                died = time.monotonic()
+            assert victim.wait() == -signal.SIGKILL
+        return died
 
     def close(self) -> None:
         for bus in reversed(self._opened):

@@ -98,12 +98,10 @@ def test_what_was_not_acknowledged_comes_again_to_the_same_name_at_once(backend,
     assert [delivery.deliveries for delivery in again] == [2, 2, 2]
 
 
-def test_a_dead_members_messages_are_claimed_within_its_claim_time_and_a_second(backend, run):
+def test_a_killed_members_messages_are_claimed_within_its_claim_time_and_a_second(backend, run):
     bus = backend.open()
     publish(bus.producer("events", run), range(5))
-    dead = bus.consumer("events", run, "group", "dead")
-    assert len(dead.read(5, 1)) == 5
-    died = time.monotonic()
+    died = backend.kill_one_that_holds(run, 5)
     alive = bus.consumer("events", run, "group", "alive")
     found = []
     while len(found) < 5 and time.monotonic() - died < 5:
@@ -213,6 +211,25 @@ def test_any_order_can_be_had_of_any_bus(backend, run, order):
         assert [delivery.time for delivery in found] == sorted(delivery.time for delivery in found)
     if order == "causal":
         assert all(names.index(("trainer", n)) < names.index(("observer", n)) for n in range(20))
+    consumer.close()
+
+
+def test_what_an_order_holds_longer_than_the_claim_time_is_not_delivered_again(backend, run):
+    bus = backend.open(deliveries=1)
+    counts = Counts()
+    consumer = in_order(bus.consumer("events", run, "group", "one"), "causal", 1.5, counts)
+    effect = bus.producer("events", run)
+    effect.publish(TickEnded(tick=1), ("somebody/1-1",))
+    assert effect.flush(5)
+    found, deadline = [], time.monotonic() + 5
+    while not found and time.monotonic() < deadline:
+        found += consumer.read(10, 0.1)
+    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(1, 1)]
+    assert counts.snapshot()["late"] == 1
+    assert bus.dead_letters(run) == []
+    while not bus.dead_letters(run) and time.monotonic() < deadline:  # handed out, it has its claim time like any other
+        assert consumer.read(10, 0.05) == []
+    assert len(bus.dead_letters(run)) == 1
     consumer.close()
 
 

@@ -88,6 +88,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unknown": (Decided(id="c", tick=1), "knows no command Decided"),
     "twice": (ApplyTogether(id="c", commands=[germinate("fc2", 0), germinate("fc2", 0)]), "GERMINATED cannot become GERMINATED"),
     "second fails": (ApplyTogether(id="c", commands=[germinate("fc2", 0), Cancel(id="x", select=FC1)]), "GRAFTING cannot"),
+    "own deadline": (
+        ApplyTogether(id="c", commands=[germinate("fc2", 0), Germinate(id="x", site="fc2", seed=1, deadline=9999)]),
+        "the command 'x' in an ApplyTogether has a deadline of its own, but all of them come and end together: give the deadline to",
+    ),
+    "own priority": (
+        ApplyTogether(id="c", priority=3, commands=[Germinate(id="x", site="fc2", seed=1, priority=3)]),
+        "the command 'x' in an ApplyTogether has a priority of its own",
+    ),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from esper.bus.ids import parse
 from esper.bus.joining import joined
 from esper.bus.messages import Message, RunEnded, RunStarted
 from esper.bus.server.bus import ServerBus
+from esper.bus.server.payloads import RELEASED, kept, released
 from esper.errors import UserError
 
 GROUP = "tracker-"
@@ -28,8 +29,10 @@ GROUP = "tracker-"
 def fresh_group(bus: ServerBus, run: str, streams: Sequence[str]) -> str:
     """A consumer group for this start, in place of the one of an earlier start.
 
-    Raises UserError when the server no longer has the run from its beginning.
+    Raises UserError when the server, or the folder of large messages, no longer has the run from its beginning.
     """
+    if released(bus.folder / "payloads"):
+        raise UserError(RELEASED.format(run=run))
     started = 0
     for stream in streams:
         for key in bus.streams(run, stream):
@@ -45,6 +48,19 @@ def fresh_group(bus: ServerBus, run: str, streams: Sequence[str]) -> str:
                     started = max(started, int(name.removeprefix(GROUP)))
                     bus.client.xgroup_destroy(key, name)
     return f"{GROUP}{started + 1}"
+
+
+def _let_go(bus: ServerBus, run: str) -> None:
+    """No start after this one needs the large messages; a server that ended with its run has had them removed."""
+    import redis
+
+    payloads = bus.payloads(run)
+    try:
+        if kept(payloads.folder):
+            payloads.release()
+    except redis.RedisError as error:
+        if kept(payloads.folder):
+            print(f"the large messages of {run} stay in {payloads.folder}, since its server is gone: {error}", file=sys.stderr)
 
 
 class _Ending:
@@ -98,5 +114,7 @@ def main(argv: Sequence[str]) -> int:
             if ending.over.wait(0.5) and runner.drain() and ending.over.is_set():  # and it was not resumed since
                 break
         runner.close(ending.status)
+        if ending.status == "FINISHED":
+            _let_go(bus, found.run)
         print(f"the run ended: {ending.status}; {in_words(bus.counts())}", file=sys.stderr)
     return 0

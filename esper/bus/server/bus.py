@@ -21,6 +21,7 @@ from esper.bus.server.connection import Address, connect, readable
 from esper.bus.server.consumer import ServerConsumer
 from esper.bus.server.embedded import EmbeddedServer
 from esper.bus.server.outbox import Outbox
+from esper.bus.server.payloads import Payloads
 from esper.bus.server.trimming import Trimmer
 from esper.bus.server.writer import Writer
 from esper.bus.spool import Spool
@@ -105,6 +106,7 @@ class ServerBus:
             run,
             group,
             name,
+            self._incident,
         )
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
@@ -148,8 +150,16 @@ class ServerBus:
         return moved
 
     def purge(self, run: str, ids: list[str]) -> int:
-        """Forget dead letters."""
-        return self.client.xdel(keys.dead(run), *ids) if ids else 0
+        """Forget dead letters, and remove their stored payloads where no group needs these."""
+        chosen = [(id, fields) for id, fields in self.client.xrange(keys.dead(run)) if id.decode() in ids]
+        purged = self.client.xdel(keys.dead(run), *(id for id, _ in chosen)) if chosen else 0
+        for _, fields in chosen:
+            self.payloads(run).discard_letter(fields)
+        return purged
+
+    def payloads(self, run: str) -> Payloads:
+        """The stored payloads of a run."""
+        return Payloads(self.client, self.folder / "payloads", run)
 
     def runs(self) -> list[str]:
         """Names of all runs on the server."""

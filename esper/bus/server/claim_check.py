@@ -6,21 +6,19 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from esper.bus.codec import Envelope, Refused, decode, encode
-from esper.bus.ids import parse
 from esper.bus.messages import ClaimCheck
-
-if TYPE_CHECKING:
-    import redis
 
 THRESHOLD = 1 << 20
 LIMIT = 1 << 30
-KEPT = "kept"  # a file of this name in the folder: see keep_all
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class Gone(Refused):
+    """The payload a claim check names is not there."""
 
 
 def check_in(folder: Path, wire: bytes, envelope: Envelope) -> bytes:
@@ -41,13 +39,15 @@ def check_out(folder: Path, envelope: Envelope) -> Envelope:
     """The message a claim check stands for, its hash verified; raises Refused when it is gone or was changed."""
     claim = envelope.body
     assert isinstance(claim, ClaimCheck)
-    path = _path(folder, claim.digest)
+    path = path_of(folder, claim.digest)
     if not 0 < claim.size <= LIMIT:
         raise Refused("oversized", f"a payload of {claim.size} bytes is not between 1 and {LIMIT} bytes")
     try:
         if path.stat().st_size != claim.size:
             raise Refused("corrupt", f"stored payload {claim.digest[:12]}… does not have its stated size")
         wire = path.read_bytes()
+    except FileNotFoundError as error:
+        raise Gone("malformed", f"the stored payload {claim.digest[:12]}… is not there") from error
     except OSError as error:
         raise Refused(
             "malformed", f"the stored payload {claim.digest[:12]}… cannot be read: {error.strerror}"
@@ -62,33 +62,8 @@ def check_out(folder: Path, envelope: Envelope) -> Envelope:
     return inner
 
 
-def keep_all(folder: Path) -> None:
-    """From now on no payload is removed: a tracker in a process of its own reads all again at every start, its first included."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / KEPT).touch()
-
-
-def discard_if_read(client: redis.Redis, folder: Path, key: str, entry: bytes, digest: str) -> None:
-    """Remove a payload once every group on its stream has acknowledged the entry; the last of them does.
-
-    It stays where the server does not answer, and after ``keep_all``.
-    """
-    import redis
-
-    if (folder / KEPT).exists():
-        return
-    try:
-        for group in client.xinfo_groups(key):
-            if parse(group["last-delivered-id"]) < parse(entry):
-                return
-            if client.xpending_range(key, group["name"], entry, entry, 1):
-                return
-    except redis.RedisError:
-        return
-    _path(folder, digest).unlink(missing_ok=True)
-
-
-def _path(folder: Path, digest: str) -> Path:
+def path_of(folder: Path, digest: str) -> Path:
+    """Where a payload lies; raises Refused for what is no digest."""
     if not _DIGEST.fullmatch(digest):
         raise Refused("malformed", "a claim check does not name a SHA-256")
     return folder / digest

@@ -18,6 +18,14 @@ PASSWORD_VARIABLE = "ESPER_BUS_PASSWORD"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
+class NoAnswer(UserError):
+    """No server is there: ``finding`` says where and how that shows."""
+
+    def __init__(self, finding: str) -> None:
+        super().__init__(f"{finding}: start the server or correct bus.url, or use bus=embedded, which starts its own")
+        self.finding = finding
+
+
 @dataclass(frozen=True, repr=False)
 class Address:
     """Where a server is and how to log in; its ``repr`` shows no secret."""
@@ -126,7 +134,4 @@ def readable(address: Address, error: Exception) -> UserError:
         return UserError(
             f"the user of the bus at {address!r} may not do what esper needs: {error}; see docs/operations.md"
         )
-    return UserError(
-        f"no bus answers at {address!r} ({type(error).__name__}: {error}): start the server or correct bus.url,"
-        " or use bus=embedded, which starts its own"
-    )
+    return NoAnswer(f"no bus answers at {address!r} ({type(error).__name__}: {error})")

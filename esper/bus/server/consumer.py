@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from esper.bus.ids import Id, parse
 from esper.bus.messages import ClaimCheck, Telemetry
 from esper.bus.protocol import Delivery
 from esper.bus.server import keys, scripts
-from esper.bus.server.claim_check import check_out, discard_if_read
+from esper.bus.server.claim_check import Gone, check_out
+from esper.bus.server.payloads import Leaving, Payloads
 from esper.bus.telemetry import unpacked
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 DISCOVER_S = 0.2  # how often a consumer looks for new producers of its stream
 REMEMBERED = 65_536  # acknowledged ids kept to recognise one that comes again
+CAME_LATE = (
+    "the group {group!r} came to the {stream} after large messages of it were removed, since all other groups had acknowledged them:"
+    " it is not given these, and they count as gaps"
+)
 
 
 @dataclass
@@ -50,9 +56,12 @@ class ServerConsumer:
         run: str,
         group: str,
         name: str,
+        incident: Callable[[str, str], None],
     ) -> None:
         self._client, self._patient = client, patient  # without and with retries
-        self._config, self._counts, self._payloads = config, counts, payloads
+        self._config, self._counts, self._incident = config, counts, incident
+        self._payloads = Payloads(patient, payloads, run)
+        self._leaving = Leaving(self._payloads, stream)
         self._stream, self._run, self.group, self.name = stream, run, group, name
         self.answered = True
         self._bury = patient.register_script(scripts.BURY)
@@ -70,6 +79,7 @@ class ServerConsumer:
         self._position: dict[str, Id] = {}
         self._handled: dict[str, Id] = {}  # by producer
         self._next_discovery = self._next_claim = 0.0
+        self._said_gone = False
         self._lock = threading.Lock()
 
     # --- the contract ---
@@ -104,7 +114,6 @@ class ServerConsumer:
 
     def ack(self, deliveries: list[Delivery]) -> None:
         """Acknowledge after handling; what the server does not take now is sent with the next read."""
-        stored = []
         with self._lock:
             for delivery in deliveries:
                 name = (delivery.producer, delivery.id)
@@ -114,21 +123,19 @@ class ServerConsumer:
                 self._done[name] = None
                 self._unsent.setdefault(held.key, []).append(held.entry)
                 if held.digest:
-                    stored.append(held)
+                    self._leaving.add(*name, held.digest)
             while len(self._done) > REMEMBERED:
                 self._done.popitem(last=False)
         self._send_acks()
-        for held in stored:
-            discard_if_read(self._patient, self._payloads, held.key, held.entry, held.digest)
         if deliveries:
             self._counts.add("acknowledged", len(deliveries))
 
-    def keep(self, deliveries: list[Delivery]) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them."""
+    def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
+        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
         with self._lock:
             for delivery in deliveries:
                 if held := self._held.get((delivery.producer, delivery.id)):
-                    held.kept = True
+                    held.kept = on
 
     def handled(self) -> dict[str, Id]:
         """By producer, up to where the group had acknowledged all when this member found its stream."""
@@ -146,7 +153,7 @@ class ServerConsumer:
         now = time.monotonic()
         if not self._keys:
             self._join(self._client.smembers(keys.producers(self._run, self._stream)))
-        if self._unsent:
+        if self._unsent or self._leaving:
             self._send_acks()
         found: list[Delivery] = []
         while self._recover and not found:  # all of them come before anything new, or the order would be lost
@@ -312,19 +319,21 @@ class ServerConsumer:
         """A delivery, or None when the entry is a duplicate, unreadable or given up on."""
         try:
             envelope = self._envelope(key, id, fields)
-            digest = ""
+            name, digest = (envelope.producer, envelope.id), ""
+            if name in self._done and self._keys[key]:
+                self._counts.add("duplicates")
+                self._unsent.setdefault(key, []).append(id)
+                return None
             if isinstance(envelope.body, ClaimCheck):
                 digest = envelope.body.digest
-                envelope = check_out(self._payloads, envelope)
+                envelope = check_out(self._payloads.folder, envelope)
             message = unpacked(envelope.body) if isinstance(envelope.body, Telemetry) else envelope.body
         except Refused as error:
+            if isinstance(error, Gone) and self._payloads.let_go(self._stream, *name, self.group):
+                self._pass_over(key, id, name)
+                return None
             self._counts.add("refused")
             self._give_up(key, id, fields, times, str(error))
-            return None
-        name = (envelope.producer, envelope.id)
-        if name in self._done and self._keys[key]:
-            self._counts.add("duplicates")
-            self._unsent.setdefault(key, []).append(id)
             return None
         if times > self._config.deliveries:
             self._give_up(key, id, fields, times - 1, f"delivered {times - 1} times without an acknowledgement")
@@ -332,6 +341,15 @@ class ServerConsumer:
         self._held[name] = Held(key, id, digest)
         self._fresh.append(name)
         return Delivery(envelope.id, message, times, envelope.producer, envelope.time, envelope.after)
+
+    def _pass_over(self, key: str, id: bytes, name: tuple[str, str]) -> None:
+        """A large message that all had acknowledged before this group came: as gone as one that was trimmed, and said."""
+        self._counts.add("gaps")
+        self._done[name] = None
+        self._unsent.setdefault(key, []).append(id)
+        if not self._said_gone:
+            self._said_gone = True
+            self._incident("bus_payload_gone", CAME_LATE.format(group=self.group, stream=self._stream))
 
     def _envelope(self, key: str, id: bytes, fields: dict[bytes, bytes]) -> Envelope:
         wire = fields.get(b"m")
@@ -377,3 +395,5 @@ class ServerConsumer:
             with self._lock:
                 for key, entries in unsent.items():
                     self._unsent.setdefault(key, []).extend(entries)
+            return
+        self._leaving.discard()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LINGER_S = 0.02  # telemetry and events wait this long for company; commands and acknowledgements do not
+IDLE_S = 0.25  # how long the thread sleeps at most where nobody wakes it; no longer than telemetry may wait
 CHECK_S = 1.0  # a quiet producer looks this often whether the server still has its messages
 REFUSED_BY_SERVER_S = 0.2  # pause after the server refused an entry (out of memory, read-only replica, loading)
 Incident = Callable[[str, str], None]  # code, sentence
@@ -101,7 +102,7 @@ class Writer:
 
     def _loop(self) -> None:
         while not self._stopping:
-            self._wake.wait(timeout=0.25)
+            self._wake.wait(timeout=min(IDLE_S, self._config.flush_s))
             if self._wake.is_set():
                 self._urgent.wait(timeout=LINGER_S)
             self._urgent.clear()

@@ -1,0 +1,208 @@
+"""When the stored payload of a large message goes: once nobody can need it any more."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from esper.bus.codec import Envelope, Refused, decode
+from esper.bus.ids import parse
+from esper.bus.messages import ClaimCheck
+from esper.bus.protocol import STREAMS
+from esper.bus.server import keys
+from esper.bus.server.claim_check import LIMIT, path_of
+
+if TYPE_CHECKING:
+    import redis
+
+log = logging.getLogger(__name__)
+
+KEPT = "kept"  # a file of this name among the payloads: see keep_all
+REMOVED = "payloads.removed"  # a file of this name beside their folder: see Payloads.release
+RELEASED = (
+    "the large messages of run {run} were removed when it had finished and all had read them, so `esper track` cannot write it"
+    " anew: what it kept stays in the run's folder, and a longer run goes on with tracking.process=internal"
+)
+PAGE = 32  # entries read at once, each up to some MB
+
+
+def keep_all(folder: Path) -> None:
+    """Until ``release`` no payload is removed: a tracker in a process of its own reads all again at every start, its first included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KEPT).touch()
+
+
+def kept(folder: Path) -> bool:
+    """Whether ``keep_all`` holds."""
+    return (folder / KEPT).exists()
+
+
+def released(folder: Path) -> bool:
+    """Whether ``release`` has removed any: who now reads the run from its beginning does not find all of it."""
+    return (folder.parent / REMOVED).exists()
+
+
+class Payloads:
+    """The stored payloads of one run; methods that ask the server raise its errors."""
+
+    def __init__(self, client: redis.Redis, folder: Path, run: str) -> None:
+        self._client, self.folder, self._run = client, folder, run
+
+    def discard(self, stream: str, producer: str, id: str, digest: str) -> None:
+        """Remove the payload of an acknowledged message, unless a group or a dead letter still needs it, or ``keep_all`` holds."""
+        if not kept(self.folder) and not self._needed(stream, producer, id, digest):
+            path_of(self.folder, digest).unlink(missing_ok=True)
+
+    def discard_letter(self, letter: dict[bytes, bytes]) -> None:
+        """The same for a dead letter that was purged; a file of which it only says that it is its own stays."""
+        claim = _claim(letter.get(b"m", b""))
+        if claim is None or not self._own(claim):
+            return
+        stream, producer, origin = (letter.get(name, b"").decode(errors="replace") for name in (b"stream", b"producer", b"origin"))
+        self.discard(stream, producer, origin, claim.body.digest)
+
+    def release(self) -> None:
+        """The run is finished, and whoever reads it from its beginning has: remove all but what a group or a dead letter waits for.
+
+        What is acknowledged later goes then.
+        """
+        import redis
+
+        if not self.folder.is_dir():
+            return
+        held = kept(self.folder)
+        (self.folder / KEPT).unlink(missing_ok=True)  # before the groups are asked: what is acknowledged meanwhile is removed there
+        try:
+            waited_for = self._waited_for()
+        except redis.RedisError:
+            if held:
+                keep_all(self.folder)
+            raise
+        gone = [path for path in self.folder.iterdir() if path.name not in waited_for]
+        if gone:
+            (self.folder.parent / REMOVED).touch()
+        for path in gone:
+            path.unlink(missing_ok=True)
+
+    def let_go(self, stream: str, producer: str, id: str, group: str) -> bool:
+        """Whether a payload is missing because it was removed before ``group`` came: all others had acknowledged the message."""
+        if released(self.folder):
+            return True
+        key = keys.entries(self._run, stream, producer)
+        others = [found for found in self._groups(key) if found["name"] != group.encode()]
+        return bool(others) and not any(self._waits(key, found, id) for found in others)
+
+    # --- inside ---
+
+    def _groups(self, key: str) -> list[dict[str, bytes]]:
+        found: list[dict[str, bytes]] = self._client.xinfo_groups(key) if self._client.exists(key) else []
+        return found
+
+    def _waits(self, key: str, group: dict[str, bytes], id: str) -> bool:
+        """Whether a group was not given an entry, or has not acknowledged it."""
+        if parse(group["last-delivered-id"]) < parse(id):
+            return True
+        return bool(self._client.xpending_range(key, group["name"], id, id, 1))
+
+    def _needed(self, stream: str, producer: str, id: str, digest: str) -> bool:
+        mark, key = digest.encode(), keys.entries(self._run, stream, producer)
+        groups = self._groups(key)
+        if any(self._waits(key, group, id) for group in groups):
+            return True
+        if any(mark in wire for wire in self._letters()):  # in the order in which a message wanders from one to the next
+            return True
+        replays = (self._replays(stream, group["name"]) for group in groups)
+        return any(mark in wire for wires in replays for wire in wires)
+
+    def _waited_for(self) -> set[str]:
+        """Digests of all that a group or a dead letter of the run still needs."""
+        found: set[str] = set()
+        groups: list[tuple[str, bytes]] = []
+        for stream in STREAMS:
+            for producer in self._client.smembers(keys.producers(self._run, stream)):
+                key = keys.entries(self._run, stream, producer.decode())
+                names = [group["name"] for group in self._groups(key)]
+                groups += [(stream, name) for name in names]
+                found |= {_digest(wire) for name in names for wire in self._unread(key, name)}
+        found |= {_digest(wire) for wire in self._letters()}
+        return found | {_digest(wire) for stream, name in groups for wire in self._replays(stream, name)}
+
+    def _replays(self, stream: str, group: bytes) -> Iterator[bytes]:
+        return self._unread(keys.replays(self._run, stream, group.decode()), group)
+
+    def _letters(self) -> Iterator[bytes]:
+        return (fields.get(b"m", b"") for _, fields in self._client.xrange(keys.dead(self._run)))
+
+    def _unread(self, key: str, group: bytes) -> Iterator[bytes]:
+        """Wire bytes of the entries that a group was not given, or has not acknowledged."""
+        last = next((found["last-delivered-id"] for found in self._groups(key) if found["name"] == group), None)
+        start = "-"
+        while last is not None and (pending := self._client.xpending_range(key, group, start, "+", PAGE)):
+            for entry in pending:
+                yield from (fields.get(b"m", b"") for _, fields in self._client.xrange(key, entry["message_id"], entry["message_id"]))
+            start = f"({pending[-1]['message_id'].decode()}"
+        last = last or b"0-0"
+        while entries := self._client.xrange(key, b"(" + last, "+", PAGE):
+            yield from (fields.get(b"m", b"") for _, fields in entries)
+            last = entries[-1][0]
+
+    def _own(self, claim: Envelope) -> bool:
+        """Whether the file that a claim check names is that message's own, or no use to anybody."""
+        try:
+            wire = path_of(self.folder, claim.body.digest).read_bytes()
+            if hashlib.sha256(wire).hexdigest() != claim.body.digest:
+                return True
+            inner = decode(wire, LIMIT)
+        except (OSError, Refused):
+            return False
+        return (inner.run, inner.producer, inner.id) == (claim.run, claim.producer, claim.id)
+
+
+class Leaving:
+    """Payloads of messages that a consumer has handled, until its acknowledgements are sent and the server says who needs them."""
+
+    def __init__(self, payloads: Payloads, stream: str) -> None:
+        self._payloads, self._stream = payloads, stream
+        self._waiting: list[tuple[str, str, str]] = []  # producer, id and digest
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, producer: str, id: str, digest: str) -> None:
+        """This message was handled."""
+        self._waiting.append((producer, id, digest))
+
+    def discard(self) -> None:
+        """Remove what nobody needs; where the server does not answer it is tried again."""
+        import redis
+
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            try:
+                self._payloads.discard(self._stream, *waiting[0])
+            except (redis.ConnectionError, redis.TimeoutError):
+                self._waiting += waiting
+                return
+            except redis.ResponseError as error:
+                log.warning("a stored payload stays until its run is finished, since the bus server said: %s", error)
+            waiting.pop(0)
+
+
+def _claim(wire: bytes) -> Envelope | None:
+    """The claim check in these wire bytes, if they are one that names a file."""
+    try:
+        envelope = decode(wire)
+        if isinstance(envelope.body, ClaimCheck):
+            path_of(Path(), envelope.body.digest)
+            return envelope
+    except Refused:
+        pass
+    return None
+
+
+def _digest(wire: bytes) -> str:
+    claim = _claim(wire)
+    return claim.body.digest if claim is not None else ""
