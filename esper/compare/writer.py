@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
+from esper.errors import UserError
 from esper.tracking import frames
 from esper.tracking.mlflow_run import MlflowRun
 from esper.tracking.mlflow_store import experiment_id, quiet_client
@@ -40,9 +42,29 @@ class Writer:
         self.opened: dict[str, str] = {}  # MLflow run by the job's folder
         self.broken: set[str] = set()  # folders of jobs that failed
         self.parent: str = opening["parent"] or self._create_parent(opening)
-        self.client.update_run(self.parent, status="RUNNING")
+        self._begin()
         for name, piece in plan_tags(opening["plan"]).items():
             self.client.set_tag(self.parent, name, piece)
+
+    def _begin(self) -> None:
+        """The parent run is RUNNING, also one that ended before.
+
+        Raises:
+            UserError: it was deleted, in MLflow's pages or for good.
+        """
+        from mlflow.exceptions import MlflowException
+
+        anew = "or begin anew in another folder: hydra.sweep.dir=…"
+        try:
+            stage = self.client.get_run(self.parent).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(f"The sweep's MLflow run {self.parent} is no longer in {self.uri}; bring back the store, {anew}.") from error
+        if stage == "deleted":
+            command = f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow runs restore --run-id {self.parent}"
+            raise UserError(f"The sweep's MLflow run {self.parent} was deleted; restore it ({command}), {anew}.")
+        self.client.update_run(self.parent, status="RUNNING")
 
     def _create_parent(self, opening: Mapping[str, Any]) -> str:
         tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"]}
@@ -177,6 +199,8 @@ def main() -> int:
                 with writer.lock:
                     writer.failed(request) if request["ask"] == "failed" else writer.close(request)
             answers.write(json.dumps({"parent": writer.parent}) + "\n")
+        except UserError as error:
+            answers.write(json.dumps({"refused": str(error)}) + "\n")
         except Exception as error:  # told to the sweep, which says it to the user
             traceback.print_exc()
             first = (str(error).splitlines() or [""])[0][:200]  # the log has the rest

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from esper.compare.tracking import Store
 from esper.compare.writer import Writer, serve_run
+from esper.errors import UserError
 from esper.tracking import MlflowConfig, RunRecord, frames
 
 
@@ -37,3 +44,22 @@ def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(sai
     assert run.info.status == status
     assert run.data.tags.get("esper.error") == (None if said == "never" else "the worker process was killed")
     assert len(writer.client.search_runs([writer.experiment])) == 2, "the parent and this one"
+
+
+def test_a_sweep_whose_parent_run_was_deleted_says_how_to_go_on(tmp_path: Path) -> None:
+    opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
+    opening |= {"ask": "open", "sweep": "s", "folder": str(tmp_path), "plan": "", "jobs": {}}
+    writer, never = Writer(opening), "0" * 32
+    with pytest.raises(UserError, match=rf"run {never} is no longer in sqlite:.*hydra\.sweep\.dir="):
+        Writer(opening | {"parent": never})
+    writer.client.delete_run(writer.parent)
+    command = [sys.executable, "-m", "esper.compare.writer", str(tmp_path / "w")]
+    request = json.dumps(opening | {"parent": writer.parent}) + "\n"
+    done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
+    answer = json.loads(done.stdout)["refused"]
+    assert f"mlflow runs restore --run-id {writer.parent}" in answer and "hydra.sweep.dir=" in answer and "Mlflow" not in answer
+    asked: Any = Store.__new__(Store)
+    asked._process = SimpleNamespace(stdin=StringIO(), stdout=StringIO(done.stdout))
+    with pytest.raises(UserError) as refused:
+        asked._ask({})
+    assert str(refused.value) == answer, "as it is, without what the process calls it"
