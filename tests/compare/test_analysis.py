@@ -217,9 +217,24 @@ def test_a_sequential_plan_states_the_power_of_the_looks() -> None:
 
 
 def test_the_plan_says_what_its_pairs_can_find() -> None:
-    assert "needs 10 pairs" in plan_of(("host", "up"), 15).statement()[2]
+    first, found, needed = plan_of(("host", "up"), 15).statement()
+    assert first.startswith("accuracy (max), 1 arm against host, 15 pairs, 1 comparison at ")
+    assert found.startswith("15 pairs find a difference of 0.00778 (0.78 × 0.01, the expected standard deviation") and "needs 10 pairs" in needed
+    assert "more than 1,000,000 pairs, so" in plan_of(("host", "up"), spread=1e4).statement()[2]
     assert "so this sweep has too few" in plan_of(("host", "a", "b", "c"), 8).statement()[2]
     assert "Too few pairs" in plan_of(("host", "up"), 5).statement()[1]
+
+
+def test_without_a_spread_the_plan_says_in_the_metric_what_each_that_there_may_be_would_need() -> None:
+    lines = plan_of(("host", "up"), 15, spread=0.0).statement()[2:]
+    assert lines == [
+        "How many pairs a difference of 0.01 needs depends on the standard deviation of the paired differences, which is not known:",
+        "  if it is 0.01: 10 pairs; 15 find 0.0078",
+        "  if it is 0.02: 34 pairs; 15 find 0.016",
+        "  if it is 0.05: 199 pairs; 15 find 0.039",
+    ]
+    assert plan_of(("host", "up"), 5, spread=0.0).statement()[3] == "  if it is 0.01: 10 pairs"
+    assert len(plan_of(("host", "up"), 15, spread=0.0, minimum_effect=0.0).statement()) == 2
 
 
 def test_power_is_stated_from_the_differences_of_a_pilot(tmp_path: Path) -> None:
@@ -234,7 +249,8 @@ def test_power_is_stated_from_the_differences_of_a_pilot(tmp_path: Path) -> None
     plan = planned(path)
     assert plan.spread == pytest.approx(np.std(heavy)) and len(plan.noise) == 40
     assert "as the 40 of the pilot are spread" in plan.statement()[1]
-    normal, shaped = (float(one.statement()[1].split()[6]) for one in (planned(""), plan))
+    normal = float(planned("").statement()[1].split()[6])
+    shaped = float(plan.statement()[1].partition("(")[2].split()[0])
     assert shaped < normal - 0.05  # heavy tails make a difference of so many standard deviations easier to find
     assert parse_plan(plan.text()) == plan and changes(plan, planned("", plan.spread)) == []
     few = analyse(runs[:28], plan_of(names, 14))
