@@ -153,7 +153,9 @@ def _hydra(words: Sequence[str]) -> int:
     except OSError as error:
         if begun or error.errno in STORAGE:
             raise
-        raise UserError(f"The output folder {error.filename} cannot be made ({str(error.strerror).lower()}); give another: output=….") from None
+        raise UserError(
+            f"The output folder {error.filename} cannot be made ({str(error.strerror).lower()}); give another: output=…."
+        ) from None
     if broken:
         raise broken[0]
     return REFUSED if refused else 0

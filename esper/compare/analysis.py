@@ -264,14 +264,7 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
     for name, settings in plan.arms.items():
         if name != plan.reference and settings == plan.arms[plan.reference]:
             notes.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")
-    for name in plan.arms:
-        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
-        if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
-            notes.append(f"{name} and {plan.reference} gave the same number in every pair: what differs had no effect.")
-    unpaired = {
-        arm: sorted({r.seed for r in runs if r.arm == arm} ^ {r.seed for r in runs if r.arm == plan.reference}) for arm in plan.arms
-    }
-    notes += [f"Seeds {seeds} of {arm} or {plan.reference} have no partner and are left out." for arm, seeds in unpaired.items() if seeds]
+    notes += [*_same_numbers(runs, plan), *_alone(runs, plan)]
     if plan.sequential:
         notes.append(
             "The p-values are those of one look at all pairs that are there; the verdicts follow the α spent over the looks, "
@@ -280,4 +273,30 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
     if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
         fewest = fewest_pairs(plan.alpha, plan.comparisons)
         notes.append(f"With fewer than {fewest} pairs no arm can be called better, however clear the difference.")
+    return notes
+
+
+def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """A note on every arm whose runs gave just what those of the reference gave."""
+    notes = []
+    for name, settings in plan.arms.items():
+        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
+        if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
+            told = "what differs had no effect."
+            if settings == plan.arms[plan.reference]:
+                told = "with the same seeds they are the same runs; compare.fresh_seeds gives an arm seeds of its own."
+            notes.append(f"{name} and {plan.reference} gave the same number in every pair: {told}")
+    return notes
+
+
+def _alone(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """A note on the seeds that an arm or the reference has not run, block by block."""
+    notes = []
+    pooled = ", here and over all blocks" if len(plan.blocks) > 1 else ""
+    for block in plan.blocks:
+        reference = by_seed(runs, plan.reference, block)
+        for arm in plan.arms:
+            if seeds := sorted(by_seed(runs, arm, block).keys() ^ reference.keys()):
+                where = f" in {block}" if block else ""
+                notes.append(f"Seeds {seeds} of {arm} or {plan.reference} have no partner{where} and are left out{pooled}.")
     return notes

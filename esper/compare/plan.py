@@ -105,7 +105,8 @@ class Plan:
             words = f"Too few pairs: below {fewest} no difference, however clear, can reach α; none can be detected"
             lines.append(f"{words} with {pairs}.")
         else:
-            lines.append(self._found(pairs, f", looked at after {listing(look_pairs(pairs, self.looks, fewest))}," if self.sequential else ""))
+            looked = f", looked at after {listing(look_pairs(pairs, self.looks, fewest))}," if self.sequential else ""
+            lines.append(self._found(pairs, looked))
         return [*lines, *(self._needed(pairs) if self.spread > 0 else self._assumed(pairs, fewest))]
 
     def _found(self, pairs: int, looked: str) -> str:
@@ -113,7 +114,8 @@ class Plan:
         effect = self._detectable(pairs)
         size = f"{effect:.2f} standard deviations of the paired differences"
         if self.spread > 0:
-            size = f"{effect * self.spread:.3g} ({effect:.2f} × {self.spread:.3g}, the expected standard deviation of the paired differences)"
+            of = "the expected standard deviation of the paired differences"
+            size = f"{effect * self.spread:.3g} ({effect:.2f} × {self.spread:.3g}, {of})"
         shape = f"as the {len(self.noise)} of the pilot are spread" if self.noise else "if these are normal"
         return f"{pairs} pairs{looked} find a difference of {size} with {self.power:.0%} power, {shape}."
 

@@ -198,6 +198,45 @@ def test_five_pairs_can_be_equivalent_and_the_note_says_only_what_they_cannot_be
     assert result.notes == ["With fewer than 6 pairs no arm can be called better, however clear the difference."]
 
 
+def test_arms_that_differ_in_nothing_are_not_said_to_differ_without_effect() -> None:
+    runs = runs_of({"host": 0.0}, 6)
+    runs += [dataclasses.replace(run, arm="up") for run in runs]
+    same = analyse(runs, plan_of(("host", "up"), 6, arms={"host": {}, "up": {}})).notes
+    assert any("with the same seeds they are the same runs; compare.fresh_seeds gives" in note for note in same)
+    assert not any("had no effect" in note for note in same)
+    assert any(note.endswith("what differs had no effect.") for note in analyse(runs, plan_of(("host", "up"), 6)).notes)
+
+
+def test_a_seed_without_a_partner_is_named_with_its_block() -> None:
+    plan = plan_of(("host", "up"), 8, blocks=("digits", "mnist1d"))
+    runs = [run for block in plan.blocks for run in runs_of({"host": 0.0, "up": 0.05}, 8, block=block)]
+    runs = [run for run in runs if (run.arm, run.block, run.seed) not in (("up", "digits", 3), ("host", "mnist1d", 5))]
+    notes = analyse(runs, plan).notes
+    assert "Seeds [3] of up or host have no partner in digits and are left out, here and over all blocks." in notes
+    assert "Seeds [5] of up or host have no partner in mnist1d and are left out, here and over all blocks." in notes
+    alone = analyse(runs_of({"host": 0.0, "up": 0.0}, 8)[1:], plan_of(("host", "up"), 8)).notes
+    assert "Seeds [0] of up or host have no partner and are left out." in alone
+
+
+NAMES = ("grown", "scratch_macs", "random_places")
+
+
+@pytest.mark.parametrize("names", [NAMES, ("optimizer.lr=0.001 grafting=linear", "optimizer.lr=0.003 grafting=adaptive"), ("a" * 70, "b")])
+def test_names_of_arms_stay_whole_in_a_narrow_terminal_and_no_column_is_lost(names: tuple[str, ...]) -> None:
+    out = StringIO()
+    plan = plan_of(names, 10)
+    show(analyse(runs_of({name: 0.05 * at for at, name in enumerate(names)}), plan), plan, Console(file=out, width=80))
+    text = out.getvalue()
+    tables = text.partition("•")[0].splitlines()
+    assert max(len(line) for line in tables) <= 80
+    cells = {cell.strip() for line in tables for cell in line.split("│")}
+    if len(names[0]) < 70:
+        assert {word for name in names for word in name.split()} <= {word for cell in cells for word in cell.split()}
+    heads = {cell for line in tables if line.startswith("┃") for cell in line.replace("┃", " ").split()}
+    assert {"runs", "failed", "MACs", "parameters", "fossils", "verdict", "interval", "p", "(better)"} <= heads
+    assert "…" not in text.partition("against the")[0]
+
+
 def test_a_level_below_one_in_ten_thousand_can_be_reached_with_many_pairs_too() -> None:
     plan = plan_of(("host", "up", "down", "more"), 20, alpha=2e-4)
     result = analyse(runs_of({"host": 0.0, "up": 0.1, "down": -0.1, "more": 0.2}, 20), plan)
@@ -219,7 +258,8 @@ def test_a_sequential_plan_states_the_power_of_the_looks() -> None:
 def test_the_plan_says_what_its_pairs_can_find() -> None:
     first, found, needed = plan_of(("host", "up"), 15).statement()
     assert first.startswith("accuracy (max), 1 arm against host, 15 pairs, 1 comparison at ")
-    assert found.startswith("15 pairs find a difference of 0.00778 (0.78 × 0.01, the expected standard deviation") and "needs 10 pairs" in needed
+    assert found.startswith("15 pairs find a difference of 0.00778 (0.78 × 0.01, the expected standard deviation")
+    assert "needs 10 pairs" in needed
     assert "more than 1,000,000 pairs, so" in plan_of(("host", "up"), spread=1e4).statement()[2]
     assert "so this sweep has too few" in plan_of(("host", "a", "b", "c"), 8).statement()[2]
     assert "Too few pairs" in plan_of(("host", "up"), 5).statement()[1]
@@ -265,7 +305,7 @@ def test_a_saved_plan_comes_back_and_is_never_replaced(tmp_path: Path) -> None:
     save_plan(plan, tmp_path)
     assert load_plan(tmp_path / "plan.json") == plan
     assert changes(plan, dataclasses.replace(plan, alpha=0.1, ranking=True)) == ["alpha"]
-    with pytest.raises(UserError, match="alpha differ"):
+    with pytest.raises(UserError, match=r"another plan \(alpha differs\); .* folder of its own: hydra\.sweep\.dir="):
         save_plan(dataclasses.replace(plan, alpha=0.1), tmp_path)
 
 

@@ -117,7 +117,9 @@ def test_the_same_command_again_runs_nothing(done: tuple[Path, str]) -> None:
     folder = done[0]
     said = esper(*SWEEP, f"output={folder}", f"hydra.sweep.dir={folder}/sweep")
     assert " done in " not in said
-    assert "Cannot tell 0.01 from 0.001" in said
+    assert f"Going on with the sweep in {folder}/sweep" in said and "Cannot tell 0.01 from 0.001" in said
+    refused = esper(*SWEEP, "compare.alpha=0.2", f"output={folder}", f"hydra.sweep.dir={folder}/sweep", code=2)
+    assert "another plan (alpha differs)" in refused and "Going on" not in refused
 
 
 def test_a_job_that_breaks_is_said_at_once_and_counted(tmp_path: Path) -> None:
