@@ -15,12 +15,14 @@ from esper.compare.analysis import Comparison
 from esper.compare.fitting import fit
 from esper.compare.plan import Plan
 from esper.compare.tuned import named as listed
+from esper.compare.wording import short
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 SCHEMA = 1
+WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
 HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
 
 
@@ -61,7 +63,7 @@ def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: boo
     from rich.console import Console
 
     with table.open("w", encoding="utf-8") as out:
-        show(comparison, plan, Console(file=out, width=160))
+        show(comparison, plan, Console(file=out, width=WIDTH))
     files.append(table)
     if figures:
         from esper.compare.figures import draw
@@ -152,13 +154,12 @@ def verdict_table(comparison: Comparison) -> Table:
     table = _table("against the reference, p after Holm", comparison)
     for name in ("verdict", "better by", "interval", "p", "p equal", "P (better)"):
         table.add_column(name, justify="left" if name == "verdict" else "right")
-    words = {"B better": "better", "A better": "worse"}  # the arm's name stands beside it
     colours = {"B better": "green", "A better": "red", "equivalent": "cyan", "inconclusive": "dim"}
     for row in comparison.verdicts:
         table.add_row(
             *_where(row.block, comparison),
             escape(row.arm),
-            f"[{colours[row.verdict]}]{words.get(row.verdict, row.verdict)}[/]",
+            f"[{colours[row.verdict]}]{short(row)}[/]",
             f"{row.difference:+.3g}",
             f"{row.interval[0]:+.2g} … {row.interval[1]:+.2g}",
             f"{row.p_holm:.2g}",

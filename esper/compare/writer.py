@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +30,17 @@ from esper.tracking import frames
 from esper.tracking.mlflow_run import MlflowRun
 from esper.tracking.mlflow_store import experiment_id, quiet_client
 
+SHOWN = 10  # characters of a name that MLflow's parallel coordinates show
+
+
+def labels(arms: Sequence[str]) -> dict[str, str]:
+    """The arms' names, or, where these begin alike, their values alone; numbered where nothing else keeps them apart."""
+    values = [re.sub(r"(^| )[^ =]+=", r"\1", arm) for arm in arms]
+    for names in (list(arms), values):
+        if len({name[:SHOWN] for name in names}) == len(arms):
+            return dict(zip(arms, names, strict=True))
+    return {arm: f"{number} {value}" for number, (arm, value) in enumerate(zip(arms, values, strict=True), 1)}
+
 
 class Writer:
     """The parent run and the children of one sweep."""
@@ -36,6 +48,7 @@ class Writer:
     def __init__(self, opening: Mapping[str, Any]) -> None:
         self.lock = threading.Lock()
         self.jobs: dict[str, dict[str, str]] = opening["jobs"]
+        self.labels = labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
         self.uri: str = opening["uri"]
         self.client = quiet_client(self.uri)
         self.experiment = experiment_id(self.client, self.uri, opening["experiment"])
@@ -90,7 +103,8 @@ class Writer:
         self.opened[str(Path(record.folder).resolve())] = run.run_id
         for key, name in ((ARM, "arm"), (BLOCK, "block"), (SEED, "seed")):
             if tags.get(key) and name not in self.client.get_run(run.run_id).data.params:
-                self.client.log_param(run.run_id, name, tags[key])  # readable axes in parallel coordinates
+                value = self.labels[tags[key]] if key == ARM else tags[key]
+                self.client.log_param(run.run_id, name, value)  # readable axes in parallel coordinates
         return run
 
     def failed(self, request: Mapping[str, Any]) -> None:

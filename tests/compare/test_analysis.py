@@ -12,10 +12,10 @@ from rich.console import Console
 from esper.compare.analysis import analyse
 from esper.compare.config import CompareConfig
 from esper.compare.draws import generator
-from esper.compare.figures import draw
+from esper.compare.figures import _lines, draw
 from esper.compare.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
 from esper.compare.recovery import gap_recovery
-from esper.compare.report import as_dict, show, write_json
+from esper.compare.report import as_dict, show, write_json, write_results
 from esper.compare.runs import Run
 from esper.errors import UserError
 
@@ -240,6 +240,14 @@ def test_names_of_arms_stay_whole_in_a_narrow_terminal_and_no_column_is_lost(nam
     heads = {cell for line in tables if line.startswith("┃") for cell in line.replace("┃", " ").split()}
     assert {"runs", "failed", "MACs", "parameters", "fossils", "verdict", "interval", "p", "(better)"} <= heads
     assert "…" not in text.partition("against the")[0]
+
+
+def test_long_names_are_broken_between_words_in_figures_and_the_text_is_as_wide_as_the_page_that_shows_it(tmp_path: Path) -> None:
+    assert _lines("optimizer.lr=0.003 grafting=adaptive") == "optimizer.lr=0.003\ngrafting=adaptive"
+    assert _lines("stability_narrow-and-more-of-it") == "stability_narrow-and-more-of-it"
+    names = ("optimizer.lr=0.001 grafting=linear", "optimizer.lr=0.003 grafting=adaptive")
+    write_results(analyse(runs_of(dict.fromkeys(names, 0.0)), plan_of(names)), plan_of(names), tmp_path, figures=False)
+    assert max(map(len, (tmp_path / "comparison.txt").read_text(encoding="utf-8").splitlines())) <= 100
 
 
 def test_a_level_below_one_in_ten_thousand_can_be_reached_with_many_pairs_too() -> None:

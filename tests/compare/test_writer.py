@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from esper.compare.tracking import Store
-from esper.compare.writer import Writer, serve_run
+from esper.compare.writer import Writer, labels, serve_run
 from esper.errors import UserError
 from esper.tracking import MlflowConfig, RunRecord, frames
 
@@ -63,3 +63,16 @@ def test_a_sweep_whose_parent_run_was_deleted_says_how_to_go_on(tmp_path: Path) 
     with pytest.raises(UserError) as refused:
         asked._ask({})
     assert str(refused.value) == answer, "as it is, without what the process calls it"
+
+
+@pytest.mark.parametrize(
+    ("arms", "shown"),
+    [
+        (["grown", "scratch", "scratch_macs", "random_places"], ["grown", "scratch", "scratch_ma", "random_pla"]),
+        (["optimizer.lr=0.001 grafting=linear", "optimizer.lr=0.001 grafting=drift"], ["0.001 line", "0.001 drif"]),
+        (["grad_norm_narrow", "grad_norm_wide"], ["1 grad_nor", "2 grad_nor"]),
+        (["default", "a=[1,2] b=x=y"], ["default", "a=[1,2] b="]),
+    ],
+)
+def test_arms_can_be_told_apart_by_the_ten_letters_that_parallel_coordinates_show(arms: list[str], shown: list[str]) -> None:
+    assert [label[:10] for label in labels(arms).values()] == shown and list(labels(arms)) == arms
