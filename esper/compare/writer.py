@@ -27,10 +27,12 @@ import msgspec
 from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
 from esper.errors import UserError
 from esper.tracking import frames
-from esper.tracking.mlflow_run import MlflowRun
+from esper.tracking.mlflow_run import NAMES, MlflowRun, legal
 from esper.tracking.mlflow_store import experiment_id, quiet_client
+from esper.tracking.record import flatten
 
 SHOWN = 10  # characters of a name that MLflow's parallel coordinates show
+LONGEST = 250  # characters of a setting that is worth an axis
 
 
 def labels(arms: Sequence[str]) -> dict[str, str]:
@@ -49,6 +51,8 @@ class Writer:
         self.lock = threading.Lock()
         self.jobs: dict[str, dict[str, str]] = opening["jobs"]
         self.labels = labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
+        arms = json.loads(opening["plan"])["arms"] if opening["plan"] else {}
+        self.differing = sorted({key for settings in arms.values() for key in settings})
         self.uri: str = opening["uri"]
         self.client = quiet_client(self.uri)
         self.experiment = experiment_id(self.client, self.uri, opening["experiment"])
@@ -101,11 +105,22 @@ class Writer:
         run = MlflowRun(dataclasses.replace(frame.config, uri=self.uri))
         run.open(record)
         self.opened[str(Path(record.folder).resolve())] = run.run_id
-        for key, name in ((ARM, "arm"), (BLOCK, "block"), (SEED, "seed")):
-            if tags.get(key) and name not in self.client.get_run(run.run_id).data.params:
-                value = self.labels[tags[key]] if key == ARM else tags[key]
-                self.client.log_param(run.run_id, name, value)  # readable axes in parallel coordinates
+        self._describe(run.run_id, tags, frame.record.config)
         return run
+
+    def _describe(self, run_id: str, tags: Mapping[str, str], config: Mapping[str, Any]) -> None:
+        """Parameters that make readable axes in parallel coordinates: the arm, and what arms differ in, defaults included.
+
+        A run's own parameters leave out what is as by default, which MLflow would show as unknown.
+        """
+        from mlflow.entities import Param
+
+        known, flat = self.client.get_run(run_id).data.params, flatten(config)
+        shown = {"arm": self.labels.get(tags.get(ARM, ""), ""), "block": tags.get(BLOCK, ""), "seed": tags.get(SEED, "")}
+        shown |= {legal(key): str(flat[key]) for key in self.differing if key in flat}
+        new = [Param(name, value) for name, value in shown.items() if value and len(value) <= LONGEST and name not in known]
+        for start in range(0, len(new), NAMES):
+            self.client.log_batch(run_id, params=new[start : start + NAMES])
 
     def failed(self, request: Mapping[str, Any]) -> None:
         """A job that failed: its run says so, also where it never came to open one."""

@@ -111,7 +111,7 @@ def test_the_compare_page_and_its_parallel_coordinates_show_the_arms_by_name(swe
     for name in (*(f"optimizer.lr={arm} seed={seed}" for arm in ARMS for seed in (0, 1, 2)), "Parallel Coordinates Plot"):
         assert name in text
     plot = text[text.index("Parallel Coordinates Plot") : text.index("Run details")]
-    for label in (">arm<", ">0.001 line<", ">0.001 drif<", ">0.003 line<", ">0.003 drif<"):
+    for label in (">arm<", ">0.001 line<", ">0.001 drif<", ">0.003 line<", ">0.003 drif<", ">grafting.name<"):
         assert label in plot.replace("<!-- -->", "")
 
 
