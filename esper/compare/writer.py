@@ -52,7 +52,7 @@ class Writer:
         self.jobs: dict[str, dict[str, str]] = opening["jobs"]
         self.labels = labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
         arms = json.loads(opening["plan"])["arms"] if opening["plan"] else {}
-        self.differing = sorted({key for settings in arms.values() for key in settings})
+        self.differing = sorted(set.intersection(*map(set, arms.values()))) if arms else []  # an axis needs a value of every arm
         self.uri: str = opening["uri"]
         self.client = quiet_client(self.uri)
         self.experiment = experiment_id(self.client, self.uri, opening["experiment"])

@@ -80,11 +80,12 @@ def test_arms_can_be_told_apart_by_the_ten_letters_that_parallel_coordinates_sho
 
 
 def test_a_run_has_what_the_arms_differ_in_as_parameters_also_where_it_is_the_default(tmp_path: Path) -> None:
-    plan = json.dumps({"arms": {"a": {"optimizer.lr": 0.003, "blueprint.hidden": 8}, "b": {"optimizer.lr": 0.01, "controller.script": []}}})
+    both = {"controller.script": [], "optimizer.lr": 0.003}
+    plan = json.dumps({"arms": {"a": {**both, "grafting.max_hold": 2.0}, "b": both}})
     opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
     writer = Writer(opening | {"sweep": "s", "folder": str(tmp_path), "plan": plan, "jobs": {str(tmp_path): {ARM: "a"}}})
     run = writer.client.create_run(writer.experiment).info.run_id
-    config = {"seed": 3, "optimizer": {"lr": 0.003, "name": "adamw"}, "controller": {"script": ["x" * 300]}}
+    config = {"seed": 3, "optimizer": {"lr": 0.003, "name": "adamw"}, "controller": {"script": ["x" * 300]}, "grafting": {"max_hold": 2.0}}
     for _ in range(2):  # a run that goes on is described again
         writer._describe(run, {ARM: "a", SEED: "3"}, config)
     assert writer.client.get_run(run).data.params == {"arm": "a", "seed": "3", "optimizer.lr": "0.003"}
