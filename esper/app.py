@@ -93,13 +93,22 @@ def _own_options(words: Sequence[str]) -> list[str]:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    """Options and overrides apart; the options are Hydra's own and read by it again."""
+    """Options and overrides apart; the options are Hydra's own and read by it again.
+
+    Raises:
+        UserError: an option that there is not, or two that Hydra takes only one of.
+    """
     parser = _Parser(prog="esper", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")
     parser.add_argument("--cfg", choices=("job", "hydra", "all"))
     parser.add_argument("--resolve", action="store_true")
-    return parser.parse_intermixed_args(list(words))
+    flags = parser.parse_intermixed_args(list(words))
+    if flags.cfg and flags.multirun:
+        raise UserError("--cfg prints the configuration of one run, and --multirun starts many: leave out -m and give each key one value.")
+    if flags.resolve and not flags.cfg:
+        raise UserError("--resolve fills in what --cfg prints: write --cfg job --resolve.")
+    return flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,7 +153,9 @@ def _hydra(words: Sequence[str]) -> int:
     except OSError as error:
         if begun or error.errno in STORAGE:
             raise
-        raise UserError(f"The output folder {error.filename} cannot be made ({str(error.strerror).lower()}); give another: output=….") from None
+        raise UserError(
+            f"The output folder {error.filename} cannot be made ({str(error.strerror).lower()}); give another: output=…."
+        ) from None
     if broken:
         raise broken[0]
     return REFUSED if refused else 0

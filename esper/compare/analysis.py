@@ -12,7 +12,7 @@ from esper.compare.controls import conclude
 from esper.compare.plan import Plan, changes
 from esper.compare.power import MOST_PAIRS, PILOT_PAIRS, fewest_pairs, needed_pairs
 from esper.compare.runs import POOLED, Pairs, Run, by_seed, pair, pool
-from esper.compare.sequential import look_pairs, sequential_holm
+from esper.compare.sequential import look_pairs, sequential_holm, sequential_p
 from esper.compare.signflip import flips_for, interval, sign_flip
 from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
 from esper.compare.tuned import Tuned
@@ -144,24 +144,23 @@ def judge(families: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Ju
     """One verdict for every comparison, corrected together."""
     level = plan.alpha / len(families)
     flips = [flips_for(level, len(one.tested)) for one in families]
-    p = np.array([float(sign_flip(one.tested, flips=number)) for one, number in zip(families, flips, strict=True)])
     p_same = holm(np.array([equivalence_of(one, plan.minimum_effect, number) for one, number in zip(families, flips, strict=True)]))
-    p_holm = holm(p)
     means = np.array([one.tested.mean() for one in families])
-    decided = p_holm
     if plan.sequential:
-        rejected, complete = _looked(families, plan)
-        decided = np.where(rejected, p_holm.clip(max=plan.alpha), np.maximum(p_holm, np.nextafter(plan.alpha, 1)))
+        p, p_holm, complete = _looked(families, plan)
         p_same = p_same if complete else np.ones_like(p_same)
-    codes = classify(means, decided, p_same, plan.alpha)
+    else:
+        p = np.array([float(sign_flip(one.tested, flips=number)) for one, number in zip(families, flips, strict=True)])
+        p_holm = holm(p)
+    codes = classify(means, p_holm, p_same, plan.alpha)
     return [
         _judged(one, runs, plan, Verdict(code), (float(a), float(b), float(c)))
         for one, code, a, b, c in zip(families, codes, p, p_holm, p_same, strict=True)
     ]
 
 
-def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[NDArray[np.bool_], bool]:
-    """Which comparisons the sequential test has decided, and whether all planned pairs are there."""
+def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
+    """P-values that count the looks, before and after Holm, and whether all planned pairs are there."""
     have = set.intersection(*(set(one.seeds) for one in families))
     seeds = []
     for seed in plan.seeds:  # looks count pairs in the planned order, without gaps
@@ -171,7 +170,11 @@ def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[NDArray[np.bool_], b
     rows = np.array([[one.tested[one.seeds.index(seed)] for one in families] for seed in seeds]).reshape(len(seeds), -1, 1)
     looks = look_pairs(len(plan.seeds), plan.looks, fewest_pairs(plan.alpha, len(families)))
     flips = flips_for(plan.alpha / len(families), len(plan.seeds))
-    return sequential_holm(rows, looks, len(plan.seeds), plan.alpha, flips=flips)[:, 0], len(seeds) == len(plan.seeds)
+    rejected = sequential_holm(rows, looks, len(plan.seeds), plan.alpha, flips=flips)[:, 0]
+    p = sequential_p(rows[:, :, 0], looks, len(plan.seeds), flips=flips)
+    # the smallest level is found nearly: what the looks decide at α stays on its side of it
+    p_holm = np.where(rejected, holm(p).clip(max=plan.alpha), holm(p).clip(min=np.nextafter(plan.alpha, 1)))
+    return p, p_holm, len(seeds) == len(plan.seeds)
 
 
 def _judged(one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float]) -> Judged:
@@ -264,20 +267,39 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
     for name, settings in plan.arms.items():
         if name != plan.reference and settings == plan.arms[plan.reference]:
             notes.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")
-    for name in plan.arms:
-        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
-        if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
-            notes.append(f"{name} and {plan.reference} gave the same number in every pair: what differs had no effect.")
-    unpaired = {
-        arm: sorted({r.seed for r in runs if r.arm == arm} ^ {r.seed for r in runs if r.arm == plan.reference}) for arm in plan.arms
-    }
-    notes += [f"Seeds {seeds} of {arm} or {plan.reference} have no partner and are left out." for arm, seeds in unpaired.items() if seeds]
+    notes += [*_same_numbers(runs, plan), *_alone(runs, plan)]
     if plan.sequential:
         notes.append(
-            "The p-values are those of one look at all pairs that are there; the verdicts follow the α spent over the looks, "
-            "so a p below α may be inconclusive, and one above it belong to a verdict of an earlier look."
+            "The p-values count the looks: each is the smallest α at which the looks so far would have decided. "
+            "The intervals are those of one look at all pairs that are there."
         )
     if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
         fewest = fewest_pairs(plan.alpha, plan.comparisons)
         notes.append(f"With fewer than {fewest} pairs no arm can be called better, however clear the difference.")
+    return notes
+
+
+def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """A note on every arm whose runs gave just what those of the reference gave."""
+    notes = []
+    for name, settings in plan.arms.items():
+        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
+        if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
+            told = "what differs had no effect."
+            if settings == plan.arms[plan.reference]:
+                told = "with the same seeds they are the same runs; compare.fresh_seeds gives an arm seeds of its own."
+            notes.append(f"{name} and {plan.reference} gave the same number in every pair: {told}")
+    return notes
+
+
+def _alone(runs: Sequence[Run], plan: Plan) -> list[str]:
+    """A note on the seeds that an arm or the reference has not run, block by block."""
+    notes = []
+    pooled = ", here and over all blocks" if len(plan.blocks) > 1 else ""
+    for block in plan.blocks:
+        reference = by_seed(runs, plan.reference, block)
+        for arm in plan.arms:
+            if seeds := sorted(by_seed(runs, arm, block).keys() ^ reference.keys()):
+                where = f" in {block}" if block else ""
+                notes.append(f"Seeds {seeds} of {arm} or {plan.reference} have no partner{where} and are left out{pooled}.")
     return notes

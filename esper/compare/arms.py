@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from esper.config import listing
+from esper.config import listing, nearest
 from esper.errors import UserError
 
 SEED = "seed"
@@ -77,6 +77,27 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
         jobs.append(job)
     distinct = (tuple(dict.fromkeys(getattr(job, part) for job in jobs)) for part in ("arm", "block", "seed"))
     return Layout(tuple(jobs), *distinct)
+
+
+def refuse_unknown_blocks(blocks: Sequence[str], settings: Iterable[str]) -> None:
+    """Refuse a name in ``compare.block`` that is no key of any job: what it was meant for would make arms instead.
+
+    Args:
+        blocks: ``compare.block``.
+        settings: the dotted keys of all jobs' configurations.
+
+    Raises:
+        UserError: naming the key, and the nearest that there is.
+    """
+    known = {".".join(parts[:depth]) for parts in (key.split(".") for key in settings) for depth in range(1, len(parts) + 1)}
+    for key in blocks:
+        if key == SEED:
+            raise UserError("compare.block names seed, and seeds pair the arms: take it out of compare.block.")
+        if key not in known:
+            raise UserError(
+                f"There is no key {key} in this sweep, and compare.block=[{','.join(blocks)}] asks to judge its values apart"
+                f"{nearest(key, sorted(known))}."
+            )
 
 
 def refuse_repeated(layout: Layout) -> None:

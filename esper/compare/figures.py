@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from esper.compare.draws import generator
-from esper.compare.wording import named
+from esper.compare.wording import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +67,7 @@ def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
         axes.plot(row.bca, (at, at), color=colour, lw=2.2, solid_capstyle="butt")
         axes.plot(row.difference_finished, at, "D", color=colour, ms=6, mec="white", mew=0.8)
         axes.annotate(
-            named(row),
+            short(row),
             (0.99, at - 0.22),
             xycoords=("axes fraction", "data"),
             ha="right",
@@ -74,9 +75,10 @@ def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
             fontsize=8,
             color=colour,
         )
-    axes.set_yticks(range(len(rows)), [f"{row.arm}\n{row.block}" if row.block else row.arm for row in rows])
+    axes.set_yticks(range(len(rows)), ["\n".join(_lines(name) for name in (row.arm, row.block) if name) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # first on top, as in the table
-    axes.set_xlabel(f"difference in {plan.metric} to {plan.reference}, positive is better (diamond: mean, bar: BCa interval)")
+    words = f"difference in {plan.metric} to {plan.reference}, positive is better (diamond: mean, bar: BCa interval)"
+    figure.supxlabel(fill(words, 100), fontsize=10)  # below the names too: that of the reference may be long
     handles, names = axes.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside upper left", fontsize=8, frameon=False, ncols=2)
@@ -110,8 +112,13 @@ def _cloud(axes: Axes, arm: ArmSummary, colour: str, aside: float) -> None:
     at = np.array([arm.macs[seed] for seed in arm.macs]) + aside
     values = np.array([arm.points[seed] for seed in arm.macs])
     axes.scatter(at, values, s=16, color=colour, alpha=0.4, lw=0)
-    label = f"{arm.arm} ({arm.failed} failed)" if arm.failed else arm.arm
+    label = _lines(f"{arm.arm} ({arm.failed} failed)" if arm.failed else arm.arm)
     axes.plot(at.mean(), values.mean(), "D", color=colour, ms=8, mec="white", mew=1.0, label=label, zorder=3)
+
+
+def _lines(name: str) -> str:
+    """A long name in several lines, broken between words."""
+    return fill(name, 24, break_long_words=False, break_on_hyphens=False)
 
 
 def _save(figure: object, path: Path) -> Path:

@@ -15,13 +15,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from esper.cli.compose import from_hydra
-from esper.compare.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated
+from esper.compare.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
 from esper.compare.composing import composed
 from esper.compare.going_on import taken_up
 from esper.compare.jobs import Prepared
 from esper.compare.sweep import Sweep, resume_command, run_sweep
 from esper.compare.workers import environments
+from esper.config import plain
 from esper.errors import UserError
+from esper.tracking.record import flatten
 
 if TYPE_CHECKING:
     from hydra_plugins.esper_workers import WorkersLauncher
@@ -42,6 +44,7 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     if config.resume == "auto" and (before := taken_up(folder, sys.argv[1:], Path(config.output))) != folder:
         folder = before
         prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
+    refuse_unknown_blocks(config.compare.block, _settings(prepared))
     layout = lay_out(overrides, config.compare.block, config.seed)
     if whole:
         refuse_repeated(layout)
@@ -67,6 +70,12 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
         if whole:
             raise SystemExit(1)
     return [_returned(one) for one in jobs]
+
+
+def _settings(jobs: Sequence[Prepared]) -> set[str]:
+    """The dotted keys of all configurations; jobs that differ in their seed alone have the same."""
+    unlike = {tuple(text for text in one.job.overrides if not text.startswith("seed=")): one.config for one in jobs}
+    return {key for config in unlike.values() for key in flatten(plain(config))}
 
 
 def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int, sweep: Path) -> Prepared:

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from esper.compare.config import CompareConfig
-from esper.compare.power import PILOT_PAIRS, centred, detectable, fewest_pairs, needed_pairs
+from esper.compare.power import MOST_PAIRS, PILOT_PAIRS, centred, detectable, fewest_pairs, needed_pairs
 from esper.compare.sequential import look_pairs
 from esper.compare.signflip import finest_level
 from esper.config import listing
 from esper.errors import UserError
 
 FILE = "plan.json"
+ASSUMED = (1, 2, 5)  # multiples of the minimum effect that the spread of paired differences might be
 
 
 @dataclass(frozen=True)
@@ -94,26 +95,58 @@ class Plan:
 
     def statement(self) -> list[str]:
         """What these pairs can show, in sentences for the person who is about to spend them."""
-        pairs, fewest = len(self.seeds), fewest_pairs(self.alpha, self.comparisons)
+        pairs, fewest, others = len(self.seeds), fewest_pairs(self.alpha, self.comparisons), len(self.arms) - 1
         lines = [
-            f"{self.metric} ({self.direction}), {len(self.arms)} arms against {self.reference}, {pairs} pairs, "
+            f"{self.metric} ({self.direction}), {others} arm{'s' * (others > 1)} against {self.reference}, {pairs} pairs, "
             f"{self.comparisons} comparison{'s' * (self.comparisons > 1)} at α = {self.alpha:g} after Holm; "
             f"worth having: {self.minimum_effect:g}."
         ]
         if pairs < fewest:
             words = f"Too few pairs: below {fewest} no difference, however clear, can reach α; none can be detected"
-            return [*lines, f"{words} with {pairs}."]
-        effect = detectable(pairs, self.power, self.alpha, self.comparisons, self.noise, self.early)
-        words = "standard deviations of the paired differences"
+            lines.append(f"{words} with {pairs}.")
+        else:
+            looked = f", looked at after {listing(look_pairs(pairs, self.looks, fewest))}," if self.sequential else ""
+            lines.append(self._found(pairs, looked))
+        return [*lines, *(self._needed(pairs) if self.spread > 0 else self._assumed(pairs, fewest))]
+
+    def _found(self, pairs: int, looked: str) -> str:
+        """The difference that so many pairs find, in the metric where the spread of its differences is known."""
+        effect = self._detectable(pairs)
+        size = f"{effect:.2f} standard deviations of the paired differences"
+        if self.spread > 0:
+            of = "the expected standard deviation of the paired differences"
+            size = f"{effect * self.spread:.3g} ({effect:.2f} × {self.spread:.3g}, {of})"
         shape = f"as the {len(self.noise)} of the pilot are spread" if self.noise else "if these are normal"
-        looked = f", looked at after {listing(look_pairs(pairs, self.looks, fewest))}," if self.sequential else ""
-        lines.append(f"{pairs} pairs{looked} find a difference of {effect:.2f} {words} with {self.power:.0%} power, {shape}.")
-        if self.spread > 0 and self.minimum_effect > 0:
-            needed = needed_pairs(self.minimum_effect / self.spread, self.power, self.alpha, self.comparisons, self.noise, self.early)
-            verdict = ", so this sweep has too few." if needed > pairs else "."
-            words = f"At the expected spread {self.spread:g} that is {effect * self.spread:.3g}"
-            lines.append(f"{words}; a difference of {self.minimum_effect:g} needs {needed} pairs{verdict}")
+        return f"{pairs} pairs{looked} find a difference of {size} with {self.power:.0%} power, {shape}."
+
+    def _needed(self, pairs: int) -> list[str]:
+        """How many pairs the minimum effect needs at the spread that is known."""
+        if self.minimum_effect <= 0:
+            return []
+        needed = self._pairs_for(self.spread)
+        verdict = ", so this sweep has too few" if needed > pairs else ""
+        return [f"A difference of {self.minimum_effect:g} needs {_count(needed)} pairs{verdict}."]
+
+    def _assumed(self, pairs: int, fewest: int) -> list[str]:
+        """The same for spreads that it might have, where none is known: what is worth having and multiples of it."""
+        if self.minimum_effect <= 0:
+            return []
+        words = "depends on the standard deviation of the paired differences, which is not known"
+        lines = [f"How many pairs a difference of {self.minimum_effect:g} needs {words}:"]
+        for spread in (times * self.minimum_effect for times in ASSUMED):
+            found = f"; {pairs} find {self._detectable(pairs) * spread:.2g}" if pairs >= fewest else ""
+            lines.append(f"  if it is {spread:g}: {_count(self._pairs_for(spread))} pairs{found}")
         return lines
+
+    def _detectable(self, pairs: int) -> float:
+        return detectable(pairs, self.power, self.alpha, self.comparisons, self.noise, self.early)
+
+    def _pairs_for(self, spread: float) -> int:
+        return needed_pairs(self.minimum_effect / spread, self.power, self.alpha, self.comparisons, self.noise, self.early)
+
+
+def _count(pairs: int) -> str:
+    return f"{pairs:,}" if pairs < MOST_PAIRS else f"more than {MOST_PAIRS:,}"
 
 
 def make_plan(
@@ -178,7 +211,8 @@ def save_plan(plan: Plan, folder: Path) -> None:
     changed = changes(load_plan(path), plan)
     if changed:
         raise UserError(
-            f"{folder} already holds a sweep with another plan ({', '.join(changed)} differ); give this sweep a name of its own."
+            f"{folder} already holds a sweep with another plan ({', '.join(changed)} differ{'s' * (len(changed) == 1)}); "
+            "give this sweep a folder of its own: hydra.sweep.dir=…."
         )
 
 

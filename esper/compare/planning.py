@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esper.compare.plan import Plan, make_plan, save_plan
+from esper.compare.power import PILOT_PAIRS
 from esper.config import listing, nearest, plain
 from esper.errors import UserError
 from esper.tracking.record import flatten
@@ -44,12 +46,25 @@ def plan_sweep(sweep: Sweep, workers: Workers) -> Plan | None:
         direction=direction,
     )
     save_plan(plan, sweep.folder)
-    for line in plan.statement():
-        sweep.console.print(line, highlight=False, soft_wrap=True)
+    for line in [*plan.statement(), *_pilot(plan, sweep.command)]:
+        sweep.console.print(line, highlight=False, soft_wrap=True, markup=False)
     for name, settings in plan.arms.items():
         if name != plan.reference and settings == plan.arms[plan.reference]:
             sweep.console.print(f"{name} and {plan.reference} differ in nothing: an A/A test.", highlight=False)
     return plan
+
+
+def _pilot(plan: Plan, command: Sequence[str]) -> list[str]:
+    """How to learn the spread of the paired differences, where it is not known: as many of them as a pilot must have, with other seeds."""
+    if plan.spread > 0 or not command:
+        return []
+    first, pairs = max(plan.seeds) + 1, -(-PILOT_PAIRS // (len(plan.arms) - 1))
+    words = [word for word in command if not word.startswith(("seed=", "hydra.sweep.dir=", "resume="))]
+    seeds = f"seed=range({first},{first + pairs})"
+    return [
+        "To know it, run a pilot and start this sweep again with compare.pilot=<the pilot's folder>/comparison.json:",
+        f"  {shlex.join(['esper', *words, seeds])}",
+    ]
 
 
 def _why_alone(sweep: Sweep) -> str:

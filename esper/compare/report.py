@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from esper.compare.analysis import Comparison
+from esper.compare.fitting import fit
 from esper.compare.plan import Plan
 from esper.compare.tuned import named as listed
-from esper.compare.wording import named
+from esper.compare.wording import short
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 SCHEMA = 1
+WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
+HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
 
 
 def as_dict(comparison: Comparison, plan: Plan) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: boo
     from rich.console import Console
 
     with table.open("w", encoding="utf-8") as out:
-        show(comparison, plan, Console(file=out, width=160))
+        show(comparison, plan, Console(file=out, width=WIDTH))
     files.append(table)
     if figures:
         from esper.compare.figures import draw
@@ -72,18 +76,23 @@ def show(comparison: Comparison, plan: Plan, console: Console) -> None:
     """Print arms, verdicts, notes and the sentences."""
     if comparison.exploratory:
         console.print(f"[bold red]exploratory[/]: {'; '.join(comparison.exploratory)}", highlight=False)
-    console.print(arm_table(comparison, plan))
-    if any(arm.costs or arm.growth for arm in comparison.arms):
-        console.print(cost_table(comparison))
-    if comparison.tuned:
-        console.print(tuning_table(comparison, plan))
-    console.print(verdict_table(comparison))
-    if comparison.ranking:
-        console.print(ranking_table(comparison, plan))
+    for table in _tables(comparison, plan):
+        console.print(fit(table, console.width))
     for line in [*comparison.notes, *(row.sentence for row in comparison.verdicts)]:
         console.print(f"• {line}", highlight=False, markup=False)
     for line in comparison.conclusion:
         console.print(line, style="bold", highlight=False, markup=False)
+
+
+def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
+    yield arm_table(comparison, plan)
+    if any(arm.costs or arm.growth for arm in comparison.arms):
+        yield cost_table(comparison)
+    if comparison.tuned:
+        yield tuning_table(comparison, plan)
+    yield verdict_table(comparison)
+    if comparison.ranking:
+        yield ranking_table(comparison, plan)
 
 
 def arm_table(comparison: Comparison, plan: Plan) -> Table:
@@ -94,7 +103,7 @@ def arm_table(comparison: Comparison, plan: Plan) -> Table:
     for arm in comparison.arms:
         failed = f"[red]{arm.failed}[/]" if arm.failed else "0"
         numbers = [f"{arm.mean:.4g}", f"{arm.iqm:.4g}", f"{arm.spread:.2g}"]
-        table.add_row(*_where(arm.block, comparison), arm.arm, str(arm.runs), failed, *numbers)
+        table.add_row(*_where(arm.block, comparison), escape(arm.arm), str(arm.runs), failed, *numbers)
     return table
 
 
@@ -103,10 +112,10 @@ def cost_table(comparison: Comparison) -> Table:
     table = _table("cost and growth of a run", comparison)
     parts = [(part, name) for part in ("costs", "growth") for name in _names(comparison, part)]
     for _, name in parts:
-        table.add_column("MACs" if name == "macs" else name, justify="right")
+        table.add_column(HEADINGS.get(name, name), justify="right")
     for arm in comparison.arms:
         numbers = [_number(getattr(arm, part).get(name)) for part, name in parts]
-        table.add_row(*_where(arm.block, comparison), arm.arm, *numbers)
+        table.add_row(*_where(arm.block, comparison), escape(arm.arm), *numbers)
     return table
 
 
@@ -118,7 +127,7 @@ def tuning_table(comparison: Comparison, plan: Plan) -> Table:
     for one in comparison.tuned:
         failed = f"[red]{one.failed}[/]" if one.failed else "0"
         chosen = [escape(listed(one.values)), _number(one.mean), str(one.runs), failed, _number(one.macs)]
-        table.add_row(*_where(one.block, comparison), one.arm, *chosen)
+        table.add_row(*_where(one.block, comparison), escape(one.arm), *chosen)
     return table
 
 
@@ -137,20 +146,20 @@ def _table(title: str, comparison: Comparison) -> Table:
 
 
 def _where(block: str, comparison: Comparison) -> list[str]:
-    return [block] if any(arm.block for arm in comparison.arms) else []
+    return [escape(block)] if any(arm.block for arm in comparison.arms) else []
 
 
 def verdict_table(comparison: Comparison) -> Table:
     """One row a comparison with the reference; both p-values are Holm's."""
     table = _table("against the reference, p after Holm", comparison)
-    for name in ("verdict", "difference", "interval", "p", "p equal", "P(better)"):
-        table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=name == "verdict")
+    for name in ("verdict", "better by", "interval", "p", "p equal", "P (better)"):
+        table.add_column(name, justify="left" if name == "verdict" else "right")
     colours = {"B better": "green", "A better": "red", "equivalent": "cyan", "inconclusive": "dim"}
     for row in comparison.verdicts:
         table.add_row(
             *_where(row.block, comparison),
-            row.arm,
-            f"[{colours[row.verdict]}]{named(row)}[/]",
+            escape(row.arm),
+            f"[{colours[row.verdict]}]{short(row)}[/]",
             f"{row.difference:+.3g}",
             f"{row.interval[0]:+.2g} … {row.interval[1]:+.2g}",
             f"{row.p_holm:.2g}",
@@ -173,9 +182,9 @@ def ranking_table(comparison: Comparison, plan: Plan) -> Table:
             beaten[row.reference].append(row.arm)
     table = Table(title="all against all, after Holm", title_justify="left")
     for name in ("arm", "mean", "surely better than"):
-        table.add_column(name)
+        table.add_column(name, overflow="ellipsis" if name == "mean" else "fold")
     for arm in sorted(means, key=lambda a: -means[a] if math.isfinite(means[a]) else math.inf):
-        table.add_row(arm, f"{plan.sign * means[arm]:.4g}", ", ".join(beaten[arm]) or "–")
+        table.add_row(escape(arm), f"{plan.sign * means[arm]:.4g}", escape(", ".join(beaten[arm])) or "–")
     return table
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from esper.compare.signflip import FLIPS, TOLERANCE, Signs, sign_patterns, sums
 
 Array = NDArray[np.float64]
+LEVELS, HALVINGS = 16, 10  # levels tried from below, and how often what lies between two of them is halved
 
 
 def look_pairs(pairs: int, looks: int, fewest: int) -> list[int]:
@@ -68,6 +69,41 @@ def _crossings(data: Array, looks: list[int], pairs: int, level: float, signs: S
         crossed |= far > bound + TOLERANCE * np.abs(data[:count]).sum(axis=0)
         first[(first < 0) & crossed[0]] = look
     return first
+
+
+def sequential_p(differences: Array, looks: list[int], pairs: int, *, flips: int = FLIPS) -> Array:
+    """P-values that count the looks, shape ``[sets]``: the smallest level at which a set has crossed by now, 1 where none is.
+
+    They stand in the place of p-values of one look, which may contradict what the looks decide (Liu & Anderson 2008). For
+    reading, not for deciding: as only whole patterns can be allowed, a look may allow one to a smaller level and not to a
+    slightly larger one, so they are exact to a pattern a look.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    data = data.reshape(len(data), -1)
+    return np.array([_smallest_level(data[:, [at]], looks, pairs, flips) for at in range(data.shape[1])])
+
+
+def _smallest_level(data: Array, looks: list[int], pairs: int, flips: int) -> float:
+    """Found from below: the boundaries grow with the level up to 0.3 and not everywhere beyond."""
+
+    def crosses(level: float) -> bool:
+        return bool(crossing_look(data, looks, pairs, level, flips=flips)[0] >= 0)
+
+    patterns = len(sign_patterns(pairs, flips))
+    if patterns < 2:
+        return 1.0
+    low, high = 0.0, 1.0
+    for level in np.geomspace(1 / patterns, 1 - 1 / patterns, LEVELS):
+        if crosses(float(level)):
+            high = float(level)
+            break
+        low = float(level)
+    else:
+        return 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if crosses(middle) else (middle, high)
+    return high
 
 
 def sequential_holm(

@@ -90,23 +90,25 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
     with alone(sweep.folder):
-        _recall(sweep)
+        begun = _recall(sweep)
         with Store(sweep) as store:
             workers = Workers([{**e, **store.environment} for e in environments])
             try:
-                return _run(sweep, store, workers)
+                return _run(sweep, store, workers, begun)
             except Terminated as stop:
                 if workers.saved:
                     raise Preempted(resume_command(sweep)) from stop
                 raise
 
 
-def _run(sweep: Sweep, store: Store, workers: Workers) -> Comparison | None:
+def _run(sweep: Sweep, store: Store, workers: Workers, begun: bool) -> Comparison | None:
     with workers:
         sweep.plan = plan_sweep(sweep, workers)
         if sweep.plan is not None:
             sweep.trials = trials(sweep.jobs, sweep.plan.tune_seeds, sweep.folder)
         store.open()
+        if begun:  # not before everything that may refuse it
+            sweep.console.print(f"Going on with the sweep in {sweep.folder}", highlight=False, soft_wrap=True)
         _remember(sweep)
         try:
             _run_jobs(sweep, workers, store)
@@ -125,14 +127,13 @@ def _run(sweep: Sweep, store: Store, workers: Workers) -> Comparison | None:
         return comparison
 
 
-def _recall(sweep: Sweep) -> None:
-    """Identity of a sweep that was begun before in this folder, or a new one."""
+def _recall(sweep: Sweep) -> bool:
+    """Identity of a sweep that was begun before in this folder, or a new one; whether it was."""
     path = sweep.folder / NOTE
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     sweep.id = known.get("id") or secrets.token_hex(4)
     sweep.parent = known.get("parent", "")
-    if known:
-        sweep.console.print(f"Going on with the sweep in {sweep.folder}", highlight=False, soft_wrap=True)
+    return bool(known)
 
 
 def _remember(sweep: Sweep, ended: bool = False) -> None:

@@ -143,6 +143,8 @@ class Store:
         except BrokenPipeError:
             line = ""
         answer = json.loads(line) if line else {"error": "it ended unexpectedly"}
+        if "refused" in answer:
+            raise UserError(answer["refused"])
         if "error" in answer:
             where = self.sweep.folder / LOG
             raise UserError(f"The sweep's tracking process failed: {answer['error']}; its last words are in {where}.")

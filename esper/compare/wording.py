@@ -16,9 +16,9 @@ COSTS = {"macs": "MACs", "seconds": "time", "parameters": "parameters"}
 NOTICED = {"macs": 0.01, "parameters": 0.01, "seconds": 0.1}  # relative difference in cost that a verdict mentions
 
 
-def named(judged: Judged) -> str:
-    """The verdict with the arms' names in place of A and B."""
-    return {"B better": f"{judged.arm} better", "A better": f"{judged.reference} better"}.get(judged.verdict, judged.verdict)
+def short(judged: Judged) -> str:
+    """The verdict in a word, for a place beside the arm's name."""
+    return {"B better": "better", "A better": "worse"}.get(judged.verdict, judged.verdict)
 
 
 def sentence(judged: Judged, plan: Plan) -> str:

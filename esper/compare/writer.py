@@ -10,22 +10,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
 from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
+from esper.errors import UserError
 from esper.tracking import frames
-from esper.tracking.mlflow_run import MlflowRun
+from esper.tracking.mlflow_run import NAMES, MlflowRun, legal
 from esper.tracking.mlflow_store import experiment_id, quiet_client
+from esper.tracking.record import flatten
+
+SHOWN = 10  # characters of a name that MLflow's parallel coordinates show
+LONGEST = 250  # characters of a setting that is worth an axis
+
+
+def labels(arms: Sequence[str]) -> dict[str, str]:
+    """The arms' names, or, where these begin alike, their values alone; numbered where nothing else keeps them apart."""
+    values = [re.sub(r"(^| )[^ =]+=", r"\1", arm) for arm in arms]
+    for names in (list(arms), values):
+        if len({name[:SHOWN] for name in names}) == len(arms):
+            return dict(zip(arms, names, strict=True))
+    return {arm: f"{number} {value}" for number, (arm, value) in enumerate(zip(arms, values, strict=True), 1)}
 
 
 class Writer:
@@ -34,15 +50,38 @@ class Writer:
     def __init__(self, opening: Mapping[str, Any]) -> None:
         self.lock = threading.Lock()
         self.jobs: dict[str, dict[str, str]] = opening["jobs"]
+        self.labels = labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
+        arms = json.loads(opening["plan"])["arms"] if opening["plan"] else {}
+        self.differing = sorted(set.intersection(*map(set, arms.values()))) if arms else []  # an axis needs a value of every arm
         self.uri: str = opening["uri"]
         self.client = quiet_client(self.uri)
         self.experiment = experiment_id(self.client, self.uri, opening["experiment"])
         self.opened: dict[str, str] = {}  # MLflow run by the job's folder
         self.broken: set[str] = set()  # folders of jobs that failed
         self.parent: str = opening["parent"] or self._create_parent(opening)
-        self.client.update_run(self.parent, status="RUNNING")
+        self._begin()
         for name, piece in plan_tags(opening["plan"]).items():
             self.client.set_tag(self.parent, name, piece)
+
+    def _begin(self) -> None:
+        """The parent run is RUNNING, also one that ended before.
+
+        Raises:
+            UserError: it was deleted, in MLflow's pages or for good.
+        """
+        from mlflow.exceptions import MlflowException
+
+        anew = "or begin anew in another folder: hydra.sweep.dir=…"
+        try:
+            stage = self.client.get_run(self.parent).info.lifecycle_stage
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            raise UserError(f"The sweep's MLflow run {self.parent} is no longer in {self.uri}; bring back the store, {anew}.") from error
+        if stage == "deleted":
+            command = f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow runs restore --run-id {self.parent}"
+            raise UserError(f"The sweep's MLflow run {self.parent} was deleted; restore it ({command}), {anew}.")
+        self.client.update_run(self.parent, status="RUNNING")
 
     def _create_parent(self, opening: Mapping[str, Any]) -> str:
         tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"]}
@@ -66,10 +105,22 @@ class Writer:
         run = MlflowRun(dataclasses.replace(frame.config, uri=self.uri))
         run.open(record)
         self.opened[str(Path(record.folder).resolve())] = run.run_id
-        for key, name in ((ARM, "arm"), (BLOCK, "block"), (SEED, "seed")):
-            if tags.get(key) and name not in self.client.get_run(run.run_id).data.params:
-                self.client.log_param(run.run_id, name, tags[key])  # readable axes in parallel coordinates
+        self._describe(run.run_id, tags, frame.record.config)
         return run
+
+    def _describe(self, run_id: str, tags: Mapping[str, str], config: Mapping[str, Any]) -> None:
+        """Parameters that make readable axes in parallel coordinates: the arm, and what arms differ in, defaults included.
+
+        A run's own parameters leave out what is as by default, which MLflow would show as unknown.
+        """
+        from mlflow.entities import Param
+
+        known, flat = self.client.get_run(run_id).data.params, flatten(config)
+        shown = {"arm": self.labels.get(tags.get(ARM, ""), ""), "block": tags.get(BLOCK, ""), "seed": tags.get(SEED, "")}
+        shown |= {legal(key): str(flat[key]) for key in self.differing if key in flat}
+        new = [Param(name, value) for name, value in shown.items() if value and len(value) <= LONGEST and name not in known]
+        for start in range(0, len(new), NAMES):
+            self.client.log_batch(run_id, params=new[start : start + NAMES])
 
     def failed(self, request: Mapping[str, Any]) -> None:
         """A job that failed: its run says so, also where it never came to open one."""
@@ -177,6 +228,8 @@ def main() -> int:
                 with writer.lock:
                     writer.failed(request) if request["ask"] == "failed" else writer.close(request)
             answers.write(json.dumps({"parent": writer.parent}) + "\n")
+        except UserError as error:
+            answers.write(json.dumps({"refused": str(error)}) + "\n")
         except Exception as error:  # told to the sweep, which says it to the user
             traceback.print_exc()
             first = (str(error).splitlines() or [""])[0][:200]  # the log has the rest

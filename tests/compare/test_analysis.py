@@ -12,10 +12,10 @@ from rich.console import Console
 from esper.compare.analysis import analyse
 from esper.compare.config import CompareConfig
 from esper.compare.draws import generator
-from esper.compare.figures import draw
+from esper.compare.figures import _lines, draw
 from esper.compare.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
 from esper.compare.recovery import gap_recovery
-from esper.compare.report import as_dict, show, write_json
+from esper.compare.report import as_dict, show, write_json, write_results
 from esper.compare.runs import Run
 from esper.errors import UserError
 
@@ -151,14 +151,19 @@ def test_a_sequential_sweep_may_stop_at_a_look_and_stay_confirmatory() -> None:
     assert result.exploratory == []
 
 
-def test_the_p_values_of_a_sequential_sweep_are_said_to_be_those_of_one_look() -> None:
+def test_no_p_value_of_a_sequential_sweep_contradicts_its_verdict() -> None:
     weak = [-0.008, -0.002, 0.013, -0.019, 0.01, 0.0, 0.007, 0.005, 0.008, 0.014, -0.002, 0.022, 0.014, 0.015, 0.019]
     plan = plan_of(("host", "up"), 15, minimum_effect=0.001)
     runs = [Run("host", seed, 0.5) for seed in range(15)] + [Run("up", seed, 0.5 + value) for seed, value in enumerate(weak)]
     once, looked = (analyse(runs, dataclasses.replace(plan, sequential=sequential)) for sequential in (False, True))
-    assert once.verdicts[0].p_holm == looked.verdicts[0].p_holm <= plan.alpha
+    assert once.verdicts[0].p_holm <= plan.alpha < looked.verdicts[0].p_holm < 0.07
+    assert f"p = {looked.verdicts[0].p_holm:.2g} after Holm" in looked.verdicts[0].sentence
     assert (once.verdicts[0].verdict, looked.verdicts[0].verdict) == ("B better", "inconclusive")
-    assert [note for note in looked.notes if "those of one look" in note] and once.notes == []
+    assert [note for note in looked.notes if "the smallest α at which the looks so far would have decided" in note] and once.notes == []
+    early = [0.05, 0.06, 0.04, 0.05, 0.06, 0.06, 0.07, 0.05, 0.06, 0.05, -0.05, -0.09, -0.04, -0.06, 0.02]  # clear at the second look
+    runs = [Run("host", seed, 0.5) for seed in range(15)] + [Run("up", seed, 0.5 + value) for seed, value in enumerate(early)]
+    kept = analyse(runs, dataclasses.replace(plan, sequential=True)).verdicts[0]
+    assert kept.verdict == "B better" and kept.p <= kept.p_holm <= plan.alpha
 
 
 def test_ranking_names_whom_each_arm_surely_beats() -> None:
@@ -198,6 +203,53 @@ def test_five_pairs_can_be_equivalent_and_the_note_says_only_what_they_cannot_be
     assert result.notes == ["With fewer than 6 pairs no arm can be called better, however clear the difference."]
 
 
+def test_arms_that_differ_in_nothing_are_not_said_to_differ_without_effect() -> None:
+    runs = runs_of({"host": 0.0}, 6)
+    runs += [dataclasses.replace(run, arm="up") for run in runs]
+    same = analyse(runs, plan_of(("host", "up"), 6, arms={"host": {}, "up": {}})).notes
+    assert any("with the same seeds they are the same runs; compare.fresh_seeds gives" in note for note in same)
+    assert not any("had no effect" in note for note in same)
+    assert any(note.endswith("what differs had no effect.") for note in analyse(runs, plan_of(("host", "up"), 6)).notes)
+
+
+def test_a_seed_without_a_partner_is_named_with_its_block() -> None:
+    plan = plan_of(("host", "up"), 8, blocks=("digits", "mnist1d"))
+    runs = [run for block in plan.blocks for run in runs_of({"host": 0.0, "up": 0.05}, 8, block=block)]
+    runs = [run for run in runs if (run.arm, run.block, run.seed) not in (("up", "digits", 3), ("host", "mnist1d", 5))]
+    notes = analyse(runs, plan).notes
+    assert "Seeds [3] of up or host have no partner in digits and are left out, here and over all blocks." in notes
+    assert "Seeds [5] of up or host have no partner in mnist1d and are left out, here and over all blocks." in notes
+    alone = analyse(runs_of({"host": 0.0, "up": 0.0}, 8)[1:], plan_of(("host", "up"), 8)).notes
+    assert "Seeds [0] of up or host have no partner and are left out." in alone
+
+
+NAMES = ("grown", "scratch_macs", "random_places")
+
+
+@pytest.mark.parametrize("names", [NAMES, ("optimizer.lr=0.001 grafting=linear", "optimizer.lr=0.003 grafting=adaptive"), ("a" * 70, "b")])
+def test_names_of_arms_stay_whole_in_a_narrow_terminal_and_no_column_is_lost(names: tuple[str, ...]) -> None:
+    out = StringIO()
+    plan = plan_of(names, 10)
+    show(analyse(runs_of({name: 0.05 * at for at, name in enumerate(names)}), plan), plan, Console(file=out, width=80))
+    text = out.getvalue()
+    tables = text.partition("•")[0].splitlines()
+    assert max(len(line) for line in tables) <= 80
+    cells = {cell.strip() for line in tables for cell in line.split("│")}
+    if len(names[0]) < 70:
+        assert {word for name in names for word in name.split()} <= {word for cell in cells for word in cell.split()}
+    heads = {cell for line in tables if line.startswith("┃") for cell in line.replace("┃", " ").split()}
+    assert {"runs", "failed", "MACs", "parameters", "fossils", "verdict", "interval", "p", "(better)"} <= heads
+    assert "…" not in text.partition("against the")[0]
+
+
+def test_long_names_are_broken_between_words_in_figures_and_the_text_is_as_wide_as_the_page_that_shows_it(tmp_path: Path) -> None:
+    assert _lines("optimizer.lr=0.003 grafting=adaptive") == "optimizer.lr=0.003\ngrafting=adaptive"
+    assert _lines("stability_narrow-and-more-of-it") == "stability_narrow-and-more-of-it"
+    names = ("optimizer.lr=0.001 grafting=linear", "optimizer.lr=0.003 grafting=adaptive")
+    write_results(analyse(runs_of(dict.fromkeys(names, 0.0)), plan_of(names)), plan_of(names), tmp_path, figures=False)
+    assert max(map(len, (tmp_path / "comparison.txt").read_text(encoding="utf-8").splitlines())) <= 100
+
+
 def test_a_level_below_one_in_ten_thousand_can_be_reached_with_many_pairs_too() -> None:
     plan = plan_of(("host", "up", "down", "more"), 20, alpha=2e-4)
     result = analyse(runs_of({"host": 0.0, "up": 0.1, "down": -0.1, "more": 0.2}, 20), plan)
@@ -217,9 +269,25 @@ def test_a_sequential_plan_states_the_power_of_the_looks() -> None:
 
 
 def test_the_plan_says_what_its_pairs_can_find() -> None:
-    assert "needs 10 pairs" in plan_of(("host", "up"), 15).statement()[2]
+    first, found, needed = plan_of(("host", "up"), 15).statement()
+    assert first.startswith("accuracy (max), 1 arm against host, 15 pairs, 1 comparison at ")
+    assert found.startswith("15 pairs find a difference of 0.00778 (0.78 × 0.01, the expected standard deviation")
+    assert "needs 10 pairs" in needed
+    assert "more than 1,000,000 pairs, so" in plan_of(("host", "up"), spread=1e4).statement()[2]
     assert "so this sweep has too few" in plan_of(("host", "a", "b", "c"), 8).statement()[2]
     assert "Too few pairs" in plan_of(("host", "up"), 5).statement()[1]
+
+
+def test_without_a_spread_the_plan_says_in_the_metric_what_each_that_there_may_be_would_need() -> None:
+    lines = plan_of(("host", "up"), 15, spread=0.0).statement()[2:]
+    assert lines == [
+        "How many pairs a difference of 0.01 needs depends on the standard deviation of the paired differences, which is not known:",
+        "  if it is 0.01: 10 pairs; 15 find 0.0078",
+        "  if it is 0.02: 34 pairs; 15 find 0.016",
+        "  if it is 0.05: 199 pairs; 15 find 0.039",
+    ]
+    assert plan_of(("host", "up"), 5, spread=0.0).statement()[3] == "  if it is 0.01: 10 pairs"
+    assert len(plan_of(("host", "up"), 15, spread=0.0, minimum_effect=0.0).statement()) == 2
 
 
 def test_power_is_stated_from_the_differences_of_a_pilot(tmp_path: Path) -> None:
@@ -234,7 +302,8 @@ def test_power_is_stated_from_the_differences_of_a_pilot(tmp_path: Path) -> None
     plan = planned(path)
     assert plan.spread == pytest.approx(np.std(heavy)) and len(plan.noise) == 40
     assert "as the 40 of the pilot are spread" in plan.statement()[1]
-    normal, shaped = (float(one.statement()[1].split()[6]) for one in (planned(""), plan))
+    normal = float(planned("").statement()[1].split()[6])
+    shaped = float(plan.statement()[1].partition("(")[2].split()[0])
     assert shaped < normal - 0.05  # heavy tails make a difference of so many standard deviations easier to find
     assert parse_plan(plan.text()) == plan and changes(plan, planned("", plan.spread)) == []
     few = analyse(runs[:28], plan_of(names, 14))
@@ -249,7 +318,7 @@ def test_a_saved_plan_comes_back_and_is_never_replaced(tmp_path: Path) -> None:
     save_plan(plan, tmp_path)
     assert load_plan(tmp_path / "plan.json") == plan
     assert changes(plan, dataclasses.replace(plan, alpha=0.1, ranking=True)) == ["alpha"]
-    with pytest.raises(UserError, match="alpha differ"):
+    with pytest.raises(UserError, match=r"another plan \(alpha differs\); .* folder of its own: hydra\.sweep\.dir="):
         save_plan(dataclasses.replace(plan, alpha=0.1), tmp_path)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm, refuse_own_seed, refuse_repeated
+from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
 from esper.errors import UserError
 
 
@@ -46,6 +46,18 @@ def test_a_run_that_occurs_twice_is_refused_by_its_jobs(texts: tuple[str, ...], 
     with pytest.raises(UserError, match=told):
         refuse_repeated(lay_out(jobs(*texts), ["task"]))
     refuse_repeated(lay_out(jobs("x=a seed=0", "x=a seed=1", "x=b seed=0", "x=b seed=1"), ["task"]))
+
+
+def test_a_block_that_is_no_key_is_refused_with_the_nearest_that_is() -> None:
+    settings = ["task.name", "model.name", "model.width", "grafting.threshold", "seed"]
+    refuse_unknown_blocks(["task", "model", "model.width", "grafting.threshold"], settings)
+    refuse_unknown_blocks([], settings)
+    with pytest.raises(UserError, match=r"no key modle in this sweep, and compare.block=\[task,modle\] .*; did you mean model\.$"):
+        refuse_unknown_blocks(["task", "modle"], settings)
+    with pytest.raises(UserError, match=r"no key model.widht in this sweep.*; did you mean model.width\.$"):
+        refuse_unknown_blocks(["model.widht"], settings)
+    with pytest.raises(UserError, match="seeds pair the arms"):
+        refuse_unknown_blocks(["seed"], settings)
 
 
 @pytest.mark.parametrize("key", ["compare.alpha", "compare", "tracking.uri", "tracking", "output", "name", "tags", "resume"])

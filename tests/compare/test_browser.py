@@ -1,6 +1,7 @@
 """A finished sweep in MLflow's own pages, in a real browser: arms have readable names.
 
-Needs Chromium and a minute; run it with ``pytest -m browser``. The screenshots are in ``outputs/screenshots``.
+Needs Chromium and a minute; run it with ``pytest -m browser tests/compare/test_browser.py``. The screenshots are in
+``outputs/screenshots``; two of them are shown in docs/comparing.md.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from esper.compare.store import children, find_sweep
 from esper.tracking.mlflow_store import quiet_client
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = Path("outputs/screenshots").resolve()
+ARMS = ("0.001 grafting=linear", "0.001 grafting=drift", "0.003 grafting=linear", "0.003 grafting=drift")
+SHOWN = (0, 0, 1110, 1000)  # a screenshot's part without MLflow's assistant
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("outputs")
-    words = ["-m", "grafting=linear,drift", "seed=0,1", "trainer.steps=60", f"output={folder}"]
+    words = ["-m", "optimizer.lr=0.001,0.003", "grafting=linear,drift", "seed=0,1,2", "trainer.steps=150", f"output={folder}"]
     subprocess.run([sys.executable, "-m", "esper", *words, f"hydra.sweep.dir={folder}/s"], check=True, env=ENVIRONMENT)
     return folder
 
@@ -92,6 +96,8 @@ def page(url: str, name: str) -> str:
     base = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1400", "--timeout=60000"]
     base += ["--virtual-time-budget=60000"]
     subprocess.run([*base, f"--screenshot={SCREENSHOTS / name}.png", url], check=True, stderr=subprocess.DEVNULL)
+    with Image.open(SCREENSHOTS / f"{name}.png") as whole:
+        whole.crop(SHOWN).quantize(64).save(SCREENSHOTS / f"{name}.png", optimize=True)
     done = subprocess.run([*base, "--dump-dom", url], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return done.stdout.decode()
 
@@ -102,18 +108,18 @@ def test_the_compare_page_and_its_parallel_coordinates_show_the_arms_by_name(swe
     runs, experiments = json.dumps([note["run"] for note in notes]), json.dumps([notes[0]["experiment"]])
     query = urllib.parse.urlencode({"runs": runs, "experiments": experiments})
     text = page(f"{server}/#/compare-runs?{query}", "compare")
-    for name in ("linear seed=0", "linear seed=1", "drift seed=0", "drift seed=1", "Parallel Coordinates Plot"):
+    for name in (*(f"optimizer.lr={arm} seed={seed}" for arm in ARMS for seed in (0, 1, 2)), "Parallel Coordinates Plot"):
         assert name in text
     plot = text[text.index("Parallel Coordinates Plot") : text.index("Run details")]
-    for label in (">arm<", ">linear<", ">drift<"):
+    for label in (">arm<", ">0.001 line<", ">0.001 drif<", ">0.003 line<", ">0.003 drif<", ">grafting.name<"):
         assert label in plot.replace("<!-- -->", "")
 
 
 def test_the_sweep_is_one_run_that_names_its_arms(sweep: Path, server: str) -> None:
     parent = json.loads((sweep / "s" / "sweep.json").read_text())["parent"]
     note = json.loads(next(sweep.glob("s/*/mlflow.json")).read_text())
-    text = page(f"{server}/#/experiments/{note['experiment']}/runs/{parent}/artifacts", "sweep")
-    for name in ("mlp-digits sweep: linear, drift", "comparison.json", "comparison.txt", "figures"):
+    text = page(f"{server}/#/experiments/{note['experiment']}/runs/{parent}/artifacts/comparison.txt", "sweep")
+    for name in ("mlp-digits sweep: optimizer.lr=0.001 grafting=linear, ", "comparison.json", "comparison.txt", "figures", "reference"):
         assert name in text
 
 

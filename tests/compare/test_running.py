@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from esper.cli.compose import compose
+from esper.cli.compose import check_jobs, compose
 from esper.compare.arms import lay_out
 from esper.compare.config import CompareConfig
 from esper.compare.jobs import Prepared
@@ -115,6 +116,19 @@ def test_a_metric_that_a_task_has_not_is_refused_before_the_first_run(tmp_path: 
     with pytest.raises(UserError, match=r"compare.metric=beauty is no metric of the task, which has loss or accuracy; .* compare.metric=…"):
         plan_sweep(sweep, InstantWorkers(good))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_where_the_spread_is_not_known_the_command_of_a_pilot_is_given_and_can_be_typed(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"], "c": ["grafting=momentum"]}, 6)
+    sweep = dataclasses.replace(sweep, command=["-m", "grafting=linear,drift,momentum", "seed=range(0,6)", "hydra.sweep.dir=x"])
+    plan_sweep(sweep, InstantWorkers(good))  # type: ignore[arg-type]
+    said = sweep.console.file.getvalue()  # type: ignore[attr-defined]
+    command = "esper -m grafting=linear,drift,momentum 'seed=range(6,14)'"  # 8 pairs give the 15 differences that a pilot must have
+    assert "compare.pilot=<the pilot's folder>/comparison.json" in said and f"  {command}\n" in said
+    check_jobs(shlex.split(command)[2:], multirun=True)
+    known = sweep_of(tmp_path / "known", {"a": [], "b": ["grafting=drift"]}, 6, spread=0.01)
+    plan_sweep(dataclasses.replace(known, command=["-m"]), InstantWorkers(good))  # type: ignore[arg-type]
+    assert "pilot" not in known.console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_every_block_is_asked_for_the_metric_and_its_direction(tmp_path: Path) -> None:

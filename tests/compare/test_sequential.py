@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from esper.compare.draws import generator
-from esper.compare.sequential import crossing_look, look_pairs, sequential_holm, spent
+from esper.compare.sequential import crossing_look, look_pairs, sequential_holm, sequential_p, spent
+from esper.compare.signflip import sign_flip
+from esper.compare.statistics import holm
 
 
 def test_looks_are_even_and_never_before_a_decision_is_possible() -> None:
@@ -63,3 +65,27 @@ def test_of_all_sign_patterns_of_any_data_no_more_than_alpha_are_ever_called_dif
     assert called <= 0.05
     if noise == "normal":
         assert called > 0.04 / comparisons
+
+
+@pytest.mark.parametrize("count", [6, 9, 12])
+def test_p_values_that_count_the_looks_agree_with_what_the_looks_decide(count: int) -> None:
+    rng, looks = generator("test"), [6, 9, 12]
+    data = rng.normal(rng.uniform(0, 2, (1, 3, 40)), 1.0, (12, 3, 40))[:count]
+    p = np.stack([sequential_p(data[:, :, at], looks, 12) for at in range(40)], axis=1)
+    for alpha in (0.01, 0.05, 0.2):
+        near = np.abs(holm(p) - alpha) < 3 * 3 / 2**11  # a pattern a look, times Holm's factor
+        np.testing.assert_array_equal((holm(p) <= alpha)[~near], sequential_holm(data, looks, 12, alpha)[~near])
+    assert count < 12 or (p.min() < 0.02 and p.max() > 0.05)
+
+
+def test_p_values_that_count_the_looks_are_those_of_one_look_where_there_is_one() -> None:
+    data = generator("test").normal(0.7, 1.0, (12, 30))
+    np.testing.assert_allclose(sequential_p(data, [12], 12), sign_flip(data), rtol=2e-3)
+
+
+def test_p_values_that_count_the_looks_are_below_no_level_more_often_than_that() -> None:
+    """Counted over all sign patterns, as above; to a pattern a look."""
+    signs = 1.0 - 2.0 * ((np.arange(2**8)[None, :] >> np.arange(8)[:, None]) & 1)
+    p = sequential_p(signs * generator("test").normal(size=8)[:, None], [6, 7, 8], 8)
+    for level in (0.02, 0.05, 0.1, 0.3):
+        assert np.mean(p <= level) <= level + 3 / 2**7

@@ -125,7 +125,9 @@ def test_the_same_command_again_runs_nothing(done: tuple[Path, str]) -> None:
     folder = done[0]
     said = esper(*SWEEP, f"output={folder}", f"hydra.sweep.dir={folder}/sweep")
     assert " done in " not in said
-    assert "Cannot tell 0.01 from 0.001" in said
+    assert f"Going on with the sweep in {folder}/sweep" in said and "Cannot tell 0.01 from 0.001" in said
+    refused = esper(*SWEEP, "compare.alpha=0.2", f"output={folder}", f"hydra.sweep.dir={folder}/sweep", code=2)
+    assert "another plan (alpha differs)" in refused and "Going on" not in refused
 
 
 def test_a_job_that_breaks_is_said_at_once_and_counted(tmp_path: Path) -> None:
@@ -379,3 +381,9 @@ def test_every_arm_starts_from_the_same_weights_sees_the_same_data_and_germinate
         assert fingerprint != different  # the arms do differ
     first, second = seen[(0.01, 0)][0], seen[(0.01, 1)][0]
     assert first[0] != second[0] and first[1] != second[1]
+
+
+def test_a_block_that_is_no_key_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    said = esper("-m", "model=mlp,cnn", "seed=0,1", "compare.block=[modle]", f"output={tmp_path}", code=2)
+    assert "did you mean model." in said and "Traceback" not in said
+    assert not list(tmp_path.rglob("plan.json"))

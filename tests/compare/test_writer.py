@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from esper.compare.writer import Writer, serve_run
+from esper.compare.store import ARM, SEED
+from esper.compare.tracking import Store
+from esper.compare.writer import Writer, labels, serve_run
+from esper.errors import UserError
 from esper.tracking import MlflowConfig, RunRecord, frames
 
 
@@ -37,3 +45,47 @@ def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(sai
     assert run.info.status == status
     assert run.data.tags.get("esper.error") == (None if said == "never" else "the worker process was killed")
     assert len(writer.client.search_runs([writer.experiment])) == 2, "the parent and this one"
+
+
+def test_a_sweep_whose_parent_run_was_deleted_says_how_to_go_on(tmp_path: Path) -> None:
+    opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
+    opening |= {"ask": "open", "sweep": "s", "folder": str(tmp_path), "plan": "", "jobs": {}}
+    writer, never = Writer(opening), "0" * 32
+    with pytest.raises(UserError, match=rf"run {never} is no longer in sqlite:.*hydra\.sweep\.dir="):
+        Writer(opening | {"parent": never})
+    writer.client.delete_run(writer.parent)
+    command = [sys.executable, "-m", "esper.compare.writer", str(tmp_path / "w")]
+    request = json.dumps(opening | {"parent": writer.parent}) + "\n"
+    done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
+    answer = json.loads(done.stdout)["refused"]
+    assert f"mlflow runs restore --run-id {writer.parent}" in answer and "hydra.sweep.dir=" in answer and "Mlflow" not in answer
+    asked: Any = Store.__new__(Store)
+    asked._process = SimpleNamespace(stdin=StringIO(), stdout=StringIO(done.stdout))
+    with pytest.raises(UserError) as refused:
+        asked._ask({})
+    assert str(refused.value) == answer, "as it is, without what the process calls it"
+
+
+@pytest.mark.parametrize(
+    ("arms", "shown"),
+    [
+        (["grown", "scratch", "scratch_macs", "random_places"], ["grown", "scratch", "scratch_ma", "random_pla"]),
+        (["optimizer.lr=0.001 grafting=linear", "optimizer.lr=0.001 grafting=drift"], ["0.001 line", "0.001 drif"]),
+        (["grad_norm_narrow", "grad_norm_wide"], ["1 grad_nor", "2 grad_nor"]),
+        (["default", "a=[1,2] b=x=y"], ["default", "a=[1,2] b="]),
+    ],
+)
+def test_arms_can_be_told_apart_by_the_ten_letters_that_parallel_coordinates_show(arms: list[str], shown: list[str]) -> None:
+    assert [label[:10] for label in labels(arms).values()] == shown and list(labels(arms)) == arms
+
+
+def test_a_run_has_what_the_arms_differ_in_as_parameters_also_where_it_is_the_default(tmp_path: Path) -> None:
+    both = {"controller.script": [], "optimizer.lr": 0.003}
+    plan = json.dumps({"arms": {"a": {**both, "grafting.max_hold": 2.0}, "b": both}})
+    opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
+    writer = Writer(opening | {"sweep": "s", "folder": str(tmp_path), "plan": plan, "jobs": {str(tmp_path): {ARM: "a"}}})
+    run = writer.client.create_run(writer.experiment).info.run_id
+    config = {"seed": 3, "optimizer": {"lr": 0.003, "name": "adamw"}, "controller": {"script": ["x" * 300]}, "grafting": {"max_hold": 2.0}}
+    for _ in range(2):  # a run that goes on is described again
+        writer._describe(run, {ARM: "a", SEED: "3"}, config)
+    assert writer.client.get_run(run).data.params == {"arm": "a", "seed": "3", "optimizer.lr": "0.003"}
