@@ -35,6 +35,7 @@ CHANGEABLE = (
     "trainer.device",
     "trainer.num_workers",
     "trainer.control",
+    "trainer.keep",
     "trainer.checkpoint_*",
     "controller.deadline_s",
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
@@ -20,16 +20,17 @@ from esper.report.progress import ProgressBar
 from esper.report.summary import Summary, reserve, write_summary
 from esper.report.table import print_report
 from esper.running.connecting import Watched, connect_controller, connect_trackers, let_them_read, load, refuse_alone, say_where
-from esper.running.control import control, equal_macs_steps
+from esper.running.control import control, equal_macs_steps, trained_host
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
+from esper.running.kept import put_in_place, replaces
 from esper.running.origin import other_versions, refuse_other_data
 from esper.running.parts import build_trainer, refuse_idle
 from esper.running.profiling import profiled
 from esper.running.record import run_record
 from esper.running.summary import summarize
 from esper.saved import FOLDER as MODEL
-from esper.saved import host_card
+from esper.saved import host_card, save_model
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
 from esper.tracking.reach import check_store
@@ -105,11 +106,10 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             keeper.saver.wait()
             progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
             ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
-            if config.trainer.control:
-                ending.summary["control"] = _controls(config, task, device, trainer, quiet)
+            host = _controls(config, trainer, ending.summary, port, quiet) if config.trainer.control else None
             if config.trainer.save:
-                trainer.grow.save(folder / MODEL, host_card(plain(config)["model"], task))
-            trackers.log_model(trainer.grow.export(), _inputs(trainer))
+                _save(config, trainer, host, folder / MODEL)
+            trackers.log_model(trainer.grow.export() if host is None else host, _inputs(trainer))
     except TrackerError as error:  # the training itself is done: its report first
         lost = error
     finally:
@@ -193,18 +193,32 @@ def _quietly(other: bool) -> Iterator[None]:
             raise
 
 
-def _controls(config: RootConfig, task: Task, device: Any, trainer: Trainer, quiet: bool) -> Any:
-    """The host alone at the same steps, and at the same MACs."""
-    kept = Path(config.output).resolve() / "controls"
+def _controls(config: RootConfig, trainer: Trainer, summary: Summary, port: Watched, quiet: bool) -> nn.Module | None:
+    """Put the host alone into the summary, at the same steps and at the same MACs; the one at the same steps where it is to be kept."""
+    kept, better, task = Path(config.output).resolve() / "controls", config.trainer.keep == "better", trainer.task
 
-    def alone(steps: int, why: str) -> dict[str, Any]:
+    def alone(steps: int, why: str, weights: bool) -> dict[str, Any]:
         if not quiet:
             print(f"control: the host alone, {steps} steps ({why})", file=sys.stderr, flush=True)
-        return control(config, task, device, steps, kept)
+        return control(config, task, trainer.device, steps, kept, weights)
 
-    steps = alone(trainer.total, "the same number")
-    macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs")
-    return {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
+    steps = alone(trainer.total, "the same number", better)
+    macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs", False)
+    summary["control"] = {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
+    if not better or not replaces(summary, steps):
+        return None
+    host = trained_host(config, task, steps, kept)
+    put_in_place(host, steps, summary, trainer, port)
+    return host
+
+
+def _save(config: RootConfig, trainer: Trainer, host: nn.Module | None, folder: Path) -> None:
+    """Leave the run's model: what grew, or the never-grown ``host`` in its place."""
+    card = host_card(plain(config)["model"], trainer.task)
+    if host is None:
+        trainer.grow.save(folder, card)
+    else:
+        save_model(folder, host, [], card)
 
 
 def _inputs(trainer: Trainer) -> Tensor:
