@@ -54,8 +54,9 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> Any:
 def never_grown(tmp_path: Path) -> dict[str, torch.Tensor]:
     """The tensors of the host of a run in which nothing germinates."""
     words = [word for word in BRIEF if not word.startswith("controller")]
-    run(compose([*words, "controller=none", "trainer.control=false", f"output={tmp_path / 'alone'}"]), tmp_path / "alone" / "run", quiet=True)
-    return load_file(tmp_path / "alone" / "run" / "model" / "model.safetensors")
+    folder = tmp_path / "alone" / "run"
+    run(compose([*words, "controller=none", "trainer.control=false", f"output={tmp_path}"]), folder, quiet=True)
+    return load_file(folder / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize("accuracy", [0.0, math.nan])
@@ -83,7 +84,8 @@ def test_where_growing_did_not_pay_the_never_grown_host_is_what_the_run_leaves(
 
 def test_where_growing_paid_nothing_is_otherwise_than_without(tmp_path: Path, ending: Any) -> None:
     ending(1.0)
-    told = [run(config(tmp_path, *words), tmp_path / name, quiet=True).summary for name, words in (("a", ["trainer.keep=better"]), ("b", []))]
+    words = {"a": ["trainer.keep=better"], "b": []}
+    told = [run(config(tmp_path, *words[name]), tmp_path / name, quiet=True).summary for name in words]
     assert "kept" not in told[0] and told[0]["branches"] and not told[0]["alerts"]
     assert told[0].keys() == told[1].keys() and same_bits(tmp_path / "a", tmp_path / "b")
 
