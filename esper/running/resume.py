@@ -236,7 +236,8 @@ def _place(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
         node = node.get(parent) if isinstance(node, dict) else None
     if not isinstance(node, dict) or leaf not in node:
         raise UserError(
-            f"There is no key {name} in this run's configuration, and one that goes on gets no other keys; {CONFIG} in its folder lists them."
+            f"There is no key {name} in this run's configuration, and one that goes on gets no other keys; "
+            f"{CONFIG} in its folder lists them."
         )
     if name != key:
         raise UserError(f"{key} is not accepted: the key exists, write {name}=… without the +.")
