@@ -59,7 +59,7 @@ def explain(first: Path, second: Path) -> Iterator[Difference]:
     yield from _values("config", _config(first), _config(second))
     if a.get("data") != b.get("data"):
         yield Difference("data", f"digest {a.get('data')} and {b.get('data')}")
-    yield from _values("environment", flatten(a["environment"]), flatten(b["environment"]))
+    yield from _environments(_lives(a), _lives(b))
     if a["fingerprint"] != b["fingerprint"]:
         yield from _first_metric(first, second)
         yield from _first_weights(first, second)
@@ -81,6 +81,33 @@ def _values(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[D
     for key in sorted({*a, *b}):
         if a.get(key) != b.get(key):
             yield Difference(kind, f"{key} is {a.get(key)} and {b.get(key)}")
+
+
+def _lives(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The environments of a run, each since a step; a summary of before there was a list of them knows one."""
+    return summary.get("environments") or [{"since": 0, "environment": summary["environment"]}]
+
+
+def _environments(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Difference]:
+    """In what the environments differ, step by step from which one of the runs had another; what was said already is not said again."""
+    said: set[str] = set()
+    for step in sorted({life["since"] for life in (*a, *b)}):
+        here, there = (_at(step, lives) for lives in (a, b))
+        where = f" from step {step} on" if step else ""
+        if here is None or there is None:
+            found = [Difference("environment", "what computed one of the runs, or both, was not recorded")]
+        else:
+            found = list(_values("environment", flatten(here), flatten(there)))
+        for one in found:
+            if one.text not in said:
+                yield Difference("environment", f"{one.text}{where}")
+        said = {one.text for one in found}
+
+
+def _at(step: int, lives: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The environment that computed what comes after ``step``; a fork knows none before its first life, which stands for it."""
+    found: dict[str, Any] | None = [life for life in lives if life["since"] <= step or life is lives[0]][-1]["environment"]
+    return found
 
 
 def _first_metric(first: Path, second: Path) -> Iterator[Difference]:

@@ -101,6 +101,7 @@ class GrownSummary(TypedDict):
 class Summary(TypedDict, total=False):
     """Everything in ``summary.json``. MACs count training alone; ``fingerprint`` knows no clock; ``bus`` counts messages of this process.
 
+    ``environment`` is that of the run's last life, ``environments`` those of all of them, each ``since`` a step.
     ``kept`` and ``grown`` are there only where ``trainer.keep=better`` kept the never-grown host.
     """
 
@@ -123,6 +124,7 @@ class Summary(TypedDict, total=False):
     kept: KeptSummary
     grown: GrownSummary
     environment: dict[str, Any]
+    environments: list[dict[str, Any]]
     fingerprint: str
     alerts: list[dict[str, Any]]
     bus: dict[str, int]

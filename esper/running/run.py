@@ -21,9 +21,11 @@ from esper.report.summary import Summary, reserve, write_summary
 from esper.report.table import print_report
 from esper.running.connecting import Watched, connect_controller, connect_trackers, let_them_read, load, refuse_alone, say_where
 from esper.running.control import control, equal_macs_steps, trained_host
+from esper.running.environment import environment
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
 from esper.running.kept import put_in_place, replaces
+from esper.running.lives import note_life
 from esper.running.origin import other_versions, refuse_other_data
 from esper.running.parts import build_trainer, refuse_idle
 from esper.running.profiling import profiled
@@ -93,6 +95,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             with _beginning(trainer):
                 refuse_idle(config, task, trainer)
                 reserve(folder)
+                note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
             keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
             trackers.start()  # only now: what is refused leaves no run behind
             progress.start()

@@ -22,7 +22,7 @@ from esper.running.resume import resume
 from esper.running.run import run
 from esper.training.checkpoint import store
 
-TIMED = ("seconds", "output", "environment", "bus")
+TIMED = ("seconds", "output", "environment", "environments", "bus")
 TABLES = ("metrics", "transitions", "gates", "seeds")
 
 
