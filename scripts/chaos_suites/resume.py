@@ -106,6 +106,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "cnn conv linear": (*CNN, "blueprint=conv", "sites.per_site=2"),
     "cnn block drift": (*CNN, "blueprint=block", "sites.per_site=1", "grafting=drift", "optimizer.branch_lr=0.01"),
+    "cnn conv adaptive": (*CNN, "blueprint=conv", "sites.per_site=2", "grafting=adaptive"),
+    "transformer low rank stability": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2", "grafting=stability"),
     "transformer low rank momentum": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2", "grafting=momentum"),
     "transformer block random": (
         *TRANSFORMER,
