@@ -13,6 +13,7 @@ from esper.config import UNHASHED
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
 from esper.report.summary import read_summary
+from esper.running.traced import noted
 from esper.tracking.record import flatten
 from esper.training.checkpoint import store
 from esper.training.checkpoint.tree import same
@@ -62,6 +63,7 @@ def explain(first: Path, second: Path) -> Iterator[Difference]:
     yield from _environments(_lives(a), _lives(b))
     if a["fingerprint"] != b["fingerprint"]:
         yield from _first_metric(first, second)
+        yield from _first_noted(first, second)
         yield from _first_weights(first, second)
 
 
@@ -141,6 +143,16 @@ def _metrics(folder: Path) -> dict[tuple[int, str], float | str]:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
     rows = untimed(zip(table["tick"], table["name"], table["value"], strict=True))
     return {(tick, name): value if value == value else "NaN" for tick, name, value in rows}
+
+
+def _first_noted(first: Path, second: Path) -> Iterator[Difference]:
+    """The first look at the validation set by which the weights, noted then, differ."""
+    a, b = noted(first), noted(second)
+    common = sorted(a.keys() & b.keys())
+    apart = next((place for place, step in enumerate(common) if a[step] != b[step]), None)
+    if apart is not None:
+        before = f"at step {common[apart - 1]} they were equal" if apart else "none was noted before by both"
+        yield Difference("weights", f"the first noted to differ are those after step {common[apart]}; {before}")
 
 
 def _first_weights(first: Path, second: Path) -> Iterator[Difference]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from esper.running.parts import build_trainer, refuse_idle
 from esper.running.profiling import profiled
 from esper.running.record import run_record
 from esper.running.summary import summarize
+from esper.running.traced import Traced
 from esper.saved import FOLDER as MODEL
 from esper.saved import host_card, save_model
 from esper.tasks.base import Task
@@ -96,14 +97,15 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
                 refuse_idle(config, task, trainer)
                 reserve(folder)
                 note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
-            keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
+            since = -1 if state is None else trainer.outcome.steps
+            traced, keeper = Traced(folder, since), Keeper(config, folder, port, runner, trackers, since)
             trackers.start()  # only now: what is refused leaves no run behind
             progress.start()
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
                 port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
         with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
-            with keeper.listening(), profiled(trainer, keeper, config.trainer.profile, folder) as between:
+            with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
             keeper.saver.wait()
@@ -194,6 +196,16 @@ def _quietly(other: bool) -> Iterator[None]:
     except TrackerError:
         if not other:
             raise
+
+
+def _both(traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
+    """What comes after a step: its weights are noted before anything counts on it."""
+
+    def after(trainer: Trainer) -> None:
+        traced(trainer)
+        keeper(trainer)
+
+    return after
 
 
 def _controls(config: RootConfig, trainer: Trainer, summary: Summary, port: Watched, quiet: bool) -> nn.Module | None:
