@@ -31,8 +31,8 @@ def replaces(summary: Summary, alone: Mapping[str, Any]) -> bool:
     return worse_than_alone(summary["metrics"]["final"].get(primary), alone["metrics"].get(primary), summary["direction"])
 
 
-def put_in_place(host: nn.Module, alone: Mapping[str, Any], summary: Summary, trainer: Trainer, port: Port) -> None:
-    """Make ``summary`` that of the never-grown ``host``, and say so.
+def put_in_place(host: nn.Module, alone: Mapping[str, Any], summary: Summary, trainer: Trainer) -> None:
+    """Make ``summary`` that of the never-grown ``host``.
 
     Metrics, branches, parameters and fingerprint become the host's; those of the grown one stay under ``grown``. Counts of seeds,
     gates, MACs and history tell of the run, and stay.
@@ -46,7 +46,11 @@ def put_in_place(host: nn.Module, alone: Mapping[str, Any], summary: Summary, tr
     summary["branches"] = []
     summary["parameters"] = {"before": trainer.host_parameters, "after": trainer.host_parameters}
     summary["fingerprint"] = fingerprint(host.state_dict(), trainer.outcome.history)
-    port.alert(trainer.grow.tick_number, "warning", CODE, text, "", -1)
+
+
+def say_so(summary: Summary, port: Port) -> None:
+    """The alert, once the model that the run leaves is the never-grown one."""
+    port.alert(summary["ticks"], "warning", CODE, summary["kept"]["why"], "", -1)
 
 
 def _shown(value: float | None) -> str:

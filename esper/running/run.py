@@ -24,7 +24,7 @@ from esper.running.control import control, equal_macs_steps, trained_host
 from esper.running.environment import environment
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
-from esper.running.kept import put_in_place, replaces
+from esper.running.kept import put_in_place, replaces, say_so
 from esper.running.lives import note_life
 from esper.running.origin import other_versions, refuse_other_data
 from esper.running.parts import build_trainer, refuse_idle
@@ -111,10 +111,12 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             keeper.saver.wait()
             progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
             ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
-            host = _controls(config, trainer, ending.summary, port, quiet) if config.trainer.control else None
+            host = _controls(config, trainer, ending.summary, quiet) if config.trainer.control else None
             if config.trainer.save:
                 _save(config, trainer, host, folder / MODEL)
             trackers.log_model(trainer.grow.export() if host is None else host, _inputs(trainer))
+            if host is not None:
+                say_so(ending.summary, port)
     except TrackerError as error:  # the training itself is done: its report first
         lost = error
     finally:
@@ -208,7 +210,7 @@ def _both(traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
     return after
 
 
-def _controls(config: RootConfig, trainer: Trainer, summary: Summary, port: Watched, quiet: bool) -> nn.Module | None:
+def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: bool) -> nn.Module | None:
     """Put the host alone into the summary, at the same steps and at the same MACs; the one at the same steps where it is to be kept."""
     kept, better, task = Path(config.output).resolve() / "controls", config.trainer.keep == "better", trainer.task
 
@@ -223,7 +225,7 @@ def _controls(config: RootConfig, trainer: Trainer, summary: Summary, port: Watc
     if not better or not replaces(summary, steps):
         return None
     host = trained_host(config, task, steps, kept)
-    put_in_place(host, steps, summary, trainer, port)
+    put_in_place(host, steps, summary, trainer)
     return host
 
 
