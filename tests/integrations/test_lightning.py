@@ -235,7 +235,7 @@ def test_a_hostile_checkpoint_executes_nothing_and_is_refused_in_a_sentence(tmp_
         with pytest.raises(UserError, match=f"^{path} cannot be read as tensors and plain values, so nothing in it was used; take") as said:
             own.on_test_start(SimpleNamespace(state=TESTING, ckpt_path=str(path)), model)  # type: ignore[arg-type]
         assert "\n" not in str(said.value)
-        with pytest.raises(Exception, match=""):  # Lightning reads it before, in its own way
+        with pytest.raises((pickle.UnpicklingError, EOFError, RuntimeError)):  # Lightning reads it before, in its own way
             running.test(model, data(), ckpt_path=str(path), verbose=False)
     assert not mark.exists() and own.grow.observer.branch_cards() == before
 
