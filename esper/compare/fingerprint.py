@@ -13,6 +13,7 @@ from esper.config import UNHASHED
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
 from esper.report.summary import read_summary
+from esper.running.traced import noted
 from esper.tracking.record import flatten
 from esper.training.checkpoint import store
 from esper.training.checkpoint.tree import same
@@ -59,9 +60,10 @@ def explain(first: Path, second: Path) -> Iterator[Difference]:
     yield from _values("config", _config(first), _config(second))
     if a.get("data") != b.get("data"):
         yield Difference("data", f"digest {a.get('data')} and {b.get('data')}")
-    yield from _values("environment", flatten(a["environment"]), flatten(b["environment"]))
+    yield from _environments(_lives(a), _lives(b))
     if a["fingerprint"] != b["fingerprint"]:
         yield from _first_metric(first, second)
+        yield from _first_noted(first, second)
         yield from _first_weights(first, second)
 
 
@@ -81,6 +83,33 @@ def _values(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[D
     for key in sorted({*a, *b}):
         if a.get(key) != b.get(key):
             yield Difference(kind, f"{key} is {a.get(key)} and {b.get(key)}")
+
+
+def _lives(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The environments of a run, each since a step; a summary of before there was a list of them knows one."""
+    return summary.get("environments") or [{"since": 0, "environment": summary["environment"]}]
+
+
+def _environments(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Difference]:
+    """In what the environments differ, step by step from which one of the runs had another; what was said already is not said again."""
+    said: set[str] = set()
+    for step in sorted({life["since"] for life in (*a, *b)}):
+        here, there = (_at(step, lives) for lives in (a, b))
+        where = f" from step {step} on" if step else ""
+        if here is None or there is None:
+            found = [Difference("environment", "what computed one of the runs, or both, was not recorded")]
+        else:
+            found = list(_values("environment", flatten(here), flatten(there)))
+        for one in found:
+            if one.text not in said:
+                yield Difference("environment", f"{one.text}{where}")
+        said = {one.text for one in found}
+
+
+def _at(step: int, lives: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The environment that computed what comes after ``step``; a fork knows none before its first life, which stands for it."""
+    found: dict[str, Any] | None = [life for life in lives if life["since"] <= step or life is lives[0]][-1]["environment"]
+    return found
 
 
 def _first_metric(first: Path, second: Path) -> Iterator[Difference]:
@@ -114,6 +143,16 @@ def _metrics(folder: Path) -> dict[tuple[int, str], float | str]:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
     rows = untimed(zip(table["tick"], table["name"], table["value"], strict=True))
     return {(tick, name): value if value == value else "NaN" for tick, name, value in rows}
+
+
+def _first_noted(first: Path, second: Path) -> Iterator[Difference]:
+    """The first look at the validation set by which the weights, noted then, differ."""
+    a, b = noted(first), noted(second)
+    common = sorted(a.keys() & b.keys())
+    apart = next((place for place, step in enumerate(common) if a[step] != b[step]), None)
+    if apart is not None:
+        before = f"at step {common[apart - 1]} they were equal" if apart else "none was noted before by both"
+        yield Difference("weights", f"the first noted to differ are those after step {common[apart]}; {before}")
 
 
 def _first_weights(first: Path, second: Path) -> Iterator[Difference]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,18 @@ class GrowCallback(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After ``fit``, what is tested with ``ckpt_path`` is what had grown by then, as the host is."""
         if self.grow is not None and trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path:
-            self.grow.load_branches(torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)["esper"])
+            self.grow.load_branches(grown_in(_read(trainer.ckpt_path)))
 
     on_validation_start = on_predict_start = on_test_start
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of Lightning's; whatever else a file asks for is not done. Raises UserError."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no common base for what it raises on a foreign file
+        raise UserError(
+            f"{path} cannot be read as tensors and plain values, so nothing in it was used; take a checkpoint that Lightning saved "
+            "with this GrowCallback."
+        ) from error
+    return found if isinstance(found, dict) else {}

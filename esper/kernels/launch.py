@@ -90,11 +90,12 @@ def forward(
     """
     if affine:
         return Launch(max(16, min(128, 8192 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
-    block, tile, stages, wide = 64 if itemsize == 2 else 32, hidden, 3, max(chunk, hidden)
-    warps = 4 if wide <= 64 else 8
+    tile, stages, wide = in_registers(chunk, hidden, gated) if itemsize > 2 else hidden, 3, max(chunk, hidden)
+    block, warps = 64 if itemsize == 2 else 32 if chunk < 128 else 16, 4 if wide <= 64 else 8
     if limit.wgmma and itemsize == 2 and wide <= (64 if gated else 128):  # beyond, four warps lack registers
         block, warps = (128, 8) if wide <= 32 else (64, 4)
         stages = 2 if telemetry and wide > 64 else 3
+    stages = 1 if tile < hidden else stages  # else the blocks of weights would be under way several at a time
     while forward_shared(block, chunk, tile, gated, itemsize, stages) > limit.shared:
         if stages > 1:
             stages -= 1
@@ -106,6 +107,16 @@ def forward(
     used = forward_shared(block, chunk, tile, gated, itemsize, stages) - padding(chunk, tile, gated)
     registers = min(255, block * (tile + 2 * chunk) // (32 * warps) + 64)
     return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
+
+
+def in_registers(chunk: int, hidden: int, gated: bool) -> int:
+    """Hidden units a block in float32, whose products have their operands in registers: a quarter of them for the weights.
+
+    With more, the compiler gives up and keeps next to nothing in registers (seen in `scripts/bench kernel_resources`).
+    """
+    while hidden > 16 and (3 if gated else 2) * chunk * hidden > 16384:
+        hidden //= 2
+    return hidden
 
 
 def padding(chunk: int, hidden: int, gated: bool) -> int:
@@ -129,12 +140,13 @@ def backward(
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
-    tile, products, quick = hidden, 3 if gated else 2, limit.wgmma and itemsize == 2 and not gated
+    tile, products = in_registers(chunk, hidden, gated) if itemsize > 2 else hidden, 3 if gated else 2
+    quick = limit.wgmma and itemsize == 2 and not gated
     # Accumulators may take half of the registers, a quarter where 128 rows at once then make up for the second kernel.
     while tile > 16 and products * chunk * tile > limit.registers // (4 if quick else 2):
         tile //= 2
     warps = 4 if products * chunk * tile <= 8192 else 8
-    block = 32 if itemsize > 2 else 128 if products * chunk * tile <= 2048 or (quick and tile < hidden) else 64
+    block = (32 if chunk < 128 else 16) if itemsize > 2 else 128 if products * chunk * tile <= 2048 or (quick and tile < hidden) else 64
     block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
     block = max(16, block // 2) if lessons else block  # δ and what it misses are two more tiles in registers
     stages = 3 if warps == 4 else 2

@@ -82,8 +82,28 @@ class ControlSummary(TypedDict, total=False):
     same_macs: dict[str, float] | None
 
 
+class KeptSummary(TypedDict):
+    """Which host the run's model is, where it is not the one that grew, and why in one sentence."""
+
+    host: str
+    why: str
+
+
+class GrownSummary(TypedDict):
+    """Of a grown host whose place the never-grown one took: what the summary would say of it."""
+
+    metrics: MetricsSummary
+    branches: list[BranchSummary]
+    parameters: ParametersSummary
+    fingerprint: str
+
+
 class Summary(TypedDict, total=False):
-    """Everything in ``summary.json``. MACs count training alone; ``fingerprint`` knows no clock; ``bus`` counts messages of this process."""
+    """Everything in ``summary.json``. MACs count training alone; ``fingerprint`` knows no clock; ``bus`` counts messages of this process.
+
+    ``environment`` is that of the run's last life, ``environments`` those of all of them, each ``since`` a step.
+    ``kept`` and ``grown`` are there only where ``trainer.keep=better`` kept the never-grown host.
+    """
 
     run: str
     name: str
@@ -101,7 +121,10 @@ class Summary(TypedDict, total=False):
     macs: int
     seconds: SecondsSummary
     control: ControlSummary
+    kept: KeptSummary
+    grown: GrownSummary
     environment: dict[str, Any]
+    environments: list[dict[str, Any]]
     fingerprint: str
     alerts: list[dict[str, Any]]
     bus: dict[str, int]

@@ -85,7 +85,10 @@ def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
     control = summary.get("control") or {}
     seconds, parameters = summary.get("seconds") or {}, summary.get("parameters") or {}
     lines = [("status", str(summary.get("status", "")))] if summary.get("status") else []
+    kept, grown = summary.get("kept") or {}, summary.get("grown") or {}
+    lines.append(("kept", str(kept.get("why", ""))))
     lines.append(("result", _values(_tested(metrics))))
+    lines.append(("as grown", _values(_tested(grown["metrics"]["final"])) if grown else ""))
     for key, label in (("same_steps", "host alone, same steps"), ("same_macs", "host alone, same MACs")):
         if key in control:
             lines.append((label, _values(_tested(control[key] or {}))))

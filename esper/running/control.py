@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
+from torch import nn
 
 import esper
 from esper.config import RootConfig, plain
@@ -26,28 +28,60 @@ from esper.training.fingerprint import fingerprint
 DEPENDS_ON = ("model", "task", "optimizer", "scheduler", "trainer", "seed")
 
 
-def control(config: RootConfig, task: Task, device: torch.device, steps: int, folder: Path) -> dict[str, Any]:
-    """Final metrics, MACs and steps of the host alone after ``steps``; read from ``folder`` where it was made before."""
+def control(config: RootConfig, task: Task, device: torch.device, steps: int, folder: Path, weights: bool = False) -> dict[str, Any]:
+    """Final and best metrics, MACs and steps of the host alone after ``steps``; read from ``folder`` where it was made before.
+
+    With ``weights`` its tensors are kept too, for ``trained_host``; a control that was kept without them is made again.
+    """
     key = _key(config, task, device, steps)
     path = folder / f"{key}.json"
-    known = _kept(path)
+    known = _kept(path, weights)
     if known is not None:
         return known
     trainer = build_trainer(_alone(config), task, device, steps=steps)
     outcome = trainer.fit()
-    result = {"steps": steps, "macs": trainer.grow.meter.total, "metrics": outcome.final, "key": key}
+    result = {"steps": steps, "macs": trainer.grow.meter.total, "metrics": outcome.final, "best": outcome.best, "key": key}
     folder.mkdir(parents=True, exist_ok=True)
+    if weights:
+        result["weights"] = _keep_weights(trainer.grow.export(), folder, key)
     _keep(path, result)
     return result
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """What was kept there; None where nothing was, or what no longer reads: it is made again."""
+def trained_host(config: RootConfig, task: Task, known: dict[str, Any], folder: Path) -> nn.Module:
+    """The host of a control that was made with ``weights``, on the CPU."""
+    host = build_host(config, task)
+    host.load_state_dict(load_file(folder / known["weights"]))
+    return host
+
+
+def _kept(path: Path, weights: bool) -> dict[str, Any] | None:
+    """What was kept there; None where nothing was, or what no longer reads or lacks ``weights`` that are asked for: it is made again."""
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return known
+    return None if weights and not _whole(path.parent, known) else known
+
+
+def _whole(folder: Path, known: dict[str, Any]) -> bool:
+    """Whether the tensors of a kept control are there, byte for byte: their file is named after its contents."""
+    name = str(known.get("weights", ""))
+    return bool(name) and (folder / name).is_file() and name.split(".")[1] == _digest((folder / name).read_bytes())
+
+
+def _keep_weights(host: nn.Module, folder: Path, key: str) -> str:
+    """Write the tensors of a control beside it; the name of their file."""
+    data = save({name: value.detach().cpu().contiguous().clone() for name, value in host.state_dict().items()})
+    path = folder / f"{key}.{_digest(data)}.safetensors"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+    return path.name
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:
@@ -71,7 +105,7 @@ def _alone(config: RootConfig) -> RootConfig:
 def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> str:
     tree = plain(config)
     relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}
-    unused = ("steps", "epochs", "control", "profile")
+    unused = ("steps", "epochs", "control", "keep", "profile")
     relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in unused and not k.startswith("checkpoint_")}
     relevant |= {"steps": steps, "device": device.type, "torch": torch.__version__, "esper": esper.__version__}
     relevant |= {"data": task.digest, "weights": fingerprint(build_host(config, task).state_dict(), ())}

@@ -35,6 +35,7 @@ CHANGEABLE = (
     "trainer.device",
     "trainer.num_workers",
     "trainer.control",
+    "trainer.keep",
     "trainer.checkpoint_*",
     "controller.deadline_s",
 )
@@ -158,6 +159,7 @@ def refuse_changes(words: Sequence[str], folder: Path) -> None:
         key = word.partition("=")[0]
         if key.split(".")[0] in WHOLE_GROUPS or any(_matches(key, pattern) for pattern in CHANGEABLE):
             continue
+        _changed(_stored(folder)[0], [word])  # what no fork takes either is refused for that
         raise UserError(
             f"{word} would change what this run computes; with resume= only {listing([*CHANGEABLE, *WHOLE_GROUPS])} may change. "
             f"To start a new run from its state with other settings: fork={folder} {word}."
@@ -207,21 +209,39 @@ def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
     for word in words:
         key, equals, text = word.partition("=")
-        if not equals:
-            raise UserError(f"'{word}' is no setting: write key=value, as in trainer.steps=4000.")
+        if not equals or word.startswith(("-", "~")):
+            raise UserError(
+                f"'{word}' is no setting, and a run goes on alone: write key=value, as in trainer.steps=4000; a sweep goes on by its own "
+                "words with resume=auto."
+            )
         if key in GROUPS:
             if text not in conf.options(key):
                 raise UserError(f"{key}={text} is no option of the group {key}: choose {listing(conf.options(key))}.")
             tree[key] = yaml.safe_load((conf.folder() / key / f"{text}.yaml").read_text(encoding="utf-8"))
             continue
-        *parents, leaf = key.split(".")
-        node: Any = tree
-        for parent in parents:
-            node = node.get(parent) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or leaf not in node:
-            raise UserError(f"There is no key {key} in this run's configuration; {CONFIG} in its folder lists them.")
-        node[leaf] = overrides.parse([word])[0].value()
+        node, leaf = _place(tree, key)
+        value = overrides.parse([word])[0]
+        if value.is_sweep_override():
+            raise UserError(f"{word} gives several values, and a run goes on alone, with one of them.")
+        node[leaf] = value.value()
     return tree
+
+
+def _place(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """Where in the tree a setting stands. Raises UserError for one that the run does not have."""
+    name = key.lstrip("+")
+    *parents, leaf = name.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+        raise UserError(
+            f"There is no key {name} in this run's configuration, and one that goes on gets no other keys; "
+            f"{CONFIG} in its folder lists them."
+        )
+    if name != key:
+        raise UserError(f"{key} is not accepted: the key exists, write {name}=… without the +.")
+    return node, leaf
 
 
 def _before_and_after(tree: dict[str, Any], choices: dict[str, str], words: Sequence[str]) -> tuple[RootConfig, RootConfig]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
@@ -30,16 +30,20 @@ from esper.running.connecting import (
     refuse_untrackable,
     say_where,
 )
-from esper.running.control import control, equal_macs_steps
+from esper.running.control import control, equal_macs_steps, trained_host
+from esper.running.environment import environment
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
+from esper.running.kept import put_in_place, replaces, say_so
+from esper.running.lives import note_life
 from esper.running.origin import other_versions, refuse_other_data
 from esper.running.parts import build_trainer, refuse_idle
 from esper.running.profiling import profiled
 from esper.running.record import run_record
 from esper.running.summary import summarize
+from esper.running.traced import Traced
 from esper.saved import FOLDER as MODEL
-from esper.saved import host_card
+from esper.saved import host_card, save_model
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
 from esper.tracking.reach import check_store
@@ -103,24 +107,27 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             with _beginning(trainer):
                 refuse_idle(config, task, trainer)
                 reserve(folder)
-            keeper = Keeper(config, folder, port, runner, trackers, -1 if state is None else trainer.outcome.steps)
+                note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
+            since = -1 if state is None else trainer.outcome.steps
+            traced, keeper = Traced(folder, since), Keeper(config, folder, port, runner, trackers, since)
             trackers.start()  # only now: what is refused leaves no run behind
             progress.start()
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
                 port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
         with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
-            with keeper.listening(), profiled(trainer, keeper, config.trainer.profile, folder) as between:
+            with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
             keeper.saver.wait()
             progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
             ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
-            if config.trainer.control:
-                ending.summary["control"] = _controls(config, task, device, trainer, quiet)
+            host = _controls(config, trainer, ending.summary, quiet) if config.trainer.control else None
             if config.trainer.save:
-                trainer.grow.save(folder / MODEL, host_card(plain(config)["model"], task))
-            trackers.log_model(trainer.grow.export(), _inputs(trainer))
+                _save(config, trainer, host, folder / MODEL)
+            trackers.log_model(trainer.grow.export() if host is None else host, _inputs(trainer))
+            if host is not None:
+                say_so(ending.summary, port)
     except TrackerError as error:  # the training itself is done: its report first
         lost = error
     finally:
@@ -205,18 +212,42 @@ def _quietly(other: bool) -> Iterator[None]:
             raise
 
 
-def _controls(config: RootConfig, task: Task, device: Any, trainer: Trainer, quiet: bool) -> Any:
-    """The host alone at the same steps, and at the same MACs."""
-    kept = Path(config.output).resolve() / "controls"
+def _both(traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
+    """What comes after a step: its weights are noted before anything counts on it."""
 
-    def alone(steps: int, why: str) -> dict[str, Any]:
+    def after(trainer: Trainer) -> None:
+        traced(trainer)
+        keeper(trainer)
+
+    return after
+
+
+def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: bool) -> nn.Module | None:
+    """Put the host alone into the summary, at the same steps and at the same MACs; the one at the same steps where it is to be kept."""
+    kept, better, task = Path(config.output).resolve() / "controls", config.trainer.keep == "better", trainer.task
+
+    def alone(steps: int, why: str, weights: bool) -> dict[str, Any]:
         if not quiet:
             print(f"control: the host alone, {steps} steps ({why})", file=sys.stderr, flush=True)
-        return control(config, task, device, steps, kept)
+        return control(config, task, trainer.device, steps, kept, weights)
 
-    steps = alone(trainer.total, "the same number")
-    macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs")
-    return {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
+    steps = alone(trainer.total, "the same number", better)
+    macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs", False)
+    summary["control"] = {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
+    if not better or not replaces(summary, steps):
+        return None
+    host = trained_host(config, task, steps, kept)
+    put_in_place(host, steps, summary, trainer)
+    return host
+
+
+def _save(config: RootConfig, trainer: Trainer, host: nn.Module | None, folder: Path) -> None:
+    """Leave the run's model: what grew, or the never-grown ``host`` in its place."""
+    card = host_card(plain(config)["model"], trainer.task)
+    if host is None:
+        trainer.grow.save(folder, card)
+    else:
+        save_model(folder, host, [], card)
 
 
 def _inputs(trainer: Trainer) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from esper.config import RootConfig, config_hash
 from esper.report.summary import Summary
 from esper.running.environment import environment
+from esper.running.lives import lives
 from esper.training.fingerprint import fingerprint
 from esper.training.trainer import Trainer
 
@@ -42,6 +43,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
         seconds=seconds,  # type: ignore[typeddict-item]
         stages=garden.table.counts(),  # type: ignore[typeddict-unknown-key]
         environment=environment(trainer.device),
+        environments=lives(folder),
         fingerprint=fingerprint(grown, outcome.history),
         alerts=alerts,
         output=str(folder),

@@ -14,7 +14,9 @@ def description(summary: Mapping[str, Any]) -> str:
     """Whether growing paid in one paragraph, and one table row a branch; ``summary`` may be empty (a run that was lost)."""
     if not summary:
         return "The run ended without a summary."
-    return "\n\n".join(filter(None, (_result(summary), _grown(summary), _branches(summary.get("branches") or []))))
+    kept = str((summary.get("kept") or {}).get("why", ""))
+    parts = (_result(summary), kept and f"{kept[0].upper()}{kept[1:]}.", _grown(summary), _branches(summary.get("branches") or []))
+    return "\n\n".join(filter(None, parts))
 
 
 def _result(summary: Mapping[str, Any]) -> str:

@@ -218,6 +218,8 @@ def final_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
     for moment in ("final", "best"):
         values = (summary.get("metrics") or {}).get(moment) or {}
         found += [(f"{moment}/{name}", float(value)) for name, value in values.items() if value is not None]
+    replaced = ((summary.get("grown") or {}).get("metrics") or {}).get("final") or {}
+    found += [(f"final/as_grown/{name}", float(value)) for name, value in replaced.items() if value is not None]
     found += [(f"final/seeds/{name}", float(count)) for name, count in (summary.get("seeds") or {}).items()]
     for when, values in (summary.get("control") or {}).items():
         tested = {name.removeprefix("test/"): value for name, value in values.items() if name.startswith("test/")}

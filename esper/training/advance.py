@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from esper.grafting import STRATEGY_NAMES, GraftingContext, signals_of, step_many
+from esper.grafting.base import MAX_ERROR_RATE
 from esper.lifecycle import Ages, LifecycleConfig, Stage
 from esper.lifecycle.transitions import BLENDED
 from esper.seeds import Branch, Garden
@@ -20,6 +21,10 @@ FORWARD: dict[Stage, Stage] = {
     Stage.EVALUATING: Stage.FINE_TUNING,
     Stage.FINE_TUNING: Stage.FOSSILIZED,
 }
+
+GAVE_UP = "gave up: a signal or its own wish is not finite"
+NAMED = 8
+"""Branches that an alert names; of more it says how many."""
 
 
 class Advance:
@@ -74,10 +79,22 @@ class Advance:
         out = step_many(index, self.life.strategies, table.grafting[ids], self.context(branches))
         table.alpha[ids] = out.alpha
         table.grafting[ids] = out.state
-        for branch, abort in zip(branches, out.abort.tolist(), strict=True):
-            if abort:
-                self.trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} gave up: a signal or its own wish is not finite")
+        gone = [branch for branch, abort in zip(branches, out.abort.tolist(), strict=True) if abort]
+        for branch in gone:
+            self.trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} {GAVE_UP}")
+        self.say_given_up([branch for branch in gone if self.error_rates.get(branch.id, 0.0) <= MAX_ERROR_RATE])
         return {branch.site for branch in branches}
+
+    def say_given_up(self, branches: list[Branch]) -> None:
+        """One alert a strategy that gave these up though they themselves did not fail."""
+        for strategy in sorted({branch.strategy for branch in branches}):
+            mine = [branch for branch in branches if branch.strategy == strategy]
+            names = [f"branch {branch.id} of seed {branch.seed} at {self.garden.sites[branch.site].name}" for branch in mine[:NAMED]]
+            more = f" and {len(mine) - NAMED} more" if len(mine) > NAMED else ""
+            text = f"grafting strategy {strategy} {GAVE_UP}; to CULLED: {', '.join(names)}{more}"
+            one = len(mine) == 1
+            site, seed = (self.garden.sites[mine[0].site].name, mine[0].seed) if one else ("", -1)
+            self.life.port.alert(self.life.tick, "error", "strategy_gave_up", text, site, seed)
 
     def context(self, branches: list[Branch]) -> GraftingContext:
         """The signals of these branches at this tick."""

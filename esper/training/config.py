@@ -43,12 +43,18 @@ class TrainerConfig:
     checkpoint_hours: float = setting(0.0, low=0.0, unit="hours", help="also keep every checkpoint younger than this")
     profile: int = setting(0, low=0, unit="steps", help="write a trace of this many steps to the run's folder; 0 is off")
     control: bool = setting(True, help="also train the host alone, at the same steps and at the same MACs")
+    keep: str = setting("grown", choices=("grown", "better"), help="better: the host alone where validation finds the grown one worse")
 
     def __post_init__(self) -> None:
         """Refuse a run without a length, or with two."""
         if (self.steps > 0) == (self.epochs > 0):
             raise UserError(
                 f"trainer.steps={self.steps} and trainer.epochs={self.epochs}: exactly one must be positive, the other 0."
+            )
+        if self.keep == "better" and not self.control:
+            raise UserError(
+                "trainer.keep=better compares with the host alone, which trainer.control=false does not train: set trainer.control=true "
+                "or trainer.keep=grown."
             )
         if self.freeze_host and self.precision == "fp16":
             raise UserError("trainer.freeze_host=true leaves no gradient for fp16's loss scaling to watch; use trainer.precision=bf16 or fp32.")

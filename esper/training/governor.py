@@ -22,6 +22,7 @@ from esper.lifecycle.transitions import refusal
 from esper.seeds import Branch
 from esper.training.bands import Band
 from esper.training.checkpoint.tree import Still
+from esper.training.culprits import fewest
 from esper.training.grow import Grow
 from esper.training.passes import untouched_buffers
 from esper.training.snapshot import Snapshot
@@ -188,21 +189,13 @@ class Governor:
     # --- who did it ---
 
     def _culprits(self, batch: Any) -> list[Branch]:
-        """The branches without which this batch's loss is usual again: one if one is enough, else the fewest found greedily."""
+        """The fewest branches without which this batch's loss is usual again; where several single ones would do, a younger one."""
         garden = self.grow.garden
         blended = [branch for number in range(len(garden.sites)) for branch in garden.blended(number)]
         if not blended or self._usual(self._loss(batch, [])) or not self._usual(self._loss(batch, blended)):
             return []
-        removed: list[Branch] = []
-        while blended:
-            losses = [self._loss(batch, [*removed, branch]) for branch in blended]
-            finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
-            # Where every single one leaves the loss infinite, the youngest is the likeliest.
-            best = finite.index(min(finite)) if min(finite) < math.inf else len(blended) - 1
-            removed.append(blended.pop(best))
-            if self._usual(losses[best]):
-                break
-        return removed
+        youngest_first = sorted(blended, key=lambda branch: -branch.id)
+        return fewest(youngest_first, lambda off: self._usual(self._loss(batch, off)))
 
     def _usual(self, loss: float) -> bool:
         return not self.bands["loss"].out(loss)

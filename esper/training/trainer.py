@@ -174,8 +174,12 @@ class Trainer:
         step = self.outcome.steps
         self._step(step)
         self.outcome.steps = step + 1
-        if (step + 1) % self._validate_every == 0 or step + 1 == self.total:
+        if self.validates(step + 1):
             self._validate()
+
+    def validates(self, steps: int) -> bool:
+        """Whether the validation set is looked at after so many steps."""
+        return steps % self._validate_every == 0 or steps == self.total
 
     def _step(self, step: int) -> None:
         rate = self.scheduler.factor(step, self.total)

@@ -5,6 +5,9 @@ of what the one is worse than the other is what chance alone does. Then every se
 random commands. Held out is the mean of validation and test accuracy. Writes ``results.csv`` and the README's table; with
 ``--first`` above 0, ``fresh.csv`` and the README's second table, of seeds that nothing was made with in mind; with another
 ``--host`` than the mlp, ``results-<host>.csv`` or ``fresh-<host>.csv`` and a table of its own, by the limit of that host's own twins.
+
+Twin and grown run side by side are also what ``trainer.keep=better`` compares: which of the two it would leave, and how that one does,
+is told from the same runs, with the very rule of the program. ``--again`` writes the tables from the CSV files, without a run.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from esper.cli.compose import compose  # noqa: E402
 from esper.errors import UserError  # noqa: E402
 from esper.grafting import CONFIGS as STRATEGIES  # noqa: E402
 from esper.randomness import generator  # noqa: E402
+from esper.running.kept import worse_than_alone  # noqa: E402
 from esper.training.trainer import Growth, Trainer  # noqa: E402
 
 WORDS = ("trainer.steps=200", "trainer.batch_size=32", "lifecycle.judge_every=2%", "telemetry.every=20", "tracking=none")
@@ -45,7 +49,11 @@ HOSTS: dict[str, tuple[str, ...]] = {
 }
 COUNTS = ("germinated", "fossilized", "culled", "rolled_back")
 SAID = ("slow_harm", "host_returned")
-FIELDS = ("arm", "seed", "kind", "strategy", "accuracy", "loss", *COUNTS, *SAID, "rollbacks", "stopped")
+MEASURED = ("accuracy", "loss", "primary")
+"""``primary`` is the task's own metric on the validation set, turned so that larger is better: by it ``trainer.keep=better`` decides."""
+FIELDS = ("arm", "seed", "kind", "strategy", *MEASURED, *COUNTS, *SAID, "rollbacks", "stopped")
+Arms = dict[str, dict[int, dict[str, Any]]]
+"""Runs by arm and seed."""
 SHARE = 0.01
 """Of the differences between never-grown twins, the share beyond the limit."""
 
@@ -66,6 +74,8 @@ def one(config: Any, task: Any, seed: int, order: int, arm: str) -> dict[str, An
         stopped, final = str(error), {}
     nan = float("nan")
     values = {name: (final.get(f"validation/{name}", nan) + final.get(f"test/{name}", nan)) / 2 for name in ("accuracy", "loss")}
+    sign = 1.0 if task.metrics[task.primary].direction == "max" else -1.0
+    values["primary"] = sign * final.get(f"validation/{task.primary}", nan)
     counts = {name: trainer.grow.life.counts[name] for name in COUNTS}
     rollbacks = len(trainer.governor.anomalies) if trainer.governor else 0
     counts |= {name: 0 if port is None else port.said.get(name, 0) for name in SAID}
@@ -79,7 +89,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--host", choices=tuple(HOSTS), default="mlp")
+    parser.add_argument("--folder", type=Path, default=HERE, help="of the CSV files and the README")
+    parser.add_argument("--again", action="store_true", help="no runs: the table once more from the CSV file")
     options = parser.parse_args(arguments)
+    mark = ("fresh" if options.first else "results") + ("" if options.host == "mlp" else f"-{options.host}")
+    path, words = options.folder / f"{mark}.csv", (*WORDS, *HOSTS[options.host])
+    if not options.again:
+        write(measure(options), path)
+    return report(read(path), mark, words, options.folder)
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All the runs."""
     torch.set_num_threads(1)
     config, task = prepared(WORDS, options.host)
     rows = []
@@ -89,12 +110,25 @@ def main(arguments: list[str]) -> int:
             rows.append(one(config, task, seed, seed + shift, arm))
             if number % 20 == 19:
                 print(f"{arm}: {number + 1} of {options.runs}", file=sys.stderr, flush=True)
-    mark = ("fresh" if options.first else "results") + ("" if options.host == "mlp" else f"-{options.host}")
-    with (HERE / f"{mark}.csv").open("w", newline="", encoding="utf-8") as file:
+    return rows
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """Every run in a line."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**row, "accuracy": f"{row['accuracy']:.5f}", "loss": f"{row['loss']:.5f}"} for row in rows)
-    return report(rows, mark, (*WORDS, *HOSTS[options.host]))
+        writer.writerows({**row, **{name: f"{row[name]:.5f}" for name in MEASURED}} for row in rows)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """What ``write`` wrote; without ``primary`` where it is of before that was measured."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row.update({name: float(row[name]) for name in MEASURED if name in row})
+        row.update({name: int(row[name]) for name in ("seed", "rollbacks", *COUNTS, *SAID)})
+    return rows
 
 
 def prepared(words: Iterable[str], host: str) -> tuple[Any, Any]:
@@ -118,36 +152,83 @@ def at_least(count: int, runs: int, share: float) -> float:
     return math.fsum(math.comb(runs, k) * share**k * (1.0 - share) ** (runs - k) for k in range(count, runs + 1))
 
 
-def report(rows: list[dict[str, Any]], mark: str, words: Iterable[str]) -> int:
+def harm(run: dict[str, Any], twin: dict[str, Any], name: str) -> float:
+    """What ``run`` is worse than its twin by accuracy or by loss."""
+    return float(twin[name] - run[name]) if name == "accuracy" else float(run[name] - twin[name])
+
+
+def limit_of(arms: Arms, name: str) -> float:
+    """What chance alone makes a run worse than its twin by at most: a quantile of never-grown twins' differences, either way round."""
+    chance = torch.tensor([harm(arms["other order"][seed], twin, name) for seed, twin in arms["twin"].items()]).double()
+    return float(torch.quantile(torch.cat([chance, -chance]), 1.0 - SHARE))
+
+
+def beyond(runs: dict[int, dict[str, Any]], arms: Arms, name: str) -> list[int]:
+    """The seeds whose run is worse than its twin by more than chance explains, or by no number."""
+    limit = limit_of(arms, name)
+    return [seed for seed, run in runs.items() if not harm(run, arms["twin"][seed], name) <= limit]
+
+
+def better(arms: Arms) -> dict[int, dict[str, Any]]:
+    """What ``trainer.keep=better`` leaves of each pair; a run that was stopped leaves nothing else in its place."""
+    return {
+        seed: arms["twin"][seed] if not run["stopped"] and worse_than_alone(run["primary"], arms["twin"][seed]["primary"], "max") else run
+        for seed, run in arms["grown"].items()
+    }
+
+
+def report(rows: list[dict[str, Any]], mark: str, words: Iterable[str], folder: Path | None = None) -> int:
     """Put the numbers into the README between the marks ``mark`` and ``end``; one that it has not yet is put at its end."""
-    by_arm = {arm: {row["seed"]: row for row in rows if row["arm"] == arm} for arm in ("twin", "other order", "grown")}
-    seeds = sorted(by_arm["twin"])
-    chance = torch.tensor([by_arm["twin"][s]["accuracy"] - by_arm["other order"][s]["accuracy"] for s in seeds]).double()
-    limit = float(torch.quantile(torch.cat([chance, -chance]), 1.0 - SHARE))
-    worse = {s: by_arm["twin"][s]["accuracy"] - by_arm["grown"][s]["accuracy"] for s in seeds}
-    over = [s for s in seeds if not worse[s] <= limit]
+    arms = {arm: {row["seed"]: row for row in rows if row["arm"] == arm} for arm in ("twin", "other order", "grown")}
+    seeds = sorted(arms["twin"])
+    worse = {seed: harm(arms["grown"][seed], arms["twin"][seed], "accuracy") for seed in seeds}
+    over = beyond(arms["grown"], arms, "accuracy")
     likely = at_least(len(over), len(seeds), SHARE)
     lines = [
         f"Seeds {seeds[0]} to {seeds[-1]}, {' '.join(words)}; torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores.",
         "",
-        f"By chance alone a run is worse than its twin by at most {limit:.4f} (99 % quantile of the {2 * len(seeds)} differences).",
+        f"By chance alone a run is worse than its twin by at most {limit_of(arms, 'accuracy'):.4f} (99 % quantile of the {2 * len(seeds)} "
+        "differences).",
         f"Grown runs worse than their never-grown twin by more than that: **{len(over)} of {len(seeds)}**. "
         f"By chance alone {SHARE * len(seeds):.0f} would be expected, and {len(over)} or more have probability {likely:.3g} (binomial).",
+        "",
+        *_both(arms),
         "",
         "| kind | runs | germinated | kept | culled | rolled back | of these for slow harm | host returned | governor's rollbacks "
         "| stopped | worse by: median | 90 % | largest |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-        *(_line(kind, [by_arm["grown"][s] for s in seeds if by_arm["grown"][s]["kind"] == kind], worse) for kind in KINDS),
-        _line("all", list(by_arm["grown"].values()), worse),
+        *(_line(kind, [arms["grown"][s] for s in seeds if arms["grown"][s]["kind"] == kind], worse) for kind in KINDS),
+        _line("all", list(arms["grown"].values()), worse),
     ]
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    _put(folder or HERE, mark, lines)
+    print("\n".join(lines))
+    return 1 if len(over) > SHARE * len(seeds) else 0
+
+
+def _both(arms: Arms) -> list[str]:
+    """A row for what was trained, and one for what ``trainer.keep=better`` leaves of the same runs."""
+    limits = {name: limit_of(arms, name) for name in ("accuracy", "loss")}
+    told = ", ".join(f"{name} {limit:.4f}" for name, limit in limits.items())
+    lines = [f"| beyond the limit ({told}) | by accuracy | by loss | never-grown host kept |", "|---|---|---|---|"]
+    cases: list[tuple[str, dict[int, dict[str, Any]]]] = [("as trained", arms["grown"])]
+    measured = all("primary" in run for run in arms["grown"].values())
+    cases += [("with `trainer.keep=better`", better(arms))] if measured else []
+    for name, runs in cases:
+        counts = [f"{len(beyond(runs, arms, by))} of {len(runs)}" for by in limits]
+        lines.append(f"| {name} | {' | '.join(counts)} | {sum(run['arm'] == 'twin' for run in runs.values())} |")
+    if not measured:
+        lines.append("| with `trainer.keep=better` | not measured | not measured | – |")
+    return lines
+
+
+def _put(folder: Path, mark: str, lines: list[str]) -> None:
+    path = folder / "README.md"
+    readme = path.read_text(encoding="utf-8") if path.exists() else ""
     if f"<!-- {mark} -->\n" not in readme:
         readme += f"\n## {mark}\n\n<!-- {mark} -->\n<!-- end -->\n"
     before, _, rest = readme.partition(f"<!-- {mark} -->\n")
     after = rest.partition("<!-- end -->")[2]
-    (HERE / "README.md").write_text(before + f"<!-- {mark} -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
-    print("\n".join(lines))
-    return 1 if len(over) > SHARE * len(seeds) else 0
+    path.write_text(before + f"<!-- {mark} -->\n" + "\n".join(lines) + "\n<!-- end -->" + after, encoding="utf-8")
 
 
 def _line(kind: str, runs: list[dict[str, Any]], worse: dict[int, float]) -> str:

@@ -95,6 +95,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         "lifecycle.embargo=5%",
     ),
     "mlp workers, accumulation": ("trainer.num_workers=1", "trainer.accumulate=2"),
+    "mlp whose never-grown host is kept": (
+        *("controller=random", "grafting=adaptive", "seed=3"),
+        *("trainer.control=true", "trainer.keep=better"),
+    ),
     "mlp embedded server": ("bus=embedded",),
     "mlp mlflow": (
         "tracking=mlflow",
@@ -106,6 +110,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "cnn conv linear": (*CNN, "blueprint=conv", "sites.per_site=2"),
     "cnn block drift": (*CNN, "blueprint=block", "sites.per_site=1", "grafting=drift", "optimizer.branch_lr=0.01"),
+    "cnn conv adaptive": (*CNN, "blueprint=conv", "sites.per_site=2", "grafting=adaptive"),
+    "transformer low rank stability": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2", "grafting=stability"),
     "transformer low rank momentum": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2", "grafting=momentum"),
     "transformer block random": (
         *TRANSFORMER,
@@ -187,7 +193,9 @@ def _reference(name: str, place: Path, output: Path) -> Reference:
     assert done.code == 0, f"{name}: {(output / 'log').read_text()}"
     if isinstance(config.tracking, MlflowConfig):
         assert killing.history(output)["runs"] == ["FINISHED"], f"{name}: {killing.history(output)['runs']}"
-    seeds, branches, environment = (read_summary(folder)[key] for key in ("seeds", "branches", "environment"))
+    told = read_summary(folder)
+    seeds, branches, environment = told["seeds"], told.get("grown", told)["branches"], told["environment"]
+    assert config.trainer.keep == "grown" or "kept" in told, f"{name}: growing paid, so nothing takes its place"
     passed = [Stage[stage] for branch in branches for stage, _ in branch["path"]]
     furthest = max((stage for stage in passed if stage <= Stage.FOSSILIZED), default=Stage.DORMANT)
     assert furthest >= Stage.GRAFTING or config.controller.name == "none", f"{name}: nothing was grafted, {seeds}"

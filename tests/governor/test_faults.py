@@ -190,7 +190,21 @@ def test_a_strategy_that_answers_nan_is_given_up_and_harms_nothing(make: Make, m
     assert all(float(table.alpha[branch.id]) <= alpha for branch, alpha in zip(grafting, alphas, strict=True)), "fading"
     monkeypatch.setitem(STRATEGIES, "linear", sound)
     trainer.fit()
-    assert finite(trainer) and not alerts(trainer), "the governor had nothing to undo"
+    assert finite(trainer) and trainer.governor is not None and not trainer.governor.anomalies, "the governor had nothing to undo"
+    (said,) = ([*words] for name, *words in trainer.port.heard if name == "alert")
+    assert said[:3] == [25, "error", "strategy_gave_up"]
+    assert said[3].startswith("grafting strategy linear gave up: a signal or its own wish is not finite; to CULLED: ")
+    for branch in grafting:
+        assert f"branch {branch.id} of seed {branch.seed} at {trainer.grow.garden.sites[branch.site].name}" in said[3]
+
+
+def test_of_many_branches_that_a_strategy_gives_up_the_first_are_named_and_all_counted(make: Make) -> None:
+    trainer = make(*SLOW)
+    steps(trainer, 24)
+    grafting = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    trainer.grow.advance.say_given_up(grafting * 5)
+    (said,) = alerts(trainer)
+    assert said.count(" of seed ") == 8 and said.endswith(f"and {len(grafting) * 5 - 8} more")
 
 
 def test_a_controller_that_approves_everything_opens_no_gate(make: Make) -> None:

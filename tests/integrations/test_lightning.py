@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -10,6 +13,7 @@ import pytest
 import torch
 from growing import batch, build, same, sample_loss, short
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -20,6 +24,7 @@ from esper.errors import UserError
 from esper.integrations.lightning import GrowCallback
 from esper.training import Grow
 
+TESTING = SimpleNamespace(fn=TrainerFn.TESTING)
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
 
 
@@ -195,6 +200,52 @@ def test_a_checkpoint_in_which_nothing_could_have_grown_is_refused(tmp_path: Pat
     first.save_checkpoint(tmp_path / "four.ckpt")
     with pytest.raises(UserError, match="saved without a GrowCallback"):
         trainer([callback()], 20).fit(Classifier(), data(), ckpt_path=str(tmp_path / "four.ckpt"))
+
+
+class Exploit:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def hostile_files(folder: Path, mark: Path) -> dict[str, Path]:
+    """Files that would run a command where they were unpickled without care, and some that are nothing."""
+    torch.save({"esper": Exploit(mark), "state_dict": {}}, folder / "zip.ckpt")
+    torch.save({"esper": Exploit(mark)}, folder / "old.ckpt", _use_new_zipfile_serialization=False)
+    for protocol in (0, 2, 4):
+        (folder / f"{protocol}.ckpt").write_bytes(pickle.dumps({"esper": Exploit(mark)}, protocol))
+    (folder / "empty.ckpt").write_bytes(b"")
+    (folder / "torn.ckpt").write_bytes((folder / "zip.ckpt").read_bytes()[:-100])
+    return {path.stem: path for path in folder.glob("*.ckpt")}
+
+
+def test_a_hostile_checkpoint_executes_nothing_and_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    mark, own, model = tmp_path / "executed", callback(), Judged()
+    running = saving(own, tmp_path / "run", 16)
+    running.fit(model, data())
+    assert own.grow is not None
+    before = own.grow.observer.branch_cards()
+    files = hostile_files(tmp_path, mark)
+    assert len(files) == 7
+    for path in files.values():
+        with pytest.raises(UserError, match=f"^{path} cannot be read as tensors and plain values, so nothing in it was used; take") as said:
+            own.on_test_start(SimpleNamespace(state=TESTING, ckpt_path=str(path)), model)  # type: ignore[arg-type]
+        assert "\n" not in str(said.value)
+        with pytest.raises((pickle.UnpicklingError, EOFError, RuntimeError)):  # Lightning reads it before, in its own way
+            running.test(model, data(), ckpt_path=str(path), verbose=False)
+    assert not mark.exists() and own.grow.observer.branch_cards() == before
+
+
+def test_a_checkpoint_without_what_grew_is_refused_for_testing_too(tmp_path: Path) -> None:
+    own, model = callback(), Judged()
+    saving(own, tmp_path, 16).fit(model, data())
+    torch.save({"state_dict": {}}, tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match="saved without a GrowCallback"):
+        own.on_test_start(SimpleNamespace(state=TESTING, ckpt_path=str(tmp_path / "none.ckpt")), model)  # type: ignore[arg-type]
 
 
 def test_two_optimizers_are_refused() -> None:

@@ -22,7 +22,8 @@ from esper.running.resume import resume
 from esper.running.run import run
 from esper.training.checkpoint import store
 
-TIMED = ("seconds", "output", "environment", "bus")
+TIMED = ("seconds", "output", "environment", "environments", "bus")
+LISTS = ("metrics.csv", "events.jsonl", "weights.csv")
 TABLES = ("metrics", "transitions", "gates", "seeds")
 
 
@@ -130,7 +131,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
         if key not in TIMED and a.get(key) != b.get(key):
             found.append(f"summary {key}: {a.get(key)} and {b.get(key)}")
     found += [f"{name}.parquet" for name in TABLES if rows(folder / f"{name}.parquet") != rows(reference / f"{name}.parquet")]
-    found += [path.name for path in (folder / "metrics.csv", folder / "events.jsonl") if lines(path) != lines(reference / path.name)]
+    found += [name for name in LISTS if lines(folder / name) != lines(reference / name)]
     if (folder / ".parts").exists():
         found.append("parts of Parquet files are left over")
     return found
@@ -145,7 +146,7 @@ def rows(path: Path) -> list[str]:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of ``metrics.csv`` or ``events.jsonl``, without what a clock or the number of lives has a part in; none without a file."""
+    """The lines of one of ``LISTS``, without what a clock or the number of lives has a part in; none without a file."""
     if not path.exists():
         return []
     every = path.read_text(encoding="utf-8").splitlines()

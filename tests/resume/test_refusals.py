@@ -140,3 +140,24 @@ def test_a_broken_summary_is_said_and_no_obstacle_to_auto(
     (folder / "summary.json").write_text("{}")
     assert main([f"resume={folder}"]) == 2
     assert "does not say how its run ended" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "why"),
+    [
+        ("-m", "'-m' is no setting, and a run goes on alone: write key=value, as in trainer.steps=4000; a sweep goes on by its own words"),
+        ("--multirun", "'--multirun' is no setting, and a run goes on alone"),
+        ("+foo=1", "There is no key foo in this run's configuration, and one that goes on gets no other keys"),
+        ("++trainer.foo=1", "There is no key trainer.foo in this run's configuration"),
+        ("~trainer.clip", "'~trainer.clip' is no setting, and a run goes on alone"),
+        ("optimizer.lrr=0.1", "There is no key optimizer.lrr in this run's configuration"),
+        ("optimizer.lr=0.1,0.2", "optimizer.lr=0.1,0.2 gives several values, and a run goes on alone, with one"),
+    ],
+)
+@pytest.mark.parametrize("key", ["resume", "fork"])
+def test_what_no_run_can_go_on_with_is_refused_without_a_hint_that_leads_nowhere(
+    finished: Path, capsys: pytest.CaptureFixture[str], key: str, word: str, why: str
+) -> None:
+    assert main([f"{key}={finished}", word]) == 2
+    said = capsys.readouterr().err
+    assert why in said and "fork=" not in said and said.count("\n") == 1

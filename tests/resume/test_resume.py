@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from esper.compare.fingerprint import same_bits
 from esper.errors import UserError
 from esper.report.summary import read_summary
 from esper.running.folder import alive
@@ -39,10 +40,13 @@ def test_killed_and_resumed_it_leaves_what_an_undisturbed_run_leaves(
     assert killing.differences(folder, finished) == []
 
 
-def test_sigterm_saves_and_ends_with_75_and_resume_ends_the_same(finished: Path, tmp_path: Path, checkout: Path) -> None:
-    words = [*SHORT, "trainer.steps=2000", f"output={tmp_path}", f"hydra.run.dir={tmp_path}/day/run"]
-    process = subprocess.Popen([sys.executable, "-m", "esper", *words], cwd=checkout, stderr=subprocess.PIPE, text=True)
-    folder = tmp_path / "day" / "run"
+def test_sigterm_saves_and_ends_with_75_and_resume_ends_the_same(configure: Configure, tmp_path: Path, checkout: Path) -> None:
+    """The same as an undisturbed run, to the last row; sent as soon as there is a checkpoint, so at no chosen step."""
+    words = [*SHORT, "trainer.steps=1200", "trainer.checkpoint_keep=2", "trainer.checkpoint_every=2%"]
+    undisturbed, folder = tmp_path / "alone" / "day" / "run", tmp_path / "day" / "run"
+    run(configure(*words, f"output={tmp_path / 'alone'}"), undisturbed, quiet=True)
+    places = [f"output={tmp_path}", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen([sys.executable, "-m", "esper", *words, *places], cwd=checkout, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not store.checkpoints(folder / store.FOLDER):
         assert process.poll() is None and time.monotonic() < deadline
@@ -51,10 +55,13 @@ def test_sigterm_saves_and_ends_with_75_and_resume_ends_the_same(finished: Path,
     assert process.wait(60) == 75
     assert process.stderr is not None and "everything is saved" in process.stderr.read()
     before = read_summary(folder)
-    assert before["status"] == "KILLED" and not (folder / "run.lock").exists()
+    assert before["status"] == "KILLED" and not (folder / "run.lock").exists() and 0 < before["steps"] < 1200
     assert int(store.checkpoints(folder / store.FOLDER)[-1].name) == before["steps"]
-    start = resume(folder, ["trainer.steps=2000"])
+    start = resume(folder)
     assert start.state["trainer"]["steps"] == before["steps"]
+    run(start.config, start.folder, quiet=True, state=start.state)
+    assert read_summary(folder)["seeds"]["germinated"] > 0 and same_bits(folder, undisturbed)
+    assert killing.differences(folder, undisturbed) == []
 
 
 def test_a_longer_run_goes_on_from_the_end_of_a_finished_one(finished: Path, tmp_path: Path) -> None:

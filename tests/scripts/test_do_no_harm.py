@@ -46,7 +46,10 @@ def rows(harm: dict[int, float]) -> list[dict[str, Any]]:
     for seed in range(100):
         by_arm = {"twin": 0.8, "other order": 0.7 if seed < 4 else 0.8, "grown": 0.8 - harm.get(seed, 0.0)}
         kinds = {arm: "good" if arm == "grown" else "" for arm in by_arm}
-        found += [{"arm": a, "seed": seed, "kind": kinds[a], "accuracy": v, "stopped": "", **none} for a, v in by_arm.items()]
+        found += [
+            {"arm": a, "seed": seed, "kind": kinds[a], "strategy": "", "accuracy": v, "loss": 1 - v, "primary": v, "stopped": "", **none}
+            for a, v in by_arm.items()
+        ]
     return found
 
 
@@ -60,5 +63,33 @@ def test_the_table_counts_who_is_beyond_the_limit_and_keeps_the_others(
     assert study.report(rows(harm), "results", ["a=1"]) == code
     assert study.report(rows(harm), "results-cnn", ["a=1"]) == code
     text = (tmp_path / "README.md").read_text()
+    assert text.count(f"| as trained | {count} of 100 | {count} of 100 | 0 |") == 2
+    assert text.count("| with `trainer.keep=better` | 0 of 100 | 0 of 100 |") == 2
     assert "old" not in text and text.count(f"**{count} of 100**") == 2
     assert text.startswith("# Before") and "after" in text and "## results-cnn" in text
+
+
+def test_what_is_kept_is_decided_by_validation_alone_and_a_stopped_run_has_no_twin_to_fall_back_on(study: ModuleType) -> None:
+    found = rows({7: 0.2, 8: 0.3})
+    for row in found:
+        row["primary"] = 0.8 if row["seed"] == 7 else row["primary"]  # worse on the test set, which nobody may look at
+        row["stopped"] = "rolled back too often" if (row["seed"], row["arm"]) == (8, "grown") else ""
+    arms = {arm: {row["seed"]: row for row in found if row["arm"] == arm} for arm in ("twin", "other order", "grown")}
+    kept = study.better(arms)
+    assert kept[7]["arm"] == kept[8]["arm"] == "grown" and study.beyond(kept, arms, "accuracy") == [7, 8]
+
+
+def test_the_table_is_written_again_from_the_file_and_one_of_before_says_what_was_not_measured(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "KINDS", ("good",))
+    study.write(rows({7: 0.2}), tmp_path / "results.csv")
+    assert study.main(["--again", "--folder", str(tmp_path)]) == 0
+    first = (tmp_path / "README.md").read_text()
+    assert "| with `trainer.keep=better` | 0 of 100 | 0 of 100 | 1 |" in first
+    header, *lines = (tmp_path / "results.csv").read_text().splitlines()
+    place = header.split(",").index("primary")
+    cut = [",".join(cell for number, cell in enumerate(line.split(",")) if number != place) for line in (header, *lines)]
+    (tmp_path / "results.csv").write_text("\n".join(cut) + "\n")
+    assert study.main(["--again", "--folder", str(tmp_path)]) == 0
+    assert "| with `trainer.keep=better` | not measured |" in (tmp_path / "README.md").read_text()

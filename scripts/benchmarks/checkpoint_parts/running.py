@@ -2,11 +2,13 @@
 
 Two trainers of one configuration take turns, 100 steps each; one of them saves at the beginning of its turn, so that its thread writes
 while the turn goes on. Ratios are of the whole turn; ``stall`` is the share of the turn in which training waited for the copy.
-A rollback is the governor's whole recovery: looking for a culprit, and host, optimizer and branches back at the last good snapshot.
+A rollback is the governor's whole recovery: looking for a culprit, and host, optimizer and branches back at the last good snapshot. It is
+measured where no branch did it, which the first forward tells, and where one did, which is poisoned, looked for and removed.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ import torch
 
 from esper.bus.messages import Germinate
 from esper.cli.compose import compose
+from esper.lifecycle import Stage
 from esper.running.parts import build_trainer
+from esper.seeds import Branch
 from esper.tasks.base import Task
 from esper.training.checkpoint import store
 from esper.training.checkpoint.engine import trainer_state
 from esper.training.checkpoint.saver import Retention, Saver
 from esper.training.checkpoint.store import Copy
-from esper.training.governor import Anomaly
+from esper.training.checkpoint.tree import join, split
+from esper.training.governor import Anomaly, Governor
 from esper.training.port import NullPort
 from esper.training.trainer import Trainer
 from scripts.benchmarks.checkpoint_parts.spent import Spent, spent
@@ -36,6 +41,7 @@ LIMITS = {
     **{f"{name}: saving / none": limit for name, limit in (("mlp", math.nan), ("cnn", 1.01), ("transformer", 1.01))},
     **{f"{name}: stall": 0.01 for name in HOSTS},
     **{f"{name}: rollback / step": 2.0 for name in HOSTS},
+    **{f"{name}: rollback with a culprit / step": 2.0 for name in HOSTS},
 }
 BETWEEN = 100
 GROWN = 40
@@ -66,13 +72,14 @@ class Gardener(NullPort):
         return [Germinate(id=site, site=site, seed=0) for site in self.sites] if tick == 1 else []
 
 
-def grown(words: tuple[str, ...], tasks: dict[str, Task], device: torch.device) -> Trainer:
-    """A trainer with a branch being blended in at every site."""
+def grown(words: tuple[str, ...], tasks: dict[str, Task], device: torch.device, state: Any = None) -> Trainer:
+    """A trainer with a branch being blended in at every site; with ``state`` as it was in that."""
     config = compose([*COMMON, *words])
     task = tasks.setdefault(config.task.name, config.task.build())
-    trainer = build_trainer(config, task, device, Gardener())
+    trainer = build_trainer(config, task, device, Gardener(), state=state)
     trainer.model.train()
-    _advance(trainer, GROWN)
+    if state is None:
+        _advance(trainer, GROWN)
     return trainer
 
 
@@ -82,6 +89,7 @@ def measure(turns: int, folder: Path, device: torch.device) -> dict[str, list[Sp
     for name in HOSTS:
         found[f"{name}: saving / none"], found[f"{name}: stall"] = saving(name, turns, folder, device)
         found[f"{name}: rollback / step"] = rollback(name, turns, device)
+        found[f"{name}: rollback with a culprit / step"] = rollback_with_a_culprit(name, turns, device)
     return found
 
 
@@ -115,6 +123,43 @@ def rollback(name: str, repeats: int, device: torch.device) -> list[Spent]:
         if repeat:
             ratios.append(took.over(sorted(step, key=lambda one: one.wall)[len(step) // 2]))
     return ratios
+
+
+def rollback_with_a_culprit(name: str, repeats: int, device: torch.device) -> list[Spent]:
+    """Recovery from a branch that explodes over a step, one a repetition, each on a trainer as it was before: the branch is gone then."""
+    tasks: dict[str, Task] = {}
+    before, ratios = join(*split(trainer_state(grown(HOSTS[name], tasks, device)))), []
+    for repeat in range(repeats + 1):
+        trainer = grown(HOSTS[name], tasks, device, copy.deepcopy(before))
+        governor = trainer.governor
+        assert governor is not None
+        step = [spent(trainer.advance) for _ in range(5)]
+        batch = trainer._batch(trainer.outcome.steps)
+        culprit = poisoned(trainer, governor, batch, repeat)
+        anomaly = Anomaly(trainer.outcome.steps, "measured")
+        took = spent(lambda governor=governor, anomaly=anomaly, batch=batch: governor.recover(anomaly, batch))  # type: ignore[misc]
+        assert culprit.stage is Stage.ROLLED_BACK and len(anomaly.culprits) == 1, anomaly
+        if repeat:
+            ratios.append(took.over(sorted(step, key=lambda one: one.wall)[len(step) // 2]))
+    return ratios
+
+
+def poisoned(trainer: Trainer, governor: Governor, batch: Any, number: int) -> Branch:
+    """One of the branches that are being blended in, another one for another ``number``, with weights so large that the loss is unusual."""
+    branches = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    for branch in branches[number % len(branches) :] + branches[: number % len(branches)]:
+        bank = trainer.grow.garden.layers[branch.site].bank(branch.blueprint)
+        good = {name: stack.detach()[branch.slot].clone() for name, stack in bank.stacks.items()}
+        for power in range(2, 30, 2):
+            with torch.no_grad():
+                for stack in bank.stacks.values():
+                    stack[branch.slot] = 10.0**power
+            if not governor._usual(governor._loss(batch, [])):
+                return branch
+        with torch.no_grad():
+            for name, stack in bank.stacks.items():
+                stack[branch.slot] = good[name]
+    raise AssertionError(f"no branch of {trainer.model} can make the loss unusual")
 
 
 def _advance(trainer: Trainer, steps: int) -> None:
