@@ -30,7 +30,8 @@ class SlotRows:
         """Count a step of every branch here; float ``[A]``, the steps with this one."""
         if self._whole:
             return self._bank.steps.add_(1)
-        self._bank.steps[self._slots] += 1
+        with each_once(self._slots.device):
+            self._bank.steps[self._slots] += 1
         return self._bank.steps[self._slots]
 
     def without(self, gone: set[int]) -> SlotRows:
