@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from esper.errors import UserError
 from esper.training import Grow, attach
-from esper.training.checkpoint.attached import forgive_seeds, grown_in, host_alone
+from esper.training.checkpoint.attached import forgive_seeds, grown_in, host_alone, plain
 
 
 class GrowCallback(Callback):
@@ -75,18 +74,6 @@ class GrowCallback(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After ``fit``, what is tested with ``ckpt_path`` is what had grown by then, as the host is."""
         if self.grow is not None and trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path:
-            self.grow.load_branches(grown_in(_read(trainer.ckpt_path)))
+            self.grow.load_branches(grown_in(plain(trainer.ckpt_path)))
 
     on_validation_start = on_predict_start = on_test_start
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of Lightning's; whatever else a file asks for is not done. Raises UserError."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no common base for what it raises on a foreign file
-        raise UserError(
-            f"{path} cannot be read as tensors and plain values, so nothing in it was used; take a checkpoint that Lightning saved "
-            "with this GrowCallback."
-        ) from error
-    return found if isinstance(found, dict) else {}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -121,3 +122,15 @@ def _unpacked(packed: Any, device: Any) -> Any:
         return held.to(device) if isinstance(held, Tensor) else held
     parts = {key: _unpacked(part, device) for key, part in held.items()}
     return parts if kind == "dict" else tuple(parts.values()) if kind == "tuple" else list(parts.values())
+
+
+def plain(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of another library as tensors and plain values; whatever else its file asks for is not done. Raises UserError."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no common base for what it raises on a foreign file
+        raise UserError(
+            f"{path} cannot be read as tensors and plain values, so nothing in it was used; take a checkpoint that was saved with "
+            "this callback."
+        ) from error
+    return found if isinstance(found, dict) else {}
