@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from esper.bus.messages import Message, Metrics, RunStarted, Telemetry, TickEnded
+from esper.bus.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded
 from esper.tracking.config import CsvConfig
 from esper.tracking.record import RunRecord
 
@@ -24,6 +24,7 @@ class CsvFiles:
     def __init__(self, config: CsvConfig) -> None:
         self.config = config
         self._encode = msgspec.json.Encoder()
+        self._said: list[str] = []
 
     def open(self, record: RunRecord) -> None:
         """Open both files in the run's folder for appending."""
@@ -46,17 +47,25 @@ class CsvFiles:
             elif not isinstance(message, Telemetry | TickEnded):
                 if isinstance(message, RunStarted):
                     self._cut_after(message.tick)
-                self._events.write(self._encode.encode(message).decode() + "\n")
+                line = self._encode.encode(message).decode() + "\n"
+                if isinstance(message, Alert) and line in self._said:
+                    self._said.remove(line)
+                else:
+                    self._events.write(line)
 
     def _cut_after(self, tick: int) -> None:
-        """Forget what an earlier life of this run said about ticks it is now going through again."""
+        """Forget what an earlier life of this run said about ticks it is now going through again.
+
+        What is said after the last tick's checkpoint has that tick too, and comes again: such alerts are written once.
+        """
         self._metrics.close()
         self._events.close()
         metrics, events = self._paths
         said = enumerate(_whole_lines(metrics))
         _replace(metrics, [line for number, line in said if number == 0 or int(line.split(",", 1)[0]) <= tick])
-        happened = [line for line in _whole_lines(events) if msgspec.json.decode(line)["tick"] <= tick]
-        _replace(events, happened if tick > 0 else [])
+        kept = [(msgspec.json.decode(line), line) for line in _whole_lines(events)]
+        _replace(events, [line for event, line in kept if event["tick"] <= tick] if tick > 0 else [])
+        self._said = [line for event, line in kept if event["tick"] == tick > 0 and event["kind"] == "Alert"]
         self._open_files()
 
     def flush(self) -> None:

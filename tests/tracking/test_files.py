@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from esper.bus.messages import GateResult, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
+from esper.bus.messages import Alert, GateResult, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.lifecycle.stages import Stage
 from esper.tracking import CsvConfig, NoneConfig, TrackerError, TrackerRunner, build_trackers
 from esper.tracking.csv_files import CsvFiles
@@ -158,6 +158,15 @@ def test_a_resumed_csv_has_no_tick_twice(record, story):
     assert len([e for e in events if e["kind"] == "Transition"]) == len(
         [m for _, m in story(100) if isinstance(m, Transition)]
     )
+
+
+def test_what_is_said_again_after_the_last_checkpoint_is_written_once(record, story):
+    config, told = CsvConfig(figures=False), story(20)
+    end = [Alert(tick=20, level="warning", code="kept", text="a sentence"), Alert(tick=20, level="info", code="other", text="another")]
+    keep(CsvFiles(config), record, [*told[:-1], (0.0, end[0])], status="KILLED")
+    keep(CsvFiles(config), record, [*story(20, since=20), *((0.0, alert) for alert in end)])
+    events = [json.loads(line) for line in (Path(record.folder) / "events.jsonl").read_text().splitlines()]
+    assert [event["code"] for event in events if event["kind"] == "Alert" and event["tick"] == 20] == ["kept", "other"]
 
 
 def test_a_disk_without_room_leaves_what_a_csv_said_before(record, story):
