@@ -50,8 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
-WATCHED = 3
-"""Cases of one test that coverage watches: further ones go through the same lines, and watching takes half as long again."""
+WATCHED = 1
+"""Cases of one test that coverage watches: further ones go through much the same lines, and watching takes half as long again."""
 
 
 @pytest.hookimpl(wrapper=True)
