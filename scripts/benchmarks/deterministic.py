@@ -7,7 +7,6 @@ device, so that both see the same machine; a ratio is of a pair of turns. Half o
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import platform
 import random
@@ -15,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from esper.running.parts import build_trainer
 from esper.training.device import keep_freed_memory, numerics
 from scripts.benchmarks._machine import chosen
 from scripts.benchmarks.checkpoint_parts.running import COMMON, Gardener
+from scripts.benchmarks.step import write
 
 LIMIT = 1.15  # on a GPU
 GROWN = 20
@@ -148,15 +148,6 @@ def line(row: Row) -> str:
         f"{row.host:24}{row.deterministic_ms:9.3f} ms against {row.other_ms:9.3f} ms  × {row.ratio:.3f} "
         f"({row.ratio_p20:.3f} to {row.ratio_p80:.3f})  {met}"
     )
-
-
-def write(rows: list[Row], path: Path) -> None:
-    """CSV with one column a field of :class:`Row`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 if __name__ == "__main__":

@@ -278,8 +278,8 @@ def line(row: Row) -> str:
     )
 
 
-def write(rows: list[Row], path: Path) -> None:
-    """CSV with one column a field of :class:`Row`."""
+def write(rows: list[Any], path: Path) -> None:
+    """CSV of rows that are dataclasses, with one column a field."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
