@@ -84,7 +84,7 @@ def forward(
 ) -> Launch:
     """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
 
-    Sweep on an H100, bfloat16, relu (docs/bench/kernel_sweep.csv): four warps for 64 rows, so that no two of them compute the same tile,
+    Timed on an H100, bfloat16, relu (docs/kernels.md, "Measured"): four warps for 64 rows, so that no two of them compute the same tile,
     and as many programs as registers allow; at width 32 eight for 128 rows. At 128 two stages with telemetry, else three.
     Shared memory shrinks stages first, then hidden block, then rows.
     """
@@ -135,7 +135,7 @@ def backward(
 ) -> Launch:
     """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
 
-    Same sweep: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps and
+    Timed likewise: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps and
     two stages. ``lessons``: the kernel also computes δ, for the isolated objectives.
     """
     if affine:
@@ -185,7 +185,7 @@ def backward_shared(
 def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, plan: Launch) -> Launch:
     """Settings of the kernel for ``dx`` alone, beside a backward ``plan`` whose block does not hold all hidden units.
 
-    With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (same sweep);
+    With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (timed likewise);
     else blocks of the plan's size, read again for every tile.
     """
     used = input_gradient_shared(64, chunk, hidden, gated, itemsize, 1, False)
