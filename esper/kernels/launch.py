@@ -249,15 +249,15 @@ class WholeRowsLaunch:
 def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 
-    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, four times where it also
-    ``copies``, and hardly anything spills (seen in `scripts/bench kernel_resources`). Shared memory holds the tiles that are under way,
-    and shrinks the stages. One that copies fares best with fewer stages and programs.
+    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, and nothing spills (seen in
+    `scripts/bench kernel_resources`); a kernel that also ``copies`` has no room for it. Shared memory holds the tiles that are under
+    way, and shrinks the stages. One that copies fares best with fewer stages and programs.
     """
     place, group = power_of_two(-(-width // seeds)), power_of_two(seeds)
     tile = place * group
-    if tile > 8192:
+    if tile > 8192 or (copies and group > 512):
         return None
-    warps = max(4, tile // (256 if copies else 512)) if group > 512 else 8 if tile > 4096 else 4
+    warps = max(4, tile // 512) if group > 512 else 8 if tile > 4096 else 4
     block = max(1, min(2048 // tile, power_of_two(rows)))
     stages, held = (3, 2) if copies else (5, 3)
     while stages > 1 and whole_rows_shared(block, tile, itemsize, stages, copies) > limit.shared:
