@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import Metrics
 from esper.compare.plan import Plan, parse_plan
 from esper.compare.runs import Run
 from esper.compare.tuned import Tuned, parse
 from esper.errors import UserError
+from esper.messages import Metrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun

@@ -6,9 +6,9 @@ import copy
 import threading
 from typing import Any
 
-from esper.bus.messages import Decided, RunEnded, TickEnded
 from esper.bus.protocol import Bus, Delivery
 from esper.controllers.base import PRODUCER, Controller
+from esper.messages import Decided, RunEnded, TickEnded
 
 #: Events first: they say which sites there are, before anything is said about them.
 _HEARD = ("events", "acks", "telemetry")

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from esper.bus.messages import Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.report.numbers import duration, short
 from esper.tracking.tracker import rows
 
@@ -96,9 +96,7 @@ class ProgressState:
     @property
     def score(self) -> tuple[str, float | None]:
         """The primary validation metric: its short name and latest value."""
-        name = self.primary or next(
-            (name for name in sorted(self.values) if name.startswith("validation/")), "validation"
-        )
+        name = self.primary or next((name for name in sorted(self.values) if name.startswith("validation/")), "validation")
         value = self.values.get(name, self.values.get(f"validation/{name}"))
         return name.removeprefix("validation/"), value
 

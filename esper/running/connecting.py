@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import msgspec
 from esper.bus.config import EmbeddedConfig, MemoryConfig
 from esper.bus.inbox import CONTROLLER
 from esper.bus.joining import invite
-from esper.bus.messages import Message
 from esper.bus.port import BusPort, ControllerSilent
 from esper.bus.programs.track import GROUP as TRACKER
 from esper.bus.protocol import Bus
@@ -23,8 +23,8 @@ from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
 from esper.errors import UserError
+from esper.messages import COLUMNS, Alert, Message
 from esper.running.parts import build_controller
-from esper.seeds import COLUMNS
 from esper.tasks.base import Task
 from esper.tracking import RunRecord, TrackerRunner, build_trackers
 from esper.tracking.runner import STREAMS as READ_BY_TRACKERS
@@ -44,10 +44,11 @@ class Watched(BusPort):
         self.alerts: list[dict[str, Any]] = []
         self.silent: ControllerSilent | None = None
 
-    def alert(self, tick: int, level: str, code: str, text: str, site: str = "", seed: int = -1) -> None:
-        """Say it and keep it."""
-        self.alerts.append({"tick": tick, "level": level, "code": code, "text": text, "site": site, "seed": seed})
-        super().alert(tick, level, code, text, site, seed)
+    def emit(self, event: Message) -> None:
+        """Say it, and keep it if it is an alert."""
+        if isinstance(event, Alert):
+            self.alerts.append(asdict(event))
+        super().emit(event)
 
     def end_tick(self, tick: int) -> None:
         """As the bus's; that the controller is silent is raised by the ``Keeper``, which can save before it."""

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.bus.messages import RunStarted
 from esper.config import RootConfig, listing, nearest, options
 from esper.controllers import Controller
 from esper.errors import UserError
+from esper.messages import RunStarted
 from esper.randomness import generator
 from esper.saved import load_weights
 from esper.tasks.base import Task

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig, plain
+from esper.messages import Alert
 from esper.report.progress import ProgressBar
 from esper.report.summary import Summary, reserve, write_summary
 from esper.report.table import print_report
@@ -114,7 +115,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             progress.start()
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
-                port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
+                port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
         with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
             with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)

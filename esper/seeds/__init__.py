@@ -4,7 +4,7 @@ from esper.seeds.branches import Branch, BranchTable
 from esper.seeds.config import SitesConfig, TelemetryConfig
 from esper.seeds.garden import Garden
 from esper.seeds.layer import SeedLayer
-from esper.seeds.recording import COLUMNS, Recording
+from esper.seeds.recording import Recording
 from esper.seeds.sites import Site, find_sites
 
 CONFIGS: dict[str, dict[str, type]] = {
@@ -13,7 +13,6 @@ CONFIGS: dict[str, dict[str, type]] = {
 }
 
 __all__ = [
-    "COLUMNS",
     "CONFIGS",
     "Branch",
     "BranchTable",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esper.bus.messages import Message
+from esper.messages import Message
 from esper.tracking import frames
 from esper.tracking.config import MlflowConfig
 

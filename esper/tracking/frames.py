@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
 from typing import Any, BinaryIO
 
 import msgspec
 
-from esper.bus.messages import BODIES
+from esper.bus.codec import message_hook, to_plain
+from esper.messages import Message
 from esper.tracking.config import MlflowConfig
 from esper.tracking.record import RunRecord
-
-_Body = reduce(or_, BODIES)
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
@@ -25,7 +22,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 class Record(msgspec.Struct, frozen=True, tag=True):
     """Messages of the bus; the one frame that is not answered."""
 
-    messages: list[_Body]  # type: ignore[valid-type]
+    messages: list[Message]
 
 
 class Flush(msgspec.Struct, frozen=True, tag=True):
@@ -51,6 +48,8 @@ _encoder = msgspec.msgpack.Encoder()
 
 def write(stream: BinaryIO, frame: Frame | Reply) -> None:
     """Send one frame."""
+    if isinstance(frame, Record):
+        frame = msgspec.structs.replace(frame, messages=[to_plain(message) for message in frame.messages])
     body = _encoder.encode(frame)
     stream.write(len(body).to_bytes(4, "big") + body)
     stream.flush()
@@ -63,4 +62,4 @@ def read(stream: BinaryIO, kind: Any = Frame) -> Any:
     body = stream.read(size) if len(head) == 4 else b""
     if len(head) < 4 or len(body) < size:
         raise EOFError("the other side of the pipe has gone")
-    return msgspec.msgpack.decode(body, type=kind)
+    return msgspec.msgpack.decode(body, type=kind, dec_hook=message_hook)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import Alert, Message, Metrics, RunStarted, Telemetry
+from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry
 from esper.tracking.aggregate import Aggregates, Point
 from esper.tracking.config import MlflowConfig, tracking_uri
 from esper.tracking.continued import Continued
@@ -104,11 +104,7 @@ class MlflowRun:
 
         record, client = self._record, self._client
         before = client.get_run(self.run_id)
-        new = [
-            Param(legal(key), value)
-            for key, value in sorted(record.changed.items())
-            if legal(key) not in before.data.params
-        ]
+        new = [Param(legal(key), value) for key, value in sorted(record.changed.items()) if legal(key) not in before.data.params]
         for start in range(0, len(new), NAMES):
             client.log_batch(self.run_id, params=new[start : start + NAMES])
         if record.dataset and not before.inputs.dataset_inputs:

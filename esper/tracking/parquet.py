@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
+from esper.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
 from esper.tracking.record import RunRecord
 from esper.tracking.tables import TABLES
 

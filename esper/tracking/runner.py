@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from esper.bus.messages import Message, RunEnded
 from esper.bus.protocol import Bus, Delivery
+from esper.messages import Message, RunEnded
 from esper.tracking.record import RunRecord
 from esper.tracking.seen import Seen
 from esper.tracking.tracker import STATUSES, Tracker, TrackerError
@@ -109,9 +109,7 @@ class TrackerRunner:
         elif self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                raise TrackerError(
-                    f"the trackers did not finish within {timeout_s:.0f} s; the run's folder may lack files"
-                )
+                raise TrackerError(f"the trackers did not finish within {timeout_s:.0f} s; the run's folder may lack files")
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -196,4 +194,3 @@ class TrackerRunner:
         failure = TrackerError(text)
         failure.__cause__ = error
         self.errors.append(failure)
-

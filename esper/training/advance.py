@@ -8,6 +8,7 @@ from esper.grafting import STRATEGY_NAMES, GraftingContext, signals_of, step_man
 from esper.grafting.base import MAX_ERROR_RATE
 from esper.lifecycle import Ages, LifecycleConfig, Stage
 from esper.lifecycle.transitions import BLENDED
+from esper.messages import Alert
 from esper.seeds import Branch, Garden
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.guard import Guard
@@ -94,7 +95,7 @@ class Advance:
             text = f"grafting strategy {strategy} {GAVE_UP}; to CULLED: {', '.join(names)}{more}"
             one = len(mine) == 1
             site, seed = (self.garden.sites[mine[0].site].name, mine[0].seed) if one else ("", -1)
-            self.life.port.alert(self.life.tick, "error", "strategy_gave_up", text, site, seed)
+            self.life.port.emit(Alert(tick=self.life.tick, level="error", code="strategy_gave_up", text=text, site=site, seed=seed))
 
     def context(self, branches: list[Branch]) -> GraftingContext:
         """The signals of these branches at this tick."""

@@ -1,8 +1,4 @@
-"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done.
-
-The engine knows commands by the name of their class and their fields, not by the bus's types, so that it runs where no
-bus is installed.
-"""
+"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done."""
 
 from __future__ import annotations
 
@@ -10,13 +6,26 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from esper.errors import UserError
-from esper.grafting import STRATEGY_NAMES, hand_over
+from esper.grafting import hand_over
 from esper.lifecycle import GATES, Stage
 from esper.lifecycle.machine import Trial
-from esper.seeds import COLUMNS
+from esper.messages import (
+    COLUMNS,
+    ApplyTogether,
+    Cancel,
+    ChangeStrategy,
+    Column,
+    Command,
+    EmergencyStop,
+    Germinate,
+    PauseGrafting,
+    Predicate,
+    ResumeGrafting,
+    Selector,
+    SetStage,
+)
 from esper.training.advance import Advance
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.life import Life
@@ -48,7 +57,7 @@ class Action:
     paused: bool = False
 
 
-def _without_own(part: Any) -> Any:
+def _without_own(part: Command) -> Command:
     """A part of ApplyTogether, which comes and ends with the whole; Refused where it asks for more."""
     for name, none in (("deadline", -1), ("priority", 0)):
         if getattr(part, name) != none:
@@ -70,10 +79,8 @@ class Executor:
         self.rows_of = rows_of
         self.refusals: dict[str, int] = {}
 
-    def apply(self, command: Any, tick: int) -> tuple[str, str]:
-        """(``applied`` | ``refused`` | ``expired``, reason)."""
-        if 0 <= command.deadline < tick:
-            return "expired", f"its deadline was tick {command.deadline}, this is tick {tick}"
+    def apply(self, command: Command, tick: int) -> tuple[str, str]:
+        """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over."""
         try:
             actions = self._plan(command, self.life.machine.trial(), tick)
             self._do_all(actions, command.id)
@@ -97,29 +104,29 @@ class Executor:
 
     # --- working out ---
 
-    def _plan(self, command: Any, trial: Trial, tick: int) -> list[Action]:
-        kind = type(command).__name__
-        if kind == "Germinate":
-            return [self._germinate(command, trial)]
-        if kind == "ApplyTogether":
-            return [action for part in command.commands for action in self._plan(_without_own(part), trial, tick)]
-        if kind == "EmergencyStop":
-            return self._stop_everything(trial)
-        if kind == "SetStage":
-            return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
-        if kind == "Cancel":
-            return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
-        if kind == "ChangeStrategy":
-            if command.strategy not in self.life.strategies:
-                raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
-            rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
-            return [Action("strategy", row, strategy=command.strategy) for row in rows]
-        if kind in ("PauseGrafting", "ResumeGrafting"):
-            rows = self._grafting(command.select, trial, (Stage.GRAFTING,))
-            return [Action("pause", row, paused=kind == "PauseGrafting") for row in rows]
-        raise Refused(f"the trainer knows no command {kind}")
+    def _plan(self, command: Command, trial: Trial, tick: int) -> list[Action]:
+        match command:
+            case Germinate():
+                return [self._germinate(command, trial)]
+            case ApplyTogether():
+                return [action for part in command.commands for action in self._plan(_without_own(part), trial, tick)]
+            case EmergencyStop():
+                return self._stop_everything(trial)
+            case SetStage():
+                return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
+            case Cancel():
+                return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
+            case ChangeStrategy():
+                if command.strategy not in self.life.strategies:
+                    raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
+                rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
+                return [Action("strategy", row, strategy=command.strategy) for row in rows]
+            case PauseGrafting() | ResumeGrafting():
+                rows = self._grafting(command.select, trial, (Stage.GRAFTING,))
+                return [Action("pause", row, paused=isinstance(command, PauseGrafting)) for row in rows]
+        raise Refused(f"the trainer knows no command {type(command).__name__}")
 
-    def _germinate(self, command: Any, trial: Trial) -> Action:
+    def _germinate(self, command: Germinate, trial: Trial) -> Action:
         row = self.garden.row(command.site, command.seed)
         if row is None:
             raise Refused(self._no_such_seed(command.site, command.seed))
@@ -158,7 +165,7 @@ class Executor:
         rows = trial.rows_in(*away)
         return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows]
 
-    def _select(self, select: Any, trial: Trial) -> list[int]:
+    def _select(self, select: Selector, trial: Trial) -> list[int]:
         sites = [n for n, site in enumerate(self.garden.sites) if site.name == select.site or fnmatchcase(site.name, select.site)]
         if not sites:
             names = ", ".join(site.name for site in self.garden.sites)
@@ -179,12 +186,12 @@ class Executor:
             raise Refused("no seed meets the selection")
         return rows
 
-    def _holds(self, predicate: Any, row: int) -> bool:
+    def _holds(self, predicate: Predicate, row: int) -> bool:
         if predicate.column not in COLUMNS or predicate.op not in COMPARISONS:
             raise Refused(f"'{predicate.column} {predicate.op}' is no predicate; columns: {', '.join(COLUMNS)}; {' '.join(COMPARISONS)}")
-        return COMPARISONS[predicate.op](self.rows_of(row)[COLUMNS.index(predicate.column)], predicate.value)
+        return COMPARISONS[predicate.op](self.rows_of(row)[Column[predicate.column.upper()]], predicate.value)
 
-    def _grafting(self, select: Any, trial: Trial, stages: tuple[Stage, ...]) -> list[int]:
+    def _grafting(self, select: Selector, trial: Trial, stages: tuple[Stage, ...]) -> list[int]:
         rows = self._select(select, trial)
         for row in rows:
             if trial.stage_of(row) not in stages:
@@ -216,7 +223,6 @@ class Executor:
         else:
             assert action.kind == "strategy" and branch is not None
             branch.strategy = action.strategy
-            table.strategy[action.row] = STRATEGY_NAMES.index(action.strategy)
             if branch.stage is Stage.GRAFTING:
                 self._hand_over(branch.id)
 

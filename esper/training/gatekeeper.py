@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
+from esper.messages import Alert, GateResult
 from esper.seeds import Branch, Garden
 from esper.training.guard import Guard
 from esper.training.judge import Gain, Judge
@@ -59,8 +60,10 @@ class Gatekeeper:
         value, threshold = self._cheap(gate, branch)
         if gate == "stability" and not self.loss.heard and "no_training_loss" not in self.said:
             self.said.add("no_training_loss")
-            text = "no training loss was given, so the gate 'stability' stays shut: give it to grow.tick(loss) or after_backward(batch, loss)"
-            self.port.alert(tick, "error", "no_training_loss", text, "", -1)
+            text = (
+                "no training loss was given, so the gate 'stability' stays shut: give it to grow.tick(loss) or after_backward(batch, loss)"
+            )
+            self.port.emit(Alert(tick=tick, level="error", code="no_training_loss", text=text))
             warnings.warn(f"esper: {text}", stacklevel=2)  # a loop of the user's own reads no alerts
         return self._answer(gate, branch, value, threshold, tick, 0)
 
@@ -78,7 +81,7 @@ class Gatekeeper:
         if self.judge.spoiled and "judge_not_finite" not in self.said:
             self.said.add("judge_not_finite")
             text = f"{self.judge.spoiled} losses on the judge set are not finite even without the branch, so no gate opens; check its data"
-            self.port.alert(tick, "error", "judge_not_finite", text, "", -1)
+            self.port.emit(Alert(tick=tick, level="error", code="judge_not_finite", text=text))
         return [self._take(branch, gain, tick) for branch, gain in zip(branches, gains, strict=True)]
 
     def _take(self, branch: Branch, gain: Gain, tick: int) -> bool:
@@ -114,5 +117,16 @@ class Gatekeeper:
         if math.isfinite(value) and not value <= record.closest:
             record.closest = value
         site = self.garden.sites[branch.site].name
-        self.port.gate(tick, site, branch.seed, branch.id, gate, value, threshold, passed, look)
+        asked = GateResult(
+            tick=tick,
+            site=site,
+            seed=branch.seed,
+            branch=branch.id,
+            gate=gate,
+            value=value,
+            threshold=threshold,
+            passed=passed,
+            look=look,
+        )
+        self.port.emit(asked)
         return passed

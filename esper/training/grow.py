@@ -7,7 +7,7 @@ step, ``observe(…)`` when a held-out metric was measured, ``export()`` at the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from esper.grafting import GraftingConfig, signals_of
 from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
+from esper.messages import Alert, Command, Metrics, Report, RequestReport
 from esper.seeds import Branch, Garden, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.advance import Advance
@@ -55,7 +56,6 @@ class GrowSettings:
     steps_per_tick: int = 1
     accumulate: int = 1
     count_macs: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Grow:
@@ -186,7 +186,7 @@ class Grow:
         """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
         if primary is not None:
             self.advance.metric = values[primary] if maximize else -values[primary]
-        self.port.metrics(self.tick_number, {key: float(value) for key, value in values.items()})
+        self.port.emit(Metrics(tick=self.tick_number, values={key: float(value) for key, value in values.items()}))
 
     def close(self, status: str = "FINISHED", summary: dict[str, Any] | None = None) -> None:
         """End of the run: said on the bus; the seed layers stay on the model, for ``export`` and ``save``."""
@@ -200,7 +200,7 @@ class Grow:
         kernels = self.garden.kernels
         while kernels is not None and kernels.alerts:
             self.gates.said.add(MISMATCH)  # saved with the run, which keeps to torch when it is resumed
-            self.port.alert(self.tick_number, "error", MISMATCH, kernels.alerts.pop(0), "", -1)
+            self.port.emit(Alert(tick=self.tick_number, level="error", code=MISMATCH, text=kernels.alerts.pop(0)))
 
     def _boundary(self) -> None:
         self.tick_number += 1
@@ -219,9 +219,10 @@ class Grow:
                 self.port.telemetry(self.tick_number, site, rows)
         self.port.end_tick(self.tick_number)
 
-    def _obey(self, command: Any) -> None:
-        if type(command).__name__ == "RequestReport":
-            self.port.report(self.tick_number, command.id, self.garden.table.counts(), self.observer.branch_cards())
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, RequestReport):
+            stages, branches = self.garden.table.counts(), self.observer.branch_cards()
+            self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches))
             self.port.acknowledge(command.id, "applied", "", self.tick_number)
             return
         status, reason = self.executor.apply(command, self.tick_number)
@@ -248,7 +249,9 @@ class Grow:
             if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
                 site = self.garden.sites[branch.site].name
                 text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
-                self.port.alert(self.tick_number, "error", "fossil_not_finite", text, site, branch.seed)
+                self.port.emit(
+                    Alert(tick=self.tick_number, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed)
+                )
             branch.unsound = rate > 0
 
     def _measure_counterfactuals(self) -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from esper.errors import UserError
-from esper.seeds import COLUMNS
+from esper.messages import COLUMNS
 from esper.training.port import NullPort, Port
 
 RUN = "attached"

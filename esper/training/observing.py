@@ -12,15 +12,17 @@ from torch import Tensor
 
 from esper.blueprints import Block, Blueprint
 from esper.lifecycle import Stage
-from esper.seeds import COLUMNS, Branch, Garden, Recording, TelemetryConfig
+from esper.messages import COLUMNS, Column
+from esper.seeds import Branch, Garden, Recording, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.objectives import Objective
 from esper.training.passes import host_parameters
 from esper.training.signals import gradient_norms
 
-MEASURED = COLUMNS[2:9]
-"""What only a forward and backward can show; kept of every seed until the next telemetry. The other columns are known at any time."""
-FIRST = COLUMNS.index(MEASURED[0])
+MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
+"""The columns that only a forward and backward can show; kept of every seed until the next telemetry. The others are known at any time."""
+STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
+"""The columns of an activation's statistics, as a Recording has them."""
 
 
 class Observer:
@@ -37,7 +39,7 @@ class Observer:
         self.due = False
         self._gradient_ratio: dict[int, float] = {}
         self._gradient_norms: list[Tensor] = []
-        self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(MEASURED)), float("nan")) for s in garden.sites]
+        self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in garden.sites]
 
     def prepare(self, upcoming: int) -> None:
         """Give each site the recording that its next forward should fill, if any; ``upcoming`` 0 is no tick."""
@@ -114,16 +116,18 @@ class Observer:
             seeds, first = site.geometry.seeds, self.garden.first_row[number]
             rows = slot(site.name, seeds).fill_(float("nan"))
             span = slice(first, first + seeds)
-            rows[:, 0], rows[:, 9], rows[:, 10] = table.stage[span], table.ages(span, self.tick()), table.generation[span]
-            rows[:, 1] = rows[:, 7] = 0.0
-            rows[:, 11] = table.score[span]
+            rows[:, Column.STAGE] = table.stage[span]
+            rows[:, Column.AGE] = table.ages(span, self.tick())
+            rows[:, Column.GENERATION] = table.generation[span]
+            rows[:, Column.GAIN] = table.score[span]
+            rows[:, Column.ALPHA] = rows[:, Column.BRANCH_RMS_RATIO] = 0.0
             recording = layer.recording
             if recording is not None and recording.statistics is not None:
-                rows[:, 2:6] = recording.statistics.cpu()
+                rows[:, STATISTICS] = recording.statistics.cpu()
             if self._gradient_norms:
-                rows[:, 6] = self._gradient_norms[number]
+                rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
             self._fill_branches(rows, number, {} if recording is None else recording.ratios or {})
-            self.health[number] = rows[:, FIRST : FIRST + len(MEASURED)].clone()
+            self.health[number] = rows[:, MEASURED].clone()
             result.append((site.name, rows))
         return result
 
@@ -131,10 +135,15 @@ class Observer:
         for branch in self.garden.branches.living():
             if branch.site != number:
                 continue
-            rows[branch.seed, 1] = self.garden.branches.alpha[branch.id]
+            rows[branch.seed, Column.ALPHA] = self.garden.branches.alpha[branch.id]
             if branch.id in ratios:
-                rows[branch.seed, 7] = float(ratios[branch.id])
-            rows[branch.seed, 8] = self._gradient_ratio.get(branch.id, float("nan"))
+                rows[branch.seed, Column.BRANCH_RMS_RATIO] = float(ratios[branch.id])
+            rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
+
+    def mean_squares(self) -> list[float]:
+        """Mean square of every site's activation, as measured last; NaN where nothing was measured yet."""
+        mean, variance = Column.MEAN - MEASURED.start, Column.VARIANCE - MEASURED.start
+        return [float((rows[:, mean].square() + rows[:, variance]).mean()) for rows in self.health]
 
     def row(self, row: int) -> list[float]:
         """A telemetry row of a seed: what was measured last, and the rest as it is now."""

@@ -17,6 +17,7 @@ from esper.grafting import GraftingConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.duration import parse
+from esper.messages import Alert
 from esper.randomness import seed_for
 from esper.seeds import SitesConfig, TelemetryConfig
 from esper.tasks.base import Task
@@ -254,7 +255,7 @@ class Trainer:
         if not math.isfinite(loss) and which not in self.said:
             self.said.add(which)
             text = f"the {which} loss is {loss}; if the training loss is not, look for NaN or infinities in the {which} data"
-            self.port.alert(self.grow.tick_number, "error", f"{which}_not_finite", text, "", -1)
+            self.port.emit(Alert(tick=self.grow.tick_number, level="error", code=f"{which}_not_finite", text=text))
 
     def _maximize(self, name: str) -> bool:
         metric = self.task.metrics.get(name.split("/", 1)[1])
@@ -277,9 +278,7 @@ class Trainer:
     def parameters(self) -> int:
         """Parameters of the host and of the branches that are blended in."""
         garden = self.grow.garden
-        return self.host_parameters + sum(
-            branch.parameters for number in range(len(garden.sites)) for branch in garden.blended(number)
-        )
+        return self.host_parameters + sum(branch.parameters for number in range(len(garden.sites)) for branch in garden.blended(number))
 
     @property
     def host_parameters(self) -> int:

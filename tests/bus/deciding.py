@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from esper.bus.messages import Decided, Germinate, RunEnded, Telemetry, TickEnded
+from esper.messages import Decided, Germinate, RunEnded, Telemetry, TickEnded
 
 COLUMNS = ("a", "b", "c")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper.bus import messages as m
+from esper import messages as m
 from esper.bus.codec import Envelope
 
 SELECT = m.Selector(site="fc*", seeds=[1, 2], stage=3, where=[m.Predicate("gain", ">", 0.5)])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from faults import drain
 
-from esper.bus.messages import Telemetry, TickEnded
+from esper.messages import Telemetry, TickEnded
 
 
 def test_replies_lost_after_the_request_was_done_make_neither_hole_nor_double(fragile, proxy, open_bus):

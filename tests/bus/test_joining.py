@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from faults import FaultProxy, FragileServer
 
-from esper.bus.messages import TickEnded
 from esper.bus.server.bus import ServerBus
+from esper.messages import TickEnded
 
 
 def test_a_reply_lost_at_any_moment_of_joining_costs_nothing(

@@ -10,11 +10,11 @@ import redis
 from faults import wait_until
 
 from esper.bus.codec import Envelope, encode
-from esper.bus.messages import ClaimCheck, Metrics, Telemetry, TickEnded
 from esper.bus.programs.track import fresh_group
 from esper.bus.protocol import Fenced
 from esper.bus.server.payloads import keep_all
 from esper.errors import UserError
+from esper.messages import ClaimCheck, Metrics, Telemetry, TickEnded
 
 
 def large(number):

@@ -11,10 +11,23 @@ from deciding import COLUMNS, Germinator, messages, rows
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
-from esper.bus.messages import Acknowledgement, Alert, Decided, EmergencyStop, Germinate, Telemetry, TickEnded
 from esper.bus.port import BusPort
 from esper.bus.server.bus import ServerBus
 from esper.bus.telemetry import unpack
+from esper.messages import (
+    Acknowledgement,
+    Alert,
+    Checkpoint,
+    Decided,
+    EmergencyStop,
+    GateResult,
+    Germinate,
+    Metrics,
+    Report,
+    Telemetry,
+    TickEnded,
+    Transition,
+)
 
 
 def test_in_lockstep_what_a_tick_leads_to_is_applied_at_the_next_always(bus):
@@ -130,18 +143,17 @@ def test_everything_the_trainer_can_say_arrives(bus):
     consumer = bus.consumer("events", "run", "tracker", "one")
     port = BusPort(bus, "run", COLUMNS)
     port.started(3, 10, [{"name": "fc"}])
-    port.transition(4, "fc", 1, 0, 0, 1, "command", 1, "mlp", "linear")
-    port.gate(5, "fc", 1, 0, "gain", float("nan"), 0.1, False, 1)
-    port.alert(6, "error", "nan", "loss is not finite", "fc", 1)
-    port.metrics(7, {"train/loss": 0.5})
-    port.checkpoint(8, "checkpoints/8", "ab")
-    port.report(8, "q", {"DORMANT": 3}, [])
+    grown = {"generation": 1, "blueprint": "mlp", "strategy": "linear"}
+    port.emit(Transition(tick=4, site="fc", seed=1, branch=0, source=0, target=1, cause="command", **grown))
+    port.emit(GateResult(tick=5, site="fc", seed=1, branch=0, gate="gain", value=float("nan"), threshold=0.1, passed=False, look=1))
+    port.emit(Alert(tick=6, level="error", code="nan", text="loss is not finite", site="fc", seed=1))
+    port.emit(Metrics(tick=7, values={"train/loss": 0.5}))
+    port.emit(Checkpoint(tick=8, path="checkpoints/8", digest="ab"))
+    port.emit(Report(tick=8, command_id="q", stages={"DORMANT": 3}, branches=[]))
     port.end_tick(9)
     port.ended(9, "FINISHED", {"germinated": 1})
     names = [type(message).__name__ for message in messages(consumer, object)]
-    assert names == [
-        *("RunStarted", "Transition", "GateResult", "Alert", "Metrics", "Checkpoint", "Report", "TickEnded", "RunEnded")
-    ]
+    assert names == [*("RunStarted", "Transition", "GateResult", "Alert", "Metrics", "Checkpoint", "Report", "TickEnded", "RunEnded")]
 
 
 def test_a_tick_with_nothing_due_costs_little(bus):

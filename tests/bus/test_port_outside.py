@@ -8,8 +8,8 @@ import time
 import pytest
 from deciding import COLUMNS, Germinator, messages, rows
 
-from esper.bus.messages import Acknowledgement, Alert, Decided, Germinate, TickEnded
 from esper.bus.port import BusPort, ControllerSilent
+from esper.messages import Acknowledgement, Alert, Decided, Germinate, TickEnded
 
 
 def test_what_was_decided_for_an_earlier_start_of_the_trainer_is_not_applied(served):

@@ -12,10 +12,10 @@ import time
 import pytest
 from faults import drain, wait_until
 
-from esper.bus.messages import Telemetry, TickEnded
 from esper.bus.programs.track import fresh_group
 from esper.bus.spool import Spool
 from esper.errors import UserError
+from esper.messages import Telemetry, TickEnded
 
 
 @pytest.mark.parametrize("drop", ["newest", "oldest"])
@@ -50,7 +50,7 @@ def test_what_a_killed_process_left_on_disk_is_sent_by_the_next_start(fragile, o
         import os, sys, time
         from pathlib import Path
         from esper.bus.config import RedisConfig
-        from esper.bus.messages import TickEnded
+        from esper.messages import TickEnded
         from esper.bus.server.bus import ServerBus
         from esper.bus.server.embedded import address_in
         bus = ServerBus(RedisConfig(timeout_s=0.2, retry_s=0.1), address_in(Path(sys.argv[1])), Path(sys.argv[2]))

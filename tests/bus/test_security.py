@@ -14,9 +14,9 @@ from tls import tls_before
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, RedisConfig
 from esper.bus.joining import invite
-from esper.bus.messages import Metrics, TickEnded
 from esper.bus.server.connection import Address, connect
 from esper.errors import UserError
+from esper.messages import Metrics, TickEnded
 
 SECRET = "correct-horse-battery"
 RIGHTS = next(

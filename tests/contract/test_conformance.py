@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from esper.bus.counts import Counts
-from esper.bus.messages import Metrics, Telemetry, TickEnded
 from esper.bus.ordering import in_order
 from esper.bus.protocol import Fenced
+from esper.messages import Metrics, Telemetry, TickEnded
 
 
 def ticks(deliveries):

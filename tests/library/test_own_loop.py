@@ -316,7 +316,7 @@ def test_the_stability_gate_hears_the_loss_wherever_it_is_given_and_says_when_it
             optimizer.zero_grad()
     reached = [name for name, _ in grow.garden.branches[0].path]
     said = [str(one.message) for one in heard if "esper" in str(one.message)]
-    alerts = [alert for alert in port.alerts if alert[2] == "no_training_loss"]
+    alerts = [alert for alert in port.alerts if alert.code == "no_training_loss"]
     assert ("EVALUATING" in reached) is (given != "never")
     assert len(said) == len(alerts) == (given == "never")
     assert given != "never" or "the gate 'stability' stays shut: give it to grow.tick(loss)" in said[0]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from esper.bus.messages import GateResult, Metrics, RunStarted, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import GateResult, Metrics, RunStarted, Transition
 from esper.tracking.figures import draw_all
 from esper.tracking.figures.curves import learning_curves
 from esper.tracking.figures.gates import gate_margins
@@ -72,9 +72,7 @@ def test_curves_are_drawn_against_ticks_and_against_macs(folder: Path):
     by_tick, by_macs = figure.axes[0], figure.axes[1]
     assert by_tick.get_xlim()[1] == 200
     assert by_macs.get_xlim()[1] == pytest.approx(story.metrics["cost/macs"][1][-1])
-    germinated = [
-        line.get_xdata()[0] for line in by_tick.lines if len(line.get_xdata()) == 2 and line.get_color() == "#666666"
-    ]
+    germinated = [line.get_xdata()[0] for line in by_tick.lines if len(line.get_xdata()) == 2 and line.get_color() == "#666666"]
     assert germinated == [20, 40, 60]
 
 

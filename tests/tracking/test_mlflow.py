@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from esper.bus.messages import Alert, Metrics, RunStarted, Telemetry
 from esper.compare.jobs import set_aside
 from esper.errors import UserError
+from esper.messages import Alert, Metrics, RunStarted, Telemetry
 from esper.tracking import (
     MlflowConfig,
     NoneConfig,
@@ -130,9 +130,7 @@ def test_an_attempt_that_was_set_aside_keeps_its_mlflow_run(client, records, out
 
 
 def test_values_that_are_not_finite_are_kept_as_nan_and_named(client, record):
-    run = tracked(
-        record, [Metrics(tick=3, values={"train/loss": math.inf}), Metrics(tick=4, values={"train/loss": math.nan})]
-    )
+    run = tracked(record, [Metrics(tick=3, values={"train/loss": math.inf}), Metrics(tick=4, values={"train/loss": math.nan})])
     assert [math.isnan(value) for _, _, value in history(client, run, "train/loss")] == [True, True]
     assert client.get_run(run.run_id).data.tags["not_finite"] == "train/loss at tick 3"
 
@@ -277,15 +275,11 @@ def _the_logged_model_answers_like(model: torch.nn.Module, uri: str, found) -> N
     loaded = mlflow.pyfunc.load_model(f"models:/{found.outputs.model_outputs[0].model_id}")
     assert loaded.metadata.signature.inputs.inputs[0].shape == (-1, 6)
     inputs = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
-    np.testing.assert_allclose(
-        loaded.predict(inputs), model(torch.from_numpy(inputs)).detach().numpy(), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(loaded.predict(inputs), model(torch.from_numpy(inputs)).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_store_that_cannot_be_opened_is_an_error_of_the_tracker_not_of_training(bus, record, story, publish):
-    runner = TrackerRunner(
-        bus, record, build_trackers(MlflowConfig(uri="sqlite:////proc/none/mlflow.db", **LIGHT)), poll_s=0.05
-    )
+    runner = TrackerRunner(bus, record, build_trackers(MlflowConfig(uri="sqlite:////proc/none/mlflow.db", **LIGHT)), poll_s=0.05)
     runner.start()
     publish(record.run, story(20))
     with pytest.raises(TrackerError, match=r"^MLflow failed and keeps nothing more: .*\S$"):
@@ -311,7 +305,7 @@ def test_a_trainer_killed_without_a_word_leaves_its_run_marked_killed(client, re
         "import sys, time, msgspec\n"
         "from esper.tracking import MlflowConfig, RunRecord\n"
         "from esper.tracking.apart import MlflowApart\n"
-        "from esper.bus.messages import Metrics\n"
+        "from esper.messages import Metrics\n"
         "tracker = MlflowApart(MlflowConfig(figures=False, model=False, system_s=0.0))\n"
         "tracker.open(msgspec.json.decode(sys.argv[1], type=RunRecord))\n"
         "tracker.record([Metrics(tick=1, values={'a': 2.0})])\n"

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from esper.bus.messages import Metrics, RunEnded
+from esper.messages import Metrics, RunEnded
 from esper.tracking import TrackerError, TrackerRunner
 from esper.tracking.seen import MAX_AHEAD, Seen
 
@@ -69,9 +69,7 @@ def test_messages_stay_pending_until_they_were_flushed(bus, record, story, publi
     assert bus.counts()["acknowledged"] == len(story(20))
 
 
-def test_a_tracker_that_fails_is_said_once_and_raised_at_close_while_the_others_go_on(
-    bus, record, story, publish, caplog
-):
+def test_a_tracker_that_fails_is_said_once_and_raised_at_close_while_the_others_go_on(bus, record, story, publish, caplog):
     broken, sound = Listener(fail_at="record"), Listener()
     runner = run(bus, record, [broken, sound])
     with caplog.at_level(logging.ERROR, "esper.tracking"):
@@ -128,11 +126,7 @@ def test_two_groups_each_get_everything(bus, record, story, publish):
     publish(record.run, story(30))
     for runner in runners:
         runner.close("FINISHED")
-    assert (
-        sum(isinstance(m, Metrics) for m in first.messages)
-        == sum(isinstance(m, Metrics) for m in second.messages)
-        == 30
-    )
+    assert sum(isinstance(m, Metrics) for m in first.messages) == sum(isinstance(m, Metrics) for m in second.messages) == 30
     assert sum(isinstance(m, RunEnded) for m in second.messages) == 1
 
 

@@ -9,7 +9,8 @@ import torch
 from growing import Loop, germinate, same, set_stage, short
 
 from esper.blueprints import Block, Conv
-from esper.bus.messages import (
+from esper.lifecycle import Stage
+from esper.messages import (
     ApplyTogether,
     Cancel,
     ChangeStrategy,
@@ -23,7 +24,6 @@ from esper.bus.messages import (
     Selector,
     SetStage,
 )
-from esper.lifecycle import Stage
 
 S = Stage
 
@@ -110,16 +110,6 @@ def test_a_refused_command_says_why_and_changes_nothing(name: str, loop: Loop):
     assert status == "refused" and reason in said
     unchanged(before, picture(loop))
     assert loop.grow.executor.refusals == {said: 1}
-
-
-def test_a_command_too_late_expires(loop: Loop):
-    before = picture(loop)
-    late = Germinate(id="late", site="fc2", seed=0, deadline=loop.grow.tick_number - 1)
-    status, reason = loop.grow.executor.apply(late, loop.grow.tick_number)
-    assert status == "expired" and "deadline" in reason
-    unchanged(before, picture(loop))
-    on_time = Germinate(id="now", site="fc2", seed=0, deadline=loop.grow.tick_number)
-    assert loop.grow.executor.apply(on_time, loop.grow.tick_number) == ("applied", "")
 
 
 def test_a_gate_that_is_shut_refuses_a_command_too():
@@ -244,8 +234,9 @@ def test_an_emergency_stop_ends_everything_but_fossils_now():
 def test_a_report_is_answered(loop: Loop):
     loop.port.script[loop.grow.tick_number + 1] = [RequestReport(id="r")]
     loop.run(1)
-    ((tick, command, stages, branches),) = loop.port.reports
-    assert (tick, command) == (loop.grow.tick_number, "r") and stages["GRAFTING"] >= 1 and len(branches) == 2
+    (report,) = loop.port.reports
+    assert (report.tick, report.command_id) == (loop.grow.tick_number, "r")
+    assert report.stages["GRAFTING"] >= 1 and len(report.branches) == 2
     assert loop.port.acks["r"] == ("applied", "")
 
 
@@ -267,7 +258,7 @@ def test_a_strategy_changed_midway_goes_on_from_the_present_alpha(loop: Loop):
     before = float(garden.branches.alpha[0])
     command = ChangeStrategy(id="c", select=FC1, strategy="momentum")
     assert loop.grow.executor.apply(command, loop.grow.tick_number) == ("applied", "")
-    assert garden.branches[0].strategy == "momentum" and int(garden.table.strategy[0]) == 2
+    assert garden.branches[0].strategy == "momentum"
     loop.run(1)
     assert before <= float(garden.branches.alpha[0]) < before + 0.2
 

@@ -6,8 +6,8 @@ import torch
 from growing import Notebook, short
 from torch import nn
 
-from esper.bus.messages import Germinate
 from esper.lifecycle import SeedTable
+from esper.messages import Germinate
 from esper.seeds import TelemetryConfig
 from esper.training import attach
 

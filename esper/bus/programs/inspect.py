@@ -11,9 +11,10 @@ from typing import Any
 
 import msgspec
 
+from esper.bus.codec import to_plain
 from esper.bus.counts import in_words
 from esper.bus.joining import joined
-from esper.bus.protocol import STREAMS
+from esper.bus.protocol import STREAMS, DeadLetter
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.status import status
 from esper.errors import UserError
@@ -85,7 +86,7 @@ def _tail(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     if options.count < 1:
         raise UserError(f"--count {options.count}: give how many of the newest messages to begin with, 1 or more")
     for producer, id, envelope in bus.newest(options.stream, run, options.count, options.follow):
-        message = msgspec.to_builtins(envelope.body)
+        message = msgspec.to_builtins(to_plain(envelope.body))
         message.pop("data", None)  # a telemetry buffer says nothing to a reader
         if options.json:
             _write({"producer": producer, "id": id, "time": envelope.time, "message": message})
@@ -100,9 +101,7 @@ def _dead_letters(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     letters = bus.dead_letters(run)
     chosen = [letter for letter in letters if not options.id or letter.id in options.id]
     if unknown := set(options.id) - {letter.id for letter in letters}:
-        raise UserError(
-            f"there is no dead letter {', '.join(sorted(unknown))}: `esper bus dead-letters list` names them"
-        )
+        raise UserError(f"there is no dead letter {', '.join(sorted(unknown))}: `esper bus dead-letters list` names them")
     if options.action != "list":
         act = bus.replay if options.action == "replay" else bus.purge
         done = act(run, [letter.id for letter in chosen])
@@ -110,13 +109,18 @@ def _dead_letters(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
         _write({word: done}) if options.json else print(f"{done} dead letters {word}")
         return 0 if done else 1
     if options.json:
-        _write(letters)
+        _write([_plain(letter) for letter in letters])
         return 0
     print(f"{len(letters)} dead letters of run {run}")
     for letter in letters:
         kind = type(letter.message).__name__ if letter.message is not None else "unreadable"
         print(f"{letter.id}  {kind} {letter.origin} of {letter.stream} {letter.producer} in group {letter.group}: {letter.reason}")
     return 0
+
+
+def _plain(letter: DeadLetter) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.structs.asdict(letter)
+    return plain | {"message": None if letter.message is None else to_plain(letter.message)}
 
 
 def _write(value: Any) -> None:

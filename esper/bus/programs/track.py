@@ -18,10 +18,10 @@ import msgspec
 from esper.bus.counts import in_words
 from esper.bus.ids import parse
 from esper.bus.joining import joined
-from esper.bus.messages import Message, RunEnded, RunStarted
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.payloads import RELEASED, kept, released
 from esper.errors import UserError
+from esper.messages import Message, RunEnded, RunStarted
 
 GROUP = "tracker-"
 

@@ -13,7 +13,6 @@ from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import EmbeddedConfig, ServerConfig
 from esper.bus.counts import Counts
 from esper.bus.memory import MemoryBus
-from esper.bus.messages import ClaimCheck, Message
 from esper.bus.protocol import STREAMS, DeadLetter
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import check_in, check_out
@@ -25,6 +24,7 @@ from esper.bus.server.payloads import Payloads
 from esper.bus.server.trimming import Trimmer
 from esper.bus.server.writer import Writer
 from esper.bus.spool import Spool
+from esper.messages import ClaimCheck, Message
 
 RETRIES = 5
 FOLLOW_S = 0.1
@@ -79,11 +79,7 @@ class ServerBus:
     def _new_epoch(self, stream: str, run: str, name: str, note: Path) -> int:
         """One more than any before, by the server's count and by our own note of the last."""
         lowest = int(note.read_text()) + 1 if note.exists() else 1
-        epoch = int(
-            self._start(
-                keys=[keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)], args=[run, name, lowest]
-            )
-        )
+        epoch = int(self._start(keys=[keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)], args=[run, name, lowest]))
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_suffix(".partial")
         partial.write_text(str(epoch))

@@ -14,12 +14,12 @@ from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import ServerConfig
 from esper.bus.counts import Counts
 from esper.bus.ids import Id, parse
-from esper.bus.messages import ClaimCheck, Telemetry
 from esper.bus.protocol import Delivery
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import Gone, check_out
 from esper.bus.server.payloads import Leaving, Payloads
 from esper.bus.telemetry import unpacked
+from esper.messages import ClaimCheck, Telemetry
 
 if TYPE_CHECKING:
     import redis

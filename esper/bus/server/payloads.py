@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.ids import parse
-from esper.bus.messages import ClaimCheck
 from esper.bus.protocol import STREAMS
 from esper.bus.server import keys
 from esper.bus.server.claim_check import LIMIT, path_of
+from esper.messages import ClaimCheck
 
 if TYPE_CHECKING:
     import redis
