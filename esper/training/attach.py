@@ -20,6 +20,7 @@ from esper.kernels import KernelConfig, Kernels
 from esper.lifecycle import LifecycleConfig, resolve
 from esper.lifecycle.config import OBJECTIVES
 from esper.lifecycle.duration import parse
+from esper.randomness import global_draws_kept
 from esper.seeds import Garden, Site, TelemetryConfig, find_sites
 from esper.seeds.garden import AnyBlueprint
 from esper.seeds.layer import device_of
@@ -31,11 +32,12 @@ from esper.training.grow import Grow, GrowSettings
 from esper.training.local import controlled_port, remind
 from esper.training.losses import as_tensor_loss, probing
 from esper.training.optimizer import BranchLearning
-from esper.training.passes import to_device
+from esper.training.passes import drawing_alike, to_device, untouched_buffers
 from esper.training.port import Port
 from esper.training.rate import HostRate
 
 
+@global_draws_kept()
 def attach(
     model: nn.Module,
     *,
@@ -103,10 +105,11 @@ def attach(
     per_site = 1 if isinstance(chosen, Block) else per_site
     moved = to_device(sample, device_of(model))
     forward = probing(loss, model, moved)
-    found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
-    _refuse_misfits(chosen, found)
-    if isinstance(chosen, Block):
-        refuse_unanswering(model, found, forward)
+    with untouched_buffers(model):
+        found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
+        _refuse_misfits(chosen, found)
+        if isinstance(chosen, Block):
+            refuse_unanswering(model, found, forward)
     steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
     total_ticks = max(1, total_steps // steps_per_tick)
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
@@ -191,6 +194,7 @@ def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:
         return sample
     if judge is None:
         raise UserError("attach needs to see one batch: pass judge=… (batches kept for judging) or sample=….")
-    for batch in judge:
-        return batch
+    with drawing_alike(judge):
+        for batch in judge:
+            return batch
     raise UserError("judge=… holds no batch, so nothing could be judged; pass the batches kept for judging, or none at all.")

@@ -16,6 +16,7 @@ from esper.errors import UserError
 from esper.grafting import STRATEGY_NAMES, hand_over
 from esper.lifecycle import GATES, Stage
 from esper.lifecycle.machine import Trial
+from esper.randomness import global_draws_kept
 from esper.seeds import COLUMNS
 from esper.training.advance import Advance
 from esper.training.gatekeeper import Gatekeeper
@@ -76,7 +77,8 @@ class Executor:
             return "expired", f"its deadline was tick {command.deadline}, this is tick {tick}"
         try:
             actions = self._plan(command, self.life.machine.trial(), tick)
-            self._do_all(actions, command.id)
+            with global_draws_kept():  # a blueprint of the user's may draw its start values from there
+                self._do_all(actions, command.id)
         except Refused as refused:
             self.refusals[str(refused)] = self.refusals.get(str(refused), 0) + 1
             return "refused", str(refused)
