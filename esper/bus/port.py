@@ -54,6 +54,9 @@ class Runner(Protocol):
     def serve(self) -> str | None:
         """Decide on every tick that ends until the run does."""
 
+    def complaints(self) -> list[str]:
+        """What the controller raised since this was last asked."""
+
 
 class BusPort:
     """Implements the engine's Port over a bus.
@@ -254,6 +257,8 @@ class BusPort:
         elif self.external and self.timing == "lockstep":
             self._inbox.asked = (tick, self._inbox.epoch)
             self._wait(tick)
+        for text in [] if self.runner is None else self.runner.complaints():
+            self.alert(tick, "error", "controller_raised", text, "", -1)
 
     def _wait(self, tick: int) -> None:
         self.bus.writer.send_now()

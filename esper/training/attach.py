@@ -63,6 +63,7 @@ def attach(
     port: Port | None = None,
     seed: int = 0,
     count_macs: bool = True,
+    debug: bool = False,
     state: dict[str, Any] | str | Path | None = None,
 ) -> Grow:
     """Put seeds on ``model`` and return the handle that a training loop calls.
@@ -85,6 +86,7 @@ def attach(
         controller: who decides what grows: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
             or an object of your own; ``None`` for nobody, so that every seed stays dormant.
         port: a bus to hear and command over, instead of a ``controller`` in this process.
+        debug: raise what the code of a branch, strategy or controller raises, instead of going on without it.
         state: what ``grow.state()`` gave on a model of the same topology, or where ``save_branches`` wrote it, to go on from. The model
             and the optimizer have what the loop saved of them by then.
 
@@ -129,10 +131,11 @@ def attach(
         steps_per_tick=steps_per_tick,
         accumulate=accumulate,
         count_macs=count_macs,
+        debug=debug,
     )
     garden.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
-    return Grow(garden, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, kept), kept)
+    return Grow(garden, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
 
 
 def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:
@@ -140,10 +143,10 @@ def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfi
     return dataclasses.replace(telemetry, every=max(1, telemetry.every // steps_per_tick))
 
 
-def _port(port: Port | None, controller: Any, seed: int, state: dict[str, Any] | None) -> Port | None:
+def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dict[str, Any] | None) -> Port | None:
     if controller is not None and port is not None:
         raise UserError("attach takes a controller in this process or a port to one elsewhere, not both.")
-    port = port if controller is None else controlled_port(controller, seed)
+    port = port if controller is None else controlled_port(controller, seed, debug)
     remind(port, (state or {}).get("controller"))
     return port
 

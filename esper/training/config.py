@@ -29,6 +29,7 @@ class TrainerConfig:
     validate_every: str = setting("5%", unit="duration", help="time between two looks at the validation set")
     overfit: int = setting(0, low=0, unit="micro-batches", help="train on these first ones only; 0 is off")
     detect_anomaly: bool = setting(False, help="stop at the operation that made a NaN, and name it (slow)")
+    debug: bool = setting(False, help="raise what the code of a branch, strategy or controller raises, not go on without it")
     governor: bool = setting(True, help="watch loss, gradients, updates and activations; roll back what goes wrong")
     governor_snapshot: str = setting(
         "1%", unit="duration", help="time between two snapshots in memory that a rollback returns to"

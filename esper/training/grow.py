@@ -19,6 +19,7 @@ from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.seeds import Branch, Garden, TelemetryConfig
+from esper.seeds.containing import take_errors
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.advance import Advance
 from esper.training.checkpoint import store
@@ -26,6 +27,7 @@ from esper.training.checkpoint.attached import attached_state, read_state, take_
 from esper.training.checkpoint.engine import load_grow, topology
 from esper.training.checkpoint.tree import join, split
 from esper.training.commands import Executor
+from esper.training.faults import Faults
 from esper.training.fitness import refuse_reentrant
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.guard import Guard
@@ -55,6 +57,7 @@ class GrowSettings:
     steps_per_tick: int = 1
     accumulate: int = 1
     count_macs: bool = True
+    debug: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,7 +96,8 @@ class Grow:
         self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
         self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
-        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal)
+        self.faults = Faults(garden, self.port, self.gates.said, settings.debug)
+        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal, self.faults)
         self.branch_optimizer = BranchOptimizer(garden, settings.learning)
         self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
@@ -177,8 +181,10 @@ class Grow:
         self._losses.clear()
         self.objective.pending.clear()
         self.objective.failed.clear()
+        self.objective.raised.clear()
         self.branch_optimizer.clear()
         for group in (group for layer in self.garden.layers for group in layer.plan):
+            take_errors([group])
             group.failures.zero_()
             group.forwards = 0
 
@@ -229,7 +235,9 @@ class Grow:
 
     def _collect_failures(self) -> None:
         rates: dict[int, float] = {}
+        raised, self.objective.raised = self.objective.raised, {}
         for layer in self.garden.layers:
+            raised |= take_errors(layer.plan)
             for group in layer.plan:
                 if group.forwards:
                     for branch, failures in zip(group.branches, (group.failures / group.forwards).tolist(), strict=True):
@@ -243,6 +251,7 @@ class Grow:
             self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"
         self.objective.failed.clear()
         self.branch_optimizer.failures.clear()
+        self.advance.trouble |= self.faults.note(raised, self.tick_number)
         self.advance.error_rates = rates
         for branch, rate in ((self.garden.branches[number], rate) for number, rate in rates.items()):
             if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:

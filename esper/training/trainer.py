@@ -120,6 +120,7 @@ class Trainer:
             scaler=self.scaler,
             port=self.port,
             seed=seed,
+            debug=self.config.debug,
             state=state,
         )
 
