@@ -61,7 +61,8 @@ class Advance:
     def begin(self) -> None:
         """What comes first at a tick: every seed is one tick older, fades and ramps go on."""
         self.life.machine.advance()
-        self.garden.set_alphas(self.life.fade(self.ages.fade) | self._ramp())
+        ramped = set() if self.loss.diverging else self._ramp()
+        self.garden.set_alphas(self.life.fade(self.ages.fade) | ramped)
 
     def finish(self, tick: int) -> None:
         """What comes after the commands: failing and harmful seeds go, gates open, ages run out, waiting seeds get their slots."""
@@ -184,6 +185,6 @@ class Advance:
 
     def _promote(self) -> None:
         """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
-        for branch in self.garden.in_stage(Stage.GERMINATED):
+        for branch in [] if self.loss.diverging else self.garden.in_stage(Stage.GERMINATED):
             if self.life.machine.refusal(branch.row, Stage.TRAINING) is None:
                 self.life.move(branch.row, Stage.TRAINING, "a training slot is free")

@@ -127,6 +127,8 @@ class Executor:
             raise Refused(self._no_such_seed(command.site, command.seed))
         blueprint = command.blueprint or self.garden.default_blueprint
         reason = trial.refusal(row, Stage.GERMINATED) or self.garden.misfit(row, blueprint)
+        if self.advance.loss.diverging:
+            reason = "the training loss is not finite, so nothing germinates until it is again"
         if reason is None and command.strategy and command.strategy not in self.life.strategies:
             reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}"
         if reason is not None:

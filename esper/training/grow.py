@@ -158,6 +158,10 @@ class Grow:
             self.branch_optimizer.clear()
             self.objective.pending.clear()
             return False
+        if metric is not None or losses:
+            self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
+        if self.signal.diverging:
+            self.forget_step()
         learning = self.garden.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
         self.objective.merge()
         self._unscale(learning)
@@ -168,8 +172,6 @@ class Grow:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
         self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
-        if metric is not None or losses:
-            self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
         self.steps += 1
         if self.steps % self.settings.steps_per_tick == 0:
             self._boundary()
@@ -211,6 +213,7 @@ class Grow:
     def _boundary(self) -> None:
         self.tick_number += 1
         self.life.tick = self.tick_number
+        self.gates.say_diverging(self.tick_number)
         self._collect_failures()
         self._publish_kernel_alerts()
         self._measure_counterfactuals()

@@ -109,6 +109,8 @@ class Objective:
         with self.replay.again(), untouched_buffers(model):
             if host_loss is None:
                 host_loss = self._measured("host", batch)
+            if not math.isfinite(host_loss):
+                return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             with self.replay.again(), self.garden.shadow() as groups:
                 key = (self.garden.structure(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
