@@ -86,6 +86,7 @@ class BusPort:
     ) -> None:
         assert timing in TIMINGS, timing
         assert not (external and runner is not None)
+        self.decided = True
         self.bus, self.run, self.runner, self.timing = bus, run, runner, timing
         self.external, self.deadline_s = external, deadline_s
         config = bus.config

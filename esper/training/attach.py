@@ -116,7 +116,7 @@ def attach(
     total_ticks = max(1, total_steps // steps_per_tick)
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
     worst = partial(longest_ramp, strategy)
-    ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst)
+    ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst, _decided(port, controller))
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model))
     rate = HostRate(optimizer, kept)
     own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
@@ -149,6 +149,11 @@ def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dic
     port = port if controller is None else controlled_port(controller, seed, debug)
     remind(port, (state or {}).get("controller"))
     return port
+
+
+def _decided(port: Port | None, controller: Any) -> bool:
+    """Whether anybody may ever let something grow; a port may say so of who commands over it."""
+    return getattr(controller, "name", controller) != "none" and bool(getattr(port, "decided", True))
 
 
 def _blueprint(blueprint: str | AnyBlueprint) -> AnyBlueprint:

@@ -11,7 +11,12 @@ from esper.seeds import COLUMNS
 
 
 class Port(Protocol):
-    """Called by the engine at tick boundaries only; no call may wait for a network."""
+    """Called by the engine at tick boundaries only; no call may wait for a network.
+
+    ``decided``: whether anybody may ever command over it.
+    """
+
+    decided: bool
 
     def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None:
         """The run begins; one dict a site."""
@@ -72,6 +77,8 @@ class Port(Protocol):
 
 class NullPort:
     """No bus and no controller: nothing is said, nobody commands."""
+
+    decided = True
 
     def started(self, *_: Any) -> None: ...
     def ended(self, *_: Any) -> None: ...

@@ -45,6 +45,8 @@ class Growth:
     grafting: GraftingConfig
     telemetry: TelemetryConfig
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    decided: bool = True
+    """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Trainer:
         self.scheduler = scheduler
         self.model = host.to(device).requires_grad_(not config.freeze_host)
         self.port: Port = port or NullPort()
+        self.port.decided = growth.decided
         size, workers = config.batch_size, config.num_workers
         self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device)
         self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
