@@ -79,6 +79,7 @@ class Trainer:
         self.config = config
         self.task = task
         self.device = device
+        _refuse_sparse(host)
         self.scheduler = scheduler
         self.model = host.to(device).requires_grad_(not config.freeze_host)
         self.port: Port = port or NullPort()
@@ -297,6 +298,16 @@ class Trainer:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, TYPES[self.config.precision])
+
+
+def _refuse_sparse(host: nn.Module) -> None:
+    """Neither AdamW nor clipping takes sparse gradients, and both would say so only in the midst of the first step."""
+    for name, module in host.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise UserError(
+                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it with "
+                "sparse=False, or grow it in a loop of your own with esper.attach."
+            )
 
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
