@@ -23,6 +23,7 @@ class TrainerConfig:
     compile: bool = setting(False, help="run the model under torch.compile")
     freeze_host: bool = setting(False, help="only what grows learns; the host's weights and norm statistics stay as they are")
     save: bool = setting(True, help="leave the exported model in the run's folder, for esper export and model.weights")
+    ema: float = setting(0.0, low=0.0, high=0.999999, help="decay of an average of the weights: it is measured and kept; 0 is off")
     deterministic: bool = setting(True, help="same bits in every run; false may be faster on a GPU")
     threads: int = setting(1, low=0, high=1024, help="CPU threads of torch (part of the bits); 0 leaves torch's own choice")
     num_workers: int = setting(0, low=0, high=256, help="data loader processes; changes no bit")

@@ -7,6 +7,7 @@ step, ``observe(…)`` when a held-out metric was measured, ``export()`` at the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from esper.seeds import Branch, Garden, TelemetryConfig
 from esper.seeds.containing import take_errors
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.advance import Advance
+from esper.training.averaging import Follower
 from esper.training.checkpoint import store
 from esper.training.checkpoint.attached import attached_state, read_state, take_over
 from esper.training.checkpoint.engine import load_grow, topology
@@ -103,6 +105,9 @@ class Grow:
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
         self._scale = 1.0
         self._last_batch: Any = None
+        self.followers: list[Follower] = []
+        self.known_averages: list[dict[str, Any]] = []  # of a state that is gone on from, in the order in which they were followed
+        self._kept: Follower | None = None
         self._losses: list[Tensor | float] = []
         self.steps = 0
         self.tick_number = 0
@@ -196,6 +201,18 @@ class Grow:
             self.advance.metric = values[primary] if maximize else -values[primary]
         self.port.metrics(self.tick_number, {key: float(value) for key, value in values.items()})
 
+    def follow(self, averaged: nn.Module, keep: bool = False) -> None:
+        """Let an average of the model grow as the model does: torch's ``AveragedModel``, or any copy that is moved towards it.
+
+        Go on averaging as ever. ``averaged.state_dict()`` stays the host's; what grew in it is in ``state()``, so a loop that goes on
+        from one follows its averages anew, in the same order. With ``keep`` the average is what ``export`` and ``save`` give.
+
+        Raises UserError where there is no copy of the model in it.
+        """
+        follower = Follower(self.garden, averaged, self.known_averages.pop(0) if self.known_averages else None)
+        self.followers.append(follower)
+        self._kept = follower if keep else self._kept
+
     def close(self, status: str = "FINISHED", summary: dict[str, Any] | None = None) -> None:
         """End of the run: said on the bus; the seed layers stay on the model, for ``export`` and ``save``."""
         self.port.ended(self.tick_number, status, summary or {})
@@ -223,6 +240,8 @@ class Grow:
                 self._obey(command)
             self.advance.finish(self.tick_number)
         self.garden.refresh()
+        for follower in self.followers:
+            follower.sync()
         if self.observer.due:
             for site, rows in self.observer.rows(self.port.slot):
                 self.port.telemetry(self.tick_number, site, rows)
@@ -349,23 +368,27 @@ class Grow:
         Raises UserError for another host, other sites, or a file that is not whole.
         """
         load_grow(self, read_state(saved)["grow"])
+        for follower in self.followers:
+            follower.sync()
         self._prepare()
 
     # --- the end ---
 
     def export(self) -> nn.Module:
         """A plain module with everything that grew and nothing else: see ``esper.seeds.exporting``."""
-        from esper.seeds.exporting import export
-
-        return export(self.garden)
+        return self._exported()[0]
 
     def save(self, folder: str | Path, host: dict[str, Any] | None = None) -> Path:
         """The exported model as safetensors with a description, into ``folder``: see ``esper.saved``, which loads it again."""
         from esper.saved import save_model
+
+        return save_model(folder, *self._exported(), host)
+
+    def _exported(self) -> tuple[nn.Module, list[Any]]:
         from esper.seeds.exporting import export_with_cards
 
-        model, cards = export_with_cards(self.garden)
-        return save_model(folder, model, cards, host)
+        with nullcontext() if self._kept is None else self._kept.applied():
+            return export_with_cards(self.garden)
 
 
 def _as_float32(value: float) -> float:

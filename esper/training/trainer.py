@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esper.blueprints import Block, Blueprint
 from esper.errors import UserError
@@ -92,10 +93,14 @@ class Trainer:
         self.optimizer = _optimizer(optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
         self.compiled: Callable[[Any], Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.average = _average(config.ema, self.model)
+        self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()
         self.said: set[str] = set()  # alerts that are given once a run
         torch.manual_seed(seed_for(seed, "dropout"))  # dropout layers of a host know no other generator
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
+        if self.average is not None:
+            self.grow.follow(self.average, keep=True)
         self.governor = Governor(self.grow, self._watch()) if config.governor else None
         if state is not None:
             load_trainer(self, state)
@@ -167,8 +172,8 @@ class Trainer:
                 ) from error
             if between is not None:
                 between(self)
-        final = {f"validation/{name}": value for name, value in evaluate(self.model, self.task, self.validation).items()}
-        test = evaluate(self.model, self.task, held_out(self.task, "test", self.device))
+        final = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
+        test = evaluate(self.measured, self.task, held_out(self.task, "test", self.device))
         self.outcome.final = final | {f"test/{name}": value for name, value in test.items()}
         self._check_finite("test", test["loss"])
         self.batches.close()
@@ -206,6 +211,8 @@ class Trainer:
             self.governor.recover(anomaly, batch)
             self.grow.tick(None)
         else:
+            if self.average is not None:  # weights with which this step's forward and backward were healthy
+                self.average.update_parameters(self.model)
             self._apply()
             self.grow.tick(mean)
         if self.governor is not None:
@@ -246,7 +253,7 @@ class Trainer:
         self._record({"train/loss": loss, "train/lr_factor": rate})
 
     def _validate(self) -> None:
-        values = {f"validation/{name}": value for name, value in evaluate(self.model, self.task, self.validation).items()}
+        values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
         for name, value in values.items():
             best = self.outcome.best.get(name)
             if best is None or math.isnan(best) or (value > best if self._maximize(name) else value < best):
@@ -308,6 +315,11 @@ def _refuse_sparse(host: nn.Module) -> None:
                 f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it with "
                 "sparse=False, or grow it in a loop of your own with esper.attach."
             )
+
+
+def _average(decay: float, model: nn.Module) -> AveragedModel | None:
+    """An exponential moving average of weights and norm statistics, none for a decay of 0."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

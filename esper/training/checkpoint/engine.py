@@ -92,6 +92,7 @@ def grow_state(grow: Grow) -> Tree:
         "refusals": dict(grow.executor.refusals),
         "failures": {str(branch): count for branch, count in grow.branch_optimizer.failures.items()},
         "rows": list(grow.observer.health),
+        "followers": [follower.state() for follower in grow.followers],
         "macs": dict(grow.meter.spent),
         "seconds": {**grow.clock.seconds, "total": grow.clock.total},
     }
@@ -137,6 +138,7 @@ def _load_grow(grow: Grow, state: Tree) -> None:
     grow.advance.metric = state["metric"]
     averages = state["averages"].items()
     grow.advance.weights.averages = {int(branch): [value.to(device) for value in values] for branch, values in averages}
+    grow.known_averages = list(state.get("followers", []))
     grow.gates.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
     grow.gates.said = set(state["said"])
     if grow.garden.kernels is not None and MISMATCH in grow.gates.said:
@@ -156,6 +158,7 @@ def trainer_state(trainer: Trainer) -> Tree:
         "host": dict(host_parameters(model)),
         "buffers": dict(host_buffers(model)),
         "optimizer": optimizer_state(trainer.optimizer),
+        "average": None if trainer.average is None else {**host_parameters(trainer.average), **host_buffers(trainer.average)},
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
         "steps": outcome.steps,
         "best": dict(outcome.best),
@@ -181,6 +184,9 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
     restore_optimizer(trainer.optimizer, state["optimizer"])
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(kept(state["scaler"]))
+    if trainer.average is not None:
+        for name, value in {**host_parameters(trainer.average), **host_buffers(trainer.average)}.items():
+            value.copy_(state["average"][name])  # what grew in it has come with the rest that grew
     trainer.outcome.steps = int(state["steps"])
     trainer.outcome.best = {name: float(value) for name, value in state["best"].items()}
     trainer.said = set(state["said"])
