@@ -240,8 +240,6 @@ class Grow:
                 self._obey(command)
             self.advance.finish(self.tick_number)
         self.garden.refresh()
-        for follower in self.followers:
-            follower.sync()
         if self.observer.due:
             for site, rows in self.observer.rows(self.port.slot):
                 self.port.telemetry(self.tick_number, site, rows)
@@ -310,7 +308,9 @@ class Grow:
                 bank.scale_gradient(branch.slot, 1.0 / self._scale)
 
     def _prepare(self) -> None:
-        """Set up what the next forward must record."""
+        """Set up what the next forward must record, and the averages as the model is now."""
+        for follower in self.followers:
+            follower.sync()
         upcoming = self.tick_number + 1
         last_step = (self.steps + 1) % self.settings.steps_per_tick == 0
         self.observer.prepare(upcoming if last_step else 0)
@@ -368,8 +368,6 @@ class Grow:
         Raises UserError for another host, other sites, or a file that is not whole.
         """
         load_grow(self, read_state(saved)["grow"])
-        for follower in self.followers:
-            follower.sync()
         self._prepare()
 
     # --- the end ---

@@ -64,7 +64,8 @@ def test_the_hosts_average_is_the_one_it_would_be_and_has_what_grew(when: str, d
 
 
 def test_a_branch_is_averaged_from_its_fine_tuning_on_and_as_it_is_before():
-    loop, average = averaged_loop("before", commands={1: [germinate()]}, lifecycle=short(fine_tuning_min="15step", fine_tuning_max="40step"))
+    lifecycle = short(fine_tuning_min="15step", fine_tuning_max="40step")
+    loop, average = averaged_loop("before", commands={1: [germinate()]}, lifecycle=lifecycle)
     branch = loop.until(S.GRAFTING)
 
     def rows(model: torch.nn.Module) -> dict[str, torch.Tensor]:

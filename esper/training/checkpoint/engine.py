@@ -184,7 +184,7 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
     restore_optimizer(trainer.optimizer, state["optimizer"])
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(kept(state["scaler"]))
-    if trainer.average is not None:
+    if trainer.average is not None and state.get("average") is not None:  # else a fork began to average, from the next step on
         for name, value in {**host_parameters(trainer.average), **host_buffers(trainer.average)}.items():
             value.copy_(state["average"][name])  # what grew in it has come with the rest that grew
     trainer.outcome.steps = int(state["steps"])
