@@ -38,6 +38,28 @@ class GlobalDraws:
         self._cpu = torch.get_rng_state()
         self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on from here, but for torch's own generators: plain values and tensors."""
+        version, words, gauss = self._python
+        found: dict[str, Any] = {"python": {"version": version, "words": torch.tensor(words), "gauss": gauss}}
+        if self._numpy is not None:
+            kind, key, place, has_gauss, cached = self._numpy
+            drawn = torch.tensor(key.tolist())
+            found["numpy"] = {"kind": kind, "key": drawn, "place": int(place), "has_gauss": int(has_gauss), "cached": float(cached)}
+        return found
+
+    @staticmethod
+    def restore(state: dict[str, Any]) -> None:
+        """Set Python's and NumPy's generators to where they stood at ``state``; one that it does not hold stays where it is."""
+        if "python" in state:
+            saved = state["python"]
+            random.setstate((int(saved["version"]), tuple(saved["words"].tolist()), saved["gauss"]))
+        numpy = _numpy()
+        if "numpy" in state and numpy is not None:
+            saved = state["numpy"]
+            key = numpy.array(saved["key"].tolist(), dtype=numpy.uint32)
+            numpy.random.set_state((saved["kind"], key, int(saved["place"]), int(saved["has_gauss"]), float(saved["cached"])))
+
     def put_back(self) -> None:
         """Set every generator to where it stood."""
         random.setstate(self._python)

@@ -18,7 +18,7 @@ from esper.grafting import GraftingConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.duration import parse
-from esper.randomness import seed_for
+from esper.randomness import seed_for, seed_global_draws
 from esper.seeds import SitesConfig, TelemetryConfig
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
@@ -97,7 +97,7 @@ class Trainer:
         self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()
         self.said: set[str] = set()  # alerts that are given once a run
-        torch.manual_seed(seed_for(seed, "dropout"))  # dropout layers of a host know no other generator
+        seed_global_draws(seed_for(seed, "dropout"))  # dropout layers of a host, and what else is in it, know no other generator
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
         if self.average is not None:
             self.grow.follow(self.average, keep=True)

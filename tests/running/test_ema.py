@@ -1,14 +1,17 @@
-"""``trainer.ema``: an average of the weights is what a run measures and keeps, and a killed run goes on with the same bits."""
+"""``trainer.ema``, and hosts that draw: what a run measures and keeps, and that a killed one goes on with the same bits."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from growing import Notebook, germinate, same
 
 from esper.cli.compose import compose
+from esper.running import parts
 from esper.running.parts import build_trainer
 from esper.training.checkpoint.engine import trainer_state
 from esper.training.checkpoint.tree import join, split
@@ -63,3 +66,30 @@ def test_a_run_that_goes_on_has_the_same_average(stop: int) -> None:
         assert torch.equal(one, other)
     for one, other in zip(whole.average.buffers(), again.average.buffers(), strict=True):
         assert torch.equal(one, other)
+
+
+class Drawing(torch.nn.Module):
+    """A host that draws from Python's and NumPy's generators too, as one with stochastic depth may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.head = torch.nn.Linear(64, 8), torch.nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.fc1(x.flatten(1)))) * (1.0 + random.random() * float(numpy.random.rand()))
+
+
+def test_a_run_repeats_and_goes_on_with_a_host_that_draws_from_other_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "build_host", lambda *_: Drawing().apply(lambda m: [p.data.fill_(0.01) for p in m.parameters()]))
+    whole = built()
+    grow_one(whole, 10)
+    state = dict(join(*split(trainer_state(whole))))
+    grow_one(whole, 10)
+    random.random(), numpy.random.rand()
+    again = built(state=state)
+    grow_one(again, 10)
+    same(dict(whole.model.state_dict()), dict(again.model.state_dict()))
+    random.random(), numpy.random.rand()
+    repeated = built()
+    grow_one(repeated, 20)
+    same(dict(whole.model.state_dict()), dict(repeated.model.state_dict()))

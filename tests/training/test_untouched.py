@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from esper import attach, load_model
 from esper.blueprints import MLP
 from esper.controllers import CONFIGS
+from esper.randomness import GlobalDraws
 from esper.seeds import TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.grow import Grow
@@ -228,3 +229,11 @@ def test_a_host_with_dormant_seeds_and_a_judging_loader_trains_as_alone() -> Non
         return losses
 
     assert run(True) == run(False)
+
+
+def test_a_state_of_the_global_draws_gives_the_same_draws_again() -> None:
+    random.gauss(0, 1), numpy.random.randn()  # each keeps a second normal draw back
+    state = GlobalDraws().state()
+    first = [random.gauss(0, 1), random.random(), float(numpy.random.randn()), float(numpy.random.rand())]
+    GlobalDraws.restore(state)
+    assert first == [random.gauss(0, 1), random.random(), float(numpy.random.randn()), float(numpy.random.rand())]

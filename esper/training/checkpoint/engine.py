@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esper.errors import UserError
 from esper.kernels import MISMATCH
+from esper.randomness import GlobalDraws
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.checkpoint.tree import kept
 from esper.training.gatekeeper import GateRecord
@@ -194,13 +195,14 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
     trainer.remember_batches()
     if trainer.governor is not None and state["governor"] is not None:
         trainer.governor.load(kept(state["governor"]), trainer.device)
+    GlobalDraws.restore(kept(state["rng"]))
     torch.set_rng_state(state["rng"]["cpu"])
     if trainer.device.type == "cuda" and state["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(state["rng"]["cuda"], trainer.device)
 
 
 def _rng_state(device: torch.device) -> Tree:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return GlobalDraws().state() | {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
 def _packed(history: list[tuple[int, str, float]]) -> Tree:
