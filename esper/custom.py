@@ -131,13 +131,15 @@ class CustomModel:
     weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
 
     def build(self, task: Any, generator: Any) -> Any:
-        """The host; what it draws from torch's global generator while it is made comes from the run's seed."""
+        """The host; what it draws from a global generator while it is made comes from the run's seed."""
         import torch
+
+        from esper.randomness import global_draws_kept, seed_global_draws
 
         found = locate(self.target, "model.target")
         args = {**self.args, "task": task} if _asks_for(found, "task") else self.args
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+        with global_draws_kept():
+            seed_global_draws(generator.initial_seed())
             host = make(self.target, args, "model")
         if not isinstance(host, torch.nn.Module):
             raise UserError(f"model.target={self.target} gave a {type(host).__name__}; a host is a torch.nn.Module.")

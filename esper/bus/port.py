@@ -51,6 +51,9 @@ class Runner(Protocol):
     def serve(self) -> str | None:
         """Decide on every tick that ends until the run does."""
 
+    def complaints(self) -> list[str]:
+        """What the controller raised since this was last asked."""
+
 
 class BusPort:
     """Implements the engine's Port over a bus.
@@ -80,6 +83,7 @@ class BusPort:
     ) -> None:
         assert timing in TIMINGS, timing
         assert not (external and runner is not None)
+        self.decided = True
         self.bus, self.run, self.runner, self.timing = bus, run, runner, timing
         self.external, self.deadline_s = external, deadline_s
         config = bus.config
@@ -188,6 +192,8 @@ class BusPort:
         elif self.external and self.timing == "lockstep":
             self._inbox.asked = (tick, self._inbox.epoch)
             self._wait(tick)
+        for text in [] if self.runner is None else self.runner.complaints():
+            self.emit(Alert(tick=tick, level="error", code="controller_raised", text=text))
 
     def _wait(self, tick: int) -> None:
         self.bus.writer.send_now()

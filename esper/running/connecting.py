@@ -130,7 +130,7 @@ def connect_controller(
     if settings.process == EXTERNAL:
         port = Watched(bus, record.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
         return ControlledElsewhere(), port
-    runner = ControllerRunner(bus.local, record.run, controller)
+    runner = ControllerRunner(bus.local, record.run, controller, debug=config.trainer.debug)
     return runner, Watched(bus, record.run, COLUMNS, runner, settings.timing)
 
 

@@ -105,7 +105,7 @@ def _alone(config: RootConfig) -> RootConfig:
 def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> str:
     tree = plain(config)
     relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}
-    unused = ("steps", "epochs", "control", "keep", "profile")
+    unused = ("steps", "epochs", "control", "keep", "profile", "debug")
     relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in unused and not k.startswith("checkpoint_")}
     relevant |= {"steps": steps, "device": device.type, "torch": torch.__version__, "esper": esper.__version__}
     relevant |= {"data": task.digest, "weights": fingerprint(build_host(config, task).state_dict(), ())}

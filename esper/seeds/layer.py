@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
 from esper.blueprints.call import Call, on_first
+from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
 from esper.seeds.plan import Plan
@@ -52,6 +53,8 @@ class SeedLayer(nn.Module, Hidden):
     def forward(self, x: Tensor) -> Tensor:
         """``[…, width]`` (or channels first) → the same shape and dtype."""
         recording = self.recording
+        if self.plan or recording is not None:
+            self._refuse_width(x)
         if recording is not None:
             recording.read(x, self.name, self.kernels)
         y = blend(x, self.plan, self.geometry, recording) if self.plan else x
@@ -66,6 +69,15 @@ class SeedLayer(nn.Module, Hidden):
         if self.rooted and torch.is_grad_enabled() and not y.requires_grad:
             y = y.detach().requires_grad_().clone()  # a clone, since the host may go on in place
         return y
+
+    def _refuse_width(self, x: Tensor) -> None:
+        width, dim = self.geometry.width, self.geometry.dim
+        if x.dim() <= max(dim, 0) or x.shape[dim] != width:
+            where = "last axis" if dim < 0 else f"axis {dim}"
+            raise UserError(
+                f"The site '{self.name}' gave {list(x.shape)}, but its seeds were attached where its {where} had {width} features, and keep "
+                "to these; attach to a module whose width stays the same."
+            )
 
     def bank(self, blueprint: str) -> SlotBank | BlockBank:
         """The bank of one blueprint's branches here."""

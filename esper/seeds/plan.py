@@ -36,6 +36,8 @@ class Group:
     seeds: Tensor | None = None
     learns: bool = True
     forwards: int = 0
+    error: Exception | None = None
+    """What the blueprint's code raised last, until the engine has taken note."""
 
     def bank_parameters(self) -> list[nn.Parameter]:
         """The stacked parameters these branches are rows of."""
@@ -61,6 +63,7 @@ class BlockGroup:
     failures: Tensor
     aside: bool = False
     forwards: int = 0
+    error: Exception | None = None
 
     def bank_parameters(self) -> list[nn.Parameter]:
         """The block's parameters."""

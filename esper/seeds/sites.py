@@ -14,6 +14,7 @@ from torch import nn
 from esper.blueprints import Geometry
 from esper.blueprints.call import first_tensor
 from esper.errors import UserError
+from esper.randomness import global_draws_kept
 from esper.seeds.roles import ROLES, with_role
 from esper.seeds.watching import Watch, watching
 from esper.seeds.wrappers import host_modules
@@ -122,12 +123,12 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, wa
 
 @contextmanager
 def quiet_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and the RNG are put back afterwards."""
+    """Evaluation mode without gradients; training flags and the global generators are put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        for module, _ in flags:
+            module.training = False  # a host's own train() may do more than set flags, and may not undo it
+        with global_draws_kept(), torch.no_grad():
             yield
     finally:
         for module, training in flags:

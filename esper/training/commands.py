@@ -26,6 +26,7 @@ from esper.messages import (
     Selector,
     SetStage,
 )
+from esper.randomness import global_draws_kept
 from esper.training.advance import Advance
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.life import Life
@@ -83,7 +84,8 @@ class Executor:
         """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over."""
         try:
             actions = self._plan(command, self.life.machine.trial(), tick)
-            self._do_all(actions, command.id)
+            with global_draws_kept():  # a blueprint of the user's may draw its start values from there
+                self._do_all(actions, command.id)
         except Refused as refused:
             self.refusals[str(refused)] = self.refusals.get(str(refused), 0) + 1
             return "refused", str(refused)
@@ -132,6 +134,8 @@ class Executor:
             raise Refused(self._no_such_seed(command.site, command.seed))
         blueprint = command.blueprint or self.garden.default_blueprint
         reason = trial.refusal(row, Stage.GERMINATED) or self.garden.misfit(row, blueprint)
+        if self.advance.loss.diverging:
+            reason = "the training loss is not finite, so nothing germinates until it is again"
         if reason is None and command.strategy and command.strategy not in self.life.strategies:
             reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}"
         if reason is not None:

@@ -23,12 +23,14 @@ class TrainerConfig:
     compile: bool = setting(False, help="run the model under torch.compile")
     freeze_host: bool = setting(False, help="only what grows learns; the host's weights and norm statistics stay as they are")
     save: bool = setting(True, help="leave the exported model in the run's folder, for esper export and model.weights")
+    ema: float = setting(0.0, low=0.0, high=0.999999, help="decay of an average of the weights: it is measured and kept; 0 is off")
     deterministic: bool = setting(True, help="same bits in every run; false may be faster on a GPU")
     threads: int = setting(1, low=0, high=1024, help="CPU threads of torch (part of the bits); 0 leaves torch's own choice")
     num_workers: int = setting(0, low=0, high=256, help="data loader processes; changes no bit")
     validate_every: str = setting("5%", unit="duration", help="time between two looks at the validation set")
     overfit: int = setting(0, low=0, unit="micro-batches", help="train on these first ones only; 0 is off")
     detect_anomaly: bool = setting(False, help="stop at the operation that made a NaN, and name it (slow)")
+    debug: bool = setting(False, help="raise what the code of a branch, strategy or controller raises, not go on without it")
     governor: bool = setting(True, help="watch loss, gradients, updates and activations; roll back what goes wrong")
     governor_snapshot: str = setting(
         "1%", unit="duration", help="time between two snapshots in memory that a rollback returns to"

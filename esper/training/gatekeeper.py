@@ -55,6 +55,8 @@ class Gatekeeper:
         gate = GATES.get((branch.stage, target))
         if gate is None:
             return True
+        if self.loss.diverging:
+            return False
         if gate in ("gain", "final_gain"):
             return self.look([branch], tick)[0]
         value, threshold = self._cheap(gate, branch)
@@ -69,7 +71,7 @@ class Gatekeeper:
 
     def look(self, branches: list[Branch], tick: int) -> list[bool]:
         """One look at the judge set for branches in EVALUATING or FINE_TUNING; each look spends error rate."""
-        if self.judge is None or not branches:
+        if self.judge is None or not branches or self.loss.diverging:
             return [False] * len(branches)
         table = self.garden.table
         errors = []
@@ -83,6 +85,15 @@ class Gatekeeper:
             text = f"{self.judge.spoiled} losses on the judge set are not finite even without the branch, so no gate opens; check its data"
             self.port.emit(Alert(tick=tick, level="error", code="judge_not_finite", text=text))
         return [self._take(branch, gain, tick) for branch, gain in zip(branches, gains, strict=True)]
+
+    def say_diverging(self, tick: int) -> None:
+        """Once a run: the training loss is no finite number, and what follows from it."""
+        if not self.loss.diverging or "loss_not_finite" in self.said:
+            return
+        self.said.add("loss_not_finite")
+        text = f"the training loss is not finite at tick {tick}; nothing germinates, learns or is blended further until it is again"
+        self.port.emit(Alert(tick=tick, level="error", code="loss_not_finite", text=text))
+        warnings.warn(f"esper: {text}", stacklevel=2)  # a loop of the user's own reads no alerts
 
     def _take(self, branch: Branch, gain: Gain, tick: int) -> bool:
         branch.gain, branch.bound = gain.mean, gain.bound

@@ -7,6 +7,7 @@ step, ``observe(…)`` when a held-out metric was measured, ``export()`` at the 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,16 @@ from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.messages import Alert, Command, Metrics, Report, RequestReport
 from esper.seeds import Branch, Garden, TelemetryConfig
+from esper.seeds.containing import take_errors
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.advance import Advance
+from esper.training.averaging import Follower
 from esper.training.checkpoint import store
 from esper.training.checkpoint.attached import attached_state, read_state, take_over
 from esper.training.checkpoint.engine import load_grow, topology
 from esper.training.checkpoint.tree import join, split
 from esper.training.commands import Executor
+from esper.training.faults import Faults
 from esper.training.fitness import refuse_reentrant
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.guard import Guard
@@ -56,6 +60,7 @@ class GrowSettings:
     steps_per_tick: int = 1
     accumulate: int = 1
     count_macs: bool = True
+    debug: bool = False
 
 
 class Grow:
@@ -93,12 +98,16 @@ class Grow:
         self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
         self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
-        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal)
+        self.faults = Faults(garden, self.port, self.gates.said, settings.debug)
+        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal, self.faults)
         self.branch_optimizer = BranchOptimizer(garden, settings.learning)
         self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
         self._scale = 1.0
         self._last_batch: Any = None
+        self.followers: list[Follower] = []
+        self.known_averages: list[dict[str, Any]] = []  # of a state that is gone on from, in the order in which they were followed
+        self._kept: Follower | None = None
         self._losses: list[Tensor | float] = []
         self.steps = 0
         self.tick_number = 0
@@ -154,6 +163,10 @@ class Grow:
             self.branch_optimizer.clear()
             self.objective.pending.clear()
             return False
+        if metric is not None or losses:
+            self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
+        if self.signal.diverging:
+            self.forget_step()
         learning = self.garden.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
         self.objective.merge()
         self._unscale(learning)
@@ -164,8 +177,6 @@ class Grow:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
         self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
-        if metric is not None or losses:
-            self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
         self.steps += 1
         if self.steps % self.settings.steps_per_tick == 0:
             self._boundary()
@@ -177,8 +188,10 @@ class Grow:
         self._losses.clear()
         self.objective.pending.clear()
         self.objective.failed.clear()
+        self.objective.raised.clear()
         self.branch_optimizer.clear()
         for group in (group for layer in self.garden.layers for group in layer.plan):
+            take_errors([group])
             group.failures.zero_()
             group.forwards = 0
 
@@ -187,6 +200,18 @@ class Grow:
         if primary is not None:
             self.advance.metric = values[primary] if maximize else -values[primary]
         self.port.emit(Metrics(tick=self.tick_number, values={key: float(value) for key, value in values.items()}))
+
+    def follow(self, averaged: nn.Module, keep: bool = False) -> None:
+        """Let an average of the model grow as the model does: torch's ``AveragedModel``, or any copy that is moved towards it.
+
+        Go on averaging as ever. ``averaged.state_dict()`` stays the host's; what grew in it is in ``state()``, so a loop that goes on
+        from one follows its averages anew, in the same order. With ``keep`` the average is what ``export`` and ``save`` give.
+
+        Raises UserError where there is no copy of the model in it.
+        """
+        follower = Follower(self.garden, averaged, self.known_averages.pop(0) if self.known_averages else None)
+        self.followers.append(follower)
+        self._kept = follower if keep else self._kept
 
     def close(self, status: str = "FINISHED", summary: dict[str, Any] | None = None) -> None:
         """End of the run: said on the bus; the seed layers stay on the model, for ``export`` and ``save``."""
@@ -205,6 +230,7 @@ class Grow:
     def _boundary(self) -> None:
         self.tick_number += 1
         self.life.tick = self.tick_number
+        self.gates.say_diverging(self.tick_number)
         self._collect_failures()
         self._publish_kernel_alerts()
         self._measure_counterfactuals()
@@ -230,7 +256,9 @@ class Grow:
 
     def _collect_failures(self) -> None:
         rates: dict[int, float] = {}
+        raised, self.objective.raised = self.objective.raised, {}
         for layer in self.garden.layers:
+            raised |= take_errors(layer.plan)
             for group in layer.plan:
                 if group.forwards:
                     for branch, failures in zip(group.branches, (group.failures / group.forwards).tolist(), strict=True):
@@ -244,6 +272,7 @@ class Grow:
             self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"
         self.objective.failed.clear()
         self.branch_optimizer.failures.clear()
+        self.advance.trouble |= self.faults.note(raised, self.tick_number)
         self.advance.error_rates = rates
         for branch, rate in ((self.garden.branches[number], rate) for number, rate in rates.items()):
             if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
@@ -282,7 +311,9 @@ class Grow:
                 bank.scale_gradient(branch.slot, 1.0 / self._scale)
 
     def _prepare(self) -> None:
-        """Set up what the next forward must record."""
+        """Set up what the next forward must record, and the averages as the model is now."""
+        for follower in self.followers:
+            follower.sync()
         upcoming = self.tick_number + 1
         last_step = (self.steps + 1) % self.settings.steps_per_tick == 0
         self.observer.prepare(upcoming if last_step else 0)
@@ -346,17 +377,19 @@ class Grow:
 
     def export(self) -> nn.Module:
         """A plain module with everything that grew and nothing else: see ``esper.seeds.exporting``."""
-        from esper.seeds.exporting import export
-
-        return export(self.garden)
+        return self._exported()[0]
 
     def save(self, folder: str | Path, host: dict[str, Any] | None = None) -> Path:
         """The exported model as safetensors with a description, into ``folder``: see ``esper.saved``, which loads it again."""
         from esper.saved import save_model
+
+        return save_model(folder, *self._exported(), host)
+
+    def _exported(self) -> tuple[nn.Module, list[Any]]:
         from esper.seeds.exporting import export_with_cards
 
-        model, cards = export_with_cards(self.garden)
-        return save_model(folder, model, cards, host)
+        with nullcontext() if self._kept is None else self._kept.applied():
+            return export_with_cards(self.garden)
 
 
 def _as_float32(value: float) -> float:

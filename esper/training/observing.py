@@ -18,6 +18,7 @@ from esper.seeds.layer import ATTRIBUTE
 from esper.training.objectives import Objective
 from esper.training.passes import host_parameters
 from esper.training.signals import gradient_norms
+from esper.training.snapshot import present_values
 
 MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
 """The columns that only a forward and backward can show; kept of every seed until the next telemetry. The others are known at any time."""
@@ -83,12 +84,13 @@ class Observer:
         """Mean square of the gradient at the host's parameters beside each site that has any; waits for the device once."""
         sums, sizes = {}, {}
         for site in sites:
-            host = [p.grad.float().reshape(-1) for p in self._parameters_beside(site) if p.grad is not None]
-            if host:  # as dot products: no square as large as the weights is made
-                sums[site] = torch.stack([torch.dot(gradient, gradient) for gradient in host]).sum()
-                sizes[site] = sum(gradient.numel() for gradient in host)
-        values = torch.stack(list(sums.values())).tolist() if sums else []
-        return {site: value / sizes[site] for site, value in zip(sums, values, strict=True)}
+            gradients = [p.grad for p in self._parameters_beside(site) if p.grad is not None]
+            if gradients:  # as dot products: no square as large as the weights is made
+                values = [present_values(gradient).float().reshape(-1) for gradient in gradients]
+                sums[site] = torch.stack([torch.dot(value, value) for value in values]).sum()
+                sizes[site] = sum(gradient.numel() for gradient in gradients)
+        squares = torch.stack(list(sums.values())).tolist() if sums else []
+        return {site: square / sizes[site] for site, square in zip(sums, squares, strict=True)}
 
     def _parameters_beside(self, number: int) -> list[torch.nn.Parameter]:
         """The host's parameters that branches at a site are measured against: those of the site's module.

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.randomness import GlobalDraws, global_draws_kept, seed_for, seed_global_draws
 from esper.seeds.layer import ATTRIBUTE, Attached, Hidden
 
 
 class DropoutReplay(Attached, Hidden):
-    """Remembers the global RNG as it was before the host's last forward, so that another forward draws the same masks."""
+    """Remembers the global generators as they were before the host's last forward, so that another forward draws the same masks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.wanted = False
-        self._state: Tensor | None = None
-        self._cuda: Tensor | None = None
+        self._draws: GlobalDraws | None = None
         self._handle = model.register_forward_pre_hook(self._remember)
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
@@ -28,20 +28,16 @@ class DropoutReplay(Attached, Hidden):
             _outside_the_graph(self)
 
     def look(self) -> None:
-        """Remember the RNG as it is now, if anybody wants it."""
+        """Remember the generators as they are now, if anybody wants it."""
         if self.wanted and torch.is_grad_enabled():
-            self._state = torch.get_rng_state()
-            self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+            self._draws = GlobalDraws()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Within: the RNG as before the last forward; afterwards: as it was before entering."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices):
-            if self._state is not None:
-                torch.set_rng_state(self._state)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda)
+        """Within: the generators as before the last forward; afterwards: as they were before entering."""
+        with global_draws_kept():
+            if self._draws is not None:
+                self._draws.put_back()
             yield
 
     def close(self) -> None:
@@ -52,6 +48,38 @@ class DropoutReplay(Attached, Hidden):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_the_graph(replay: DropoutReplay) -> None:
     replay.look()
+
+
+#: Where every look at data begins to draw from, so that any two looks draw the same.
+LOOK = seed_for(0, "a look at data")
+
+
+@contextmanager
+def drawing_alike(data: Any) -> Iterator[None]:
+    """Within, whoever goes through ``data`` draws what was drawn the last time; every generator is put back afterwards.
+
+    A DataLoader draws a base seed when it is gone through, shuffled or not, from its own generator or from the global one.
+    """
+    own = _generators_of(data)
+    with global_draws_kept():
+        before = [(one, one.get_state()) for one in own]
+        seed_global_draws(LOOK)
+        for one in own:
+            one.manual_seed(LOOK)
+        try:
+            yield
+        finally:
+            for one, state in before:
+                one.set_state(state)
+
+
+def _generators_of(data: Any) -> list[torch.Generator]:
+    """The generators that a loader and its samplers have been given."""
+    sampler = getattr(data, "sampler", None)
+    batches = getattr(data, "batch_sampler", None)
+    holders = (data, sampler, batches, getattr(batches, "sampler", None), getattr(data, "dataset", None))
+    found = {id(one): one for one in (getattr(holder, "generator", None) for holder in holders) if isinstance(one, torch.Generator)}
+    return list(found.values())
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:

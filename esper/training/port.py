@@ -11,7 +11,12 @@ from esper.messages import COLUMNS, Command, Message
 
 
 class Port(Protocol):
-    """Called by the engine at tick boundaries only; no call may wait for a network."""
+    """Called by the engine at tick boundaries only; no call may wait for a network.
+
+    ``decided``: whether anybody may ever command over it.
+    """
+
+    decided: bool
 
     def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None:
         """The run begins; one dict a site."""
@@ -46,6 +51,8 @@ class Port(Protocol):
 
 class NullPort:
     """No bus and no controller: nothing is said, nobody commands."""
+
+    decided = True
 
     def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None: ...
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None: ...

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esper.blueprints import Block, Blueprint
 from esper.errors import UserError
@@ -18,7 +19,7 @@ from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.duration import parse
 from esper.messages import Alert
-from esper.randomness import seed_for
+from esper.randomness import seed_for, seed_global_draws
 from esper.seeds import SitesConfig, TelemetryConfig
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
@@ -46,6 +47,8 @@ class Growth:
     grafting: GraftingConfig
     telemetry: TelemetryConfig
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    decided: bool = True
+    """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
 
 
 @dataclass
@@ -78,9 +81,11 @@ class Trainer:
         self.config = config
         self.task = task
         self.device = device
+        _refuse_sparse(host)
         self.scheduler = scheduler
         self.model = host.to(device).requires_grad_(not config.freeze_host)
         self.port: Port = port or NullPort()
+        self.port.decided = growth.decided
         size, workers = config.batch_size, config.num_workers
         self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device)
         self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
@@ -89,10 +94,14 @@ class Trainer:
         self.optimizer = _optimizer(optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
         self.compiled: Callable[[Any], Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.average = _average(config.ema, self.model)
+        self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()
         self.said: set[str] = set()  # alerts that are given once a run
-        torch.manual_seed(seed_for(seed, "dropout"))  # dropout layers of a host know no other generator
+        seed_global_draws(seed_for(seed, "dropout"))  # dropout layers of a host, and what else is in it, know no other generator
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
+        if self.average is not None:
+            self.grow.follow(self.average, keep=True)
         self.governor = Governor(self.grow, self._watch()) if config.governor else None
         if state is not None:
             load_trainer(self, state)
@@ -121,6 +130,7 @@ class Trainer:
             scaler=self.scaler,
             port=self.port,
             seed=seed,
+            debug=self.config.debug,
             state=state,
         )
 
@@ -163,8 +173,8 @@ class Trainer:
                 ) from error
             if between is not None:
                 between(self)
-        final = {f"validation/{name}": value for name, value in evaluate(self.model, self.task, self.validation).items()}
-        test = evaluate(self.model, self.task, held_out(self.task, "test", self.device))
+        final = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
+        test = evaluate(self.measured, self.task, held_out(self.task, "test", self.device))
         self.outcome.final = final | {f"test/{name}": value for name, value in test.items()}
         self._check_finite("test", test["loss"])
         self.batches.close()
@@ -202,6 +212,8 @@ class Trainer:
             self.governor.recover(anomaly, batch)
             self.grow.tick(None)
         else:
+            if self.average is not None:  # weights with which this step's forward and backward were healthy
+                self.average.update_parameters(self.model)
             self._apply()
             self.grow.tick(mean)
         if self.governor is not None:
@@ -242,7 +254,7 @@ class Trainer:
         self._record({"train/loss": loss, "train/lr_factor": rate})
 
     def _validate(self) -> None:
-        values = {f"validation/{name}": value for name, value in evaluate(self.model, self.task, self.validation).items()}
+        values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
         for name, value in values.items():
             best = self.outcome.best.get(name)
             if best is None or math.isnan(best) or (value > best if self._maximize(name) else value < best):
@@ -292,6 +304,21 @@ class Trainer:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, TYPES[self.config.precision])
+
+
+def _refuse_sparse(host: nn.Module) -> None:
+    """Neither AdamW nor clipping takes sparse gradients, and both would say so only in the midst of the first step."""
+    for name, module in host.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise UserError(
+                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it with "
+                "sparse=False, or grow it in a loop of your own with esper.attach."
+            )
+
+
+def _average(decay: float, model: nn.Module) -> AveragedModel | None:
+    """An exponential moving average of weights and norm statistics, none for a decay of 0."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -28,6 +28,9 @@ class Germinator:
         self.producer.publish(Germinate(id=f"g{tick}", site="fc", seed=tick))
         self.producer.publish(Decided(id=f"d{tick}", tick=tick))
 
+    def complaints(self):
+        return []
+
     def serve(self):
         while True:
             for delivery in self.consumers[0].read(100, 0.5):

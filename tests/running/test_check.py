@@ -144,3 +144,11 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 def test_a_controller_that_could_never_do_anything_is_refused_here_too() -> None:
     with pytest.raises(UserError, match=r"germinate_at=99% is tick 297, and nothing germinates after tick 150"):
         _said(SHORT, "controller.germinate_at=99%")
+
+
+def test_a_run_of_the_host_alone_may_be_shorter_than_any_lifecycle() -> None:
+    with pytest.raises(UserError, match="The run has 5 ticks"):
+        _said("trainer.steps=5")
+    assert "The run has 5 steps" in _said("trainer.steps=5", "controller=none")
+    with pytest.raises(UserError, match="The run has 5 ticks"):
+        _said("trainer.steps=5", "controller=none", "bus=embedded")  # over a server anybody may let a seed germinate

@@ -211,3 +211,47 @@ def test_the_guard_goes_on_from_a_saved_state_with_the_same_bits():
         one.until(S.ROLLED_BACK, most=60)
     assert [said.text for said in other.port.alerts] == [said.text for said in loop.port.alerts]
     same(loop.host_state(), other.host_state())
+
+
+def diverged(loop: Loop, steps: int) -> None:
+    """Steps of a loop whose loss is NaN, as after too high a learning rate."""
+    for _ in range(steps):
+        loop.step((torch.full((4, 6), math.nan), torch.zeros(4, dtype=torch.int64)))
+
+
+@pytest.mark.filterwarnings("ignore:esper. the training loss")
+@pytest.mark.parametrize("stage", [S.TRAINING, S.GRAFTING, S.STABILIZATION, S.EVALUATING])
+def test_a_loss_that_is_not_finite_is_said_once_and_nothing_grows_meanwhile(stage: Stage):
+    lifecycle = short(training_min="4step", stabilization_min="6step", evaluating_min="6step", guard=False)
+    loop = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0)]})
+    branch = loop.until(stage)
+    loop.step()
+    alpha, stages = float(loop.grow.garden.branches.alpha[branch.id]), list(branch.path)
+    values = loop.grow.garden.layers[0].bank("mlp").values(branch.slot)
+    host = loop.host_state()
+    loop.port.script = {loop.grow.tick_number + 2: [germinate(seed=1, id="meanwhile")]}
+    with pytest.warns(UserWarning, match="the training loss is not finite"):
+        diverged(loop, 1)
+    diverged(loop, 8)
+    assert [said[2] for said in loop.port.alerts] == ["loss_not_finite"]
+    assert loop.port.acks["meanwhile"] == ("refused", "the training loss is not finite, so nothing germinates until it is again")
+    assert branch.path == stages and float(loop.grow.garden.branches.alpha[branch.id]) == alpha
+    same(values, loop.grow.garden.layers[0].bank("mlp").values(branch.slot))
+    with torch.no_grad():  # the user puts an earlier state back
+        for name, value in loop.model.state_dict().items():
+            if name in host:
+                value.copy_(host[name])
+    loop.optimizer.state.clear()
+    loop.run(30)
+    assert branch.path != stages, "with the loss back, life goes on"
+
+
+@pytest.mark.filterwarnings("ignore:esper. the training loss")
+def test_a_run_that_goes_on_from_a_diverged_state_grows_nothing_either():
+    loop = Loop(commands={1: [germinate()]})
+    loop.run(2)
+    diverged(loop, 2)
+    state = loop.grow.state()
+    again = Loop(settings={"state": state}, commands={5: [germinate(seed=1, id="later")]})
+    again.grow.tick(None)
+    assert again.port.acks["later"][0] == "refused" and not again.port.alerts, "it has been said already"

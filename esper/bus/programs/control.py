@@ -181,6 +181,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="output folder of a run with controller.process=external")
     options = parser.parse_args(list(argv))
     from esper.config import options as options_of
+    from esper.controllers.contained import Contained
 
     folder = options.folder.resolve()
     with joined(folder, "controller") as (bus, found):
@@ -188,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         kind = options_of("controller")[settings["name"]]
         names = set(kind.__dataclass_fields__)
         controller = kind(**{key: value for key, value in settings.items() if key in names}).build(seed)
-        control = Control(bus, found.run, controller, folder / "bus" / "controller")
+        control = Control(bus, found.run, Contained(controller), folder / "bus" / "controller")
         print(f"controlling {found.run} with controller={settings['name']}", file=sys.stderr, flush=True)
         try:
             status = control.serve()
