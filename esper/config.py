@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from esper import secrets
 from esper.custom import OPTIONS as CUSTOM
 from esper.errors import UserError
 from esper.fields import setting
@@ -98,8 +99,9 @@ def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = No
         choices: which file of each preset group (``experiment``, ``arm``, ``debug``) was composed in.
 
     Raises:
-        UserError: a key that does not exist, a value of another type, out of its range or no accepted word.
+        UserError: a key that does not exist, a value of another type, out of its range or no accepted word; a secret.
     """
+    secrets.refuse(tree)
     settings = {key: value for key, value in tree.items() if key not in GROUPS}
     root = structure(RootConfig, settings, "")
     for group in GROUPS:
