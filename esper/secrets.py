@@ -28,7 +28,7 @@ INSTEAD = {
 _OWN = "let the program that needs it read it from the environment"
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.\-]*):/{2}(?P<rest>[^\s'\"]*)", re.IGNORECASE)
-_PAIR = re.compile(r"[^\s/@:'\"{\[,=]+:[^\s@'\"{\[,]+@[\w\[]")  # name:password@host without a scheme
+_PAIR = re.compile(r"[^\s/@:'\"{\[,=]*:(?!//)[^\s@'\"{\[,]+@(?=[\w\[])")  # name:password@host without a scheme
 _NAMED = r"(?:pass(?:word|wd|phrase)|pwd|pw|secret|credentials?|authorization|(?:api|access|private|secret|account)[_-]?key)"
 _TOKEN = r"(?:access|auth|api|bearer|id|refresh|session|hf|github|gitlab|tracking|secret)[_-]?token"
 _KEY = re.compile(rf"(?:.*[_.\-])?(?:{_NAMED}|{_TOKEN})|token|bearer", re.IGNORECASE)
@@ -39,6 +39,7 @@ _PARAMETER = re.compile(
 )
 #: Databases take a user's name in the address; anywhere else a name alone may be a token.
 _DATABASES = ("postgresql", "postgres", "mysql", "mariadb", "mssql", "oracle")
+_SERVERS = ("http", "https", "redis", "rediss")
 _FILES = ("sqlite", "file")
 
 
@@ -53,7 +54,7 @@ def refuse_words(words: Sequence[str]) -> None:
     for word in words:
         key, equals, text = word.partition("=")
         if equals:
-            check(key.lstrip("+~-"), text)
+            check(key.lstrip("+~-'\""), text)
         elif holds_secret("", word):
             raise UserError(f"A word of the command line has {_what('', word)}; {_OWN}.")
 
@@ -72,11 +73,13 @@ def holds_secret(key: str, text: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """``text`` with ``…`` in place of whatever an address has before its ``@``, and of parameters that are named like a secret."""
+    """``text`` with ``…`` in place of what an address has before its ``@`` and in its query."""
 
     def bare(found: re.Match[str]) -> str:
         before, at, after = found["rest"].rpartition("@")
         rest = f"…{at}{after}" if _has_user(found["scheme"], before) else found["rest"]
+        if found["scheme"].lower() in _SERVERS:
+            rest = re.sub(r"([?#]).*", r"\1…", rest)
         return f"{found['scheme']}://" + _PARAMETER.sub(lambda parameter: f"{parameter['name']}=…", rest)
 
     return _PAIR.sub("…@", _URL.sub(bare, text))
@@ -92,7 +95,7 @@ def _what(key: str, text: str) -> str:
     for found in _URL.finditer(plain):
         if _has_user(found["scheme"], found["rest"].rpartition("@")[0], strict=key in ADDRESSES):
             return "a user or password in it" if key in ADDRESSES else "an address with a user or password in it"
-        if key in ADDRESSES and found["scheme"].lower() in ("http", "https", "redis", "rediss") and re.search("[?#]", found["rest"]):
+        if key in ADDRESSES and found["scheme"].lower() in _SERVERS and re.search("[?#]", found["rest"]):
             return "something after a ? or # in it"
         if _PARAMETER.search(found["rest"]):
             return "a token or password in it"
