@@ -41,6 +41,9 @@ GROUPS: dict[str, str] = {
     "compare": "esper.compare",
 }
 
+#: Groups whose settings stand beside modules of torch; a mistake in any other is said without waiting for it.
+_WITH_TORCH = ("model", "task", "blueprint", "grafting")
+
 #: Groups of files that override others (``@package _global_``); none is chosen by default.
 PRESETS = ("experiment", "arm", "debug")
 
@@ -104,7 +107,7 @@ def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = No
     secrets.refuse(tree)
     settings = {key: value for key, value in tree.items() if key not in GROUPS}
     root = structure(RootConfig, settings, "")
-    for group in GROUPS:
+    for group in sorted(GROUPS, key=_WITH_TORCH.__contains__):
         if group in tree:
             setattr(root, group, _build_group(group, tree[group]))
     for preset in PRESETS:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from esper.cli import conf, internals, overrides
+from esper.cli.machine import refuse_impossible
 from esper.compare.arms import refuse_overridden_arm
 from esper.compare.config import LauncherConfig
 from esper.config import PRESETS, RootConfig, build, structure
@@ -134,6 +135,7 @@ def _check_value(tree: DictConfig, item: Override) -> None:
     changed = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
     with open_dict(changed):
         OmegaConf.update(changed, overrides.key_of(item), item.value(), merge=False)
+    refuse_impossible(changed, here=internals.runs_here(tree.hydra))
     from_hydra(changed, dict(tree.hydra.runtime.choices))
 
 
@@ -162,6 +164,7 @@ def _compose(parsed: list[Override]) -> Composed:
     launcher = dict(tree.hydra.launcher)
     if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
         structure(LauncherConfig, launcher, "hydra.launcher")
+    refuse_impossible(tree, here=internals.runs_here(tree.hydra))
     config = from_hydra(tree, dict(tree.hydra.runtime.choices))
     sweep = {str(key): str(value) for key, value in (tree.hydra.sweeper.get("params") or {}).items()}
     return Composed(config, str(tree.hydra.mode).endswith("MULTIRUN"), sweep, tree)

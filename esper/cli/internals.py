@@ -78,6 +78,11 @@ def _check_classes(group: str, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{key}={value} would run code of '{package}', which nobody allowed: set {VARIABLE}={package}.")
 
 
+def runs_here(composed: DictConfig) -> bool:
+    """Whether the launcher is one that runs its jobs on this machine; others may send them elsewhere."""
+    return composed.launcher["_target_"] in _OURS
+
+
 def _check(key: str) -> None:
     if key in KEYS or _under(key, GROUPS):
         return

@@ -11,8 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from esper.errors import UserError
-from esper.training import Grow, attach
+from esper.training.attach import attach
 from esper.training.checkpoint.attached import forgive_seeds, grown_in, host_alone, plain
+from esper.training.grow import Grow
 
 
 class GrowCallback(Callback):

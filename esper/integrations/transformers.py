@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from esper.training import Grow, attach
+from esper.training.attach import attach
 from esper.training.checkpoint.attached import HostAlone, found, grown_in
+from esper.training.grow import Grow
 from esper.training.losses import told_without
 from esper.training.passes import to_device
 

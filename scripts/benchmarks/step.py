@@ -29,7 +29,7 @@ from esper.grafting import CONFIGS as STRATEGIES
 from esper.hosts.cnn import CNNConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.seeds import TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.device import keep_freed_memory
 from esper.training.grow import Grow
 from esper.training.port import NullPort

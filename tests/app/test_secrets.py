@@ -185,7 +185,8 @@ def test_nothing_of_a_finished_run_holds_what_the_environment_held(
     monkeypatch.chdir(tmp_path)
     for name in ("ESPER_BUS_PASSWORD", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD", "OTEL_EXPORTER_OTLP_HEADERS"):
         monkeypatch.setenv(name, SECRET)
-    assert main(["trainer.steps=100", "trainer.control=false", "tracking.system_s=0", "tracking.figures=false", "tracking.model=false"]) == 0
+    quick = ["trainer.steps=100", "trainer.control=false", "tracking.system_s=0", "tracking.figures=false", "tracking.model=false"]
+    assert main(quick) == 0
     out, err = capfd.readouterr()
     assert list(tmp_path.rglob("mlflow.db")) and list(tmp_path.rglob(".hydra/config.yaml"))
     nowhere(tmp_path, out + err)

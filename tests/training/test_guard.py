@@ -15,7 +15,7 @@ from esper.blueprints.base import Parameters
 from esper.blueprints.mlp import MLP
 from esper.grafting import CONFIGS
 from esper.lifecycle import Stage
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.guard import worse
 from esper.training.optimizer import BranchLearning
 
