@@ -38,10 +38,9 @@ def add(path: str) -> Path:
     if not found.is_dir():
         raise UserError(f"--config-dir {path}: there is no such folder; give one with groups in it, as in conf/model/mine.yaml.")
     known = (*GROUPS, *PRESETS)
-    for file in sorted(found.rglob("*.yaml")):
+    deeper = [file for group in (*known, "hydra") for file in (found / group).rglob("*.yaml")]  # elsewhere there may be runs, say
+    for file in sorted({*found.glob("*/*.yaml"), *deeper}):
         group = file.parent.relative_to(found).as_posix()
-        if group == ".":
-            continue  # no file of a group, so nothing chooses it
         if group not in known:
             raise UserError(f"--config-dir {path}: {group}/{file.name} belongs to no group; the groups are {', '.join(known)}.")
         if (folder() / group / file.name).is_file():

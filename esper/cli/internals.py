@@ -69,7 +69,8 @@ def check_tree(composed: DictConfig) -> None:
 def _check_classes(group: str, settings: Mapping[str, Any]) -> None:
     """Interpolations are resolved in ``settings``: one could stand for a mapping with a class in it."""
     if f"{group}._target_" not in settings:
-        raise UserError(f"{group} is not accepted: it says how a sweep runs, by a file of its own, as in hydra/{group.partition('.')[2]}=basic.")
+        kind = group.partition(".")[2]
+        raise UserError(f"{group} is not accepted: it says how a sweep runs, by a file of its own, as in hydra/{kind}=basic.")
     for key, value in settings.items():
         if key.rpartition(".")[2] != "_target_" or value in _OURS:
             continue
