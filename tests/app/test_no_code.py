@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from esper.app import main
 from esper.cli.compose import compose
+from esper.config import plain
 from esper.custom import decided, locate
 from esper.errors import UserError
 
@@ -130,6 +132,19 @@ def test_a_configuration_reads_no_variable_of_the_environment_but_those_allowed(
         assert "nobody allowed" in said and "env: [SCRATCH]" in said
     (tmp_path / "esper.yaml").write_text("env: [SCRATCH]", encoding="utf-8")
     assert compose(["output=${oc.env:SCRATCH}"]).output == str(tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("key", ["resume", "fork"])
+def test_the_configuration_of_a_run_from_elsewhere_runs_no_code(key: str, marker: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = plain(compose([*QUICK, "model=custom", "model.target=evil_part:Part", "model.args.hydra=1"]))
+    tree["model"]["args"] = {"_target_": "evil_part.Part"}
+    Path("config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    assert main([f"{key}=."]) == 2
+    assert not marker.exists()
+    Path("config.yaml").write_text("!!python/object/apply:importlib.import_module [evil_part]\n", encoding="utf-8")
+    assert main([f"{key}=."]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not marker.exists()
 
 
 def test_what_hydra_may_be_told_is_still_taken() -> None:
