@@ -6,13 +6,16 @@ import argparse
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from esper.cli import help, programs
+import esper
+from esper import custom, secrets
+from esper.cli import conf, help, programs
 from esper.errors import Preempted, Terminated, TrackerError, UserError
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 #: Exit codes, as the shell counts them.
 FAILED, REFUSED, PREEMPTED, INTERRUPTED, TERMINATED = 1, 2, 75, 130, 143
 
+_COMPLETION = ("--shell-completion", "-sc")
+_SHELL = re.compile("(install|uninstall|query)=(bash|zsh|fish)")
 _ELSEWHERE = "or set output=<another folder>"
 
 #: What to do when the system refuses a file.
@@ -42,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        words = _own_options(words)
-        program = programs.named(words)
-        return program.load()(words[1:]) if program else train(words)
+        secrets.refuse_words(words)
+        with custom.decided():
+            words = _own_options(words)
+            program = programs.named(words)
+            return program.load()(words[1:]) if program else train(words)
     except UserError as error:
         return _say(str(error), REFUSED)
     except TrackerError as error:
@@ -69,6 +76,11 @@ def train(words: Sequence[str]) -> int:
     if {"--help", "-h"} & set(words):
         print(help.text(), flush=True)
         return 0
+    if "--version" in words:
+        print(f"esper {esper.__version__}", flush=True)
+        return 0
+    if words and words[0] in ("--hydra-help", *_COMPLETION):
+        return _hydras_own(words)
     if any(word.startswith(("resume=", "fork=")) and word != "resume=auto" for word in words):
         from esper.running.resume import main as go_on
 
@@ -80,14 +92,36 @@ def train(words: Sequence[str]) -> int:
     return _hydra(words)
 
 
+def _hydras_own(words: Sequence[str]) -> int:
+    """What Hydra itself answers: its own help, and the completion of a shell (``eval "$(esper -sc install=bash)"``).
+
+    Raises:
+        UserError: more words than that; a setting among them would be composed unchecked.
+    """
+    if words != ["--hydra-help"] and not (len(words) == 2 and _SHELL.fullmatch(words[1])):
+        raise UserError(f"{words[0]} stands alone: esper --hydra-help, or esper --shell-completion install=bash (or zsh, fish).")
+    typed = os.environ.get("COMP_LINE", "esper ").split(" ")  # a program's own name is no setting that Hydra could complete behind
+    os.environ["COMP_LINE"] = " ".join(typed[:1] + typed[2:] if len(typed) > 2 and typed[1] in programs.PROGRAMS else typed)
+    from hydra.errors import HydraException
+
+    from esper.cli.compose import register_resolvers
+
+    register_resolvers()
+    try:
+        return _hydra(words)
+    except SystemExit as done:
+        return int(done.code or 0)
+    except HydraException:  # half a word completes to nothing
+        return FAILED
+
+
 def _own_options(words: Sequence[str]) -> list[str]:
     """The words without ``--config-dir <folder>``, whose options are taken in for everything that follows."""
     parser = _Parser(prog="esper", add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     flags, rest = parser.parse_known_args(list(words))
+    conf.forget()
     if flags.config_dir is not None:
-        from esper.cli import conf
-
         conf.add(flags.config_dir)
     return rest
 
@@ -113,7 +147,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        options = "the options are --help, --multirun, --cfg job and --config-dir"
+        options = "the options are --help, --version, --multirun, --cfg job, --config-dir, --hydra-help and --shell-completion"
         raise UserError(f"{message}; {options}, and settings are written key=value, as in seed=1.")
 
 
@@ -121,7 +155,6 @@ def _hydra(words: Sequence[str]) -> int:
     """Hands over to Hydra for the run's folder, the log and the sweep; every job comes back to ``_job``."""
     import hydra
 
-    from esper.cli import conf
     from esper.cli.overrides import quoted
 
     refused: list[UserError] = []
@@ -198,5 +231,5 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"esper: {sentence}", file=sys.stderr)
+    print(f"esper: {secrets.redacted(sentence)}", file=sys.stderr)
     return code

@@ -16,7 +16,7 @@ from esper.hosts.transformer import TransformerConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.messages import Alert, GateResult, Germinate, Message, Metrics, Report, Selector, SetStage, Transition
 from esper.seeds import Branch, TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.grow import Grow
 from esper.training.port import NullPort
 

@@ -15,10 +15,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from esper.cli import conf, overrides
+from esper.cli import conf, internals, overrides
+from esper.cli.machine import refuse_impossible
 from esper.compare.arms import refuse_overridden_arm
 from esper.compare.config import LauncherConfig
 from esper.config import PRESETS, RootConfig, build, structure
+from esper.custom import variable
 from esper.errors import UserError
 
 
@@ -75,10 +77,11 @@ def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
 
 
 def register_resolvers() -> None:
-    """``${unique:}``: six characters that keep apart two runs of the same name and second."""
-    import secrets
+    """``${unique:}``: six characters that keep apart two runs of the same name and second; ``${oc.env:}`` as far as the user allows it."""
+    from secrets import token_hex
 
-    OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("unique", lambda: token_hex(3), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("oc.env", variable, replace=True)
 
 
 @contextmanager
@@ -132,6 +135,7 @@ def _check_value(tree: DictConfig, item: Override) -> None:
     changed = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
     with open_dict(changed):
         OmegaConf.update(changed, overrides.key_of(item), item.value(), merge=False)
+    refuse_impossible(changed, here=internals.runs_here(tree.hydra))
     from_hydra(changed, dict(tree.hydra.runtime.choices))
 
 
@@ -141,6 +145,7 @@ def _with_value(sweep: Override, text: str) -> Override:
 
 def _compose(parsed: list[Override]) -> Composed:
     """Groups first, so that keys can be checked against what was chosen; then everything."""
+    internals.check_words(parsed)
     chosen = [item for item in parsed if overrides.is_group(item)]
     for item in chosen:
         overrides.check_group(item)
@@ -152,13 +157,14 @@ def _compose(parsed: list[Override]) -> Composed:
             if not overrides.is_hydras(item):
                 overrides.check_key(item, plain)
         tree = hydra.compose("config", [str(item.input_line) for item in parsed], return_hydra_config=True)
-    internals = tree.hydra
-    if arm := internals.runtime.choices.get("arm"):
+    internals.check_tree(tree.hydra)
+    if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
-    launcher = dict(internals.launcher)
+    launcher = dict(tree.hydra.launcher)
     if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
         structure(LauncherConfig, launcher, "hydra.launcher")
-    config = from_hydra(tree, dict(internals.runtime.choices))
-    sweep = {str(key): str(value) for key, value in (internals.sweeper.get("params") or {}).items()}
-    return Composed(config, str(internals.mode).endswith("MULTIRUN"), sweep, tree)
+    refuse_impossible(tree, here=internals.runs_here(tree.hydra))
+    config = from_hydra(tree, dict(tree.hydra.runtime.choices))
+    sweep = {str(key): str(value) for key, value in (tree.hydra.sweeper.get("params") or {}).items()}
+    return Composed(config, str(tree.hydra.mode).endswith("MULTIRUN"), sweep, tree)

@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esper import custom
 from esper.config import build, plain
 from esper.errors import Preempted, Terminated, UserError
 
@@ -37,10 +38,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
     try:
-        for line in sys.stdin:
-            busy = True
-            answers.write(json.dumps(handle(json.loads(line))) + "\n")
-            busy = False
+        with custom.decided():
+            for line in sys.stdin:
+                busy = True
+                answers.write(json.dumps(handle(json.loads(line))) + "\n")
+                busy = False
     except Preempted:
         return SAVED
     except KeyboardInterrupt:

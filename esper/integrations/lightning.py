@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from esper import Grow, attach
 from esper.errors import UserError
-from esper.training import Grow, attach
 from esper.training.checkpoint.attached import forgive_seeds, grown_in, keep_in, plain
 
 

@@ -104,7 +104,8 @@ class ProgressState:
         """Everything in one line but the bar and the step."""
         name, score = self.score
         stages = ", ".join(f"{count} {stage}" for stage, count in self.stages.items())
-        parts = [f"loss {short(self.values.get('train/loss'))}", f"{name} {short(score)}"]
+        judged = name if name == "validation" else f"validation {name}"
+        parts = [f"train loss {short(self.values.get('train/loss'))}", f"{judged} {short(score)}"]
         if stages:
             parts.append(f"seeds: {stages}")
         if self.overhead is not None:

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from esper import secrets
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
 
@@ -33,6 +34,7 @@ def check_uri(uri: str, key: str, otherwise: str) -> None:
     Raises:
         UserError: naming the URI and what to do.
     """
+    secrets.check(key, uri)
     scheme = uri.partition("://")[0].partition("+")[0]
     if scheme in ("http", "https"):
         _check_server(uri, key, otherwise)

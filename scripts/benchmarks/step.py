@@ -30,7 +30,7 @@ from esper.hosts.cnn import CNNConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.messages import Germinate
 from esper.seeds import TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.device import keep_freed_memory
 from esper.training.grow import Grow
 from esper.training.port import NullPort

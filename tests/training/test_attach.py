@@ -13,7 +13,7 @@ from esper.blueprints import Block
 from esper.errors import UserError
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.seeds import find_sites
-from esper.training import attach
+from esper.training.attach import attach
 
 S = Stage
 

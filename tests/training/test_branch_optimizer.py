@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as schedules
 
 from esper.lifecycle import Stage
 from esper.messages import ApplyTogether, Cancel, ChangeStrategy, EmergencyStop, PauseGrafting, RequestReport, Selector
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 
 S = Stage

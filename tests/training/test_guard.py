@@ -15,7 +15,7 @@ from esper.blueprints.base import Parameters
 from esper.blueprints.mlp import MLP
 from esper.grafting import CONFIGS
 from esper.lifecycle import Stage
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.guard import worse
 from esper.training.optimizer import BranchLearning
 
@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_is_said_once_and_nothing_grows_meanwhile(stag
     with pytest.warns(UserWarning, match="the training loss is not finite"):
         diverged(loop, 1)
     diverged(loop, 8)
-    assert [said[2] for said in loop.port.alerts] == ["loss_not_finite"]
+    assert [said.code for said in loop.port.alerts] == ["loss_not_finite"]
     assert loop.port.acks["meanwhile"] == ("refused", "the training loss is not finite, so nothing germinates until it is again")
     assert branch.path == stages and float(loop.grow.garden.branches.alpha[branch.id]) == alpha
     same(values, loop.grow.garden.layers[0].bank("mlp").values(branch.slot))

@@ -9,7 +9,7 @@ from torch import nn
 from esper.lifecycle import SeedTable
 from esper.messages import Germinate
 from esper.seeds import TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 
 SEEDS = 4096
 

@@ -15,7 +15,7 @@ from esper.blueprints import MLP, Block
 from esper.controllers.contained import Contained
 from esper.grafting import Plan
 from esper.lifecycle import Stage
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.faults import REPEATED
 
 S = Stage
@@ -71,10 +71,10 @@ def test_one_that_raises_while_it_learns_never_reaches_the_host(objective: str, 
     branch = loop.grow.garden.branches[0]
     assert branch.stage in (S.CULLED, S.DORMANT) and branch.raised == REPEATED and not branch.alive
     same(loop.host_state(), alone(12))
-    cause = next(said[6] for said in loop.port.transitions if said[5] == S.CULLED)
+    cause = next(said.cause for said in loop.port.transitions if said.target == S.CULLED)
     assert cause.startswith(f"exceptions at {REPEATED} ticks; blueprint broken raised ")
-    told = [said for said in loop.port.alerts if said[2] == "part_raised"]
-    assert len(told) == 1 and "fc1" in told[0][3], "one alert, however often it raises"
+    told = [said for said in loop.port.alerts if said.code == "part_raised"]
+    assert len(told) == 1 and "fc1" in told[0].text, "one alert, however often it raises"
     (record,) = [record for record in caplog.records if record.exc_info]
     assert record.levelno == logging.ERROR
 
@@ -95,7 +95,7 @@ def test_a_blended_one_adds_nothing_and_goes(stage: Stage):
         assert branch.stage is not S.CULLED and branch.alive
     loop.step()
     assert branch.stage is (S.ROLLED_BACK if stage is S.STABILIZATION else S.CULLED)
-    assert loop.port.transitions[-1][6].startswith("exceptions at 3 ticks")
+    assert loop.port.transitions[-1].cause.startswith("exceptions at 3 ticks")
 
 
 def test_a_fossil_stays_and_is_told_of():
@@ -104,7 +104,7 @@ def test_a_fossil_stays_and_is_told_of():
     Broken.armed = True
     loop.run(6)
     assert branch.stage is S.FOSSILIZED and branch.alive
-    assert [said[2] for said in loop.port.alerts] == ["part_raised"]
+    assert [said.code for said in loop.port.alerts] == ["part_raised"]
 
 
 def test_a_block_is_contained_too():
@@ -171,8 +171,8 @@ def test_a_rule_that_raises_holds_the_ramp_and_repeating_it_culls(times: int, en
         loop.step()
         alphas.append(float(loop.grow.garden.branches.alpha[branch.id]))
     assert branch.stage is ends and alphas[0] == alphas[1] == alphas[2], "it holds while its rule raises"
-    told = [said for said in loop.port.alerts if said[2] == "part_raised"]
-    assert len(told) == 1 and "grafting rule Rule raised KeyError" in told[0][3]
+    told = [said for said in loop.port.alerts if said.code == "part_raised"]
+    assert len(told) == 1 and "grafting rule Rule raised KeyError" in told[0].text
 
 
 class Decider:

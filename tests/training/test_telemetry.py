@@ -15,7 +15,7 @@ from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
 from esper.seeds import Recording, TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.fingerprint import untimed
 from esper.training.passes import shapes_of, to_device
 from esper.training.port import NullPort

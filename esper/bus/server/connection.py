@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from esper import secrets
 from esper.bus.config import RedisConfig
 from esper.errors import UserError
 
@@ -47,16 +48,12 @@ class Address:
 def address_of(config: RedisConfig) -> Address:
     """The address in a configuration, with user and password from the environment; raises UserError when unusable."""
     accepted = "give redis://host:port/0 or rediss://host:port/0, the port from 1 to 65535"
+    secrets.check("bus.url", config.url)
     try:
         parts = urlsplit(config.url)
         port = parts.port if parts.port is not None else 6379
     except ValueError:  # a port that is none, brackets that are no IPv6 address
-        raise UserError(f"bus.url={_bare(config.url)!r} is no server address: {accepted}") from None
-    if parts.username or parts.password:
-        raise UserError(
-            "bus.url has a user or password in it, which would be written into every saved config:"
-            f" put them into {USER_VARIABLE} and {PASSWORD_VARIABLE}"
-        )
+        raise UserError(f"bus.url={config.url!r} is no server address: {accepted}") from None
     if parts.scheme not in ("redis", "rediss") or not parts.hostname or not port:
         raise UserError(f"bus.url={config.url!r} is no server address: {accepted}")
     database = parts.path.strip("/") or "0"
@@ -79,12 +76,6 @@ def address_of(config: RedisConfig) -> Address:
         tls_cert=config.tls_cert,
         tls_key=config.tls_key,
     )
-
-
-def _bare(url: str) -> str:
-    """An address without what stands before an ``@``: nothing in it is known to be no password."""
-    scheme, separator, rest = url.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
 
 
 def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis:
