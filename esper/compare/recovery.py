@@ -44,7 +44,7 @@ def gap_recovery(small: Array, final: Array, grown: Array, alpha: float = 0.05) 
     share = float(gain.mean() / gap.mean())
     flips = flips_for(10 * alpha, len(gap))
 
-    def p_value(r: float) -> float:
+    def p_value(r: float, _side: int) -> float:
         return float(sign_flip(gain - r * gap, error=rounding(small, grown, r * small, r * final), flips=flips))
 
     share_ends = invert(p_value, share, 1.0, alpha)

@@ -24,6 +24,7 @@ from esper.compare.draws import generator
 EXACT_PAIRS = 15
 FLIPS = 9_999
 MOST_FLIPS = 999_999
+FLIPS_OF_ENDS = 99_999  # an interval tries a hundred shifts; beyond, ten patterns beyond an end place it well enough
 EPSILON = float(np.finfo(np.float64).eps)
 SURE = 2.0**-40  # twelve digits: the part of a difference that may be off where nothing says how it came about
 CHUNK = 4_000_000  # floats held at once (32 MB)
@@ -186,33 +187,45 @@ def interval(differences: Array, alpha: float, error: Array | None = None) -> tu
 
     Infinite where so few pairs can reject nothing. Shape of ``differences`` and ``error``: ``[pairs]``.
     """
+    return _unrejected(differences, 2.0, alpha, error, ("two-sided", "two-sided"))
+
+
+def equivalence_interval(differences: Array, alpha: float, error: Array | None = None) -> tuple[float, float]:
+    """The shifts that neither one-sided test at ``alpha`` rejects: TOST finds equivalence where it lies within the margin."""
+    return _unrejected(differences, 1.0, alpha, error, ("greater", "less"))
+
+
+def _unrejected(differences: Array, sides: float, alpha: float, error: Array | None, tests: tuple[str, str]) -> tuple[float, float]:
     data = np.asarray(differences, dtype=np.float64)
-    flips = flips_for(10 * alpha, len(data))  # ten patterns beyond an end place it well enough
+    flips = max(flips_for(10 * alpha, len(data)), min(flips_for(alpha, len(data)), FLIPS_OF_ENDS))
     centre, reach = float(data.mean()), float(np.ptp(data))
     if reach <= 2 * float(blur(data[:, None], error).max()):  # equal differences: any other shift is rejected, if anything can be
-        return (centre, centre) if 2.0 ** (1 - len(data)) <= alpha else (-np.inf, np.inf)
+        return (centre, centre) if sides * 2.0 ** -len(data) <= alpha else (-np.inf, np.inf)
 
-    def p_value(shift: float) -> float:
+    def p_value(shift: float, side: int) -> float:
         moved, wrong = shifted(data, -shift, error)
-        return float(sign_flip(moved, error=wrong, flips=flips))
+        return float(sign_flip(moved, tests[side > 0], error=wrong, flips=flips))
 
     return invert(p_value, centre, reach, alpha)
 
 
-def invert(p_value: Callable[[float], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
-    """The ends of the set of values around ``centre`` whose p-value exceeds ``alpha``; ±inf where it has no end."""
+def invert(p_value: Callable[[float, int], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
+    """The ends of the set of values around ``centre`` whose p-value exceeds ``alpha``; ±inf where it has no end.
+
+    ``p_value(value, side)`` is asked with −1 for the lower end and +1 for the upper one.
+    """
 
     def end(side: int) -> float:
         inside, outside = centre, centre + side * reach
         for _ in range(20):
-            if p_value(outside) <= alpha:
+            if p_value(outside, side) <= alpha:
                 break
             inside, outside = outside, centre + 2 * (outside - centre)
         else:
             return side * np.inf
         for _ in range(40):
             middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if p_value(middle) > alpha else (inside, middle)
+            inside, outside = (middle, outside) if p_value(middle, side) > alpha else (inside, middle)
         return outside
 
     return end(-1), end(+1)

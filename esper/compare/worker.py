@@ -58,13 +58,13 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:
-    """Primary metric and every metric's direction, from the task's data."""
+    """Primary metric, every metric's direction and the samples of the test set, from the task's data."""
     try:
         task = build(request["config"], request["choices"]).task.build()
     except UserError as error:
         return {"error": str(error)}
     directions = {name: metric.direction for name, metric in task.metrics.items()}
-    return {"primary": task.primary, "directions": {"loss": "min", **directions}}
+    return {"primary": task.primary, "directions": {"loss": "min", **directions}, "samples": len(task.test)}  # type: ignore[arg-type]
 
 
 def run_job(request: dict[str, Any]) -> dict[str, Any]:
