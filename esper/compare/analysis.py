@@ -27,7 +27,7 @@ COUNTED = 1e-4  # how near whole numbers the values times the samples are where 
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm in one block: quality, failures, cost and growth over its runs (means over the finished ones)."""
+    """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones)."""
 
     arm: str
     block: str
@@ -38,6 +38,7 @@ class ArmSummary:
     spread: float
     costs: dict[str, float]
     growth: dict[str, float]
+    alone: dict[str, float]
     points: dict[int, float]
     macs: dict[int, float]
 
@@ -141,6 +142,7 @@ def summarize(runs: Sequence[Run], arm: str, block: str) -> ArmSummary:
         spread=float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
         costs=_means([run.costs for run in good.values()]),
         growth=_means([run.growth for run in good.values()]),
+        alone=_means([run.alone for run in good.values()]),
         points={seed: run.value for seed, run in good.items()},
         macs={seed: run.costs["macs"] for seed, run in good.items() if "macs" in run.costs},
     )
@@ -182,10 +184,8 @@ def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
             break
         seeds.append(seed)
     places = [[one.seeds.index(seed) for seed in seeds] for one in families]
-    rows, error = (
-        np.stack([of(one)[place] for one, place in zip(families, places, strict=True)], axis=1)
-        for of in (lambda one: one.tested, lambda one: one.error)
-    )
+    rows = np.stack([one.tested[place] for one, place in zip(families, places, strict=True)], axis=1)
+    error = np.stack([one.error[place] for one, place in zip(families, places, strict=True)], axis=1)
     looks = look_pairs(len(plan.seeds), plan.looks, fewest_pairs(plan.alpha, len(families)))
     flips = flips_for(plan.alpha / len(families), len(plan.seeds))
     rejected = sequential_holm(rows[:, :, None], looks, len(plan.seeds), plan.alpha, error=error, flips=flips)[:, 0]

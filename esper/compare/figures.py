@@ -76,8 +76,7 @@ def _row(axes: Axes, row: Judged, at: int) -> None:
         label = "thick: test for equivalence, sure where it stays within the band"
         axes.plot(row.equivalence_interval, (at, at), color=colour, lw=4.0, alpha=0.55, solid_capstyle="butt", label=label)
     axes.plot(row.difference, at, "D", color=colour, ms=6, mec="white", mew=0.8)
-    place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 8, "color": colour}
-    axes.annotate(told, (0.99, at - 0.22), **place)
+    axes.annotate(told, (0.99, at - 0.22), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=colour)
 
 
 def _title(plan: Plan, block: str) -> str:

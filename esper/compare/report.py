@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
+CONTROLS = {"same_steps": "host alone, same steps", "same_macs": "host alone, same MACs"}
 HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
 
 
@@ -96,14 +97,16 @@ def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
 
 
 def arm_table(comparison: Comparison, plan: Plan) -> Table:
-    """Quality and failures of every arm."""
+    """Quality and failures of every arm, and the means of its controls where its runs trained them."""
     place = where(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
     table = _table(f"{plan.metric}, {plan.direction}{place}; reference {plan.reference}", comparison)
-    for name in ("runs", "failed", "mean", "IQM", "spread"):
+    controls = {name: heading for name, heading in CONTROLS.items() if any(name in arm.alone for arm in comparison.arms)}
+    for name in ("runs", "failed", "mean", "IQM", "spread", *controls.values()):
         table.add_column(name, justify="right")
     for arm in comparison.arms:
         failed = f"[red]{arm.failed}[/]" if arm.failed else "0"
         numbers = [f"{arm.mean:.4g}", f"{arm.iqm:.4g}", f"{arm.spread:.2g}"]
+        numbers += [f"{arm.alone[name]:.4g}" if name in arm.alone else "–" for name in controls]
         table.add_row(*_where(arm.block, comparison), escape(arm.arm), str(arm.runs), failed, *numbers)
     return table
 

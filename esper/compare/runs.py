@@ -20,7 +20,8 @@ Array = NDArray[np.float64]
 class Run:
     """One job of a sweep. ``value`` is the metric as the task reports it, NaN where the run gave none.
 
-    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported.
+    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported, ``alone`` the
+    metric of its controls (``same_steps``, ``same_macs``) where it trained any.
     """
 
     arm: str
@@ -30,6 +31,7 @@ class Run:
     status: str = "FINISHED"
     costs: dict[str, float] = field(default_factory=dict)
     growth: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
     id: str = ""
 
     @property

@@ -110,7 +110,7 @@ def _train(request: dict[str, Any], folder: Path) -> None:
     if state is not None:
         print(f"going on after step {state['trainer']['steps']}", file=sys.stderr, flush=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-    run(config, folder, quiet=True, state=state)
+    run(config, folder, quiet=True, state=state, controls=request.get("controls", ()))
 
 
 def _stop(signum: int, frame: object) -> NoReturn:
