@@ -62,10 +62,11 @@ def spread_interval(spread: float, pairs: int, alpha: float) -> tuple[float, flo
 
 
 def _need(difference: float, one: Pairs, plan: Plan, spread: float, ends: tuple[float, float]) -> Need:
-    noise = tuple(one.tested.tolist()) if len(one.tested) >= PILOT_PAIRS else ()
-
-    def more(spread: float) -> int:
+    def more(spread: float, noise: tuple[float, ...] = ()) -> int:
         needed = needed_pairs(difference / spread, plan.power, plan.alpha, plan.comparisons, noise, plan.early)
         return MOST_PAIRS if needed >= MOST_PAIRS else max(needed - len(one.tested), 0)
 
-    return Need(difference, more(spread), (more(ends[0]), more(ends[1])))
+    shape = tuple(one.tested.tolist()) if len(one.tested) >= PILOT_PAIRS else ()
+    found = more(spread, shape)
+    least, most = (more(end) for end in ends)  # of normal noise, as these ends are
+    return Need(difference, found, (min(least, found), max(most, found)))

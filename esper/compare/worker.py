@@ -37,6 +37,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
     try:
+        import esper.running.run  # noqa: F401  every job needs it: loaded while the sweep makes its plan and its tracker starts
+
         for line in sys.stdin:
             busy = True
             answers.write(json.dumps(handle(json.loads(line))) + "\n")
