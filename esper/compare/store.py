@@ -14,6 +14,7 @@ from esper.compare.runs import Run
 from esper.compare.tuned import Tuned, parse
 from esper.errors import UserError
 from esper.messages import Metrics
+from esper.running.alone import CONTROLS
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
@@ -76,8 +77,14 @@ def run_of_summary(summary: Mapping[str, Any], metric: str, arm: str, block: str
         status=str(summary.get("status", "FAILED")),
         costs=costs_of(summary),
         growth={name: float(counts[key]) for name, key in GROWTH.items() if key in counts},
+        alone=_alone(summary.get("control") or {}, metric),
         id=id,
     )
+
+
+def _alone(control: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The metric of the controls that were trained, on the test set."""
+    return {when: float(value) for when in CONTROLS if (value := (control.get(when) or {}).get(f"test/{metric}")) is not None}
 
 
 def run_of_store(stored: StoredRun, metric: str) -> Run:
@@ -93,6 +100,7 @@ def run_of_store(stored: StoredRun, metric: str) -> Run:
         status=stored.info.status,
         costs={name.removeprefix(prefix): number for name, number in metrics.items() if name.startswith(prefix)},
         growth={n: metrics[f"final/seeds/{key}"] for n, key in GROWTH.items() if f"final/seeds/{key}" in metrics},
+        alone={when: metrics[key] for when in CONTROLS if (key := f"final/host_alone/{metric}_{when}") in metrics},
         id=stored.info.run_id,
     )
 

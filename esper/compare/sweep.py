@@ -24,6 +24,7 @@ from esper.compare.power import fewest_pairs
 from esper.compare.progress import Progress
 from esper.compare.report import show, write_results
 from esper.compare.sequential import look_pairs
+from esper.compare.shown import shown
 from esper.compare.tracking import Store
 from esper.compare.tuned import Tuned
 from esper.compare.tuning import choose, trials, values_of, with_values
@@ -197,7 +198,8 @@ def _run_some(sweep: Sweep, jobs: list[Prepared], chosen: Sequence[int], workers
         else:
             _make_room(sweep, one)
             left.append(one)
-    for index, answer in workers.run([one.request("run") for one in left], lambda i: progress.started(left[i].job)):
+    requests = [one.request("run") | {"controls": shown(one, sweep.jobs)} for one in left]
+    for index, answer in workers.run(requests, lambda i: progress.started(left[i].job)):
         one = left[index]
         note(one, answer)
         if answer["error"]:

@@ -15,6 +15,7 @@ from esper.config import RootConfig
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.numbers import count, duration, short
+from esper.running.alone import controls_of
 from esper.running.estimates import Cost, Forward, cost_of, forward_of
 from esper.running.parts import build_trainer, refuse_idle
 from esper.seeds import Site
@@ -164,7 +165,7 @@ def _time(config: RootConfig, trainer: Trainer, cost: Cost) -> list[tuple[str, s
     one = trainer.total * cost.step_s + looks * cost.validation_s
     text = f"about {duration(one)} for {trainer.total} steps of {short(1e3 * cost.step_s, 3)} ms"
     lines = [("time (estimate)", f"{text}, nothing growing; growth adds shadow forwards and judging")]
-    if config.trainer.control:
+    if controls_of(config):
         lines.append(("", f"about {duration(3 * one)} with the two controls, unless they are kept from an earlier run"))
     return lines
 

@@ -21,11 +21,10 @@ import esper
 from esper.config import RootConfig, plain
 from esper.custom import source_digest
 from esper.report.summary import plain as as_json
+from esper.running.alone import DEPENDS_ON, UNUSED
 from esper.running.parts import build_host, build_trainer
 from esper.tasks.base import Task
 from esper.training.fingerprint import fingerprint
-
-DEPENDS_ON = ("model", "task", "optimizer", "scheduler", "trainer", "seed")
 
 
 def control(config: RootConfig, task: Task, device: torch.device, steps: int, folder: Path, weights: bool = False) -> dict[str, Any]:
@@ -97,6 +96,16 @@ def equal_macs_steps(macs: int, control_at_steps: dict[str, Any]) -> int:
     return max(1, round(macs / price))
 
 
+def one_step(config: RootConfig, task: Task, device: torch.device) -> dict[str, Any]:
+    """MACs and steps of the host alone after one step, for where no control at the same steps tells the price."""
+    trainer = build_trainer(_alone(config), task, device)
+    try:
+        trainer.advance()
+    finally:
+        trainer.batches.close()
+    return {"macs": trainer.grow.meter.total, "steps": 1}
+
+
 def _alone(config: RootConfig) -> RootConfig:
     """The same run with nothing that could germinate and next to no telemetry."""
     return dataclasses.replace(config, telemetry=dataclasses.replace(config.telemetry, every=100))
@@ -105,8 +114,7 @@ def _alone(config: RootConfig) -> RootConfig:
 def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> str:
     tree = plain(config)
     relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}
-    unused = ("steps", "epochs", "control", "keep", "profile", "debug")
-    relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in unused and not k.startswith("checkpoint_")}
+    relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in UNUSED and not k.startswith("checkpoint_")}
     relevant |= {"steps": steps, "device": device.type, "torch": torch.__version__, "esper": esper.__version__}
     relevant |= {"data": task.digest, "weights": fingerprint(build_host(config, task).state_dict(), ())}
     relevant["sources"] = [source_digest(part.target) for part in (config.model, config.task) if part.name == "custom"]

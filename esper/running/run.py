@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from esper.bus.port import ControllerSilent
 from esper.config import RootConfig, plain
 from esper.messages import Alert
 from esper.report.progress import ProgressBar
-from esper.report.summary import Summary, reserve, write_summary
+from esper.report.summary import ControlSummary, Summary, reserve, write_summary
 from esper.report.table import print_report
+from esper.running.alone import SAME_MACS, SAME_STEPS, controls_of
 from esper.running.connecting import (
     Watched,
     connect_controller,
@@ -31,7 +32,7 @@ from esper.running.connecting import (
     refuse_untrackable,
     say_where,
 )
-from esper.running.control import control, equal_macs_steps, trained_host
+from esper.running.control import control, equal_macs_steps, one_step, trained_host
 from esper.running.environment import environment
 from esper.running.folder import alive
 from esper.running.keeping import Keeper
@@ -65,8 +66,10 @@ class Result:
     primary: float
 
 
-def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None) -> Result:
+def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None, controls: Collection[str] | None = None) -> Result:
     """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to go on from.
+
+    ``controls`` are those that are trained too: what a sweep's report shows, or (None) all that the run has.
 
     Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; what was learnt so far is kept, and the exception goes on.
     Raises UserError for what the user can mend.
@@ -86,13 +89,15 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
         refuse_other_data(state, task, folder)
     try:
         with numerics(config.trainer), alive(config, folder):
-            return _connected(config, task, device, folder, quiet, state)
+            return _connected(config, task, device, folder, quiet, state, controls_of(config) if controls is None else controls)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
         raise
 
 
-def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any) -> Result:
+def _connected(
+    config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any, controls: Collection[str]
+) -> Result:
     record = run_record(config, task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
     say_where(config, bus, record, folder, quiet)
@@ -123,7 +128,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             keeper.saver.wait()
             progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
             ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
-            host = _controls(config, trainer, ending.summary, quiet) if config.trainer.control else None
+            host = _controls(config, trainer, ending.summary, quiet, controls) if controls else None
             if config.trainer.save:
                 _save(config, trainer, host, folder / MODEL)
             trackers.log_model(trainer.grow.export() if host is None else host, _inputs(trainer))
@@ -223,7 +228,7 @@ def _both(traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
     return after
 
 
-def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: bool) -> nn.Module | None:
+def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: bool, wanted: Collection[str]) -> nn.Module | None:
     """Put the host alone into the summary, at the same steps and at the same MACs; the one at the same steps where it is to be kept."""
     kept, better, task = Path(config.output).resolve() / "controls", config.trainer.keep == "better", trainer.task
 
@@ -232,10 +237,14 @@ def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: boo
             print(f"control: the host alone, {steps} steps ({why})", file=sys.stderr, flush=True)
         return control(config, task, trainer.device, steps, kept, weights)
 
-    steps = alone(trainer.total, "the same number", better)
-    macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs", False)
-    summary["control"] = {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
-    if not better or not replaces(summary, steps):
+    summary["control"] = told = ControlSummary()
+    steps = alone(trainer.total, "the same number", better) if SAME_STEPS in wanted else None
+    if steps is not None:
+        told["same_steps"] = steps["metrics"]
+    if SAME_MACS in wanted:
+        paid = one_step(config, task, trainer.device) if steps is None else steps
+        told["same_macs"] = alone(equal_macs_steps(trainer.grow.meter.total, paid), "the same training MACs", False)["metrics"]
+    if steps is None or not better or not replaces(summary, steps):
         return None
     host = trained_host(config, task, steps, kept)
     put_in_place(host, steps, summary, trainer)

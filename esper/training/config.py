@@ -47,7 +47,9 @@ class TrainerConfig:
     checkpoint_best: int = setting(1, low=0, help="checkpoints to keep for their validation metric")
     checkpoint_hours: float = setting(0.0, low=0.0, unit="hours", help="also keep every checkpoint younger than this")
     profile: int = setting(0, low=0, unit="steps", help="write a trace of this many steps to the run's folder; 0 is off")
-    control: bool = setting(True, help="also train the host alone, at the same steps and at the same MACs")
+    control: bool | None = setting(
+        None, help="also train the host alone, at the same steps and at the same MACs; null: in a single run, not in a sweep"
+    )
     keep: str = setting("grown", choices=("grown", "better"), help="better: the host alone where validation finds the grown one worse")
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.steps={self.steps} and trainer.epochs={self.epochs}: exactly one must be positive, the other 0."
             )
-        if self.keep == "better" and not self.control:
+        if self.keep == "better" and self.control is False:
             raise UserError(
                 "trainer.keep=better compares with the host alone, which trainer.control=false does not train: set trainer.control=true "
                 "or trainer.keep=grown."
