@@ -21,11 +21,11 @@ from torch.utils.data import TensorDataset
 from esper import app
 from esper.cli.compose import compose
 from esper.errors import TrackerError, UserError
+from esper.program import save_program
 from esper.report.summary import ROOM
 from esper.running.run import run
 from esper.tasks import task_of
 from esper.tasks.base import SETS
-from esper.program import save_program
 from esper.training.trainer import Trainer
 
 pytestmark = pytest.mark.e2e

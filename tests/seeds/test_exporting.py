@@ -303,5 +303,5 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     save_file(Net().state_dict(), tmp_path / "bare.safetensors")
     same(load_weights(build("mlp"), str(tmp_path / "bare.safetensors")).state_dict(), load_file(tmp_path / "bare.safetensors"))
     (tmp_path / "model.json").write_text(json.dumps({"format": "esper model", "version": 99}), encoding="utf-8")
-    with pytest.raises(UserError, match="has version 99; this esper reads version 1"):
+    with pytest.raises(UserError, match="has version 99; this esper reads version 2"):
         load_model(tmp_path, build("mlp"))
