@@ -158,8 +158,8 @@ def load_into(
     own, learnt = host.state_dict(), {name for name, _ in host.named_parameters(remove_duplicate=False)}
     wrong = sorted({*own} ^ {*tensors})
     if wrong:
-        there, here = (f"a tensor of shape {tuple(held[wrong[0]].shape)}" if wrong[0] in held else "no such tensor" for held in (tensors, own))
-        raise UserError(f"{path} does not fit this host: '{wrong[0]}' is {there} in the file and {here} in the host.")
+        holder, other = ("the file", "the host") if wrong[0] in tensors else ("the host", "the file")
+        raise UserError(f"{path} does not fit this host: {holder} has a tensor '{wrong[0]}', and {other} has none.")
     for name, value in own.items():
         reason = unfit(name, tensors[name], value, name in learnt)
         if reason is not None:

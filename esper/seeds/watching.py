@@ -46,8 +46,8 @@ class Call:
 class Watch(TorchFunctionMode):
     """Follows the tensors of one forward through functions and modules.
 
-    ``called`` are the modules that were, ``calls`` their calls in the order in which they ended, ``borrowed`` the ids of the parameters that were read
-    by a function outside of the forward of the module that holds them.
+    ``called`` are the modules that were, ``calls`` their calls in the order in which they ended, ``borrowed`` the ids of the parameters
+    that were read by a function outside of the forward of the module that holds them.
     """
 
     def __init__(self, model: nn.Module) -> None:
