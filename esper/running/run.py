@@ -105,6 +105,7 @@ def _connected(
     trackers = connect_trackers(config, bus, record)
     progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
     lost: TrackerError | None = None
+    ending = _Ending()
     try:
         with _failing(progress, trackers):
             if state is not None:
@@ -121,7 +122,7 @@ def _connected(
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
                 port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
-        with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
+        with _ending(ending, config, trainer, port, folder, record.run, trackers, progress):
             with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
@@ -137,10 +138,14 @@ def _connected(
     except TrackerError as error:  # the training itself is done: its report first
         lost = error
     finally:
-        tracked = let_them_read(config, bus, record.run, port, quiet)
-        let_payloads_go(bus, record.run, port, tracked)
-        runner.close()
-        bus.close()
+        try:
+            tracked = let_them_read(config, bus, record.run, port, quiet)
+            let_payloads_go(bus, record.run, port, tracked)
+            runner.close()
+            bus.close()
+        except Exception:
+            ending.failed(folder)
+            raise
     assert ending.summary is not None
     if not quiet:
         command = ui_command(tracking_uri(config.tracking, config.output)) if isinstance(config.tracking, MlflowConfig) else ""
@@ -154,15 +159,29 @@ def _connected(
 class _Ending:
     summary: Summary | None = None
 
+    def failed(self, folder: Path) -> None:
+        """Something failed after the summary was written, which must not say FINISHED then."""
+        if self.summary is not None and self.summary["status"] == "FINISHED":
+            self.summary["status"] = "FAILED"
+            write_summary(self.summary, folder)
+
 
 @contextmanager
 def _ending(
-    config: RootConfig, trainer: Trainer, port: Watched, folder: Path, run: str, trackers: TrackerRunner, progress: TrackerRunner
-) -> Iterator[_Ending]:
+    ending: _Ending,
+    config: RootConfig,
+    trainer: Trainer,
+    port: Watched,
+    folder: Path,
+    run: str,
+    trackers: TrackerRunner,
+    progress: TrackerRunner,
+) -> Iterator[None]:
     """However the training ends, its summary is written and said, and the trackers are closed with the right status."""
-    ending, status = _Ending(), "FINISHED"
+    status, interrupted = "FINISHED", True
     try:
-        yield ending
+        yield
+        interrupted = False
     except STOPPED:
         status = "KILLED"
         raise
@@ -170,19 +189,26 @@ def _ending(
         status = "FAILED"
         raise
     finally:
-        if ending.summary is None or status != "FINISHED":
+        if status == "FINISHED" and trackers.error is not None:  # the model's program, say: the trackers shall know how it ended
+            status = "FAILED"
+        if ending.summary is None or interrupted:
             ending.summary = summarize(config, trainer, folder, run, status, port.alerts)
+        ending.summary["status"] = status
         ending.summary["bus"] = port.counts()
         try:
             write_summary(ending.summary, folder)
         except OSError:  # a full disk, say: the trackers are told all the same
-            status = "FAILED" if status == "FINISHED" else status
+            status = ending.summary["status"] = "FAILED" if status == "FINISHED" else status
             raise
         finally:
             trainer.grow.close(status, dict(ending.summary))
-            with _quietly(status != "FINISHED"):
-                progress.close(status)
-                trackers.close(status)
+            try:
+                with _quietly(interrupted):
+                    progress.close(status)
+                    trackers.close(status)
+            except TrackerError:
+                ending.failed(folder)
+                raise
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from esper.errors import UserError
 
@@ -88,22 +88,32 @@ def log_model(uri: str, run_id: str, program: Path, sample: Path) -> None:
     import mlflow.pytorch
     import numpy as np
     import torch
-    from mlflow.models import infer_signature
+    from mlflow.models import ModelSignature
+
+    from esper.program import open_shapes, quiet
 
     inputs = np.load(sample, allow_pickle=False)
-    module = torch.export.load(program).module()
+    loaded = torch.export.load(program)
+    module, shapes = loaded.module(), open_shapes(loaded)
     with torch.no_grad():
         outputs = module(torch.from_numpy(inputs)).numpy()
+    signature = ModelSignature(*(_schema(values, shape) for values, shape in zip((inputs, outputs), shapes, strict=True)))
     needed = [f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}", f"mlflow=={mlflow.__version__}"]
     mlflow.set_tracking_uri(_patient(uri))
-    with mlflow.start_run(run_id=run_id):
+    with mlflow.start_run(run_id=run_id), quiet():
         mlflow.pytorch.log_model(
             module,
             name="model",
-            signature=infer_signature(inputs, outputs),
+            signature=signature,  # MLflow traces the program once more, and keeps open the sizes that are open here
             input_example=inputs[:8],
             pip_requirements=needed,
         )
+
+
+def _schema(values: Any, shape: tuple[int, ...]) -> Any:
+    from mlflow.types import Schema, TensorSpec
+
+    return Schema([TensorSpec(values.dtype, shape)])
 
 
 def warm() -> None:

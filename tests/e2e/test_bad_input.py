@@ -21,11 +21,11 @@ from torch.utils.data import TensorDataset
 from esper import app
 from esper.cli.compose import compose
 from esper.errors import TrackerError, UserError
+from esper.program import save_program
 from esper.report.summary import ROOM
 from esper.running.run import run
 from esper.tasks import task_of
 from esper.tasks.base import SETS
-from esper.tracking.model import save_program
 from esper.training.trainer import Trainer
 
 pytestmark = pytest.mark.e2e
@@ -127,14 +127,14 @@ def test_a_store_that_is_no_database_is_refused_before_training(tmp_path: Path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_store_that_is_damaged_inside_loses_the_tracking_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_store_that_is_damaged_inside_loses_the_tracking_and_not_the_run(tmp_path: Path):
     (tmp_path / "mlflow.db").write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
     with pytest.raises(TrackerError, match=r"^MLflow failed and keeps nothing more: .*Error") as caught:
         start(tmp_path, "tracking=mlflow")
     assert "\n" not in str(caught.value)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "FINISHED" and summary["steps"] == 60
-    assert (tmp_path / "run" / "transitions.parquet").exists()
+    assert summary["status"] == "FAILED" and summary["steps"] == 60, "its end failed, as its exit code says"
+    assert (tmp_path / "run" / "transitions.parquet").exists() and (tmp_path / "run" / "model").is_dir()
 
 
 def test_a_file_in_the_way_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -97,7 +97,7 @@ def test_a_module_that_gives_several_tensors_carries_seeds_on_the_first():
     assert grow.garden.sites[0].geometry.width == 4
     out, (hidden, cell) = model.lstm(torch.randn(2, 1, 6))
     assert out.shape == (2, 1, 4) and hidden.shape == cell.shape
-    with pytest.raises(UserError, match="'unused' gives no tensor"):
+    with pytest.raises(UserError, match="'unused' cannot carry seeds: it is not called when the host runs"):
         attached(Odd(), sites=["unused"])
 
 
