@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esper.cli.files import say_anything
 from esper.config import build, plain
 from esper.errors import Preempted, Terminated, UserError
 
@@ -33,6 +34,7 @@ def main() -> int:
     """Serve until the input ends."""
     busy = False
     answers = os.fdopen(os.dup(1), "w", buffering=1)
+    say_anything()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
     signal.signal(signal.SIGTERM, _stop)
     threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()

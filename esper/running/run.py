@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import time
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig, plain
+from esper.errors import Removed
 from esper.report.progress import ProgressBar
 from esper.report.summary import Summary, reserve, write_summary
 from esper.report.table import print_report
@@ -32,7 +34,7 @@ from esper.running.connecting import (
 )
 from esper.running.control import control, equal_macs_steps, trained_host
 from esper.running.environment import environment
-from esper.running.folder import alive
+from esper.running.folder import Life, alive, refuse_occupied, status
 from esper.running.keeping import Keeper
 from esper.running.kept import put_in_place, replaces, say_so
 from esper.running.lives import note_life
@@ -47,10 +49,14 @@ from esper.saved import host_card, save_model
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
 from esper.tracking.reach import check_store
+from esper.training.checkpoint import store
 from esper.training.device import choose_device, describe, keep_freed_memory, numerics
 from esper.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+#: The errors of a file that can grow no further.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 #: What ends a run that can go on where it was stopped.
 STOPPED = (KeyboardInterrupt, ControllerSilent)
@@ -72,6 +78,8 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     """
     refuse_alone(config)
     folder = folder.resolve()
+    if state is None and (status(folder) == "FINISHED" or store.checkpoints(folder / store.FOLDER)):
+        refuse_occupied(folder)
     refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(config.tracking, MlflowConfig):
@@ -84,14 +92,20 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     if state is not None:
         refuse_other_data(state, task, folder)
     try:
-        with numerics(config.trainer), alive(config, folder):
-            return _connected(config, task, device, folder, quiet, state)
+        with numerics(config.trainer), alive(config, folder) as life:
+            return _connected(config, task, device, folder, quiet, state, life)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
         raise
+    except Exception as error:
+        if not folder.is_dir():
+            raise Removed(errno.ENOENT, "was removed while its run was under way", str(folder)) from error
+        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # a write that failed does not say where
+            error.filename = str(folder)
+        raise
 
 
-def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any) -> Result:
+def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any, life: Life) -> Result:
     record = run_record(config, task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
     say_where(config, bus, record, folder, quiet)
@@ -108,6 +122,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
                 refuse_idle(config, task, trainer)
                 reserve(folder)
                 note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
+                life.begin()
             since = -1 if state is None else trainer.outcome.steps
             traced, keeper = Traced(folder, since), Keeper(config, folder, port, runner, trackers, since)
             trackers.start()  # only now: what is refused leaves no run behind
@@ -115,7 +130,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
                 port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
-        with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
+        with _ending(config, trainer, port, folder, record.run, trackers, progress, life) as ending:
             with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
@@ -151,7 +166,14 @@ class _Ending:
 
 @contextmanager
 def _ending(
-    config: RootConfig, trainer: Trainer, port: Watched, folder: Path, run: str, trackers: TrackerRunner, progress: TrackerRunner
+    config: RootConfig,
+    trainer: Trainer,
+    port: Watched,
+    folder: Path,
+    run: str,
+    trackers: TrackerRunner,
+    progress: TrackerRunner,
+    life: Life,
 ) -> Iterator[_Ending]:
     """However the training ends, its summary is written and said, and the trackers are closed with the right status."""
     ending, status = _Ending(), "FINISHED"
@@ -169,6 +191,7 @@ def _ending(
         ending.summary["bus"] = port.counts()
         try:
             write_summary(ending.summary, folder)
+            life.end()
         except OSError:  # a full disk, say: the trackers are told all the same
             status = "FAILED" if status == "FINISHED" else status
             raise
