@@ -36,9 +36,9 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     say_anything()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
-    signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
     try:
+        signal.signal(signal.SIGTERM, _stop)
+        threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
         for line in sys.stdin:
             busy = True
             answers.write(json.dumps(handle(json.loads(line))) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from esper.config import RootConfig, config_hash, plain
-from esper.errors import UserError
+from esper.errors import Removed, UserError
 from esper.report.summary import NAME as SUMMARY
 from esper.report.summary import read_summary
 
@@ -40,10 +41,21 @@ class Life:
         """The summary says how it ended."""
         self._over = True
 
+    def refuse_removed(self) -> None:
+        """Raise Removed where the folder was deleted or moved: what the run writes would be lost, or lie about in a new one."""
+        if not self._there():
+            raise Removed(errno.ENOENT, "was removed while its run was under way", str(self._folder))
+
     def leave(self) -> None:
         """Remove the note, unless it tells of a run that did not come to an end."""
-        if self._over or not (self._earlier or self._begun):
-            (self._folder / LOCK).unlink(missing_ok=True)
+        if self._there() and (self._over or not (self._earlier or self._begun)):
+            (self._folder / LOCK).unlink()
+
+    def _there(self) -> bool:
+        try:
+            return os.path.samestat((self._folder / LOCK).stat(), os.fstat(self._file.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def _note(self) -> None:
         temporary = self._folder / f".{CONFIG}.tmp"
@@ -60,6 +72,7 @@ def alive(config: RootConfig, folder: Path) -> Iterator[Life]:
 
     Raises:
         UserError: another process is running in this folder.
+        Removed: something failed in here, and the folder is there no more.
     """
     with os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace") as file:
         _claim(file, folder.resolve())
@@ -67,6 +80,9 @@ def alive(config: RootConfig, folder: Path) -> Iterator[Life]:
             life = Life(config, folder, file)
             try:
                 yield life
+            except Exception:
+                life.refuse_removed()  # which explains all that went wrong
+                raise
             finally:
                 life.leave()
         finally:

@@ -154,7 +154,7 @@ def unfinished(config: RootConfig, named: Path | None = None) -> Path | None:
                 f"A run of this very configuration is under way in {folder}: wait for it, or end it first. Without resume=auto "
                 "another one begins beside it."
             )
-        if ended not in ("NEW", "FINISHED"):
+        if ended not in ("NEW", "FINISHED") and (folder / CONFIG).exists():
             found.append(folder)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 

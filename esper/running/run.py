@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig, plain
-from esper.errors import Removed
 from esper.report.progress import ProgressBar
 from esper.report.summary import Summary, reserve, write_summary
 from esper.report.table import print_report
@@ -97,10 +96,8 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
         raise
-    except Exception as error:
-        if not folder.is_dir():
-            raise Removed(errno.ENOENT, "was removed while its run was under way", str(folder)) from error
-        if isinstance(error, OSError) and error.errno in FULL and error.filename is None:  # a write that failed does not say where
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:  # a write that failed does not say where
             error.filename = str(folder)
         raise
 
@@ -131,7 +128,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
                 log.warning(warning)
                 port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
         with _ending(config, trainer, port, folder, record.run, trackers, progress, life) as ending:
-            with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
+            with keeper.listening(), profiled(trainer, _both(life, traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
             keeper.saver.wait()
@@ -190,6 +187,7 @@ def _ending(
             ending.summary = summarize(config, trainer, folder, run, status, port.alerts)
         ending.summary["bus"] = port.counts()
         try:
+            life.refuse_removed()
             write_summary(ending.summary, folder)
             life.end()
         except OSError:  # a full disk, say: the trackers are told all the same
@@ -235,10 +233,12 @@ def _quietly(other: bool) -> Iterator[None]:
             raise
 
 
-def _both(traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
-    """What comes after a step: its weights are noted before anything counts on it."""
+def _both(life: Life, traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
+    """What comes after a step: its weights are noted before anything counts on it, at every look at the validation set."""
 
     def after(trainer: Trainer) -> None:
+        if trainer.validates(trainer.outcome.steps):
+            life.refuse_removed()
         traced(trainer)
         keeper(trainer)
 
