@@ -210,6 +210,8 @@ def _locate(place: Path) -> tuple[Path, Path | None]:
 
 def _stored(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     tree = read_config(folder)
+    if missing := [group for group in GROUPS if group not in tree]:
+        raise UserError(f"{folder / CONFIG} ends too early: it has no {missing[0]}; restore it, or start a new run.")
     choices = {preset: str(tree.pop(preset, "") or "") for preset in PRESETS}
     return {key: value for key, value in tree.items() if value is not None}, choices
 

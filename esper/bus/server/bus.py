@@ -235,8 +235,8 @@ def _epoch_in(note: Path) -> int:
     text = note.read_text(encoding="utf-8", errors="replace").strip()
     if not (text.isascii() and text.isdigit()):
         raise UserError(
-            f"{note} is damaged: it holds {text[:20]!r} instead of a whole number, by which the bus tells the messages of this start of the run "
-            "from those of earlier ones. Write a number into it that is larger than how often the run was started (1000 will do), and go on."
+            f"{note} is damaged: it holds {text[:20]!r} instead of a whole number, by which the bus tells this start of the run from "
+            "earlier ones. Write a number into it that is larger than how often the run was started (1000 will do), and go on."
         )
     return int(text)
 
