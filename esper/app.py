@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import re
@@ -15,28 +14,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import esper
 from esper import custom, secrets
-from esper.cli import conf, help, programs
+from esper.cli import conf, files, help, programs
 from esper.errors import Preempted, Terminated, TrackerError, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from esper.cli.compose import Composed
+    from esper.running.resume import Start
 
 #: Exit codes, as the shell counts them.
 FAILED, REFUSED, PREEMPTED, INTERRUPTED, TERMINATED = 1, 2, 75, 130, 143
 
 _COMPLETION = ("--shell-completion", "-sc")
 _SHELL = re.compile("(install|uninstall|query)=(bash|zsh|fish)")
-_ELSEWHERE = "or set output=<another folder>"
-
-#: What to do when the system refuses a file.
-STORAGE = {
-    errno.ENOSPC: f"free some space, {_ELSEWHERE}",
-    errno.EDQUOT: f"free some space, {_ELSEWHERE}",
-    errno.EACCES: f"get the right to use it, {_ELSEWHERE}",
-    errno.EPERM: f"get the right to use it, {_ELSEWHERE}",
-    errno.EROFS: f"make it writable, {_ELSEWHERE}",
-    errno.ENOTDIR: f"move the file that is in the way, {_ELSEWHERE}",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        files.say_anything()
         secrets.refuse_words(words)
+        files.refuse_unusable(words)
         with custom.decided():
             words = _own_options(words)
             program = programs.named(words)
@@ -62,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        if error.errno not in STORAGE:
+        if not files.known(error):
             raise
-        return _say(f"{error.filename or 'An output'}: {str(error.strerror).lower()}; {STORAGE[error.errno]}.", FAILED)
+        return _say(files.sentence(error), FAILED)
 
 
 def train(words: Sequence[str]) -> int:
@@ -82,13 +75,17 @@ def train(words: Sequence[str]) -> int:
     if words and words[0] in ("--hydra-help", *_COMPLETION):
         return _hydras_own(words)
     if any(word.startswith(("resume=", "fork=")) and word != "resume=auto" for word in words):
-        from esper.running.resume import main as go_on
+        from esper.running import resume
 
-        return go_on(words)
+        return resume.main(words)
     from esper.cli.compose import check_jobs
 
     flags = _parse(words)
-    check_jobs(flags.overrides, flags.multirun)
+    asked = check_jobs(flags.overrides, flags.multirun)
+    if not flags.cfg and (started := _in_its_place(asked)):
+        from esper.running import resume
+
+        return resume.go_on(started)
     return _hydra(words)
 
 
@@ -113,6 +110,28 @@ def _hydras_own(words: Sequence[str]) -> int:
         return int(done.code or 0)
     except HydraException:  # half a word completes to nothing
         return FAILED
+
+
+def _in_its_place(asked: Composed) -> Start | None:
+    """The run that ``resume=auto`` goes on with, None for a new run or a sweep; before Hydra makes or changes any folder.
+
+    Raises:
+        UserError: another run or sweep has the folder, or runs with this very configuration.
+    """
+    if asked.multirun:
+        from esper.compare.going_on import refuse_taken
+
+        refuse_taken(asked.folder)
+        return None
+    from esper.running.folder import refuse_occupied
+
+    if asked.config.resume == "auto":
+        from esper.running.resume import auto
+
+        if found := auto(asked.config, asked.folder):
+            return found
+    refuse_occupied(asked.folder)
+    return None
 
 
 def _own_options(words: Sequence[str]) -> list[str]:
@@ -173,7 +192,7 @@ def _hydra(words: Sequence[str]) -> int:
         except TrackerError as error:  # not through Hydra, which would add a line about the job's overrides
             broken.append(error)
         except OSError as error:
-            if error.errno not in STORAGE:
+            if not files.known(error):
                 raise
             broken.append(error)
         return float("nan")
@@ -184,7 +203,7 @@ def _hydra(words: Sequence[str]) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(conf.folder()), config_name="config")(job)()
     except OSError as error:
-        if begun or error.errno in STORAGE:
+        if begun or files.known(error):
             raise
         raise UserError(
             f"The output folder {error.filename} cannot be made ({str(error.strerror).lower()}); give another: output=…."
@@ -201,19 +220,7 @@ def _job(tree: DictConfig) -> float:
     from esper.running.run import run
 
     runtime: Any = HydraConfig.get().runtime
-    config, folder = from_hydra(tree, dict(runtime.choices)), Path(runtime.output_dir)
-    state = None
-    if config.resume == "auto":
-        from esper.running.resume import auto
-
-        start = auto(config, folder)
-        config, folder, state = start.config, start.folder, start.state
-    try:
-        return run(config, folder, state=state).primary
-    except OSError as error:
-        if error.errno in STORAGE and error.filename is None:  # a write that failed does not say where
-            error.filename = str(folder)
-        raise
+    return run(from_hydra(tree, dict(runtime.choices)), Path(runtime.output_dir)).primary
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:

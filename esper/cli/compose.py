@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -33,6 +34,13 @@ class Composed:
     sweep: dict[str, str]
     tree: DictConfig
 
+    @property
+    def folder(self) -> Path:
+        """The run's folder, or the sweep's; where the user names none, one of which there will be another when Hydra makes it."""
+        HydraConfig.instance().set_config(self.tree)  # what ${hydra:…} refers to
+        internals = self.tree.hydra
+        return Path(str(internals.sweep.dir if self.multirun else internals.run.dir))
+
 
 def compose(words: Sequence[str]) -> RootConfig:
     """The checked config of one run.
@@ -46,8 +54,8 @@ def compose(words: Sequence[str]) -> RootConfig:
         return _compose(parsed).config
 
 
-def check_jobs(words: Sequence[str], multirun: bool) -> None:
-    """Composes what will run: the run itself, or the first job of a sweep and one job for every further value.
+def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
+    """Composes what will run: the run itself, or the first job of a sweep and one job for every further value; returns the first.
 
     Raises:
         UserError: anything that is not accepted, before the first job starts.
@@ -57,16 +65,17 @@ def check_jobs(words: Sequence[str], multirun: bool) -> None:
         composed = _compose(next(_jobs(parsed)))
         if not (multirun or composed.multirun):
             overrides.check_single(parsed)
-            return
+            return composed
         typed = {overrides.key_of(override) for override in parsed}
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
         jobs = _jobs(parsed)
-        tree = _compose(next(jobs)).tree
+        first = replace(_compose(next(jobs)), multirun=True)
         for job, changed in zip(jobs, _further(parsed), strict=True):
             if overrides.is_group(changed) or overrides.is_hydras(changed):
                 _compose(job)
             else:  # a seed in a thousand needs no composition of its own
-                _check_value(tree, changed)
+                _check_value(first.tree, changed)
+        return first
 
 
 def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:

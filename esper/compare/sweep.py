@@ -16,7 +16,7 @@ from rich.console import Console
 from esper.compare.analysis import Comparison, analyse, with_tuned
 from esper.compare.arms import Job, Layout
 from esper.compare.config import CompareConfig
-from esper.compare.going_on import NOTE, alone, goes_on
+from esper.compare.going_on import NOTE, alone, goes_on, known
 from esper.compare.jobs import Prepared, note, runs_of, set_aside
 from esper.compare.plan import Plan
 from esper.compare.planning import plan_sweep
@@ -124,23 +124,22 @@ def _run(sweep: Sweep, store: Store, workers: Workers, begun: bool) -> Compariso
             show(comparison, sweep.plan, sweep.console)
             _say_how_to_judge_again(sweep)
         store.status = "FINISHED"
-        _remember(sweep, ended=True)
+        _remember(sweep, ended=not sweep.failures)  # resume=auto finds one whose jobs failed, over a full disk for instance
         return comparison
 
 
 def _recall(sweep: Sweep) -> bool:
     """Identity of a sweep that was begun before in this folder, or a new one; whether it was."""
-    path = sweep.folder / NOTE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    sweep.id = known.get("id") or secrets.token_hex(4)
-    sweep.parent = known.get("parent", "")
-    return bool(known)
+    note = known(sweep.folder)
+    sweep.id = note.get("id") or secrets.token_hex(4)
+    sweep.parent = note.get("parent", "")
+    return bool(note)
 
 
 def _remember(sweep: Sweep, ended: bool = False) -> None:
-    known = {"id": sweep.id, "parent": sweep.parent, "name": sweep.name, "command": sweep.command, "ended": ended}
+    card = {"id": sweep.id, "parent": sweep.parent, "name": sweep.name, "command": sweep.command, "ended": ended}
     beside = sweep.folder / f".{NOTE}"
-    beside.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     beside.replace(sweep.folder / NOTE)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from esper import custom
+from esper.cli.files import say_anything
 from esper.config import build, plain
 from esper.errors import Preempted, Terminated, UserError
 
@@ -34,12 +35,13 @@ def main() -> int:
     """Serve until the input ends."""
     busy = False
     answers = os.fdopen(os.dup(1), "w", buffering=1)
+    say_anything()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
-    signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
     try:
         import esper.running.run  # noqa: F401  every job needs it: loaded while the sweep makes its plan and its tracker starts
 
+        signal.signal(signal.SIGTERM, _stop)
+        threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
         with custom.decided():
             for line in sys.stdin:
                 busy = True

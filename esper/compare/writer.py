@@ -157,6 +157,13 @@ class Writer:
             self.client.set_terminated(self.parent, status)
 
 
+def end(run: MlflowRun, status: str, summary: Mapping[str, Any]) -> None:
+    """Close a job's run. One that was interrupted goes on later: figures and model are for its end, and somebody waits for this one."""
+    if status == "KILLED":
+        run.config = dataclasses.replace(run.config, figures=False, model=False)
+    run.close(status, summary)
+
+
 def serve_run(writer: Writer, stream: BinaryIO) -> None:
     """One job's frames until it closes; a job that goes without a word is marked KILLED, or FAILED where the sweep says so."""
     run: MlflowRun | None = None
@@ -178,7 +185,7 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
                         assert run is not None
                         ending, run = run, None
                         ending.record([cost_values(frame.summary)])
-                        ending.close(frame.status, frame.summary)
+                        end(ending, frame.status, frame.summary)
             if not isinstance(frame, frames.Record):
                 frames.write(stream, frames.Reply())
             if isinstance(frame, frames.Close):
@@ -186,7 +193,7 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
     except (EOFError, ConnectionError):
         if run is not None:
             with writer.lock:
-                run.close(writer.lost(folder), {})
+                end(run, writer.lost(folder), {})
     except Exception as error:  # told to the job, which raises it at the end of its run
         traceback.print_exc()
         frames.write(stream, frames.Reply(f"{type(error).__name__}: {error}"))

@@ -120,6 +120,7 @@ def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
         ("time", _time(seconds)),
         ("bits", _bits(summary.get("environment") or {})),
         ("output", str(summary.get("output", ""))),
+        ("trace", f"{summary['trace']} (open it in Perfetto or chrome://tracing)" if summary.get("trace") else ""),
         ("see it in MLflow", ui),
     ]
     return [(label, text) for label, text in lines if text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import time
@@ -34,7 +35,7 @@ from esper.running.connecting import (
 )
 from esper.running.control import control, equal_macs_steps, one_step, trained_host
 from esper.running.environment import environment
-from esper.running.folder import alive
+from esper.running.folder import Life, alive, refuse_occupied, status
 from esper.running.keeping import Keeper
 from esper.running.kept import put_in_place, replaces, say_so
 from esper.running.lives import note_life
@@ -49,10 +50,14 @@ from esper.saved import host_card, save_model
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
 from esper.tracking.reach import check_store
+from esper.training.checkpoint import store
 from esper.training.device import choose_device, describe, keep_freed_memory, numerics
 from esper.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+#: The errors of a file that can grow no further.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 #: What ends a run that can go on where it was stopped.
 STOPPED = (KeyboardInterrupt, ControllerSilent)
@@ -76,6 +81,8 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     """
     refuse_alone(config)
     folder = folder.resolve()
+    if state is None and (status(folder) == "FINISHED" or store.checkpoints(folder / store.FOLDER)):
+        refuse_occupied(folder)
     refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(config.tracking, MlflowConfig):
@@ -88,15 +95,20 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     if state is not None:
         refuse_other_data(state, task, folder)
     try:
-        with numerics(config.trainer), alive(config, folder):
-            return _connected(config, task, device, folder, quiet, state, controls_of(config) if controls is None else controls)
+        with numerics(config.trainer), alive(config, folder) as life:
+            wanted = controls_of(config) if controls is None else controls
+            return _connected(config, task, device, folder, quiet, state, life, wanted)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
+        raise
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:  # a write that failed does not say where
+            error.filename = str(folder)
         raise
 
 
 def _connected(
-    config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any, controls: Collection[str]
+    config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any, life: Life, controls: Collection[str]
 ) -> Result:
     record = run_record(config, task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
@@ -115,6 +127,7 @@ def _connected(
                 refuse_idle(config, task, trainer)
                 reserve(folder)
                 note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
+                life.begin()
             since = -1 if state is None else trainer.outcome.steps
             traced, keeper = Traced(folder, since), Keeper(config, folder, port, runner, trackers, since)
             trackers.start()  # only now: what is refused leaves no run behind
@@ -122,8 +135,8 @@ def _connected(
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
                 port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
-        with _ending(ending, config, trainer, port, folder, record.run, trackers, progress):
-            with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
+        with _ending(ending, config, trainer, port, folder, record.run, trackers, progress, life):
+            with keeper.listening(), profiled(trainer, _both(life, traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
             keeper.saver.wait()
@@ -176,6 +189,7 @@ def _ending(
     run: str,
     trackers: TrackerRunner,
     progress: TrackerRunner,
+    life: Life,
 ) -> Iterator[None]:
     """However the training ends, its summary is written and said, and the trackers are closed with the right status."""
     status, interrupted = "FINISHED", True
@@ -196,7 +210,9 @@ def _ending(
         ending.summary["status"] = status
         ending.summary["bus"] = port.counts()
         try:
+            life.refuse_removed()
             write_summary(ending.summary, folder)
+            life.end()
         except OSError:  # a full disk, say: the trackers are told all the same
             status = ending.summary["status"] = "FAILED" if status == "FINISHED" else status
             raise
@@ -244,10 +260,12 @@ def _quietly(other: bool) -> Iterator[None]:
             raise
 
 
-def _both(traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
-    """What comes after a step: its weights are noted before anything counts on it."""
+def _both(life: Life, traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
+    """What comes after a step: its weights are noted before anything counts on it, at every look at the validation set."""
 
     def after(trainer: Trainer) -> None:
+        if trainer.validates(trainer.outcome.steps):
+            life.refuse_removed()
         traced(trainer)
         keeper(trainer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from esper.bus.server.payloads import Payloads
 from esper.bus.server.trimming import Trimmer
 from esper.bus.server.writer import Writer
 from esper.bus.spool import Spool
+from esper.errors import UserError
 from esper.messages import ClaimCheck, Message
 
 RETRIES = 5
@@ -78,11 +80,14 @@ class ServerBus:
 
     def _new_epoch(self, stream: str, run: str, name: str, note: Path) -> int:
         """One more than any before, by the server's count and by our own note of the last."""
-        lowest = int(note.read_text()) + 1 if note.exists() else 1
+        lowest = 1 + _epoch_in(note)
         epoch = int(self._start(keys=[keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)], args=[run, name, lowest]))
         note.parent.mkdir(parents=True, exist_ok=True)
         partial = note.with_suffix(".partial")
-        partial.write_text(str(epoch))
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(str(epoch))
+            file.flush()
+            os.fsync(file.fileno())  # else the machine may go down between the two and leave an empty note
         partial.replace(note)
         return epoch
 
@@ -217,6 +222,19 @@ class ServerBus:
         self.client.close()
         if self._local is not None:
             self._local.close()
+
+
+def _epoch_in(note: Path) -> int:
+    """The last epoch that a producer noted, 0 where there is none. Raises UserError for a note that is damaged."""
+    if not note.exists():
+        return 0
+    text = note.read_text(encoding="utf-8", errors="replace").strip()
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(
+            f"{note} is damaged: it holds {text[:20]!r} instead of a whole number, by which the bus tells this start of the run from "
+            "earlier ones. Write a number into it that is larger than how often the run was started (1000 will do), and go on."
+        )
+    return int(text)
 
 
 class ServerProducer:
