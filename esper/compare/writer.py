@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import sys
@@ -28,7 +27,7 @@ from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_v
 from esper.errors import UserError
 from esper.tracking import frames
 from esper.tracking.mlflow_run import NAMES, MlflowRun, legal
-from esper.tracking.mlflow_store import experiment_id, quiet_client
+from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
 from esper.tracking.record import flatten
 
 SHOWN = 10  # characters of a name that MLflow's parallel coordinates show
@@ -69,18 +68,7 @@ class Writer:
         Raises:
             UserError: it was deleted, in MLflow's pages or for good.
         """
-        from mlflow.exceptions import MlflowException
-
-        anew = "or begin anew in another folder: hydra.sweep.dir=…"
-        try:
-            stage = self.client.get_run(self.parent).info.lifecycle_stage
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise UserError(f"The sweep's MLflow run {self.parent} is no longer in {self.uri}; bring back the store, {anew}.") from error
-        if stage == "deleted":
-            command = f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow runs restore --run-id {self.parent}"
-            raise UserError(f"The sweep's MLflow run {self.parent} was deleted; restore it ({command}), {anew}.")
+        living_run(self.client, self.uri, self.parent, "The sweep's", "or begin anew in another folder: hydra.sweep.dir=…")
         self.client.update_run(self.parent, status="RUNNING")
 
     def _create_parent(self, opening: Mapping[str, Any]) -> str:
@@ -187,6 +175,11 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
         if run is not None:
             with writer.lock:
                 run.close(writer.lost(folder), {})
+    except UserError as error:
+        frames.write(stream, frames.Reply(str(error), refused=True))
+        if run is not None:
+            with writer.lock:
+                run.close("FAILED", {})
     except Exception as error:  # told to the job, which raises it at the end of its run
         traceback.print_exc()
         frames.write(stream, frames.Reply(f"{type(error).__name__}: {error}"))

@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,26 +44,48 @@ class MlflowRun:
     def __init__(self, config: MlflowConfig) -> None:
         self.config = config
         self.wants_model = config.model
+        self._prepared = False
+
+    def prepare(self, outputs: str, folder: str) -> None:
+        """Open the store, and see that it takes the run whose folder this is.
+
+        Raises:
+            UserError: it does not, with what can be done about it.
+        """
+        from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
+
+        self._uri = tracking_uri(self.config, outputs)
+        self._client: MlflowClient = quiet_client(self._uri)
+        self._experiment = experiment_id(self._client, self._uri, self.config.experiment)
+        self._known = _noted(folder, self._uri)
+        if self._known:
+            living_run(self._client, self._uri, self._known, "This run's", f"or remove {Path(folder) / NOTE} to begin another")
+        self._prepared = True
 
     def open(self, record: RunRecord) -> None:
         """Create the MLflow run, or continue the one this folder's run had before."""
-        from esper.tracking.mlflow_store import experiment_id, quiet_client, start_monitor
+        from esper.tracking.mlflow_store import start_monitor
 
+        if not self._prepared:
+            self.prepare(record.outputs, record.folder)
         self._record = record
-        self._uri = tracking_uri(self.config, record.outputs)
-        self._client: MlflowClient = quiet_client(self._uri)
-        experiment = experiment_id(self._client, self._uri, self.config.experiment)
         self._aggregates = Aggregates(self.config.points)
-        self._waiting: list[Point] = []
+        self._waiting: dict[tuple[int, str], float] = {}
         self._tick, self._not_finite = 0, ""
         self._alerts: Counter[str] = Counter()
-        known = record.mlflow_run or _noted(record.folder, self._uri) or self._unnoted(experiment)
+        known = self._known or self._unnoted(self._experiment)
         self._before: Continued | None = None
         if known:
             self._continue(known)
         else:
-            self._create(experiment)
-        self._describe()
+            self._create(self._experiment)
+        try:
+            self._describe()
+        except BaseException:
+            if not known:  # what cannot begin leaves nothing behind
+                self._client.delete_run(self.run_id)
+                (Path(record.folder) / NOTE).unlink()
+            raise
         self._monitor = start_monitor(self.run_id, self._uri, self.config.system_s, resumed=bool(known))
 
     def _create(self, experiment: str) -> None:
@@ -132,11 +154,9 @@ class MlflowRun:
         for message in messages:
             match message:
                 case Metrics():
-                    self._waiting += [
-                        (message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name)
-                    ]
+                    self._note((message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name))
                 case Telemetry():
-                    self._waiting += self._aggregates.points(message)
+                    self._note(self._aggregates.points(message))
                 case RunStarted():
                     self._aggregates.plan(message.total_ticks)
                     if self._before is not None:
@@ -144,10 +164,14 @@ class MlflowRun:
                         self._alerts.update(self._before.alerts_until(message.tick))
                 case Alert():
                     self._alerts[message.level] += 1
-                    self._waiting.append((message.tick, f"alerts/{message.level}", float(self._alerts[message.level])))
+                    self._note([(message.tick, f"alerts/{message.level}", float(self._alerts[message.level]))])
             self._tick = max(self._tick, getattr(message, "tick", 0))
         if len(self._waiting) >= BATCH:
             self.flush()
+
+    def _note(self, points: Iterable[Point]) -> None:
+        """Of two values of a name at a tick the last is sent; MLflow would keep both, and show the larger."""
+        self._waiting |= {(tick, name): value for tick, name, value in points}
 
     def _is_news(self, tick: int, name: str) -> bool:
         """What a clock said differs when a resumed run says it again; the first word stands."""
@@ -157,10 +181,10 @@ class MlflowRun:
         """Send what waits, at most 1000 values a call."""
         from mlflow.entities import Metric
 
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = list(self._waiting.items()), {}
         for start in range(0, len(waiting), BATCH):
             batch = []
-            for tick, name, value in waiting[start : start + BATCH]:
+            for (tick, name), value in waiting[start : start + BATCH]:
                 if not math.isfinite(value):
                     self._note_not_finite(tick, name)
                     value = math.nan
@@ -175,7 +199,7 @@ class MlflowRun:
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Final values, figures, files, the model; then the run ends with ``status``."""
         try:
-            self._waiting += [(self._tick, name, value) for name, value in final_values(summary)]
+            self._note((self._tick, name, value) for name, value in final_values(summary))
             self.flush()
             self._client.set_tag(self.run_id, "mlflow.note.content", description(summary))
             self._log_files()
@@ -204,12 +228,12 @@ class MlflowRun:
             self._client.log_artifacts(self.run_id, str(folder / "figures"), "figures")
 
     def _log_model(self) -> None:
-        from esper.tracking.mlflow_store import log_model
-        from esper.tracking.model import PROGRAM, SAMPLE
+        from esper.tracking.mlflow_model import log_model
+        from esper.tracking.model import PROGRAM
 
         folder = Path(self._record.folder)
         if (folder / PROGRAM).exists():
-            log_model(self._uri, self.run_id, folder / PROGRAM, folder / SAMPLE)
+            log_model(self._client, self._experiment, self.run_id, folder)
 
 
 def final_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:

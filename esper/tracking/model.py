@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "model/model.pt2"
 SAMPLE = "model/sample.npy"
+OUTPUT = "model/output.npy"  # what the model says to the sample, where that is one tensor
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
@@ -45,6 +46,7 @@ def write_model(model: nn.Module, sample: Tensor, folder: str | Path) -> None:
         with torch.no_grad():
             shapes = ({0: torch.export.Dim.AUTO},)
             program = torch.export.export(plain, (sample,), dynamic_shapes=shapes)
+            output = plain(sample)
     except Exception as error:  # torch.export has no common base for what it raises
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise TrackerError(
@@ -54,3 +56,5 @@ def write_model(model: nn.Module, sample: Tensor, folder: str | Path) -> None:
         warnings.simplefilter("ignore", UserWarning)  # torch remarks on its own archive of shared storages
         save_program(program, target / PROGRAM)
     np.save(target / SAMPLE, sample.numpy())
+    if isinstance(output, torch.Tensor):
+        np.save(target / OUTPUT, output.numpy())

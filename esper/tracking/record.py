@@ -36,7 +36,6 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     tags: dict[str, str] = {}
     dataset: DatasetRecord | None = None
     parent: str = ""
-    mlflow_run: str = ""
     primary: str = ""
     direction: str = "max"
 
