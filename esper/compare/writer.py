@@ -26,7 +26,7 @@ import msgspec
 from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
 from esper.errors import UserError
 from esper.tracking import frames
-from esper.tracking.mlflow_run import NAMES, MlflowRun, legal
+from esper.tracking.mlflow_run import LONGEST_TAG, NAMES, MlflowRun, fitted, legal
 from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
 from esper.tracking.record import flatten
 
@@ -115,7 +115,7 @@ class Writer:
         folder = str(Path(request["folder"]).resolve())
         self.broken.add(folder)
         known = self.opened.get(folder) or self._create_failed(folder)
-        self.client.set_tag(known, JOB_ERROR, request["error"][:4000])
+        self.client.set_tag(known, JOB_ERROR, fitted(request["error"], LONGEST_TAG))
         self.client.set_terminated(known, "FAILED")
 
     def _create_failed(self, folder: str) -> str:
@@ -136,7 +136,7 @@ class Writer:
             for name, value in request["metrics"].items():
                 self.client.log_metric(self.parent, name, value)
             for name, value in request["tags"].items():
-                self.client.set_tag(self.parent, name, value[:4900])
+                self.client.set_tag(self.parent, name, fitted(value, LONGEST_TAG))
             status = request["status"]
         finally:
             running = f"tags.`mlflow.parentRunId` = '{self.parent}' and attributes.status = 'RUNNING'"

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # MLflow's own limit of metrics in a call
 NAMES = 100  # and of parameters or tags
+LONGEST_NAME, LONGEST_VALUE, LONGEST_TAG = 250, 500, 5000  # characters that every version since 3.10 and every store takes
+MAIN = "0_main"  # MLflow's page sorts its sections by name
+NOTE_TAG = "mlflow.note.content"  # the description on top of a page
 NOTE = "mlflow.json"
 ASIDE = ".attempt"  # and a number: what the folder of an earlier attempt is called from then on
 KEPT = ("*.parquet", "*.log", "*.json", "*.jsonl", "*.csv", "*.yaml")
@@ -90,7 +94,8 @@ class MlflowRun:
 
     def _create(self, experiment: str) -> None:
         record = self._record
-        tags = dict(record.tags) | {"esper.run": record.run, "esper.folder": record.folder} | _source(record)
+        tags = {key: fitted(value, LONGEST_TAG) for key, value in record.tags.items()}
+        tags |= {"esper.run": record.run, "esper.folder": record.folder} | _source(record)
         if record.parent:
             tags["mlflow.parentRunId"] = record.parent
         run = self._client.create_run(experiment, start_time=record.started_ms, tags=tags, run_name=record.name)
@@ -126,11 +131,8 @@ class MlflowRun:
 
         record, client = self._record, self._client
         before = client.get_run(self.run_id)
-        new = [
-            Param(legal(key), value)
-            for key, value in sorted(record.changed.items())
-            if legal(key) not in before.data.params
-        ]
+        said = record.chosen | record.changed
+        new = [Param(legal(key), fitted(value, LONGEST_VALUE)) for key, value in sorted(said.items()) if legal(key) not in before.data.params]
         for start in range(0, len(new), NAMES):
             client.log_batch(self.run_id, params=new[start : start + NAMES])
         if record.dataset and not before.inputs.dataset_inputs:
@@ -155,6 +157,7 @@ class MlflowRun:
             match message:
                 case Metrics():
                     self._note((message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name))
+                    self._note(main_points(message, self._record.primary))
                 case Telemetry():
                     self._note(self._aggregates.points(message))
                 case RunStarted():
@@ -199,9 +202,9 @@ class MlflowRun:
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Final values, figures, files, the model; then the run ends with ``status``."""
         try:
-            self._note((self._tick, name, value) for name, value in final_values(summary))
+            self._note((self._tick, name, value) for name, value in final_values(summary) + main_values(summary))
             self.flush()
-            self._client.set_tag(self.run_id, "mlflow.note.content", description(summary))
+            self._client.set_tag(self.run_id, NOTE_TAG, fitted(description(summary), LONGEST_TAG))
             self._log_files()
             if self.config.model:
                 self._log_model()
@@ -251,6 +254,28 @@ def final_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
+def main_points(message: Metrics, primary: str) -> list[Point]:
+    """The curves of the section that stands first on the run's page: the deciding metric and the parameters."""
+    shown = {primary: primary, "params/total": "parameters"}
+    return [(message.tick, _main(shown[name]), value) for name, value in message.values.items() if name in shown]
+
+
+def main_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Its numbers: the deciding metric on the test set, and by how much that is better than the host alone."""
+    name = str(summary.get("primary", "")).replace("validation/", "test/", 1)
+    final = ((summary.get("metrics") or {}).get("final") or {}).get(name)
+    if final is None:
+        return []
+    sign = -1.0 if summary.get("direction") == "min" else 1.0
+    alone = {when: values.get(name) for when, values in (summary.get("control") or {}).items() if values}
+    gains = [(_main(f"better_than_host_{when}"), sign * (final - value)) for when, value in alone.items() if value is not None]
+    return [(_main(name), float(final)), *gains]
+
+
+def _main(name: str) -> str:
+    return f"{MAIN}/{name.replace('/', '_')}"
+
+
 def _source(record: RunRecord) -> dict[str, str]:
     """What MLflow's own columns *User*, *Source* and *Version* show."""
     tags = {"mlflow.source.name": "esper", "mlflow.source.type": "LOCAL"}
@@ -262,8 +287,15 @@ def _source(record: RunRecord) -> dict[str, str]:
 
 
 def legal(name: str) -> str:
-    """MLflow takes letters, digits and ``_-. :/`` in names."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
+    """MLflow takes letters, digits and ``_-. :/`` in names, of the shape of a path that leads nowhere else, up to a length."""
+    parts = [part for part in re.sub(r"[^\w\-. :/]", "_", name).split("/") if part]
+    plain = "/".join("_" if part in (".", "..") else part for part in parts) or "_"
+    return plain if len(plain) <= LONGEST_NAME else f"{plain[: LONGEST_NAME - 9]}_{zlib.crc32(plain.encode()):08x}"
+
+
+def fitted(text: str, most: int) -> str:
+    """The text, cut where it is longer than the store takes; the run's folder has all of it."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _noted(folder: str, uri: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's page opens on prompts, traces and judges
 WAIT_S = 60  # a sweep's processes share one sqlite file, each waits its turn
 #: What to install for a driver that SQLAlchemy asks for, where the two have not one name.
-PACKAGES = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 OTHERWISE = "or choose tracking=csv"
 
 
@@ -104,8 +104,14 @@ def _shown(uri: str) -> str:
 
 
 def patient(uri: str) -> str:
-    """The URI of a store in SQLite with the time that a process waits for its turn."""
-    return f"{uri}?timeout={WAIT_S}" if sqlite_file(uri) is not None and "?" not in uri else uri
+    """The URI of a store in SQLite with the time that a process waits for its turn.
+
+    The driver is named where the path is written with codes: MLflow would make a folder of the path as it is written.
+    """
+    if sqlite_file(uri) is None or "?" in uri:
+        return uri
+    named = uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in uri else uri
+    return f"{named}?timeout={WAIT_S}"
 
 
 @contextlib.contextmanager
