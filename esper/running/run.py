@@ -234,6 +234,7 @@ def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: boo
     steps = alone(trainer.total, "the same number", better)
     macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs", False)
     summary["control"] = {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
+    summary["control_curves"] = {"same_steps": steps["curves"], "same_macs": macs["curves"]}
     if not better or not replaces(summary, steps):
         return None
     host = trained_host(config, task, steps, kept)
