@@ -12,7 +12,6 @@ from esper.running.environment import git_state
 from esper.tasks.base import SETS, Task
 from esper.tracking import DatasetRecord, RunRecord, differences, readable_name
 
-
 #: Groups whose option every run states, so that columns can be filtered by them.
 CHOSEN = ("model", "task", "controller", "blueprint", "grafting")
 

@@ -10,7 +10,6 @@ from urllib.parse import unquote
 from esper.fields import setting
 from esper.processes import TrackerPlace
 
-
 SQLITE = "sqlite:///"
 
 

@@ -131,8 +131,8 @@ class MlflowRun:
 
         record, client = self._record, self._client
         before = client.get_run(self.run_id)
-        said = record.chosen | record.changed
-        new = [Param(legal(key), fitted(value, LONGEST_VALUE)) for key, value in sorted(said.items()) if legal(key) not in before.data.params]
+        said = {legal(key): fitted(value, LONGEST_VALUE) for key, value in sorted((record.chosen | record.changed).items())}
+        new = [Param(key, value) for key, value in said.items() if key not in before.data.params]
         for start in range(0, len(new), NAMES):
             client.log_batch(self.run_id, params=new[start : start + NAMES])
         if record.dataset and not before.inputs.dataset_inputs:

@@ -150,7 +150,6 @@ class ParquetFiles:
 
 def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[int, int | None], once: list[str] | None) -> None:
     """Stream ``parts`` into ``target``, dropping rows of earlier lives that a later life said again; ``once`` as in ONCE."""
-    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

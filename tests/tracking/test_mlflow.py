@@ -195,10 +195,10 @@ def test_a_deleted_experiment_is_refused_with_the_command_that_restores_it(clien
 def test_a_deleted_run_is_refused_when_it_is_to_be_continued(client, record, outputs):
     run = tracked(record, [])
     client.delete_run(run.run_id)
-    with pytest.raises(UserError, match=rf"was deleted; restore it \(.* mlflow runs restore --run-id {run.run_id}\), or remove .*mlflow.json"):
+    with pytest.raises(UserError, match=rf"restore it \(.* mlflow runs restore --run-id {run.run_id}\), or remove .*mlflow.json"):
         prepared(MlflowConfig(), outputs, Path(record.folder))
     (Path(record.folder) / "mlflow.json").write_text(json.dumps({"uri": tracking_uri(MlflowConfig(), str(outputs)), "run": "gone"}))
-    with pytest.raises(UserError, match="run gone is no longer in sqlite:.*; bring back the store, or remove"):
+    with pytest.raises(UserError, match=r"run gone is no longer in sqlite:.*; bring back the store, or remove"):
         prepared(MlflowConfig(), outputs, Path(record.folder))
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_store_is_refused_before_anything_is_written(tmp_path):
     whole = store.read_bytes()
     for broken in (whole[: len(whole) // 2], whole[:8192] + b"\xff" * 65536 + whole[8192 + 65536 :]):
         store.write_bytes(broken)
-        with pytest.raises(UserError, match="mlflow.db is damaged or no SQLite database; move it away"):
+        with pytest.raises(UserError, match=r"mlflow\.db is damaged or no SQLite database; move it away"):
             prepared(MlflowConfig(), tmp_path, tmp_path)
         assert store.read_bytes() == broken
 
@@ -253,7 +253,8 @@ def test_a_store_of_another_version_is_refused_with_the_command_that_upgrades_it
         "import sys\nfrom esper.tracking.config import MlflowConfig\nfrom esper.tracking.mlflow_run import MlflowRun\n"
         "MlflowRun(MlflowConfig()).prepare(sys.argv[1], sys.argv[1])"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT})
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT})
     assert "made by another version of MLflow; copy it, then run mlflow db upgrade sqlite:///" in done.stderr
 
 

@@ -62,7 +62,8 @@ def _panel(axes: Any, story: Story, names: list[str], costs: tuple[np.ndarray, n
         axes.plot(place(ticks), values, color=colour, linewidth=1.6, label=name, **style)
         alone = story.alone.get("same_steps" if costs is None else "same_macs", {}).get(name)
         if alone is not None:
-            axes.plot(alone[:, 0 if costs is None else 1], alone[:, 2], color=colour, linewidth=1.4, linestyle="--", label=f"{name}, {ALONE}")
+            where = alone[:, 0 if costs is None else 1]
+            axes.plot(where, alone[:, 2], color=colour, linewidth=1.4, linestyle="--", label=f"{name}, {ALONE}")
     for stage, _, marker, colour in MARKS:
         at = sorted({tick for tick, target in story.marks if target == stage})
         if at:
