@@ -57,8 +57,11 @@ class MlflowApart(Framed):
             raise
 
     def let_go(self) -> None:
-        """End a process that nobody opened, or that is left for another reason; harmless after ``close``."""
-        self._stop()
+        """End a process that nobody opened, when it is through with what it does: a store must not be left half made.
+
+        Harmless after ``close``.
+        """
+        self._stop(self.config.close_s)
 
     def _ask(self, frame: frames.Frame) -> None:
         self._send(frame)
@@ -94,14 +97,14 @@ class MlflowApart(Framed):
             self._answer()  # it said why before it went, or not even that
             raise TrackerError(f"the tracking process went away; its last words are in {self._log}") from None
 
-    def _stop(self) -> None:
+    def _stop(self, patience_s: float = 5.0) -> None:
         process, self._process = self._process, None
         if process is None:
             return
         with contextlib.suppress(BrokenPipeError):  # it has gone already
             process.stdin.close()  # type: ignore[union-attr]
         try:
-            process.wait(5.0)
+            process.wait(patience_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
