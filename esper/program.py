@@ -10,7 +10,7 @@ import io
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,11 +58,19 @@ def _trace(model: nn.Module, inputs: Tensor, dims: list[int], oblivious: bool) -
     return program, _remarks(program, model, inputs, dims)
 
 
-def open_shapes(program: ExportedProgram) -> list[tuple[int, ...]]:
-    """The shapes of the program's inputs and outputs; -1 stands for a size that is open."""
-    given = {*program.graph_signature.user_inputs, *program.graph_signature.user_outputs}
-    values = [node.meta["val"] for node in program.graph.nodes if node.name in given]
-    return [tuple(size if isinstance(size, int) else -1 for size in value.shape) for value in values]
+def signature_of(program: ExportedProgram) -> dict[str, list[dict[str, Any]]]:
+    """``dtype`` and ``shape`` of the program's ``inputs`` and ``outputs``, JSON-able; -1 stands for a size that is open."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    graph = program.graph_signature
+    return {"inputs": _described(values, graph.user_inputs), "outputs": _described(values, graph.user_outputs)}
+
+
+def _described(values: Mapping[str, Any], names: Iterable[Any]) -> list[dict[str, Any]]:
+    tensors = [values[name] for name in names if isinstance(values.get(name), Tensor)]
+    return [
+        {"dtype": str(one.dtype).removeprefix("torch."), "shape": [size if isinstance(size, int) else -1 for size in one.shape]}
+        for one in tensors
+    ]
 
 
 def to_pt2(program: ExportedProgram, path: Path) -> Path:

@@ -124,7 +124,7 @@ def reading(uri: str) -> Iterator[MlflowClient]:
     from esper.tracking.mlflow_store import quiet_client
 
     try:
-        yield quiet_client(uri)
+        yield quiet_client(uri, "uri", "or name the folder of another with output=…")
     except (MlflowException, SQLAlchemyError, requests.RequestException, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(

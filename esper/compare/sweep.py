@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from esper.compare import page
 from esper.compare.analysis import Comparison, analyse, with_tuned
 from esper.compare.arms import Job, Layout
 from esper.compare.config import CompareConfig
@@ -33,7 +34,6 @@ from esper.compare.worker import LOG
 from esper.compare.workers import Workers
 from esper.errors import Preempted, Terminated
 from esper.tracking.config import MlflowConfig
-from esper.tracking.mlflow_run import legal
 
 OUTPUT = "outputs"  # where esper compare looks unless it is told
 
@@ -120,7 +120,8 @@ def _run(sweep: Sweep, store: Store, workers: Workers, begun: bool) -> Compariso
         comparison = _judge(sweep)
         if comparison is not None:
             assert sweep.plan is not None
-            store.files, store.numbers = _keep(comparison, sweep.plan, sweep)
+            store.files = write_results(comparison, sweep.plan, sweep.folder, sweep.compare.figures)
+            store.numbers, store.tags = page.numbers(comparison, sweep.plan), page.tags(comparison, sweep.plan)
             show(comparison, sweep.plan, sweep.console)
             _say_how_to_judge_again(sweep)
         store.status = "FINISHED"
@@ -248,15 +249,6 @@ def _judge(sweep: Sweep) -> Comparison | None:
     if sweep.plan is None:
         return None
     return with_tuned(analyse(runs_of(sweep.jobs, sweep.plan.metric), sweep.plan), list(sweep.tuned.values()))
-
-
-def _keep(comparison: Comparison, plan: Plan, sweep: Sweep) -> tuple[list[Path], dict[str, float]]:
-    """Write ``comparison.json``, the table and the figures; the files, and the numbers for the parent run."""
-    files = write_results(comparison, plan, sweep.folder, sweep.compare.figures)
-    numbers = {f"arm/{' '.join(filter(None, (arm.arm, arm.block)))}/{plan.metric}": arm.mean for arm in comparison.arms if arm.points}
-    for one in comparison.tuned:
-        numbers |= one.numbers()
-    return files, {legal(name): number for name, number in numbers.items()}
 
 
 def _say_how_to_judge_again(sweep: Sweep) -> None:

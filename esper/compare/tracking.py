@@ -44,6 +44,7 @@ class Store:
         self.status = "FAILED"
         self.files: list[Path] = []
         self.numbers: dict[str, float] = {}
+        self.tags: dict[str, str] = {}
         self._config = sweep.jobs[0].config.tracking
         self._process: subprocess.Popen[str] | None = None
         self._opened = False
@@ -105,7 +106,7 @@ class Store:
         assert self._process is not None
         self._stop(self._process, STOP_S)
         self._process = self._start(self.environment[SOCKET])
-        self.status, self.files, self.numbers = "FAILED", [], {}
+        self.status, self.files, self.numbers, self.tags = "FAILED", [], {}, {}
         self.open()
         self._close()
 
@@ -151,7 +152,7 @@ class Store:
             self._ask({"ask": "failed", "folder": str(one.folder), "error": error})
 
     def _close(self) -> None:
-        tags = {"esper.failed_jobs": str(len(self.sweep.failures))} | pieces(text(self.sweep.tuned.values()), TUNED)
+        tags = self.tags | {"esper.failed_jobs": str(len(self.sweep.failures))} | pieces(text(self.sweep.tuned.values()), TUNED)
         files = [str(path) for path in self.files]
         self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.numbers, "tags": tags})
 

@@ -122,6 +122,7 @@ class Summary(TypedDict, total=False):
     macs: int
     seconds: SecondsSummary
     control: ControlSummary
+    control_curves: dict[str, dict[str, list[list[float]]]]
     kept: KeptSummary
     grown: GrownSummary
     environment: dict[str, Any]

@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from esper.errors import UserError
 from esper.messages import COLUMNS, Alert, Message
 from esper.running.parts import build_controller
 from esper.tasks.base import Task
-from esper.tracking import RunRecord, TrackerRunner, build_trackers
+from esper.tracking import MlflowConfig, RunRecord, Tracker, prepared_trackers
+from esper.tracking.reach import check_store
 from esper.tracking.runner import STREAMS as READ_BY_TRACKERS
 from esper.training.checkpoint.engine import fitting
 
@@ -134,11 +136,16 @@ def connect_controller(
     return runner, Watched(bus, record.run, COLUMNS, runner, settings.timing)
 
 
-def connect_trackers(config: RootConfig, bus: Bus, record: RunRecord) -> TrackerRunner:
-    """Who keeps the run's story."""
+@contextmanager
+def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
+    """Who keeps the run's story; raises UserError for a store that cannot be there. MLflow is tried while the run is prepared."""
     if config.tracking.process == EXTERNAL:
-        return TrackerRunner(bus.local, record, [TrackedElsewhere(getattr(config.tracking, "model", False))])
-    return TrackerRunner(bus.local, record, build_trackers(config.tracking))
+        yield [TrackedElsewhere(getattr(config.tracking, "model", False))]
+        return
+    if isinstance(config.tracking, MlflowConfig):
+        check_store(config.tracking, config.output)
+    with prepared_trackers(config.tracking, folder, Path(config.output)) as trackers:
+        yield trackers
 
 
 def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: bool) -> bool:

@@ -25,13 +25,13 @@ from esper.running.alone import SAME_MACS, SAME_STEPS, controls_of
 from esper.running.connecting import (
     Watched,
     connect_controller,
-    connect_trackers,
     let_payloads_go,
     let_them_read,
     load,
     refuse_alone,
     refuse_untrackable,
     say_where,
+    trackers_of,
 )
 from esper.running.control import control, equal_macs_steps, one_step, trained_host
 from esper.running.environment import environment
@@ -48,8 +48,7 @@ from esper.running.traced import Traced
 from esper.saved import FOLDER as MODEL
 from esper.saved import host_card, save_model
 from esper.tasks.base import Task
-from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
-from esper.tracking.reach import check_store
+from esper.tracking import MlflowConfig, Tracker, TrackerError, TrackerRunner, tracking_uri, ui_command
 from esper.training.checkpoint import store
 from esper.training.device import choose_device, describe, keep_freed_memory, numerics
 from esper.training.trainer import Trainer
@@ -85,19 +84,18 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
         refuse_occupied(folder)
     refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(config.tracking, MlflowConfig):
-        check_store(config.tracking, config.output)
-    device = choose_device(config.trainer)
-    keep_freed_memory()
-    if not quiet:
-        print(describe(device, config.trainer), file=sys.stderr, flush=True)
-    task = config.task.build()
-    if state is not None:
-        refuse_other_data(state, task, folder)
     try:
-        with numerics(config.trainer), alive(config, folder) as life:
-            wanted = controls_of(config) if controls is None else controls
-            return _connected(config, task, device, folder, quiet, state, life, wanted)
+        with trackers_of(config, folder) as trackers:
+            device = choose_device(config.trainer)
+            keep_freed_memory()
+            if not quiet:
+                print(describe(device, config.trainer), file=sys.stderr, flush=True)
+            task = config.task.build()
+            if state is not None:
+                refuse_other_data(state, task, folder)
+            with numerics(config.trainer), alive(config, folder) as life:
+                wanted = controls_of(config) if controls is None else controls
+                return _connected(config, task, device, folder, quiet, state, trackers, life, wanted)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
         raise
@@ -108,13 +106,21 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
 
 
 def _connected(
-    config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any, life: Life, controls: Collection[str]
+    config: RootConfig,
+    task: Task,
+    device: Any,
+    folder: Path,
+    quiet: bool,
+    state: Any,
+    who: list[Tracker],
+    life: Life,
+    controls: Collection[str],
 ) -> Result:
     record = run_record(config, task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
     say_where(config, bus, record, folder, quiet)
     runner, port = connect_controller(config, task, bus, record)
-    trackers = connect_trackers(config, bus, record)
+    trackers = TrackerRunner(bus.local, record, who)
     progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
     lost: TrackerError | None = None
     ending = _Ending()
@@ -125,12 +131,14 @@ def _connected(
             trainer = build_trainer(config, task, device, port, state=None if state is None else state["trainer"])
             with _beginning(trainer):
                 refuse_idle(config, task, trainer)
+                trackers.try_model(trainer.grow.export(), _inputs(trainer))
                 reserve(folder)
+                trackers.start()  # only now: what is refused leaves no run behind
+                trackers.await_open()
                 note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
                 life.begin()
             since = -1 if state is None else trainer.outcome.steps
             traced, keeper = Traced(folder, since), Keeper(config, folder, port, runner, trackers, since)
-            trackers.start()  # only now: what is refused leaves no run behind
             progress.start()
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
@@ -281,13 +289,14 @@ def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: boo
             print(f"control: the host alone, {steps} steps ({why})", file=sys.stderr, flush=True)
         return control(config, task, trainer.device, steps, kept, weights)
 
-    summary["control"] = told = ControlSummary()
+    summary["control"], summary["control_curves"] = told, curves = ControlSummary(), {}
     steps = alone(trainer.total, "the same number", better) if SAME_STEPS in wanted else None
     if steps is not None:
-        told["same_steps"] = steps["metrics"]
+        told["same_steps"], curves["same_steps"] = steps["metrics"], steps["curves"]
     if SAME_MACS in wanted:
         paid = one_step(config, task, trainer.device) if steps is None else steps
-        told["same_macs"] = alone(equal_macs_steps(trainer.grow.meter.total, paid), "the same training MACs", False)["metrics"]
+        macs = alone(equal_macs_steps(trainer.grow.meter.total, paid), "the same training MACs", False)
+        told["same_macs"], curves["same_macs"] = macs["metrics"], macs["curves"]
     if steps is None or not better or not replaces(summary, steps):
         return None
     host = trained_host(config, task, steps, kept)

@@ -12,8 +12,16 @@ from esper.tracking.config import MlflowConfig
 from esper.tracking.record import RunRecord
 
 
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """Before Open, as early as can be: import what is needed and try whether the store takes this run."""
+
+    config: MlflowConfig
+    outputs: str
+    folder: str
+
+
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """First frame."""
+    """The run begins."""
 
     config: MlflowConfig
     record: RunRecord
@@ -37,12 +45,13 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Answer to a frame; ``error`` is empty when it was done."""
+    """Answer to a frame; ``error`` is empty when it was done, ``refused`` says that the user can mend it."""
 
     error: str = ""
+    refused: bool = False
 
 
-Frame = Open | Record | Flush | Close
+Frame = Prepare | Open | Record | Flush | Close
 _encoder = msgspec.msgpack.Encoder()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "model/model.pt2"
 SAMPLE = "model/sample.npy"
+SIGNATURE = "model/signature.json"  # dtypes and shapes of what goes in and comes out, -1 for a size that is open
 
 
 def write_model(model: nn.Module, sample: Tensor, folder: str | Path) -> None:
@@ -27,7 +29,7 @@ def write_model(model: nn.Module, sample: Tensor, folder: str | Path) -> None:
     import torch
 
     from esper.files import replacing
-    from esper.program import to_pt2, traced
+    from esper.program import signature_of, to_pt2, traced
 
     target = Path(folder)
     (target / PROGRAM).parent.mkdir(parents=True, exist_ok=True)
@@ -46,3 +48,5 @@ def write_model(model: nn.Module, sample: Tensor, folder: str | Path) -> None:
     to_pt2(program, target / PROGRAM)
     with replacing(target / SAMPLE) as aside:
         np.save(aside, sample.numpy())
+    with replacing(target / SIGNATURE) as aside:
+        aside.write_text(json.dumps(signature_of(program)), encoding="utf-8")

@@ -183,16 +183,19 @@ class Trainer:
     def advance(self) -> None:
         """One optimizer step, and what is due after it. Between two calls the state is whole."""
         step = self.outcome.steps
-        self._step(step)
+        values, primary = self._step(step), None
         self.outcome.steps = step + 1
         if self.validates(step + 1):
-            self._validate()
+            values, primary = values | self._validate(), f"validation/{self.task.primary}"
+        if values:  # once a step: a name has one value at a tick
+            self._record(values, primary)
 
     def validates(self, steps: int) -> bool:
         """Whether the validation set is looked at after so many steps."""
         return steps % self._validate_every == 0 or steps == self.total
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> dict[str, float]:
+        """One step; what is to be said of it, empty where nothing is due."""
         rate = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
@@ -219,8 +222,7 @@ class Trainer:
         if self.governor is not None:
             self.governor.measure()
         self.optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % self._publish_every == 0:
-            self._publish(step, float(mean), rate)
+        return self._said_of(step, float(mean), rate) if (step + 1) % self._publish_every == 0 else {}
 
     def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
         """Loss and gradient norm as numbers; waits for the device once. A scaler itself skips steps that overflow."""
@@ -245,22 +247,22 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
-    def _publish(self, step: int, loss: float, rate: float) -> None:
+    def _said_of(self, step: int, loss: float, rate: float) -> dict[str, float]:
         if not math.isfinite(loss) and self.scaler is None and self.governor is None:
             raise UserError(
                 f"The training loss is {loss} after step {step + 1}; lower optimizer.lr, check the data, or run with debug=nan, "
                 "which names the operation."
             )
-        self._record({"train/loss": loss, "train/lr_factor": rate})
+        return {"train/loss": loss, "train/lr_factor": rate}
 
-    def _validate(self) -> None:
+    def _validate(self) -> dict[str, float]:
         values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
         for name, value in values.items():
             best = self.outcome.best.get(name)
             if best is None or math.isnan(best) or (value > best if self._maximize(name) else value < best):
                 self.outcome.best[name] = value
         self._check_finite("validation", values["validation/loss"])
-        self._record(values, primary=f"validation/{self.task.primary}")
+        return values
 
     def _check_finite(self, which: str, loss: float) -> None:
         """Say, once a set, that its loss is no number; where training goes on well that is the data's doing."""

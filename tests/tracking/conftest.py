@@ -167,6 +167,7 @@ def make_record(run: str, folder: Path, **changes) -> RunRecord:
         "started_ms": 1_700_000_000_000,
         "config": {"seed": 0, "trainer": {"steps": 100}},
         "changed": {"trainer.steps": "100"},
+        "chosen": {"model": "mlp"},
         "tags": {"config": "abc", "seed": "0", "arm": "grow"},
         "dataset": DatasetRecord(name="digits", digest="d" * 64, description="8×8 digits", sizes={"train": 1000}),
         "primary": "accuracy",

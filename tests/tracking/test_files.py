@@ -67,6 +67,16 @@ def test_gates_and_metrics_are_kept_too(record, story):
     assert values == [(m.tick, name, value) for _, m in told if isinstance(m, Metrics) for name, value in m.values.items()]
 
 
+@pytest.mark.parametrize("group_rows", [2, 1 << 16])
+def test_of_a_metric_said_twice_at_a_tick_the_last_word_stands(record, monkeypatch, group_rows):
+    monkeypatch.setattr("esper.tracking.parquet.GROUP_ROWS", group_rows)
+    said = [(1, "a", 1.0), (1, "b", 2.0), (1, "a", 3.0), (2, "a", 4.0), (2, "b", 5.0), (2, "a", 6.0)]
+    keep(ParquetFiles(), record, [("events", Metrics(tick=t, values={n: v})) for t, n, v in said], batch=1)
+    found = [(row["tick"], row["name"], row["value"]) for row in read(record, "metrics").to_pylist()]
+    assert sorted(found) == [(1, "a", 3.0), (1, "b", 2.0), (2, "a", 6.0), (2, "b", 5.0)]
+    assert [tick for tick, _, _ in found] == [1, 1, 2, 2]
+
+
 def test_a_silent_run_leaves_empty_tables_with_all_columns(record):
     keep(ParquetFiles(), record, [])
     for name in TABLES:
