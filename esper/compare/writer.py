@@ -192,7 +192,7 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
         frames.write(stream, frames.Reply(f"{type(error).__name__}: {error}"))
         if run is not None:
             with writer.lock:
-                run.close("FAILED", {})
+                end(run, "FAILED", {})
 
 
 def listen(writer: Writer, server: socket.socket) -> None:

@@ -15,7 +15,7 @@ from growing import batch, build
 from torch import Tensor, nn
 
 from esper.errors import UserError
-from esper.program import open_shapes, to_onnx, to_pt2, traced
+from esper.program import signature_of, to_onnx, to_pt2, traced
 from esper.running.export import export_pt2
 from esper.tracking.model import PROGRAM, write_model
 
@@ -97,7 +97,8 @@ def test_what_a_run_leaves_for_its_tracker_takes_a_batch_of_one_and_other_length
     host = model()
     write_model(host, inputs[:1], tmp_path)
     program = torch.export.load(tmp_path / PROGRAM)
-    assert open_shapes(program) == [(-1, -1), (-1, -1, 5)]
+    described = signature_of(program)
+    assert [side["shape"] for side in described["inputs"] + described["outputs"]] == [[-1, -1], [-1, -1, 5]]
     same(program.module(), host.eval(), others)
 
 
