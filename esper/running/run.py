@@ -99,6 +99,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
     trackers = connect_trackers(config, bus, record)
     progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
     lost: TrackerError | None = None
+    ending = _Ending()
     try:
         with _failing(progress, trackers):
             if state is not None:
@@ -135,6 +136,7 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
         let_payloads_go(bus, record.run, port, tracked)
         runner.close()
         bus.close()
+        _count_unsent(ending.summary, port, folder)
     assert ending.summary is not None
     if not quiet:
         command = ui_command(tracking_uri(config.tracking, config.output)) if isinstance(config.tracking, MlflowConfig) else ""
@@ -177,6 +179,14 @@ def _ending(
             with _quietly(status != "FINISHED"):
                 progress.close(status)
                 trackers.close(status)
+
+
+def _count_unsent(summary: Summary | None, port: Watched, folder: Path) -> None:
+    """What a server that does not answer was not given is known when the bus is closed, which is after the summary was written."""
+    counts = port.counts()
+    if summary is not None and counts.get("waiting"):
+        summary["bus"] = counts
+        write_summary(summary, folder)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``esper bus status | tail | dead-letters <run folder>``: what is on a run's bus, for people and programs."""
+"""``esper bus status | tail | dead-letters | flush <run folder>``: what is on a run's bus, for people and programs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 
 from esper.bus.counts import in_words
 from esper.bus.joining import joined
+from esper.bus.programs import flush
 from esper.bus.protocol import STREAMS
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.status import status
@@ -24,6 +25,8 @@ NAMED = 20  # runs that a refusal names
 def main(argv: Sequence[str]) -> int:
     """Run one of the commands; the exit code is 0, or 1 where there was nothing to act on."""
     options = _parser().parse_args(list(argv))
+    if options.command == "flush":
+        return flush.flush(options)
     with joined(options.folder.resolve()) as (bus, found):
         if options.run:
             _refuse_unknown(bus, options.run)
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--follow", action="store_true", help="go on until interrupted")
         if name == "dead-letters":
             command.add_argument("--id", action="append", default=[], help="which (repeatable); without it all")
+    flush.arguments(commands.add_parser("flush", help="send what waits on disk since the server did not answer"))
     return parser
 
 

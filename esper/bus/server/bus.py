@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 from esper.bus.codec import Envelope, Refused, decode
@@ -24,12 +25,20 @@ from esper.bus.server.outbox import Outbox
 from esper.bus.server.payloads import Payloads
 from esper.bus.server.trimming import Trimmer
 from esper.bus.server.writer import Writer
-from esper.bus.spool import Spool
+from esper.bus.spool import Spool, claim
+
+log = logging.getLogger(__name__)
 
 RETRIES = 5
 FOLLOW_S = 0.1
+SPOOL = "spool"  # where what waits lies, in the bus's folder
 CLOSE_S = 5.0  # how long closing waits for the server before what is left goes to disk
 LOST = ("dropped", "gaps", "duplicates", "dead_letters", "spool_bytes")  # what readers in this process lost counts as well
+UNSENT = (
+    "{count} messages did not reach the bus server at {address!r}: they wait in {spool}, and `esper bus flush {folder}` sends them"
+    " when the server answers, as does the run when it goes on"
+)
+DROPPED = "{count} messages for the bus server are lost, since there was no room for them (bus.spool_mb={room})"
 
 
 class ServerBus:
@@ -50,6 +59,8 @@ class ServerBus:
         self._replay = self.client.register_script(scripts.REPLAY)
         self._local: MemoryBus | None = None
         self._outboxes: list[Outbox] = []
+        self._claims: list[IO[bytes]] = []
+        self._closed = False
         self._trimmer = Trimmer(connect(address, config.timeout_s), config)
         self.writer = Writer(connect(address, config.timeout_s), config, self.counters, self._incident)
         self.writer.after_round(self._trimmer.work)
@@ -64,10 +75,15 @@ class ServerBus:
             self._local = MemoryBus(self.config, self.folder)
         return self._local
 
-    def producer(self, stream: str, run: str, name: str = "main") -> ServerProducer:
-        """The writer ``name`` of a stream in a new epoch; what an earlier process left on disk is sent first."""
+    def producer(self, stream: str, run: str, name: str = "main", alone: bool = False) -> ServerProducer:
+        """The writer ``name`` of a stream in a new epoch; what an earlier process left on disk is sent first.
+
+        Raises UserError where ``alone`` is asked for and another process writes under this name, or has asked for it.
+        """
         assert stream in STREAMS, stream
-        spool_folder = self.folder / "spool" / f"{quote(run, safe='')}.{stream}.{quote(name, safe='')}"
+        spool_folder = self.folder / SPOOL / f"{quote(run, safe='')}.{stream}.{quote(name, safe='')}"
+        spool_folder.mkdir(parents=True, exist_ok=True)
+        self._claims.append(claim(spool_folder, alone))
         epoch = self._new_epoch(stream, run, name, spool_folder / "epoch")
         spool = Spool(spool_folder, self.config.spool_mb << 20, self.config.drop)
         outbox = Outbox(run, name, epoch, self.config, spool, self.counters, self._seal)
@@ -78,13 +94,14 @@ class ServerBus:
 
     def _new_epoch(self, stream: str, run: str, name: str, note: Path) -> int:
         """One more than any before, by the server's count and by our own note of the last."""
+        import redis
+
         lowest = int(note.read_text()) + 1 if note.exists() else 1
-        epoch = int(
-            self._start(
-                keys=[keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)], args=[run, name, lowest]
-            )
-        )
-        note.parent.mkdir(parents=True, exist_ok=True)
+        named = [keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)]
+        try:
+            epoch = int(self._start(keys=named, args=[run, name, lowest]))
+        except redis.RedisError as error:
+            raise readable(self.address, error) from None
         partial = note.with_suffix(".partial")
         partial.write_text(str(epoch))
         partial.replace(note)
@@ -206,7 +223,10 @@ class ServerBus:
         return counts
 
     def close(self) -> None:
-        """Send what waits, for at most CLOSE_S seconds; the rest goes to disk and is sent by the next start."""
+        """Send what waits, for at most CLOSE_S seconds; the rest goes to disk, which is said, and is sent by the next start."""
+        if self._closed:
+            return
+        self._closed = True
         deadline = time.monotonic() + CLOSE_S
         for outbox in self._outboxes:
             while outbox.waiting and not outbox.fenced and not self.writer.open and time.monotonic() < deadline:
@@ -217,10 +237,22 @@ class ServerBus:
         for outbox in self._outboxes:
             outbox.to_disk()
             outbox.close()
+        for held in self._claims:
+            held.close()
+        self._say_what_is_left()
         self._trimmer.close()
         self.client.close()
         if self._local is not None:
             self._local.close()
+
+
+    def _say_what_is_left(self) -> None:
+        """Training does not wait for the server, so its end is the first moment at which somebody must be told."""
+        if unsent := sum(outbox.waiting for outbox in self._outboxes if not outbox.fenced):
+            spool = self.folder / SPOOL
+            log.warning(UNSENT.format(count=unsent, address=self.address, spool=spool, folder=self.folder.parent))
+        if dropped := self.counters.snapshot()["dropped"]:
+            log.warning(DROPPED.format(count=dropped, room=self.config.spool_mb))
 
 
 class ServerProducer:
@@ -235,6 +267,16 @@ class ServerProducer:
         self._outbox.put(message, after)
         self._bus.writer.wake(self._urgent)
 
+    @property
+    def waiting(self) -> int:
+        """Messages published, or left by an earlier start, that the server has not confirmed."""
+        return self._outbox.waiting
+
+    @property
+    def fenced(self) -> str:
+        """Why nothing more may be published, in a sentence; empty while it may."""
+        return self._outbox.fenced
+
     def send(self, message: Message, timeout_s: float) -> bool:
         """Publish and wait until it is stored; for programs that have nothing else to do meanwhile."""
         self._outbox.put(message, ())
@@ -244,9 +286,10 @@ class ServerProducer:
     def barrier(self, timeout_s: float) -> bool:
         """Make everything published survive this process and a server that then loses its tail; whether it is there.
 
-        What the server has not confirmed after ``timeout_s`` seconds, and what it confirmed last, is put on disk.
+        What the server has not confirmed after ``timeout_s`` seconds, or at once where it counts as gone, is put on disk, and so is
+        what it confirmed last.
         """
-        stored = self.flush(timeout_s)
+        stored = self.flush(timeout_s if not self._bus.writer.open else 0.0)
         self._outbox.to_disk()
         return stored
 

@@ -122,7 +122,7 @@ def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis
 
 
 def readable(address: Address, error: Exception) -> UserError:
-    """What went wrong on the first request, as a sentence without credentials."""
+    """What went wrong with a request, as a sentence without credentials."""
     import redis
 
     if isinstance(error, redis.AuthenticationError):
@@ -134,4 +134,6 @@ def readable(address: Address, error: Exception) -> UserError:
         return UserError(
             f"the user of the bus at {address!r} may not do what esper needs: {error}; see docs/operations.md"
         )
+    if isinstance(error, redis.ResponseError):
+        return UserError(f"the bus at {address!r} refuses what esper asks of it: {error}")
     return NoAnswer(f"no bus answers at {address!r} ({type(error).__name__}: {error})")

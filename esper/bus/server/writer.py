@@ -48,11 +48,12 @@ class Writer:
         self._urgent = threading.Event()
         self._stopping = False
         self._sending = threading.Lock()
+        self._listener = _Listener(incident)
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=3,
             reset_timeout=config.retry_s,
             exclude=[redis.ResponseError],
-            listeners=[_Listener(incident)],
+            listeners=[self._listener],
             name="bus",
         )
         self._thread = threading.Thread(target=self._run, name="esper-bus-writer", daemon=True)
@@ -83,8 +84,8 @@ class Writer:
 
     @property
     def open(self) -> bool:
-        """Whether the server counts as gone."""
-        return self._breaker.current_state == "open"
+        """Whether the server counts as gone: from the failures that say so until one attempt succeeds."""
+        return self._listener.down
 
     def stop(self) -> None:
         """End the thread after the round it is in."""
@@ -280,7 +281,7 @@ class _Listener:
 
     def __init__(self, incident: Incident) -> None:
         self._incident = incident
-        self._down = False
+        self.down = False
 
     def before_call(self, breaker: object, function: object, *args: object, **kwargs: object) -> None:
         """Nothing to do."""
@@ -294,9 +295,9 @@ class _Listener:
     def state_change(self, breaker: object, old: object, new: object) -> None:
         """Say that the server is gone, or back."""
         name = getattr(new, "name", "")
-        if name == "open" and not self._down:  # not again after every probe that fails
-            self._down = True
+        if name == "open" and not self.down:  # not again after every probe that fails
+            self.down = True
             self._incident("bus_down", "the bus server does not answer: messages wait in memory, then on disk")
-        elif name == "closed" and self._down:
-            self._down = False
+        elif name == "closed" and self.down:
+            self.down = False
             self._incident("bus_up", "the bus server answers again: what waited is being sent")
