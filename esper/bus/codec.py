@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
+from typing import Annotated
 
 import msgspec
 from zlib_ng.zlib_ng import crc32
@@ -28,6 +29,9 @@ HEADER_BYTES = 8
 MAX_BYTES = 8 << 20  # larger payloads travel by claim check, so nothing honest comes near this
 
 _Body = reduce(or_, BODIES)
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # nobody counts further, and no reader need be able to
+_Time = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]  # seconds; every clock there is shows less
+_Cause = Annotated[str, msgspec.Meta(pattern=r"(?s)^.*/[0-9]{1,20}-[0-9]{1,20}\Z")]
 
 
 class Refused(ValueError):
@@ -48,10 +52,10 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
     run: str
     producer: str
-    epoch: int
-    sequence: int
-    time: float
-    after: tuple[str, ...]
+    epoch: _Number
+    sequence: _Number
+    time: _Time
+    after: tuple[_Cause, ...]
     body: _Body  # type: ignore[valid-type]
 
     @property

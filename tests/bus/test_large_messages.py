@@ -132,14 +132,15 @@ def test_a_zombie_that_slept_through_its_replacement_is_fenced(fragile, proxy, o
 
 
 @pytest.mark.parametrize("say", [lambda number: TickEnded(tick=number), large], ids=["small", "large"])
-def test_an_intruder_who_writes_under_a_producers_ids_is_noticed(fragile, open_bus, say):
+def test_another_process_that_writes_under_a_producers_ids_is_noticed(fragile, open_bus, say):
     bus = open_bus(fragile.address, codec="raw")
     producer = bus.producer("events", "run")
     producer.publish(say(0))
-    assert producer.flush(5)
-    bus.client.xadd("esper:{run}:events:main", {"m": b"mine"}, id="1-2")
+    assert producer.flush(60)
+    twin = encode(Envelope("run", "main", 1, 2, 1.0, (), say(7)))
+    bus.client.xadd("esper:{run}:events:main", {"m": twin}, id="1-2")
     producer.publish(say(1))
-    assert wait_until(lambda: any(code == "bus_fenced" for code, _ in bus.incidents))
+    assert wait_until(lambda: any(code == "bus_fenced" for code, _ in bus.incidents), 60)
     with pytest.raises(Fenced, match="another process writes to the bus"):
         producer.publish(TickEnded(tick=2))
 

@@ -22,7 +22,7 @@ from esper.errors import UserError
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own."""
     parser.add_argument("folder", type=Path, help="output folder of the run")
-    parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="give up when the server took nothing for so many seconds")
+    parser.add_argument("--patience", type=float, default=30.0, metavar="S", help="give up when the server took nothing for so long")
     parser.add_argument("--json", action="store_true", help="one JSON document")
 
 

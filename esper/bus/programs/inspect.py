@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 def _refuse_unknown(bus: ServerBus, run: str) -> None:
     known = bus.runs()
     if run not in known:
-        some = ", ".join(known[:NAMED]) + (f" and {len(known) - NAMED} more" if len(known) > NAMED else "")
+        some = ", ".join(map(shown, known[:NAMED])) + (f" and {len(known) - NAMED} more" if len(known) > NAMED else "")
         raise UserError(f"the server at {bus.address!r} has no run {run}: it has {some or 'none yet'}")
 
 
@@ -96,7 +96,7 @@ def _tail(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
             continue
         kind = message.pop("kind")
         moment = time.strftime("%H:%M:%S", time.localtime(envelope.time))
-        print(moment, f"{producer} {id}", kind, *(f"{name}={value}" for name, value in message.items()), flush=True)
+        print(shown(" ".join([moment, producer, id, kind, *(f"{name}={value}" for name, value in message.items())])), flush=True)
     return 0
 
 
@@ -119,8 +119,14 @@ def _dead_letters(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     print(f"{len(letters)} dead letters of run {run}")
     for letter in letters:
         kind = type(letter.message).__name__ if letter.message is not None else "unreadable"
-        print(f"{letter.id}  {kind} {letter.origin} of {letter.stream} {letter.producer} in group {letter.group}: {letter.reason}")
+        where = f"{letter.origin} of {letter.stream} {letter.producer} in group {letter.group or '–'}"
+        print(shown(f"{letter.id}  {kind} {where}: {letter.reason}"))
     return 0
+
+
+def shown(text: str) -> str:
+    """``text`` with everything escaped that would act on a terminal instead of being seen there: anybody may write to a server."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _write(value: Any) -> None:
@@ -130,7 +136,7 @@ def _write(value: Any) -> None:
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Columns as wide as what is in them: no name or number is cut, however narrow the terminal or the pipe."""
-    lines = [columns, *(tuple(map(str, row)) for row in rows)]
+    lines = [columns, *(tuple(shown(str(cell)) for cell in row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(title)
     for line in lines:

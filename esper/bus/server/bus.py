@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -18,7 +19,7 @@ from esper.bus.messages import ClaimCheck, Message
 from esper.bus.protocol import STREAMS, DeadLetter
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import check_in, check_out
-from esper.bus.server.connection import Address, connect, readable
+from esper.bus.server.connection import Address, connect, readable, unless_other_type
 from esper.bus.server.consumer import ServerConsumer
 from esper.bus.server.embedded import EmbeddedServer
 from esper.bus.server.outbox import Outbox
@@ -38,6 +39,7 @@ UNSENT = (
     "{count} messages did not reach the bus server at {address!r}: they wait in {spool}, and `esper bus flush {folder}` sends them"
     " when the server answers, as does the run when it goes on"
 )
+UNANNOUNCED = "somebody else uses a key of the bus, so readers do not learn of {name!r} of the {stream}: {problem}"
 DROPPED = "{count} messages for the bus server are lost, since there was no room for them (bus.spool_mb={room})"
 
 
@@ -99,9 +101,11 @@ class ServerBus:
         lowest = int(note.read_text()) + 1 if note.exists() else 1
         named = [keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)]
         try:
-            epoch = int(self._start(keys=named, args=[run, name, lowest]))
+            epoch, problem = self._start(keys=named, args=[run, name, lowest])
         except redis.RedisError as error:
             raise readable(self.address, error) from None
+        if problem:
+            self._incident("bus_key", UNANNOUNCED.format(name=name, stream=stream, problem=problem.decode(errors="replace")))
         partial = note.with_suffix(".partial")
         partial.write_text(str(epoch))
         partial.replace(note)
@@ -128,7 +132,10 @@ class ServerBus:
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
         """What was given up on, oldest first."""
-        return [self._letter(id.decode(), fields) for id, fields in self.client.xrange(keys.dead(run))]
+        return [self._letter(id.decode(), fields) for id, fields in self._dead(run)]
+
+    def _dead(self, run: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        return unless_other_type(lambda: self.client.xrange(keys.dead(run)), [])
 
     def _letter(self, id: str, fields: dict[bytes, bytes]) -> DeadLetter:
         def text(name: bytes) -> str:
@@ -148,27 +155,31 @@ class ServerBus:
             producer=text(b"producer"),
             origin=text(b"origin"),
             group=text(b"group"),
-            deliveries=int(text(b"deliveries") or 0),
+            deliveries=int(text(b"deliveries")) if fields.get(b"deliveries", b"").isdigit() else 0,
             reason=text(b"reason"),
             message=message,
         )
 
     def replay(self, run: str, ids: list[str]) -> int:
-        """Hand dead letters to their group once more, with a fresh delivery count; each moves atomically."""
+        """Hand dead letters to their group once more, with a fresh delivery count; each moves atomically.
+
+        What names no group of a stream, since it was never handed out or is nothing that we wrote, stays where it is.
+        """
         moved = 0
-        for id, fields in self.client.xrange(keys.dead(run)):
-            if id.decode() not in ids:
+        for id, fields in self._dead(run):
+            goes_to = keys.names([fields.get(b"stream", b""), fields.get(b"group", b"")])
+            if id.decode() not in ids or len(goes_to) < 2 or not all(goes_to):
                 continue
             target = keys.replays(run, fields[b"stream"].decode(), fields[b"group"].decode())
             kept: list[Any] = [id]
             for name in (b"m", b"producer", b"origin"):
-                kept += (name, fields[name])
+                kept += (name, fields.get(name, b""))
             moved += self._replay(keys=[keys.dead(run), target], args=kept)
         return moved
 
     def purge(self, run: str, ids: list[str]) -> int:
         """Forget dead letters, and remove their stored payloads where no group needs these."""
-        chosen = [(id, fields) for id, fields in self.client.xrange(keys.dead(run)) if id.decode() in ids]
+        chosen = [(id, fields) for id, fields in self._dead(run) if id.decode() in ids]
         purged = self.client.xdel(keys.dead(run), *(id for id, _ in chosen)) if chosen else 0
         for _, fields in chosen:
             self.payloads(run).discard_letter(fields)
@@ -180,24 +191,26 @@ class ServerBus:
 
     def runs(self) -> list[str]:
         """Names of all runs on the server."""
-        return sorted(member.decode() for member in self.client.smembers(keys.RUNS))
+        return keys.names(unless_other_type(lambda: self.client.smembers(keys.RUNS), set()))
 
     def streams(self, run: str, stream: str) -> list[str]:
         """Keys of the streams of all producers."""
-        names = sorted(member.decode() for member in self.client.smembers(keys.producers(run, stream)))
+        names = keys.names(self._members(run, stream))
         return [keys.entries(run, stream, name) for name in names]
+
+    def _members(self, run: str, stream: str) -> set[bytes]:
+        return unless_other_type(lambda: self.client.smembers(keys.producers(run, stream)), set())
+
+    def is_stream(self, key: str) -> bool:
+        """Whether a stream is under this key: nothing, or something of somebody else's, may be."""
+        return unless_other_type(lambda: bool(self.client.exists(key)) and self.client.xlen(key) >= 0, False)
 
     def newest(self, stream: str, run: str, count: int, follow: bool) -> Iterator[tuple[str, str, Envelope]]:
         """The newest ``count`` messages of every producer, then, with ``follow``, what comes; no group takes part."""
         stands: dict[str, str] = {}
         while True:
-            for name in sorted(member.decode() for member in self.client.smembers(keys.producers(run, stream))):
-                key = keys.entries(run, stream, name)
-                if name in stands:
-                    entries = self.client.xrange(key, f"({stands[name]}", "+", 1000)
-                else:
-                    entries = self.client.xrevrange(key, count=count)[::-1]
-                for id, fields in entries:
+            for name in keys.names(self._members(run, stream)):
+                for id, fields in unless_other_type(partial(self._since, keys.entries(run, stream, name), stands.get(name), count), []):
                     stands[name] = id.decode()
                     try:
                         yield name, id.decode(), decode(fields.get(b"m", b""))
@@ -206,6 +219,12 @@ class ServerBus:
             if not follow:
                 return
             time.sleep(FOLLOW_S)
+
+    def _since(self, key: str, last: str | None, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """What a stream has after ``last``, or its newest ``count`` entries."""
+        if last is not None:
+            return self.client.xrange(key, f"({last}", "+", 1000)
+        return self.client.xrevrange(key, count=count)[::-1]
 
     def counts(self) -> dict[str, int]:
         """Counters of this process, with ``spool_bytes`` and ``waiting`` (published, not confirmed).

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from esper.bus.config import RedisConfig
@@ -13,6 +14,7 @@ from esper.errors import UserError
 if TYPE_CHECKING:
     import redis
 
+T = TypeVar("T")
 USER_VARIABLE = "ESPER_BUS_USER"
 PASSWORD_VARIABLE = "ESPER_BUS_PASSWORD"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -119,6 +121,23 @@ def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis
         driver_info=None,
         **tls,
     )
+
+
+def unless_other_type(ask: Callable[[], T], otherwise: T) -> T:
+    """What ``ask`` gives, or ``otherwise`` where somebody has put a value of another type under the key that it reads."""
+    import redis
+
+    try:
+        return ask()
+    except redis.ResponseError as error:
+        if not is_other_type(error):
+            raise
+        return otherwise
+
+
+def is_other_type(error: Exception) -> bool:
+    """Whether a server refused a request for the type of what lies under the key."""
+    return "WRONGTYPE" in str(error)
 
 
 def readable(address: Address, error: Exception) -> UserError:
