@@ -42,7 +42,7 @@ class Refused(ValueError):
         self.reason = reason
 
 
-class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """Who says what, and where it stands in its stream.
 
     ``time`` is the sender's clock in seconds, never falling within a producer: it orders producers among one another

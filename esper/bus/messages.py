@@ -1,7 +1,9 @@
 """What travels on the bus: telemetry and events out, commands in, acknowledgements back.
 
 Bodies only; the envelope (schema version, run, producer, epoch, sequence, checksum) is the codec's.
-Fields are added with defaults only, so that bytes of an older version can always be read.
+Fields are added with defaults only, so that bytes of an older version can always be read, and a field that a reader does not know is
+passed over, so that it can read what a newer sender says. A kind it does not know is refused, and so is an unknown part of a selection,
+which might select fewer. SCHEMA_VERSION rises when a field is taken away or means something else.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import msgspec
 SCHEMA_VERSION = 1
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=True, forbid_unknown_fields=True):
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=True):
     """Base of every body; ``kind`` on the wire is the class name."""
 
 
@@ -205,6 +207,15 @@ class ApplyTogether(Command, kw_only=True):
     commands: list[Germinate | SetStage | Cancel | ChangeStrategy | PauseGrafting | ResumeGrafting]
 
 
+class ApplyEach(Command, kw_only=True):
+    """One after the other, each for itself: what is refused keeps back nothing else.
+
+    They come and end together, as in ApplyTogether: applied when at least one was, the reason naming those that were not.
+    """
+
+    commands: list[Germinate | SetStage | Cancel | ChangeStrategy | PauseGrafting | ResumeGrafting]
+
+
 class EmergencyStop(Command, kw_only=True):
     """Cull everything that is not FOSSILIZED, now; overtakes whatever is queued."""
 
@@ -253,6 +264,7 @@ COMMANDS = (
     PauseGrafting,
     ResumeGrafting,
     ApplyTogether,
+    ApplyEach,
     EmergencyStop,
     RequestReport,
     Decided,

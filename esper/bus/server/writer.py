@@ -241,7 +241,7 @@ class Writer:
 
     def _refused(self, outbox: Outbox, stream: str, names: list[str], error: str) -> None:
         """The server said no to an entry: nothing after it was sent; say so and try again later."""
-        if "equal or smaller" in error or "exhausted" in error:  # the stream is ahead of its note of the last id: the note is believed no more
+        if "equal or smaller" in error or "exhausted" in error:  # the stream is ahead of the note of its last id, which is believed no more
             self._client.set(names[1], "")
             self._reconcile(outbox, stream, names[3])
             return
