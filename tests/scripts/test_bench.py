@@ -26,7 +26,7 @@ def test_without_a_name_it_lists_what_there_is(checkout: Path) -> None:
     command = [sys.executable, "-m", "scripts.benchmarks"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
-    for name in ("library", "lora", "step", "million", "start", "tracking", "kernels", "counts", "checkpoint"):
+    for name in ("calls", "library", "lora", "step", "million", "start", "tracking", "kernels", "counts", "checkpoint"):
         assert f"\n  {name} " in done.stdout
 
 
