@@ -1,4 +1,4 @@
-"""`scripts/bench calls`: what must cost next to nothing: a tick with nothing due, a batch from memory, `esper --help`, a dead member's claim."""
+"""`scripts/bench calls`: what must cost next to nothing: an idle tick, a batch from memory, `esper --help`, a dead member's claim."""
 
 from __future__ import annotations
 
