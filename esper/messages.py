@@ -2,7 +2,8 @@
 
 The engine, the controllers, the bus and the trackers share these classes. They are plain frozen dataclasses, and this module
 imports nothing but the standard library, so that the engine needs no bus to speak of what it does. How they are written as
-bytes is the business of ``esper.bus.codec``. New fields need a default, so that an older message can always be read.
+bytes is the business of ``esper.bus.codec``. New fields need a default, so that an older message can always be read; a reader
+passes over a field that it does not know, but refuses an unknown kind and an unknown part of a selection.
 """
 
 from __future__ import annotations
@@ -256,6 +257,16 @@ class ApplyTogether(Command):
 
 
 @message
+class ApplyEach(Command):
+    """One after the other, each for itself: a refused command keeps no other back.
+
+    They come and end together, as in ApplyTogether: applied when at least one was, the reason naming those that were not.
+    """
+
+    commands: list[Command]
+
+
+@message
 class EmergencyStop(Command):
     """Cull everything that is not FOSSILIZED, now; overtakes whatever is queued."""
 
@@ -308,6 +319,8 @@ COMMANDS = (
     PauseGrafting,
     ResumeGrafting,
     ApplyTogether,
+    ApplyEach,
+    ApplyEach,
     EmergencyStop,
     RequestReport,
     Decided,

@@ -16,12 +16,12 @@ The checksum is verified before anything is parsed, so a corrupted message is re
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from zlib_ng.zlib_ng import crc32
 
-from esper.messages import MESSAGES, ApplyTogether, Command, Message
+from esper.messages import MESSAGES, ApplyEach, ApplyTogether, Command, Message, Predicate, Selector
 
 SCHEMA_VERSION = 1
 MAGIC = b"ES"
@@ -29,7 +29,10 @@ HEADER_BYTES = 8
 MAX_BYTES = 8 << 20  # larger payloads travel by claim check, so nothing honest comes near this
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in MESSAGES}
-_FIELDS = {kind: tuple(one.name for one in fields(kind)) for kind in MESSAGES}
+_FIELDS = {kind: tuple(one.name for one in fields(kind)) for kind in (*MESSAGES, Selector, Predicate)}
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # nobody counts further, and no reader need be able to
+_Time = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]  # seconds; every clock there is shows less
+_Cause = Annotated[str, msgspec.Meta(pattern=r"(?s)^.*/[0-9]{1,20}-[0-9]{1,20}\Z")]
 
 
 class Refused(ValueError):
@@ -40,7 +43,7 @@ class Refused(ValueError):
         self.reason = reason
 
 
-class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """Who says what, and where it stands in its stream.
 
     ``time`` is the sender's clock in seconds, never falling within a producer: it orders producers among one another
@@ -50,10 +53,10 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
     run: str
     producer: str
-    epoch: int
-    sequence: int
-    time: float
-    after: tuple[str, ...]
+    epoch: _Number
+    sequence: _Number
+    time: _Time
+    after: tuple[_Cause, ...]
     body: Message
 
     @property
@@ -65,7 +68,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 def to_plain(message: Message) -> dict[str, Any]:
     """A message as it is written: ``kind``, the name of its class, and its fields."""
     plain = {"kind": type(message).__name__} | {name: getattr(message, name) for name in _FIELDS[type(message)]}
-    if isinstance(message, ApplyTogether):
+    if isinstance(message, ApplyTogether | ApplyEach):
         plain["commands"] = [to_plain(command) for command in message.commands]
     return plain
 
@@ -75,12 +78,23 @@ def from_plain(plain: Any) -> Message:
     if not isinstance(plain, dict) or plain.get("kind") not in _KINDS:
         raise msgspec.ValidationError(f"no message is of the kind {plain.get('kind') if isinstance(plain, dict) else plain!r}")
     kind = _KINDS[plain["kind"]]
-    if kind is ApplyTogether and isinstance(plain.get("commands"), list):
+    _refuse_unknown_parts(plain.get("select"))
+    if kind in (ApplyTogether, ApplyEach) and isinstance(plain.get("commands"), list):
         parts = [from_plain(part) for part in plain["commands"]]
         if not all(isinstance(part, Command) for part in parts):
-            raise msgspec.ValidationError("ApplyTogether holds something that is no command")
-        return replace(msgspec.convert(plain | {"commands": []}, ApplyTogether), commands=parts)
+            raise msgspec.ValidationError(f"{kind.__name__} holds something that is no command")
+        return replace(msgspec.convert(plain | {"commands": []}, kind), commands=parts)
     return msgspec.convert(plain, kind)  # type: ignore[no-any-return]
+
+
+def _refuse_unknown_parts(select: Any) -> None:
+    """An unknown field of a message is passed over, but an unknown part of a selection might have selected fewer seeds."""
+    if not isinstance(select, dict):
+        return
+    where = select.get("where") or []
+    for kind, given in ((Selector, select), *((Predicate, one) for one in where if isinstance(one, dict))):
+        if unknown := given.keys() - set(_FIELDS[kind]):
+            raise msgspec.ValidationError(f"a {kind.__name__} has no part {', '.join(map(str, unknown))}")
 
 
 def message_hook(kind: type, value: Any) -> Any:

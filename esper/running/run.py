@@ -164,6 +164,7 @@ def _connected(
             let_payloads_go(bus, record.run, port, tracked)
             runner.close()
             bus.close()
+            _count_unsent(ending.summary, port, folder)
         except Exception:
             ending.failed(folder)
             raise
@@ -233,6 +234,14 @@ def _ending(
             except TrackerError:
                 ending.failed(folder)
                 raise
+
+
+def _count_unsent(summary: Summary | None, port: Watched, folder: Path) -> None:
+    """What a server that does not answer was not given is known when the bus is closed, which is after the summary was written."""
+    counts = port.counts()
+    if summary is not None and counts.get("waiting"):
+        summary["bus"] = counts
+        write_summary(summary, folder)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from esper.lifecycle import GATES, Stage
 from esper.lifecycle.machine import Trial
 from esper.messages import (
     COLUMNS,
+    ApplyEach,
     ApplyTogether,
     Cancel,
     ChangeStrategy,
@@ -58,19 +59,33 @@ class Action:
     paused: bool = False
 
 
-def _without_own(part: Command) -> Command:
-    """A part of ApplyTogether, which comes and ends with the whole; Refused where it asks for more."""
+MOST = 1000
+"""Commands in one batch: more of them would keep a tick's end waiting, and a message that carries them small."""
+
+
+def _parts(command: ApplyTogether | ApplyEach) -> list[Command]:
+    """The commands of a batch; Refused for none, which can only be a mistake, and for more than MOST."""
+    parts = command.commands
+    if not 1 <= len(parts) <= MOST:
+        kind = type(command).__name__
+        raise Refused(f"an {kind} has 1 to {MOST} commands in it, and this one has {len(parts)}: leave it out, or send several")
+    return parts
+
+
+def _without_own(part: Command, batch: Command) -> Command:
+    """A part of a batch, which comes and ends with the whole; Refused where it asks for more."""
+    kind = type(batch).__name__
     for name, none in (("deadline", -1), ("priority", 0)):
         if getattr(part, name) != none:
             raise Refused(
-                f"the command '{part.id}' in an ApplyTogether has a {name} of its own, but all of them come and end together:"
-                f" give the {name} to the ApplyTogether"
+                f"the command '{part.id}' in an {kind} has a {name} of its own, but all of them come and end together:"
+                f" give the {name} to the {kind}"
             )
     return part
 
 
 class Executor:
-    """Applies one command at a time at a tick boundary: all of it or nothing."""
+    """Applies one command at a time at a tick boundary: all of it or nothing, but for an ApplyEach, whose parts are on their own."""
 
     def __init__(self, life: Life, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
         self.life = life
@@ -83,13 +98,35 @@ class Executor:
     def apply(self, command: Command, tick: int) -> tuple[str, str]:
         """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over."""
         try:
-            actions = self._plan(command, self.life.machine.trial(), tick)
             with global_draws_kept():  # a blueprint of the user's may draw its start values from there
-                self._do_all(actions, command.id)
+                if isinstance(command, ApplyEach):
+                    return self._each(command, tick)
+                self._one(command, tick)
         except Refused as refused:
-            self.refusals[str(refused)] = self.refusals.get(str(refused), 0) + 1
-            return "refused", str(refused)
+            return "refused", self._counted(refused)
         return "applied", ""
+
+    def _one(self, command: Command, tick: int) -> None:
+        self._do_all(self._plan(command, self.life.machine.trial(), tick), command.id)
+
+    def _each(self, batch: ApplyEach, tick: int) -> tuple[str, str]:
+        """Every command of a batch for itself: how it ended as a whole, and which were refused for what."""
+        parts, refusals = _parts(batch), []
+        for part in parts:
+            try:
+                self._one(_without_own(part, batch), tick)
+            except Refused as refused:
+                refusals.append(f"'{part.id}': {self._counted(refused)}")
+        if not refusals:
+            return "applied", ""
+        said = f"{len(refusals)} of {len(parts)} were refused: {'; '.join(refusals)}"
+        return ("refused" if len(refusals) == len(parts) else "applied"), said
+
+    def _counted(self, refused: Refused) -> str:
+        """The reason of a refusal, counted for the summary."""
+        reason = str(refused)
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+        return reason
 
     def _do_all(self, actions: list[Action], command: str) -> None:
         """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
@@ -111,7 +148,7 @@ class Executor:
             case Germinate():
                 return [self._germinate(command, trial)]
             case ApplyTogether():
-                return [action for part in command.commands for action in self._plan(_without_own(part), trial, tick)]
+                return [action for part in _parts(command) for action in self._plan(_without_own(part, command), trial, tick)]
             case EmergencyStop():
                 return self._stop_everything(trial)
             case SetStage():

@@ -33,10 +33,10 @@ def started(bus, hold, state=None):
 def say(bus, id):
     operator = bus.producer("commands", "run", "operator")
     operator.publish(Germinate(id=id, site="fc", seed=0))
-    assert operator.flush(5)
+    assert operator.flush(60)
 
 
-def came(port, tick, seconds=5.0):
+def came(port, tick, seconds=60.0):
     """The ids of what is to be applied."""
     found, deadline = [], time.monotonic() + seconds
     while not found and time.monotonic() < deadline:

@@ -96,6 +96,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ApplyTogether(id="c", priority=3, commands=[Germinate(id="x", site="fc2", seed=1, priority=3)]),
         "the command 'x' in an ApplyTogether has a priority of its own",
     ),
+    "empty": (ApplyTogether(id="c", commands=[]), "an ApplyTogether has 1 to 1000 commands in it, and this one has 0"),
+    "none of each": (ApplyEach(id="c", commands=[]), "an ApplyEach has 1 to 1000 commands in it, and this one has 0"),
+    "too many": (ApplyTogether(id="c", commands=[germinate("fc2", 0)] * 1001), "this one has 1001: leave it out, or send several"),
+    "too many of each": (ApplyEach(id="c", commands=[germinate("fc2", 0)] * 1001), "this one has 1001"),
 }  # fmt: skip
 
 
@@ -110,6 +114,23 @@ def test_a_refused_command_says_why_and_changes_nothing(name: str, loop: Loop):
     assert status == "refused" and reason in said
     unchanged(before, picture(loop))
     assert loop.grow.executor.refusals == {said: 1}
+
+
+def test_a_batch_of_each_does_what_it_can_and_names_the_rest(loop: Loop):
+    row = loop.grow.garden.row("fc2", 0)
+    batch = ApplyEach(
+        id="c",
+        commands=[Cancel(id="a", select=FC1), germinate("fc2", 0), Germinate(id="x", site="fc2", seed=1, priority=3)],
+    )
+    status, said = loop.grow.executor.apply(batch, loop.grow.tick_number)
+    assert status == "applied" and loop.grow.garden.table.stage[row] == S.GERMINATED
+    assert said.startswith("2 of 3 were refused: 'a': ") and "; 'x': the command 'x' in an ApplyEach has a priority of its own" in said
+    assert sum(loop.grow.executor.refusals.values()) == 2
+    before = picture(loop)
+    status, said = loop.grow.executor.apply(ApplyEach(id="d", commands=[Cancel(id="a", select=FC1)]), loop.grow.tick_number)
+    assert status == "refused" and said.startswith("1 of 1 were refused: 'a': ")
+    unchanged(before, picture(loop))
+    assert loop.grow.executor.apply(ApplyEach(id="e", commands=[germinate("fc2", 1)]), loop.grow.tick_number) == ("applied", "")
 
 
 def test_a_gate_that_is_shut_refuses_a_command_too():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from esper import secrets
@@ -14,6 +15,7 @@ from esper.errors import UserError
 if TYPE_CHECKING:
     import redis
 
+T = TypeVar("T")
 USER_VARIABLE = "ESPER_BUS_USER"
 PASSWORD_VARIABLE = "ESPER_BUS_PASSWORD"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -112,8 +114,25 @@ def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis
     )
 
 
+def unless_other_type(ask: Callable[[], T], otherwise: T) -> T:
+    """What ``ask`` gives, or ``otherwise`` where somebody has put a value of another type under the key that it reads."""
+    import redis
+
+    try:
+        return ask()
+    except redis.ResponseError as error:
+        if not is_other_type(error):
+            raise
+        return otherwise
+
+
+def is_other_type(error: Exception) -> bool:
+    """Whether a server refused a request for the type of what lies under the key."""
+    return "WRONGTYPE" in str(error)
+
+
 def readable(address: Address, error: Exception) -> UserError:
-    """What went wrong on the first request, as a sentence without credentials."""
+    """What went wrong with a request, as a sentence without credentials."""
     import redis
 
     if isinstance(error, redis.AuthenticationError):
@@ -125,4 +144,6 @@ def readable(address: Address, error: Exception) -> UserError:
         return UserError(
             f"the user of the bus at {address!r} may not do what esper needs: {error}; see docs/operations.md"
         )
+    if isinstance(error, redis.ResponseError):
+        return UserError(f"the bus at {address!r} refuses what esper asks of it: {error}")
     return NoAnswer(f"no bus answers at {address!r} ({type(error).__name__}: {error})")

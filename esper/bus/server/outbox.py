@@ -72,6 +72,12 @@ class Outbox:
         with self._spool_lock, self._lock:
             return self._unconfirmed()
 
+    @property
+    def first(self) -> Id:
+        """The id of the first message that the server has not confirmed, or of the first of this start."""
+        batch = self.batch()
+        return batch[0][0] if batch else (self.epoch, 1)
+
     def _unconfirmed(self) -> int:
         return len(self.sending) + len(self._popped) + self._spool.unread + len(self._memory)
 
