@@ -11,6 +11,7 @@ from growing import Loop, germinate, same, set_stage, short
 from esper.blueprints import Block, Conv
 from esper.lifecycle import Stage
 from esper.messages import (
+    ApplyEach,
     ApplyTogether,
     Cancel,
     ChangeStrategy,
