@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 from esper.training.passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
 from esper.training.port import NullPort, Port
 from esper.training.rate import HostRate
+from esper.training.readings import Readings
 from esper.training.signals import LossSignal
 from esper.training.stopwatch import Stopwatch
 
@@ -94,12 +96,14 @@ class Grow:
         self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
         self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal)
-        self.branch_optimizer = BranchOptimizer(garden, settings.learning)
-        self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
+        self.readings = Readings(self.device)
+        self.branch_optimizer = BranchOptimizer(garden, settings.learning, self.readings)
+        self.observer = Observer(garden, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
         self._scale = 1.0
         self._last_batch: Any = None
         self._losses: list[Tensor | float] = []
+        self.rates: dict[int, float] = {}
         self.steps = 0
         self.tick_number = 0
         self._begin(state)
@@ -150,6 +154,7 @@ class Grow:
         Returns whether this was a tick. A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
         """
         losses, self._losses = self._losses, []
+        self.readings.arrive()
         if self._skipped():
             self.branch_optimizer.clear()
             self.objective.pending.clear()
@@ -164,20 +169,32 @@ class Grow:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
         self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
-        if metric is not None or losses:
-            self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
+        self._hear([metric] if metric is not None else losses)
         self.steps += 1
         if self.steps % self.settings.steps_per_tick == 0:
             self._boundary()
+        self.readings.send()
+        if self.steps % self.settings.steps_per_tick == 0:
+            self.garden.compiled.forget_tallies()
         self._prepare()
         return True
+
+    def _hear(self, losses: list[Tensor | float]) -> None:
+        """The step's training loss: the mean of these."""
+        if not losses:
+            return
+        known = [loss for loss in losses if not isinstance(loss, Tensor)]
+        there = [loss for loss in losses if isinstance(loss, Tensor)]
+        self.readings.post(there, lambda values: self.signal.update(sum(map(float, [*known, *values])) / len(losses)))
 
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
         self._losses.clear()
+        self.readings.forget()
         self.objective.pending.clear()
         self.objective.failed.clear()
         self.branch_optimizer.clear()
+        self.garden.compiled.forget_tallies()
         for group in (group for layer in self.garden.layers for group in layer.plan):
             group.failures.zero_()
             group.forwards = 0
@@ -190,6 +207,7 @@ class Grow:
 
     def close(self, status: str = "FINISHED", summary: dict[str, Any] | None = None) -> None:
         """End of the run: said on the bus; the seed layers stay on the model, for ``export`` and ``save``."""
+        self.readings.arrive()
         self.port.ended(self.tick_number, status, summary or {})
         self.replay.close()
         self.port.close()
@@ -215,8 +233,7 @@ class Grow:
             self.advance.finish(self.tick_number)
         self.garden.refresh()
         if self.observer.due:
-            for site, rows in self.observer.rows(self.port.slot):
-                self.port.telemetry(self.tick_number, site, rows)
+            self.observer.publish(self.tick_number)
         self.port.end_tick(self.tick_number)
 
     def _obey(self, command: Any) -> None:
@@ -228,14 +245,8 @@ class Grow:
         self.port.acknowledge(command.id, status, reason, self.tick_number)
 
     def _collect_failures(self) -> None:
-        rates: dict[int, float] = {}
-        for layer in self.garden.layers:
-            for group in layer.plan:
-                if group.forwards:
-                    for branch, failures in zip(group.branches, (group.failures / group.forwards).tolist(), strict=True):
-                        rates[branch] = failures
-                    group.failures.zero_()
-                    group.forwards = 0
+        self._post_failures()
+        rates, self.rates = self.rates, {}
         rates.update({branch: 1.0 for branch in self.objective.failed})
         rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
         scaled = "" if self._scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self._scale:g}"
@@ -250,6 +261,30 @@ class Grow:
                 text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
                 self.port.alert(self.tick_number, "error", "fossil_not_finite", text, site, branch.seed)
             branch.unsound = rate > 0
+
+    def _post_failures(self) -> None:
+        """In which share of its forwards each branch was contained: what ``_collect_failures`` finds, now or at the next tick."""
+        compiled = self.garden.compiled
+        if compiled.sites and not self.replay.asleep:
+            members = [compiled.members(number) for number in range(len(compiled.sites))]
+            self.readings.post(compiled.tallies(), partial(self._note_tallies, members))
+        groups = [group for layer in self.garden.layers for group in layer.plan if group.forwards]
+        if groups:
+            shares = [group.failures / group.forwards for group in groups]
+            self.readings.post(shares, partial(self._note_shares, [group.branches for group in groups]))
+        for group in groups:
+            group.failures.zero_()
+            group.forwards = 0
+
+    def _note_tallies(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
+        for mine, tally, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
+            if mine and float(forwards) > 0.0:
+                found = (tally / forwards).tolist()
+                self.rates.update((branch, found[seed]) for seed, branch in mine.items())
+
+    def _note_shares(self, names: list[list[int]], shares: list[Tensor]) -> None:
+        for branches, found in zip(names, shares, strict=True):
+            self.rates.update(zip(branches, found.tolist(), strict=True))
 
     def _measure_counterfactuals(self) -> None:
         if self._last_batch is None or self.tick_number % self.settings.telemetry.every:
@@ -287,10 +322,10 @@ class Grow:
             self.garden.kernels.begin(upcoming)
         self.replay.wanted = bool(self.garden.in_stage(Stage.TRAINING, Stage.GRAFTING))
         layers = self.garden.layers
-        asleep = not self.garden.branches.entries and not any(layer.recording is not None or layer.rooted for layer in layers)
+        asleep = not self.replay.wanted and not any(layer.plan for layer in layers)
         if asleep != self.replay.asleep:
             for hidden in (self.replay, *layers):
-                hidden.asleep = asleep  # all at once, so that a compiled host is compiled twice and never again
+                hidden.asleep = asleep  # all at once, so that a compiled host has no more graphs than it needs
 
     def _skipped(self) -> bool:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
-from esper.seeds.layer import ATTRIBUTE, Attached, Hidden
+from esper.seeds.layer import ATTRIBUTE, Attached, Hidden, device_of
 
 
 class DropoutReplay(Attached, Hidden):
@@ -17,6 +19,9 @@ class DropoutReplay(Attached, Hidden):
 
     def __init__(self, model: nn.Module) -> None:
         self.wanted = False
+        self.number = next(_numbers)
+        self.anchor = torch.zeros(1, device=device_of(model))
+        _REPLAYS[self.number] = self
         self._state: Tensor | None = None
         self._cuda: Tensor | None = None
         self._handle = model.register_forward_pre_hook(self._remember)
@@ -24,12 +29,17 @@ class DropoutReplay(Attached, Hidden):
     def _remember(self, module: nn.Module, inputs: Any) -> None:
         if not torch.compiler.is_compiling():
             self.look()
-        elif not self.asleep:
-            _outside_the_graph(self)
+        elif not self.asleep and torch.is_grad_enabled():
+            remember_rng(self.anchor, self.number)
 
     def look(self) -> None:
         """Remember the RNG as it is now, if anybody wants it."""
-        if self.wanted and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self.remember()
+
+    def remember(self) -> None:
+        """The same of a forward that is known to keep a graph."""
+        if self.wanted:
             self._state = torch.get_rng_state()
             self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
 
@@ -49,9 +59,16 @@ class DropoutReplay(Attached, Hidden):
         self._handle.remove()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_the_graph(replay: DropoutReplay) -> None:
-    replay.look()
+_REPLAYS: WeakValueDictionary[int, DropoutReplay] = WeakValueDictionary()
+_numbers = count()
+
+
+@torch.library.custom_op("esper::remember_rng", mutates_args=("anchor",))
+def remember_rng(anchor: Tensor, number: int) -> None:
+    """``DropoutReplay.remember`` in a compiled host's graph; ``anchor`` is said to change, so that the op is not dropped."""
+    replay = _REPLAYS.get(number)
+    if replay is not None:
+        replay.remember()
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:
