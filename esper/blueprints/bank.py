@@ -46,6 +46,11 @@ class SlotBank(nn.Module):
         self.used[slot] = True
         return slot
 
+    def reserve(self, slots: int) -> None:
+        """Room for that many slots at least."""
+        while self.capacity < slots:
+            self._double()
+
     def free(self, slot: int) -> None:
         """Give a slot back; its parameters, gradients and moments become zero."""
         with torch.no_grad():

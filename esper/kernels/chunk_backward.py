@@ -244,7 +244,7 @@ def collect_kernel(
 ):  # fmt: skip
     """Gradients of all tensors of a bank, ``t[slot]`` from ``p[program]`` with N elements each (0: no such tensor).
 
-    One program a slot and BN elements, counted through all tensors. A slot without an active seed gets zeros.
+    One program a slot and BN elements, counted through all tensors. A slot without an active seed that learns gets zeros.
     """
     slot, block = tl.program_id(0), tl.program_id(1)
     holder = -1
@@ -252,6 +252,7 @@ def collect_kernel(
         seed = first + tl.arange(0, SB)
         known = seed < seeds
         here = (tl.load(route + seed * 3, mask=known, other=-1) == bank) & (tl.load(route + seed * 3 + 1, mask=known, other=-1) == slot)
+        here = here & ((tl.load(route + seed * 3 + 2, mask=known, other=0) & 2) == 0)
         place = tl.load(rank + seed, mask=known, other=-1)
         holder = tl.maximum(holder, tl.max(tl.where(here, place, -1)))
     count, most = seed_parts(order, rows, programs, BM)

@@ -108,7 +108,7 @@ class Kernels:
     ) -> Grown:  # fmt: skip
         """``y = x + α·δ(x)`` for ``x [..., W]``, with gradients for ``x`` and the parameters; telemetry of ``x`` if ``near_zero``.
 
-        ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bit 0: δ = net(x) - x); ``kinds`` names the banks,
+        ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the banks,
         comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``lesson`` see ``reference_branches.backward``.
         """
         taken = self.path(site, x) if fits(x.shape[-1], alpha.shape[0], kinds, parameters) else "torch"

@@ -116,7 +116,8 @@ def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: lis
     """``y = x + α·δ(x)`` where a branch is routed and α ≠ 0: ``(y [rows, W], live [S], power [S])``.
 
     Containment: where ``Σδ²`` over the call (float32; float16 adds: a result beyond 65504) or α is not finite, the branch adds
-    nothing and ``live`` is 0; elsewhere ``live`` is α. ``power`` is ``Σδ²``. ``route[s] = (bank, slot, bit 0: subtract the input)``.
+    nothing and ``live`` is 0; elsewhere ``live`` is α. ``power`` is ``Σδ²``. ``route[s] = (bank, slot, bits)``, bit 0: subtract the
+    input, bit 1: the branch's parameters do not learn.
     """
     site, seeds = Site.of(x, alpha.shape[0]), alpha.shape[0]
     live = torch.where(route[:, 0] >= 0, alpha, 0)
@@ -170,7 +171,9 @@ def backward(
         found, d_chunk = _gradients(c, g, p, kind)
         d_chunk = torch.where(isolated, 0, d_chunk - echo * g)
         dx = dx + site.spread(chosen.only_real(d_chunk), chosen)
+        frozen = (route[chosen.seeds, 2] & 2) != 0
         for tensor, gradient in zip(tensors, found, strict=True):
+            gradient = gradient.masked_fill(frozen.view(-1, *[1] * (gradient.dim() - 1)), 0)
             whole = torch.zeros_like(tensor)
             grads.append(whole.index_copy(0, chosen.slots, chosen.only_real(gradient).to(tensor.dtype)))
     return (dx.clone() if dx is dy else dx), grads, residual

@@ -22,7 +22,7 @@ from esper.seeds.branches import Branch
 from esper.seeds.folding import fold, foldable, matrix
 from esper.seeds.garden import Garden
 from esper.seeds.grown import Deepened, GrownBlock, GrownBranch, GrownSite
-from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer
+from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
 from esper.seeds.wrappers import unwrapped
 
 Card = dict[str, Any]
@@ -197,11 +197,13 @@ def _detached(garden: Garden) -> Iterator[None]:
             del hooks[key]
     for site in garden.sites:
         del site.module._modules[ATTRIBUTE]
+        unmark(site.module)
     try:
         yield
     finally:
         for site, layer in zip(garden.sites, garden.layers, strict=True):
             site.module._modules[ATTRIBUTE] = layer
+            mark(site.module)
         for hooks, saved in before:
             hooks.clear()
             hooks.update(saved)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import MLP, Geometry, SlotBank
+from esper.blueprints import MLP, Blueprint, Geometry, SlotBank
 from esper.blueprints.once import each_once
 from esper.kernels import Kernels
 from esper.kernels.dispatch import fits
 from esper.kernels.kinds import KINDS
 from esper.seeds.plan import Group, Plan
 
+SUBTRACT, FROZEN = 1, 2
+"""Bits of a route: δ = net − id, and parameters that do not learn."""
+
 
 @dataclass
 class Fused:
     """Groups with at most one branch a seed, as the kernels take them; to the rest of the engine it is a group like others.
 
-    ``seeds`` ``[A]`` are the branches' seeds; ``route`` int32 ``[S, 3]`` says each seed's bank, slot and whether δ = net − id;
-    ``learning`` has, for each bank, None (all of its branches here learn) or bool ``[capacity]``.
+    ``seeds`` ``[A]`` are the branches' seeds; ``route`` int32 ``[S, 3]`` says each seed's bank, its slot, whether δ = net − id and whether
+    the branch is frozen.
     """
 
     site: str
@@ -34,7 +36,6 @@ class Fused:
     seeds: Tensor
     route: Tensor
     alpha: Tensor
-    learning: list[Tensor | None]
     failures: Tensor
     key: tuple[str, int, bool]
     forwards: int = 0
@@ -66,12 +67,7 @@ class Fused:
         return grown.y if dim == -1 else grown.y.movedim(-1, dim)
 
     def _parameters(self) -> list[Tensor]:
-        handed = []
-        for bank, kind, learning in zip(self.banks, self.kinds.split(","), self.learning, strict=True):
-            for name in KINDS[kind].order:
-                stack: Tensor = bank.stacks[name]
-                handed.append(stack if learning is None else _LearningRows.apply(stack, learning))
-        return handed
+        return [bank.stacks[name] for bank, kind in zip(self.banks, self.kinds.split(","), strict=True) for name in KINDS[kind].order]
 
     def _note_ratios(self, ratios: dict[int, Tensor], power: Tensor, statistics: Tensor, rows: int) -> None:
         owned = [end - start for start, end in (self.geometry.bounds(seed) for seed in self.seeds.tolist())]
@@ -79,21 +75,6 @@ class Fused:
         below = statistics[self.seeds, 1] + statistics[self.seeds, 0].square()
         values = self.alpha * (power[self.seeds] / sizes / below.clamp(min=1e-24)).sqrt()
         ratios.update(zip(self.branches, values.unbind(), strict=True))
-
-
-class _LearningRows(torch.autograd.Function):
-    """The stack itself; backward lets through only the rows that learn."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: Tensor, learning: Tensor) -> Tensor:
-        ctx.save_for_backward(learning)
-        return stack.view_as(stack)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (learning,) = ctx.saved_tensors
-        gradient = gradients[0]
-        return torch.where(learning.view(-1, *([1] * (gradient.dim() - 1))), gradient, torch.zeros_like(gradient)), None
 
 
 def fuse(
@@ -108,9 +89,9 @@ def fuse(
     taken: list[Group] = []
     seeds: set[int] = set()
     for group in plan:
-        if isinstance(group, Group) and _kind(group.bank) is not None:
+        if isinstance(group, Group) and kind_of(group.bank.blueprint) is not None:
             mine = {seed_of[branch] for branch in group.branches}
-            if not mine & seeds and _fits(group.bank, geometry):
+            if not mine & seeds and bank_fits(group.bank, geometry):
                 taken.append(group)
                 seeds |= mine
     if not taken:
@@ -122,12 +103,14 @@ def fuse(
 def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels) -> Fused:
     device = groups[0].alpha.device
     route = torch.full((geometry.seeds, 3), -1, dtype=torch.int32)
-    learning: list[Tensor | None] = []
     for number, group in enumerate(groups):
-        residual = [0.0] * len(group.branches) if group.residual is None else group.residual.tolist()
-        for branch, slot, flag in zip(group.branches, group.slots.tolist(), residual, strict=True):
-            route[seed_of[branch]] = torch.tensor([number, slot, int(flag)], dtype=torch.int32)
-        learning.append(None if group.learning is None else _rows(group))
+        seeds = torch.tensor([seed_of[branch] for branch in group.branches])
+        slots, bits = group.slots.cpu().int(), torch.zeros(len(seeds), dtype=torch.int32)
+        if group.residual is not None:
+            bits += group.residual.cpu().int() * SUBTRACT
+        if group.learning is not None:
+            bits += (~group.learning.cpu()).int() * FROZEN
+        route[seeds] = torch.stack([torch.full_like(slots, number), slots, bits], 1)
     branches = [branch for group in groups for branch in group.branches]
     return Fused(
         site=site,
@@ -135,32 +118,26 @@ def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int
         geometry=geometry,
         groups=groups,
         banks=[group.bank for group in groups],
-        kinds=",".join(str(_kind(group.bank)) for group in groups),
+        kinds=",".join(str(kind_of(group.bank.blueprint)) for group in groups),
         branches=branches,
         seeds=torch.tensor([seed_of[branch] for branch in branches], device=device),
         route=route.to(device),
         alpha=torch.cat([group.alpha for group in groups]),
-        learning=learning,
         failures=torch.zeros(len(branches), device=device),
-        key=("fused " + ",".join(f"{_kind(g.bank)}×{len(g.branches)}" for g in groups), len(branches), any(g.learns for g in groups)),
+        key=("fused " + ",".join(f"{kind_of(g.bank.blueprint)}×{len(g.branches)}" for g in groups), len(branches), any(g.learns for g in groups)),
     )
 
 
-def _rows(group: Group) -> Tensor:
-    assert group.learning is not None
-    mask = torch.zeros(group.bank.capacity, dtype=torch.bool, device=group.slots.device)
-    return mask.index_copy(0, group.slots, group.learning)
-
-
-def _kind(bank: SlotBank) -> str | None:
-    blueprint = bank.blueprint
+def kind_of(blueprint: Blueprint) -> str | None:
+    """What the kernels call the branches of this blueprint, or None where they know none such."""
     if blueprint.receptive_field != "chunk" or blueprint.spatial:
         return None
     name = f"mlp_{blueprint.activation}" if isinstance(blueprint, MLP) else blueprint.name
-    return name if name in KINDS and tuple(sorted(KINDS[name].order)) == tuple(sorted(bank.stacks)) else None
+    return name if name in KINDS and set(KINDS[name].order) == set(blueprint.shapes(1, 1, Geometry(1, 1))) else None
 
 
-def _fits(bank: SlotBank, geometry: Geometry) -> bool:
-    kind = _kind(bank)
+def bank_fits(bank: SlotBank, geometry: Geometry) -> bool:
+    """Whether the kernels can take this bank's widths."""
+    kind = kind_of(bank.blueprint)
     assert kind is not None
     return fits(geometry.width, geometry.seeds, kind, [bank.stacks[name] for name in KINDS[kind].order])

@@ -15,9 +15,11 @@ from esper.lifecycle import SeedTable, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
 from esper.seeds.branches import Branch, BranchTable
+from esper.seeds.compiled import CompiledSites
 from esper.seeds.fused import fuse
 from esper.seeds.layer import SeedLayer, device_of
 from esper.seeds.plan import BlockGroup, Injection, Part, Plan, build
+from esper.seeds.sending import on_device
 from esper.seeds.sites import Site
 
 AnyBlueprint = Blueprint | Block
@@ -52,12 +54,14 @@ class Garden:
         self.branches = BranchTable()
         self.layers = [SeedLayer(site) for site in sites]
         self.by_name = {site.name: number for number, site in enumerate(sites)}
-        self._device = device_of(model)
+        self.device = device_of(model)
         self._changed: set[int] = set()
+        self._found: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
         self.released: list[Branch] = []
         self._main: list[Plan] = [[] for _ in sites]
+        self.compiled = CompiledSites(self)
         for site, layer in zip(sites, self.layers, strict=True):
-            layer.to(self._device)
+            layer.to(self.device)
             layer.kernels = kernels
             layer.attach(site.module)
 
@@ -102,7 +106,7 @@ class Garden:
         """Allocate a branch for a seed (its stage is the machine's business). Draws from a generator of this seed's own."""
         number, seed = self.site_of(row), self.seed_of(row)
         site, layer = self.sites[number], self.layers[number]
-        bank = self._bank(number, blueprint)
+        bank = self.bank(number, blueprint)
         generation = int(self.table.generation[row])
         draws = generator(self.seed, "blueprint", site.name, seed, generation)
         slot = bank.allocate(seed, draws, self.silent)
@@ -126,8 +130,9 @@ class Garden:
             residual=not self.silent and not isinstance(bank, BlockBank),
         )
         self.table.branch[row] = branch.id
+        self.branches.add(branch)
         self.touch(number)
-        return self.branches.add(branch)
+        return branch
 
     def release(self, branch: Branch) -> None:
         """End a branch; it stays in the table as a record. Its slot is freed with the next ``refresh``, when no plan has it."""
@@ -135,14 +140,15 @@ class Garden:
         self.released.append(branch)
         self.touch(branch.site)
 
-    def _bank(self, number: int, blueprint: str) -> SlotBank | BlockBank:
+    def bank(self, number: int, blueprint: str) -> SlotBank | BlockBank:
+        """The bank of a blueprint at a site, made where there is none yet."""
         layer = self.layers[number]
         if blueprint not in layer.banks:
             config = self.blueprints[blueprint]
             if isinstance(config, Block):
-                layer.banks[blueprint] = BlockBank(config, self.sites[number].module, self._device)
+                layer.banks[blueprint] = BlockBank(config, self.sites[number].module, self.device)
             else:
-                layer.banks[blueprint] = SlotBank(config, layer.geometry, self._device)
+                layer.banks[blueprint] = SlotBank(config, layer.geometry, self.device)
         return layer.bank(blueprint)
 
     # --- checkpoints ---
@@ -166,7 +172,7 @@ class Garden:
         self.branches.load(state["branches"])
         for number, layer in enumerate(self.layers):
             for blueprint, saved in state["banks"][layer.name].items():
-                self._bank(number, blueprint).load(saved)
+                self.bank(number, blueprint).load(saved)
         for branch in self.branches.living():
             bank = self.layers[branch.site].bank(branch.blueprint)
             held = bank.used[branch.slot] if isinstance(bank, SlotBank) and branch.slot >= 0 else str(branch.slot) in getattr(bank, "blocks", ())
@@ -181,6 +187,7 @@ class Garden:
     def touch(self, site: int) -> None:
         """Say that the plan of a site must be made again (a stage changed, or a branch came or went)."""
         self._changed.add(site)
+        self._found.clear()
 
     def refresh(self) -> None:
         """Bring every forward's plan and alphas up to date, and free the slots of ended branches; called once a tick."""
@@ -188,9 +195,10 @@ class Garden:
             self.layers[branch.site].bank(branch.blueprint).free(branch.slot)
         self.released = []
         for number in sorted(self._changed):  # the plans of other sites are what their forwards follow already
-            parts = [self._part(branch, branch.stage in LEARNS_FROM_TASK) for branch in self.blended(number)]
+            parts = [self._part(branch, self.learns(branch)) for branch in self.blended(number)]
             self._main[number] = self._built(parts, number)
             self.layers[number].plan = self._main[number]
+        self.compiled.refresh(self._changed)
         self._changed.clear()
 
     def set_alphas(self, sites: set[int]) -> None:
@@ -198,11 +206,25 @@ class Garden:
         for number in sites:
             for group in self._main[number]:
                 assert not isinstance(group, Injection)
-                group.alpha.copy_(self.branches.alpha[group.branches])
+                group.alpha.copy_(on_device(self.branches.alpha[group.branches], self.device))
+        self.compiled.set_alphas()
 
     def blended(self, site: int) -> list[Branch]:
         """Living branches of a site that its forward adds: blended, fossilized, or fading out."""
-        return [b for b in self.branches.living() if b.site == site and self._adds(b)]
+        return [branch for branch in self.living_at(site) if self._adds(branch)]
+
+    def living_at(self, site: int) -> list[Branch]:
+        """Living branches of a site, by id."""
+        if site not in self._found:
+            for number in range(len(self.sites)):
+                self._found[number] = []
+            for branch in self.branches.living():
+                self._found[branch.site].append(branch)
+        return self._found[site]
+
+    def learns(self, branch: Branch) -> bool:
+        """Whether the task's gradient reaches a branch's parameters."""
+        return branch.stage in LEARNS_FROM_TASK
 
     def _adds(self, branch: Branch) -> bool:
         fading = branch.stage is Stage.CULLED and float(self.branches.alpha[branch.id]) > 0.0
@@ -210,7 +232,9 @@ class Garden:
 
     def in_stage(self, *stages: Stage) -> list[Branch]:
         """Living branches in one of these stages, by id."""
-        return [branch for branch in self.branches.living() if branch.stage in stages]
+        if stages not in self._found:
+            self._found[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
+        return list(self._found[stages])
 
     def structure(self) -> tuple[tuple[str, int, bool], ...]:
         """What the present plans compute, as a key: two gardens' forwards of equal structure cost the same MACs."""
@@ -267,8 +291,8 @@ class Garden:
     def _built(self, parts: list[Part], number: int) -> Plan:
         """The plan of a site: what the kernels can take in one pass, the rest group by group."""
         geometry = self.layers[number].geometry
-        plan = build(parts, self.banks(number), geometry, self._device)
-        return fuse(plan, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self._device)
+        plan = build(parts, self.banks(number), geometry, self.device)
+        return fuse(plan, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device)
 
     def _part(self, branch: Branch, learning: bool) -> Part:
         return Part(branch, float(self.branches.alpha[branch.id]), learning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from esper.blueprints.call import Call, on_first
 from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
+from esper.seeds.graph import grown_in_graph
 from esper.seeds.plan import Plan
 from esper.seeds.recording import Recording
 from esper.seeds.sites import Site
@@ -27,7 +29,7 @@ class Attached:
 class Hidden:
     """Base of what ``torch.compile`` must not look into, since every change in it would have the host compiled anew.
 
-    ``asleep`` is all that a compiled host knows of it: asleep, it is not in the graph at all; awake, the graph is left for it.
+    ``asleep`` is what a compiled host knows of it: asleep, it is not in the graph.
     """
 
     asleep = False
@@ -38,6 +40,9 @@ class SeedLayer(nn.Module, Hidden):
 
     ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
     ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
+
+    A compiled host has ``esper.seeds.graph`` in its place. Of the layer itself its graph knows ``asleep``, ``due`` (telemetry is) and
+    ``outside`` (branches blend that are not for the graph) or ``keeps`` (an objective asks for activations): the graph is left for it.
     """
 
     def __init__(self, site: Site) -> None:
@@ -49,6 +54,10 @@ class SeedLayer(nn.Module, Hidden):
         self.recording: Recording | None = None
         self.rooted = False
         self.kernels: Kernels | None = None
+        self.due = False
+        self.keeps = False
+        self.outside = False
+        self.number = -1
 
     def forward(self, x: Tensor) -> Tensor:
         """``[…, width]`` (or channels first) → the same shape and dtype."""
@@ -89,11 +98,19 @@ class SeedLayer(nn.Module, Hidden):
         """Hang on a module: as its child, so that ``to``, ``state_dict`` and DDP see it, and as its forward hook."""
         module.add_module(ATTRIBUTE, self)
         module.register_forward_hook(self._on_output, with_kwargs=True)
+        mark(module)
 
     def _on_output(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             return self.grown(inputs, named, output)
-        return None if self.asleep else _outside_the_graph(self, inputs, named, output)
+        if self.outside or self.keeps:
+            return _outside_the_graph(self, inputs, named, output)
+        if self.asleep and not self.due and not self.rooted:
+            return None
+        return on_first(output, self._in_graph)
+
+    def _in_graph(self, x: Tensor) -> Tensor:
+        return grown_in_graph(x, self.number, not self.asleep, self.due, self.rooted)
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         """The module's output with what grew on the first tensor in it."""
@@ -104,6 +121,22 @@ class SeedLayer(nn.Module, Hidden):
         for bank in blocks:
             bank.call = bank.call.detached()  # an objective may still ask for the block's answer
         return result
+
+
+def mark(module: nn.Module) -> None:
+    """Let a compiler tell a module with seeds from one of the same class without.
+
+    Graphs belong to code, not to a model, and are not compiled anew for a hook: a second model of the class, compiled without seeds,
+    would lend its graph to this one, whose seeds nobody would feel. They are for a ``forward`` of the module's own.
+    """
+    module.__dict__.setdefault("forward", MethodType(type(module).forward, module))
+
+
+def unmark(module: nn.Module) -> None:
+    """Undo ``mark``."""
+    own = module.__dict__.get("forward")
+    if isinstance(own, MethodType) and own.__func__ is type(module).forward:
+        del module.__dict__["forward"]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -45,15 +45,19 @@ class Recording:
         """Backward hook at the site's output."""
         self.gradient = None if gradient is None else gradient.detach()
 
-    def gradient_norms(self) -> Tensor:
-        """L2 norm of the gradient in every chunk, float32 ``[seeds]``; NaN where no gradient came back."""
-        seeds = self.geometry.seeds
+    def gradient_squares(self) -> Tensor:
+        """Sum of squares of the gradient at every feature, float32 ``[width]`` where the model is; NaN where no gradient came back."""
         if self.gradient is None:
-            return torch.full((seeds,), float("nan"))
+            device = None if self.statistics is None else self.statistics.device
+            return torch.full((self.geometry.width,), float("nan"), device=device)
         gradient = features_last(self.gradient, self.geometry).float()
-        squares = gradient.square().sum(tuple(range(gradient.dim() - 1))).cpu()
-        owner = feature_owner(self.geometry.width, seeds)
-        return torch.zeros(seeds).index_add_(0, owner, squares).sqrt()
+        return gradient.square().sum(tuple(range(gradient.dim() - 1)))
+
+    def gradient_norms(self, squares: Tensor | None = None) -> Tensor:
+        """L2 norm of the gradient in every chunk, float32 ``[seeds]`` on the CPU, from ``gradient_squares``."""
+        squares = (self.gradient_squares() if squares is None else squares).cpu()
+        owner = feature_owner(self.geometry.width, self.geometry.seeds)
+        return torch.zeros(self.geometry.seeds).index_add_(0, owner, squares).sqrt()
 
 
 def features_last(x: Tensor, geometry: Geometry) -> Tensor:

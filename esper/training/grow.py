@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 from esper.training.passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
 from esper.training.port import NullPort, Port
 from esper.training.rate import HostRate
+from esper.training.readings import Readings
 from esper.training.signals import LossSignal
 from esper.training.stopwatch import Stopwatch
 
@@ -100,8 +102,9 @@ class Grow:
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
         self.faults = Faults(garden, self.port, self.gates.said, settings.debug)
         self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal, self.faults)
-        self.branch_optimizer = BranchOptimizer(garden, settings.learning)
-        self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
+        self.readings = Readings(self.device)
+        self.branch_optimizer = BranchOptimizer(garden, settings.learning, self.readings)
+        self.observer = Observer(garden, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
         self._scale = 1.0
         self._last_batch: Any = None
@@ -109,6 +112,7 @@ class Grow:
         self.known_averages: list[dict[str, Any]] = []  # of a state that is gone on from, in the order in which they were followed
         self._kept: Follower | None = None
         self._losses: list[Tensor | float] = []
+        self.rates: dict[int, float] = {}
         self.steps = 0
         self.tick_number = 0
         self._begin(state)
@@ -159,14 +163,14 @@ class Grow:
         Returns whether this was a tick. A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
         """
         losses, self._losses = self._losses, []
+        self.readings.arrive()
         if self._skipped():
             self.branch_optimizer.clear()
             self.objective.pending.clear()
             return False
-        if metric is not None or losses:
-            self.signal.update(float(metric) if metric is not None else sum(map(float, losses)) / len(losses))
+        self._hear([metric] if metric is not None else losses)
         if self.signal.diverging:
-            self.forget_step()
+            self._learn_nothing()
         learning = self.garden.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
         self.objective.merge()
         self._unscale(learning)
@@ -180,16 +184,32 @@ class Grow:
         self.steps += 1
         if self.steps % self.settings.steps_per_tick == 0:
             self._boundary()
+        self.readings.send()
+        if self.steps % self.settings.steps_per_tick == 0:
+            self.garden.compiled.forget_tallies()
         self._prepare()
         return True
+
+    def _hear(self, losses: list[Tensor | float]) -> None:
+        """The step's training loss: the mean of these."""
+        if not losses:
+            return
+        known = [loss for loss in losses if not isinstance(loss, Tensor)]
+        there = [loss for loss in losses if isinstance(loss, Tensor)]
+        self.readings.post(there, lambda values: self.signal.update(sum(map(float, [*known, *values])) / len(losses)))
 
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
         self._losses.clear()
+        self.readings.forget()
+        self._learn_nothing()
+
+    def _learn_nothing(self) -> None:
         self.objective.pending.clear()
         self.objective.failed.clear()
         self.objective.raised.clear()
         self.branch_optimizer.clear()
+        self.garden.compiled.forget_tallies()
         for group in (group for layer in self.garden.layers for group in layer.plan):
             take_errors([group])
             group.failures.zero_()
@@ -215,6 +235,7 @@ class Grow:
 
     def close(self, status: str = "FINISHED", summary: dict[str, Any] | None = None) -> None:
         """End of the run: said on the bus; the seed layers stay on the model, for ``export`` and ``save``."""
+        self.readings.arrive()
         self.port.ended(self.tick_number, status, summary or {})
         self.replay.close()
         self.port.close()
@@ -241,8 +262,7 @@ class Grow:
             self.advance.finish(self.tick_number)
         self.garden.refresh()
         if self.observer.due:
-            for site, rows in self.observer.rows(self.port.slot):
-                self.port.telemetry(self.tick_number, site, rows)
+            self.observer.publish(self.tick_number)
         self.port.end_tick(self.tick_number)
 
     def _obey(self, command: Command) -> None:
@@ -255,16 +275,11 @@ class Grow:
         self.port.acknowledge(command.id, status, reason, self.tick_number)
 
     def _collect_failures(self) -> None:
-        rates: dict[int, float] = {}
         raised, self.objective.raised = self.objective.raised, {}
         for layer in self.garden.layers:
             raised |= take_errors(layer.plan)
-            for group in layer.plan:
-                if group.forwards:
-                    for branch, failures in zip(group.branches, (group.failures / group.forwards).tolist(), strict=True):
-                        rates[branch] = failures
-                    group.failures.zero_()
-                    group.forwards = 0
+        self._post_failures()
+        rates, self.rates = self.rates, {}
         rates.update({branch: 1.0 for branch in self.objective.failed})
         rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
         scaled = "" if self._scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self._scale:g}"
@@ -282,6 +297,30 @@ class Grow:
                     Alert(tick=self.tick_number, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed)
                 )
             branch.unsound = rate > 0
+
+    def _post_failures(self) -> None:
+        """In which share of its forwards each branch was contained: what ``_collect_failures`` finds, now or at the next tick."""
+        compiled = self.garden.compiled
+        if compiled.sites and not self.replay.asleep:
+            members = [compiled.members(number) for number in range(len(compiled.sites))]
+            self.readings.post(compiled.tallies(), partial(self._note_tallies, members))
+        groups = [group for layer in self.garden.layers for group in layer.plan if group.forwards]
+        if groups:
+            shares = [group.failures / group.forwards for group in groups]
+            self.readings.post(shares, partial(self._note_shares, [group.branches for group in groups]))
+        for group in groups:
+            group.failures.zero_()
+            group.forwards = 0
+
+    def _note_tallies(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
+        for mine, tally, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
+            if mine and float(forwards) > 0.0:
+                found = (tally / forwards).tolist()
+                self.rates.update((branch, found[seed]) for seed, branch in mine.items())
+
+    def _note_shares(self, names: list[list[int]], shares: list[Tensor]) -> None:
+        for branches, found in zip(names, shares, strict=True):
+            self.rates.update(zip(branches, found.tolist(), strict=True))
 
     def _measure_counterfactuals(self) -> None:
         if self._last_batch is None or self.tick_number % self.settings.telemetry.every:
@@ -321,10 +360,10 @@ class Grow:
             self.garden.kernels.begin(upcoming)
         self.replay.wanted = bool(self.garden.in_stage(Stage.TRAINING, Stage.GRAFTING))
         layers = self.garden.layers
-        asleep = not self.garden.branches.entries and not any(layer.recording is not None or layer.rooted for layer in layers)
+        asleep = not self.replay.wanted and not any(layer.plan for layer in layers)
         if asleep != self.replay.asleep:
             for hidden in (self.replay, *layers):
-                hidden.asleep = asleep  # all at once, so that a compiled host is compiled twice and never again
+                hidden.asleep = asleep  # all at once, so that a compiled host has no more graphs than it needs
 
     def _skipped(self) -> bool:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale

@@ -13,10 +13,12 @@ from torch import Tensor
 from esper.blueprints import Block, Blueprint
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS, Column
-from esper.seeds import Branch, Garden, Recording, TelemetryConfig
+from esper.seeds import Garden, Recording, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.objectives import Objective
 from esper.training.passes import host_parameters
+from esper.training.port import Port
+from esper.training.readings import Readings
 from esper.training.signals import gradient_norms
 from esper.training.snapshot import present_values
 
@@ -29,15 +31,20 @@ STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
 class Observer:
     """Reads the seeds of a garden every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
 
-    ``tick`` tells which is now.
+    ``tick`` tells which is now. Rows are given to the port when ``readings`` bring what the device measured.
     """
 
-    def __init__(self, garden: Garden, config: TelemetryConfig, objective: Objective, tick: Callable[[], int]) -> None:
+    def __init__(
+        self, garden: Garden, config: TelemetryConfig, objective: Objective, readings: Readings, port: Port, tick: Callable[[], int]
+    ) -> None:
         self.garden = garden
         self.config = config
         self.objective = objective
+        self.readings = readings
+        self.port = port
         self.tick = tick
         self.due = False
+        garden.compiled.near_zero = config.near_zero
         self._gradient_ratio: dict[int, float] = {}
         self._gradient_norms: list[Tensor] = []
         self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in garden.sites]
@@ -49,6 +56,7 @@ class Observer:
         if self.objective.keeps_activations:
             keep = {branch.site for branch in self.garden.in_stage(Stage.TRAINING)}
         for number, layer in enumerate(self.garden.layers):
+            layer.due, layer.keeps = self.due, number in keep
             if self.due or number in keep:
                 layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep)
             elif layer.recording is not None:
@@ -68,29 +76,49 @@ class Observer:
 
     def note_gradients(self, scale: float) -> None:
         """Read the gradients of this step before the optimizer drops them; ``scale`` is the loss scaling to undo."""
-        self._gradient_norms = [
-            torch.full((site.geometry.seeds,), float("nan")) if layer.recording is None else layer.recording.gradient_norms() / scale
-            for site, layer in zip(self.garden.sites, self.garden.layers, strict=True)
-        ]
-        self._gradient_ratio = {}
+        self._gradient_norms = [torch.full((site.geometry.seeds,), float("nan")) for site in self.garden.sites]
+        self._note_chunks(scale)
+        self.objective.merge()
         living = self.garden.branches.living()
-        beside = self._host_gradients(sorted({branch.site for branch in living}))
-        for branch, (norm, count) in self.branch_gradients(living).items():
-            host = beside.get(self.garden.branches[branch].site)
-            if count and host is not None and math.isfinite(norm):
-                self._gradient_ratio[branch] = math.sqrt((norm * norm / count) / max(host, 1e-24))
+        names, counts, norms = gradient_norms(self.garden, living)
+        sites = sorted({branch.site for branch in living})
+        beside = {site: [p.grad for p in self._parameters_beside(site) if p.grad is not None] for site in sites}
+        beside = {site: gradients for site, gradients in beside.items() if gradients}
+        host = [_dot(gradients) for gradients in beside.values()]  # as dot products: no square as large as the weights is made
+        sizes = [sum(gradient.numel() for gradient in gradients) for gradients in beside.values()]
 
-    def _host_gradients(self, sites: list[int]) -> dict[int, float]:
-        """Mean square of the gradient at the host's parameters beside each site that has any; waits for the device once."""
-        sums, sizes = {}, {}
-        for site in sites:
-            gradients = [p.grad for p in self._parameters_beside(site) if p.grad is not None]
-            if gradients:  # as dot products: no square as large as the weights is made
-                values = [present_values(gradient).float().reshape(-1) for gradient in gradients]
-                sums[site] = torch.stack([torch.dot(value, value) for value in values]).sum()
-                sizes[site] = sum(gradient.numel() for gradient in gradients)
-        squares = torch.stack(list(sums.values())).tolist() if sums else []
-        return {site: square / sizes[site] for site, square in zip(sums, squares, strict=True)}
+        def read(values: list[Tensor]) -> None:
+            squares = torch.stack(values[: len(host)]).tolist() if host else []
+            mean = {site: value / size for site, value, size in zip(beside, squares, sizes, strict=True)}
+            self._gradient_ratio = {}
+            for branches, count, found in zip(names, counts, values[len(host) :], strict=True):
+                for branch, norm in zip(branches, found.tolist(), strict=True):
+                    above = mean.get(self.garden.branches[branch].site)
+                    if above is not None and math.isfinite(norm):
+                        self._gradient_ratio[branch] = math.sqrt((norm * norm / count) / max(above, 1e-24))
+
+        self.readings.post([*host, *norms], read)
+
+    def _note_chunks(self, scale: float) -> None:
+        """The norms of the gradients at the sites' chunks, as the layers recorded them or a compiled host's graph did."""
+        sources: list[tuple[int, Recording | None]] = []
+        squares: list[Tensor] = []
+        for number, layer in enumerate(self.garden.layers):
+            site = self.garden.compiled.sites[number] if self.garden.compiled.sites else None
+            if site is not None and site.squares is not None:
+                sources.append((number, None))
+                squares.append(site.squares)
+                site.squares = None
+            elif layer.recording is not None:
+                sources.append((number, layer.recording))
+                squares.append(layer.recording.gradient_squares())
+
+        def read(values: list[Tensor]) -> None:
+            for (number, recording), found in zip(sources, values, strict=True):
+                norms = found.sqrt() if recording is None else recording.gradient_norms(found)
+                self._gradient_norms[number] = norms / scale
+
+        self.readings.post(squares, read)
 
     def _parameters_beside(self, number: int) -> list[torch.nn.Parameter]:
         """The host's parameters that branches at a site are measured against: those of the site's module.
@@ -106,41 +134,73 @@ class Observer:
         following = (list(module.parameters(recurse=False)) for module in after)
         return next((some for some in following if some), list(host_parameters(self.garden.model).values()))
 
-    def branch_gradients(self, branches: list[Branch]) -> dict[int, tuple[float, int]]:
-        """By branch: (L2 norm, number of parameters) of the gradient at its parameters, from the task or its objective."""
-        self.objective.merge()
-        return gradient_norms(self.garden, branches)
+    def publish(self, tick: int) -> None:
+        """Float32 ``[seeds, len(COLUMNS)]`` of every site, from the last step, to the port once all of it has arrived."""
+        pages = [self._page(number) for number in range(len(self.garden.sites))]
+        measured = [self._measured(number) for number in range(len(self.garden.sites))]
 
-    def rows(self, slot: Callable[[str, int], Tensor]) -> list[tuple[str, Tensor]]:
-        """(site, float32 ``[seeds, len(COLUMNS)]``) of every site, from the recordings of the last step, each in its ``Port.slot``."""
-        table, result = self.garden.table, []
-        for number, (site, layer) in enumerate(zip(self.garden.sites, self.garden.layers, strict=True)):
-            seeds, first = site.geometry.seeds, self.garden.first_row[number]
-            rows = slot(site.name, seeds).fill_(float("nan"))
-            span = slice(first, first + seeds)
+        def read(values: list[Tensor]) -> None:
+            left = iter(values)
+            for number, (page, (tensors, fill)) in enumerate(zip(pages, measured, strict=True)):
+                rows = page() if callable(page) else page
+                fill(rows, [next(left) for _ in tensors])
+                if self._gradient_norms:
+                    rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
+                for branch in self.garden.living_at(number):
+                    rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
+                self.health[number] = rows[:, MEASURED].clone()
+                self.port.telemetry(tick, self.garden.sites[number].name, rows)
+
+        self.readings.post([tensor for tensors, _ in measured for tensor in tensors], read)
+
+    def _page(self, number: int) -> Tensor | Callable[[], Tensor]:
+        """A site's rows with the columns that are known without the device: as they are now, whenever the others come."""
+        site = self.garden.sites[number]
+
+        def known(rows: Tensor) -> Tensor:
+            table, first = self.garden.table, self.garden.first_row[number]
+            span = slice(first, first + site.geometry.seeds)
+            rows.fill_(float("nan"))
             rows[:, Column.STAGE] = table.stage[span]
             rows[:, Column.AGE] = table.ages(span, self.tick())
             rows[:, Column.GENERATION] = table.generation[span]
             rows[:, Column.GAIN] = table.score[span]
             rows[:, Column.ALPHA] = rows[:, Column.BRANCH_RMS_RATIO] = 0.0
-            recording = layer.recording
-            if recording is not None and recording.statistics is not None:
-                rows[:, STATISTICS] = recording.statistics.cpu()
-            if self._gradient_norms:
-                rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
-            self._fill_branches(rows, number, {} if recording is None else recording.ratios or {})
-            self.health[number] = rows[:, MEASURED].clone()
-            result.append((site.name, rows))
-        return result
+            for branch in self.garden.living_at(number):
+                rows[branch.seed, Column.ALPHA] = self.garden.branches.alpha[branch.id]
+            return rows
 
-    def _fill_branches(self, rows: Tensor, number: int, ratios: dict[int, Tensor]) -> None:
-        for branch in self.garden.branches.living():
-            if branch.site != number:
-                continue
-            rows[branch.seed, Column.ALPHA] = self.garden.branches.alpha[branch.id]
-            if branch.id in ratios:
-                rows[branch.seed, Column.BRANCH_RMS_RATIO] = float(ratios[branch.id])
-            rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
+        if self.readings.late:
+            return known(torch.empty(site.geometry.seeds, len(COLUMNS)))
+        return lambda: known(self.port.slot(site.name, site.geometry.seeds))
+
+    def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
+        """What the device knows of a site, and how it goes into its rows."""
+        recording = self.garden.layers[number].recording
+        if recording is not None and recording.statistics is not None:
+            alive = sorted(branch for branch in recording.ratios or () if self.garden.branches[branch].alive)
+            ratios = [recording.ratios[branch] for branch in alive] if recording.ratios else []
+            seeds = [self.garden.branches[branch].seed for branch in alive]
+
+            def recorded(rows: Tensor, values: list[Tensor]) -> None:
+                rows[:, STATISTICS] = values[0].cpu()
+                for seed, ratio in zip(seeds, values[1:], strict=True):
+                    rows[seed, Column.BRANCH_RMS_RATIO] = float(ratio)
+
+            return [recording.statistics, *ratios], recorded
+        if not self.garden.compiled.sites:
+            return [], lambda rows, values: None
+        site, members = self.garden.compiled.sites[number], self.garden.compiled.members(number)
+        chunks, alphas = list(members), self.garden.branches.alpha[list(members.values())]
+        sizes = torch.tensor([end - start for start, end in (site.geometry.bounds(seed) for seed in chunks)])
+
+        def in_graph(rows: Tensor, values: list[Tensor]) -> None:
+            rows[:, STATISTICS], power, count = values
+            if chunks:
+                below = rows[chunks, Column.VARIANCE] + rows[chunks, Column.MEAN].square()
+                rows[chunks, Column.BRANCH_RMS_RATIO] = alphas * (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
+
+        return [site.health, site.power, site.rows], in_graph
 
     def mean_squares(self) -> list[float]:
         """Mean square of every site's activation, as measured last; NaN where nothing was measured yet."""
@@ -206,3 +266,8 @@ class Observer:
 
     def _site_parameters(self, number: int) -> list[torch.nn.Parameter]:
         return list(host_parameters(self.garden.sites[number].module).values())
+
+
+def _dot(gradients: list[Tensor]) -> Tensor:
+    """Sum of squares over these tensors."""
+    return torch.stack([torch.dot(flat, flat) for flat in (present_values(gradient).float().reshape(-1) for gradient in gradients)]).sum()

@@ -8,15 +8,17 @@ slot's own warm-up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from esper.blueprints import SlotBank
 from esper.seeds import Branch, Garden
-from esper.training.rows import BlockRows, Rows, SlotRows
+from esper.training.readings import Readings
+from esper.training.rows import BankRows, BlockRows, Rows, SlotRows
 from esper.training.signals import by_bank
 
 
@@ -41,11 +43,16 @@ class BranchOptimizer:
     """Steps the learning branches of a garden; ``failures`` counts steps refused for a non-finite gradient, by branch.
 
     Of a gradient that was scaled for half precision, only the last of ``PATIENCE`` such steps in a row is a failure.
+
+    On a GPU nothing waits for the device: a branch whose gradient is not finite is held there and then, and norms and failures are
+    known when ``readings`` arrive.
     """
 
-    def __init__(self, garden: Garden, learning: BranchLearning) -> None:
+    def __init__(self, garden: Garden, learning: BranchLearning, readings: Readings | None = None) -> None:
         self.garden = garden
         self.learning = learning
+        self.readings = Readings(garden.device) if readings is None else readings
+        self._masks: dict[tuple[int, str], tuple[SlotBank, list[int], Tensor]] = {}
         self.failures: dict[int, int] = {}
         self.norms: dict[int, float] = {}
         self.scaled: frozenset[int] = frozenset()
@@ -58,6 +65,10 @@ class BranchOptimizer:
         of each branch that had one, before clipping; one that overflowed under the scale has none.
         """
         self.scaled = scaled
+        if self.readings.late:
+            self._step_on_device(branches, factor)
+            self.clear()
+            return
         rows: list[Rows] = []
         for (site, blueprint), group in by_bank(branches).items():
             bank = self.garden.layers[site].bank(blueprint)
@@ -65,6 +76,42 @@ class BranchOptimizer:
         self.norms = {}
         self._step([row for row in rows if row.gradients], factor)
         self.clear()
+
+    def _step_on_device(self, branches: list[Branch], factor: float) -> None:
+        """Whole banks at once; who may move is a mask."""
+        found: list[BankRows | BlockRows] = []
+        for key, group in by_bank(branches).items():
+            bank = self.garden.layers[key[0]].bank(key[1])
+            if isinstance(bank, SlotBank):
+                found.append(BankRows(bank, group, self._mask(key, bank, group)))
+            else:
+                found += [BlockRows(bank, branch) for branch in group]
+        rows = [part for part in found if part.gradients]
+        if not rows:
+            self.norms = {}
+            return
+        squares = [_squares(part) for part in rows]
+        moving = [part.learning & torch.isfinite(square) for part, square in zip(rows, squares, strict=True)]
+        steps = torch.cat([part.count(mine) for part, mine in zip(rows, moving, strict=True)])
+        for part, mine in zip(rows, moving, strict=True):
+            part.gradients = [torch.where(_shaped(mine, gradient), gradient, 0.0) for gradient in part.gradients]
+        self.readings.post([square.sqrt() for square in squares], partial(self._noted, rows, self.scaled))
+        self._adamw(rows, torch.cat(squares), steps, factor, torch.cat(moving))
+
+    def _mask(self, key: tuple[int, str], bank: SlotBank, branches: list[Branch]) -> Tensor:
+        slots = [branch.slot for branch in branches]
+        known = self._masks.get(key)
+        if known is None or known[0] is not bank or known[1] != slots or len(known[2]) != bank.capacity:
+            known = self._masks[key] = (bank, slots, BankRows.learning_slots(bank, branches))
+        return known[2]
+
+    def _noted(self, rows: list[BankRows | BlockRows], scaled: frozenset[int], norms: list[Tensor]) -> None:
+        self.norms = {}
+        for part, found in zip(rows, norms, strict=True):
+            values = found.tolist()
+            for branch, place in zip(part.branches, part.places, strict=True):
+                if self._note_one(branch, values[place], scaled):
+                    part.take_back(branch)
 
     def clear(self) -> None:
         """Drop every gradient of every branch."""
@@ -88,22 +135,26 @@ class BranchOptimizer:
             for part in rows:
                 part.keep()
 
-    def _adamw(self, rows: list[Rows], squares: Tensor, steps: Tensor, factor: float) -> None:
-        """In place; ``squares`` and ``steps`` ``[branches]`` in the order of ``rows``."""
+    def _adamw(
+        self, rows: Sequence[Rows | BankRows], squares: Tensor, steps: Tensor, factor: float, moving: Tensor | None = None
+    ) -> None:
+        """In place; ``squares`` and ``steps`` ``[rows]`` in the order of ``rows``. Rows that are not ``moving`` have a gradient of zero."""
         learning, (beta1, beta2) = self.learning, self.learning.betas
         values, gradients, first, second = ([tensor for part in rows for tensor in kind(part)] for kind in _KINDS)
         rate = learning.lr * factor * (steps / learning.warmup).clamp(max=1.0)
+        if moving is not None:
+            squares, rate, steps = torch.where(moving, squares, 0.0), torch.where(moving, rate, 0.0), steps.clamp(min=1.0)
 
         def each(scalars: Tensor) -> list[Tensor]:
             """A factor a branch, shaped for each of its tensors."""
-            parts = zip(rows, scalars.split([len(part.branches) for part in rows]), strict=True)
-            return [scalar.view(-1, *([1] * (tensor.dim() - 1))) for part, scalar in parts for tensor in part.values]
+            parts = zip(rows, scalars.split([len(part.values[0]) for part in rows]), strict=True)
+            return [_shaped(scalar, tensor) for part, scalar in parts for tensor in part.values]
 
         if learning.clip > 0.0:
             gradients = torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)))
-        torch._foreach_mul_(first, beta1)
+        torch._foreach_mul_(first, beta1 if moving is None else each(torch.where(moving, beta1, 1.0)))
         torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
-        torch._foreach_mul_(second, beta2)
+        torch._foreach_mul_(second, beta2 if moving is None else each(torch.where(moving, beta2, 1.0)))
         torch._foreach_addcmul_(second, gradients, gradients, 1.0 - beta2)
         below = torch._foreach_div(second, each(1.0 - beta2**steps))
         torch._foreach_sqrt_(below)
@@ -117,22 +168,24 @@ class BranchOptimizer:
     def _note(self, rows: list[Rows], squares: list[Tensor]) -> set[int]:
         """Note all gradient norms; the branches whose gradient is not finite. Waits for the device once."""
         branches = [branch for part in rows for branch in part.branches]
-        unsound = set()
-        for branch, norm in zip(branches, torch.cat(squares).sqrt().tolist(), strict=True):
-            if math.isfinite(norm):
-                self.norms[branch.id], branch.overflows = norm, 0
-                continue
-            unsound.add(branch.id)
-            if branch.id in self.scaled:
-                branch.overflows += 1
-            else:
-                self.norms[branch.id] = norm
-            if branch.id not in self.scaled or branch.overflows >= PATIENCE:
-                self.failures[branch.id] = self.failures.get(branch.id, 0) + 1
-        return unsound
+        norms = torch.cat(squares).sqrt().tolist()
+        return {branch.id for branch, norm in zip(branches, norms, strict=True) if self._note_one(branch, norm, self.scaled)}
+
+    def _note_one(self, branch: Branch, norm: float, scaled: frozenset[int]) -> bool:
+        """Note a gradient norm; whether it is not finite."""
+        if math.isfinite(norm):
+            self.norms[branch.id], branch.overflows = norm, 0
+            return False
+        if branch.id in scaled:
+            branch.overflows += 1
+        else:
+            self.norms[branch.id] = norm
+        if branch.id not in scaled or branch.overflows >= PATIENCE:
+            self.failures[branch.id] = self.failures.get(branch.id, 0) + 1
+        return True
 
 
-_KINDS: tuple[Callable[[Rows], list[Tensor]], ...] = (
+_KINDS: tuple[Callable[[Rows | BankRows], list[Tensor]], ...] = (
     lambda part: part.values,
     lambda part: part.gradients,
     lambda part: part.first,
@@ -140,7 +193,12 @@ _KINDS: tuple[Callable[[Rows], list[Tensor]], ...] = (
 )
 
 
-def _squares(part: Rows) -> Tensor:
-    """Squared L2 norm of each branch's gradient, float32 ``[A]``."""
+def _shaped(scalars: Tensor, tensor: Tensor) -> Tensor:
+    """``[rows]`` for ``tensor [rows, …]``."""
+    return scalars.view(-1, *([1] * (tensor.dim() - 1)))
+
+
+def _squares(part: Rows | BankRows) -> Tensor:
+    """Squared L2 norm of each row's gradient, float32 ``[rows]``."""
     norms = [torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in part.gradients]
     return torch.stack(norms).square().sum(0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from esper.randomness import GlobalDraws, global_draws_kept, seed_for, seed_global_draws
-from esper.seeds.layer import ATTRIBUTE, Attached, Hidden
+from esper.seeds.layer import ATTRIBUTE, Attached, Hidden, device_of
 
 
 class DropoutReplay(Attached, Hidden):
@@ -18,18 +20,26 @@ class DropoutReplay(Attached, Hidden):
 
     def __init__(self, model: nn.Module) -> None:
         self.wanted = False
+        self.number = next(_numbers)
+        self.anchor = torch.zeros(1, device=device_of(model))
+        _REPLAYS[self.number] = self
         self._draws: GlobalDraws | None = None
         self._handle = model.register_forward_pre_hook(self._remember)
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
         if not torch.compiler.is_compiling():
             self.look()
-        elif not self.asleep:
-            _outside_the_graph(self)
+        elif not self.asleep and torch.is_grad_enabled():
+            remember_rng(self.anchor, self.number)
 
     def look(self) -> None:
         """Remember the generators as they are now, if anybody wants it."""
-        if self.wanted and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self.remember()
+
+    def remember(self) -> None:
+        """The same of a forward that is known to keep a graph."""
+        if self.wanted:
             self._draws = GlobalDraws()
 
     @contextmanager
@@ -45,9 +55,16 @@ class DropoutReplay(Attached, Hidden):
         self._handle.remove()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_the_graph(replay: DropoutReplay) -> None:
-    replay.look()
+_REPLAYS: WeakValueDictionary[int, DropoutReplay] = WeakValueDictionary()
+_numbers = count()
+
+
+@torch.library.custom_op("esper::remember_rng", mutates_args=("anchor",))
+def remember_rng(anchor: Tensor, number: int) -> None:
+    """``DropoutReplay.remember`` in a compiled host's graph; ``anchor`` is said to change, so that the op is not dropped."""
+    replay = _REPLAYS.get(number)
+    if replay is not None:
+        replay.remember()
 
 
 #: Where every look at data begins to draw from, so that any two looks draw the same.

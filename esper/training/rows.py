@@ -1,4 +1,8 @@
-"""What the branch optimizer steps: parameters, gradients and moments of branches, a branch a row."""
+"""What the branch optimizer steps: parameters, gradients and moments of branches, a branch a row.
+
+On a CPU the rows are those of the branches that learn. On a GPU they are the whole bank's: gathering costs more launches there than
+the other slots cost work, and ``learning`` says which rows may move.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from torch import Tensor
 from esper.blueprints import BlockBank, SlotBank
 from esper.blueprints.once import each_once
 from esper.seeds import Branch
+from esper.seeds.sending import made_on
 
 
 class SlotRows:
@@ -50,11 +55,38 @@ class SlotRows:
         return tensor.detach() if self._whole else tensor.detach().index_select(0, self._slots)
 
 
+class BankRows:
+    """A whole slot bank, in place, of which only the slots of the given branches are ``learning`` (bool ``[capacity]``)."""
+
+    def __init__(self, bank: SlotBank, branches: list[Branch], learning: Tensor) -> None:
+        held = [(stack, stack.grad, *bank.moments[name]) for name, stack in bank.stacks.items() if stack.grad is not None]
+        self.branches, self.learning, self._bank = branches, learning, bank
+        self.places = [branch.slot for branch in branches]
+        self.values, self.gradients = [row[0].detach() for row in held], [row[1] for row in held]
+        self.first, self.second = [row[2] for row in held], [row[3] for row in held]
+
+    @staticmethod
+    def learning_slots(bank: SlotBank, branches: list[Branch]) -> Tensor:
+        """bool ``[capacity]``."""
+        mask = [False] * bank.capacity
+        for branch in branches:
+            mask[branch.slot] = True
+        return made_on(mask, bank.steps.device)
+
+    def count(self, moving: Tensor) -> Tensor:
+        """Count a step of every slot that moves; float ``[capacity]``, the steps with this one."""
+        return self._bank.steps.add_(moving)
+
+    def take_back(self, branch: Branch) -> None:
+        """Steps on the device were counted for sound gradients alone."""
+
+
 class BlockRows:
     """One grown block as one row: its own tensors with an axis of length 1 in front."""
 
     def __init__(self, bank: BlockBank, branch: Branch) -> None:
         self.branches, self._bank, self._key = [branch], bank, str(branch.slot)
+        self.places = [0]
         named = [(name, p) for name, p in bank.blocks[self._key].named_parameters() if p.grad is not None]
         moments = [bank.moments[self._key][name] for name, _ in named]
         self.values = [parameter.detach().unsqueeze(0) for _, parameter in named]
@@ -62,10 +94,20 @@ class BlockRows:
         self.first = [first.unsqueeze(0) for first, _ in moments]
         self.second = [second.unsqueeze(0) for _, second in moments]
 
-    def count(self) -> Tensor:
+    @property
+    def learning(self) -> Tensor:
+        """bool ``[1]``: it does."""
+        return torch.ones(1, dtype=torch.bool, device=self.values[0].device)
+
+    def count(self, moving: Tensor | None = None) -> Tensor:
         """Count a step; float ``[1]``, the steps with this one."""
         self._bank.steps[self._key] += 1
-        return torch.tensor([float(self._bank.steps[self._key])], device=self.values[0].device)
+        return torch.full((1,), float(self._bank.steps[self._key]), device=self.values[0].device)
+
+    def take_back(self, branch: Branch) -> None:
+        """The step just counted was none: the gradient was not finite, as the host has learnt since."""
+        if self._key in self._bank.steps:
+            self._bank.steps[self._key] -= 1
 
     def without(self, gone: set[int]) -> None:
         """Nothing is left."""

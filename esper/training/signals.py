@@ -10,6 +10,7 @@ from torch import Tensor
 from esper.blueprints import SlotBank
 from esper.grafting.drift import weight_drift
 from esper.seeds import Branch, Garden
+from esper.seeds.sending import made_on
 
 
 class LossSignal:
@@ -85,23 +86,29 @@ def branch_values(garden: Garden, branch: Branch) -> list[Tensor]:
     return [value.detach().clone() for value in bank.blocks[str(branch.slot)].parameters()]
 
 
-def gradient_norms(garden: Garden, branches: list[Branch]) -> dict[int, tuple[float, int]]:
-    """By branch: (L2 norm of the gradient at its parameters, their number); NaN and 0 where there is none.
-
-    The device is asked once a bank.
-    """
-    found: dict[int, tuple[float, int]] = {}
+def gradient_norms(garden: Garden, branches: list[Branch]) -> tuple[list[list[int]], list[int], list[Tensor]]:
+    """By bank: the branches that have a gradient, the number of their parameters each, and the gradient's L2 norms ``[branches]``."""
+    names: list[list[int]] = []
+    counts: list[int] = []
+    norms: list[Tensor] = []
     for (site, blueprint), group in by_bank(branches).items():
         bank = garden.layers[site].bank(blueprint)
         if isinstance(bank, SlotBank):
-            found |= _norms_of_slots(bank, group)
+            gradients = [stack.grad for stack in bank.stacks.values() if stack.grad is not None]
+            if gradients:
+                slots = made_on([branch.slot for branch in group], bank.steps.device)
+                squares = torch.stack([gradient[slots].float().flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+                names.append([branch.id for branch in group])
+                counts.append(sum(gradient[0].numel() for gradient in gradients))
+                norms.append(squares.sqrt())
             continue
         for branch in group:
             gradients = [p.grad for p in bank.blocks[str(branch.slot)].parameters() if p.grad is not None]
-            squares = [gradient.float().square().sum() for gradient in gradients]
-            norm = float(torch.stack(squares).sum().sqrt()) if squares else float("nan")
-            found[branch.id] = norm, sum(gradient.numel() for gradient in gradients)
-    return found
+            if gradients:
+                names.append([branch.id])
+                counts.append(sum(gradient.numel() for gradient in gradients))
+                norms.append(torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt().view(1))
+    return names, counts, norms
 
 
 def by_bank(branches: list[Branch]) -> dict[tuple[int, str], list[Branch]]:
@@ -110,13 +117,3 @@ def by_bank(branches: list[Branch]) -> dict[tuple[int, str], list[Branch]]:
     for branch in branches:
         gathered.setdefault((branch.site, branch.blueprint), []).append(branch)
     return gathered
-
-
-def _norms_of_slots(bank: SlotBank, group: list[Branch]) -> dict[int, tuple[float, int]]:
-    gradients = [stack.grad for stack in bank.stacks.values() if stack.grad is not None]
-    if not gradients:
-        return {branch.id: (float("nan"), 0) for branch in group}
-    slots = torch.tensor([branch.slot for branch in group], device=bank.steps.device)
-    squares = torch.stack([gradient[slots].float().flatten(1).square().sum(1) for gradient in gradients]).sum(0)
-    count = sum(gradient[0].numel() for gradient in gradients)
-    return {branch.id: (norm, count) for branch, norm in zip(group, squares.sqrt().tolist(), strict=True)}

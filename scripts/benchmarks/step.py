@@ -280,7 +280,7 @@ def main(argv: list[str]) -> int:
     """Print the table and write the CSV; 1 when a limit is missed."""
     parser = argparse.ArgumentParser(prog="scripts/bench step", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--hosts", default=",".join(HOSTS), help="of " + ", ".join(HOSTS))
+    parser.add_argument("--hosts", default=",".join(HOSTS), help="of " + ", ".join(HOSTS) + "; or decoder (a GPU's)")
     parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name begins with one of these")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of blocks for each arm")
     parser.add_argument("--steps", type=int, default=TelemetryConfig.every, help="steps of a block")
@@ -289,6 +289,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="also fail where a ratio is worse than the baseline's, spread for spread")
     parser.add_argument("--baseline", type=Path, default=BASELINE, help="a CSV of this benchmark, from the same kind of device")
     options = parser.parse_args(argv)
+    if options.hosts == "decoder":
+        from scripts.benchmarks.decoder import run_decoder
+
+        return run_decoder(chosen(options.device), options.pairs, options.out, options.arms)
     baseline = read(options.baseline) if options.check else []
     unknown = [name for name in options.hosts.split(",") if name not in HOSTS]
     if unknown:

@@ -76,6 +76,7 @@ def _shape(entry: Any) -> str:
 def grow_state(grow: Grow) -> Tree:
     """Everything that seeds, branches and their lives depend on, by reference."""
     life, advance = grow.life, grow.advance
+    grow.readings.arrive()
     return {
         "topology": topology(grow),
         "tick": grow.tick_number,
@@ -92,6 +93,8 @@ def grow_state(grow: Grow) -> Tree:
         "said": sorted(grow.gates.said),
         "refusals": dict(grow.executor.refusals),
         "failures": {str(branch): count for branch, count in grow.branch_optimizer.failures.items()},
+        "norms": {str(branch): norm for branch, norm in grow.branch_optimizer.norms.items()},
+        "rates": {str(branch): rate for branch, rate in grow.rates.items()},
         "rows": list(grow.observer.health),
         "followers": [follower.state() for follower in grow.followers],
         "macs": dict(grow.meter.spent),
@@ -146,6 +149,8 @@ def _load_grow(grow: Grow, state: Tree) -> None:
         grow.garden.kernels.tripped = True
     grow.executor.refusals = dict(state["refusals"])
     grow.branch_optimizer.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
+    grow.branch_optimizer.norms = {int(branch): float(norm) for branch, norm in state["norms"].items()}
+    grow.rates = {int(branch): float(rate) for branch, rate in state["rates"].items()}
     for row, saved in zip(grow.observer.health, state["rows"], strict=True):
         row.copy_(saved)
     grow.meter.spent = {name: int(macs) for name, macs in state["macs"].items()}

@@ -1,0 +1,64 @@
+"""Numbers that the device has worked out and the engine wants to know, without the host ever waiting for the device.
+
+What is posted during a step goes over in one asynchronous copy at its end, and is read at the beginning of the next one, when the
+device has long been busy with that step's forward and backward. On a CPU there is nothing to wait for: a number is read as it is posted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Read = Callable[[list[Tensor]], None]
+
+
+class Readings:
+    """``late`` says that numbers are read a step after they were posted: on every device but a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.late = device.type != "cpu"
+        self._posted: list[tuple[list[Tensor], Read]] = []
+        self._sent: list[tuple[list[torch.Size], Read]] = []
+        self._there = torch.zeros(0)
+        self._event: torch.cuda.Event | None = None
+
+    def post(self, tensors: list[Tensor], read: Read) -> None:
+        """Have ``read`` called with copies of these tensors on the CPU, float32: now or at the beginning of the next step."""
+        if self.late:
+            self._posted.append(([tensor.detach() for tensor in tensors], read))
+        else:
+            read(tensors)
+
+    def send(self) -> None:
+        """End of a step: what was posted is on its way."""
+        if not self._posted:
+            return
+        self.arrive()  # nothing is lost where a step ended without having read
+        parts = [tensor.reshape(-1).to(self.device, torch.float32) for tensors, _ in self._posted for tensor in tensors]
+        flat = torch.cat(parts) if parts else torch.zeros(0)
+        self._there = torch.empty(flat.shape, pin_memory=flat.is_cuda)
+        self._there.copy_(flat, non_blocking=True)
+        if flat.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._sent = [([tensor.shape for tensor in tensors], read) for tensors, read in self._posted]
+        self._posted = []
+
+    def arrive(self) -> None:
+        """Beginning of a step, or wherever what the last one showed is wanted: every number sent is read."""
+        sent, self._sent = self._sent, []
+        if not sent:
+            return
+        if self._event is not None:
+            self._event.synchronize()
+        sizes = [shape.numel() for shapes, _ in sent for shape in shapes]
+        values = iter(self._there.split(sizes) if sizes else ())
+        for shapes, read in sent:
+            read([next(values).view(shape) for shape in shapes])
+
+    def forget(self) -> None:
+        """Drop what has not been sent: the step is not counted."""
+        self._posted = []
