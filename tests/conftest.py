@@ -25,6 +25,7 @@ LONGEST = (
     "compare/test_sweep.py",
     "compare/test_going_on.py",
     "e2e/test_external.py",
+    "e2e/test_recipes.py",
     "repro/test_fingerprints.py",
     "bus/test_programs.py",
     "custom/test_user.py",
