@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.call import PLAIN
+from esper.blueprints.block_call import PLAIN
 from esper.blueprints.geometry import Geometry
 from esper.errors import UserError
 from esper.fields import setting

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-from esper.bus.counts import Counts
+from esper.bus.counters import Counts
 from esper.bus.ids import Id, parse
 from esper.bus.protocol import ORDERS, Consumer, Delivery
 

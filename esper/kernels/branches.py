@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from esper.kernels import chunk_backward, chunk_forward, launch
+from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
 from esper.kernels.geometry import chunk_width
-from esper.kernels.kinds import KINDS, Kind, Layers, layers, split_banks
 from esper.kernels.telemetry import Partial, Roster, evenness, finish, health_group, moments_of_means, pass_through, read
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32

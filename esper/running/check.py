@@ -12,16 +12,16 @@ from torch import nn
 
 from esper.blueprints import Block, Blueprint
 from esper.config import RootConfig
+from esper.engine.extra_passes import host_parameters
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
-from esper.report.numbers import count, duration, short
-from esper.running.alone import controls_of
-from esper.running.estimates import Cost, Forward, cost_of, forward_of
-from esper.running.parts import build_trainer, refuse_idle
+from esper.report.number_format import count, duration, short
+from esper.running.builders import build_trainer, refuse_idle
+from esper.running.control_keys import controls_of
+from esper.running.cost_estimate import Cost, Forward, cost_of, forward_of
 from esper.seeds import Site
-from esper.training.device import choose_device, describe, numerics
-from esper.training.passes import host_parameters
-from esper.training.trainer import Trainer
+from esper.trainer.device import choose_device, describe, numerics
+from esper.trainer.trainer import Trainer
 
 WIDTH = 140  # a pipe has no width to ask for
 COPIES = 4

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import CONFIGS, BlockBank, Blueprint, Geometry
-from esper.blueprints.plain import plain_net
+from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
+from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
-from esper.seeds.garden import Garden
-from esper.seeds.grown import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
+from esper.seeds.registry import Garden
 from esper.seeds.wrappers import unwrapped
 
 Card = dict[str, Any]
@@ -52,7 +52,7 @@ def export_with_cards(garden: Garden) -> tuple[nn.Module, list[Card]]:
 def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
     """Build modules of the same shapes as the cards say into a fresh host; their values come from a saved state.
 
-    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.described``) is asked before anything is.
+    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.export.description``) is asked before anything is.
     Raises KeyError or AttributeError where the host has no such module.
     """
     modules = [host.get_submodule(card["site"]) for card in cards]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import MLP, Blueprint, Geometry, SlotBank
-from esper.blueprints.once import each_once
+from esper.blueprints.unique_scatter import each_once
 from esper.kernels import Kernels
+from esper.kernels.branch_kinds import KINDS
 from esper.kernels.dispatch import fits
-from esper.kernels.kinds import KINDS
 from esper.seeds.plan import Group, Plan
 
 SUBTRACT, FROZEN = 1, 2

@@ -13,7 +13,7 @@ import esper
 from esper.tracking import frames
 from esper.tracking.config import MlflowConfig
 from esper.tracking.framed import Framed
-from esper.tracking.record import RunRecord
+from esper.tracking.run_info import RunRecord
 from esper.tracking.tracker import TrackerError
 
 LOG = "tracker.log"

@@ -23,13 +23,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 
 from esper.cli.compose import compose  # noqa: E402
+from esper.engine.port import NullPort  # noqa: E402
 from esper.errors import UserError  # noqa: E402
 from esper.grafting import STRATEGIES  # noqa: E402
 from esper.lifecycle import Stage  # noqa: E402
 from esper.messages import Alert, Germinate, Message, Selector, SetStage  # noqa: E402
-from esper.running.parts import build_trainer  # noqa: E402
-from esper.training.port import NullPort  # noqa: E402
-from esper.training.trainer import Trainer  # noqa: E402
+from esper.running.builders import build_trainer  # noqa: E402
+from esper.trainer.trainer import Trainer  # noqa: E402
 from scripts.benchmarks._machine import chosen  # noqa: E402
 
 WORDS = (

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esper.cli.compose import compose
+from esper.engine.port import NullPort
 from esper.messages import Germinate, Message
-from esper.running.parts import build_trainer
-from esper.training.port import NullPort
-from esper.training.trainer import Trainer
+from esper.running.builders import build_trainer
+from esper.trainer.trainer import Trainer
 
 RESULT = Path(__file__).with_suffix(".json")
 #: Nothing here depends on a loss: gates stay shut or are open whatever is measured.

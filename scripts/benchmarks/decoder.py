@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper import attach
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.seeds import TelemetryConfig
-from esper.training import attach
 from scripts.benchmarks.step import Germinate, Script, about, spread, write
 
 WIDTH, LENGTH, BATCH, DEPTH, WORDS, HEADS = 768, 1024, 16, 12, 50304, 12

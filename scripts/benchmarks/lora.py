@@ -26,8 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from esper import attach
 from esper.blueprints import LowRank
 from esper.controllers import CONFIGS
+from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.lifecycle import LifecycleConfig
-from esper.training.optimizer import BranchLearning
 from scripts.benchmarks._machine import machine
 
 MODULO, LENGTH, BATCH, RANK, RATE = 30, 12, 32, 8, 3e-3

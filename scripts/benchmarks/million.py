@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.engine.attach import attach
+from esper.engine.grow import Grow
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.lifecycle import LifecycleConfig
 from esper.seeds import TelemetryConfig
-from esper.training.attach import attach
-from esper.training.grow import Grow
 from scripts.benchmarks.step import STEPS, Germinate, Script
 
 WIDTH, LAYERS = 16384, 64

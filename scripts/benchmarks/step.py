@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.engine.attach import attach
+from esper.engine.grow import Grow
+from esper.engine.port import NullPort
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.hosts.cnn import CNNConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.messages import Germinate
 from esper.seeds import TelemetryConfig
-from esper.training.attach import attach
-from esper.training.device import keep_freed_memory
-from esper.training.grow import Grow
-from esper.training.port import NullPort
+from esper.trainer.device import keep_freed_memory
 from scripts.benchmarks._baseline import Spread, regressions
 from scripts.benchmarks._machine import chosen
 

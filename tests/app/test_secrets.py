@@ -15,11 +15,11 @@ import yaml
 
 from esper import secrets
 from esper.app import main
-from esper.bus.exporters import OtlpExporter
+from esper.bus.monitor.exporters import OtlpExporter
 from esper.config import build
 from esper.errors import UserError
 from esper.tracking.mlflow_store import quiet_client
-from esper.tracking.reach import check_uri
+from esper.tracking.store_check import check_uri
 from tests.here import here
 
 SECRET = "hunter2-tr0ub4dor"

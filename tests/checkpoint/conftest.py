@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
 from esper.config import RootConfig
+from esper.engine.port import NullPort
+from esper.engine.state import trainer_state
 from esper.messages import Germinate, Message
-from esper.running.parts import build_trainer
+from esper.running.builders import build_trainer
 from esper.tasks.base import Task
-from esper.training.checkpoint.engine import trainer_state
-from esper.training.checkpoint.tree import join, split
-from esper.training.fingerprint import fingerprint
-from esper.training.port import NullPort
-from esper.training.trainer import Trainer
+from esper.trainer.fingerprint import fingerprint
+from esper.trainer.trainer import Trainer
 
 Make = Callable[..., Trainer]
 SHORT = (

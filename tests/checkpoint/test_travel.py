@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from esper import attach
+from esper.checkpoint import store
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.training.checkpoint import store
-from esper.training.grow import Grow
 from tests.checkpoint.conftest import Make, train_until
 
 

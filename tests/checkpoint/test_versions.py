@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from esper.checkpoint import schema, store
+from esper.checkpoint.schema import SCHEMA, UPGRADES, Upgrade
+from esper.checkpoint.tree import join, same, split
+from esper.engine.state import trainer_state
 from esper.errors import UserError
-from esper.training.checkpoint import schema, store
-from esper.training.checkpoint.engine import trainer_state
-from esper.training.checkpoint.schema import SCHEMA, UPGRADES, Upgrade
-from esper.training.checkpoint.tree import join, same, split
 from tests.checkpoint.conftest import Make
 from tests.checkpoint.samples.make import HERE, STEP, WORDS
 

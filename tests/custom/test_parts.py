@@ -17,7 +17,7 @@ from esper.grafting import CustomStrategy
 from esper.lifecycle import Stage
 from esper.tasks import task_of
 from esper.tasks.folder import FolderConfig
-from esper.training.config import TrainerConfig
+from esper.trainer.config import TrainerConfig
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 

@@ -9,8 +9,8 @@ import torch
 
 from esper.lifecycle import Stage
 from esper.messages import Germinate
-from esper.training.culprits import fewest
-from esper.training.governor import Governor
+from esper.trainer.culprit_search import fewest
+from esper.trainer.governor import Governor
 from tests.checkpoint.conftest import Make
 
 

@@ -13,7 +13,7 @@ from esper.errors import UserError
 from esper.grafting import STRATEGIES
 from esper.lifecycle import Stage
 from esper.messages import Alert, GateResult, Selector, SetStage
-from esper.training.trainer import Trainer
+from esper.trainer.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits
 
 SLOW = ("trainer.steps=80", "grafting.ramp=30step", "lifecycle.grafting_max=90%")

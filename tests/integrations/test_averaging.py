@@ -14,8 +14,8 @@ from test_lightning import Classifier, callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from esper.engine.extra_passes import host_parameters
 from esper.seeds.layer import ATTRIBUTE
-from esper.training.passes import host_parameters
 
 
 def data(size: int = 16) -> DataLoader[Any]:

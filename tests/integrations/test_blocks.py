@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from esper import attach, load_model
 from esper.blueprints import Block
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.training.grow import Grow
 
 Data = dict[str, Tensor]
 SIZE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

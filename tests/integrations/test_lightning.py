@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
 from esper.integrations.lightning import GrowCallback
-from esper.training.grow import Grow
 
 TESTING = SimpleNamespace(fn=TrainerFn.TESTING)
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]

@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
 from esper.integrations.transformers import GrowCallback
-from esper.training.grow import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "transformer.h.1.mlp.c_fc", "count": 1}]
 

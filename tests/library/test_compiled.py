@@ -11,9 +11,9 @@ from test_own_loop import attached, train
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper import attach
+from esper.engine.grow import Grow
+from esper.engine.port import NullPort
 from esper.lifecycle import Stage
-from esper.training.grow import Grow
-from esper.training.port import NullPort
 
 
 class Commands(NullPort):

@@ -15,9 +15,9 @@ from growing import batch, build, sample_loss, short
 from test_own_loop import JUDGE, train
 
 from esper import attach, load_model
+from esper.engine.telemetry import Observer
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
-from esper.training.observing import Observer
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.training.grow import Grow
 
 Parts = tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 STEPS, STOP = 60, 25

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import TelemetryConfig
-from esper.training.grow import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
 JUDGE = [batch("mlp", 900, 64)]
@@ -66,7 +66,7 @@ def test_ten_lines_grow_a_seed_with_neither_hydra_bus_nor_mlflow() -> None:
     train(model, grow, optimizer, 12)
     assert grow.life.counts["germinated"] == 1
     assert grow.garden.branches[0].stage not in (Stage.DORMANT, Stage.GERMINATED)
-    program = "import sys, esper.training; print([m for m in ('hydra', 'mlflow', 'msgspec', 'numpy.testing', 'redis') if m in sys.modules])"
+    program = "import sys, esper.engine; print([m for m in ('hydra', 'mlflow', 'msgspec', 'numpy.testing', 'redis') if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
 

@@ -13,10 +13,10 @@ from esper.cli.compose import compose
 from esper.config import config_hash
 from esper.errors import UserError
 from esper.lifecycle import Stage
-from esper.report.numbers import duration, short
+from esper.report.number_format import duration, short
+from esper.running.builders import build_trainer
 from esper.running.check import check
-from esper.running.estimates import cost_of
-from esper.running.parts import build_trainer
+from esper.running.cost_estimate import cost_of
 
 SHORT = "trainer.steps=300"
 

@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper import attach
 from esper.blueprints import MLP, Affine
+from esper.engine.grow import Grow
+from esper.engine.port import NullPort
 from esper.lifecycle import Stage
 from esper.seeds import TelemetryConfig
-from esper.training.grow import Grow
-from esper.training.port import NullPort
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"

@@ -18,10 +18,10 @@ from torch.nn import functional
 from esper import attach, load_model
 from esper.blueprints import CONFIGS, Affine, Blueprint, Geometry
 from esper.errors import UserError
+from esper.export.saved_model import load_weights, save_model
 from esper.lifecycle import Stage
 from esper.running.export import export_onnx, export_pt2
-from esper.saved import load_weights, save_model
-from esper.seeds.grown import Deepened, GrownSite, called
+from esper.seeds.exported_modules import Deepened, GrownSite, called
 
 GROWN: dict[str, tuple[str, Any, str, type]] = {
     "mlp": ("mlp", "mlp", "fc1", GrownSite),
@@ -60,7 +60,7 @@ def test_the_exported_model_gives_the_same_outputs_from_plain_modules(case: str)
     assert not any(module._forward_hooks for module in plain.modules())
     assert all(hook is called for module in plain.modules() for hook in module._forward_pre_hooks.values())
     assert all(
-        type(module).__module__.startswith(("torch", "growing", "esper.hosts", "esper.seeds.grown", "esper.blueprints.plain"))
+        type(module).__module__.startswith(("torch", "growing", "esper.hosts", "esper.seeds.exported_modules", "esper.blueprints.plain_modules"))
         for module in plain.modules()
     )
     if GROWN[case][3] in (nn.Linear, nn.Conv2d):  # folded: no parameter more than the host has

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from esper.blueprints import GLU, MLP, Affine, Geometry, LowRank, SlotBank
+from esper.engine.macs import Meter
 from esper.kernels import KernelConfig, Kernels
 from esper.seeds.blend import blend
 from esper.seeds.branches import Branch
 from esper.seeds.fused import Fused, fuse
 from esper.seeds.plan import Part, build
 from esper.seeds.recording import Recording
-from esper.training.macs import Meter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from esper import attach, load_model
 from esper.blueprints import Block
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.program import to_onnx, to_pt2, traced
+from esper.export.program import to_onnx, to_pt2, traced
 from esper.seeds import find_sites
-from esper.training.grow import Grow
 
 WIDTH, LENGTH = 8, 5
 X = torch.randn(6, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))

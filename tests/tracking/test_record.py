@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from esper.cli.compose import compose
-from esper.running.record import run_record
+from esper.running.naming import run_record
 from esper.tracking import (
     CONFIGS,
     CsvConfig,

@@ -10,9 +10,9 @@ from growing import Net, batch, sample_loss, short
 from torch import Tensor, nn
 
 from esper.blueprints import MLP
+from esper.engine.attach import attach
 from esper.errors import UserError
 from esper.kernels import KernelConfig
-from esper.training.attach import attach
 
 X, Y = batch()
 COUNTS = {
@@ -31,12 +31,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer": ({"optimizer": [1]}, "optimizer is a list; it takes the host's torch.optim.Optimizer, or None."),
     "lifecycle": ({"lifecycle": {"objective": "shadow"}}, "lifecycle is a dict; it takes an esper.lifecycle.LifecycleConfig, as in"),
     "telemetry": ({"telemetry": 10}, "telemetry is an int; it takes an esper.seeds.TelemetryConfig"),
-    "learning": ({"learning": 1e-3}, "learning is a float; it takes an esper.training.optimizer.BranchLearning"),
+    "learning": ({"learning": 1e-3}, "learning is a float; it takes an esper.engine.learning.branch_optimizer.BranchLearning"),
     "kernel": ({"kernel": "cuda"}, "There is no kernel 'cuda'; there are auto, triton, torch."),
     "kernel's name": ({"kernel": KernelConfig("cuda")}, "There is no kernel 'cuda'"),
     "kernel's kind": ({"kernel": 3}, "kernel is an int; it takes a name or an esper.kernels.KernelConfig."),
     "scaler": ({"scaler": 2.0}, "scaler is a float; it takes the loop's torch.amp.GradScaler, or None."),
-    "port": ({"port": 1}, "port is an int; it takes an esper.training.port.Port, or None."),
+    "port": ({"port": 1}, "port is an int; it takes an esper.engine.port.Port, or None."),
     "state": ({"state": 3}, "state is an int; it takes what grow.state() gave"),
     "seed": ({"seed": "a"}, "seed is a str; it takes a whole number."),
     "sites": ({"sites": 3}, "sites is an int; it takes a pattern over module names, a role, or a list of such texts."),

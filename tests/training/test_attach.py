@@ -10,10 +10,10 @@ from growing import Loop, Net, batch, build, germinate, sample_loss, short
 from torch import Tensor, nn
 
 from esper.blueprints import Block
+from esper.engine.attach import attach
 from esper.errors import UserError
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.seeds import find_sites
-from esper.training.attach import attach
 
 S = Stage
 

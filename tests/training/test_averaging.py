@@ -11,10 +11,10 @@ import torch
 from growing import Loop, batch, germinate, same, sample_loss, short
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds.layer import ATTRIBUTE
-from esper.training.passes import host_buffers, host_parameters
 
 S = Stage
 SCRIPT = {1: [germinate("fc1", 0), germinate("fc2", 1)], 3: [germinate("fc1", 1)]}

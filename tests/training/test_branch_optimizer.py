@@ -12,10 +12,10 @@ from growing import HOSTS, Loop, Notebook, batch, build, germinate, sample_loss,
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
+from esper.engine.attach import attach
+from esper.engine.learning.branch_optimizer import PATIENCE, BranchLearning, BranchOptimizer
 from esper.lifecycle import Stage
 from esper.messages import ApplyTogether, Cancel, ChangeStrategy, EmergencyStop, PauseGrafting, RequestReport, Selector
-from esper.training.attach import attach
-from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 
 S = Stage
 

@@ -9,9 +9,9 @@ import torch
 from growing import Loop, batch, germinate, same, sample_loss, short
 
 from esper.blueprints import GLU, MLP, Affine, Blueprint, Conv, LowRank
+from esper.engine.extra_passes import host_parameters
 from esper.lifecycle import Stage
 from esper.seeds import Branch
-from esper.training.passes import host_parameters
 
 S = Stage
 BLENDED = (S.GRAFTING, S.STABILIZATION, S.EVALUATING, S.FINE_TUNING, S.FOSSILIZED)

@@ -8,7 +8,7 @@ import sys
 
 FAULTS = """
 import resource, torch
-from esper.training.device import keep_freed_memory
+from esper.trainer.device import keep_freed_memory
 def faults():
     torch.ones(10_000_000)
     began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

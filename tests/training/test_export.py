@@ -10,7 +10,7 @@ from growing import HOSTS, Loop, batch, build, germinate, same, short
 
 from esper.blueprints import GLU, MLP, Affine, Block, Conv, LowRank
 from esper.lifecycle import Stage
-from esper.seeds.grown import called
+from esper.seeds.exported_modules import called
 from esper.seeds.layer import SeedLayer
 
 S = Stage

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from esper.blueprints.base import Parameters
 from esper.blueprints.mlp import MLP
+from esper.engine.attach import attach
+from esper.engine.judging.guard import worse
+from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.grafting import CONFIGS
 from esper.lifecycle import Stage
-from esper.training.attach import attach
-from esper.training.guard import worse
-from esper.training.optimizer import BranchLearning
 
 S = Stage
 

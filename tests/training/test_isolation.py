@@ -10,10 +10,10 @@ import torch
 from growing import Loop, batch, germinate, same, short
 
 from esper.blueprints import Block, Conv
+from esper.engine.extra_passes import host_parameters
+from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.lifecycle import Stage
 from esper.lifecycle.config import OBJECTIVES
-from esper.training.optimizer import BranchLearning
-from esper.training.passes import host_parameters
 
 LONG = "300step"
 

@@ -11,9 +11,9 @@ import torch
 
 from esper.errors import UserError
 from esper.randomness import generator, seed_for
-from esper.training.config import TrainerConfig
-from esper.training.device import choose_device, describe, numerics
-from esper.training.schedule import SCHEDULES
+from esper.trainer.config import TrainerConfig
+from esper.trainer.device import choose_device, describe, numerics
+from esper.trainer.schedule import SCHEDULES
 
 TOTAL = 100
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.blueprints import Affine, Conv
+from esper.engine.attach import attach
+from esper.engine.macs import Meter
 from esper.lifecycle import Stage
-from esper.training.attach import attach
-from esper.training.macs import Meter
 
 S = Stage
 

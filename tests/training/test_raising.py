@@ -12,11 +12,11 @@ import torch
 from growing import Loop, batch, build, germinate, same, sample_loss, short
 
 from esper.blueprints import MLP, Block
-from esper.controllers.contained import Contained
+from esper.controllers.exceptions import Contained
+from esper.engine.attach import attach
+from esper.engine.exceptions import REPEATED
 from esper.grafting import Plan
 from esper.lifecycle import Stage
-from esper.training.attach import attach
-from esper.training.faults import REPEATED
 
 S = Stage
 

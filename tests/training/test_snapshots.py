@@ -8,9 +8,9 @@ import pytest
 import torch
 from growing import Loop, batch, germinate, same, set_stage, short
 
+from esper.engine.extra_passes import untouched_buffers
+from esper.engine.snapshot import Snapshot
 from esper.lifecycle import Stage
-from esper.training.passes import untouched_buffers
-from esper.training.snapshot import Snapshot
 
 S = Stage
 

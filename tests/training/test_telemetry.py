@@ -11,16 +11,16 @@ from growing import HOSTS, Loop, batch, germinate, sample_loss, short
 from torch import nn
 
 from esper.blueprints import Geometry
+from esper.engine.attach import attach
+from esper.engine.extra_passes import shapes_of, to_device
+from esper.engine.port import NullPort
+from esper.engine.signals import LossSignal
+from esper.engine.stopwatch import Stopwatch
 from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
 from esper.seeds import Recording, TelemetryConfig
-from esper.training.attach import attach
-from esper.training.fingerprint import untimed
-from esper.training.passes import shapes_of, to_device
-from esper.training.port import NullPort
-from esper.training.signals import LossSignal
-from esper.training.stopwatch import Stopwatch
+from esper.trainer.fingerprint import untimed
 
 S = Stage
 

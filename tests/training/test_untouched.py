@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from esper import attach, load_model
 from esper.blueprints import MLP
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.randomness import GlobalDraws
 from esper.seeds import TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
-from esper.training.grow import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
 

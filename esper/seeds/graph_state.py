@@ -1,0 +1,164 @@
+"""Keeping what a compiled host's graph reads up to date with the table of branches: see ``esper.seeds.graph_ops``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import Block, SlotBank
+from esper.kernels.branch_kinds import KINDS
+from esper.kernels.dispatch import chosen_by_hash
+from esper.seeds import graph_ops as graph
+from esper.seeds.branches import Branch
+from esper.seeds.device_copy import on_device
+from esper.seeds.fused import FROZEN, SUBTRACT, bank_fits, kind_of
+from esper.seeds.graph_ops import GraphSite
+
+if TYPE_CHECKING:
+    from esper.seeds.registry import Garden
+
+
+class CompiledSites:
+    """The graph's side of every site of a garden. It costs nothing until a compiled host asks for it: ``sites`` is empty before.
+
+    From then on every blueprint that the graph can hold and that grew anywhere has a bank of at least two slots at every site that it
+    fits, so that the next site at which it germinates compiles nothing.
+    """
+
+    def __init__(self, garden: Garden) -> None:
+        self._garden = weakref.ref(garden)
+        self.sites: list[GraphSite] = []
+        self._alphas = torch.zeros(0)
+        self._rows: dict[int, int] = {}
+        begin = weakref.WeakMethod(self._begin)
+        self.near_zero = 0.0
+        for layer in garden.layers:
+            layer.number = graph.number_of(lambda: (begin() or _gone)())
+            weakref.finalize(layer, graph.forget, layer.number)
+
+    @property
+    def garden(self) -> Garden:
+        """Whose sites they are."""
+        garden = self._garden()
+        assert garden is not None
+        return garden
+
+    def refresh(self, numbers: Iterable[int]) -> None:
+        """The plans of these sites have changed."""
+        changed = sorted(numbers)
+        for number in changed:
+            self.garden.layers[number].outside = bool(self._split(number)[1])
+        if self.sites and changed:
+            for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
+                self._hold(number)
+            for number in changed:
+                self._route(number)
+            self.set_alphas()
+
+    def set_alphas(self) -> None:
+        """Copy the table's alphas of all branches in the graph, in one copy."""
+        if not self.sites:
+            return
+        values = torch.zeros(self.garden.table.rows)
+        if self._rows:
+            rows, branches = torch.tensor(list(self._rows)), torch.tensor(list(self._rows.values()))
+            values[rows] = self.garden.branches.alpha[branches]
+        self._alphas.copy_(on_device(values, self._alphas.device), non_blocking=True)
+
+    def tallies(self) -> list[Tensor]:
+        """Of every site, how often each seed's branch was contained, and then, of every site, in how many forwards."""
+        return [site.tally for site in self.sites] + [site.forwards for site in self.sites]
+
+    def members(self, number: int) -> dict[int, int]:
+        """The branches of a site that are in the graph, by seed."""
+        first = self.garden.first_row[number]
+        return {row - first: self._rows[row] for row in self._mine(number)}
+
+    def forget_tallies(self) -> None:
+        """Count contained forwards anew."""
+        if self.sites:
+            torch._foreach_zero_([tensor for site in self.sites for tensor in (site.tally, site.forwards)])
+
+    def _mine(self, number: int) -> list[int]:
+        first = self.garden.first_row[number]
+        return [row for row in self._rows if first <= row < first + self.garden.layers[number].geometry.seeds]
+
+    # --- the start ---
+
+    def _begin(self) -> None:
+        garden = self.garden
+        device = garden.device
+        self._alphas = torch.zeros(garden.table.rows, device=device)
+        with torch.no_grad():
+            for number, layer in enumerate(garden.layers):
+                first, seeds = garden.first_row[number], layer.geometry.seeds
+                route = torch.full((seeds, 3), -1, dtype=torch.int32, device=device)
+                alpha = self._alphas[first : first + seeds]
+                site = GraphSite(layer.geometry, self.near_zero, alpha, route, self._by_kernel(number))
+                self.sites.append(site)
+                graph.SITES[layer.number] = site
+        self.refresh(range(len(self.sites)))
+
+    def _by_kernel(self, number: int) -> bool:
+        kernels, name = self.garden.kernels, self.garden.sites[number].name
+        if kernels is None or kernels.tripped or not kernels.takes(self.garden.device) or self.garden.device.type == "cpu":
+            return False
+        return chosen_by_hash("kernel", name, kernels.config.rollout)
+
+    # --- one site ---
+
+    def _split(self, number: int) -> tuple[list[Branch], list[Branch]]:
+        """The branches that a site adds, in the graph and outside: all of them, where there is one that cannot be in it."""
+        garden = self.garden
+        blended = garden.blended(number)
+        capable = all(self._capable(number, branch.blueprint) for branch in blended)
+        alone = len({branch.row for branch in blended}) == len(blended)
+        checked = garden.kernels is not None and garden.kernels.possible and garden.kernels.config.canary > 0.0
+        return (blended, []) if capable and alone and not checked else ([], blended)
+
+    def _capable(self, number: int, blueprint: str) -> bool:
+        config = self.garden.blueprints[blueprint]
+        return not isinstance(config, Block) and kind_of(config) is not None
+
+    def _hold(self, number: int) -> None:
+        stacks: list[Tensor] = []
+        kinds: list[str] = []
+        fits = True
+        for blueprint in self._names(number):
+            bank = self.garden.bank(number, blueprint)
+            assert isinstance(bank, SlotBank)
+            bank.reserve(2)  # sizes 0 and 1 are compiled in
+            kinds.append(str(kind_of(bank.blueprint)))
+            stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].order]
+            fits = fits and bank_fits(bank, self.garden.layers[number].geometry)
+        self.sites[number].triton = fits and self._by_kernel(number)
+        self.sites[number].hold(",".join(kinds), stacks)
+
+    def _names(self, number: int) -> list[str]:
+        """Blueprints that grew anywhere and that the graph can hold here."""
+        garden = self.garden
+        grown = [name for name in garden.blueprints if any(name in layer.banks for layer in garden.layers)]
+        return [name for name in grown if self._capable(number, name) and garden.misfit(garden.first_row[number], name) is None]
+
+    def _route(self, number: int) -> None:
+        garden, seeds = self.garden, self.garden.layers[number].geometry.seeds
+        for row in self._mine(number):
+            del self._rows[row]
+        names, (inside, _) = self._names(number), self._split(number)
+        route = torch.full((seeds, 3), -1, dtype=torch.int32)
+        entries = []
+        for branch in inside:
+            self._rows[branch.row] = branch.id
+            bits = (SUBTRACT if branch.residual else 0) | (0 if garden.learns(branch) else FROZEN)
+            entries.append([names.index(branch.blueprint), branch.slot, bits])
+        if entries:
+            route[[branch.seed for branch in inside]] = torch.tensor(entries, dtype=torch.int32)
+        self.sites[number].route.copy_(on_device(route, garden.device), non_blocking=True)
+
+
+def _gone() -> None:
+    raise AssertionError("a compiled host outlived its seeds")
