@@ -235,8 +235,8 @@ class Loop:
     def until(self, stage: Stage, most: int = 100) -> Branch:
         """Steps until the first branch is in ``stage``."""
         for _ in range(most):
-            if self.grow.garden.branches.entries and self.grow.garden.branches[0].stage is stage:
-                return self.grow.garden.branches[0]
+            if self.grow.registry.branches.entries and self.grow.registry.branches[0].stage is stage:
+                return self.grow.registry.branches[0]
             self.step()
         raise AssertionError(f"no branch reached {stage.name}: {self.port.stages()}, {self.port.acks}")
 

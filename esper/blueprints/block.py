@@ -140,8 +140,7 @@ class BlockBank(nn.Module):
                 parameter.grad = None
             self.blocks[key], self.steps[key] = block, int(state["steps"][key])
             self.moments[key] = {
-                name: (moments[name][0].to(value.device), moments[name][1].to(value.device))
-                for name, value in block.named_parameters()
+                name: (moments[name][0].to(value.device), moments[name][1].to(value.device)) for name, value in block.named_parameters()
             }
 
     def delta(self, slot: int, y: Tensor, learning: bool) -> Tensor:

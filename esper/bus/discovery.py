@@ -44,8 +44,7 @@ def invitation(folder: Path) -> Invitation:
     path = folder / "bus" / NOTE
     if not path.is_file():
         raise UserError(
-            f"{folder} is not the folder of a run that others can join: give the output folder of a run with"
-            " bus=embedded or bus=redis"
+            f"{folder} is not the folder of a run that others can join: give the output folder of a run with bus=embedded or bus=redis"
         )
     found = msgspec.json.decode(path.read_bytes(), type=Invitation)
     if found.bus.get("name") not in KINDS:

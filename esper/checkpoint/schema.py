@@ -60,9 +60,9 @@ def _without_dead_columns(state: Tree) -> Tree:
         return {**state, "trainer": _without_dead_columns(state["trainer"])}
     if "grow" not in state:
         return state
-    garden = state["grow"]["garden"]
-    table = {name: column for name, column in garden["table"].items() if name not in ("parent", "strategy", "blueprint")}
-    return {**state, "grow": {**state["grow"], "garden": {**garden, "table": table}}}
+    registry = state["grow"]["garden"]
+    table = {name: column for name, column in registry["table"].items() if name not in ("parent", "strategy", "blueprint")}
+    return {**state, "grow": {**state["grow"], "garden": {**registry, "table": table}}}
 
 
 #: What leads from a version to the next one.

@@ -31,7 +31,7 @@ from esper.lifecycle import LifecycleConfig, resolve
 from esper.lifecycle.config import OBJECTIVES
 from esper.lifecycle.duration import parse
 from esper.randomness import global_draws_kept
-from esper.seeds import Garden, Site, TelemetryConfig, find_sites
+from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
 from esper.seeds.block_trial import refuse_unanswering
 from esper.seeds.layer import device_of
 from esper.seeds.registry import AnyBlueprint
@@ -120,7 +120,7 @@ def attach(
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model))
     rate = HostRate(optimizer, kept)
     own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
-    garden = Garden(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels)
+    registry = SeedRegistry(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels)
     settings = GrowSettings(
         lifecycle=lifecycle,
         ages=ages,
@@ -133,9 +133,9 @@ def attach(
         count_macs=count_macs,
         debug=debug,
     )
-    garden.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
+    registry.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
-    return Grow(garden, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
+    return Grow(registry, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
 
 
 def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:

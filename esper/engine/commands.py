@@ -91,7 +91,7 @@ class Executor:
         self.life = life
         self.gates = gates
         self.advance = advance
-        self.garden = life.garden
+        self.registry = life.registry
         self.rows_of = rows_of
         self.refusals: dict[str, int] = {}
 
@@ -166,11 +166,11 @@ class Executor:
         raise Refused(f"the trainer knows no command {type(command).__name__}")
 
     def _germinate(self, command: Germinate, trial: Trial) -> Action:
-        row = self.garden.row(command.site, command.seed)
+        row = self.registry.row(command.site, command.seed)
         if row is None:
             raise Refused(self._no_such_seed(command.site, command.seed))
-        blueprint = command.blueprint or self.garden.default_blueprint
-        reason = trial.refusal(row, Stage.GERMINATED) or self.garden.misfit(row, blueprint)
+        blueprint = command.blueprint or self.registry.default_blueprint
+        reason = trial.refusal(row, Stage.GERMINATED) or self.registry.misfit(row, blueprint)
         if self.advance.loss.diverging:
             reason = "the training loss is not finite, so nothing germinates until it is again"
         if reason is None and command.strategy and command.strategy not in self.life.strategies:
@@ -184,7 +184,7 @@ class Executor:
         if target is Stage.GERMINATED:
             raise Refused("a seed germinates by the command Germinate, which names blueprint and strategy")
         reason = trial.refusal(row, target)
-        branch = self.garden.branch_at(row)
+        branch = self.registry.branch_at(row)
         source = trial.stage_of(row)
         if reason is None and (source, target) in GATES:
             if branch is None or branch.stage is not source or not self.gates.ask(branch, target, tick):
@@ -207,18 +207,18 @@ class Executor:
         return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows]
 
     def _select(self, select: Selector, trial: Trial) -> list[int]:
-        sites = [n for n, site in enumerate(self.garden.sites) if site.name == select.site or fnmatchcase(site.name, select.site)]
+        sites = [n for n, site in enumerate(self.registry.sites) if site.name == select.site or fnmatchcase(site.name, select.site)]
         if not sites:
-            names = ", ".join(site.name for site in self.garden.sites)
+            names = ", ".join(site.name for site in self.registry.sites)
             raise Refused(f"no site matches '{select.site}'; there are {names}")
         rows = []
         for number in sites:
-            count = self.garden.sites[number].geometry.seeds
+            count = self.registry.sites[number].geometry.seeds
             wanted = range(count) if select.seeds is None else select.seeds
             for seed in wanted:
                 if not 0 <= seed < count:
-                    raise Refused(self._no_such_seed(self.garden.sites[number].name, seed))
-                rows.append(self.garden.first_row[number] + seed)
+                    raise Refused(self._no_such_seed(self.registry.sites[number].name, seed))
+                rows.append(self.registry.first_row[number] + seed)
         if select.stage is not None:
             there = set(trial.rows_in(Stage(select.stage))) if select.stage in list(Stage) else set()
             rows = [row for row in rows if row in there]
@@ -246,15 +246,15 @@ class Executor:
         return Stage(number)
 
     def _no_such_seed(self, site: str, seed: int) -> str:
-        if site not in self.garden.by_name:
-            return f"there is no site '{site}'; there are {', '.join(self.garden.by_name)}"
-        count = self.garden.sites[self.garden.by_name[site]].geometry.seeds
+        if site not in self.registry.by_name:
+            return f"there is no site '{site}'; there are {', '.join(self.registry.by_name)}"
+        count = self.registry.sites[self.registry.by_name[site]].geometry.seeds
         return f"site '{site}' has seeds 0 to {count - 1}, not {seed}"
 
     # --- doing ---
 
     def _do(self, action: Action, cause: str) -> None:
-        table, branch = self.garden.table, self.garden.branch_at(action.row)
+        table, branch = self.registry.table, self.registry.branch_at(action.row)
         if action.kind == "germinate":
             self.life.germinate(action.row, action.blueprint, action.strategy, cause)
         elif action.kind == "move":
@@ -268,7 +268,7 @@ class Executor:
                 self._hand_over(branch.id)
 
     def _hand_over(self, branch: int) -> None:
-        branches = self.garden.branches
+        branches = self.registry.branches
         context = self.advance.context([branches[branch]])
         rows = context.paused | True
         branches.grafting[branch] = hand_over(branches.grafting[[branch]], rows, context)[0]

@@ -7,7 +7,7 @@ import logging
 from esper.engine.port import Port
 from esper.lifecycle import Stage
 from esper.messages import Alert
-from esper.seeds import Branch, Garden
+from esper.seeds import Branch, SeedRegistry
 
 REPEATED = 3
 """Ticks at which a branch's code, or the strategy that blends it, may raise before the branch goes."""
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 class Faults:
-    """What branches and strategies of one garden raised; ``said`` are the alerts that have been given, saved with the run.
+    """What branches and strategies of one registry raised; ``said`` are the alerts that have been given, saved with the run.
 
     With ``debug`` nothing is contained: what was caught is raised again, from the line where it came from.
     """
 
-    def __init__(self, garden: Garden, port: Port, said: set[str], debug: bool) -> None:
-        self.garden = garden
+    def __init__(self, registry: SeedRegistry, port: Port, said: set[str], debug: bool) -> None:
+        self.registry = registry
         self.port = port
         self.said = said
         self.debug = debug
@@ -31,7 +31,7 @@ class Faults:
         """Count what ``part`` (its blueprint) raised since the last tick, by branch; why those that repeat it must go, in words."""
         gone: dict[int, str] = {}
         for number, error in sorted(raised.items()):
-            branch = self.garden.branches[number]
+            branch = self.registry.branches[number]
             branch.raised += 1
             what = one_line(error)
             culprit = part or f"blueprint {branch.blueprint}"
@@ -48,7 +48,7 @@ class Faults:
         if key in self.said:
             return
         self.said.add(key)
-        site = self.garden.sites[branch.site].name
+        site = self.registry.sites[branch.site].name
         stays = branch.stage is Stage.FOSSILIZED
         then = "stays, and adds nothing when it does" if stays else f"adds nothing when it does, and goes after {REPEATED} ticks of it"
         text = f"{part} raised {one_line(error)} in branch {branch.id} of seed {branch.seed} at {site}; the branch {then}"

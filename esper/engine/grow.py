@@ -44,7 +44,7 @@ from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.messages import Alert, Command, Metrics, Report, RequestReport
-from esper.seeds import Branch, Garden, TelemetryConfig
+from esper.seeds import Branch, SeedRegistry, TelemetryConfig
 from esper.seeds.exceptions import take_errors
 from esper.seeds.layer import ATTRIBUTE
 
@@ -70,7 +70,7 @@ class Grow:
 
     def __init__(
         self,
-        garden: Garden,
+        registry: SeedRegistry,
         settings: GrowSettings,
         loss: LossFunction,
         judge: Iterable[Any] | None,
@@ -80,31 +80,31 @@ class Grow:
         port: Port | None,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self.garden = garden
+        self.registry = registry
         self.settings = settings
         self.loss = loss
         self.optimizer = rate.optimizer
         self.rate = rate
         self.scaler = scaler
         self.port: Port = NullPort() if port is None else port
-        self.meter = Meter(garden.kernels)
+        self.meter = Meter(registry.kernels)
         self.clock = Stopwatch()
-        self.replay = DropoutReplay(garden.model)
+        self.replay = DropoutReplay(registry.model)
         self.signal = LossSignal()
         life, lifecycle = settings.lifecycle, settings.ages
-        self.machine = Machine(garden.table, lifecycle, life.reseed, life.training_slots)
-        self.objective = Objective(life.objective, garden, loss, self.replay, self.meter)
-        self.life = Life(garden, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
-        self.device = next(iter(host_parameters(garden.model).values())).device
-        self.judge = None if judge is None else Judge(garden, judge_loss or loss, judge, self.device, self.meter)
+        self.machine = Machine(registry.table, lifecycle, life.reseed, life.training_slots)
+        self.objective = Objective(life.objective, registry, loss, self.replay, self.meter)
+        self.life = Life(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
+        self.device = next(iter(host_parameters(registry.model).values())).device
+        self.judge = None if judge is None else Judge(registry, judge_loss or loss, judge, self.device, self.meter)
         self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
-        self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
+        self.gates = Gatekeeper(life, registry, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
-        self.faults = Faults(garden, self.port, self.gates.said, settings.debug)
-        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal, self.faults)
+        self.faults = Faults(registry, self.port, self.gates.said, settings.debug)
+        self.advance = Advance(life, lifecycle, registry, self.life, self.gates, self.guard, self.signal, self.faults)
         self.readings = Readings(self.device)
-        self.branch_optimizer = BranchOptimizer(garden, settings.learning, self.readings)
-        self.observer = Observer(garden, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
+        self.branch_optimizer = BranchOptimizer(registry, settings.learning, self.readings)
+        self.observer = Observer(registry, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
         self._scale = 1.0
         self._last_batch: Any = None
@@ -123,7 +123,7 @@ class Grow:
             load_grow(self, state["grow"])
             take_over(self, state)
         self.port.started(self.tick_number, self.settings.total_ticks, self.observer.site_cards())
-        self.garden.refresh()
+        self.registry.refresh()
         self._prepare()
 
     # --- the loop's calls ---
@@ -144,7 +144,7 @@ class Grow:
             self._count(batch)
         if self.judge is not None:
             self.judge.remember(batch)
-        if self.garden.in_stage(Stage.TRAINING):
+        if self.registry.in_stage(Stage.TRAINING):
             with self.clock.timing("shadow"):
                 value = None if loss is None else float(loss)
                 self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
@@ -155,7 +155,7 @@ class Grow:
         ``after_backward`` does it; call it yourself, right after the backward pass, only where you clip before you call that.
         """
         if self.scaler is not None:
-            self.objective.set_aside(parameter for layer in self.garden.layers for parameter in layer.parameters())
+            self.objective.set_aside(parameter for layer in self.registry.layers for parameter in layer.parameters())
 
     def tick(self, metric: Tensor | float | None = None) -> bool:
         """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of what ``after_backward`` was given.
@@ -171,7 +171,7 @@ class Grow:
         self._hear([metric] if metric is not None else losses)
         if self.signal.diverging:
             self._learn_nothing()
-        learning = self.garden.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
+        learning = self.registry.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
         self.objective.merge()
         self._unscale(learning)
         if self.observer.due:
@@ -186,7 +186,7 @@ class Grow:
             self._boundary()
         self.readings.send()
         if self.steps % self.settings.steps_per_tick == 0:
-            self.garden.compiled.forget_tallies()
+            self.registry.compiled.forget_tallies()
         self._prepare()
         return True
 
@@ -209,8 +209,8 @@ class Grow:
         self.objective.failed.clear()
         self.objective.raised.clear()
         self.branch_optimizer.clear()
-        self.garden.compiled.forget_tallies()
-        for group in (group for layer in self.garden.layers for group in layer.plan):
+        self.registry.compiled.forget_tallies()
+        for group in (group for layer in self.registry.layers for group in layer.plan):
             take_errors([group])
             group.failures.zero_()
             group.forwards = 0
@@ -229,7 +229,7 @@ class Grow:
 
         Raises UserError where there is no copy of the model in it.
         """
-        follower = Follower(self.garden, averaged, self.known_averages.pop(0) if self.known_averages else None)
+        follower = Follower(self.registry, averaged, self.known_averages.pop(0) if self.known_averages else None)
         self.followers.append(follower)
         self._kept = follower if keep else self._kept
 
@@ -243,7 +243,7 @@ class Grow:
     # --- a tick ---
 
     def _publish_kernel_alerts(self) -> None:
-        kernels = self.garden.kernels
+        kernels = self.registry.kernels
         while kernels is not None and kernels.alerts:
             self.gates.said.add(MISMATCH)  # saved with the run, which keeps to torch when it is resumed
             self.port.emit(Alert(tick=self.tick_number, level="error", code=MISMATCH, text=kernels.alerts.pop(0)))
@@ -260,14 +260,14 @@ class Grow:
             for command in self.port.commands(self.tick_number):
                 self._obey(command)
             self.advance.finish(self.tick_number)
-        self.garden.refresh()
+        self.registry.refresh()
         if self.observer.due:
             self.observer.publish(self.tick_number)
         self.port.end_tick(self.tick_number)
 
     def _obey(self, command: Command) -> None:
         if isinstance(command, RequestReport):
-            stages, branches = self.garden.table.counts(), self.observer.branch_cards()
+            stages, branches = self.registry.table.counts(), self.observer.branch_cards()
             self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches))
             self.port.acknowledge(command.id, "applied", "", self.tick_number)
             return
@@ -276,7 +276,7 @@ class Grow:
 
     def _collect_failures(self) -> None:
         raised, self.objective.raised = self.objective.raised, {}
-        for layer in self.garden.layers:
+        for layer in self.registry.layers:
             raised |= take_errors(layer.plan)
         self._post_failures()
         rates, self.rates = self.rates, {}
@@ -289,9 +289,9 @@ class Grow:
         self.branch_optimizer.failures.clear()
         self.advance.trouble |= self.faults.note(raised, self.tick_number)
         self.advance.error_rates = rates
-        for branch, rate in ((self.garden.branches[number], rate) for number, rate in rates.items()):
+        for branch, rate in ((self.registry.branches[number], rate) for number, rate in rates.items()):
             if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
-                site = self.garden.sites[branch.site].name
+                site = self.registry.sites[branch.site].name
                 text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
                 self.port.emit(
                     Alert(tick=self.tick_number, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed)
@@ -300,11 +300,11 @@ class Grow:
 
     def _post_failures(self) -> None:
         """In which share of its forwards each branch was contained: what ``_collect_failures`` finds, now or at the next tick."""
-        compiled = self.garden.compiled
+        compiled = self.registry.compiled
         if compiled.sites and not self.replay.asleep:
             members = [compiled.members(number) for number in range(len(compiled.sites))]
             self.readings.post(compiled.tallies(), partial(self._note_tallies, members))
-        groups = [group for layer in self.garden.layers for group in layer.plan if group.forwards]
+        groups = [group for layer in self.registry.layers for group in layer.plan if group.forwards]
         if groups:
             shares = [group.failures / group.forwards for group in groups]
             self.readings.post(shares, partial(self._note_shares, [group.branches for group in groups]))
@@ -325,27 +325,27 @@ class Grow:
     def _measure_counterfactuals(self) -> None:
         if self._last_batch is None or self.tick_number % self.settings.telemetry.every:
             return
-        model = self.garden.model
-        for branch in self.garden.in_stage(Stage.GRAFTING):
+        model = self.registry.model
+        for branch in self.registry.in_stage(Stage.GRAFTING):
             if "counterfactual" not in signals_of(self.life.strategies[branch.strategy]):
                 continue
             with self.clock.timing("judge"), torch.no_grad(), untouched_buffers(model), self.observer.silent():
                 on = self._measured_loss()
-                with self.garden.without(branch):
+                with self.registry.without(branch):
                     off = self._measured_loss()
             self.advance.counterfactual[branch.id] = off - on
 
     def _measured_loss(self) -> float:
-        key = ("counterfactual", self.garden.structure(), shapes_of(self._last_batch))
+        key = ("counterfactual", self.registry.structure(), shapes_of(self._last_batch))
         with self.replay.again(), self.meter.counting("objective", key):
-            return float(self.loss(self.garden.model, self._last_batch).mean())
+            return float(self.loss(self.registry.model, self._last_batch).mean())
 
     def _unscale(self, learning: list[Branch]) -> None:
         """Undo the loss scale where the task's gradient came in; what an objective gave was never scaled."""
         if self._scale == 1.0:
             return
         for branch in learning:
-            bank = self.garden.layers[branch.site].bank(branch.blueprint)
+            bank = self.registry.layers[branch.site].bank(branch.blueprint)
             if branch.stage in BLENDED:
                 bank.scale_gradient(branch.slot, 1.0 / self._scale)
 
@@ -356,10 +356,10 @@ class Grow:
         upcoming = self.tick_number + 1
         last_step = (self.steps + 1) % self.settings.steps_per_tick == 0
         self.observer.prepare(upcoming if last_step else 0)
-        if self.garden.kernels is not None:
-            self.garden.kernels.begin(upcoming)
-        self.replay.wanted = bool(self.garden.in_stage(Stage.TRAINING, Stage.GRAFTING))
-        layers = self.garden.layers
+        if self.registry.kernels is not None:
+            self.registry.kernels.begin(upcoming)
+        self.replay.wanted = bool(self.registry.in_stage(Stage.TRAINING, Stage.GRAFTING))
+        layers = self.registry.layers
         asleep = not self.replay.wanted and not any(layer.plan for layer in layers)
         if asleep != self.replay.asleep:
             for hidden in (self.replay, *layers):
@@ -371,14 +371,14 @@ class Grow:
     # --- cost ---
 
     def _count(self, batch: Any) -> None:
-        key = (self.garden.structure(), shapes_of(batch))
+        key = (self.registry.structure(), shapes_of(batch))
         if not self.meter.knows("step", key):
             self._rehearse(key, batch)
         self.meter.add("step", key)
 
     def _rehearse(self, key: Any, batch: Any) -> None:
         """Run the step's forward and backward once more under torch's counter, leaving no trace."""
-        model = self.garden.model
+        model = self.registry.model
         parameters = [p for p in model.parameters() if p.requires_grad]
         with self.replay.again(), untouched_buffers(model), self.observer.silent(), self.meter.learning("step", key):
             with torch.enable_grad():
@@ -398,7 +398,7 @@ class Grow:
 
     def host_state(self) -> dict[str, Tensor]:
         """The host's own part of ``model.state_dict()``, which the model takes back before anything is attached to it."""
-        return {name: value for name, value in self.garden.model.state_dict().items() if f"{ATTRIBUTE}." not in name}
+        return {name: value for name, value in self.registry.model.state_dict().items() if f"{ATTRIBUTE}." not in name}
 
     def save_branches(self, folder: str | Path) -> Path:
         """Write ``state()`` as a checkpoint under ``folder``; returns its path, which ``attach(state=…)`` takes."""
@@ -428,7 +428,7 @@ class Grow:
         from esper.seeds.exporting import export_with_cards
 
         with nullcontext() if self._kept is None else self._kept.applied():
-            return export_with_cards(self.garden)
+            return export_with_cards(self.registry)
 
 
 def _as_float32(value: float) -> float:

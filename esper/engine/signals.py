@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper.blueprints import SlotBank
 from esper.grafting.drift import weight_drift
-from esper.seeds import Branch, Garden
+from esper.seeds import Branch, SeedRegistry
 from esper.seeds.device_copy import made_on
 
 
@@ -65,34 +65,34 @@ class WeightAverages:
     def __init__(self) -> None:
         self.averages: dict[int, list[Tensor]] = {}
 
-    def drift(self, garden: Garden, branches: list[Branch]) -> Tensor:
+    def drift(self, registry: SeedRegistry, branches: list[Branch]) -> Tensor:
         """``‖w − w̄‖ / (‖w̄‖ + ε)`` of each branch, float32 ``[n]``; forgets branches that are not asked about."""
         asked = {branch.id for branch in branches}
         self.averages = {key: value for key, value in self.averages.items() if key in asked}
         values = []
         for branch in branches:
-            weights = [value.unsqueeze(0) for value in branch_values(garden, branch)]
+            weights = [value.unsqueeze(0) for value in branch_values(registry, branch)]
             averages = self.averages.get(branch.id, weights)
             drift, self.averages[branch.id] = weight_drift(weights, averages)
             values.append(drift)
         return torch.cat(values).cpu() if values else torch.zeros(0)
 
 
-def branch_values(garden: Garden, branch: Branch) -> list[Tensor]:
+def branch_values(registry: SeedRegistry, branch: Branch) -> list[Tensor]:
     """The branch's parameters, detached copies."""
-    bank = garden.layers[branch.site].bank(branch.blueprint)
+    bank = registry.layers[branch.site].bank(branch.blueprint)
     if isinstance(bank, SlotBank):
         return list(bank.values(branch.slot).values())
     return [value.detach().clone() for value in bank.blocks[str(branch.slot)].parameters()]
 
 
-def gradient_norms(garden: Garden, branches: list[Branch]) -> tuple[list[list[int]], list[int], list[Tensor]]:
+def gradient_norms(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[list[int]], list[int], list[Tensor]]:
     """By bank: the branches that have a gradient, the number of their parameters each, and the gradient's L2 norms ``[branches]``."""
     names: list[list[int]] = []
     counts: list[int] = []
     norms: list[Tensor] = []
     for (site, blueprint), group in by_bank(branches).items():
-        bank = garden.layers[site].bank(blueprint)
+        bank = registry.layers[site].bank(blueprint)
         if isinstance(bank, SlotBank):
             gradients = [stack.grad for stack in bank.stacks.values() if stack.grad is not None]
             if gradients:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import SlotBank
 from esper.engine.extra_passes import host_buffers, host_parameters
-from esper.seeds import Garden
+from esper.seeds import SeedRegistry
 
 OptimizerState = list[dict[str, Any]]
 """One dict a host parameter, in the order of the optimizer's groups: tensors and numbers by name."""
@@ -22,18 +22,18 @@ class Snapshot:
     save them while training goes on.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, garden: Garden, tick: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, registry: SeedRegistry, tick: int) -> None:
         self.tick = tick
         with torch.no_grad():
             self._host = {name: value.detach().clone() for name, value in host_parameters(model).items()}
             self._buffers = {name: value.clone() for name, value in host_buffers(model).items()}
         self._optimizer = None if optimizer is None else _cloned(optimizer_state(optimizer))
-        self._branches = {branch.id: _branch_state(garden, branch.id) for branch in garden.branches.living()}
+        self._branches = {branch.id: _branch_state(registry, branch.id) for branch in registry.branches.living()}
         running = [value for name, value in self._buffers.items() if name.rsplit(".", 1)[-1].startswith("running_")]
         self.healthy = finite([*self._host.values(), *running, *_tensors(self._optimizer or [])])
 
     @torch.no_grad()
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, garden: Garden) -> None:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, registry: SeedRegistry) -> None:
         """Put host, optimizer state, and the branches alive both then and now back as they were."""
         for name, value in host_parameters(model).items():
             value.copy_(self._host[name])
@@ -41,9 +41,9 @@ class Snapshot:
             buffer.copy_(self._buffers[name])
         if optimizer is not None and self._optimizer is not None:
             restore_optimizer(optimizer, self._optimizer)
-        for branch in garden.branches.living():
+        for branch in registry.branches.living():
             if branch.id in self._branches:
-                _restore_branch(garden, branch.id, self._branches[branch.id])
+                _restore_branch(registry, branch.id, self._branches[branch.id])
 
     def state(self) -> dict[str, Any]:
         """Everything, by reference, for a checkpoint."""
@@ -131,9 +131,9 @@ def _moved(tree: Any, device: torch.device) -> Any:
     return [_moved(value, device) for value in tree] if isinstance(tree, list) else tree
 
 
-def _branch_state(garden: Garden, branch: int) -> dict[str, Any]:
-    entry = garden.branches[branch]
-    bank = garden.layers[entry.site].bank(entry.blueprint)
+def _branch_state(registry: SeedRegistry, branch: int) -> dict[str, Any]:
+    entry = registry.branches[branch]
+    bank = registry.layers[entry.site].bank(entry.blueprint)
     if isinstance(bank, SlotBank):
         slot = entry.slot
         rows = {
@@ -149,9 +149,9 @@ def _branch_state(garden: Garden, branch: int) -> dict[str, Any]:
     }
 
 
-def _restore_branch(garden: Garden, branch: int, saved: dict[str, Any]) -> None:
-    entry = garden.branches[branch]
-    bank = garden.layers[entry.site].bank(entry.blueprint)
+def _restore_branch(registry: SeedRegistry, branch: int, saved: dict[str, Any]) -> None:
+    entry = registry.branches[branch]
+    bank = registry.layers[entry.site].bank(entry.blueprint)
     if isinstance(bank, SlotBank):
         for name, (value, first, second) in saved["rows"].items():
             bank.stacks[name][entry.slot] = value

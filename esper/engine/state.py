@@ -30,11 +30,11 @@ def topology(grow: Grow) -> Tree:
 
     What a module does is known by its class alone: a function called in ``forward`` is not seen.
     """
-    model = grow.garden.model
+    model = grow.registry.model
     named = {**host_parameters(model), **host_buffers(model)}
     host = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in named.items()}
     modules = {name: type(module).__name__ for name, module in model.named_modules() if ATTRIBUTE not in name.split(".")}
-    return {"host": host, "modules": modules, **grow.garden.topology()}
+    return {"host": host, "modules": modules, **grow.registry.topology()}
 
 
 def refuse_misfit(saved: Any, present: Tree, where: str) -> None:
@@ -81,8 +81,8 @@ def grow_state(grow: Grow) -> Tree:
         "topology": topology(grow),
         "tick": grow.tick_number,
         "step": grow.steps,
-        "garden": grow.garden.state(),
-        "plans": [[[group.forwards, group.failures] for group in layer.plan] for layer in grow.garden.layers],
+        "garden": grow.registry.state(),
+        "plans": [[[group.forwards, group.failures] for group in layer.plan] for layer in grow.registry.layers],
         "objective": grow.objective.state(),
         "signal": grow.signal.state(),
         "counts": dict(life.counts),
@@ -129,15 +129,15 @@ def fitting() -> Iterator[None]:
 def _load_grow(grow: Grow, state: Tree) -> None:
     grow.tick_number = grow.life.tick = int(state["tick"])
     grow.steps = int(state["step"])
-    grow.garden.load(state["garden"])
-    for layer, counters in zip(grow.garden.layers, state["plans"], strict=True):
+    grow.registry.load(state["garden"])
+    for layer, counters in zip(grow.registry.layers, state["plans"], strict=True):
         for group, (forwards, failures) in zip(layer.plan, counters, strict=True):
             group.forwards = int(forwards)
             group.failures.copy_(failures)
     grow.objective.load(state["objective"])
     grow.signal.load(state["signal"])
     grow.life.counts = {name: int(state["counts"][name]) for name in grow.life.counts}
-    device = next(iter(host_parameters(grow.garden.model).values())).device
+    device = next(iter(host_parameters(grow.registry.model).values())).device
     grow.guard.load(state["guard"], device)
     grow.advance.metric = state["metric"]
     averages = state["averages"].items()
@@ -145,8 +145,8 @@ def _load_grow(grow: Grow, state: Tree) -> None:
     grow.known_averages = list(state.get("followers", []))
     grow.gates.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
     grow.gates.said = set(state["said"])
-    if grow.garden.kernels is not None and MISMATCH in grow.gates.said:
-        grow.garden.kernels.tripped = True
+    if grow.registry.kernels is not None and MISMATCH in grow.gates.said:
+        grow.registry.kernels.tripped = True
     grow.executor.refusals = dict(state["refusals"])
     grow.branch_optimizer.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
     grow.branch_optimizer.norms = {int(branch): float(norm) for branch, norm in state["norms"].items()}
@@ -207,7 +207,10 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
 
 
 def _rng_state(device: torch.device) -> Tree:
-    return GlobalDraws().state() | {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return GlobalDraws().state() | {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
 
 
 def _packed(history: list[tuple[int, str, float]]) -> Tree:

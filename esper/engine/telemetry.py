@@ -19,7 +19,7 @@ from esper.engine.signals import gradient_norms
 from esper.engine.snapshot import present_values
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS, Column
-from esper.seeds import Garden, Recording, TelemetryConfig
+from esper.seeds import Recording, SeedRegistry, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 
 MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
@@ -29,33 +29,33 @@ STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
 
 
 class Observer:
-    """Reads the seeds of a garden every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
+    """Reads the seeds of a registry every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
 
     ``tick`` tells which is now. Rows are given to the port when ``readings`` bring what the device measured.
     """
 
     def __init__(
-        self, garden: Garden, config: TelemetryConfig, objective: Objective, readings: Readings, port: Port, tick: Callable[[], int]
+        self, registry: SeedRegistry, config: TelemetryConfig, objective: Objective, readings: Readings, port: Port, tick: Callable[[], int]
     ) -> None:
-        self.garden = garden
+        self.registry = registry
         self.config = config
         self.objective = objective
         self.readings = readings
         self.port = port
         self.tick = tick
         self.due = False
-        garden.compiled.near_zero = config.near_zero
+        registry.compiled.near_zero = config.near_zero
         self._gradient_ratio: dict[int, float] = {}
         self._gradient_norms: list[Tensor] = []
-        self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in garden.sites]
+        self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in registry.sites]
 
     def prepare(self, upcoming: int) -> None:
         """Give each site the recording that its next forward should fill, if any; ``upcoming`` 0 is no tick."""
         self.due = upcoming > 0 and upcoming % self.config.every == 0
         keep: set[int] = set()
         if self.objective.keeps_activations:
-            keep = {branch.site for branch in self.garden.in_stage(Stage.TRAINING)}
-        for number, layer in enumerate(self.garden.layers):
+            keep = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
+        for number, layer in enumerate(self.registry.layers):
             layer.due, layer.keeps = self.due, number in keep
             if self.due or number in keep:
                 layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep)
@@ -65,22 +65,22 @@ class Observer:
     @contextmanager
     def silent(self) -> Iterator[None]:
         """Within: forwards are not recorded."""
-        before = [layer.recording for layer in self.garden.layers]
-        for layer in self.garden.layers:
+        before = [layer.recording for layer in self.registry.layers]
+        for layer in self.registry.layers:
             layer.recording = None
         try:
             yield
         finally:
-            for layer, recording in zip(self.garden.layers, before, strict=True):
+            for layer, recording in zip(self.registry.layers, before, strict=True):
                 layer.recording = recording
 
     def note_gradients(self, scale: float) -> None:
         """Read the gradients of this step before the optimizer drops them; ``scale`` is the loss scaling to undo."""
-        self._gradient_norms = [torch.full((site.geometry.seeds,), float("nan")) for site in self.garden.sites]
+        self._gradient_norms = [torch.full((site.geometry.seeds,), float("nan")) for site in self.registry.sites]
         self._note_chunks(scale)
         self.objective.merge()
-        living = self.garden.branches.living()
-        names, counts, norms = gradient_norms(self.garden, living)
+        living = self.registry.branches.living()
+        names, counts, norms = gradient_norms(self.registry, living)
         sites = sorted({branch.site for branch in living})
         beside = {site: [p.grad for p in self._parameters_beside(site) if p.grad is not None] for site in sites}
         beside = {site: gradients for site, gradients in beside.items() if gradients}
@@ -93,7 +93,7 @@ class Observer:
             self._gradient_ratio = {}
             for branches, count, found in zip(names, counts, values[len(host) :], strict=True):
                 for branch, norm in zip(branches, found.tolist(), strict=True):
-                    above = mean.get(self.garden.branches[branch].site)
+                    above = mean.get(self.registry.branches[branch].site)
                     if above is not None and math.isfinite(norm):
                         self._gradient_ratio[branch] = math.sqrt((norm * norm / count) / max(above, 1e-24))
 
@@ -103,8 +103,8 @@ class Observer:
         """The norms of the gradients at the sites' chunks, as the layers recorded them or a compiled host's graph did."""
         sources: list[tuple[int, Recording | None]] = []
         squares: list[Tensor] = []
-        for number, layer in enumerate(self.garden.layers):
-            site = self.garden.compiled.sites[number] if self.garden.compiled.sites else None
+        for number, layer in enumerate(self.registry.layers):
+            site = self.registry.compiled.sites[number] if self.registry.compiled.sites else None
             if site is not None and site.squares is not None:
                 sources.append((number, None))
                 squares.append(site.squares)
@@ -129,15 +129,15 @@ class Observer:
         own = self._site_parameters(number)
         if own:
             return own
-        modules = [module for name, module in self.garden.model.named_modules() if f"{ATTRIBUTE}." not in f"{name}."]
-        after = modules[modules.index(self.garden.sites[number].module) + 1 :]
+        modules = [module for name, module in self.registry.model.named_modules() if f"{ATTRIBUTE}." not in f"{name}."]
+        after = modules[modules.index(self.registry.sites[number].module) + 1 :]
         following = (list(module.parameters(recurse=False)) for module in after)
-        return next((some for some in following if some), list(host_parameters(self.garden.model).values()))
+        return next((some for some in following if some), list(host_parameters(self.registry.model).values()))
 
     def publish(self, tick: int) -> None:
         """Float32 ``[seeds, len(COLUMNS)]`` of every site, from the last step, to the port once all of it has arrived."""
-        pages = [self._page(number) for number in range(len(self.garden.sites))]
-        measured = [self._measured(number) for number in range(len(self.garden.sites))]
+        pages = [self._page(number) for number in range(len(self.registry.sites))]
+        measured = [self._measured(number) for number in range(len(self.registry.sites))]
 
         def read(values: list[Tensor]) -> None:
             left = iter(values)
@@ -146,19 +146,19 @@ class Observer:
                 fill(rows, [next(left) for _ in tensors])
                 if self._gradient_norms:
                     rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
-                for branch in self.garden.living_at(number):
+                for branch in self.registry.living_at(number):
                     rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
                 self.health[number] = rows[:, MEASURED].clone()
-                self.port.telemetry(tick, self.garden.sites[number].name, rows)
+                self.port.telemetry(tick, self.registry.sites[number].name, rows)
 
         self.readings.post([tensor for tensors, _ in measured for tensor in tensors], read)
 
     def _page(self, number: int) -> Tensor | Callable[[], Tensor]:
         """A site's rows with the columns that are known without the device: as they are now, whenever the others come."""
-        site = self.garden.sites[number]
+        site = self.registry.sites[number]
 
         def known(rows: Tensor) -> Tensor:
-            table, first = self.garden.table, self.garden.first_row[number]
+            table, first = self.registry.table, self.registry.first_row[number]
             span = slice(first, first + site.geometry.seeds)
             rows.fill_(float("nan"))
             rows[:, Column.STAGE] = table.stage[span]
@@ -166,8 +166,8 @@ class Observer:
             rows[:, Column.GENERATION] = table.generation[span]
             rows[:, Column.GAIN] = table.score[span]
             rows[:, Column.ALPHA] = rows[:, Column.BRANCH_RMS_RATIO] = 0.0
-            for branch in self.garden.living_at(number):
-                rows[branch.seed, Column.ALPHA] = self.garden.branches.alpha[branch.id]
+            for branch in self.registry.living_at(number):
+                rows[branch.seed, Column.ALPHA] = self.registry.branches.alpha[branch.id]
             return rows
 
         if self.readings.late:
@@ -176,11 +176,11 @@ class Observer:
 
     def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
         """What the device knows of a site, and how it goes into its rows."""
-        recording = self.garden.layers[number].recording
+        recording = self.registry.layers[number].recording
         if recording is not None and recording.statistics is not None:
-            alive = sorted(branch for branch in recording.ratios or () if self.garden.branches[branch].alive)
+            alive = sorted(branch for branch in recording.ratios or () if self.registry.branches[branch].alive)
             ratios = [recording.ratios[branch] for branch in alive] if recording.ratios else []
-            seeds = [self.garden.branches[branch].seed for branch in alive]
+            seeds = [self.registry.branches[branch].seed for branch in alive]
 
             def recorded(rows: Tensor, values: list[Tensor]) -> None:
                 rows[:, STATISTICS] = values[0].cpu()
@@ -188,10 +188,10 @@ class Observer:
                     rows[seed, Column.BRANCH_RMS_RATIO] = float(ratio)
 
             return [recording.statistics, *ratios], recorded
-        if not self.garden.compiled.sites:
+        if not self.registry.compiled.sites:
             return [], lambda rows, values: None
-        site, members = self.garden.compiled.sites[number], self.garden.compiled.members(number)
-        chunks, alphas = list(members), self.garden.branches.alpha[list(members.values())]
+        site, members = self.registry.compiled.sites[number], self.registry.compiled.members(number)
+        chunks, alphas = list(members), self.registry.branches.alpha[list(members.values())]
         sizes = torch.tensor([end - start for start, end in (site.geometry.bounds(seed) for seed in chunks)])
 
         def in_graph(rows: Tensor, values: list[Tensor]) -> None:
@@ -209,22 +209,22 @@ class Observer:
 
     def row(self, row: int) -> list[float]:
         """A telemetry row of a seed: what was measured last, and the rest as it is now."""
-        garden, table = self.garden, self.garden.table
-        measured = self.health[garden.site_of(row)][garden.seed_of(row)].tolist()
-        alphas = [float(garden.branches.alpha[branch.id]) for branch in garden.branches.living() if branch.row == row]
+        registry, table = self.registry, self.registry.table
+        measured = self.health[registry.site_of(row)][registry.seed_of(row)].tolist()
+        alphas = [float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row]
         known = [float(table.ages(slice(row, row + 1), self.tick())), float(table.generation[row]), float(table.score[row])]
         return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]
 
     def site_cards(self) -> list[dict[str, Any]]:
         """What the bus is told of each site when the run starts."""
-        host = sum(parameter.numel() for parameter in host_parameters(self.garden.model).values())
-        return [self._card(number, host) for number in range(len(self.garden.sites))]
+        host = sum(parameter.numel() for parameter in host_parameters(self.registry.model).values())
+        return [self._card(number, host) for number in range(len(self.registry.sites))]
 
     def _card(self, number: int, host: int) -> dict[str, Any]:
-        site = self.garden.sites[number]
+        site = self.registry.sites[number]
         fitting: dict[str, dict[str, int]] = {}
-        for name, blueprint in self.garden.blueprints.items():
-            if self.garden.misfit(self.garden.first_row[number], name) is None:
+        for name, blueprint in self.registry.blueprints.items():
+            if self.registry.misfit(self.registry.first_row[number], name) is None:
                 if isinstance(blueprint, Block):
                     parameters, macs = sum(p.numel() for p in self._site_parameters(number)), 0
                 else:
@@ -236,7 +236,7 @@ class Observer:
             "kind": type(site.module).__name__,
             "width": site.geometry.width,
             "seeds": site.geometry.seeds,
-            "blueprint": self.garden.default_blueprint,
+            "blueprint": self.registry.default_blueprint,
             "blueprints": fitting,
             "host_parameters": host,
             "telemetry_every": self.config.every,
@@ -245,10 +245,10 @@ class Observer:
     def branch_cards(self) -> list[dict[str, Any]]:
         """One dict a branch: where it is, what it is, its path, its worth."""
         cards = []
-        for branch in self.garden.branches.entries:
+        for branch in self.registry.branches.entries:
             cards.append(
                 {
-                    "site": self.garden.sites[branch.site].name,
+                    "site": self.registry.sites[branch.site].name,
                     "seed": branch.seed,
                     "branch": branch.id,
                     "generation": branch.generation,
@@ -256,7 +256,7 @@ class Observer:
                     "strategy": branch.strategy,
                     "stage": branch.stage.name,
                     "path": [[name, tick] for name, tick in branch.path],
-                    "alpha": float(self.garden.branches.alpha[branch.id]),
+                    "alpha": float(self.registry.branches.alpha[branch.id]),
                     "gain": branch.gain,
                     "gain_bound": branch.bound,
                     "parameters": branch.parameters,
@@ -265,7 +265,7 @@ class Observer:
         return cards
 
     def _site_parameters(self, number: int) -> list[torch.nn.Parameter]:
-        return list(host_parameters(self.garden.sites[number].module).values())
+        return list(host_parameters(self.registry.sites[number].module).values())
 
 
 def _dot(gradients: list[Tensor]) -> Tensor:

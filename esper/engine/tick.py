@@ -15,7 +15,7 @@ from esper.grafting.custom import CustomStrategy
 from esper.lifecycle import Ages, LifecycleConfig, Stage
 from esper.lifecycle.transitions import BLENDED
 from esper.messages import Alert
-from esper.seeds import Branch, Garden
+from esper.seeds import Branch, SeedRegistry
 
 FORWARD: dict[Stage, Stage] = {
     Stage.TRAINING: Stage.GRAFTING,
@@ -37,7 +37,7 @@ class Advance:
         self,
         config: LifecycleConfig,
         ages: Ages,
-        garden: Garden,
+        registry: SeedRegistry,
         life: Life,
         gates: Gatekeeper,
         guard: Guard,
@@ -46,7 +46,7 @@ class Advance:
     ) -> None:
         self.config = config
         self.ages = ages
-        self.garden = garden
+        self.registry = registry
         self.life = life
         self.gates = gates
         self.guard = guard
@@ -63,7 +63,7 @@ class Advance:
         """What comes first at a tick: every seed is one tick older, fades and ramps go on."""
         self.life.machine.advance()
         ramped = set() if self.loss.diverging else self._ramp()
-        self.garden.set_alphas(self.life.fade(self.ages.fade) | ramped)
+        self.registry.set_alphas(self.life.fade(self.ages.fade) | ramped)
 
     def finish(self, tick: int) -> None:
         """What comes after the commands: failing and harmful seeds go, gates open, ages run out, waiting seeds get their slots."""
@@ -82,11 +82,11 @@ class Advance:
 
     def _ramp(self) -> set[int]:
         """Step the strategies of all GRAFTING branches; marks those that abort. Returns the sites whose alphas changed."""
-        branches = self.garden.in_stage(Stage.GRAFTING)
+        branches = self.registry.in_stage(Stage.GRAFTING)
         if not branches:
             self.weights.averages.clear()
             return set()
-        table = self.garden.branches
+        table = self.registry.branches
         ids = [branch.id for branch in branches]
         index = torch.tensor([STRATEGY_NAMES.index(branch.strategy) for branch in branches])
         out = step_many(index, self.life.strategies, table.grafting[ids], self.context(branches))
@@ -112,11 +112,11 @@ class Advance:
         """One alert a strategy that gave these up though they themselves did not fail."""
         for strategy in sorted({branch.strategy for branch in branches}):
             mine = [branch for branch in branches if branch.strategy == strategy]
-            names = [f"branch {branch.id} of seed {branch.seed} at {self.garden.sites[branch.site].name}" for branch in mine[:NAMED]]
+            names = [f"branch {branch.id} of seed {branch.seed} at {self.registry.sites[branch.site].name}" for branch in mine[:NAMED]]
             more = f" and {len(mine) - NAMED} more" if len(mine) > NAMED else ""
             text = f"grafting strategy {strategy} {GAVE_UP}; to CULLED: {', '.join(names)}{more}"
             one = len(mine) == 1
-            site, seed = (self.garden.sites[mine[0].site].name, mine[0].seed) if one else ("", -1)
+            site, seed = (self.registry.sites[mine[0].site].name, mine[0].seed) if one else ("", -1)
             self.life.port.emit(Alert(tick=self.life.tick, level="error", code="strategy_gave_up", text=text, site=site, seed=seed))
 
     def context(self, branches: list[Branch]) -> GraftingContext:
@@ -127,7 +127,7 @@ class Advance:
         asks_drift = [b for b in branches if "drift" in signals_of(self.life.strategies[b.strategy])]
         drift = torch.zeros(n)
         if asks_drift:
-            values = self.weights.drift(self.garden, asks_drift)
+            values = self.weights.drift(self.registry, asks_drift)
             drift[[branches.index(branch) for branch in asks_drift]] = values
         known = torch.full((n,), self.metric is not None)
         counterfactual = [self.counterfactual.get(branch.id) for branch in branches]
@@ -135,7 +135,7 @@ class Advance:
             ramp=torch.full((n,), float(max(1, self.ages.ramp))),
             alpha_min=torch.tensor([config.alpha_min for config in configs]),
             alpha_max=torch.tensor([config.alpha_max for config in configs]),
-            paused=self.garden.table.paused[rows],
+            paused=self.registry.table.paused[rows],
             metric=torch.full((n,), 0.0 if self.metric is None else self.metric),
             metric_known=known,
             loss=torch.full((n,), self.loss.fast),
@@ -150,7 +150,7 @@ class Advance:
     # --- leaving a stage ---
 
     def _remove_failing(self) -> None:
-        for branch in self.garden.branches.living():
+        for branch in self.registry.branches.living():
             rate = self.error_rates.get(branch.id, 0.0)
             cause = self.trouble.pop(branch.id, None)
             if cause is None and not rate <= self.config.error_rate:
@@ -158,12 +158,12 @@ class Advance:
             if cause is None or branch.stage in (Stage.GERMINATED, Stage.FOSSILIZED, Stage.CULLED):
                 continue
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
-            self.garden.table.errors[branch.row] += 1
+            self.registry.table.errors[branch.row] += 1
             self.life.move(branch.row, target, cause)
 
     def _open_gates(self, tick: int) -> None:
-        table = self.garden.table
-        due = [b for b in self.garden.in_stage(*FORWARD) if int(table.age[b.row]) >= self.ages.minimum[b.stage]]
+        table = self.registry.table
+        due = [b for b in self.registry.in_stage(*FORWARD) if int(table.age[b.row]) >= self.ages.minimum[b.stage]]
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
         for branch in due:
             if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):
@@ -179,13 +179,13 @@ class Advance:
 
     def _end_outlived(self) -> None:
         for row, target in self.life.machine.outlived():
-            source = self.garden.table.stage_of(row)
+            source = self.registry.table.stage_of(row)
             gone = source in BLENDED or source in (Stage.GERMINATED, Stage.TRAINING)
             cause = f"{source.name} reached its maximum age" if gone else "rest is over"
             self.life.move(row, target, cause)
 
     def _promote(self) -> None:
         """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
-        for branch in [] if self.loss.diverging else self.garden.in_stage(Stage.GERMINATED):
+        for branch in [] if self.loss.diverging else self.registry.in_stage(Stage.GERMINATED):
             if self.life.machine.refusal(branch.row, Stage.TRAINING) is None:
                 self.life.move(branch.row, Stage.TRAINING, "a training slot is free")

@@ -10,7 +10,7 @@ from torch import nn
 
 from esper.blueprints import BlockBank, SlotBank
 from esper.engine.transition_effects import Life
-from esper.seeds import Garden
+from esper.seeds import SeedRegistry
 
 
 @dataclass(frozen=True)
@@ -30,38 +30,38 @@ class Before:
     """
 
     def __init__(self, life: Life, rows: list[int]) -> None:
-        garden = life.garden
+        registry = life.registry
         self.life = life
         self._rows = torch.tensor(sorted(set(rows)), dtype=torch.int64)
-        self._table = {name: column[self._rows] for name, column in garden.table.columns.items()}
-        self._branches = [_Mutable(b.stage, b.alive, len(b.path), b.gain, b.bound, b.strategy) for b in garden.branches.entries]
-        self._numbers = {name: getattr(garden.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
-        self._slots = [_slots(garden, number) for number in range(len(garden.sites))]
-        self._released = list(garden.released)
+        self._table = {name: column[self._rows] for name, column in registry.table.columns.items()}
+        self._branches = [_Mutable(b.stage, b.alive, len(b.path), b.gain, b.bound, b.strategy) for b in registry.branches.entries]
+        self._numbers = {name: getattr(registry.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
+        self._slots = [_slots(registry, number) for number in range(len(registry.sites))]
+        self._released = list(registry.released)
         self._counts, self._leaving = dict(life.counts), list(life.leaving)
         self._readiness, self._failed = dict(life.objective.readiness), set(life.objective.failed)
 
     def restore(self) -> None:
         """Put everything back; what was allocated since is freed."""
-        life, garden = self.life, self.life.garden
+        life, registry = self.life, self.life.registry
         for name, column in self._table.items():
-            garden.table.columns[name][self._rows] = column
-        del garden.branches.entries[len(self._branches) :]
-        for branch, was in zip(garden.branches.entries, self._branches, strict=True):
+            registry.table.columns[name][self._rows] = column
+        del registry.branches.entries[len(self._branches) :]
+        for branch, was in zip(registry.branches.entries, self._branches, strict=True):
             branch.stage, branch.alive, branch.gain, branch.bound, branch.strategy = was.stage, was.alive, was.gain, was.bound, was.strategy
             del branch.path[was.path :]
         for name, value in self._numbers.items():
-            setattr(garden.branches, name, value)
+            setattr(registry.branches, name, value)
         for number, before in enumerate(self._slots):
-            _free_new(garden, number, before)
-            garden.touch(number)
-        garden.released = self._released
+            _free_new(registry, number, before)
+            registry.touch(number)
+        registry.released = self._released
         life.counts, life.leaving = self._counts, self._leaving
         life.objective.readiness, life.objective.failed = self._readiness, self._failed
 
 
-def _slots(garden: Garden, number: int) -> dict[str, set[int]]:
-    return {name: _used(bank) for name, bank in garden.banks(number).items()}
+def _slots(registry: SeedRegistry, number: int) -> dict[str, set[int]]:
+    return {name: _used(bank) for name, bank in registry.banks(number).items()}
 
 
 def _used(bank: SlotBank | BlockBank) -> set[int]:
@@ -70,9 +70,9 @@ def _used(bank: SlotBank | BlockBank) -> set[int]:
     return {slot for slot, used in enumerate(bank.used) if used}
 
 
-def _free_new(garden: Garden, number: int, before: dict[str, set[int]]) -> None:
-    banks: nn.ModuleDict = garden.layers[number].banks
-    for name, bank in garden.banks(number).items():
+def _free_new(registry: SeedRegistry, number: int, before: dict[str, set[int]]) -> None:
+    banks: nn.ModuleDict = registry.layers[number].banks
+    for name, bank in registry.banks(number).items():
         if name not in before:
             del banks[name]
             continue

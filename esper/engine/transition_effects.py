@@ -16,7 +16,7 @@ from esper.lifecycle import Machine, Stage
 from esper.lifecycle.table import RESTING
 from esper.lifecycle.transitions import BLENDED
 from esper.messages import Transition
-from esper.seeds import Branch, Garden
+from esper.seeds import Branch, SeedRegistry
 
 
 class Life:
@@ -27,14 +27,14 @@ class Life:
 
     def __init__(
         self,
-        garden: Garden,
+        registry: SeedRegistry,
         machine: Machine,
         grafting: GraftingConfig,
         objective: Objective,
         port: Port,
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
-        self.garden = garden
+        self.registry = registry
         self.machine = machine
         self.strategies: dict[str, GraftingConfig] = {name: config() for name, config in STRATEGY_CONFIGS.items()}
         self.strategies[grafting.name] = grafting
@@ -68,14 +68,14 @@ class Life:
     def germinate(self, row: int, blueprint: str, strategy: str, cause: str) -> Branch:
         """DORMANT → GERMINATED with a new branch."""
         source = self.machine.apply(row, Stage.GERMINATED, cause).source
-        branch = self.garden.germinate(row, blueprint or self.garden.default_blueprint, strategy or self.default_strategy)
+        branch = self.registry.germinate(row, blueprint or self.registry.default_blueprint, strategy or self.default_strategy)
         self._say(row, branch, source, Stage.GERMINATED, cause)
         self.counts["germinated"] += 1
         return branch
 
     def move(self, row: int, target: Stage, cause: str) -> None:
         """Any other transition; raises ValueError where the table of transitions has none."""
-        branch = self.garden.branch_at(row)
+        branch = self.registry.branch_at(row)
         source = self.machine.table.stage_of(row)
         self.machine.apply(row, target, cause)
         if target in RESTING:
@@ -86,7 +86,7 @@ class Life:
 
     def _carry_out(self, branch: Branch, source: Stage, target: Stage) -> None:
         branch.stage = target
-        alphas = self.garden.branches.alpha
+        alphas = self.registry.branches.alpha
         if source is Stage.TRAINING:
             self.objective.forget(branch.id)
         if source in BLENDED and target in (Stage.CULLED, Stage.ROLLED_BACK):
@@ -94,7 +94,7 @@ class Life:
         if target is Stage.GRAFTING:
             self._begin_grafting(branch)
         elif target is Stage.CULLED:
-            self.garden.branches.fade_from[branch.id] = alphas[branch.id]
+            self.registry.branches.fade_from[branch.id] = alphas[branch.id]
             if source not in BLENDED or not self.sound(branch) or float(alphas[branch.id]) == 0.0:
                 self.drop(branch)
         elif target in (Stage.CANCELLED, Stage.ROLLED_BACK):
@@ -102,18 +102,18 @@ class Life:
         name = target.name.lower()
         if name in self.counts:
             self.counts[name] += 1
-        self.garden.touch(branch.site)
+        self.registry.touch(branch.site)
 
     def _begin_grafting(self, branch: Branch) -> None:
         config = self.strategies[branch.strategy]
-        self.garden.branches.grafting[branch.id] = initial_state(1)[0]
-        self.garden.branches.alpha[branch.id] = config.alpha_min
+        self.registry.branches.grafting[branch.id] = initial_state(1)[0]
+        self.registry.branches.alpha[branch.id] = config.alpha_min
 
     def drop(self, branch: Branch) -> None:
         """Alpha to zero and the parameters freed, at once."""
-        self.garden.branches.alpha[branch.id] = 0.0
+        self.registry.branches.alpha[branch.id] = 0.0
         if branch.alive:
-            self.garden.release(branch)
+            self.registry.release(branch)
 
     def sound(self, branch: Branch) -> bool:
         """Whether the branch failed in none of this tick's forwards."""
@@ -122,19 +122,19 @@ class Life:
     def fade(self, fade_ticks: int) -> set[int]:
         """Lower the alphas of culled branches; frees those that are gone. Returns the sites whose alphas changed."""
         sites: set[int] = set()
-        for branch in self.garden.in_stage(Stage.CULLED):
+        for branch in self.registry.in_stage(Stage.CULLED):
             age = int(self.machine.table.age[branch.row])
             left = 0.0 if fade_ticks == 0 else max(0.0, 1.0 - age / fade_ticks)
-            alpha = float(self.garden.branches.fade_from[branch.id]) * left
-            self.garden.branches.alpha[branch.id] = alpha
+            alpha = float(self.registry.branches.fade_from[branch.id]) * left
+            self.registry.branches.alpha[branch.id] = alpha
             sites.add(branch.site)
             if alpha == 0.0:
                 self.drop(branch)
         return sites
 
     def _say(self, row: int, branch: Branch | None, source: Stage, target: Stage, cause: str) -> None:
-        garden = self.garden
-        site, seed = garden.sites[garden.site_of(row)].name, garden.seed_of(row)
+        registry = self.registry
+        site, seed = registry.sites[registry.site_of(row)].name, registry.seed_of(row)
         if branch is not None:
             branch.path.append((target.name, self.tick))
         event = Transition(
@@ -145,7 +145,7 @@ class Life:
             source=int(source),
             target=int(target),
             cause=cause,
-            generation=int(garden.table.generation[row]),
+            generation=int(registry.table.generation[row]),
             blueprint="" if branch is None else branch.blueprint,
             strategy="" if branch is None else branch.strategy,
         )

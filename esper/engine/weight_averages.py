@@ -22,7 +22,7 @@ from esper.engine.attached_state import HostAlone, forgive_seeds
 from esper.engine.extra_passes import host_parameters
 from esper.errors import UserError
 from esper.lifecycle import Stage
-from esper.seeds import Branch, Garden, SeedLayer, Site
+from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
 from esper.seeds.layer import ATTRIBUTE, Attached, device_of
 from esper.seeds.plan import Injection, build
 
@@ -31,43 +31,43 @@ AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
 
 
 class Follower:
-    """One average of the model of ``garden``. ``sync`` it whenever the garden has changed, before anybody averages again.
+    """One average of the model of ``registry``. ``sync`` it whenever the registry has changed, before anybody averages again.
 
     ``known`` are averaged values of branches, from ``state``, where the average goes on from an earlier one.
     """
 
-    def __init__(self, garden: Garden, averaged: nn.Module, known: dict[str, Any] | None = None) -> None:
-        self.garden = garden
-        self.model = _counterpart(garden.model, averaged)
+    def __init__(self, registry: SeedRegistry, averaged: nn.Module, known: dict[str, Any] | None = None) -> None:
+        self.registry = registry
+        self.model = _counterpart(registry.model, averaged)
         self.device = device_of(self.model)
         self._bare()
-        self.layers = [self._layer(site) for site in garden.sites]
-        self._banks: list[Any] = [None] * len(garden.sites)
-        self._plans: list[Any] = [[]] * len(garden.sites)
+        self.layers = [self._layer(site) for site in registry.sites]
+        self._banks: list[Any] = [None] * len(registry.sites)
+        self._plans: list[Any] = [[]] * len(registry.sites)
         averaged.register_state_dict_post_hook(HostAlone())  # what grew is saved with the grown, and fits no fresh copy
         averaged.register_load_state_dict_post_hook(forgive_seeds)
         self.sync()
         for number, values in (known or {}).items():
-            _put(self._values(garden.branches[int(number)]), values)
+            _put(self._values(registry.branches[int(number)]), values)
 
     @torch.no_grad()
     def sync(self) -> None:
         """Bring banks, alphas and the values of branches that are not averaged up to date."""
-        living = self.garden.branches.living()
+        living = self.registry.branches.living()
         for number in range(len(self.layers)):
             here = [branch for branch in living if branch.site == number]
-            key = {name: (_size(bank), _order(bank)) for name, bank in self.garden.banks(number).items()}, [(b.id, b.slot) for b in here]
+            key = {name: (_size(bank), _order(bank)) for name, bank in self.registry.banks(number).items()}, [(b.id, b.slot) for b in here]
             if key != self._banks[number]:
                 self._rebuild(number, here)
                 self._banks[number] = key
             self._plan(number)
         for branch in living:
             if branch.stage not in AVERAGED:
-                _put(self._values(branch), _values(self.garden.layers[branch.site], branch))
+                _put(self._values(branch), _values(self.registry.layers[branch.site], branch))
 
     def state(self) -> dict[str, Any]:
         """The averaged values of the branches that have any, by branch; the host's are whoever's the average is."""
-        averaged = self.garden.in_stage(*AVERAGED)
+        averaged = self.registry.in_stage(*AVERAGED)
         return {str(branch.id): {name: value.detach() for name, value in self._values(branch).items()} for branch in averaged}
 
     @contextmanager
@@ -82,7 +82,7 @@ class Follower:
 
     def _exchange(self) -> None:
         kinds = (nn.Module.named_parameters, nn.Module.named_buffers)
-        for mine, other in ((dict(kind(self.model)), dict(kind(self.garden.model))) for kind in kinds):
+        for mine, other in ((dict(kind(self.model)), dict(kind(self.registry.model))) for kind in kinds):
             for name, value in other.items():
                 held = value.detach().clone()
                 value.detach().copy_(mine[name])
@@ -112,7 +112,7 @@ class Follower:
             before = set(self._banks[number][1])
             known = {b.id: {n: v.clone() for n, v in self._values(b).items()} for b in here if (b.id, b.slot) in before}
         site = self.model.get_submodule(layer.name)
-        layer.banks = nn.ModuleDict({name: self._twin(bank, site) for name, bank in self.garden.banks(number).items()})
+        layer.banks = nn.ModuleDict({name: self._twin(bank, site) for name, bank in self.registry.banks(number).items()})
         self._plans[number] = []
         for branch in here:
             if branch.id in known:
@@ -134,15 +134,15 @@ class Follower:
         return twin
 
     def _plan(self, number: int) -> None:
-        garden, layer = self.garden, self.layers[number]
-        blended = garden.blended(number)
+        registry, layer = self.registry, self.layers[number]
+        blended = registry.blended(number)
         if [branch.id for branch in blended] != self._plans[number] or (blended and not layer.plan):
             banks = {name: layer.bank(name) for name in layer.banks}
-            layer.plan = build([garden._part(branch, learning=False) for branch in blended], banks, layer.geometry, self.device)
+            layer.plan = build([registry._part(branch, learning=False) for branch in blended], banks, layer.geometry, self.device)
             self._plans[number] = [branch.id for branch in blended]
         for group in layer.plan:
             assert not isinstance(group, Injection)
-            group.alpha.copy_(garden.branches.alpha[group.branches])
+            group.alpha.copy_(registry.branches.alpha[group.branches])
 
     def _values(self, branch: Branch) -> dict[str, Tensor]:
         return _values(self.layers[branch.site], branch)

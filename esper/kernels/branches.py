@@ -116,9 +116,7 @@ def bank_backward(
     return [*partial, residual], plan
 
 
-def collect(
-    sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch
-) -> list[Tensor]:
+def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
     """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
     targets = [torch.empty_like(tensor) for tensor in tensors]
     sizes, seeds = [tensor[0].numel() for tensor in tensors], roster.alpha.shape[0]

@@ -151,7 +151,9 @@ def finish_kernel(
 ):  # fmt: skip
     """``health[seed]`` of SB seeds from all partial sums; see ``finish``."""
     seed = tl.program_id(0) * SB + tl.arange(0, SB)
-    finish(rank, pivots, moments, totals, stats, health, seed, 0.0, 0.0, False, seeds, width, rows, blocks, parts, C, EVEN, WHOLE, CHOICE, PB)
+    finish(
+        rank, pivots, moments, totals, stats, health, seed, 0.0, 0.0, False, seeds, width, rows, blocks, parts, C, EVEN, WHOLE, CHOICE, PB
+    )
 
 
 @triton.jit

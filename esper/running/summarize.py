@@ -18,7 +18,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
     """Everything but the controls, which are made afterwards."""
     grow, outcome = trainer.grow, trainer.outcome
     grown = grow.export().state_dict()
-    garden = grow.garden
+    registry = grow.registry
     gates = {
         name: {"closest": record.closest, "threshold": record.threshold, "asked": record.asked, "passed": record.passed}
         for name, record in grow.gates.records.items()
@@ -42,7 +42,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
         macs=grow.meter.total,
         macs_by_pass=dict(sorted(grow.meter.spent.items())),  # type: ignore[typeddict-unknown-key]
         seconds=seconds,  # type: ignore[typeddict-item]
-        stages=garden.table.counts(),  # type: ignore[typeddict-unknown-key]
+        stages=registry.table.counts(),  # type: ignore[typeddict-unknown-key]
         environment=environment(trainer.device),
         environments=lives(folder),
         fingerprint=fingerprint(grown, outcome.history),

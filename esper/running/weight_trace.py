@@ -65,11 +65,11 @@ def _numbers(tensor: Tensor) -> Tensor:
 
 def _weights(trainer: Trainer) -> Iterable[Tensor]:
     """Host and norm statistics by name, then the living branches."""
-    garden = trainer.grow.garden
-    for found in (host_parameters(garden.model), host_buffers(garden.model)):
+    registry = trainer.grow.registry
+    for found in (host_parameters(registry.model), host_buffers(registry.model)):
         yield from (found[name].to(trainer.device) for name in sorted(found))
-    for branch in garden.branches.living():
-        bank = garden.layers[branch.site].bank(branch.blueprint)
+    for branch in registry.branches.living():
+        bank = registry.layers[branch.site].bank(branch.blueprint)
         if isinstance(bank, SlotBank):
             yield from (bank.stacks[name][branch.slot] for name in sorted(bank.stacks))
         else:

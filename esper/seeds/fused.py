@@ -77,9 +77,7 @@ class Fused:
         ratios.update(zip(self.branches, values.unbind(), strict=True))
 
 
-def fuse(
-    plan: Plan, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device
-) -> Plan:
+def fuse(plan: Plan, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device) -> Plan:
     """The plan with what the kernels can take in one leading ``Fused``; as it is where they are not used.
 
     ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.
@@ -124,7 +122,11 @@ def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int
         route=route.to(device),
         alpha=torch.cat([group.alpha for group in groups]),
         failures=torch.zeros(len(branches), device=device),
-        key=("fused " + ",".join(f"{kind_of(g.bank.blueprint)}×{len(g.branches)}" for g in groups), len(branches), any(g.learns for g in groups)),
+        key=(
+            "fused " + ",".join(f"{kind_of(g.bank.blueprint)}×{len(g.branches)}" for g in groups),
+            len(branches),
+            any(g.learns for g in groups),
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""The garden of a model: its sites, the table of their seeds, the branches that grew, and the plans its forwards follow."""
+"""The registry of a model: its sites, the table of their seeds, the branches that grew, and the plans its forwards follow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from esper.seeds.sites import Site
 AnyBlueprint = Blueprint | Block
 
 
-class Garden:
+class SeedRegistry:
     """Owns what is attached to ``model``. Rows of ``table`` are numbered site by site, seed by seed."""
 
     def __init__(
@@ -156,8 +156,7 @@ class Garden:
     def topology(self) -> dict[str, Any]:
         """What a saved state must agree with before a tensor of it is looked at (JSON-able)."""
         sites = [
-            {"name": site.name, "width": site.geometry.width, "seeds": site.geometry.seeds, "dim": site.geometry.dim}
-            for site in self.sites
+            {"name": site.name, "width": site.geometry.width, "seeds": site.geometry.seeds, "dim": site.geometry.dim} for site in self.sites
         ]
         return {"sites": sites, "blueprint": self.default_blueprint, "silent": self.silent}
 
@@ -167,7 +166,7 @@ class Garden:
         return {"table": self.table.state(), "branches": self.branches.state(), "banks": banks}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a saved state of a garden of the same topology. Raises ValueError where it does not fit."""
+        """Take over a saved state of a registry of the same topology. Raises ValueError where it does not fit."""
         self.table.load(state["table"])
         self.branches.load(state["branches"])
         for number, layer in enumerate(self.layers):
@@ -175,7 +174,11 @@ class Garden:
                 self.bank(number, blueprint).load(saved)
         for branch in self.branches.living():
             bank = self.layers[branch.site].bank(branch.blueprint)
-            held = bank.used[branch.slot] if isinstance(bank, SlotBank) and branch.slot >= 0 else str(branch.slot) in getattr(bank, "blocks", ())
+            held = (
+                bank.used[branch.slot]
+                if isinstance(bank, SlotBank) and branch.slot >= 0
+                else str(branch.slot) in getattr(bank, "blocks", ())
+            )
             if not held or self.site_of(branch.row) != branch.site or self.seed_of(branch.row) != branch.seed:
                 raise ValueError(f"branch {branch.id} has no parameters where it should")
         for number in range(len(self.sites)):
@@ -292,7 +295,9 @@ class Garden:
         """The plan of a site: what the kernels can take in one pass, the rest group by group."""
         geometry = self.layers[number].geometry
         plan = build(parts, self.banks(number), geometry, self.device)
-        return fuse(plan, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device)
+        return fuse(
+            plan, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device
+        )
 
     def _part(self, branch: Branch, learning: bool) -> Part:
         return Part(branch, float(self.branches.alpha[branch.id]), learning)

@@ -40,9 +40,7 @@ def write_model(model: nn.Module, sample: Tensor, folder: str | Path) -> None:
         program, remarks = traced(copy.deepcopy(model).cpu().eval(), sample)
     except Exception as error:  # torch.export has no common base for what it raises
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise TrackerError(
-            f"the final model cannot be exported by torch.export ({why}); set tracking.model=false to do without"
-        ) from error
+        raise TrackerError(f"the final model cannot be exported by torch.export ({why}); set tracking.model=false to do without") from error
     for remark in remarks:
         log.warning("%s", remark)
     to_pt2(program, target / PROGRAM)

@@ -19,9 +19,7 @@ class Continued:
         names = client.get_run(run_id).data.metrics
         ends = {name: name.rsplit("/", 1)[-1] for name in names}
         wanted = [n for n, end in ends.items() if n.startswith("alerts/") or end.startswith("seeds_") or "second" in end]
-        self._steps = {
-            name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in wanted
-        }
+        self._steps = {name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in wanted}
 
     def last_tick(self, name: str) -> int:
         """The last tick of a metric, −1 where there is none."""

@@ -35,9 +35,7 @@ class TrainerConfig:
     detect_anomaly: bool = setting(False, help="stop at the operation that made a NaN, and name it (slow)")
     debug: bool = setting(False, help="raise what the code of a branch, strategy or controller raises, not go on without it")
     governor: bool = setting(True, help="watch loss, gradients, updates and activations; roll back what goes wrong")
-    governor_snapshot: str = setting(
-        "1%", unit="duration", help="time between two snapshots in memory that a rollback returns to"
-    )
+    governor_snapshot: str = setting("1%", unit="duration", help="time between two snapshots in memory that a rollback returns to")
     governor_patience: int = setting(3, low=1, unit="steps", help="steps in a row that loss or gradient may be far out of band")
     governor_failures: int = setting(5, low=1, help="more rollbacks than this within a tenth of the run stop it")
     checkpoint_every: str = setting(
@@ -55,16 +53,16 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         """Refuse a run without a length, or with two."""
         if (self.steps > 0) == (self.epochs > 0):
-            raise UserError(
-                f"trainer.steps={self.steps} and trainer.epochs={self.epochs}: exactly one must be positive, the other 0."
-            )
+            raise UserError(f"trainer.steps={self.steps} and trainer.epochs={self.epochs}: exactly one must be positive, the other 0.")
         if self.keep == "better" and self.control is False:
             raise UserError(
                 "trainer.keep=better compares with the host alone, which trainer.control=false does not train: set trainer.control=true "
                 "or trainer.keep=grown."
             )
         if self.freeze_host and self.precision == "fp16":
-            raise UserError("trainer.freeze_host=true leaves no gradient for fp16's loss scaling to watch; use trainer.precision=bf16 or fp32.")
+            raise UserError(
+                "trainer.freeze_host=true leaves no gradient for fp16's loss scaling to watch; use trainer.precision=bf16 or fp32."
+            )
 
     def steps_per_epoch(self, samples: int) -> int:
         """Optimizer steps of an epoch over this many samples; those left over make none."""

@@ -129,7 +129,7 @@ class Governor:
         for branch in self._culprits(batch):
             anomaly.culprits.append(self._remove(branch, anomaly))
         if self.snapshot is not None:
-            self.snapshot.restore(grow.garden.model, grow.optimizer, grow.garden)
+            self.snapshot.restore(grow.registry.model, grow.optimizer, grow.registry)
             grow.signal.load(self._signal)
             grow.life.leaving.clear()
             grow.guard.returned(self.snapshot.tick)
@@ -177,7 +177,7 @@ class Governor:
             largest = float(torch.stack([norm.float() for norm in norms]).max())
         if not math.isfinite(largest) or largest > JUMP * max(self._largest, TINY):
             return f"the largest weight is {largest:.3g}, and was {self._largest:.3g} at the snapshot before"
-        taken = Snapshot(grow.garden.model, grow.optimizer, grow.garden, grow.tick_number)
+        taken = Snapshot(grow.registry.model, grow.optimizer, grow.registry, grow.tick_number)
         if not taken.healthy:
             return "the optimizer's state or the norm statistics are not finite"
         self.snapshot, self._signal, self._largest = taken, grow.signal.state(), largest
@@ -191,8 +191,8 @@ class Governor:
 
     def _culprits(self, batch: Any) -> list[Branch]:
         """The fewest branches without which this batch's loss is usual again; where several single ones would do, a younger one."""
-        garden = self.grow.garden
-        blended = [branch for number in range(len(garden.sites)) for branch in garden.blended(number)]
+        registry = self.grow.registry
+        blended = [branch for number in range(len(registry.sites)) for branch in registry.blended(number)]
         if not blended or self._usual(self._loss(batch, [])) or not self._usual(self._loss(batch, blended)):
             return []
         youngest_first = sorted(blended, key=lambda branch: -branch.id)
@@ -204,13 +204,13 @@ class Governor:
     def _loss(self, batch: Any, without: Iterable[Branch]) -> float:
         """The loss of a batch with some branches off; leaves no trace."""
         grow = self.grow
-        model = grow.garden.model
-        with torch.no_grad(), untouched_buffers(model), grow.observer.silent(), grow.replay.again(), grow.garden.without(*without):
+        model = grow.registry.model
+        with torch.no_grad(), untouched_buffers(model), grow.observer.silent(), grow.replay.again(), grow.registry.without(*without):
             return float(grow.loss(model, batch).mean())
 
     def _remove(self, branch: Branch, anomaly: Anomaly) -> str:
         grow = self.grow
-        site = grow.garden.sites[branch.site].name
+        site = grow.registry.sites[branch.site].name
         name = f"branch {branch.id} ({branch.blueprint}) of seed {branch.seed} at {site}"
         if branch.stage is Stage.CULLED:
             grow.life.drop(branch)
@@ -218,8 +218,8 @@ class Governor:
             grow.life.move(branch.row, Stage.ROLLED_BACK, f"governor: {anomaly.what}")
         else:
             name += f", which stays because it is {branch.stage.name}"
-        grow.garden.touch(branch.site)
-        grow.garden.refresh()
+        grow.registry.touch(branch.site)
+        grow.registry.refresh()
         return name
 
     def state(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class Trainer:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                grown = len(self.grow.garden.branches.living())
+                grown = len(self.grow.registry.branches.living())
                 whose = "GPU" if self.device.type == "cuda" else "machine"
                 raise UserError(
                     f"The {whose}'s memory is full at step {self.outcome.steps + 1}, with {grown} branches grown; lower "
@@ -291,8 +291,8 @@ class Trainer:
     @property
     def parameters(self) -> int:
         """Parameters of the host and of the branches that are blended in."""
-        garden = self.grow.garden
-        return self.host_parameters + sum(branch.parameters for number in range(len(garden.sites)) for branch in garden.blended(number))
+        registry = self.grow.registry
+        return self.host_parameters + sum(branch.parameters for number in range(len(registry.sites)) for branch in registry.blended(number))
 
     @property
     def host_parameters(self) -> int:

@@ -126,7 +126,7 @@ def steps() -> dict[str, dict[str, int]]:
         while trainer.outcome.steps < step:
             trainer.advance()
         found[name] = counted(trainer, port)
-        stages = {branch.stage.name.lower() for branch in trainer.grow.garden.branches.entries} or {"dormant"}
+        stages = {branch.stage.name.lower() for branch in trainer.grow.registry.branches.entries} or {"dormant"}
         assert stages == {name.partition(" ")[0]}, f"step {step} is not what it is called: {stages}"
     return found
 

@@ -190,7 +190,7 @@ class Loop:
             sample=self.batch, blueprint=BLUEPRINTS["mlp"](receptive_field=arm.field), grafting=STRATEGIES["linear"](ramp=ramp),
             lifecycle=lifecycle, telemetry=TelemetryConfig(every=arm.every), port=port,
         )  # fmt: skip
-        seeds = [(site.name, seed) for site in grow.garden.sites for seed in range(site.geometry.seeds)]
+        seeds = [(site.name, seed) for site in grow.registry.sites for seed in range(site.geometry.seeds)]
         wanted = round(arm.share * len(seeds))
         chosen = [seeds[number * len(seeds) // wanted] for number in range(wanted)]
         port.waiting = [Germinate(id=f"{site}-{seed}", site=site, seed=seed) for site, seed in chosen]
@@ -198,7 +198,7 @@ class Loop:
 
     def _reach(self, arm: Arm) -> None:
         assert self.grow is not None
-        stages = self.grow.garden.table.stage
+        stages = self.grow.registry.table.stage
         wanted = round(arm.share * len(stages))
         for _ in range(8):
             self.step()

@@ -96,5 +96,5 @@ def train_until(trainer: Trainer, step: int) -> Any:
 def bits(trainer: Trainer) -> tuple[str, list[tuple[str, list[tuple[str, int]]]]]:
     """Fingerprint of weights and history, and every branch's path."""
     grown = trainer.grow.export().state_dict()
-    paths = [(branch.blueprint, branch.path) for branch in trainer.grow.garden.branches.entries]
+    paths = [(branch.blueprint, branch.path) for branch in trainer.grow.registry.branches.entries]
     return fingerprint(grown, trainer.outcome.history), paths

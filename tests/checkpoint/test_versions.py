@@ -37,7 +37,9 @@ def test_a_sample_is_taken_over_to_the_last_bit_and_goes_on(make: Make, version:
     assert trainer.outcome.steps == 60
     losses = [value for tick, name, value in trainer.outcome.history if name == "train/loss" and tick > STEP]
     assert losses and all(map(math.isfinite, losses))
-    for branch, saved in zip(trainer.grow.garden.branches.entries, state["trainer"]["grow"]["garden"]["branches"]["entries"], strict=True):
+    for branch, saved in zip(
+        trainer.grow.registry.branches.entries, state["trainer"]["grow"]["garden"]["branches"]["entries"], strict=True
+    ):
         assert [list(step) for step in branch.path[: len(saved["path"])]] == saved["path"]
         assert len(branch.path) > len(saved["path"])
 

@@ -67,15 +67,15 @@ def counting(governor: Governor, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_governor_finds_one_branch_among_64_in_few_forwards(make: Make, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
     words = ("model.width=64", "sites.match=[fc1,fc2]", "sites.per_site=32", "trainer.steps=80", "grafting.ramp=30step")
     trainer = make(*words, "lifecycle.grafting_max=90%", "lifecycle.training_slots=64", "lifecycle.readiness=-1.0")
-    names = [site.name for site in trainer.grow.garden.sites]
+    names = [site.name for site in trainer.grow.registry.sites]
     trainer.port.plan = {8: [Germinate(id=f"{name}-{seed}", site=name, seed=seed) for name in names for seed in range(32)]}
     trainer.model.train()
     for _ in range(24):
         trainer.advance()
-    grafting = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    grafting = trainer.grow.registry.in_stage(Stage.GRAFTING)
     assert len(grafting) == 64 and trainer.governor is not None
     culprit = grafting[place]
-    bank = trainer.grow.garden.layers[culprit.site].bank(culprit.blueprint)
+    bank = trainer.grow.registry.layers[culprit.site].bank(culprit.blueprint)
     with torch.no_grad():
         bank.stacks["b2"][culprit.slot] = 1e30
     asked = counting(trainer.governor, monkeypatch)

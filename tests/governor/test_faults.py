@@ -43,14 +43,14 @@ def test_a_governor_that_has_nothing_to_do_changes_no_bit(make: Make) -> None:
 def test_a_batch_of_nan_is_not_learned_and_harms_no_seed(make: Make) -> None:
     trainer = make(*SLOW)
     steps(trainer, 22)
-    before = [branch.stage for branch in trainer.grow.garden.branches.living()]
+    before = [branch.stage for branch in trainer.grow.registry.branches.living()]
     assert Stage.GRAFTING in before
     good = trainer._batch
     trainer._batch = lambda number: (torch.full_like(good(number)[0], float("nan")), good(number)[1])
     steps(trainer, 1)
     trainer._batch = good
     assert finite(trainer) and len(alerts(trainer)) == 1 and "the loss is nan" in alerts(trainer)[0]
-    assert [branch.stage for branch in trainer.grow.garden.branches.living()] == before
+    assert [branch.stage for branch in trainer.grow.registry.branches.living()] == before
     assert trainer.grow.tick_number == 23
     trainer.fit()
     assert finite(trainer)
@@ -59,9 +59,9 @@ def test_a_batch_of_nan_is_not_learned_and_harms_no_seed(make: Make) -> None:
 def test_an_exploding_branch_is_found_and_rolled_back_and_the_others_stay(make: Make) -> None:
     trainer = make(*SLOW)
     steps(trainer, 24)
-    grafting = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    grafting = trainer.grow.registry.in_stage(Stage.GRAFTING)
     culprit, others = grafting[1], [branch for branch in grafting if branch is not grafting[1]]
-    bank = trainer.grow.garden.layers[culprit.site].bank(culprit.blueprint)
+    bank = trainer.grow.registry.layers[culprit.site].bank(culprit.blueprint)
     with torch.no_grad():
         bank.stacks["b2"][culprit.slot] = 1e30
     steps(trainer, 1)
@@ -174,8 +174,8 @@ def test_a_full_memory_stops_with_a_sentence(ask: Callable[[], Any], make: Make)
 def test_a_strategy_that_answers_nan_is_given_up_and_harms_nothing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make(*SLOW)
     steps(trainer, 24)
-    grafting = trainer.grow.garden.in_stage(Stage.GRAFTING)
-    table = trainer.grow.garden.branches
+    grafting = trainer.grow.registry.in_stage(Stage.GRAFTING)
+    table = trainer.grow.registry.branches
     alphas = [float(table.alpha[branch.id]) for branch in grafting]
     assert grafting and all(0.0 < alpha < 1.0 for alpha in alphas)
     sound = STRATEGIES["linear"]
@@ -195,13 +195,13 @@ def test_a_strategy_that_answers_nan_is_given_up_and_harms_nothing(make: Make, m
     assert (said.tick, said.level, said.code) == (25, "error", "strategy_gave_up")
     assert said.text.startswith("grafting strategy linear gave up: a signal or its own wish is not finite; to CULLED: ")
     for branch in grafting:
-        assert f"branch {branch.id} of seed {branch.seed} at {trainer.grow.garden.sites[branch.site].name}" in said.text
+        assert f"branch {branch.id} of seed {branch.seed} at {trainer.grow.registry.sites[branch.site].name}" in said.text
 
 
 def test_of_many_branches_that_a_strategy_gives_up_the_first_are_named_and_all_counted(make: Make) -> None:
     trainer = make(*SLOW)
     steps(trainer, 24)
-    grafting = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    grafting = trainer.grow.registry.in_stage(Stage.GRAFTING)
     trainer.grow.advance.say_given_up(grafting * 5)
     (said,) = alerts(trainer)
     assert said.count(" of seed ") == 8 and said.endswith(f"and {len(grafting) * 5 - 8} more")
@@ -222,6 +222,6 @@ def test_a_controller_that_approves_everything_opens_no_gate(make: Make) -> None
     trainer.fit()
     said = [words for name, *words in trainer.port.heard if name == "acknowledge" and words[0] in asked]
     assert len(said) == len(asked) and finite(trainer)
-    fossils = trainer.grow.garden.in_stage(Stage.FOSSILIZED)
+    fossils = trainer.grow.registry.in_stage(Stage.FOSSILIZED)
     passed = {event.branch for event in trainer.port.events(GateResult) if event.gate == "final_gain" and event.passed}
     assert {branch.id for branch in fossils} <= passed, "none was kept whose last gate did not pass"

@@ -35,9 +35,7 @@ class Child:
     seconds: float
 
 
-def child(
-    work: Callable[[], None], log: Path, kill_after_s: float | None = None, kill_when: Callable[[], bool] = lambda: False
-) -> Child:
+def child(work: Callable[[], None], log: Path, kill_after_s: float | None = None, kill_when: Callable[[], bool] = lambda: False) -> Child:
     """Do ``work`` in a forked process whose output goes to ``log``; kill it after so many seconds, or when something is so."""
     began = time.monotonic()
     sys.stdout.flush()

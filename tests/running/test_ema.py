@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_has_the_same_average(stop: int) -> None:
     again = built("trainer.ema=0.9", state=state)
     grow_one(again, 20)
     assert whole.average is not None and again.average is not None
-    assert whole.grow.garden.branches[0].path == again.grow.garden.branches[0].path
+    assert whole.grow.registry.branches[0].path == again.grow.registry.branches[0].path
     for one, other in zip(whole.average.parameters(), again.average.parameters(), strict=True):
         assert torch.equal(one, other)
     for one, other in zip(whole.average.buffers(), again.average.buffers(), strict=True):

@@ -86,7 +86,7 @@ class Own(nn.Module):
 
 def test_without_a_loss_function_the_models_output_must_hold_its_loss() -> None:
     grow = attach(Own("dict"), judge=[{"inputs": X, "targets": Y}], total_steps=100, lifecycle=short(), per_site=2)
-    assert grow.loss(grow.garden.model, (X, Y)).isfinite()
+    assert grow.loss(grow.registry.model, (X, Y)).isfinite()
     for gives, data, kind in (("logits", (X, Y), "Tensor"), ("dict", (X,), "dict")):
         sentence = rf"The model gave a {kind} without \.loss: pass loss=…, a function of model and batch, or give labels\.$"
         with pytest.raises(UserError, match=sentence):

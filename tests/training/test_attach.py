@@ -94,7 +94,7 @@ def test_a_module_that_gives_several_tensors_carries_seeds_on_the_first():
     torch.manual_seed(0)
     model = Odd()
     grow = attached(model, sites=["lstm"])
-    assert grow.garden.sites[0].geometry.width == 4
+    assert grow.registry.sites[0].geometry.width == 4
     out, (hidden, cell) = model.lstm(torch.randn(2, 1, 6))
     assert out.shape == (2, 1, 4) and hidden.shape == cell.shape
     with pytest.raises(UserError, match="'unused' cannot carry seeds: it is not called when the host runs"):
@@ -122,15 +122,15 @@ def test_features_lie_where_the_layer_puts_them(module: nn.Module, shape: tuple[
 
 
 def test_hosts_say_where_they_may_grow():
-    assert [s.name for s in attached(build("transformer"), judge=[batch("transformer")]).garden.sites] == ["blocks.0.mlp.fc1"]
-    blocks = attached(build("cnn_group"), judge=[batch("cnn_group")], blueprint="block").garden.sites
+    assert [s.name for s in attached(build("transformer"), judge=[batch("transformer")]).registry.sites] == ["blocks.0.mlp.fc1"]
+    blocks = attached(build("cnn_group"), judge=[batch("cnn_group")], blueprint="block").registry.sites
     assert [s.name for s in blocks] == ["stages.0.blocks.0", "stages.1.blocks.0"] and blocks[0].geometry.seeds == 1
 
 
 def test_rows_are_numbered_site_by_site():
-    garden = attached(per_site=3).garden
-    assert [garden.row("fc1", 2), garden.row("fc2", 0), garden.row("fc2", 3), garden.row("fc3", 0)] == [2, 3, None, None]
-    assert (garden.site_of(3), garden.seed_of(5)) == (1, 2)
+    registry = attached(per_site=3).registry
+    assert [registry.row("fc1", 2), registry.row("fc2", 0), registry.row("fc2", 3), registry.row("fc3", 0)] == [2, 3, None, None]
+    assert (registry.site_of(3), registry.seed_of(5)) == (1, 2)
 
 
 def test_a_tick_may_be_an_epoch():
@@ -145,7 +145,7 @@ def test_a_tick_may_be_an_epoch():
     loop.run(1)
     assert loop.grow.tick_number == 1 and loop.port.stages() == [("DORMANT", "GERMINATED")]
     loop.run(50)
-    path = dict(loop.grow.garden.branches[0].path)
+    path = dict(loop.grow.registry.branches[0].path)
     assert loop.grow.tick_number == 11 and path["TRAINING"] == 2 and path["GRAFTING"] == 4 and path["STABILIZATION"] == 8
     assert {tick for tick, _, _ in loop.port.rows} == {2, 4, 6, 8, 10}, "telemetry is as often in steps: every 10 of 5 a tick"
 
@@ -169,9 +169,9 @@ def test_a_site_whose_width_changes_is_told_in_words() -> None:
     given = {"loss": sample_loss, "judge": [batch(number=900)], "total_steps": 100, "lifecycle": short()}
     grow = attach(model, sites=["cut"], per_site=2, **given)
     grow.executor.apply(germinate("cut"), 0)
-    grow.garden.branches[0].stage = Stage.GRAFTING
-    grow.garden.touch(0)
-    grow.garden.refresh()
+    grow.registry.branches[0].stage = Stage.GRAFTING
+    grow.registry.touch(0)
+    grow.registry.refresh()
     model.narrow = True
     with pytest.raises(UserError, match=r"The site 'cut' gave \[12, 4\].*its last axis had 6 features"):
         sample_loss(model, batch(number=1))

@@ -53,7 +53,7 @@ def test_the_hosts_average_is_the_one_it_would_be_and_has_what_grew(when: str, d
         expected[name] = value
     for name, value in host_parameters(average.module).items():
         torch.testing.assert_close(value, expected[name], msg=name)
-    blended = loop.grow.garden.blended(0)
+    blended = loop.grow.registry.blended(0)
     assert blended, "something has grown"
     x = batch(host, 77)[0]
     average.eval()
@@ -107,7 +107,7 @@ def test_slots_that_are_freed_and_taken_again_begin_anew_in_the_average():
     for _ in range(50):
         run(loop, average, 1)
         banks = [model.fc1._modules[ATTRIBUTE].banks for model in (loop.model, average.module)]
-        for branch in loop.grow.garden.branches.living():
+        for branch in loop.grow.registry.branches.living():
             reused += branch.id > 1
             for name, stack in banks[0]["mlp"].stacks.items():
                 torch.testing.assert_close(banks[1]["mlp"].stacks[name][branch.slot], stack[branch.slot], msg=f"{branch.id} {name}")
@@ -118,7 +118,7 @@ def test_slots_that_are_freed_and_taken_again_begin_anew_in_the_average():
 def test_a_loop_that_goes_on_averages_with_the_same_bits(when: str, tmp_path: Path):
     lifecycle = short(fine_tuning_min="15step", fine_tuning_max="40step")
     loop, average = averaged_loop(when, lifecycle=lifecycle)
-    while not loop.grow.garden.in_stage(S.FINE_TUNING):
+    while not loop.grow.registry.in_stage(S.FINE_TUNING):
         run(loop, average, 1)
     run(loop, average, 4)
     saved = copy.deepcopy((loop.grow.host_state(), loop.optimizer.state_dict(), average.state_dict()))

@@ -21,7 +21,7 @@ S = Stage
 
 
 def bank_of(loop: Loop, blueprint: str = "mlp") -> Any:
-    return loop.grow.garden.layers[0].bank(blueprint)
+    return loop.grow.registry.layers[0].bank(blueprint)
 
 
 def learning_alone(**changes: Any) -> Loop:
@@ -37,13 +37,13 @@ def test_a_branch_moves_as_under_torch_adamw_step_for_step(blueprint: str, clip:
         loop = Loop("transformer", settings={"blueprint": "block", "learning": learning})
         loop.port.script = {1: [germinate("blocks.0")]}
         loop.run(1)
-        bank, branch = bank_of(loop, "block"), loop.grow.garden.branches[0]
+        bank, branch = bank_of(loop, "block"), loop.grow.registry.branches[0]
         mine = list(bank.blocks["0"].parameters())
     else:
         loop = Loop(settings={"learning": learning}, commands={1: [germinate()]}).run(1)
-        bank, branch = bank_of(loop), loop.grow.garden.branches[0]
+        bank, branch = bank_of(loop), loop.grow.registry.branches[0]
         mine = list(bank.stacks.values())
-    subject = BranchOptimizer(loop.grow.garden, learning)
+    subject = BranchOptimizer(loop.grow.registry, learning)
     copies = [nn.Parameter(p.detach().clone()) for p in mine]
     reference = torch.optim.AdamW(copies, 0.02, betas=(0.8, 0.95), weight_decay=0.1)
     draws = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def test_a_branch_moves_as_under_torch_adamw_step_for_step(blueprint: str, clip:
 
 def test_rows_that_do_not_learn_never_move():
     loop = learning_alone()
-    bank, (first, second) = bank_of(loop), loop.grow.garden.branches.entries
+    bank, (first, second) = bank_of(loop), loop.grow.registry.branches.entries
     assert int(bank.steps[second.slot]) > 0, "it has momentum to be moved by"
     before = {name: stack.detach().clone() for name, stack in bank.stacks.items()}
     moments = copy.deepcopy(bank.moments)
@@ -80,7 +80,7 @@ def test_rows_that_do_not_learn_never_move():
 
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted():
     loop = learning_alone()
-    bank, (first, second) = bank_of(loop), loop.grow.garden.branches.entries
+    bank, (first, second) = bank_of(loop), loop.grow.registry.branches.entries
     before = {name: stack.detach().clone() for name, stack in bank.stacks.items()}
     for stack in bank.stacks.values():
         stack.grad = torch.ones_like(stack)
@@ -92,7 +92,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted():
     block = Loop("transformer", settings={"blueprint": "block"}, commands={1: [germinate("blocks.0")]}).run(2)
     first_weight = next(iter(bank_of(block, "block").blocks["0"].parameters()))
     first_weight.grad = torch.full_like(first_weight, float("nan"))
-    block.grow.branch_optimizer.step(block.grow.garden.branches.entries, 1.0)
+    block.grow.branch_optimizer.step(block.grow.registry.branches.entries, 1.0)
     assert block.grow.branch_optimizer.failures == {0: 1}
 
 
@@ -137,7 +137,7 @@ def test_the_rate_follows_the_hosts_schedule_times_a_warm_up_of_its_own(name: st
     given = {round(factor, 12) for _, factor in seen}
     assert given == {round(factor, 12) for factor in factors[2:]}, "the factor is the host's present one"
     assert grow.branch_optimizer.learning.warmup == 4
-    bank: Any = grow.garden.layers[0].bank("mlp")
+    bank: Any = grow.registry.layers[0].bank("mlp")
     assert bank.steps.tolist() == [13.0, 8.0], "each counts its own steps, and so its own warm-up"
 
 
@@ -154,7 +154,7 @@ def test_germinating_or_any_command_changes_no_other_optimizer_state():
         RequestReport(id="r"),
         set_stage(S.CANCELLED, seed=2),
     ]
-    kept = loop.grow.garden.branches[0]
+    kept = loop.grow.registry.branches[0]
 
     def state() -> dict[str, torch.Tensor]:
         host = {f"{i}.{k}": v.clone() for i, s in loop.optimizer.state_dict()["state"].items() for k, v in s.items()}
@@ -167,7 +167,7 @@ def test_germinating_or_any_command_changes_no_other_optimizer_state():
     for command in commands:
         before = state()
         loop.grow._obey(command)
-        loop.grow.garden.refresh()
+        loop.grow.registry.refresh()
         after = state()
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), command
     statuses = {name: status for name, (status, _) in loop.port.acks.items()}
@@ -188,7 +188,7 @@ def test_four_micro_batches_equal_one_of_four_times_the_size(stage: Stage):
             data = parts[step]
             whole = (torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
             loop.step(*(data if accumulate == 4 else [whole]))
-        assert loop.grow.garden.branches[0].stage is stage
+        assert loop.grow.registry.branches[0].stage is stage
         loops.append(loop)
     many, one = loops
     for name, stack in bank_of(many).stacks.items():
@@ -224,17 +224,17 @@ def test_a_step_that_the_scaler_skips_is_no_tick_and_moves_no_branch(objective: 
     bank = None
     for number in range(30):
         overflow = number % 3 == 2
-        if grow.garden.branches.entries:
-            bank = grow.garden.layers[0].bank("mlp")
+        if grow.registry.branches.entries:
+            bank = grow.registry.layers[0].bank("mlp")
             before = {name: stack.detach().clone() for name, stack in bank.stacks.items()}, bank.steps.clone()
-            age = grow.garden.table.age.clone(), grow.tick_number
+            age = grow.registry.table.age.clone(), grow.tick_number
         assert step(number, overflow) is not overflow
         if bank is not None and overflow:
             assert all(torch.equal(before[0][name], stack) for name, stack in bank.stacks.items())
-            assert torch.equal(before[1], bank.steps) and torch.equal(age[0], grow.garden.table.age)
+            assert torch.equal(before[1], bank.steps) and torch.equal(age[0], grow.registry.table.age)
             assert grow.tick_number == age[1] and not grow.objective.pending
     assert grow.tick_number == 20
-    assert grow.garden.branches[0].stage is S.GRAFTING
+    assert grow.registry.branches[0].stage is S.GRAFTING
 
 
 def test_the_loss_scale_is_undone_for_the_task_alone():
@@ -258,7 +258,7 @@ def test_the_loss_scale_is_undone_for_the_task_alone():
             optimizer.step() if scaler is None else (scaler.step(optimizer), scaler.update())
             grow.tick(loss.detach())
             optimizer.zero_grad()
-        bank: Any = grow.garden.layers[0].bank("mlp")
+        bank: Any = grow.registry.layers[0].bank("mlp")
         rows = [rows for tick, site, rows in port.rows if site == "fc1"]
         results.append(([stack.detach()[0] for stack in bank.stacks.values()], rows[-1][0], grow.advance.gradient_norms[0]))
     (plain, row, norm), (scaled, scaled_row, scaled_norm) = results
@@ -281,10 +281,10 @@ class Halved:
             per_site=2, lifecycle=short(), sites="fc1",
         )  # fmt: skip
         self.number = 0
-        while not any(float(alpha) > 0.1 for alpha in self.grow.garden.branches.alpha):
+        while not any(float(alpha) > 0.1 for alpha in self.grow.registry.branches.alpha):
             self.step()
-        self.branch = self.grow.garden.branches[0]
-        self.bank = self.grow.garden.layers[0].bank("mlp")
+        self.branch = self.grow.registry.branches[0]
+        self.bank = self.grow.registry.layers[0].bank("mlp")
         with torch.no_grad():
             self.bank.stacks["w1"][self.branch.slot] *= 1e-5
             self.bank.stacks["w2"][self.branch.slot] = 3e4
@@ -356,7 +356,7 @@ def test_a_scaled_gradient_of_a_branch_is_not_felt_by_a_loop_that_clips_all_of_t
             optimizer.step() if scaler is None else (scaler.step(optimizer), scaler.update())
             grow.tick(loss.detach())
             optimizer.zero_grad()
-        assert grow.garden.in_stage(S.GRAFTING)
+        assert grow.registry.in_stage(S.GRAFTING)
         ends.append([p.detach() for p in model.parameters()])
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

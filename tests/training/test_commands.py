@@ -31,16 +31,16 @@ S = Stage
 
 def picture(loop: Loop) -> dict[str, Any]:
     """Everything that a refused command must leave alone."""
-    garden = loop.grow.garden
-    state: dict[str, Any] = {f"table.{name}": value.clone() for name, value in garden.table.columns.items()}
-    state |= {f"branches.{name}": getattr(garden.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
+    registry = loop.grow.registry
+    state: dict[str, Any] = {f"table.{name}": value.clone() for name, value in registry.table.columns.items()}
+    state |= {f"branches.{name}": getattr(registry.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
     state |= {f"model.{name}": value.clone() for name, value in loop.model.state_dict().items()}
-    for number in range(len(garden.sites)):
-        for name, bank in garden.banks(number).items():
+    for number in range(len(registry.sites)):
+        for name, bank in registry.banks(number).items():
             used = list(bank.blocks) if name == "block" else list(bank.used)
             state[f"{number}.{name}"] = (used, str(bank.steps))
     cards = [{k: str(v) for k, v in card.items()} for card in loop.grow.observer.branch_cards()]
-    alive = [branch.alive for branch in garden.branches.entries]
+    alive = [branch.alive for branch in registry.branches.entries]
     state["rest"] = (cards, alive, dict(loop.grow.life.counts), dict(loop.grow.objective.readiness), len(loop.port.transitions))
     return state
 
@@ -58,7 +58,7 @@ def unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
 def loop() -> Loop:
     """Two branches at fc1, the first GRAFTING and the second TRAINING; fc2 is dormant."""
     made = Loop(settings={"lifecycle": short()}, commands={1: [germinate(seed=0)], 5: [germinate(seed=1)]}).run(6)
-    assert [branch.stage for branch in made.grow.garden.branches.entries] == [S.GRAFTING, S.TRAINING]
+    assert [branch.stage for branch in made.grow.registry.branches.entries] == [S.GRAFTING, S.TRAINING]
     return made
 
 
@@ -109,7 +109,7 @@ def test_a_refused_command_says_why_and_changes_nothing(name: str, loop: Loop):
     command, reason = REFUSED[name]
     before = picture(loop)
     status, said = loop.grow.executor.apply(command, loop.grow.tick_number)
-    loop.grow.garden.refresh()
+    loop.grow.registry.refresh()
     if name == "gate":  # the one whose gate is open by now
         assert status == "refused" and "lasts at least" in said
     assert status == "refused" and reason in said
@@ -118,13 +118,13 @@ def test_a_refused_command_says_why_and_changes_nothing(name: str, loop: Loop):
 
 
 def test_a_batch_of_each_does_what_it_can_and_names_the_rest(loop: Loop):
-    row = loop.grow.garden.row("fc2", 0)
+    row = loop.grow.registry.row("fc2", 0)
     batch = ApplyEach(
         id="c",
         commands=[Cancel(id="a", select=FC1), germinate("fc2", 0), Germinate(id="x", site="fc2", seed=1, priority=3)],
     )
     status, said = loop.grow.executor.apply(batch, loop.grow.tick_number)
-    assert status == "applied" and loop.grow.garden.table.stage[row] == S.GERMINATED
+    assert status == "applied" and loop.grow.registry.table.stage[row] == S.GERMINATED
     assert said.startswith("2 of 3 were refused: 'a': ") and "; 'x': the command 'x' in an ApplyEach has a priority of its own" in said
     assert sum(loop.grow.executor.refusals.values()) == 2
     before = picture(loop)
@@ -145,11 +145,11 @@ def test_an_open_gate_lets_a_command_pass():
     branch = loop.until(S.EVALUATING)
     loop.run(4)
     loop.port.script[loop.grow.tick_number + 1] = [set_stage(S.FINE_TUNING)]
-    looks = int(loop.grow.garden.table.looks[branch.row])
+    looks = int(loop.grow.registry.table.looks[branch.row])
     loop.run(1)
     status, reason = loop.port.acks["FINE_TUNING-fc1-0"]
     assert (status == "applied") == (branch.bound > 0.0), reason
-    assert int(loop.grow.garden.table.looks[branch.row]) > looks, "a look by command is a look"
+    assert int(loop.grow.registry.table.looks[branch.row]) > looks, "a look by command is a look"
 
 
 def test_together_all_are_done_in_order(loop: Loop):
@@ -165,9 +165,9 @@ def test_together_all_are_done_in_order(loop: Loop):
         ],
     )
     assert loop.grow.executor.apply(together, loop.grow.tick_number) == ("applied", "")
-    garden = loop.grow.garden
-    assert [b.stage for b in garden.branches.entries] == [S.GRAFTING, S.CANCELLED, S.CANCELLED, S.GERMINATED]
-    assert garden.branches[3].strategy == "momentum" and bool(garden.table.paused[0])
+    registry = loop.grow.registry
+    assert [b.stage for b in registry.branches.entries] == [S.GRAFTING, S.CANCELLED, S.CANCELLED, S.GERMINATED]
+    assert registry.branches[3].strategy == "momentum" and bool(registry.table.paused[0])
     assert loop.port.stages()[-4:] == [
         ("TRAINING", "CANCELLED"), ("DORMANT", "GERMINATED"), ("DORMANT", "GERMINATED"), ("GERMINATED", "CANCELLED"),
     ]  # fmt: skip
@@ -178,7 +178,7 @@ def test_an_exception_halfway_is_undone(where: str, monkeypatch: pytest.MonkeyPa
     lifecycle = short(stabilization_min="20step")
     loop = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0)], 22: [germinate(seed=1)]})
     loop.until(S.STABILIZATION)
-    assert [branch.stage for branch in loop.grow.garden.branches.entries] == [S.STABILIZATION, S.TRAINING]
+    assert [branch.stage for branch in loop.grow.registry.branches.entries] == [S.STABILIZATION, S.TRAINING]
     together = ApplyTogether(
         id="t",
         commands=[
@@ -191,9 +191,9 @@ def test_an_exception_halfway_is_undone(where: str, monkeypatch: pytest.MonkeyPa
     before = picture(loop)
     calls: list[str] = []
     targets: dict[str, tuple[Any, str, int]] = {
-        "germinate": (loop.grow.garden, "germinate", 2),
+        "germinate": (loop.grow.registry, "germinate", 2),
         "move": (loop.grow.life, "move", 2),
-        "add": (loop.grow.garden.branches, "add", 2),
+        "add": (loop.grow.registry.branches, "add", 2),
         "report": (loop.grow.life, "_say", 4),
     }
     target, name, which = targets[where]
@@ -209,7 +209,7 @@ def test_an_exception_halfway_is_undone(where: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="out of memory"):
         loop.grow.executor.apply(together, loop.grow.tick_number)
     monkeypatch.undo()
-    loop.grow.garden.refresh()
+    loop.grow.registry.refresh()
     unchanged(before, picture(loop))
     assert loop.grow.life.leaving == []
     assert loop.grow.executor.apply(together, loop.grow.tick_number) == ("applied", ""), "afterwards it can be tried again"
@@ -218,19 +218,19 @@ def test_an_exception_halfway_is_undone(where: str, monkeypatch: pytest.MonkeyPa
 
 def test_what_the_user_can_mend_is_a_refusal_not_a_crash():
     loop = Loop("transformer", settings={"blueprint": Block(start="copy")})
-    loop.grow.garden.blueprints["block"] = Block(start="fresh", output_layers=["nowhere"])
+    loop.grow.registry.blueprints["block"] = Block(start="fresh", output_layers=["nowhere"])
     status, reason = loop.grow.executor.apply(germinate("blocks.0"), 0)
     assert status == "refused" and "no layer 'nowhere'" in reason
-    loop.grow.garden.blueprints["block"] = broken = Block(start="fresh")
+    loop.grow.registry.blueprints["block"] = broken = Block(start="fresh")
     broken.unsilenced = lambda block: None if not calls.append(1) and len(calls) < 2 else "no luck"  # type: ignore[method-assign]
     calls: list[int] = []
     assert loop.grow.executor.apply(germinate("blocks.0"), 0) == ("refused", "no luck.")
-    assert loop.grow.garden.branches.entries == [] and "block" not in loop.grow.garden.banks(0)
+    assert loop.grow.registry.branches.entries == [] and "block" not in loop.grow.registry.banks(0)
 
 
 def test_a_block_and_a_convolution_say_where_they_fit():
     loop = Loop("cnn_group", settings={"blueprint": Conv()})
-    site = loop.grow.garden.sites[0].name
+    site = loop.grow.registry.sites[0].name
     status, reason = loop.grow.executor.apply(germinate(site, blueprint="block"), 0)
     assert status == "refused" and "residual block" in reason
     blocks = Loop("cnn_group", settings={"sites": ["stages.*.blocks.0"], "per_site": 2})
@@ -246,11 +246,11 @@ def test_an_emergency_stop_ends_everything_but_fossils_now():
     loop.run(8)
     loop.port.script[loop.grow.tick_number + 1] = [EmergencyStop(id="stop", reason="smoke")]
     loop.run(1)
-    stages = [branch.stage for branch in loop.grow.garden.branches.entries]
+    stages = [branch.stage for branch in loop.grow.registry.branches.entries]
     assert stages == [S.FOSSILIZED, S.CULLED, S.CANCELLED, S.CANCELLED] and fossil.alive
     loop.run(10)
-    assert [branch.id for branch in loop.grow.garden.branches.living()] == [fossil.id]
-    assert all(not any(bank.used) for bank in loop.grow.garden.banks(1).values())
+    assert [branch.id for branch in loop.grow.registry.branches.living()] == [fossil.id]
+    assert all(not any(bank.used) for bank in loop.grow.registry.banks(1).values())
 
 
 def test_a_report_is_answered(loop: Loop):
@@ -263,26 +263,26 @@ def test_a_report_is_answered(loop: Loop):
 
 
 def test_a_paused_ramp_goes_on_from_where_it_stood(loop: Loop):
-    garden = loop.grow.garden
+    registry = loop.grow.registry
     t = loop.grow.tick_number
     loop.port.script |= {t + 3: [PauseGrafting(id="p", select=FC1)], t + 9: [ResumeGrafting(id="r", select=FC1)]}
     seen = []
     for _ in range(14):
         loop.step()
-        seen.append(float(garden.branches.alpha[0]))
+        seen.append(float(registry.branches.alpha[0]))
     steps = torch.tensor(seen).diff()
     assert bool((steps[3:8] == 0).all()) and int((steps == 0).sum()) == 6
     assert bool((steps[steps != 0] - 0.05).abs().max() < 1e-6), "no jump"
 
 
 def test_a_strategy_changed_midway_goes_on_from_the_present_alpha(loop: Loop):
-    garden = loop.grow.garden
-    before = float(garden.branches.alpha[0])
+    registry = loop.grow.registry
+    before = float(registry.branches.alpha[0])
     command = ChangeStrategy(id="c", select=FC1, strategy="momentum")
     assert loop.grow.executor.apply(command, loop.grow.tick_number) == ("applied", "")
-    assert garden.branches[0].strategy == "momentum"
+    assert registry.branches[0].strategy == "momentum"
     loop.run(1)
-    assert before <= float(garden.branches.alpha[0]) < before + 0.2
+    assert before <= float(registry.branches.alpha[0]) < before + 0.2
 
 
 def test_predicates_select_by_what_telemetry_said(loop: Loop):

@@ -19,7 +19,7 @@ PATIENT = {"evaluating_min": "20step", "stabilization_min": "20step", "fine_tuni
 
 
 def poison(loop: Loop, branch: Branch, kind: str) -> None:
-    bank: Any = loop.grow.garden.layers[branch.site].bank(branch.blueprint)
+    bank: Any = loop.grow.registry.layers[branch.site].bank(branch.blueprint)
     rows = (
         [p.data for p in bank.blocks[str(branch.slot)].parameters()]
         if branch.blueprint == "block"
@@ -38,12 +38,12 @@ def brought_to(stage: Stage, host: str = "mlp", **settings: Any) -> tuple[Loop, 
     """A loop whose first branch is in ``stage``, with a second one beside it at the same site."""
     lifecycle = short(**PATIENT) if stage is not S.FOSSILIZED else short()
     loop = Loop(host, settings={"lifecycle": lifecycle} | settings)
-    site = loop.grow.garden.sites[0]
+    site = loop.grow.registry.sites[0]
     loop.port.script = {1: [germinate(site.name, seed) for seed in range(min(2, site.geometry.seeds))]}
     branch = loop.until(S.EVALUATING if stage is S.CULLED else stage, most=150)
     if stage is S.CULLED:
         loop.grow.life.move(branch.row, S.CULLED, "as a gate would")
-        loop.grow.garden.refresh()
+        loop.grow.registry.refresh()
     loop.step()
     return loop, branch
 
@@ -63,7 +63,7 @@ def test_outputs_and_gradients_are_those_without_the_branch(stage: Stage, kind: 
     before = passed(loop)
     poison(loop, branch, kind)
     outputs, gradients = passed(loop)
-    with loop.grow.garden.without(branch):
+    with loop.grow.registry.without(branch):
         expected, expected_gradients = passed(loop)
     assert torch.equal(outputs, expected) and bool(torch.isfinite(outputs).all())
     for name, gradient in gradients.items():
@@ -81,7 +81,7 @@ def test_whatever_the_blueprint(blueprint: Blueprint, kind: str):
     loop, branch = brought_to(S.STABILIZATION, "cnn_group", blueprint=blueprint)
     poison(loop, branch, kind)
     outputs, gradients = passed(loop)
-    with loop.grow.garden.without(branch):
+    with loop.grow.registry.without(branch):
         expected, expected_gradients = passed(loop)
     assert torch.equal(outputs, expected)
     for name, gradient in gradients.items():
@@ -94,7 +94,7 @@ def test_a_block_too(host: str):
     poison(loop, branch, "nan")
     loop.model.eval()
     outputs, gradients = passed(loop)
-    with loop.grow.garden.without(branch):
+    with loop.grow.registry.without(branch):
         expected, expected_gradients = passed(loop)
     torch.testing.assert_close(outputs, expected)
     for name, gradient in gradients.items():
@@ -108,19 +108,19 @@ def test_it_is_counted_and_goes_at_the_next_tick_without_a_fade(stage: Stage):
     slot, row = branch.slot, branch.row
     poison(loop, branch, "nan")
     loop.step()
-    table, bank = loop.grow.garden.table, loop.grow.garden.layers[0].bank("mlp")
+    table, bank = loop.grow.registry.table, loop.grow.registry.layers[0].bank("mlp")
     if stage is S.FOSSILIZED:
         assert branch.stage is S.FOSSILIZED and branch.alive
         assert [said.code for said in loop.port.alerts] == ["fossil_not_finite"]
     else:
         assert branch.stage is (S.ROLLED_BACK if stage is S.STABILIZATION else S.CULLED)
         assert int(table.errors[row]) == 1 and not branch.alive
-        assert float(loop.grow.garden.branches.alpha[branch.id]) == 0.0
+        assert float(loop.grow.registry.branches.alpha[branch.id]) == 0.0
         assert "not finite" in loop.port.transitions[-1].cause
         assert not any(stack[slot].any() for stack in bank.stacks.values())
     loop.run(3)
     assert all(bool(torch.isfinite(value).all()) for value in loop.host_state().values())
-    other = loop.grow.garden.branches[1]
+    other = loop.grow.registry.branches[1]
     assert other.alive and other.stage is not S.CULLED, "its neighbour in the same bank lives on"
 
 
@@ -129,13 +129,13 @@ def test_one_that_fails_while_learning_spoils_neither_host_nor_neighbour(objecti
     lifecycle = short(objective=objective, readiness=1.0, training_max="200step")
     both = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0), germinate(seed=1)]}).run(3)
     alone = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=1)]}).run(3)
-    poison(both, both.grow.garden.branches[0], "nan")
+    poison(both, both.grow.registry.branches[0], "nan")
     for loop in (both, alone):
         loop.run(4)
-    assert both.grow.garden.branches[0].stage is S.CULLED
+    assert both.grow.registry.branches[0].stage is S.CULLED
     same(both.host_state(), alone.host_state())
-    mine, other = both.grow.garden.branches[1], alone.grow.garden.branches[0]
-    banks = [loop.grow.garden.layers[0].bank("mlp") for loop in (both, alone)]
+    mine, other = both.grow.registry.branches[1], alone.grow.registry.branches[0]
+    banks = [loop.grow.registry.layers[0].bank("mlp") for loop in (both, alone)]
     assert mine.stage is S.TRAINING and int(banks[0].steps[mine.slot]) == int(banks[1].steps[other.slot])
     if objective != "reconstruction":
         return  # what the neighbour learnt before the poisoning depends on the other branch
@@ -145,7 +145,7 @@ def test_one_that_fails_while_learning_spoils_neither_host_nor_neighbour(objecti
 
 def test_a_gradient_that_overflows_behind_a_finite_output_is_contained():
     loop, branch = brought_to(S.FINE_TUNING, blueprint=Affine(receptive_field="layer"))
-    bank: Any = loop.grow.garden.layers[0].bank("affine")
+    bank: Any = loop.grow.registry.layers[0].bank("affine")
     with torch.no_grad():
         bank.stacks["scale"][branch.slot].fill_(1e38)
         loop.model.fc1.weight.zero_()
@@ -168,7 +168,7 @@ def test_rarely_failing_is_borne_and_a_failing_strategy_is_not():
 
 def test_a_fossil_is_told_of_once_and_again_when_it_fails_anew():
     loop, branch = brought_to(S.FOSSILIZED)
-    bank = loop.grow.garden.layers[0].bank("mlp")
+    bank = loop.grow.registry.layers[0].bank("mlp")
     sound = {name: stack.detach()[branch.slot].clone() for name, stack in bank.stacks.items()}
 
     def said() -> list[int]:

@@ -14,7 +14,7 @@ IDLE = {"lifecycle": short(training_slots=1, training_max="300step", readiness=1
 
 
 def first_site(host: str) -> str:
-    return Loop(host).grow.garden.sites[0].name
+    return Loop(host).grow.registry.sites[0].name
 
 
 @pytest.mark.parametrize("host", list(HOSTS))
@@ -58,9 +58,9 @@ def test_a_seed_that_waits_for_a_slot_is_not_felt_even_with_parameters_of_nan(ho
     site = first_site(host)
     waiting = Loop(host, {1: [germinate(site, 0)], 2: [germinate(site, 1)]}, IDLE)
     waiting.run(3)
-    blocker, branch = waiting.grow.garden.branches.entries
+    blocker, branch = waiting.grow.registry.branches.entries
     assert branch.stage is Stage.GERMINATED and blocker.stage is Stage.TRAINING
-    bank = waiting.grow.garden.layers[0].bank("mlp")
+    bank = waiting.grow.registry.layers[0].bank("mlp")
     with torch.no_grad():
         for stack in bank.stacks.values():
             stack[branch.slot] = float("nan")
@@ -81,11 +81,11 @@ def test_a_waiting_seed_of_any_blueprint_is_not_felt(blueprint: str):
     grown = Conv() if blueprint == "conv" else blueprint
     settings = IDLE | {"blueprint": grown, "per_site": 1}
     loop = Loop("cnn_batch", settings=settings)
-    names = [site.name for site in loop.grow.garden.sites]
+    names = [site.name for site in loop.grow.registry.sites]
     loop.port.script = {1: [germinate(names[0])], 2: [germinate(names[1])]}
     loop.run(6)
     assert loop.port.acks == {f"germinate-{names[0]}-0": ("applied", ""), f"germinate-{names[1]}-0": ("applied", "")}
-    assert [branch.stage for branch in loop.grow.garden.branches.entries] == [Stage.TRAINING, Stage.GERMINATED]
+    assert [branch.stage for branch in loop.grow.registry.branches.entries] == [Stage.TRAINING, Stage.GERMINATED]
     same(loop.host_state(), Loop("cnn_batch", seeds=False).run(6).host_state())
 
 
@@ -97,7 +97,7 @@ def test_an_in_place_activation_behind_a_blended_branch_trains_as_an_ordinary_on
         return loop.run(30)
 
     first, second = run(True), run(False)
-    assert first.grow.garden.branches[0].stage is not Stage.DORMANT
+    assert first.grow.registry.branches[0].stage is not Stage.DORMANT
     same(first.host_state(), second.host_state())
     assert sample_loss(first.model, batch()).tolist() == sample_loss(second.model, batch()).tolist()
 

@@ -25,7 +25,7 @@ CASES += [("cnn_group", b) for b in CONV] + [(h, Block(start=s)) for h in ("cnn_
 
 def grown(host: str, blueprint: Any, steps: int = 0, **lifecycle: Any) -> Loop:
     loop = Loop(host, settings={"blueprint": blueprint, "lifecycle": short(**lifecycle)}, total=100)
-    sites = loop.grow.garden.sites
+    sites = loop.grow.registry.sites
     loop.port.script = {1: [germinate(sites[0].name)], 2: [germinate(sites[-1].name, sites[-1].geometry.seeds - 1)]}
     loop.until(S.GRAFTING)
     return loop.run(3)
@@ -40,10 +40,10 @@ def test_an_export_computes_the_same(host: str, blueprint: Any):
     loop.model.eval()
     plain.eval()
     inputs = batch(host, 50)[0]
-    assert any(bool(alpha > 0) for alpha in loop.grow.garden.branches.alpha)
+    assert any(bool(alpha > 0) for alpha in loop.grow.registry.branches.alpha)
     with torch.no_grad():
         torch.testing.assert_close(plain(inputs), loop.model(inputs), rtol=1e-4, atol=1e-5)
-        with loop.grow.garden.without(loop.grow.garden.branches[0]):
+        with loop.grow.registry.without(loop.grow.registry.branches[0]):
             assert not torch.equal(plain(inputs), loop.model(inputs)), "what grew is in it"
     assert not any(isinstance(module, SeedLayer) for module in plain.modules())
     assert not any("seed_layer" in name for name in plain.state_dict())

@@ -54,10 +54,10 @@ def unchanged(loop: Loop) -> None:
 
 @pytest.mark.parametrize("host", list(HOSTS))
 def test_dormant_germinated_and_cancelled_seeds(frozen: None, host: str) -> None:
-    names = [site.name for site in Loop(host).grow.garden.sites]
+    names = [site.name for site in Loop(host).grow.registry.sites]
     script = {1: [germinate(names[0], 0)], 2: [germinate(names[-1], 1)], 5: [set_stage(Stage.CANCELLED, names[-1], 1)]}
     loop = Loop(host, script, WAITING).run(4)
-    first, second = loop.grow.garden.branches.entries
+    first, second = loop.grow.registry.branches.entries
     assert (first.stage, second.stage) == (Stage.TRAINING, Stage.GERMINATED)
     unchanged(loop)
     loop.run(6)
@@ -68,11 +68,11 @@ def test_dormant_germinated_and_cancelled_seeds(frozen: None, host: str) -> None
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
 @pytest.mark.parametrize("host", ["mlp", "batch_norm", "transformer"])
 def test_culled_seeds_of_every_strategy(frozen: None, host: str, strategy: str) -> None:
-    site = Loop(host).grow.garden.sites[0].name
+    site = Loop(host).grow.registry.sites[0].name
     loop = Loop(host, {1: [germinate(site)]}, {"grafting": strategy, "lifecycle": short(gain=1e9)})
     branch = loop.until(Stage.GRAFTING)
     loop.run(3)
-    assert float(loop.grow.garden.branches.alpha[branch.id]) > 0.0
+    assert float(loop.grow.registry.branches.alpha[branch.id]) > 0.0
     inputs = batch(host, 77)[0]
     assert not torch.equal(loop.model.eval()(inputs), build(host).eval()(inputs)), "it is felt while it is there"
     frozen_modes(loop.model)

@@ -67,7 +67,7 @@ def causes(loop: Loop) -> list[str]:
 
 
 def judged(loop: Loop) -> float:
-    loop.grow.garden.refresh()
+    loop.grow.registry.refresh()
     with torch.no_grad():
         return float(sample_loss(loop.model, batch(number=900, size=256)).mean())
 
@@ -118,7 +118,7 @@ def test_the_host_returns_with_its_optimizer_to_a_state_that_was_kept(monkeypatc
 def test_of_two_branches_the_one_that_harms_goes_and_the_other_stays():
     loop = watched(Mixed(), seeds=(0, 1), grafting_max="65step")
     loop.run(50)
-    good, bad = loop.grow.garden.branches.entries
+    good, bad = loop.grow.registry.branches.entries
     assert bad.stage in (S.ROLLED_BACK, S.DORMANT) or not bad.alive
     assert good.alive and len(causes(loop)) == 1
 
@@ -132,7 +132,7 @@ def test_a_healthy_branch_becomes_a_fossil_and_not_a_bit_differs_without_the_gua
         monkeypatch.setattr(alone.grow.guard, name, lambda tick: None)
     alone.until(S.FOSSILIZED, most=130)
     same(loop.host_state(), alone.host_state())
-    assert branch.path == alone.grow.garden.branches[0].path
+    assert branch.path == alone.grow.registry.branches[0].path
 
 
 def test_a_host_that_leans_on_a_branch_is_no_proof_of_its_worth(monkeypatch: pytest.MonkeyPatch):
@@ -226,8 +226,8 @@ def test_a_loss_that_is_not_finite_is_said_once_and_nothing_grows_meanwhile(stag
     loop = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0)]})
     branch = loop.until(stage)
     loop.step()
-    alpha, stages = float(loop.grow.garden.branches.alpha[branch.id]), list(branch.path)
-    values = loop.grow.garden.layers[0].bank("mlp").values(branch.slot)
+    alpha, stages = float(loop.grow.registry.branches.alpha[branch.id]), list(branch.path)
+    values = loop.grow.registry.layers[0].bank("mlp").values(branch.slot)
     host = loop.host_state()
     loop.port.script = {loop.grow.tick_number + 2: [germinate(seed=1, id="meanwhile")]}
     with pytest.warns(UserWarning, match="the training loss is not finite"):
@@ -235,8 +235,8 @@ def test_a_loss_that_is_not_finite_is_said_once_and_nothing_grows_meanwhile(stag
     diverged(loop, 8)
     assert [said.code for said in loop.port.alerts] == ["loss_not_finite"]
     assert loop.port.acks["meanwhile"] == ("refused", "the training loss is not finite, so nothing germinates until it is again")
-    assert branch.path == stages and float(loop.grow.garden.branches.alpha[branch.id]) == alpha
-    same(values, loop.grow.garden.layers[0].bank("mlp").values(branch.slot))
+    assert branch.path == stages and float(loop.grow.registry.branches.alpha[branch.id]) == alpha
+    same(values, loop.grow.registry.layers[0].bank("mlp").values(branch.slot))
     with torch.no_grad():  # the user puts an earlier state back
         for name, value in loop.model.state_dict().items():
             if name in host:

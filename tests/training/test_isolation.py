@@ -24,7 +24,7 @@ def lasting(objective: str) -> dict[str, Any]:
 
 def learning(host: str, objective: str, **settings: Any) -> Loop:
     loop = Loop(host, settings=lasting(objective) | settings)
-    loop.port.script = {1: [germinate(site.name) for site in loop.grow.garden.sites]}
+    loop.port.script = {1: [germinate(site.name) for site in loop.grow.registry.sites]}
     return loop
 
 
@@ -49,11 +49,11 @@ def test_a_training_seed_changes_no_host_bit(host: str, objective: str):
             loop.step_number += 1
         seeded.grow.tick(expected)
         same(seeded.host_state(), bare.host_state())
-    branches = seeded.grow.garden.in_stage(Stage.TRAINING)
-    assert len(branches) == len(seeded.grow.garden.sites)
+    branches = seeded.grow.registry.in_stage(Stage.TRAINING)
+    assert len(branches) == len(seeded.grow.registry.sites)
     assert all(branch.id in seeded.grow.objective.readiness for branch in branches)
     for branch in branches:
-        bank = seeded.grow.garden.layers[branch.site].bank("mlp")
+        bank = seeded.grow.registry.layers[branch.site].bank("mlp")
         assert int(bank.steps[branch.slot]) >= 6, "it did learn"
 
 
@@ -65,8 +65,8 @@ def test_nor_does_a_training_block_with_norm_statistics_and_dropout_of_its_own(o
     for host in ("cnn_batch", "transformer"):
         seeded = learning(host, objective, blueprint=Block(start=start)).run(6)
         same(seeded.host_state(), Loop(host, seeds=False).run(6).host_state())
-        branch = seeded.grow.garden.in_stage(Stage.TRAINING)[0]
-        bank = seeded.grow.garden.layers[branch.site].bank("block")
+        branch = seeded.grow.registry.in_stage(Stage.TRAINING)[0]
+        bank = seeded.grow.registry.layers[branch.site].bank("block")
         assert bank.steps[str(branch.slot)] >= 3
 
 
@@ -74,8 +74,8 @@ def test_nor_does_a_training_block_with_norm_statistics_and_dropout_of_its_own(o
 def test_nor_does_a_training_convolution(objective: str):
     seeded = learning("cnn_batch", objective, blueprint=Conv()).run(6)
     same(seeded.host_state(), Loop("cnn_batch", seeds=False).run(6).host_state())
-    branch = seeded.grow.garden.in_stage(Stage.TRAINING)[0]
-    assert seeded.grow.garden.layers[branch.site].bank("conv").steps[branch.slot] >= 3, "and it does learn"
+    branch = seeded.grow.registry.in_stage(Stage.TRAINING)[0]
+    assert seeded.grow.registry.layers[branch.site].bank("conv").steps[branch.slot] >= 3, "and it does learn"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -127,7 +127,7 @@ def test_a_shadow_forward_keeps_the_masks_where_a_block_draws_its_own():
     loop.run(3)
     drawn: list[torch.Tensor] = []
     last = loop.model.blocks[0].drop2
-    ours = {id(m) for layer in loop.grow.garden.layers for m in layer.modules()}
+    ours = {id(m) for layer in loop.grow.registry.layers for m in layer.modules()}
     assert id(last) not in ours
     last.register_forward_hook(lambda m, inputs, output: drawn.append(output == 0))
     loop.backward()

@@ -49,21 +49,21 @@ def test_what_cannot_be_bounded_is_nan(values: list[float]):
 
 def grown(host: str = "mlp", **settings: Any) -> tuple[Loop, Branch]:
     loop = Loop(host, settings={"lifecycle": short(evaluating_min="15step")} | settings)
-    loop.port.script = {1: [germinate(loop.grow.garden.sites[0].name, seed) for seed in (0, 1)]}
+    loop.port.script = {1: [germinate(loop.grow.registry.sites[0].name, seed) for seed in (0, 1)]}
     branch = loop.until(S.EVALUATING)
     return loop, branch
 
 
 def helping(loop: Loop, branch: Branch, sign: float) -> None:
     """Makes the branch add a constant to its chunk, and the head turn that into certainty of class 0 (or of the others)."""
-    bank: Any = loop.grow.garden.layers[branch.site].bank("mlp")
+    bank: Any = loop.grow.registry.layers[branch.site].bank("mlp")
     with torch.no_grad():
         for stack in bank.stacks.values():
             stack[branch.slot] = 0.0
         bank.stacks["b2"][branch.slot] = 1.0
         loop.model.head.weight.zero_()
         loop.model.fc2.weight.zero_()
-        start, end = loop.grow.garden.sites[0].geometry.bounds(branch.seed)
+        start, end = loop.grow.registry.sites[0].geometry.bounds(branch.seed)
         loop.model.fc2.weight[0, start:end] = 1.0
         loop.model.head.weight[0, 0] = sign
 
@@ -78,7 +78,7 @@ def test_the_gain_is_loss_off_minus_loss_on_paired_by_sample(sign: float):
     with torch.no_grad():
         loop.model.eval()
         on = sample_loss(loop.model, data)
-        with loop.grow.garden.without(branch):
+        with loop.grow.registry.without(branch):
             off = sample_loss(loop.model, data)
     expected = lower_bound((off - on).double(), 0.05)
     assert gain.mean == pytest.approx(expected.mean, rel=1e-5) and gain.bound == pytest.approx(expected.bound, rel=1e-4)
@@ -132,9 +132,9 @@ def test_norms_that_the_user_froze_keep_their_statistics():
 
 def test_norms_of_grown_blocks_are_measured_anew_too():
     loop = Loop("cnn_batch", settings={"blueprint": "block"})
-    loop.port.script = {1: [germinate(loop.grow.garden.sites[0].name)]}
+    loop.port.script = {1: [germinate(loop.grow.registry.sites[0].name)]}
     branch = loop.until(S.EVALUATING)
-    block = loop.grow.garden.layers[0].bank("block").blocks["0"]
+    block = loop.grow.registry.layers[0].bank("block").blocks["0"]
     fresh: list[bool] = []
     block.norm1.register_forward_hook(lambda m, i, o: fresh.append(m.training and m.momentum is None))
     loop.grow.judge.look([branch], [0.05])
@@ -151,7 +151,7 @@ def test_other_branches_are_the_same_on_both_sides_even_after_commands_of_the_sa
     t = loop.grow.tick_number
     loop.port.script = {t + 1: [germinate(seed=1)], t + 4: [Cancel(id="c", select=Selector(site="fc1", seeds=[1]))]}
     loop.run(4)
-    assert loop.port.acks["c"][0] == "applied" and int(loop.grow.garden.table.looks[branch.row]) == 1
+    assert loop.port.acks["c"][0] == "applied" and int(loop.grow.registry.table.looks[branch.row]) == 1
 
 
 def test_every_look_spends_error_and_more_looks_ask_for_more(monkeypatch: pytest.MonkeyPatch):

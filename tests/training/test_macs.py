@@ -68,8 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", list(CASES))
 def test_all_passes_of_a_run_are_counted_and_nothing_else(case: str):
     loop = Loop(total=120, **CASES[case])
-    names = [site.name for site in loop.grow.garden.sites]
-    seeds = min(2, loop.grow.garden.sites[0].geometry.seeds)
+    names = [site.name for site in loop.grow.registry.sites]
+    seeds = min(2, loop.grow.registry.sites[0].geometry.seeds)
     loop.port.script = {2: [germinate(names[0])], 4: [germinate(names[-1], seeds - 1)] if len(names) > 1 else []}
     mine, independent = counted(loop, 22)
     assert mine == independent > 0
@@ -82,7 +82,7 @@ def test_all_passes_of_a_run_are_counted_and_nothing_else(case: str):
         assert kinds == {"step", "shadow", "judge"}
 
 
-def test_two_gardens_of_the_same_size_are_not_mistaken_for_each_other():
+def test_two_registries_of_the_same_size_are_not_mistaken_for_each_other():
     """One TRAINING seed at fc1 costs another shadow forward than one at fc2."""
     loop = Loop(settings={"lifecycle": short(training_max="4step", readiness=1.0)})
     loop.port.script = {1: [germinate("fc1")], 9: [germinate("fc2", blueprint="glu")]}

@@ -24,11 +24,11 @@ def _grow(port: Notebook):  # type: ignore[no-untyped-def]
 
 def test_a_seed_keeps_at_most_64_bytes() -> None:
     grow = _grow(Notebook())
-    grow.loss(grow.garden.model, torch.ones(4, 3)).mean().backward()
+    grow.loss(grow.registry.model, torch.ones(4, 3)).mean().backward()
     grow.tick(1.0)
     observer = grow.observer
     held = sum(rows.untyped_storage().nbytes() for rows in observer.health)
-    assert held / SEEDS + grow.garden.table.bytes_per_seed <= 64
+    assert held / SEEDS + grow.registry.table.bytes_per_seed <= 64
     assert observer.row(7)[2] == observer.health[0][7, 0] != 0.0, "the mean of its last activation is at hand all the same"
 
 
@@ -44,4 +44,4 @@ def test_a_tick_with_nothing_to_do_searches_no_column(monkeypatch) -> None:  # t
     monkeypatch.setattr(SeedTable, "_fresh", counted)
     for _ in range(6):
         grow.tick(1.0)
-    assert grow.garden.branches.entries and searched and not any(searched)
+    assert grow.registry.branches.entries and searched and not any(searched)

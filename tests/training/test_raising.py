@@ -68,7 +68,7 @@ def test_one_that_raises_while_it_learns_never_reaches_the_host(objective: str, 
     Broken.armed = True
     lifecycle = short(objective=objective, readiness=1.0, training_max="200step")
     loop = Loop(settings={"lifecycle": lifecycle, "blueprint": Broken(kind=kind), "sites": ["fc1"]}, commands={1: [germinate()]}).run(12)
-    branch = loop.grow.garden.branches[0]
+    branch = loop.grow.registry.branches[0]
     assert branch.stage in (S.CULLED, S.DORMANT) and branch.raised == REPEATED and not branch.alive
     same(loop.host_state(), alone(12))
     cause = next(said.cause for said in loop.port.transitions if said.target == S.CULLED)
@@ -86,7 +86,7 @@ def test_a_blended_one_adds_nothing_and_goes(stage: Stage):
     branch = loop.until(stage, most=150)
     loop.step()
     data = batch(number=77)
-    with loop.grow.garden.without(branch):
+    with loop.grow.registry.without(branch):
         expected = sample_loss(loop.model, data)
     Broken.armed = True
     assert torch.equal(sample_loss(loop.model, data), expected)
@@ -109,16 +109,16 @@ def test_a_fossil_stays_and_is_told_of():
 
 def test_a_block_is_contained_too():
     loop = Loop("cnn_group", settings={"blueprint": "block"})
-    loop.port.script = {1: [germinate(loop.grow.garden.sites[0].name)]}
+    loop.port.script = {1: [germinate(loop.grow.registry.sites[0].name)]}
     branch = loop.until(S.GRAFTING)
-    block = loop.grow.garden.layers[0].bank("block").blocks["0"]
+    block = loop.grow.registry.layers[0].bank("block").blocks["0"]
 
     def fault(*_: Any) -> None:
         raise ValueError("a block's own fault")
 
     block.register_forward_pre_hook(fault)
     loop.run(REPEATED)
-    assert branch.stage is S.CULLED and isinstance(loop.grow.garden.blueprints["block"], Block)
+    assert branch.stage is S.CULLED and isinstance(loop.grow.registry.blueprints["block"], Block)
 
 
 def test_a_neighbour_of_another_blueprint_lives_on_and_learns_the_same():
@@ -126,8 +126,8 @@ def test_a_neighbour_of_another_blueprint_lives_on_and_learns_the_same():
     settings = {"lifecycle": lifecycle, "blueprint": Broken(), "sites": ["fc1"]}
     Broken.armed = True
     loop = Loop(settings=settings, commands={1: [germinate(seed=0), germinate(seed=1, blueprint="mlp")]}).run(8)
-    broken, other = loop.grow.garden.branches
-    assert not broken.alive and other.stage is S.TRAINING and float(loop.grow.garden.layers[0].bank("mlp").steps[other.slot]) > 5
+    broken, other = loop.grow.registry.branches
+    assert not broken.alive and other.stage is S.TRAINING and float(loop.grow.registry.layers[0].bank("mlp").steps[other.slot]) > 5
 
 
 def test_debugging_raises_it_from_where_it_came():
@@ -169,7 +169,7 @@ def test_a_rule_that_raises_holds_the_ramp_and_repeating_it_culls(times: int, en
     alphas = []
     while branch.stage is S.GRAFTING:
         loop.step()
-        alphas.append(float(loop.grow.garden.branches.alpha[branch.id]))
+        alphas.append(float(loop.grow.registry.branches.alpha[branch.id]))
     assert branch.stage is ends and alphas[0] == alphas[1] == alphas[2], "it holds while its rule raises"
     told = [said for said in loop.port.alerts if said.code == "part_raised"]
     assert len(told) == 1 and "grafting rule Rule raised KeyError" in told[0].text
@@ -206,7 +206,7 @@ def controlled(decider: Decider, **settings: Any) -> tuple[Any, torch.optim.Opti
 
 def run(grow: Any, optimizer: torch.optim.Optimizer, steps: int) -> None:
     for number in range(steps):
-        loss = sample_loss(grow.garden.model, batch(number=number)).mean()
+        loss = sample_loss(grow.registry.model, batch(number=number)).mean()
         loss.backward()
         grow.after_backward(batch(number=number), loss.detach())
         optimizer.step()

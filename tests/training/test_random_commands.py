@@ -67,17 +67,19 @@ class AnyCommands(RuleBasedStateMachine):
 
     @rule(command=COMMANDS)
     def command(self, command: Any) -> None:
-        garden, grow = self.loop.grow.garden, self.loop.grow
-        before = garden.table.state()
-        branches = [(b.stage, b.alive, b.strategy, len(b.path)) for b in garden.branches.entries]
+        registry, grow = self.loop.grow.registry, self.loop.grow
+        before = registry.table.state()
+        branches = [(b.stage, b.alive, b.strategy, len(b.path)) for b in registry.branches.entries]
         said = len(self.loop.port.transitions)
         status, reason = grow.executor.apply(command, grow.tick_number)
-        garden.refresh()
+        registry.refresh()
         if status == "refused":
             assert reason
             asked = ("looks", "score")  # asking the judge by command is a look, and looks are paid for
-            assert all(torch.equal(before[k].nan_to_num(9.0), v.nan_to_num(9.0)) for k, v in garden.table.columns.items() if k not in asked)
-            assert branches == [(b.stage, b.alive, b.strategy, len(b.path)) for b in garden.branches.entries]
+            assert all(
+                torch.equal(before[k].nan_to_num(9.0), v.nan_to_num(9.0)) for k, v in registry.table.columns.items() if k not in asked
+            )
+            assert branches == [(b.stage, b.alive, b.strategy, len(b.path)) for b in registry.branches.entries]
             assert said == len(self.loop.port.transitions)
         else:
             assert status == "applied"
@@ -89,7 +91,7 @@ class AnyCommands(RuleBasedStateMachine):
     @rule(site=st.sampled_from(("fc1", "fc2")), seed=st.integers(0, 1))
     def grow_one(self, site: str, seed: int) -> None:
         self.loop.grow.executor.apply(germinate(site, seed), self.loop.grow.tick_number)
-        self.loop.grow.garden.refresh()
+        self.loop.grow.registry.refresh()
         self.loop.run(8)
 
     @rule(steps=st.integers(1, 25))
@@ -99,14 +101,14 @@ class AnyCommands(RuleBasedStateMachine):
     @rule()
     def stop(self) -> None:
         assert self.loop.grow.executor.apply(EmergencyStop(id="e"), self.loop.grow.tick_number)[0] == "applied"
-        self.loop.grow.garden.refresh()
+        self.loop.grow.registry.refresh()
 
     @rule(data=st.data())
     def poison(self, data: st.DataObject) -> None:
-        living = self.loop.grow.garden.branches.living()
+        living = self.loop.grow.registry.branches.living()
         if living:
             branch = data.draw(st.sampled_from(living))
-            bank: Any = self.loop.grow.garden.layers[branch.site].bank(branch.blueprint)
+            bank: Any = self.loop.grow.registry.layers[branch.site].bank(branch.blueprint)
             with torch.no_grad():
                 next(iter(bank.stacks.values()))[branch.slot] = float("nan")
 
@@ -118,56 +120,56 @@ class AnyCommands(RuleBasedStateMachine):
 
     @invariant()
     def branches_are_numbered_and_owned(self) -> None:
-        garden = self.loop.grow.garden
-        assert [branch.id for branch in garden.branches.entries] == list(range(len(garden.branches)))
-        owners = [b for b in garden.branches.living() if b.stage is not S.FOSSILIZED]
+        registry = self.loop.grow.registry
+        assert [branch.id for branch in registry.branches.entries] == list(range(len(registry.branches)))
+        owners = [b for b in registry.branches.living() if b.stage is not S.FOSSILIZED]
         assert len({b.row for b in owners}) == len(owners), "one living owner a chunk"
         for branch in owners:
-            assert int(garden.table.branch[branch.row]) == branch.id
-            assert garden.table.stage_of(branch.row) is branch.stage
-        for row in garden.table.rows_in(S.DORMANT):
-            assert int(garden.table.branch[row]) == -1
-        for branch in garden.branches.entries:
+            assert int(registry.table.branch[branch.row]) == branch.id
+            assert registry.table.stage_of(branch.row) is branch.stage
+        for row in registry.table.rows_in(S.DORMANT):
+            assert int(registry.table.branch[row]) == -1
+        for branch in registry.branches.entries:
             assert branch.path[0][0] == "GERMINATED" and branch.path[-1][0] == branch.stage.name
             names = [Stage[name] for name, _ in branch.path]
             assert all(b in EXITS[a] for a, b in pairwise(names))
 
     @invariant()
     def slots_used_are_living_branches(self) -> None:
-        garden = self.loop.grow.garden
-        for number in range(len(garden.sites)):
-            for name, bank in garden.banks(number).items():
+        registry = self.loop.grow.registry
+        for number in range(len(registry.sites)):
+            for name, bank in registry.banks(number).items():
                 assert not isinstance(bank, BlockBank)
-                living = sorted(b.slot for b in garden.branches.living() if b.site == number and b.blueprint == name)
+                living = sorted(b.slot for b in registry.branches.living() if b.site == number and b.blueprint == name)
                 assert living == [slot for slot, used in enumerate(bank.used) if used]
                 free = [slot for slot, used in enumerate(bank.used) if not used]
                 assert not any(bool(stack[free].any()) for stack in bank.stacks.values())
 
     @invariant()
     def alphas_are_in_range_and_only_where_something_is_blended(self) -> None:
-        garden = self.loop.grow.garden
-        assert bool(((garden.branches.alpha >= 0) & (garden.branches.alpha <= 1)).all())
-        for branch in garden.branches.entries:
+        registry = self.loop.grow.registry
+        assert bool(((registry.branches.alpha >= 0) & (registry.branches.alpha <= 1)).all())
+        for branch in registry.branches.entries:
             if branch.stage not in (*BLENDED, S.CULLED):
-                assert float(garden.branches.alpha[branch.id]) == 0.0
-        for number, layer in enumerate(garden.layers):
+                assert float(registry.branches.alpha[branch.id]) == 0.0
+        for number, layer in enumerate(registry.layers):
             planned = sorted(id for group in layer.plan for id in group.branches)
-            assert planned == sorted(b.id for b in garden.blended(number))
+            assert planned == sorted(b.id for b in registry.blended(number))
 
     @invariant()
     def ages_and_slots_are_kept(self) -> None:
-        garden, table = self.loop.grow.garden, self.loop.grow.garden.table
+        registry, table = self.loop.grow.registry, self.loop.grow.registry.table
         for row in range(table.rows):
             stage = table.stage_of(row)
             if stage not in (S.DORMANT, S.FOSSILIZED):
                 assert int(table.age[row]) < self.ages.maximum[stage]
         assert len(table.rows_in(S.TRAINING)) <= self.loop.grow.machine.training_slots
         assert sum(table.counts().values()) == table.rows == 4
-        assert not garden.released
+        assert not registry.released
 
     @invariant()
     def fossils_stay(self) -> None:
-        now = {b.id for b in self.loop.grow.garden.in_stage(S.FOSSILIZED)}
+        now = {b.id for b in self.loop.grow.registry.in_stage(S.FOSSILIZED)}
         assert self.fossils <= now
         self.fossils = now
 

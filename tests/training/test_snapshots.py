@@ -21,8 +21,8 @@ def optimizer_state(loop: Loop) -> dict[str, torch.Tensor]:
 
 
 def branch_rows(loop: Loop, number: int, blueprint: str) -> dict[str, torch.Tensor]:
-    branch = loop.grow.garden.branches[number]
-    bank: Any = loop.grow.garden.layers[branch.site].bank(blueprint)
+    branch = loop.grow.registry.branches[number]
+    bank: Any = loop.grow.registry.layers[branch.site].bank(blueprint)
     if blueprint == "block":
         key = str(branch.slot)
         rows = {name: value.clone() for name, value in bank.blocks[key].state_dict().items()}
@@ -37,12 +37,12 @@ def branch_rows(loop: Loop, number: int, blueprint: str) -> dict[str, torch.Tens
 def test_a_rollback_restores_host_optimizer_and_the_other_branches(host: str, blueprint: str):
     lifecycle = short(training_min="10step", stabilization_min="9step", readiness=-1e9, judge_every="50step")
     loop = Loop(host, settings={"lifecycle": lifecycle, "blueprint": blueprint}, total=100)
-    names = [site.name for site in loop.grow.garden.sites]
+    names = [site.name for site in loop.grow.registry.sites]
     loop.port.script = {1: [germinate(names[0])], 8: [germinate(names[1])]}
     loop.until(S.GRAFTING)
     last = [name for name, _ in loop.model.named_parameters() if "seed_layer" not in name][-2]
     kept = loop.host_state(), optimizer_state(loop), branch_rows(loop, 1, blueprint)
-    other = loop.grow.garden.branches[1]
+    other = loop.grow.registry.branches[1]
     assert other.stage is S.TRAINING
     loop.run(6)
     loop.optimizer.param_groups[0]["lr"] = 0.123
@@ -57,9 +57,9 @@ def test_a_rollback_restores_host_optimizer_and_the_other_branches(host: str, bl
     same(kept[2], branch_rows(loop, 1, blueprint))
     assert loop.grow.tick_number == t and loop.optimizer.param_groups[0]["lr"] == 0.123
     assert other.path == path, "it is no transition of the other seeds"
-    assert [stage for stage, _ in loop.grow.garden.branches[0].path][-1] == "ROLLED_BACK"
+    assert [stage for stage, _ in loop.grow.registry.branches[0].path][-1] == "ROLLED_BACK"
     loop.run(8)
-    assert [stage for stage, _ in loop.grow.garden.branches[0].path][-1] == "DORMANT"
+    assert [stage for stage, _ in loop.grow.registry.branches[0].path][-1] == "DORMANT"
     assert loop.grow.life.counts["rolled_back"] == 1
 
 
@@ -79,7 +79,7 @@ def test_a_host_that_is_not_sound_is_no_good_snapshot():
     loop.run(21 - loop.grow.tick_number)
     with torch.no_grad():
         loop.model.norm.running_mean[0] = float("inf")  # which no training forward feels
-    assert not Snapshot(loop.model, loop.optimizer, loop.grow.garden, 9).healthy
+    assert not Snapshot(loop.model, loop.optimizer, loop.grow.registry, 9).healthy
     loop.run(3)
     assert loop.grow.guard.sound[1].kept is good, "the last good one is kept"
 

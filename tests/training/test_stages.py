@@ -18,7 +18,7 @@ SLOW = short(training_min="6step", stabilization_min="6step", evaluating_min="6s
 
 
 def values(loop: Loop, branch: Branch) -> list[torch.Tensor]:
-    bank: Any = loop.grow.garden.layers[branch.site].bank(branch.blueprint)
+    bank: Any = loop.grow.registry.layers[branch.site].bank(branch.blueprint)
     rows = [stack.detach()[branch.slot] for stack in bank.stacks.values()]
     return [row.clone() for row in (*rows, bank.steps[branch.slot])]
 
@@ -48,18 +48,18 @@ def test_a_fossil_keeps_contributing_and_outlives_a_new_generation_on_its_chunk(
     fossil = loop.until(S.FOSSILIZED)
     kept = values(loop, fossil)
     loop.run(30)
-    garden = loop.grow.garden
+    registry = loop.grow.registry
     loop.port.script[loop.grow.tick_number + 1] = [germinate(id="again")]
     loop.run(12)
     assert loop.port.acks["again"] == ("applied", "")
     assert ("FOSSILIZED", "GERMINATED") in loop.port.stages()
-    second = garden.branches[1]
+    second = registry.branches[1]
     assert second.row == fossil.row and second.generation == 2 and second.stage is S.GRAFTING
-    assert float(garden.branches.alpha[fossil.id]) == 1.0 and fossil.alive
+    assert float(registry.branches.alpha[fossil.id]) == 1.0 and fossil.alive
     assert all(torch.equal(a, b) for a, b in zip(kept, values(loop, fossil), strict=True))
     with torch.no_grad():
         on = sample_loss(loop.model, batch())
-        with garden.without(fossil):
+        with registry.without(fossil):
             off = sample_loss(loop.model, batch())
     assert not torch.equal(on, off)
 
@@ -67,9 +67,9 @@ def test_a_fossil_keeps_contributing_and_outlives_a_new_generation_on_its_chunk(
 def test_a_culled_branch_fades_out_then_frees_its_slot_and_rests():
     loop = Loop(settings={"lifecycle": short(gain=1e3, fade="4step", embargo="3step", evaluating_max="3step")}, commands={1: [germinate()]})
     branch = loop.until(S.CULLED)
-    garden, bank = loop.grow.garden, loop.grow.garden.layers[0].bank("mlp")
+    registry, bank = loop.grow.registry, loop.grow.registry.layers[0].bank("mlp")
     row, before = branch.row, values(loop, branch)
-    alphas = [float(garden.branches.alpha[branch.id])]
+    alphas = [float(registry.branches.alpha[branch.id])]
     while branch.stage is S.CULLED:
         alive = branch.alive
         loop.run(1)
@@ -77,11 +77,11 @@ def test_a_culled_branch_fades_out_then_frees_its_slot_and_rests():
             assert all(torch.equal(a, b) for a, b in zip(before, values(loop, branch), strict=True)), "it does not learn any more"
         elif alive:
             assert bank.used == [False] and not any(stack.any() for stack in bank.stacks.values())
-        alphas.append(float(garden.branches.alpha[branch.id]))
+        alphas.append(float(registry.branches.alpha[branch.id]))
     assert alphas == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
-    assert garden.table.stage_of(row) is S.DORMANT and int(garden.table.branch[row]) == -1
+    assert registry.table.stage_of(row) is S.DORMANT and int(registry.table.branch[row]) == -1
     assert loop.grow.executor.apply(germinate(id="again"), loop.grow.tick_number)[0] == "applied"
-    assert garden.branches[1].slot == branch.slot and garden.branches[1].generation == 2
+    assert registry.branches[1].slot == branch.slot and registry.branches[1].generation == 2
 
 
 def test_alpha_climbs_tick_by_tick_to_its_end():
@@ -89,10 +89,10 @@ def test_alpha_climbs_tick_by_tick_to_its_end():
     branch = loop.until(S.GRAFTING)
     alphas = []
     while branch.stage is S.GRAFTING:
-        alphas.append(float(loop.grow.garden.branches.alpha[branch.id]))
+        alphas.append(float(loop.grow.registry.branches.alpha[branch.id]))
         loop.run(1)
     assert alphas == pytest.approx([tick / 20 for tick in range(20)])
-    (group,) = loop.grow.garden.layers[0].plan
+    (group,) = loop.grow.registry.layers[0].plan
     assert group.alpha.tolist() == [1.0], "what the forward reads"
 
 
@@ -100,7 +100,7 @@ def test_alpha_climbs_tick_by_tick_to_its_end():
 def test_an_alpha_that_is_no_binary_fraction_is_reached_too(highest: float):
     loop = Loop(settings={"grafting": CONFIGS["linear"](alpha_max=highest)}, commands={1: [germinate()]})
     branch = loop.until(S.EVALUATING)
-    assert float(loop.grow.garden.branches.alpha[branch.id]) == pytest.approx(highest)
+    assert float(loop.grow.registry.branches.alpha[branch.id]) == pytest.approx(highest)
 
 
 @pytest.mark.parametrize("strategy", ["linear", "drift", "momentum", "adaptive", "stability", "grad_norm", "performance"])
@@ -114,7 +114,7 @@ def test_every_strategy_brings_a_branch_in(strategy: str):
 def test_a_germinated_seed_waits_for_a_slot_and_goes_when_it_waits_too_long():
     lifecycle = short(training_slots=1, germinated_max="4step", readiness=1.0, training_max="40step")
     loop = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0)], 2: [germinate(seed=1)]}).run(3)
-    assert [b.stage for b in loop.grow.garden.branches.entries] == [S.TRAINING, S.GERMINATED]
+    assert [b.stage for b in loop.grow.registry.branches.entries] == [S.TRAINING, S.GERMINATED]
     loop.run(4)
     assert loop.port.stages()[-2:] == [("GERMINATED", "CANCELLED"), ("CANCELLED", "DORMANT")]
     assert loop.port.transitions[-2].cause == "GERMINATED reached its maximum age"
@@ -130,7 +130,7 @@ def test_without_a_judge_no_branch_is_kept_and_the_host_is_not_rolled_back():
 def test_a_branch_that_changes_nothing_is_not_kept():
     loop = Loop(commands={1: [germinate()]})
     branch = loop.until(S.EVALUATING)
-    bank: Any = loop.grow.garden.layers[0].bank("mlp")
+    bank: Any = loop.grow.registry.layers[0].bank("mlp")
     with torch.no_grad():
         for stack in bank.stacks.values():
             stack[branch.slot] = 0.0

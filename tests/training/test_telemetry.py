@@ -46,7 +46,7 @@ def test_a_dormant_seeds_health_is_its_chunks():
     activation, gradient = loop.model.fc1(data[0]).detach(), seen[0]
     loop.optimizer.step()
     loop.grow.tick(1.0)
-    start, end = loop.grow.garden.sites[0].geometry.bounds(1)
+    start, end = loop.grow.registry.sites[0].geometry.bounds(1)
     chunk, values = activation[:, start:end], row(loop, "fc1", 1)
     others = torch.cat([activation[:, :start], activation[:, end:]], 1).mean(1)
     expected = {
@@ -65,17 +65,17 @@ def test_a_living_branch_tells_its_share_and_its_gradient():
     loop = Loop(settings={"telemetry": TelemetryConfig(every=1)}, commands={1: [germinate()]})
     loop.until(S.GRAFTING)
     loop.run(8)
-    bank: Any = loop.grow.garden.layers[0].bank("mlp")
+    bank: Any = loop.grow.registry.layers[0].bank("mlp")
     data = batch(number=50)
     loop.backward(data)
     with torch.no_grad():
         blended = loop.model.fc1(data[0])
-        with loop.grow.garden.without(loop.grow.garden.branches[0]):
+        with loop.grow.registry.without(loop.grow.registry.branches[0]):
             host = loop.model.fc1(data[0])
     mine = torch.cat([stack.grad[0].flatten() for stack in bank.stacks.values()])
     beside = torch.cat([loop.model.fc1.weight.grad.flatten(), loop.model.fc1.bias.grad])
     ratio = float((mine.square().mean() / beside.square().mean()).sqrt())
-    alpha = float(loop.grow.garden.branches.alpha[0])
+    alpha = float(loop.grow.registry.branches.alpha[0])
     loop.optimizer.step()
     loop.grow.tick(1.0)
     values = row(loop, "fc1", 0)
@@ -98,7 +98,7 @@ def test_new_gradients_are_measured_against_old_ones_also_where_the_host_has_no_
     host = [parameter.grad for layer in (layers[1], layers[3]) for parameter in (layer.weight, layer.bias)]
     ratios = []
     for site, beside in ((0, host[:2]), (1, host)):
-        bank: Any = loop.grow.garden.layers[site].bank("mlp")
+        bank: Any = loop.grow.registry.layers[site].bank("mlp")
         mine = torch.cat([stack.grad[0].flatten() for stack in bank.stacks.values()])
         ratios.append(float((mine.square().mean() / torch.cat([grad.flatten() for grad in beside]).square().mean()).sqrt()))
     loop.optimizer.step()
@@ -161,9 +161,9 @@ def test_drift_is_measured_for_whom_it_is_asked_and_forgotten_after():
     loop.run(4)
     averages = loop.grow.advance.weights.averages
     assert list(averages) == [0]
-    now = [value.unsqueeze(0) for value in loop.grow.garden.layers[0].bank("mlp").values(0).values()]
+    now = [value.unsqueeze(0) for value in loop.grow.registry.layers[0].bank("mlp").values(0).values()]
     expected, _ = weight_drift(now, averages[0])
-    measured = loop.grow.advance.weights.drift(loop.grow.garden, loop.grow.garden.branches.entries)
+    measured = loop.grow.advance.weights.drift(loop.grow.registry, loop.grow.registry.branches.entries)
     assert measured.tolist() == pytest.approx(expected.tolist())
     loop.until(S.STABILIZATION)
     loop.run(1)
@@ -175,7 +175,7 @@ def test_drift_of_a_block_is_measured_too():
     loop.port.script = {1: [germinate("blocks.0")]}
     loop.until(S.GRAFTING)
     loop.run(2)
-    grown = loop.grow.garden.layers[0].bank("block").blocks["0"]
+    grown = loop.grow.registry.layers[0].bank("block").blocks["0"]
     assert len(loop.grow.advance.weights.averages[0]) == len(list(grown.parameters()))
 
 
@@ -203,7 +203,7 @@ def test_nobody_needs_to_listen():
     grow = attach(loop.model, loss=sample_loss, total_steps=400, sample=batch(), lifecycle=short(), per_site=2)
     loop._grow = grow
     loop.run(3)
-    assert grow.tick_number == 3 and grow.garden.table.counts()["DORMANT"] == 4
+    assert grow.tick_number == 3 and grow.registry.table.counts()["DORMANT"] == 4
 
 
 def test_batches_of_any_make_are_moved_and_keyed():
@@ -240,6 +240,6 @@ def test_age_is_the_ticks_in_the_stage_of_resting_seeds_too():
             seen.add(S(int(found["stage"])))
     assert {S.DORMANT, S.CULLED, S.FOSSILIZED} <= seen
     ages = COLUMNS.index("age")
-    garden = loop.grow.garden
+    registry = loop.grow.registry
     assert [loop.grow.observer.row(n)[ages] for n in range(2)] == [float(loop.grow.tick_number - entered["fc1", n]) for n in range(2)]
-    assert garden.table.age.max() <= loop.grow.tick_number
+    assert registry.table.age.max() <= loop.grow.tick_number

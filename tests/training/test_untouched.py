@@ -161,8 +161,8 @@ def test_every_call_of_a_loop_leaves_all_that_is_the_users(objective: str, tmp_p
     lifecycle = short(objective=objective)
     with watched.untouched("attach"):
         grow = attach(watched.model, **settings(watched, lifecycle=lifecycle))
-    steps(watched, grow, lambda: bool(grow.garden.table.looks.any()))
-    branch = grow.garden.branches[0]
+    steps(watched, grow, lambda: bool(grow.registry.table.looks.any()))
+    branch = grow.registry.branches[0]
     calls: dict[str, Callable[[], Any]] = {
         "judge": lambda: grow.judge.look([branch], [0.05]),  # type: ignore[union-attr]
         "observe": lambda: grow.observe({"validation/loss": 0.5}, "validation/loss", maximize=False),

@@ -28,9 +28,7 @@ class PrometheusEndpoint:
         try:
             self._server, self._thread = start_http_server(port, "127.0.0.1", registry)
         except OSError as error:
-            raise UserError(
-                f"bus.metrics_port={port} cannot be served ({error.strerror}): give a free port, or 0 for none"
-            ) from None
+            raise UserError(f"bus.metrics_port={port} cannot be served ({error.strerror}): give a free port, or 0 for none") from None
         self.port = self._server.server_port
 
     def describe(self) -> list[Any]:

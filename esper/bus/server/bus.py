@@ -270,7 +270,6 @@ class ServerBus:
         if self._local is not None:
             self._local.close()
 
-
     def _say_what_is_left(self) -> None:
         """Training does not wait for the server, so its end is the first moment at which somebody must be told."""
         if unsent := sum(outbox.waiting for outbox in self._outboxes if not outbox.fenced):

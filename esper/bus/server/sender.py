@@ -173,9 +173,7 @@ class Writer:
     def _send_upto(self, outbox: Outbox, stream: str, sequence: int) -> None:
         """Everything of an outbox up to ``sequence``; of the events only the batch that was put together."""
         self._send(outbox, stream)
-        while (
-            stream != "events" and outbox.waiting and outbox.confirmed < (outbox.epoch, sequence) and not outbox.fenced
-        ):
+        while stream != "events" and outbox.waiting and outbox.confirmed < (outbox.epoch, sequence) and not outbox.fenced:
             self._send(outbox, stream)
 
     def _send(self, outbox: Outbox, stream: str) -> None:

@@ -13,7 +13,7 @@ from esper.engine.port import Port
 from esper.engine.signals import LossSignal
 from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
 from esper.messages import Alert, GateResult
-from esper.seeds import Branch, Garden
+from esper.seeds import Branch, SeedRegistry
 
 
 @dataclass
@@ -27,12 +27,12 @@ class GateRecord:
 
 
 class Gatekeeper:
-    """Answers gates for the branches of a garden; a value that is missing or not finite opens none."""
+    """Answers gates for the branches of a registry; a value that is missing or not finite opens none."""
 
     def __init__(
         self,
         config: LifecycleConfig,
-        garden: Garden,
+        registry: SeedRegistry,
         judge: Judge | None,
         objective: Objective,
         loss: LossSignal,
@@ -40,7 +40,7 @@ class Gatekeeper:
         port: Port,
     ) -> None:
         self.config = config
-        self.garden = garden
+        self.registry = registry
         self.judge = judge
         self.objective = objective
         self.loss = loss
@@ -73,7 +73,7 @@ class Gatekeeper:
         """One look at the judge set for branches in EVALUATING or FINE_TUNING; each look spends error rate."""
         if self.judge is None or not branches or self.loss.diverging:
             return [False] * len(branches)
-        table = self.garden.table
+        table = self.registry.table
         errors = []
         for branch in branches:
             table.looks[branch.row] += 1
@@ -100,9 +100,9 @@ class Gatekeeper:
         self.diverged.discard(branch.id)
         if gain.samples and not math.isfinite(gain.mean):
             self.diverged.add(branch.id)
-        self.garden.table.score[branch.row] = gain.mean
+        self.registry.table.score[branch.row] = gain.mean
         gate = "gain" if branch.stage is Stage.EVALUATING else "final_gain"
-        look = int(self.garden.table.looks[branch.row])
+        look = int(self.registry.table.looks[branch.row])
         passed = self._answer(gate, branch, gain.bound, self.config.gain, tick, look)
         if not passed or gate == "gain" or not self.config.guard:
             return passed
@@ -115,7 +115,7 @@ class Gatekeeper:
         if gate == "stability":
             return self.loss.steadiness(), self.config.stability
         assert gate == "ramp", gate
-        return float(self.garden.branches.alpha[branch.id]), self.ramp_end[branch.strategy]
+        return float(self.registry.branches.alpha[branch.id]), self.ramp_end[branch.strategy]
 
     ramp_end: dict[str, float] = {}
     """Alpha at which each strategy's ramp is over; set by the engine from the strategies' settings."""
@@ -127,7 +127,7 @@ class Gatekeeper:
         record.passed += passed
         if math.isfinite(value) and not value <= record.closest:
             record.closest = value
-        site = self.garden.sites[branch.site].name
+        site = self.registry.sites[branch.site].name
         asked = GateResult(
             tick=tick,
             site=site,

@@ -61,11 +61,11 @@ def worse(now: Tensor, then: Tensor, error: float) -> bool:
 
 
 class Guard:
-    """Watches the blended branches of one garden, every ``every`` ticks. Without a judge it only keeps what a rollback returns to."""
+    """Watches the blended branches of one registry, every ``every`` ticks. Without a judge it only keeps what a rollback returns to."""
 
     def __init__(self, life: Life, judge: Judge | None, signal: LossSignal, significance: float, every: int) -> None:
         self.life = life
-        self.garden = life.garden
+        self.registry = life.registry
         self.judge = judge
         self.signal = signal
         self.significance = significance
@@ -80,7 +80,7 @@ class Guard:
 
     def watch(self, tick: int) -> None:
         """Roll the branch back that harms the host slowly, if there is one; ``settle`` must follow."""
-        watched = [branch for branch in self.garden.in_stage(*WATCHED) if branch.id in self.sound]
+        watched = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id in self.sound]
         if not watched or self.judge is None or tick % self.every or not self._suspicious(tick):
             return
         now = self._losses([])
@@ -94,18 +94,18 @@ class Guard:
     def settle(self, tick: int) -> None:
         """Return the host where it is worse without the branches that have just gone than it was before their blending."""
         leaving, self.life.leaving = self.life.leaving, []
-        for branch in (self.garden.branches[number] for number in leaving):
+        for branch in (self.registry.branches[number] for number in leaving):
             sound = self.sound.pop(branch.id, None)
             if sound is not None:
                 self._settle(branch, sound, tick)
-        present = {branch.id for branch in self.garden.in_stage(*WATCHED)}
+        present = {branch.id for branch in self.registry.in_stage(*WATCHED)}
         self.sound = {number: kept for number, kept in self.sound.items() if number in present}
         if not self.sound:
             self.calm, self.lowest = None, math.inf
 
     def begin(self, tick: int) -> None:
         """Keep the state of the host for branches whose blending begins with the next forward."""
-        new = [branch for branch in self.garden.in_stage(*WATCHED) if branch.id not in self.sound]
+        new = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id not in self.sound]
         if not new:
             return
         kept = self._keep(tick) or self._youngest()
@@ -186,11 +186,11 @@ class Guard:
         if best is None:
             return
         self.life.drop(branch)
-        self.garden.touch(branch.site)
+        self.registry.touch(branch.site)
         self.signal.load(best.signal)
         self.returned(best.snapshot.tick)
         self.on_return()
-        site = self.garden.sites[branch.site].name
+        site = self.registry.sites[branch.site].name
         text = f"without branch {branch.id} the host is worse than it was before; back to the state of tick {best.snapshot.tick}"
         self.life.port.emit(Alert(tick=tick, level="warning", code="host_returned", text=text, site=site, seed=branch.seed))
 
@@ -229,11 +229,11 @@ class Guard:
         self.calm, self.lowest = None, self.signal.fast if math.isfinite(self.signal.fast) else math.inf
 
     def _restore(self, kept: Kept) -> None:
-        kept.snapshot.restore(self.garden.model, self.life.optimizer, self.garden)
+        kept.snapshot.restore(self.registry.model, self.life.optimizer, self.registry)
 
     def _keep(self, tick: int) -> Kept | None:
         """The present state, or None where it is not sound."""
-        taken = Snapshot(self.garden.model, self.life.optimizer, self.garden, tick)
+        taken = Snapshot(self.registry.model, self.life.optimizer, self.registry, tick)
         return Kept(taken, self.signal.state()) if taken.healthy else None
 
     def _youngest(self) -> Kept | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from esper.engine.extra_passes import drawing_alike, shapes_of, to_device, untouched_buffers
 from esper.engine.judging.student_t import quantile
 from esper.engine.macs import Meter
-from esper.seeds import Branch, Garden
+from esper.seeds import Branch, SeedRegistry
 from esper.seeds.sites import quiet_evaluation
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -55,8 +55,8 @@ class Judge:
     were not finite with the branch off, so by no fault of its own.
     """
 
-    def __init__(self, garden: Garden, loss: LossFunction, data: Iterable[Any], device: torch.device, meter: Meter) -> None:
-        self.garden = garden
+    def __init__(self, registry: SeedRegistry, loss: LossFunction, data: Iterable[Any], device: torch.device, meter: Meter) -> None:
+        self.registry = registry
         self.loss = loss
         self.data = data
         self.device = device
@@ -65,7 +65,7 @@ class Judge:
         self.spoiled = 0
         self.on = torch.zeros(0)
         self.off: list[Tensor] = []
-        self._has_norms = any(_has_statistics(module) for module in garden.model.modules())
+        self._has_norms = any(_has_statistics(module) for module in registry.model.modules())
 
     def remember(self, batch: Any) -> None:
         """Keep a training batch for recalibrating norm statistics; a host without such statistics keeps none."""
@@ -74,12 +74,12 @@ class Judge:
 
     def look(self, branches: list[Branch], errors: list[float]) -> list[Gain]:
         """The gain of each branch, all others unchanged, with bounds at the given error rates."""
-        self.garden.refresh()  # commands of this tick may have taken branches away that the last forward still had
+        self.registry.refresh()  # commands of this tick may have taken branches away that the last forward still had
         on = self.on = self._losses()
         self.off = []
         gains = []
         for branch, error in zip(branches, errors, strict=True):
-            with self.garden.without(branch):
+            with self.registry.without(branch):
                 off = self._losses()
             self.off.append(off)
             self.spoiled = int((~torch.isfinite(off)).sum())
@@ -88,25 +88,25 @@ class Judge:
 
     def losses(self, without: list[Branch]) -> Tensor:
         """Losses ``[n]`` float64 on the judge set with some branches off, all others as they are now."""
-        self.garden.refresh()
-        with self.garden.without(*without):
+        self.registry.refresh()
+        with self.registry.without(*without):
             return self._losses()
 
     def _losses(self) -> Tensor:
-        model = self.garden.model
+        model = self.registry.model
         norms = [module for module in model.modules() if _has_statistics(module) and module.training]
-        recordings = [layer.recording for layer in self.garden.layers]
-        for layer in self.garden.layers:
+        recordings = [layer.recording for layer in self.registry.layers]
+        for layer in self.registry.layers:
             layer.recording = None
         values = []
         try:
             with quiet_evaluation(model), untouched_buffers(model), drawing_alike(self.data), self._recalibrated(norms):
                 for batch in self.data:
                     batch = to_device(batch, self.device)
-                    with self.meter.counting("judge", (self.garden.structure(), shapes_of(batch))):
+                    with self.meter.counting("judge", (self.registry.structure(), shapes_of(batch))):
                         values.append(self.loss(model, batch).detach().reshape(-1).double().cpu())
         finally:
-            for layer, recording in zip(self.garden.layers, recordings, strict=True):
+            for layer, recording in zip(self.registry.layers, recordings, strict=True):
                 layer.recording = recording
         return torch.cat(values) if values else torch.zeros(0)
 
@@ -119,7 +119,7 @@ class Judge:
         if not norms or not self.recent:
             yield
             return
-        model = self.garden.model
+        model = self.registry.model
         with untouched_buffers(model):
             momenta = [norm.momentum for norm in norms]
             for norm in norms:
@@ -128,7 +128,7 @@ class Judge:
                 norm.training = True
             try:
                 for batch in self.recent:
-                    with self.meter.counting("judge", ("recalibrate", self.garden.structure(), shapes_of(batch))):
+                    with self.meter.counting("judge", ("recalibrate", self.registry.structure(), shapes_of(batch))):
                         self.loss(model, batch)
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):

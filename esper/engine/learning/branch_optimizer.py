@@ -19,7 +19,7 @@ from esper.blueprints import SlotBank
 from esper.engine.device_readings import Readings
 from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows
 from esper.engine.signals import by_bank
-from esper.seeds import Branch, Garden
+from esper.seeds import Branch, SeedRegistry
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ is being found; a branch that overflows longer would never learn at the scale th
 
 
 class BranchOptimizer:
-    """Steps the learning branches of a garden; ``failures`` counts steps refused for a non-finite gradient, by branch.
+    """Steps the learning branches of a registry; ``failures`` counts steps refused for a non-finite gradient, by branch.
 
     Of a gradient that was scaled for half precision, only the last of ``PATIENCE`` such steps in a row is a failure.
 
@@ -48,10 +48,10 @@ class BranchOptimizer:
     known when ``readings`` arrive.
     """
 
-    def __init__(self, garden: Garden, learning: BranchLearning, readings: Readings | None = None) -> None:
-        self.garden = garden
+    def __init__(self, registry: SeedRegistry, learning: BranchLearning, readings: Readings | None = None) -> None:
+        self.registry = registry
         self.learning = learning
-        self.readings = Readings(garden.device) if readings is None else readings
+        self.readings = Readings(registry.device) if readings is None else readings
         self._masks: dict[tuple[int, str], tuple[SlotBank, list[int], Tensor]] = {}
         self.failures: dict[int, int] = {}
         self.norms: dict[int, float] = {}
@@ -71,7 +71,7 @@ class BranchOptimizer:
             return
         rows: list[Rows] = []
         for (site, blueprint), group in by_bank(branches).items():
-            bank = self.garden.layers[site].bank(blueprint)
+            bank = self.registry.layers[site].bank(blueprint)
             rows += [SlotRows(bank, group)] if isinstance(bank, SlotBank) else [BlockRows(bank, branch) for branch in group]
         self.norms = {}
         self._step([row for row in rows if row.gradients], factor)
@@ -81,7 +81,7 @@ class BranchOptimizer:
         """Whole banks at once; who may move is a mask."""
         found: list[BankRows | BlockRows] = []
         for key, group in by_bank(branches).items():
-            bank = self.garden.layers[key[0]].bank(key[1])
+            bank = self.registry.layers[key[0]].bank(key[1])
             if isinstance(bank, SlotBank):
                 found.append(BankRows(bank, group, self._mask(key, bank, group)))
             else:
@@ -115,7 +115,7 @@ class BranchOptimizer:
 
     def clear(self) -> None:
         """Drop every gradient of every branch."""
-        for layer in self.garden.layers:
+        for layer in self.registry.layers:
             for parameter in layer.parameters():
                 parameter.grad = None
 
@@ -135,9 +135,7 @@ class BranchOptimizer:
             for part in rows:
                 part.keep()
 
-    def _adamw(
-        self, rows: Sequence[Rows | BankRows], squares: Tensor, steps: Tensor, factor: float, moving: Tensor | None = None
-    ) -> None:
+    def _adamw(self, rows: Sequence[Rows | BankRows], squares: Tensor, steps: Tensor, factor: float, moving: Tensor | None = None) -> None:
         """In place; ``squares`` and ``steps`` ``[rows]`` in the order of ``rows``. Rows that are not ``moving`` have a gradient of zero."""
         learning, (beta1, beta2) = self.learning, self.learning.betas
         values, gradients, first, second = ([tensor for part in rows for tensor in kind(part)] for kind in _KINDS)

@@ -19,7 +19,7 @@ from esper.engine.judging.judge import LossFunction
 from esper.engine.macs import Meter
 from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
-from esper.seeds import Branch, Garden, Recording
+from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
 from esper.seeds.exceptions import containable, take_errors
 from esper.seeds.plan import BlockGroup, Group, Injection, Part, build
@@ -29,14 +29,16 @@ STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Objective:
-    """Learns all TRAINING seeds of a garden by one of the three objectives; ``readiness`` holds each branch's average score.
+    """Learns all TRAINING seeds of a registry by one of the three objectives; ``readiness`` holds each branch's average score.
 
     The score is the relative fall of the loss (``shadow``), or the share of the regression target that is met.
     """
 
-    def __init__(self, kind: str, garden: Garden, loss: LossFunction, replay: DropoutReplay, meter: Meter, search_every: int = 50) -> None:
+    def __init__(
+        self, kind: str, registry: SeedRegistry, loss: LossFunction, replay: DropoutReplay, meter: Meter, search_every: int = 50
+    ) -> None:
         self.kind = kind
-        self.garden = garden
+        self.registry = registry
         self.loss = loss
         self.replay = replay
         self.meter = meter
@@ -56,7 +58,7 @@ class Objective:
 
     def learn(self, batch: Any, scale: float, host_loss: float | None, tick: int) -> None:
         """Gradients for the TRAINING branches from one micro-batch, times ``scale``; call after the host's backward."""
-        training = self.garden.in_stage(Stage.TRAINING)
+        training = self.registry.in_stage(Stage.TRAINING)
         if not training:
             return
         if self.kind == "shadow":
@@ -105,14 +107,14 @@ class Objective:
     # --- shadow: the task loss of a second forward, host frozen ---
 
     def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: float | None) -> None:
-        model = self.garden.model
+        model = self.registry.model
         with self.replay.again(), untouched_buffers(model):
             if host_loss is None:
                 host_loss = self._measured("host", batch)
             if not math.isfinite(host_loss):
                 return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
-            with self.replay.again(), self.garden.shadow() as groups:
-                key = (self.garden.structure(), shapes_of(batch))
+            with self.replay.again(), self.registry.shadow() as groups:
+                key = (self.registry.structure(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
                     loss = self.loss(model, batch).mean()
                     if not self._looked:
@@ -132,7 +134,7 @@ class Objective:
 
     def _regress(self, training: list[Branch], batch: Any, scale: float) -> None:
         for number in sorted({branch.site for branch in training}):
-            layer = self.garden.layers[number]
+            layer = self.registry.layers[number]
             recording = layer.recording
             if recording is None or recording.input is None:
                 continue
@@ -140,7 +142,7 @@ class Objective:
                 continue  # nothing came back to this site: nothing to learn from, and the readiness stays unknown
             parts = [Part(branch, 1.0, True) for branch in training if branch.site == number]
             x = recording.input
-            for group in build(parts, self.garden.banks(number), layer.geometry, x.device):
+            for group in build(parts, self.registry.banks(number), layer.geometry, x.device):
                 assert not isinstance(group, Injection)
                 key = (number, group.cost_key(), shapes_of(batch))
                 with (
@@ -155,7 +157,7 @@ class Objective:
 
     def _regression_loss(self, group: Group | BlockGroup, number: int, recording: Recording) -> Tensor:
         assert recording.input is not None
-        geometry = self.garden.layers[number].geometry
+        geometry = self.registry.layers[number].geometry
         delta, chunk = branch_outputs(recording.input, group, geometry)
         if self.kind == "reconstruction":
             error, reference = delta, chunk
@@ -181,16 +183,16 @@ class Objective:
         """η by line search: the step that lowers the loss of this batch most when every TRAINING chunk takes it."""
         best, self.step_size = float("inf"), STEP_SIZES[0]
         for size in STEP_SIZES:
-            with self.replay.again(), untouched_buffers(self.garden.model), self.garden.injecting(self._injections(size)):
+            with self.replay.again(), untouched_buffers(self.registry.model), self.registry.injecting(self._injections(size)):
                 loss = self._measured("search", batch)
             if loss < best:
                 best, self.step_size = loss, size
 
     def _injections(self, size: float) -> dict[int, Injection]:
         injections = {}
-        for number, layer in enumerate(self.garden.layers):
+        for number, layer in enumerate(self.registry.layers):
             recording = layer.recording
-            here = [b for b in self.garden.in_stage(Stage.TRAINING) if b.site == number]
+            here = [b for b in self.registry.in_stage(Stage.TRAINING) if b.site == number]
             if not here or recording is None or recording.input is None or recording.gradient is None:
                 continue
             features = torch.cat([torch.arange(*layer.geometry.bounds(branch.seed)) for branch in here])
@@ -215,17 +217,15 @@ class Objective:
 
     def _measured(self, purpose: str, batch: Any) -> float:
         """The mean loss of a forward as the plans are now, no gradients."""
-        key = (purpose, self.garden.structure(), shapes_of(batch))
+        key = (purpose, self.registry.structure(), shapes_of(batch))
         with torch.no_grad(), self.meter.counting("objective", key):
-            return float(self.loss(self.garden.model, batch).mean())
+            return float(self.loss(self.registry.model, batch).mean())
 
     def _collect(self, loss: Tensor, groups: list[Any]) -> None:
         parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
         if not parameters or not loss.requires_grad:
             return
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-        ):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if gradient is not None:
                 held = self.pending.get(parameter)
                 self.pending[parameter] = gradient if held is None else held + gradient

@@ -146,9 +146,9 @@ def rollback_with_a_culprit(name: str, repeats: int, device: torch.device) -> li
 
 def poisoned(trainer: Trainer, governor: Governor, batch: Any, number: int) -> Branch:
     """One of the branches that are being blended in, another one for another ``number``, with weights so large that the loss is unusual."""
-    branches = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    branches = trainer.grow.registry.in_stage(Stage.GRAFTING)
     for branch in branches[number % len(branches) :] + branches[: number % len(branches)]:
-        bank = trainer.grow.garden.layers[branch.site].bank(branch.blueprint)
+        bank = trainer.grow.registry.layers[branch.site].bank(branch.blueprint)
         good = {name: stack.detach()[branch.slot].clone() for name, stack in bank.stacks.items()}
         for power in range(2, 30, 2):
             with torch.no_grad():
