@@ -15,9 +15,9 @@ def faults():
     for _ in range(5):
         torch.ones(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - began
-given_back = faults()
+given_back = min(faults() for _ in range(5))
 keep_freed_memory()
-print(faults(), given_back)
+print(min(faults() for _ in range(5)), given_back)  # the heap takes a few steps to settle
 """
 
 
