@@ -24,6 +24,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 LONGEST = (
     "compare/test_sweep.py",
     "compare/test_going_on.py",
+    "e2e/test_sweep_recipes.py",
     "e2e/test_external.py",
     "e2e/test_recipes.py",
     "repro/test_fingerprints.py",

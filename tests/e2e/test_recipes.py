@@ -25,7 +25,7 @@ SHORT = ("trainer.steps=20", "trainer.batch_size=16", "trainer.validate_every=50
 #: A run that leaves checkpoints.
 KEPT = ("trainer.checkpoint_every=25%", "tracking=csv")
 
-#: Sweeps are minutes of processes: the studies, and the ways of giving a sweep, have tests of their own.
+#: Sweeps are many processes: ``test_sweep_recipes`` runs them.
 SWEEPS = ("experiment=", "-m ", "--multirun ", "compare sweep=")
 
 
