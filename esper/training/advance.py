@@ -15,6 +15,7 @@ from esper.training.faults import Faults
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.guard import Guard
 from esper.training.life import Life
+from esper.training.replacing import Replacing
 from esper.training.signals import LossSignal, WeightAverages
 
 FORWARD: dict[Stage, Stage] = {
@@ -43,6 +44,7 @@ class Advance:
         guard: Guard,
         loss: LossSignal,
         faults: Faults,
+        replacing: Replacing,
     ) -> None:
         self.config = config
         self.ages = ages
@@ -52,6 +54,7 @@ class Advance:
         self.guard = guard
         self.loss = loss
         self.faults = faults
+        self.replacing = replacing
         self.weights = WeightAverages()
         self.metric: float | None = None
         self.gradient_norms: dict[int, float] = {}
@@ -71,6 +74,7 @@ class Advance:
         self.guard.watch(tick)
         self.guard.settle(tick)
         self._open_gates(tick)
+        self.replacing.watch(tick, self.error_rates, self.trouble)
         self._end_outlived()
         self.guard.settle(tick)
         self.guard.begin(tick)
@@ -150,7 +154,7 @@ class Advance:
     # --- leaving a stage ---
 
     def _remove_failing(self) -> None:
-        for branch in self.garden.branches.living():
+        for branch in (branch for branch in self.garden.branches.living() if branch.replaces < 0 or not branch.aside):
             rate = self.error_rates.get(branch.id, 0.0)
             cause = self.trouble.pop(branch.id, None)
             if cause is None and not rate <= self.config.error_rate:
@@ -163,7 +167,7 @@ class Advance:
 
     def _open_gates(self, tick: int) -> None:
         table = self.garden.table
-        due = [b for b in self.garden.in_stage(*FORWARD) if int(table.age[b.row]) >= self.ages.minimum[b.stage]]
+        due = [b for b in self.garden.in_stage(*FORWARD) if not b.aside and int(table.age[b.row]) >= self.ages.minimum[b.stage]]
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
         for branch in due:
             if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):

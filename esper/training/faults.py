@@ -7,6 +7,9 @@ import logging
 from esper.lifecycle import Stage
 from esper.messages import Alert
 from esper.seeds import Branch, Garden
+from esper.seeds.containing import take_errors
+from esper.training.objectives import Objective
+from esper.training.optimizer import PATIENCE, BranchOptimizer
 from esper.training.port import Port
 
 REPEATED = 3
@@ -26,6 +29,45 @@ class Faults:
         self.port = port
         self.said = said
         self.debug = debug
+
+    def collect(self, objective: Objective, optimizer: BranchOptimizer, scale: float, tick: int) -> tuple[dict[int, float], dict[int, str]]:
+        """What failed since the last tick, by branch: the share of its forwards, and why it must go for that alone; counters restart.
+
+        ``scale`` is the loss scale of the step.
+        """
+        rates: dict[int, float] = {}
+        raised, objective.raised = objective.raised, {}
+        for layer in self.garden.layers:
+            raised |= take_errors(layer.plan)
+            for group in layer.plan:
+                if group.forwards:
+                    for branch, failures in zip(group.branches, (group.failures / group.forwards).tolist(), strict=True):
+                        rates[branch] = failures
+                    group.failures.zero_()
+                    group.forwards = 0
+        rates |= dict.fromkeys([*objective.failed, *optimizer.failures], 1.0)
+        scaled = "" if scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {scale:g}"
+        trouble = {b: f"its gradient was not finite{scaled if b in optimizer.scaled else ''}" for b in optimizer.failures}
+        objective.failed.clear()
+        optimizer.failures.clear()
+        trouble |= self.note(raised, tick)
+        self._tell_of_fossils(rates, tick)
+        return rates, trouble
+
+    def _tell_of_fossils(self, rates: dict[int, float], tick: int) -> None:
+        for branch, rate in ((self.garden.branches[number], rate) for number, rate in rates.items()):
+            if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
+                site = self.garden.sites[branch.site].name
+                text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
+                self.port.emit(Alert(tick=tick, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed))
+            branch.unsound = rate > 0
+
+    def forget(self) -> None:
+        """Let nothing count that the present step's forwards gave."""
+        for group in (group for layer in self.garden.layers for group in layer.plan):
+            take_errors([group])
+            group.failures.zero_()
+            group.forwards = 0
 
     def note(self, raised: dict[int, Exception], tick: int, part: str = "") -> dict[int, str]:
         """Count what ``part`` (its blueprint) raised since the last tick, by branch; why those that repeat it must go, in words."""

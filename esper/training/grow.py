@@ -21,7 +21,6 @@ from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.messages import Alert, Command, Metrics, Report, RequestReport
 from esper.seeds import Branch, Garden, TelemetryConfig
-from esper.seeds.containing import take_errors
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.advance import Advance
 from esper.training.averaging import Follower
@@ -39,10 +38,11 @@ from esper.training.life import Life
 from esper.training.macs import Meter
 from esper.training.objectives import Objective
 from esper.training.observing import Observer
-from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
+from esper.training.optimizer import BranchLearning, BranchOptimizer
 from esper.training.passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
 from esper.training.port import NullPort, Port
 from esper.training.rate import HostRate
+from esper.training.replacing import Replacing
 from esper.training.signals import LossSignal
 from esper.training.stopwatch import Stopwatch
 
@@ -99,7 +99,8 @@ class Grow:
         self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
         self.faults = Faults(garden, self.port, self.gates.said, settings.debug)
-        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal, self.faults)
+        self.replacing = Replacing(life, lifecycle, self.life, self.gates)
+        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal, self.faults, self.replacing)
         self.branch_optimizer = BranchOptimizer(garden, settings.learning)
         self.observer = Observer(garden, settings.telemetry, self.objective, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
@@ -190,10 +191,7 @@ class Grow:
         self.objective.failed.clear()
         self.objective.raised.clear()
         self.branch_optimizer.clear()
-        for group in (group for layer in self.garden.layers for group in layer.plan):
-            take_errors([group])
-            group.failures.zero_()
-            group.forwards = 0
+        self.faults.forget()
 
     def observe(self, values: dict[str, float], primary: str | None = None, maximize: bool = True) -> None:
         """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
@@ -231,7 +229,8 @@ class Grow:
         self.tick_number += 1
         self.life.tick = self.tick_number
         self.gates.say_diverging(self.tick_number)
-        self._collect_failures()
+        self.advance.error_rates, trouble = self.faults.collect(self.objective, self.branch_optimizer, self._scale, self.tick_number)
+        self.advance.trouble |= trouble
         self._publish_kernel_alerts()
         self._measure_counterfactuals()
         self.advance.begin()
@@ -247,41 +246,12 @@ class Grow:
 
     def _obey(self, command: Command) -> None:
         if isinstance(command, RequestReport):
-            stages, branches = self.garden.table.counts(), self.observer.branch_cards()
-            self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches))
+            stages, branches, seeds = self.garden.table.counts(), self.observer.branch_cards(), self.observer.seed_cards()
+            self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches, seeds=seeds))
             self.port.acknowledge(command.id, "applied", "", self.tick_number)
             return
         status, reason = self.executor.apply(command, self.tick_number)
         self.port.acknowledge(command.id, status, reason, self.tick_number)
-
-    def _collect_failures(self) -> None:
-        rates: dict[int, float] = {}
-        raised, self.objective.raised = self.objective.raised, {}
-        for layer in self.garden.layers:
-            raised |= take_errors(layer.plan)
-            for group in layer.plan:
-                if group.forwards:
-                    for branch, failures in zip(group.branches, (group.failures / group.forwards).tolist(), strict=True):
-                        rates[branch] = failures
-                    group.failures.zero_()
-                    group.forwards = 0
-        rates.update({branch: 1.0 for branch in self.objective.failed})
-        rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
-        scaled = "" if self._scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self._scale:g}"
-        for branch in self.branch_optimizer.failures:
-            self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"
-        self.objective.failed.clear()
-        self.branch_optimizer.failures.clear()
-        self.advance.trouble |= self.faults.note(raised, self.tick_number)
-        self.advance.error_rates = rates
-        for branch, rate in ((self.garden.branches[number], rate) for number, rate in rates.items()):
-            if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
-                site = self.garden.sites[branch.site].name
-                text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
-                self.port.emit(
-                    Alert(tick=self.tick_number, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed)
-                )
-            branch.unsound = rate > 0
 
     def _measure_counterfactuals(self) -> None:
         if self._last_batch is None or self.tick_number % self.settings.telemetry.every:

@@ -135,7 +135,7 @@ class Observer:
 
     def _fill_branches(self, rows: Tensor, number: int, ratios: dict[int, Tensor]) -> None:
         for branch in self.garden.branches.living():
-            if branch.site != number:
+            if branch.site != number or branch.aside:
                 continue
             rows[branch.seed, Column.ALPHA] = self.garden.branches.alpha[branch.id]
             if branch.id in ratios:
@@ -151,7 +151,7 @@ class Observer:
         """A telemetry row of a seed: what was measured last, and the rest as it is now."""
         garden, table = self.garden, self.garden.table
         measured = self.health[garden.site_of(row)][garden.seed_of(row)].tolist()
-        alphas = [float(garden.branches.alpha[branch.id]) for branch in garden.branches.living() if branch.row == row]
+        alphas = [float(garden.branches.alpha[branch.id]) for branch in garden.branches.living() if branch.row == row and not branch.aside]
         known = [float(table.ages(slice(row, row + 1), self.tick())), float(table.generation[row]), float(table.score[row])]
         return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]
 
@@ -200,8 +200,18 @@ class Observer:
                     "gain": branch.gain,
                     "gain_bound": branch.bound,
                     "parameters": branch.parameters,
+                    "replaces": branch.replaces,
                 }
             )
+        return cards
+
+    def seed_cards(self) -> list[dict[str, Any]]:
+        """One dict a seed that ever moved: where it is, and its last transitions ``[tick, from, to, branch, cause]``, oldest first."""
+        garden, cards = self.garden, []
+        for row in sorted(garden.history.rings):
+            passed = [[one.tick, one.source.name, one.target.name, one.branch, one.cause] for one in garden.history.of(row)]
+            where = {"site": garden.sites[garden.site_of(row)].name, "seed": garden.seed_of(row)}
+            cards.append(where | {"stage": garden.table.stage_of(row).name, "last": passed})
         return cards
 
     def _site_parameters(self, number: int) -> list[torch.nn.Parameter]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.seeds import Garden
+from esper.seeds import Branch, Garden
 from esper.training.life import Life
 
 
@@ -21,6 +21,19 @@ class _Mutable:
     gain: float
     bound: float
     strategy: str
+    replaces: int
+    held: bool
+    looks: int
+
+    @classmethod
+    def of(cls, branch: Branch) -> _Mutable:
+        values = {name: getattr(branch, name) for name in cls.__dataclass_fields__}
+        return cls(**values | {"path": len(branch.path)})
+
+    def put_back(self, branch: Branch) -> None:
+        for name in self.__dataclass_fields__.keys() - {"path"}:
+            setattr(branch, name, getattr(self, name))
+        del branch.path[self.path :]
 
 
 class Before:
@@ -34,7 +47,8 @@ class Before:
         self.life = life
         self._rows = torch.tensor(sorted(set(rows)), dtype=torch.int64)
         self._table = {name: column[self._rows] for name, column in garden.table.columns.items()}
-        self._branches = [_Mutable(b.stage, b.alive, len(b.path), b.gain, b.bound, b.strategy) for b in garden.branches.entries]
+        self._history = garden.history.copy(rows)
+        self._branches = [_Mutable.of(branch) for branch in garden.branches.entries]
         self._numbers = {name: getattr(garden.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
         self._slots = [_slots(garden, number) for number in range(len(garden.sites))]
         self._released = list(garden.released)
@@ -48,8 +62,8 @@ class Before:
             garden.table.columns[name][self._rows] = column
         del garden.branches.entries[len(self._branches) :]
         for branch, was in zip(garden.branches.entries, self._branches, strict=True):
-            branch.stage, branch.alive, branch.gain, branch.bound, branch.strategy = was.stage, was.alive, was.gain, was.bound, was.strategy
-            del branch.path[was.path :]
+            was.put_back(branch)
+        garden.history.put_back(self._history)
         for name, value in self._numbers.items():
             setattr(garden.branches, name, value)
         for number, before in enumerate(self._slots):

@@ -29,6 +29,7 @@ BODIES = [
     m.Decided(id="d", tick=9, epoch=2),
     m.ClaimCheck(digest="0" * 64, size=5),
     m.Acknowledgement(command_id="g", status="applied", reason="", tick=10),
+    m.ReplaceBranch(id="b", site="fc1", seed=1, blueprint="mlp", start="fresh"),
 ]
 ENVELOPES = [
     Envelope("run", "main", 2, number, 1.5e9 + number, ("controller/1-1",) if number % 2 else (), body)
