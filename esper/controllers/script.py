@@ -129,7 +129,8 @@ def _places(entry: Entry, view: RunView) -> list[tuple[str, int]]:
         places = [place for site in sites for place in view.seeds(site)]
     if entry.count is None:
         return places
-    return [place for place in places if view.stages.get(place) == Stage.DORMANT][: entry.count]
+    dormant = set(view.seeds(stage=Stage.DORMANT))
+    return [place for place in places if place in dormant][: entry.count]
 
 
 def _germinate(entry: Entry, site: str, seed: int) -> Callable[[str], Command]:

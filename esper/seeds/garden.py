@@ -10,6 +10,7 @@ from typing import Any
 from torch import Generator, nn
 
 from esper.blueprints import CONFIGS, Block, BlockBank, Blueprint, SlotBank
+from esper.flags import Flags
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
 from esper.lifecycle.history import History
@@ -35,6 +36,7 @@ class Garden:
         seed: int,
         silent: bool = True,
         kernels: Kernels | None = None,
+        flags: Flags | None = None,
     ) -> None:
         self.model = model
         self.sites = sites
@@ -44,6 +46,7 @@ class Garden:
         self.seed = seed
         self.silent = silent
         self.kernels = kernels
+        self.flags = flags or (Flags(model=type(model).__name__) if kernels is None else kernels.flags)
         self.first_row: list[int] = []
         rows = 0
         for site in sites:

@@ -164,6 +164,14 @@ class Advance:
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
             self.garden.table.errors[branch.row] += 1
             self.life.move(branch.row, target, cause)
+            self._count_failure(branch)
+
+    def _count_failure(self, branch: Branch) -> None:
+        """A site at which branches fail again and again grows no more, where the flag says so."""
+        site = self.garden.sites[branch.site].name
+        if self.garden.flags.fail("growth", site):
+            text = f"nothing grows at {site} from here on: {self.garden.flags.verdict('growth', site).why}"
+            self.life.port.emit(Alert(tick=self.life.tick, level="warning", code="growth_off", text=text, site=site))
 
     def _open_gates(self, tick: int) -> None:
         table = self.garden.table

@@ -139,6 +139,7 @@ class Executor:
             raise Refused(self._no_such_seed(command.site, command.seed))
         blueprint = command.blueprint or self.garden.default_blueprint
         reason = trial.refusal(row, Stage.GERMINATED) or self.garden.misfit(row, blueprint)
+        reason = self._flagged(command.site) or reason
         if self.replacing.on(row) is not None:
             reason = "its branch is being replaced"
         if self.advance.loss.diverging:
@@ -149,6 +150,11 @@ class Executor:
             raise Refused(reason)
         trial.apply(row, Stage.GERMINATED, "")
         return Action("germinate", row, blueprint=blueprint, strategy=command.strategy)
+
+    def _flagged(self, site: str) -> str | None:
+        """Why nothing may grow at a site, or None."""
+        verdict = self.garden.flags.verdict("growth", site)
+        return None if verdict.on else f"growth is off at '{site}': {verdict.why}"
 
     def _move(self, row: int, target: Stage, trial: Trial, tick: int) -> Action:
         if target is Stage.GERMINATED:
@@ -175,6 +181,7 @@ class Executor:
         reason = self.replacing.refusal(row, command.blueprint, command.start)
         if trial.stage_of(row) is not Stage.FOSSILIZED:
             reason = f"the seed is {trial.stage_of(row).name}, and only a FOSSILIZED one's branch is replaced in place"
+        reason = self._flagged(command.site) or reason
         if reason is not None:
             raise Refused(reason)
         return Action("replace", row, blueprint=command.blueprint, start=command.start)

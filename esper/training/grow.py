@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from esper.grafting import GraftingConfig, signals_of
-from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.messages import Alert, Command, Metrics, Report, RequestReport
@@ -222,8 +221,8 @@ class Grow:
     def _publish_kernel_alerts(self) -> None:
         kernels = self.garden.kernels
         while kernels is not None and kernels.alerts:
-            self.gates.said.add(MISMATCH)  # saved with the run, which keeps to torch when it is resumed
-            self.port.emit(Alert(tick=self.tick_number, level="error", code=MISMATCH, text=kernels.alerts.pop(0)))
+            code, text = kernels.alerts.pop(0)
+            self.port.emit(Alert(tick=self.tick_number, level="error", code=code, text=text))
 
     def _boundary(self) -> None:
         self.tick_number += 1

@@ -180,6 +180,7 @@ class Observer:
             "blueprints": fitting,
             "host_parameters": host,
             "telemetry_every": self.config.every,
+            "growth": self.garden.flags.on("growth", site.name),
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:
