@@ -14,9 +14,9 @@ from torch import nn
 from esper.blueprints import CONFIGS as BLUEPRINTS
 from esper.blueprints import Block
 from esper.errors import UserError
+from esper.flags import Flags, FlagsConfig
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.grafting import GraftingConfig, Rule, custom, longest_ramp
-from esper.flags import Flags, FlagsConfig
 from esper.kernels import KernelConfig, Kernels
 from esper.lifecycle import LifecycleConfig, resolve
 from esper.lifecycle.config import OBJECTIVES

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esper.blueprints import Block, Blueprint
 from esper.errors import UserError
-from esper.grafting import GraftingConfig
 from esper.flags import FlagsConfig
+from esper.grafting import GraftingConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.duration import parse

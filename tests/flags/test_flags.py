@@ -63,7 +63,7 @@ def test_a_pattern_that_matches_no_site_of_its_model_is_refused():
 
 def test_failures_turn_off_the_site_or_everything_and_travel_with_the_run():
     flags = Flags(FlagsConfig(growth=GrowthFlag(failures=2), kernels=KernelFlag(failures=2)))
-    assert [flags.fail("growth", "a"), flags.fail("growth", "b"), flags.fail("growth", "a"), flags.fail("growth", "a")] == [False, False, True, False]
+    assert [flags.fail("growth", site) for site in "abaa"] == [False, False, True, False]
     assert not flags.on("growth", "a") and flags.on("growth", "b")
     assert flags.verdict("growth", "a").why == "it failed 3 times, and flags.growth.failures=2"
     assert [flags.fail("kernels", "a"), flags.fail("kernels", "b")] == [False, True] and not flags.on("kernels", "c")
@@ -76,7 +76,12 @@ def test_failures_turn_off_the_site_or_everything_and_travel_with_the_run():
 
 @pytest.mark.parametrize(
     ("said", "expected"),
-    [("growth=off", (0.0, [], 100.0)), ("growth=on", (100.0, ["fc1"], 100.0)), ("growth=25%, kernels=off", (25.0, ["fc1"], 0.0)), ("", (5.0, ["fc1"], 100.0))],
+    [
+        ("growth=off", (0.0, [], 100.0)),
+        ("growth=on", (100.0, ["fc1"], 100.0)),
+        ("growth=25%, kernels=off", (25.0, ["fc1"], 0.0)),
+        ("", (5.0, ["fc1"], 100.0)),
+    ],
 )
 def test_the_environment_has_the_last_word(said: str, expected: tuple[float, list[str], float], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(VARIABLE, said)
@@ -111,7 +116,7 @@ def test_what_the_environment_says_is_in_the_configuration_of_the_run(monkeypatc
 
 def test_every_feature_has_its_settings():
     assert FEATURES == ("kernels", "growth")
-    with pytest.raises(UserError, match="flags.growth.percent=101 is not accepted: flags.growth.percent takes a finite number from 0.0 to 100.0"):
+    with pytest.raises(UserError, match=r"flags\.growth\.percent=101 is not accepted: .* takes a finite number from 0\.0 to 100\.0"):
         compose(["flags.growth.percent=101"])
-    with pytest.raises(UserError, match="no key flags.growth.blok.*did you mean flags.growth.block"):
+    with pytest.raises(UserError, match=r"no key flags.growth.blok.*did you mean flags.growth.block"):
         compose(["flags.growth.blok=[fc1]"])

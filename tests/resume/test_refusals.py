@@ -179,5 +179,5 @@ def test_a_run_of_before_there_were_flags_goes_on_with_the_share_of_its_kernels(
     assert resume(folder).config.flags.kernels.percent == 0.0, "the environment holds for a run that goes on, too"
     tree["kernel"]["rollout"] = "half"
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match="kernel.rollout=half"):
+    with pytest.raises(UserError, match=r"kernel\.rollout=half"):
         resume(folder)

@@ -40,7 +40,8 @@ def picture(loop: Loop) -> dict[str, Any]:
             state[f"{number}.{name}"] = (used, str(bank.steps))
     cards = [{k: str(v) for k, v in card.items()} for card in loop.grow.observer.branch_cards()]
     alive = [branch.alive for branch in garden.branches.entries]
-    state["rest"] = (loop.grow.observer.seed_cards(), cards, alive, dict(loop.grow.life.counts), dict(loop.grow.objective.readiness), len(loop.port.transitions))
+    counts, readiness = dict(loop.grow.life.counts), dict(loop.grow.objective.readiness)
+    state["rest"] = (loop.grow.observer.seed_cards(), cards, alive, counts, readiness, len(loop.port.transitions))
     return state
 
 

@@ -184,7 +184,10 @@ def test_a_successor_that_fails_is_rolled_back_and_the_branch_stays():
     same(values(loop, 0), before)
 
 
-@pytest.mark.parametrize("stop", [EmergencyStop(id="s"), EmergencyStop(id="s", select=FC1), Cancel(id="s", select=FC1)], ids=["all", "seed", "cancel"])
+STOPS = {"all": EmergencyStop(id="s"), "seed": EmergencyStop(id="s", select=FC1), "cancel": Cancel(id="s", select=FC1)}
+
+
+@pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS.keys())
 @pytest.mark.parametrize("after", [2, 6])
 def test_a_command_ends_a_trial(stop: Any, after: int, monkeypatch: pytest.MonkeyPatch):
     verdicts(monkeypatch, 0.5)
