@@ -38,6 +38,7 @@ GROUPS: dict[str, str] = {
     "scheduler": "esper.trainer",
     "trainer": "esper.trainer",
     "kernel": "esper.kernels",
+    "flags": "esper.flags",
     "compare": "esper.compare",
 }
 
@@ -74,6 +75,7 @@ class RootConfig:
     scheduler: Any = None
     trainer: Any = None
     kernel: Any = None
+    flags: Any = None
     compare: Any = None
     experiment: str = setting("", help="file of conf/experiment that the run was composed with")
     arm: str = setting("", help="file of conf/arm that the run was composed with")

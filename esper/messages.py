@@ -147,12 +147,13 @@ class Metrics(Message):
 
 @message
 class Report(Message):
-    """Answer to RequestReport: counts of seeds by stage, and one dict a branch."""
+    """Answer to RequestReport: counts of seeds by stage, one dict a branch, and one a seed that ever moved, with its last transitions."""
 
     tick: int
     command_id: str
     stages: dict[str, int]
     branches: list[dict[str, Any]]
+    seeds: list[dict[str, Any]] = field(default_factory=list)
 
 
 @message
@@ -246,6 +247,19 @@ class ResumeGrafting(Command):
 
 
 @message
+class ReplaceBranch(Command):
+    """Put another branch in the place of a FOSSILIZED one, if the judge finds it better; else the one that is there stays or returns.
+
+    ``start`` is ``fresh`` (new parameters of ``blueprint``; empty: the branch's own) or ``copy`` (those that are there, learning on).
+    """
+
+    site: str
+    seed: int
+    blueprint: str = ""
+    start: str = "fresh"
+
+
+@message
 class ApplyTogether(Command):
     """All of these or none: validated and applied on a copy, which is swapped in when every one succeeds.
 
@@ -268,9 +282,10 @@ class ApplyEach(Command):
 
 @message
 class EmergencyStop(Command):
-    """Cull everything that is not FOSSILIZED, now; overtakes whatever is queued."""
+    """Cull whatever of the selection is not FOSSILIZED, now; overtakes whatever is queued. An empty selection is everything."""
 
     reason: str = ""
+    select: Selector = field(default_factory=Selector)
 
 
 @message
@@ -318,6 +333,7 @@ COMMANDS = (
     ChangeStrategy,
     PauseGrafting,
     ResumeGrafting,
+    ReplaceBranch,
     ApplyTogether,
     ApplyEach,
     EmergencyStop,

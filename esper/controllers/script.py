@@ -16,6 +16,7 @@ from esper.messages import (
     EmergencyStop,
     Germinate,
     PauseGrafting,
+    ReplaceBranch,
     RequestReport,
     ResumeGrafting,
     Selector,
@@ -29,7 +30,8 @@ _ACCEPTED = {
     **dict.fromkeys(_SELECTING, ("site", "seeds", "stage")),
     "set_stage": ("site", "seeds", "stage", "target"),
     "change_strategy": ("site", "seeds", "stage", "strategy"),
-    "emergency_stop": ("reason",),
+    "replace": ("site", "seeds", "blueprint", "start"),
+    "emergency_stop": ("reason", "site", "seeds", "stage"),
     "report": (),
 }
 
@@ -48,6 +50,7 @@ class Entry:
     stage: int | None = None
     target: int = 0
     reason: str = ""
+    start: str = "fresh"
 
     @property
     def is_glob(self) -> bool:
@@ -104,12 +107,14 @@ def expand(entry: Entry, view: RunView) -> list[Callable[[str], Command]]:
     select = Selector(site=entry.site, seeds=list(entry.seeds) if entry.seeds is not None else None, stage=entry.stage)
     if entry.command == "germinate":
         return [_germinate(entry, site, seed) for site, seed in _places(entry, view)]
+    if entry.command == "replace":
+        return [_replace(entry, site, seed) for site, seed in _places(entry, view)]
     if entry.command == "set_stage":
         return [lambda id: SetStage(id=id, select=select, target=entry.target)]
     if entry.command == "change_strategy":
         return [lambda id: ChangeStrategy(id=id, select=select, strategy=entry.strategy)]
     if entry.command == "emergency_stop":
-        return [lambda id: EmergencyStop(id=id, reason=entry.reason)]
+        return [lambda id: EmergencyStop(id=id, reason=entry.reason, select=select)]
     if entry.command == "report":
         return [lambda id: RequestReport(id=id)]
     return [lambda id: _SELECTING[entry.command](id=id, select=select)]
@@ -124,8 +129,13 @@ def _places(entry: Entry, view: RunView) -> list[tuple[str, int]]:
         places = [place for site in sites for place in view.seeds(site)]
     if entry.count is None:
         return places
-    return [place for place in places if view.stages.get(place) == Stage.DORMANT][: entry.count]
+    dormant = set(view.seeds(stage=Stage.DORMANT))
+    return [place for place in places if place in dormant][: entry.count]
 
 
 def _germinate(entry: Entry, site: str, seed: int) -> Callable[[str], Command]:
     return lambda id: Germinate(id=id, site=site, seed=seed, blueprint=entry.blueprint, strategy=entry.strategy)
+
+
+def _replace(entry: Entry, site: str, seed: int) -> Callable[[str], Command]:
+    return lambda id: ReplaceBranch(id=id, site=site, seed=seed, blueprint=entry.blueprint, start=entry.start)

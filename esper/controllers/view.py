@@ -50,13 +50,17 @@ class RunView:
             self.stages[message.site, message.seed] = message.target
 
     def seeds(self, site: str = "*", stage: int | None = None) -> list[Seed]:
-        """Seeds of the sites that match the glob, in the order of the sites, that are in ``stage`` (None: in any)."""
+        """Seeds of the sites that match the glob, in the order of the sites, that are in ``stage`` (None: in any).
+
+        Of DORMANT ones those that may germinate: a site at which growth is off has none.
+        """
         return [
             (name, seed)
             for name, described in self.sites.items()
             if fnmatchcase(name, site)
             for seed in range(described["seeds"])
             if stage is None or self.stages[name, seed] == stage
+            if stage != Stage.DORMANT or described.get("growth", True)
         ]
 
     def matching(self, site: str) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from esper.engine.local_controller import controlled_port, remind
 from esper.engine.port import Port
 from esper.engine.supported_models import fit
 from esper.errors import UserError
+from esper.flags import Flags, FlagsConfig
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.grafting import GraftingConfig, Rule, custom, longest_ramp
 from esper.kernels import KernelConfig, Kernels
@@ -59,6 +60,7 @@ def attach(
     accumulate: int = 1,
     scaler: Any | None = None,
     kernel: str | KernelConfig = "auto",
+    flags: FlagsConfig | None = None,
     controller: Any = None,
     port: Port | None = None,
     seed: int = 0,
@@ -82,7 +84,8 @@ def attach(
         blueprint, grafting: a name, a configured one, or one of your own (``docs/own-blueprint.md``, ``docs/own-strategy.md``).
         learning: AdamW settings of the branches; default follows the optimizer's rate if it is an Adam, else 1e-3.
         scaler: the loop's ``GradScaler``, if it has one.
-        kernel: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, or settings with canary and rollout.
+        kernel: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, or settings with a canary.
+        flags: at which sites growth and kernels are on, as in ``FlagsConfig(growth=GrowthFlag(block=["head"]))`` of ``esper.flags``.
         controller: who decides what grows: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
             or an object of your own; ``None`` for nobody, so that every seed stays dormant.
         port: a bus to hear and command over, instead of a ``controller`` in this process.
@@ -117,10 +120,12 @@ def attach(
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
     worst = partial(longest_ramp, strategy)
     ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst, _decided(port, controller))
-    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model))
+    flagged = Flags(flags, type(model).__name__)
+    flagged.refuse_unmatched([site.name for site in found])
+    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
     rate = HostRate(optimizer, kept)
     own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
-    registry = SeedRegistry(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels)
+    registry = SeedRegistry(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels, flagged)
     settings = GrowSettings(
         lifecycle=lifecycle,
         ages=ages,

@@ -27,6 +27,7 @@ from esper.messages import (
     Germinate,
     PauseGrafting,
     Predicate,
+    ReplaceBranch,
     ResumeGrafting,
     Selector,
     SetStage,
@@ -49,7 +50,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Action:
-    """One change to one seed: ``kind`` is germinate, move, strategy or pause."""
+    """One change to one seed: ``kind`` is germinate, move, strategy, pause, replace, or withdraw, which ends a replacement."""
 
     kind: str
     row: int
@@ -57,6 +58,7 @@ class Action:
     blueprint: str = ""
     strategy: str = ""
     paused: bool = False
+    start: str = ""
 
 
 MOST = 1000
@@ -91,6 +93,7 @@ class Executor:
         self.life = life
         self.gates = gates
         self.advance = advance
+        self.replacing = advance.replacing
         self.registry = life.registry
         self.rows_of = rows_of
         self.refusals: dict[str, int] = {}
@@ -150,11 +153,13 @@ class Executor:
             case ApplyTogether():
                 return [action for part in _parts(command) for action in self._plan(_without_own(part, command), trial, tick)]
             case EmergencyStop():
-                return self._stop_everything(trial)
+                return self._stop(command.select, trial)
             case SetStage():
                 return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
             case Cancel():
-                return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
+                return [self._cancel(row, trial, tick) for row in self._select(command.select, trial)]
+            case ReplaceBranch():
+                return [self._replace(command, trial)]
             case ChangeStrategy():
                 if command.strategy not in self.life.strategies:
                     raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
@@ -171,6 +176,9 @@ class Executor:
             raise Refused(self._no_such_seed(command.site, command.seed))
         blueprint = command.blueprint or self.registry.default_blueprint
         reason = trial.refusal(row, Stage.GERMINATED) or self.registry.misfit(row, blueprint)
+        reason = self._flagged(command.site) or reason
+        if self.replacing.on(row) is not None:
+            reason = "its branch is being replaced"
         if self.advance.loss.diverging:
             reason = "the training loss is not finite, so nothing germinates until it is again"
         if reason is None and command.strategy and command.strategy not in self.life.strategies:
@@ -179,6 +187,11 @@ class Executor:
             raise Refused(reason)
         trial.apply(row, Stage.GERMINATED, "")
         return Action("germinate", row, blueprint=blueprint, strategy=command.strategy)
+
+    def _flagged(self, site: str) -> str | None:
+        """Why nothing may grow at a site, or None."""
+        verdict = self.registry.flags.verdict("growth", site)
+        return None if verdict.on else f"growth is off at '{site}': {verdict.why}"
 
     def _move(self, row: int, target: Stage, trial: Trial, tick: int) -> Action:
         if target is Stage.GERMINATED:
@@ -194,7 +207,24 @@ class Executor:
         trial.apply(row, target, "")
         return Action("move", row, target=target)
 
-    def _stop_everything(self, trial: Trial) -> list[Action]:
+    def _cancel(self, row: int, trial: Trial, tick: int) -> Action:
+        """What is under way at a seed: a replacement, or else its branch."""
+        return Action("withdraw", row) if self.replacing.on(row) else self._move(row, Stage.CANCELLED, trial, tick)
+
+    def _replace(self, command: ReplaceBranch, trial: Trial) -> Action:
+        row = self.registry.row(command.site, command.seed)
+        if row is None:
+            raise Refused(self._no_such_seed(command.site, command.seed))
+        reason = self.replacing.refusal(row, command.blueprint, command.start)
+        if trial.stage_of(row) is not Stage.FOSSILIZED:
+            reason = f"the seed is {trial.stage_of(row).name}, and only a FOSSILIZED one's branch is replaced in place"
+        reason = self._flagged(command.site) or reason
+        if reason is not None:
+            raise Refused(reason)
+        return Action("replace", row, blueprint=command.blueprint, start=command.start)
+
+    def _stop(self, select: Selector, trial: Trial) -> list[Action]:
+        """All that is under way at the selected seeds; where that is nothing, there is nothing to stop."""
         away = {
             Stage.GERMINATED: Stage.CANCELLED,
             Stage.TRAINING: Stage.CANCELLED,
@@ -203,10 +233,18 @@ class Executor:
             Stage.EVALUATING: Stage.CULLED,
             Stage.FINE_TUNING: Stage.CULLED,
         }
-        rows = trial.rows_in(*away)
-        return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows]
+        chosen = set(self._matching(select, trial))
+        rows = [row for row in trial.rows_in(*away) if row in chosen]
+        trials = [Action("withdraw", branch.row) for branch in self.replacing.trials() if branch.row in chosen]
+        return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows] + trials
 
     def _select(self, select: Selector, trial: Trial) -> list[int]:
+        rows = self._matching(select, trial)
+        if not rows:
+            raise Refused("no seed meets the selection")
+        return rows
+
+    def _matching(self, select: Selector, trial: Trial) -> list[int]:
         sites = [n for n, site in enumerate(self.registry.sites) if site.name == select.site or fnmatchcase(site.name, select.site)]
         if not sites:
             names = ", ".join(site.name for site in self.registry.sites)
@@ -222,10 +260,7 @@ class Executor:
         if select.stage is not None:
             there = set(trial.rows_in(Stage(select.stage))) if select.stage in list(Stage) else set()
             rows = [row for row in rows if row in there]
-        rows = [row for row in rows if all(self._holds(predicate, row) for predicate in select.where)]
-        if not rows:
-            raise Refused("no seed meets the selection")
-        return rows
+        return [row for row in rows if all(self._holds(predicate, row) for predicate in select.where)]
 
     def _holds(self, predicate: Predicate, row: int) -> bool:
         if predicate.column not in COLUMNS or predicate.op not in COMPARISONS:
@@ -259,6 +294,12 @@ class Executor:
             self.life.germinate(action.row, action.blueprint, action.strategy, cause)
         elif action.kind == "move":
             self.life.move(action.row, action.target, cause)
+        elif action.kind == "replace":
+            self.replacing.begin(action.row, action.blueprint, action.start, cause)
+        elif action.kind == "withdraw":
+            successor = self.replacing.on(action.row)
+            if successor is not None:  # an earlier part of the same command may have ended it
+                self.replacing.end(successor, cause)
         elif action.kind == "pause":
             table.paused[action.row] = action.paused
         else:

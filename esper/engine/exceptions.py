@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 
+from esper.engine.learning.branch_optimizer import PATIENCE, BranchOptimizer
+from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
 from esper.lifecycle import Stage
 from esper.messages import Alert
 from esper.seeds import Branch, SeedRegistry
+from esper.seeds.exceptions import take_errors
 
 REPEATED = 3
 """Ticks at which a branch's code, or the strategy that blends it, may raise before the branch goes."""
@@ -26,6 +29,40 @@ class Faults:
         self.port = port
         self.said = said
         self.debug = debug
+
+    def collect(
+        self, shares: dict[int, float], objective: Objective, optimizer: BranchOptimizer, scale: float, tick: int
+    ) -> tuple[dict[int, float], dict[int, str]]:
+        """What failed since the last tick, by branch: the share of its forwards, and why it must go for that alone.
+
+        ``shares`` are those of the forwards in which a branch was contained; ``scale`` is the loss scale of the step.
+        """
+        raised, objective.raised = objective.raised, {}
+        for layer in self.registry.layers:
+            raised |= take_errors(layer.plan)
+        rates = shares | dict.fromkeys([*objective.failed, *optimizer.failures], 1.0)
+        scaled = "" if scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {scale:g}"
+        trouble = {b: f"its gradient was not finite{scaled if b in optimizer.scaled else ''}" for b in optimizer.failures}
+        objective.failed.clear()
+        optimizer.failures.clear()
+        trouble |= self.note(raised, tick)
+        self._tell_of_fossils(rates, tick)
+        return rates, trouble
+
+    def _tell_of_fossils(self, rates: dict[int, float], tick: int) -> None:
+        for branch, rate in ((self.registry.branches[number], rate) for number, rate in rates.items()):
+            if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
+                site = self.registry.sites[branch.site].name
+                text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
+                self.port.emit(Alert(tick=tick, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed))
+            branch.unsound = rate > 0
+
+    def forget(self) -> None:
+        """Let nothing count that the present step's forwards gave."""
+        for group in (group for layer in self.registry.layers for group in layer.plan):
+            take_errors([group])
+            group.failures.zero_()
+            group.forwards = 0
 
     def note(self, raised: dict[int, Exception], tick: int, part: str = "") -> dict[int, str]:
         """Count what ``part`` (its blueprint) raised since the last tick, by branch; why those that repeat it must go, in words."""

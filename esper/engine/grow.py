@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from esper.checkpoint import store
 from esper.checkpoint.tree import join, split
 from esper.engine.attached_state import attached_state, read_state, take_over
+from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
 from esper.engine.device_readings import Readings
 from esper.engine.exceptions import Faults
@@ -26,7 +27,7 @@ from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of,
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Judge, LossFunction
-from esper.engine.learning.branch_optimizer import PATIENCE, BranchLearning, BranchOptimizer
+from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer
 from esper.engine.learning.learning_rate import HostRate
 from esper.engine.learning.objectives import Objective
 from esper.engine.macs import Meter
@@ -40,12 +41,10 @@ from esper.engine.tick import Advance
 from esper.engine.transition_effects import Life
 from esper.engine.weight_averages import Follower
 from esper.grafting import GraftingConfig, signals_of
-from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.messages import Alert, Command, Metrics, Report, RequestReport
 from esper.seeds import Branch, SeedRegistry, TelemetryConfig
-from esper.seeds.exceptions import take_errors
 from esper.seeds.layer import ATTRIBUTE
 
 
@@ -101,7 +100,8 @@ class Grow:
         self.gates = Gatekeeper(life, registry, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
         self.faults = Faults(registry, self.port, self.gates.said, settings.debug)
-        self.advance = Advance(life, lifecycle, registry, self.life, self.gates, self.guard, self.signal, self.faults)
+        self.replacing = Replacing(life, lifecycle, self.life, self.gates)
+        self.advance = Advance(life, lifecycle, registry, self.life, self.gates, self.guard, self.signal, self.faults, self.replacing)
         self.readings = Readings(self.device)
         self.branch_optimizer = BranchOptimizer(registry, settings.learning, self.readings)
         self.observer = Observer(registry, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
@@ -210,10 +210,7 @@ class Grow:
         self.objective.raised.clear()
         self.branch_optimizer.clear()
         self.registry.compiled.forget_tallies()
-        for group in (group for layer in self.registry.layers for group in layer.plan):
-            take_errors([group])
-            group.failures.zero_()
-            group.forwards = 0
+        self.faults.forget()
 
     def observe(self, values: dict[str, float], primary: str | None = None, maximize: bool = True) -> None:
         """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
@@ -245,14 +242,18 @@ class Grow:
     def _publish_kernel_alerts(self) -> None:
         kernels = self.registry.kernels
         while kernels is not None and kernels.alerts:
-            self.gates.said.add(MISMATCH)  # saved with the run, which keeps to torch when it is resumed
-            self.port.emit(Alert(tick=self.tick_number, level="error", code=MISMATCH, text=kernels.alerts.pop(0)))
+            code, text = kernels.alerts.pop(0)
+            self.port.emit(Alert(tick=self.tick_number, level="error", code=code, text=text))
 
     def _boundary(self) -> None:
         self.tick_number += 1
         self.life.tick = self.tick_number
         self.gates.say_diverging(self.tick_number)
-        self._collect_failures()
+        self._post_failures()
+        shares, self.rates = self.rates, {}
+        found = self.faults.collect(shares, self.objective, self.branch_optimizer, self._scale, self.tick_number)
+        self.advance.error_rates, trouble = found
+        self.advance.trouble |= trouble
         self._publish_kernel_alerts()
         self._measure_counterfactuals()
         self.advance.begin()
@@ -267,39 +268,15 @@ class Grow:
 
     def _obey(self, command: Command) -> None:
         if isinstance(command, RequestReport):
-            stages, branches = self.registry.table.counts(), self.observer.branch_cards()
-            self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches))
+            stages, branches, seeds = self.registry.table.counts(), self.observer.branch_cards(), self.observer.seed_cards()
+            self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches, seeds=seeds))
             self.port.acknowledge(command.id, "applied", "", self.tick_number)
             return
         status, reason = self.executor.apply(command, self.tick_number)
         self.port.acknowledge(command.id, status, reason, self.tick_number)
 
-    def _collect_failures(self) -> None:
-        raised, self.objective.raised = self.objective.raised, {}
-        for layer in self.registry.layers:
-            raised |= take_errors(layer.plan)
-        self._post_failures()
-        rates, self.rates = self.rates, {}
-        rates.update({branch: 1.0 for branch in self.objective.failed})
-        rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
-        scaled = "" if self._scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self._scale:g}"
-        for branch in self.branch_optimizer.failures:
-            self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"
-        self.objective.failed.clear()
-        self.branch_optimizer.failures.clear()
-        self.advance.trouble |= self.faults.note(raised, self.tick_number)
-        self.advance.error_rates = rates
-        for branch, rate in ((self.registry.branches[number], rate) for number, rate in rates.items()):
-            if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
-                site = self.registry.sites[branch.site].name
-                text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
-                self.port.emit(
-                    Alert(tick=self.tick_number, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed)
-                )
-            branch.unsound = rate > 0
-
     def _post_failures(self) -> None:
-        """In which share of its forwards each branch was contained: what ``_collect_failures`` finds, now or at the next tick."""
+        """In which share of its forwards each branch was contained: what the next ``collect`` is given, now or at the next tick."""
         compiled = self.registry.compiled
         if compiled.sites and not self.replay.asleep:
             members = [compiled.members(number) for number in range(len(compiled.sites))]

@@ -28,7 +28,7 @@ class Snapshot:
             self._host = {name: value.detach().clone() for name, value in host_parameters(model).items()}
             self._buffers = {name: value.clone() for name, value in host_buffers(model).items()}
         self._optimizer = None if optimizer is None else _cloned(optimizer_state(optimizer))
-        self._branches = {branch.id: _branch_state(registry, branch.id) for branch in registry.branches.living()}
+        self._branches = {branch.id: branch_state(registry, branch.id) for branch in registry.branches.living()}
         running = [value for name, value in self._buffers.items() if name.rsplit(".", 1)[-1].startswith("running_")]
         self.healthy = finite([*self._host.values(), *running, *_tensors(self._optimizer or [])])
 
@@ -43,7 +43,7 @@ class Snapshot:
             restore_optimizer(optimizer, self._optimizer)
         for branch in registry.branches.living():
             if branch.id in self._branches:
-                _restore_branch(registry, branch.id, self._branches[branch.id])
+                restore_branch(registry, branch.id, self._branches[branch.id])
 
     def state(self) -> dict[str, Any]:
         """Everything, by reference, for a checkpoint."""
@@ -131,7 +131,8 @@ def _moved(tree: Any, device: torch.device) -> Any:
     return [_moved(value, device) for value in tree] if isinstance(tree, list) else tree
 
 
-def _branch_state(registry: SeedRegistry, branch: int) -> dict[str, Any]:
+def branch_state(registry: SeedRegistry, branch: int) -> dict[str, Any]:
+    """A copy of a branch's parameters, moments and steps."""
     entry = registry.branches[branch]
     bank = registry.layers[entry.site].bank(entry.blueprint)
     if isinstance(bank, SlotBank):
@@ -149,7 +150,8 @@ def _branch_state(registry: SeedRegistry, branch: int) -> dict[str, Any]:
     }
 
 
-def _restore_branch(registry: SeedRegistry, branch: int, saved: dict[str, Any]) -> None:
+def restore_branch(registry: SeedRegistry, branch: int, saved: dict[str, Any]) -> None:
+    """Give a branch the parameters, moments and steps of ``branch_state``; its blueprint and shapes must be the same."""
     entry = registry.branches[branch]
     bank = registry.layers[entry.site].bank(entry.blueprint)
     if isinstance(bank, SlotBank):

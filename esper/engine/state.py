@@ -91,6 +91,7 @@ def grow_state(grow: Grow) -> Tree:
         "averages": {str(branch): list(values) for branch, values in advance.weights.averages.items()},
         "gates": {name: vars(record).copy() for name, record in grow.gates.records.items()},
         "said": sorted(grow.gates.said),
+        "flags": grow.registry.flags.state(),
         "refusals": dict(grow.executor.refusals),
         "failures": {str(branch): count for branch, count in grow.branch_optimizer.failures.items()},
         "norms": {str(branch): norm for branch, norm in grow.branch_optimizer.norms.items()},
@@ -145,8 +146,8 @@ def _load_grow(grow: Grow, state: Tree) -> None:
     grow.known_averages = list(state.get("followers", []))
     grow.gates.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
     grow.gates.said = set(state["said"])
-    if grow.registry.kernels is not None and MISMATCH in grow.gates.said:
-        grow.registry.kernels.tripped = True
+    before = {"kernels": {"": 1}} if MISMATCH in grow.gates.said else {}  # what told of a mismatch before there were flags
+    grow.registry.flags.load(state.get("flags", before))
     grow.executor.refusals = dict(state["refusals"])
     grow.branch_optimizer.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
     grow.branch_optimizer.norms = {int(branch): float(norm) for branch, norm in state["norms"].items()}

@@ -19,7 +19,7 @@ from esper.engine.signals import gradient_norms
 from esper.engine.snapshot import present_values
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS, Column
-from esper.seeds import Recording, SeedRegistry, TelemetryConfig
+from esper.seeds import Branch, Recording, SeedRegistry, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 
 MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
@@ -146,7 +146,7 @@ class Observer:
                 fill(rows, [next(left) for _ in tensors])
                 if self._gradient_norms:
                     rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
-                for branch in self.registry.living_at(number):
+                for branch in self._shown(number):
                     rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
                 self.health[number] = rows[:, MEASURED].clone()
                 self.port.telemetry(tick, self.registry.sites[number].name, rows)
@@ -166,7 +166,7 @@ class Observer:
             rows[:, Column.GENERATION] = table.generation[span]
             rows[:, Column.GAIN] = table.score[span]
             rows[:, Column.ALPHA] = rows[:, Column.BRANCH_RMS_RATIO] = 0.0
-            for branch in self.registry.living_at(number):
+            for branch in self._shown(number):
                 rows[branch.seed, Column.ALPHA] = self.registry.branches.alpha[branch.id]
             return rows
 
@@ -174,11 +174,16 @@ class Observer:
             return known(torch.empty(site.geometry.seeds, len(COLUMNS)))
         return lambda: known(self.port.slot(site.name, site.geometry.seeds))
 
+    def _shown(self, number: int) -> list[Branch]:
+        """The living branches of a site that are their seeds' own: none that only learns to take another's place."""
+        return [branch for branch in self.registry.living_at(number) if not branch.aside]
+
     def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
         """What the device knows of a site, and how it goes into its rows."""
         recording = self.registry.layers[number].recording
         if recording is not None and recording.statistics is not None:
-            alive = sorted(branch for branch in recording.ratios or () if self.registry.branches[branch].alive)
+            known = self.registry.branches
+            alive = sorted(branch for branch in recording.ratios or () if known[branch].alive and not known[branch].aside)
             ratios = [recording.ratios[branch] for branch in alive] if recording.ratios else []
             seeds = [self.registry.branches[branch].seed for branch in alive]
 
@@ -211,7 +216,9 @@ class Observer:
         """A telemetry row of a seed: what was measured last, and the rest as it is now."""
         registry, table = self.registry, self.registry.table
         measured = self.health[registry.site_of(row)][registry.seed_of(row)].tolist()
-        alphas = [float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row]
+        alphas = [
+            float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row and not branch.aside
+        ]
         known = [float(table.ages(slice(row, row + 1), self.tick())), float(table.generation[row]), float(table.score[row])]
         return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]
 
@@ -240,6 +247,7 @@ class Observer:
             "blueprints": fitting,
             "host_parameters": host,
             "telemetry_every": self.config.every,
+            "growth": self.registry.flags.on("growth", site.name),
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:
@@ -260,8 +268,18 @@ class Observer:
                     "gain": branch.gain,
                     "gain_bound": branch.bound,
                     "parameters": branch.parameters,
+                    "replaces": branch.replaces,
                 }
             )
+        return cards
+
+    def seed_cards(self) -> list[dict[str, Any]]:
+        """One dict a seed that ever moved: where it is, and its last transitions ``[tick, from, to, branch, cause]``, oldest first."""
+        registry, cards = self.registry, []
+        for row in sorted(registry.history.rings):
+            passed = [[one.tick, one.source.name, one.target.name, one.branch, one.cause] for one in registry.history.of(row)]
+            where = {"site": registry.sites[registry.site_of(row)].name, "seed": registry.seed_of(row)}
+            cards.append(where | {"stage": registry.table.stage_of(row).name, "last": passed})
         return cards
 
     def _site_parameters(self, number: int) -> list[torch.nn.Parameter]:

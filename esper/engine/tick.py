@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from esper.engine.branch_replacement import Replacing
 from esper.engine.exceptions import Faults
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
@@ -43,6 +44,7 @@ class Advance:
         guard: Guard,
         loss: LossSignal,
         faults: Faults,
+        replacing: Replacing,
     ) -> None:
         self.config = config
         self.ages = ages
@@ -52,6 +54,7 @@ class Advance:
         self.guard = guard
         self.loss = loss
         self.faults = faults
+        self.replacing = replacing
         self.weights = WeightAverages()
         self.metric: float | None = None
         self.gradient_norms: dict[int, float] = {}
@@ -71,6 +74,7 @@ class Advance:
         self.guard.watch(tick)
         self.guard.settle(tick)
         self._open_gates(tick)
+        self.replacing.watch(tick, self.error_rates, self.trouble)
         self._end_outlived()
         self.guard.settle(tick)
         self.guard.begin(tick)
@@ -150,7 +154,7 @@ class Advance:
     # --- leaving a stage ---
 
     def _remove_failing(self) -> None:
-        for branch in self.registry.branches.living():
+        for branch in (branch for branch in self.registry.branches.living() if branch.replaces < 0 or not branch.aside):
             rate = self.error_rates.get(branch.id, 0.0)
             cause = self.trouble.pop(branch.id, None)
             if cause is None and not rate <= self.config.error_rate:
@@ -160,10 +164,18 @@ class Advance:
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
             self.registry.table.errors[branch.row] += 1
             self.life.move(branch.row, target, cause)
+            self._count_failure(branch)
+
+    def _count_failure(self, branch: Branch) -> None:
+        """A site at which branches fail again and again grows no more, where the flag says so."""
+        site = self.registry.sites[branch.site].name
+        if self.registry.flags.fail("growth", site):
+            text = f"nothing grows at {site} from here on: {self.registry.flags.verdict('growth', site).why}"
+            self.life.port.emit(Alert(tick=self.life.tick, level="warning", code="growth_off", text=text, site=site))
 
     def _open_gates(self, tick: int) -> None:
         table = self.registry.table
-        due = [b for b in self.registry.in_stage(*FORWARD) if int(table.age[b.row]) >= self.ages.minimum[b.stage]]
+        due = [b for b in self.registry.in_stage(*FORWARD) if not b.aside and int(table.age[b.row]) >= self.ages.minimum[b.stage]]
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
         for branch in due:
             if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):

@@ -10,7 +10,7 @@ from torch import nn
 
 from esper.blueprints import BlockBank, SlotBank
 from esper.engine.transition_effects import Life
-from esper.seeds import SeedRegistry
+from esper.seeds import Branch, SeedRegistry
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,19 @@ class _Mutable:
     gain: float
     bound: float
     strategy: str
+    replaces: int
+    held: bool
+    looks: int
+
+    @classmethod
+    def of(cls, branch: Branch) -> _Mutable:
+        values = {name: getattr(branch, name) for name in cls.__dataclass_fields__}
+        return cls(**values | {"path": len(branch.path)})
+
+    def put_back(self, branch: Branch) -> None:
+        for name in self.__dataclass_fields__.keys() - {"path"}:
+            setattr(branch, name, getattr(self, name))
+        del branch.path[self.path :]
 
 
 class Before:
@@ -34,7 +47,8 @@ class Before:
         self.life = life
         self._rows = torch.tensor(sorted(set(rows)), dtype=torch.int64)
         self._table = {name: column[self._rows] for name, column in registry.table.columns.items()}
-        self._branches = [_Mutable(b.stage, b.alive, len(b.path), b.gain, b.bound, b.strategy) for b in registry.branches.entries]
+        self._history = registry.history.copy(rows)
+        self._branches = [_Mutable.of(branch) for branch in registry.branches.entries]
         self._numbers = {name: getattr(registry.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
         self._slots = [_slots(registry, number) for number in range(len(registry.sites))]
         self._released = list(registry.released)
@@ -48,8 +62,8 @@ class Before:
             registry.table.columns[name][self._rows] = column
         del registry.branches.entries[len(self._branches) :]
         for branch, was in zip(registry.branches.entries, self._branches, strict=True):
-            branch.stage, branch.alive, branch.gain, branch.bound, branch.strategy = was.stage, was.alive, was.gain, was.bound, was.strategy
-            del branch.path[was.path :]
+            was.put_back(branch)
+        registry.history.put_back(self._history)
         for name, value in self._numbers.items():
             setattr(registry.branches, name, value)
         for number, before in enumerate(self._slots):

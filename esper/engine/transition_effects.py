@@ -13,9 +13,10 @@ from esper.grafting import CONFIGS as STRATEGY_CONFIGS
 from esper.grafting import GraftingConfig
 from esper.grafting.state import initial_state
 from esper.lifecycle import Machine, Stage
+from esper.lifecycle.history import Passed, shortened
 from esper.lifecycle.table import RESTING
 from esper.lifecycle.transitions import BLENDED
-from esper.messages import Transition
+from esper.messages import Message, Transition
 from esper.seeds import Branch, SeedRegistry
 
 
@@ -58,6 +59,10 @@ class Life:
             self._later = None
         for action in later:
             action()
+
+    def say(self, event: Message) -> None:
+        """Tell the port; of a command's doings, once all of them have succeeded."""
+        self._at_last(lambda: self.port.emit(event))
 
     def _at_last(self, action: Callable[[], None]) -> None:
         if self._later is None:
@@ -137,6 +142,7 @@ class Life:
         site, seed = registry.sites[registry.site_of(row)].name, registry.seed_of(row)
         if branch is not None:
             branch.path.append((target.name, self.tick))
+        registry.history.note(row, Passed(self.tick, source, target, -1 if branch is None else branch.id, shortened(cause)))
         event = Transition(
             tick=self.tick,
             site=site,
@@ -149,4 +155,4 @@ class Life:
             blueprint="" if branch is None else branch.blueprint,
             strategy="" if branch is None else branch.strategy,
         )
-        self._at_last(lambda: self.port.emit(event))
+        self.say(event)

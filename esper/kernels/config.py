@@ -1,4 +1,4 @@
-"""Which path the seed layers take, and how carefully a new kernel is rolled out."""
+"""Which path the seed layers take, and how often a kernel is checked; where it is rolled out is the business of ``esper.flags``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ class KernelConfig:
 
     name: str = setting("auto", choices=("auto", "triton", "torch"), help="path of the seed layers")
     canary: float = setting(0.0, low=0.0, high=1.0, help="fraction of ticks that also run the torch reference and compare")
-    rollout: float = setting(1.0, low=0.0, high=1.0, help="fraction of sites, chosen by a stable hash of their names, that use the kernels")
 
 
 def refused(why: str) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 import os
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esper.errors import UserError
+from esper.flags import Flags, chosen_by_hash
 from esper.kernels import reference, reference_branches
 from esper.kernels.branch_kinds import KINDS
 from esper.kernels.config import KernelConfig, refused
@@ -21,8 +22,8 @@ MAX_CHUNK, MAX_HIDDEN = 128, 256
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 """Relative RMS that a canary accepts, ten times the tests' bound in float32 and the same in 16 bits."""
 
-MISMATCH = "kernel_mismatch"
-"""Code of the alert with which a run goes back to torch for good."""
+MISMATCH, FAILED = "kernel_mismatch", "kernel_failed"
+"""Codes of the alerts with which a run goes back to torch for good: another answer than the reference's, or an exception."""
 
 _log = logging.getLogger("esper.kernels")
 _said: set[str] = set()
@@ -50,22 +51,17 @@ def missing(device: torch.device | None = None) -> str:
     return "the model is on the CPU" if device is not None and device.type == "cpu" else ""
 
 
-def chosen_by_hash(feature: str, name: str, fraction: float) -> bool:
-    """Stable choice of a fraction of names; every feature has its own cohort."""
-    digest = hashlib.blake2b(f"{feature}\0{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
 class Kernels:
-    """One a run, for a model on ``device``. ``alerts`` collects what the engine is to publish; after a mismatch everything takes torch to the end of the run.
+    """One a run, for a model on ``device``. ``alerts`` collects (code, text) for the engine to publish.
 
+    The flag ``kernels`` says at which sites; after ``failures`` mismatches or exceptions everything takes torch to the end of the run.
     Raises :class:`UserError` where ``kernel=triton`` is asked for and cannot be had.
     """
 
-    def __init__(self, config: KernelConfig, device: torch.device | None = None) -> None:
+    def __init__(self, config: KernelConfig, device: torch.device | None = None, flags: Flags | None = None) -> None:
         self.config = config
-        self.alerts: list[str] = []
-        self.tripped = False
+        self.flags = Flags() if flags is None else flags
+        self.alerts: list[tuple[str, str]] = []
         self.checking = False
         self.aside = False  # set while MACs are counted: the seed layers then take their groups' products
         why = missing(device if config.name == "triton" else None)  # under auto the model may still be moved
@@ -78,7 +74,7 @@ class Kernels:
 
     def begin(self, tick: int) -> None:
         """Say which tick it is; a fixed fraction of ticks, the same in every repetition, is checked."""
-        self.checking = self.possible and not self.tripped and chosen_by_hash("canary", str(tick), self.config.canary)
+        self.checking = self.possible and chosen_by_hash("canary", str(tick), self.config.canary)
 
     def takes(self, device: torch.device) -> bool:
         """Whether branches on this device are for the kernels at all: on a GPU, or where ``triton`` insists (the interpreter)."""
@@ -87,8 +83,7 @@ class Kernels:
     def path(self, site: str, x: Tensor) -> str:
         """``"triton"`` or ``"torch"`` for this site and activation."""
         fits = x.dtype in TOLERANCE and x.numel() > 0 and (x.is_cuda or self.config.name == "triton")
-        wanted = self.possible and not self.tripped and fits
-        return "triton" if wanted and chosen_by_hash("kernel", site, self.config.rollout) else "torch"
+        return "triton" if self.possible and fits and self.flags.on("kernels", site) else "torch"
 
     def telemetry(self, site: str, x: Tensor, seeds: int, near_zero: float) -> Tensor:
         """Health ``[S, 4]`` of ``x [..., W]`` (see ``reference.telemetry``); reads ``x`` once and writes nothing like it."""
@@ -96,7 +91,11 @@ class Kernels:
             return reference.telemetry(x, seeds, near_zero)
         from esper.kernels.telemetry import telemetry
 
-        health = telemetry(x, seeds, near_zero)
+        try:
+            health = telemetry(x, seeds, near_zero)
+        except Exception as error:
+            self._contain(site, error)
+            return reference.telemetry(x, seeds, near_zero)
         if not self.checking:
             return health
         expected = reference.telemetry(x.reshape(-1, x.shape[-1]), seeds, near_zero)
@@ -116,9 +115,13 @@ class Kernels:
             return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
         from esper.kernels.branches import branches
 
-        y, live, power, health = branches(
-            as_rows(x), alpha, route, lesson, kinds, parameters, near_zero is not None, 0.0 if near_zero is None else near_zero
-        )
+        try:
+            y, live, power, health = branches(
+                as_rows(x), alpha, route, lesson, kinds, parameters, near_zero is not None, 0.0 if near_zero is None else near_zero
+            )
+        except Exception as error:
+            self._contain(site, error)
+            return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
         grown = Grown(y.view(x.shape), live, power, None if near_zero is None else health)
         if self.checking and not self._sound(site, x.detach(), grown, alpha, route, kinds, parameters, near_zero, lesson):
             return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
@@ -153,11 +156,23 @@ class Kernels:
         far = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
         if same and far <= tolerance:
             return True
-        self.tripped, self.checking = True, False
-        text = f"kernel {what} at {site} is {far:.1e} from the reference (allowed {tolerance:.0e}); plain torch from here on"
-        self.alerts.append(text)
-        _log.error(text)
+        self.checking = False  # one mismatch a tick is enough
+        self._fell_short(site, MISMATCH, f"kernel {what} at {site} is {far:.1e} from the reference (allowed {tolerance:.0e})")
         return False
+
+    def _contain(self, site: str, error: Exception) -> None:
+        """Take note of what a kernel raised, so that the reference gives the answer; full memory and what the user can mend go on."""
+        if isinstance(error, (UserError, torch.OutOfMemoryError)):
+            raise error
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        self._fell_short(site, FAILED, f"a kernel at {site} raised {what}", error)
+
+    def _fell_short(self, site: str, code: str, what: str, error: Exception | None = None) -> None:
+        off = self.flags.fail("kernels", site)
+        text = f"{what}; {'plain torch from here on' if off else 'this call has the answer of plain torch'}"
+        if off or not self.flags.failed["kernels"][site] > 1:
+            self.alerts.append((code, text))
+        _log.error("%s", text, exc_info=error)
 
 
 def _reference_gradients(x, dy, live, lesson, route, kinds, parameters):

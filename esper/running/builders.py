@@ -73,7 +73,8 @@ def build_growth(config: RootConfig) -> Growth:
     """How the host may grow, from the groups that say so."""
     decided = config.controller.name != "none" or config.bus.name != "memory"  # over a server anybody may command
     blueprint, grafting = (part.build() if part.name == "custom" else part for part in (config.blueprint, config.grafting))
-    return Growth(config.sites, blueprint, config.lifecycle, grafting, config.telemetry, config.kernel, decided)
+    parts = config.sites, blueprint, config.lifecycle, grafting, config.telemetry, config.kernel, config.flags
+    return Growth(*parts, decided)
 
 
 def build_trainer(

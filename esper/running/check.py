@@ -13,6 +13,8 @@ from torch import nn
 from esper.blueprints import Block, Blueprint
 from esper.config import RootConfig
 from esper.engine.extra_passes import host_parameters
+from esper.flags import FEATURES, environment
+from esper.kernels.dispatch import missing
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.number_format import count, duration, short
@@ -47,6 +49,7 @@ def check(config: RootConfig) -> str:
         finally:
             trainer.batches.close()
     console.print(_sites(config, trainer, forward))
+    console.print(_flags(trainer))
     blocks = _blocks(trainer, forward)
     if blocks.row_count:
         console.print(blocks)
@@ -124,6 +127,31 @@ def _blocks(trainer: Trainer, forward: Forward) -> Table:
             shape = "×".join(str(size) for size in forward.shapes.get(name, ())) or "–"
             macs = forward.by_module.get(name, 0)
             table.add_row(f"{name} ({type(module).__name__})", shape, count(_own_parameters(module)), count(macs))
+    return table
+
+
+def _flags(trainer: Trainer) -> Table:
+    """One row a feature: at which sites it is on, and where and why it is off."""
+    registry = trainer.grow.registry
+    table = Table(title=f"Flags at the sites of the {registry.flags.model}", title_justify="left", title_style="bold")
+    for name in ("feature", "on at", "off at", "because"):
+        table.add_column(name, overflow="fold")
+    for feature in FEATURES:
+        verdicts = {site.name: registry.flags.verdict(feature, site.name) for site in registry.sites}
+        chosen = [name for name, verdict in verdicts.items() if verdict.on]
+        reasons: dict[str, list[str]] = {}
+        for name, verdict in verdicts.items():
+            if len(chosen) < len(registry.sites) or feature in environment():
+                reasons.setdefault(f"{'on' if verdict.on else 'off'}: {verdict.why}", []).append(name)
+        off = [name for name in verdicts if name not in chosen]
+        because = "; ".join(f"{', '.join(names)} {why}" for why, names in reasons.items())
+        everywhere = "all sites" if len(chosen) == len(verdicts) else ", ".join(chosen) or "no site"
+        table.add_row(feature, everywhere, ", ".join(off) or "–", because or "–")
+    assert registry.kernels is not None
+    if not registry.kernels.possible:
+        config = registry.kernels.config.name
+        table.caption = f"kernel={config} takes plain torch everywhere here" + (": " + missing() if config != "torch" else "")
+        table.caption_justify = "left"
     return table
 
 

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,7 @@ import yaml
 
 from esper.config import RootConfig, config_hash, plain
 from esper.errors import Removed, UserError
+from esper.flags import FlagsConfig, KernelFlag
 from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary
 
@@ -98,7 +100,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}; {way_out}.") from error
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise UserError(f"{path} holds no configuration; {way_out}.")
-    return tree
+    return _of_today(tree)
+
+
+def _of_today(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of before there were flags: the one feature that had a percentage had it as ``kernel.rollout``."""
+    kernel = tree.get("kernel")
+    if "flags" in tree or not isinstance(kernel, dict) or "rollout" not in kernel:
+        return tree
+    if not isinstance(kernel["rollout"], (int, float)):
+        raise UserError(f"kernel.rollout={kernel['rollout']} is not accepted: it was a number from 0 to 1; restore {CONFIG}.")
+    kept = {key: value for key, value in kernel.items() if key != "rollout"}
+    flags = asdict(FlagsConfig(kernels=KernelFlag(percent=100.0 * float(kernel["rollout"]))))
+    return {key: kept if key == "kernel" else value for key, value in tree.items()} | {"flags": flags}
 
 
 def is_alive(folder: Path) -> bool:

@@ -37,6 +37,17 @@ class Branch:
     """Steps in a row at which its gradient was not finite under a loss scale."""
     raised: int = 0
     """Ticks at which its code, or the strategy that blends it, raised an exception."""
+    replaces: int = -1
+    """The branch in whose place it learns or is on trial."""
+    held: bool = False
+    """Whether another is on trial in its place: nothing of it changes, and no forward adds it."""
+    looks: int = 0
+    """Looks at the judge set that the trial has cost."""
+
+    @property
+    def aside(self) -> bool:
+        """Whether it is no forward's, though its stage may say so: it is held, or learns in another's place."""
+        return self.held or (self.replaces >= 0 and self.stage is Stage.TRAINING)
 
 
 class BranchTable:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Generator, nn
 
 from esper.blueprints import CONFIGS, Block, BlockBank, Blueprint, SlotBank
+from esper.flags import Flags
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
+from esper.lifecycle.history import History
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
 from esper.seeds.branches import Branch, BranchTable
@@ -36,6 +38,7 @@ class SeedRegistry:
         seed: int,
         silent: bool = True,
         kernels: Kernels | None = None,
+        flags: Flags | None = None,
     ) -> None:
         self.model = model
         self.sites = sites
@@ -45,12 +48,14 @@ class SeedRegistry:
         self.seed = seed
         self.silent = silent
         self.kernels = kernels
+        self.flags = flags or (Flags(model=type(model).__name__) if kernels is None else kernels.flags)
         self.first_row: list[int] = []
         rows = 0
         for site in sites:
             self.first_row.append(rows)
             rows += site.geometry.seeds
         self.table = SeedTable(rows)
+        self.history = History()
         self.branches = BranchTable()
         self.layers = [SeedLayer(site) for site in sites]
         self.by_name = {site.name: number for number, site in enumerate(sites)}
@@ -104,11 +109,22 @@ class SeedRegistry:
 
     def germinate(self, row: int, blueprint: str, strategy: str) -> Branch:
         """Allocate a branch for a seed (its stage is the machine's business). Draws from a generator of this seed's own."""
+        site, seed, generation = self.sites[self.site_of(row)], self.seed_of(row), int(self.table.generation[row])
+        branch = self._grown(row, blueprint, strategy, generator(self.seed, "blueprint", site.name, seed, generation))
+        self.table.branch[row] = branch.id
+        return branch
+
+    def succeed(self, branch: Branch, blueprint: str) -> Branch:
+        """Allocate a branch that is to learn in the place of another, which stays its seed's. Draws from a generator of its own."""
+        site = self.sites[branch.site]
+        draws = generator(self.seed, "successor", site.name, branch.seed, len(self.branches))
+        successor = self._grown(branch.row, blueprint, branch.strategy, draws)
+        successor.replaces, successor.stage = branch.id, Stage.TRAINING
+        return successor
+
+    def _grown(self, row: int, blueprint: str, strategy: str, draws: Generator) -> Branch:
         number, seed = self.site_of(row), self.seed_of(row)
-        site, layer = self.sites[number], self.layers[number]
-        bank = self.bank(number, blueprint)
-        generation = int(self.table.generation[row])
-        draws = generator(self.seed, "blueprint", site.name, seed, generation)
+        layer, bank = self.layers[number], self.bank(number, blueprint)
         slot = bank.allocate(seed, draws, self.silent)
         config = self.blueprints[blueprint]
         if isinstance(bank, BlockBank):
@@ -123,13 +139,12 @@ class SeedRegistry:
             seed=seed,
             blueprint=blueprint,
             slot=slot,
-            generation=generation,
+            generation=int(self.table.generation[row]),
             strategy=strategy,
             parameters=parameters,
             macs=macs,
             residual=not self.silent and not isinstance(bank, BlockBank),
         )
-        self.table.branch[row] = branch.id
         self.branches.add(branch)
         self.touch(number)
         return branch
@@ -163,11 +178,12 @@ class SeedRegistry:
     def state(self) -> dict[str, Any]:
         """The table of seeds, the branches and the banks they lie in, by reference."""
         banks = {layer.name: {name: bank.state() for name, bank in self.banks(n).items()} for n, layer in enumerate(self.layers)}
-        return {"table": self.table.state(), "branches": self.branches.state(), "banks": banks}
+        return {"table": self.table.state(), "history": self.history.state(), "branches": self.branches.state(), "banks": banks}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state of a registry of the same topology. Raises ValueError where it does not fit."""
         self.table.load(state["table"])
+        self.history.load(state.get("history", {}))  # nobody kept one at first
         self.branches.load(state["branches"])
         for number, layer in enumerate(self.layers):
             for blueprint, saved in state["banks"][layer.name].items():
@@ -231,7 +247,7 @@ class SeedRegistry:
 
     def _adds(self, branch: Branch) -> bool:
         fading = branch.stage is Stage.CULLED and float(self.branches.alpha[branch.id]) > 0.0
-        return branch.stage in BLENDED or fading
+        return (branch.stage in BLENDED or fading) and not branch.held
 
     def in_stage(self, *stages: Stage) -> list[Branch]:
         """Living branches in one of these stages, by id."""
@@ -245,12 +261,14 @@ class SeedRegistry:
 
     @contextmanager
     def shadow(self) -> Iterator[Plan]:
-        """Within: forwards with the TRAINING branches on (α = 1) and alone learning; yields their groups."""
+        """Within: forwards with the TRAINING branches on (α = 1, or in another's place) and alone learning; yields their groups."""
         groups: Plan = []
+        learning = self.in_stage(Stage.TRAINING)
+        replaced = {branch.replaces for branch in learning}
         with self._plans():
             for number, layer in enumerate(self.layers):
-                blended = [self._part(branch, learning=False) for branch in self.blended(number)]
-                training = [Part(branch, 1.0, True) for branch in self.in_stage(Stage.TRAINING) if branch.site == number]
+                blended = [self._part(branch, learning=False) for branch in self.blended(number) if branch.id not in replaced]
+                training = [Part(branch, self._shadow_alpha(branch), True) for branch in learning if branch.site == number]
                 layer.plan = self._built(blended, number)
                 mine = self._built(training, number)
                 for group in mine:
@@ -270,6 +288,15 @@ class SeedRegistry:
                 layer = self.layers[number]
                 parts = [self._part(b, learning=False) for b in self.blended(number) if b.id not in off]
                 layer.plan = self._built(parts, number)
+            yield
+
+    @contextmanager
+    def exchanged(self, off: Branch, on: Branch) -> Iterator[None]:
+        """Within: forwards in which ``on`` is in the place of ``off``, at its α."""
+        number, alpha = off.site, float(self.branches.alpha[off.id])
+        with self._plans():
+            parts = [Part(on, alpha, False) if b is off else self._part(b, learning=False) for b in self.blended(number)]
+            self.layers[number].plan = self._built(parts, number)
             yield
 
     @contextmanager
@@ -301,6 +328,10 @@ class SeedRegistry:
 
     def _part(self, branch: Branch, learning: bool) -> Part:
         return Part(branch, float(self.branches.alpha[branch.id]), learning)
+
+    def _shadow_alpha(self, branch: Branch) -> float:
+        """α of a TRAINING branch in shadow forwards: 1, or that of the branch in whose place it learns."""
+        return 1.0 if branch.replaces < 0 else float(self.branches.alpha[branch.replaces])
 
     def banks(self, number: int) -> dict[str, SlotBank | BlockBank]:
         """The banks of a site, by blueprint."""

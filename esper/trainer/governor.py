@@ -216,6 +216,8 @@ class Governor:
             grow.life.drop(branch)
         elif refusal(branch.stage, Stage.ROLLED_BACK) is None:
             grow.life.move(branch.row, Stage.ROLLED_BACK, f"governor: {anomaly.what}")
+        elif branch in grow.replacing.trials():
+            grow.replacing.end(branch, f"governor: {anomaly.what}")
         else:
             name += f", which stays because it is {branch.stage.name}"
         grow.registry.touch(branch.site)

@@ -21,6 +21,7 @@ from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.engine.port import NullPort, Port
 from esper.engine.state import load_trainer
 from esper.errors import UserError
+from esper.flags import FlagsConfig
 from esper.grafting import GraftingConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
@@ -47,6 +48,7 @@ class Growth:
     grafting: GraftingConfig
     telemetry: TelemetryConfig
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    flags: FlagsConfig = field(default_factory=FlagsConfig)
     decided: bool = True
     """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
 
@@ -123,6 +125,7 @@ class Trainer:
             lifecycle=growth.lifecycle,
             telemetry=growth.telemetry,
             kernel=growth.kernel,
+            flags=growth.flags,
             learning=learning,
             warmup=optimizer.branch_warmup,
             steps_per_epoch=self.steps_per_epoch,

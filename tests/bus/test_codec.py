@@ -56,7 +56,7 @@ def test_bytes_of_every_past_version_are_read(version):
         (length,) = struct.unpack_from("<I", data)
         found.append(decode(data[4 : 4 + length]))
         data = data[4 + length :]
-    assert found == ENVELOPES
+    assert len(found) == {1: 23}[version] and found == ENVELOPES[: len(found)], "kinds that came later stand at the end"
 
 
 def test_an_older_version_is_read_and_a_newer_one_refused_by_name(monkeypatch):

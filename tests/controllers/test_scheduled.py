@@ -11,6 +11,7 @@ from esper.messages import (
     ChangeStrategy,
     EmergencyStop,
     PauseGrafting,
+    ReplaceBranch,
     RequestReport,
     ResumeGrafting,
     Selector,
@@ -63,6 +64,8 @@ def test_every_command_of_a_script(run):
         {"at": "1step", "command": "resume", "site": "fc1", "seeds": [0], "stage": 3},
         {"at": "1step", "command": "cancel", "site": "fc2"},
         {"at": "1step", "command": "report"},
+        {"at": "1step", "command": "replace", "site": "fc1", "seeds": [1], "blueprint": "glu"},
+        {"at": "2step", "command": "emergency_stop", "site": "fc1", "seeds": [0], "stage": 3},
         {"at": "2step", "command": "emergency_stop", "reason": "enough"},
     ]
     ran = run(_build(*script)).start().until(4)
@@ -74,8 +77,9 @@ def test_every_command_of_a_script(run):
             ResumeGrafting(id="controller-1-3", select=fc1),
             Cancel(id="controller-1-4", select=Selector(site="fc2")),
             RequestReport(id="controller-1-5"),
+            ReplaceBranch(id="controller-1-6", site="fc1", seed=1, blueprint="glu"),
         ],
-        3: [EmergencyStop(id="controller-2-0", reason="enough")],
+        3: [EmergencyStop(id="controller-2-0", select=fc1), EmergencyStop(id="controller-2-1", reason="enough")],
     }
 
 

@@ -41,7 +41,8 @@ def picture(loop: Loop) -> dict[str, Any]:
             state[f"{number}.{name}"] = (used, str(bank.steps))
     cards = [{k: str(v) for k, v in card.items()} for card in loop.grow.observer.branch_cards()]
     alive = [branch.alive for branch in registry.branches.entries]
-    state["rest"] = (cards, alive, dict(loop.grow.life.counts), dict(loop.grow.objective.readiness), len(loop.port.transitions))
+    counts, readiness = dict(loop.grow.life.counts), dict(loop.grow.objective.readiness)
+    state["rest"] = (loop.grow.observer.seed_cards(), cards, alive, counts, readiness, len(loop.port.transitions))
     return state
 
 
@@ -253,6 +254,35 @@ def test_an_emergency_stop_ends_everything_but_fossils_now():
     assert all(not any(bank.used) for bank in loop.grow.registry.banks(1).values())
 
 
+STOPS = {
+    "a site": (Selector(site="fc1"), [S.CULLED, S.CANCELLED, S.GERMINATED]),
+    "a seed": (Selector(site="fc1", seeds=[1]), [S.GRAFTING, S.CANCELLED, S.GERMINATED]),
+    "a stage": (Selector(stage=int(S.TRAINING)), [S.GRAFTING, S.CANCELLED, S.GERMINATED]),
+    "everything": (Selector(), [S.CULLED, S.CANCELLED, S.CANCELLED]),
+    "a seed where nothing grows": (Selector(site="fc2", seeds=[1]), [S.GRAFTING, S.TRAINING, S.GERMINATED]),
+}
+
+
+@pytest.mark.parametrize("name", list(STOPS))
+def test_an_emergency_stop_of_some_ends_those_and_no_others(name: str, loop: Loop):
+    select, stages = STOPS[name]
+    loop.port.script[loop.grow.tick_number + 1] = [germinate("fc2", 0)]
+    loop.run(1)
+    assert loop.grow.executor.apply(EmergencyStop(id="stop", select=select), loop.grow.tick_number) == ("applied", "")
+    assert [branch.stage for branch in loop.grow.registry.branches.entries] == stages
+
+
+@pytest.mark.parametrize(
+    ("select", "reason"),
+    [(Selector(site="fc9"), "no site matches 'fc9'; there are fc1, fc2"), (Selector(site="fc1", seeds=[0, 2]), "seeds 0 to 1, not 2")],
+)
+def test_an_emergency_stop_of_what_is_not_there_is_refused_and_stops_nothing(select: Selector, reason: str, loop: Loop):
+    before = picture(loop)
+    status, said = loop.grow.executor.apply(EmergencyStop(id="stop", select=select), loop.grow.tick_number)
+    assert status == "refused" and reason in said
+    unchanged(before, picture(loop))
+
+
 def test_a_report_is_answered(loop: Loop):
     loop.port.script[loop.grow.tick_number + 1] = [RequestReport(id="r")]
     loop.run(1)
@@ -260,6 +290,12 @@ def test_a_report_is_answered(loop: Loop):
     assert (report.tick, report.command_id) == (loop.grow.tick_number, "r")
     assert report.stages["GRAFTING"] >= 1 and len(report.branches) == 2
     assert loop.port.acks["r"] == ("applied", "")
+    assert [(card["site"], card["seed"], card["stage"]) for card in report.seeds] == [("fc1", 0, "GRAFTING"), ("fc1", 1, "TRAINING")]
+    assert report.seeds[0]["last"] == [
+        [1, "DORMANT", "GERMINATED", 0, "command germinate-fc1-0"],
+        [2, "GERMINATED", "TRAINING", 0, "a training slot is free"],
+        [4, "TRAINING", "GRAFTING", 0, "gate passed"],
+    ]
 
 
 def test_a_paused_ramp_goes_on_from_where_it_stood(loop: Loop):

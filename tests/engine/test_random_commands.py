@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from esper.blueprints import BlockBank
+from esper.engine.judging.judge import Gain
 from esper.grafting import STRATEGY_NAMES
 from esper.lifecycle import Stage
+from esper.lifecycle.history import LENGTH
 from esper.lifecycle.transitions import BLENDED, EXITS
 from esper.messages import (
     ApplyTogether,
@@ -22,6 +24,7 @@ from esper.messages import (
     EmergencyStop,
     Germinate,
     PauseGrafting,
+    ReplaceBranch,
     ResumeGrafting,
     Selector,
     SetStage,
@@ -44,6 +47,10 @@ PARTS = st.one_of(
     ),
     st.builds(lambda select, target: SetStage(id="s", select=select, target=target), SELECTORS, st.integers(0, 11)),
     st.builds(lambda select: Cancel(id="c", select=select), SELECTORS),
+    st.builds(
+        lambda site, seed, start: ReplaceBranch(id="b", site=site, seed=seed, start=start),
+        st.sampled_from(SITES[:2]), st.integers(0, 1), st.sampled_from(("fresh", "copy")),
+    ),
     st.builds(lambda select: PauseGrafting(id="p", select=select), SELECTORS),
     st.builds(lambda select: ResumeGrafting(id="r", select=select), SELECTORS),
     st.builds(lambda s, name: ChangeStrategy(id="x", select=s, strategy=name), SELECTORS, st.sampled_from((*STRATEGY_NAMES, "none"))),
@@ -98,10 +105,48 @@ class AnyCommands(RuleBasedStateMachine):
     def long(self, steps: int) -> None:
         self.loop.run(steps)
 
+    @rule(blueprint=st.sampled_from(BLUEPRINTS[:3]))
+    def keep_one(self, blueprint: str) -> None:
+        """Whatever the judge would say: a fossil is rare otherwise."""
+        grow = self.loop.grow
+        grow.executor.apply(germinate("fc1", 0, blueprint=blueprint), grow.tick_number)
+        grow.registry.refresh()
+        grow.gates.look = lambda branches, tick: [True] * len(branches)  # type: ignore[method-assign]
+        self.loop.run(18)
+        del grow.gates.look
+
+    @rule(row=st.integers(0, 3), start=st.sampled_from(("fresh", "copy")), bound=st.sampled_from((-1.0, 1.0)), steps=st.integers(1, 12))
+    def replace_one(self, row: int, start: str, bound: float, steps: int) -> None:
+        grow = self.loop.grow
+        assert grow.judge is not None
+        grow.judge.exchange = lambda *_: Gain(bound, bound, 64)  # type: ignore[method-assign]
+        site = grow.registry.sites[grow.registry.site_of(row)].name
+        grow.executor.apply(ReplaceBranch(id="b", site=site, seed=grow.registry.seed_of(row), start=start), grow.tick_number)
+        grow.registry.refresh()
+        grow._prepare()
+        self.loop.run(steps)
+
     @rule()
     def stop(self) -> None:
         assert self.loop.grow.executor.apply(EmergencyStop(id="e"), self.loop.grow.tick_number)[0] == "applied"
         self.loop.grow.registry.refresh()
+        assert not self.loop.grow.replacing.trials()
+
+    @rule(select=SELECTORS)
+    def stop_some(self, select: Selector) -> None:
+        registry = self.loop.grow.registry
+        before = registry.table.columns["stage"].clone()
+        status, reason = self.loop.grow.executor.apply(EmergencyStop(id="e", select=select), self.loop.grow.tick_number)
+        registry.refresh()
+        assert status == "applied" or "no site" in reason or "has seeds 0 to 1" in reason
+        for row in range(4):
+            named = registry.sites[registry.site_of(row)].name.startswith(select.site.rstrip("*"))
+            chosen = named and (select.seeds is None or registry.seed_of(row) in select.seeds)
+            chosen = chosen and (select.stage is None or int(before[row]) == select.stage)
+            if status == "applied" and chosen:
+                assert registry.table.stage_of(row) in (S.DORMANT, S.FOSSILIZED, S.CULLED, S.CANCELLED, S.ROLLED_BACK)
+            else:
+                assert int(registry.table.stage[row]) == int(before[row])
 
     @rule(data=st.data())
     def poison(self, data: st.DataObject) -> None:
@@ -122,7 +167,7 @@ class AnyCommands(RuleBasedStateMachine):
     def branches_are_numbered_and_owned(self) -> None:
         registry = self.loop.grow.registry
         assert [branch.id for branch in registry.branches.entries] == list(range(len(registry.branches)))
-        owners = [b for b in registry.branches.living() if b.stage is not S.FOSSILIZED]
+        owners = [b for b in registry.branches.living() if b.stage is not S.FOSSILIZED and not b.aside]
         assert len({b.row for b in owners}) == len(owners), "one living owner a chunk"
         for branch in owners:
             assert int(registry.table.branch[branch.row]) == branch.id
@@ -132,7 +177,19 @@ class AnyCommands(RuleBasedStateMachine):
         for branch in registry.branches.entries:
             assert branch.path[0][0] == "GERMINATED" and branch.path[-1][0] == branch.stage.name
             names = [Stage[name] for name, _ in branch.path]
-            assert all(b in EXITS[a] for a, b in pairwise(names))
+            assert all(b in EXITS[a] for a, b in pairwise(names)) or branch.replaces >= 0 or self._replaced(branch.id)
+        assert len({b.row for b in self.loop.grow.replacing.trials()}) == len(self.loop.grow.replacing.trials())
+
+    def _replaced(self, branch: int) -> bool:
+        return any(b.replaces == branch and S.FOSSILIZED.name in dict(b.path) for b in self.loop.grow.registry.branches.entries)
+
+    @invariant()
+    def the_last_transitions_lead_to_the_present_stage(self) -> None:
+        registry = self.loop.grow.registry
+        for row in range(registry.table.rows):
+            ring = registry.history.of(row)
+            assert len(ring) <= LENGTH and all(a.target is b.source and a.tick <= b.tick for a, b in pairwise(ring))
+            assert (ring[-1].target if ring else S.DORMANT) is registry.table.stage_of(row)
 
     @invariant()
     def slots_used_are_living_branches(self) -> None:
@@ -170,7 +227,7 @@ class AnyCommands(RuleBasedStateMachine):
     @invariant()
     def fossils_stay(self) -> None:
         now = {b.id for b in self.loop.grow.registry.in_stage(S.FOSSILIZED)}
-        assert self.fossils <= now
+        assert all(self._replaced(branch) for branch in self.fossils - now)
         self.fossils = now
 
     @invariant()

@@ -1,6 +1,7 @@
 """Which path is taken, what is said about it, and what a canary does."""
 
 import dataclasses
+import importlib
 import logging
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 import yaml
 
 from esper.errors import UserError
-from esper.kernels import CONFIGS, KernelConfig, Kernels, dispatch, reference_branches
+from esper.flags import Flags, FlagsConfig, KernelFlag, chosen_by_hash
+from esper.kernels import CONFIGS, MISMATCH, KernelConfig, Kernels, dispatch, reference, reference_branches
 from tests.kernels.sites import DEVICE, make_case
 
 CONF = Path(__file__).parents[2] / "conf" / "kernel"
@@ -63,14 +65,44 @@ def test_wide_chunks_and_empty_batches_take_torch():
     assert run(kernels, make_case(0, 24, 4, "affine")).y.shape == (0, 24)
 
 
-def test_rollout_is_stable_and_every_feature_picks_its_own_cohort():
-    names = [f"layer.{i}" for i in range(400)]
-    kernel = {n for n in names if dispatch.chosen_by_hash("kernel", n, 0.5)}
-    other = {n for n in names if dispatch.chosen_by_hash("canary", n, 0.5)}
-    assert 150 < len(kernel) < 250
-    assert 60 < len(kernel & other) < 140
-    assert kernel >= {n for n in names if dispatch.chosen_by_hash("kernel", n, 0.1)}
-    assert {n for n in names if dispatch.chosen_by_hash("kernel", n, 1.0)} == set(names)
+def test_the_flag_says_at_which_sites_and_a_change_of_it_elsewhere_costs_no_path():
+    flags = Flags(FlagsConfig(kernels=KernelFlag(percent=50.0, block=["layer.7"])))
+    kernels, x = Kernels(KernelConfig("triton"), flags=flags), torch.ones(2, 4, device=DEVICE)
+    taken = {n for n in range(100) if kernels.path(f"layer.{n}", x) == "triton"}
+    assert taken == {n for n in range(100) if n != 7 and chosen_by_hash("kernels", f"layer.{n}", 0.5)} and 30 < len(taken) < 70
+
+
+@pytest.mark.parametrize("where", ["branches", "telemetry"])
+def test_a_kernel_that_raises_is_answered_by_the_reference_and_torch_takes_over(where, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("no\nregisters left")
+
+    case, kernels = make_case(15, 24, 4, "mlp_gelu"), Kernels(KernelConfig("triton"))
+    wanted = run(Kernels(KernelConfig("torch")), case) if where == "branches" else reference.telemetry(case.x, 4, 0.1)
+    monkeypatch.setattr(importlib.import_module(f"esper.kernels.{where}"), where, broken)
+    found = run(kernels, case) if where == "branches" else kernels.telemetry("site", case.x, 4, 0.1)
+    assert torch.equal(found.y, wanted.y) if where == "branches" else torch.equal(found, wanted)
+    text = "a kernel at site raised RuntimeError: no registers left; plain torch from here on"
+    assert kernels.alerts == [("kernel_failed", text)]
+    assert kernels.path("another", case.x) == "torch" and caplog.records[-1].exc_info is not None
+
+
+def test_full_memory_is_no_failure_of_a_kernel(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(importlib.import_module("esper.kernels.branches"), "branches", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(Kernels(KernelConfig("triton")), make_case(15, 24, 4, "mlp_gelu"))
+
+
+def test_a_flag_may_say_that_no_failure_counts(monkeypatch):
+    kernels = Kernels(KernelConfig("triton"), flags=Flags(FlagsConfig(kernels=KernelFlag(failures=0))))
+    monkeypatch.setattr(importlib.import_module("esper.kernels.branches"), "branches", lambda *_: 1 / 0)
+    for _ in range(3):
+        run(kernels, make_case(15, 24, 4, "mlp_gelu"))
+    assert [text.partition("; ")[2] for _, text in kernels.alerts] == ["this call has the answer of plain torch"], "said once a site"
+    assert kernels.path("site", torch.ones(2, 4, device=DEVICE)) == "triton"
 
 
 def test_a_canary_that_agrees_stays_silent():
@@ -78,7 +110,7 @@ def test_a_canary_that_agrees_stays_silent():
     kernels.begin(3)
     run(kernels, make_case(15, 24, 4, "mlp_gelu"))
     assert kernels.alerts == []
-    assert not kernels.tripped
+    assert kernels.path("site", torch.ones(2, 4, device=DEVICE)) == "triton"
 
 
 def test_a_canary_that_disagrees_falls_back_for_the_rest_of_the_run(monkeypatch, caplog):
@@ -90,7 +122,7 @@ def test_a_canary_that_disagrees_falls_back_for_the_rest_of_the_run(monkeypatch,
         answer = run(kernels, case)
     assert torch.equal(answer.y, case.x * 2), "the step at which it showed already has the reference's answer"
     assert len(kernels.alerts) == 1
-    assert "plain torch from here on" in kernels.alerts[0]
+    assert kernels.alerts[0][0] == MISMATCH and "plain torch from here on" in kernels.alerts[0][1]
     assert kernels.path("site", case.x) == "torch"
     assert any(record.levelno == logging.ERROR for record in caplog.records)
 
@@ -107,7 +139,7 @@ def test_a_canary_looks_at_the_backward_too(monkeypatch, part):
     kernels.begin(3)
     monkeypatch.setattr(reference_branches, "backward", wrong)
     run(kernels, case)
-    assert len(kernels.alerts) == 1 and "gradient" in kernels.alerts[0] and kernels.tripped
+    assert len(kernels.alerts) == 1 and "gradient" in kernels.alerts[0][1] and kernels.path("site", case.x) == "torch"
 
 
 def test_a_canary_does_not_take_autocast_for_a_mistake():

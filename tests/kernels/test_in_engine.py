@@ -33,5 +33,8 @@ def test_a_mismatch_is_an_alert_on_the_bus_and_outlives_a_restart(monkeypatch: p
     run.run(12)
     alerts = [words for words in run.port.alerts if words.code == MISMATCH]
     assert len(alerts) == 1 and alerts[0].level == "error" and "plain torch from here on" in alerts[0].text
-    kernels = loop(KernelConfig("triton", canary=1.0), state=run.grow.state()).grow.registry.kernels
-    assert kernels is not None and kernels.path("fc1", torch.ones(2, 8, device=DEVICE)) == "torch"
+    state = run.grow.state()
+    before_flags = {**state, "grow": {key: value for key, value in state["grow"].items() if key != "flags"} | {"said": [MISMATCH]}}
+    for saved in (state, before_flags):
+        kernels = loop(KernelConfig("triton", canary=1.0), state=saved).grow.registry.kernels
+        assert kernels is not None and kernels.path("fc1", torch.ones(2, 8, device=DEVICE)) == "torch"

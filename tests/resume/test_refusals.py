@@ -162,3 +162,22 @@ def test_what_no_run_can_go_on_with_is_refused_without_a_hint_that_leads_nowhere
     assert main([f"{key}={finished}", word]) == 2
     said = capsys.readouterr().err
     assert why in said and "fork=" not in said and said.count("\n") == 1
+
+
+def test_a_run_of_before_there_were_flags_goes_on_with_the_share_of_its_kernels(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(finished, tmp_path, until=40)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    flags = tree.pop("flags")
+    tree["kernel"]["rollout"] = 0.25
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    start = resume(folder)
+    assert start.config.flags.kernels.percent == 25.0 and flags["kernels"]["percent"] == 100.0
+    assert start.config.flags.growth.percent == 100.0 and not hasattr(start.config.kernel, "rollout")
+    monkeypatch.setenv("ESPER_FLAGS", "kernels=off")
+    assert resume(folder).config.flags.kernels.percent == 0.0, "the environment holds for a run that goes on, too"
+    tree["kernel"]["rollout"] = "half"
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=r"kernel\.rollout=half"):
+        resume(folder)

@@ -170,3 +170,14 @@ def test_a_run_of_the_host_alone_may_be_shorter_than_any_lifecycle() -> None:
     assert "The run has 5 steps" in _said("trainer.steps=5", "controller=none")
     with pytest.raises(UserError, match="The run has 5 ticks"):
         _said("trainer.steps=5", "controller=none", "bus=embedded")  # over a server anybody may let a seed germinate
+
+
+def test_what_is_on_where_is_shown_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (SHORT, "model.width=7", "model.depth=2", "sites.match=[fc*]")
+    assert _row(_said(*words), "growth")[1:3] == ["all sites", "–"]
+    cells = _row(_said(*words, "flags.growth.block=[mlp/fc2]", "kernel=torch"), "growth")
+    assert cells == ["growth", "fc1", "fc2", "fc1 on: flags.growth.percent=100; fc2 off: flags.growth.block names mlp/fc2"]
+    monkeypatch.setenv("ESPER_FLAGS", "growth=off,kernels=0%")
+    text = _said(*words, "controller=none", "kernel=torch")
+    assert _row(text, "growth") == ["growth", "no site", "fc1, fc2", "fc1, fc2 off: ESPER_FLAGS sets flags.growth.percent=0"]
+    assert "kernel=torch takes plain torch everywhere here" in text

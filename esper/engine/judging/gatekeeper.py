@@ -15,6 +15,9 @@ from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
 from esper.messages import Alert, GateResult
 from esper.seeds import Branch, SeedRegistry
 
+GAINS = ("gain", "final_gain", "replacement")
+"""Gates whose value is a gain's confidence bound."""
+
 
 @dataclass
 class GateRecord:
@@ -86,6 +89,15 @@ class Gatekeeper:
             self.port.emit(Alert(tick=tick, level="error", code="judge_not_finite", text=text))
         return [self._take(branch, gain, tick) for branch, gain in zip(branches, gains, strict=True)]
 
+    def exchange(self, successor: Branch, predecessor: Branch, tick: int) -> bool:
+        """Whether the judge finds a branch better in the place of another, by ``lifecycle.gain``; each look spends error rate."""
+        if self.judge is None or self.loss.diverging:
+            return False
+        successor.looks += 1
+        gain = self.judge.exchange(successor, predecessor, spent(self.config.significance, successor.looks))
+        successor.gain, successor.bound = gain.mean, gain.bound
+        return self._answer("replacement", successor, gain.bound, self.config.gain, tick, successor.looks)
+
     def say_diverging(self, tick: int) -> None:
         """Once a run: the training loss is no finite number, and what follows from it."""
         if not self.loss.diverging or "loss_not_finite" in self.said:
@@ -121,7 +133,7 @@ class Gatekeeper:
     """Alpha at which each strategy's ramp is over; set by the engine from the strategies' settings."""
 
     def _answer(self, gate: str, branch: Branch, value: float, threshold: float, tick: int, look: int) -> bool:
-        passed = passes(value, threshold) and (value > 0.0 or gate not in ("gain", "final_gain"))  # 0 ≥ 0 is no gain
+        passed = passes(value, threshold) and (value > 0.0 or gate not in GAINS)  # 0 ≥ 0 is no gain
         record = self.records.setdefault(gate, GateRecord(threshold))
         record.asked += 1
         record.passed += passed

@@ -86,6 +86,15 @@ class Judge:
             gains.append(lower_bound(off - on, error))
         return gains
 
+    def exchange(self, successor: Branch, predecessor: Branch, error: float) -> Gain:
+        """What a branch is worth in the place of another, whichever of them is there: losses with the other minus those with it."""
+        self.registry.refresh()
+        there, away = (successor, predecessor) if predecessor.held else (predecessor, successor)
+        now = self._losses()
+        with self.registry.exchanged(there, away):
+            then = self._losses()
+        return lower_bound(then - now if predecessor.held else now - then, error)
+
     def losses(self, without: list[Branch]) -> Tensor:
         """Losses ``[n]`` float64 on the judge set with some branches off, all others as they are now."""
         self.registry.refresh()
