@@ -41,6 +41,8 @@ def _branches(branches: list[Mapping[str, Any]]) -> Table:
         path = " → ".join(f"{_readable(stage)} {tick}" for stage, tick in branch.get("path", []))
         seed = branch.get("seed", -1)
         owner = str(seed) if seed >= 0 else f"block {branch.get('branch', '')}".strip()
+        if branch.get("replaces", -1) >= 0:
+            owner += f", for branch {branch['replaces']}"
         gain = short(branch.get("gain"), 3)
         if gain != "–":
             gain += f" (≥ {short(branch.get('gain_bound'), 3)})"

@@ -19,7 +19,8 @@ ROOM = 1 << 16
 class BranchSummary(TypedDict, total=False):
     """One branch: ``seed`` is −1 for a block, ``path`` lists [stage name, tick].
 
-    ``gain`` is loss off − loss on, ``gain_bound`` its lower confidence bound; None where it was never judged.
+    ``gain`` is loss off − loss on, ``gain_bound`` its lower confidence bound; None where it was never judged. ``replaces`` is the branch
+    in whose place it was to be, else −1; its gain is that over the other.
     """
 
     site: str
@@ -32,6 +33,7 @@ class BranchSummary(TypedDict, total=False):
     gain: float | None
     gain_bound: float | None
     parameters: int
+    replaces: int
 
 
 class GateSummary(TypedDict, total=False):

@@ -43,6 +43,12 @@ def test_every_branch_has_a_row_with_its_path_gain_and_bound():
     assert "layers[0]" in text and "block 7" in text and "123 K" in text
 
 
+def test_a_branch_that_was_to_replace_another_says_which():
+    summary = grown()
+    summary["branches"][0] |= {"replaces": 3}
+    assert ", for branch 3" in shown(summary) and ", for branch" not in shown(grown())
+
+
 def test_the_host_alone_stands_beside_the_result():
     text = shown(grown(), ui="mlflow ui --backend-store-uri sqlite:///x.db")
     assert "test/accuracy 0.9123" in text and "test/accuracy 0.86" in text and "not measured" in text
