@@ -16,6 +16,7 @@ from esper.engine.snapshot import branch_state
 from esper.lifecycle import Stage
 from esper.messages import ApplyTogether, Cancel, EmergencyStop, ReplaceBranch, Selector
 from esper.seeds import Branch
+from esper.trainer.governor import Anomaly, Governor, Watch
 
 S = Stage
 FC1 = Selector(site="fc1", seeds=[0])
@@ -181,6 +182,19 @@ def test_a_successor_that_fails_is_rolled_back_and_the_branch_stays():
         next(iter(loop.grow.registry.layers[0].bank("mlp").stacks.values()))[1] = float("nan")
     loop.run(2)
     assert codes(loop) == ["begun", "rolled_back"] and "not finite" in loop.port.alerts[-1].text
+    same(values(loop, 0), before)
+
+
+def test_the_governor_takes_away_a_culprit_that_is_on_trial(monkeypatch: pytest.MonkeyPatch):
+    verdicts(monkeypatch, 0.5)
+    loop = kept(lifecycle=short(**(AGES | {"evaluating_min": "8step"})))
+    before = values(loop, 0)
+    apply(loop, replace())
+    loop.run(6)
+    governor = Governor(loop.grow, Watch(every=10))
+    assert loop.grow.registry.branches[0].held
+    assert "which stays" not in governor._remove(loop.grow.registry.branches[1], Anomaly(9, "the loss is nan"))
+    assert [b.id for b in loop.grow.registry.blended(0)] == [0] and "governor: the loss is nan" in loop.port.alerts[-1].text
     same(values(loop, 0), before)
 
 
