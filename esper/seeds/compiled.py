@@ -33,7 +33,8 @@ class CompiledSites:
         self._garden = weakref.ref(garden)
         self.sites: list[GraphSite] = []
         self._alphas = torch.zeros(0)
-        self._rows: dict[int, int] = {}
+        self._members: list[dict[int, int]] = []
+        self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         begin = weakref.WeakMethod(self._begin)
         self.near_zero = 0.0
         for layer in garden.layers:
@@ -57,16 +58,18 @@ class CompiledSites:
                 self._hold(number)
             for number in changed:
                 self._route(number)
+            first = self.garden.first_row
+            rows = [first[number] + seed for number, members in enumerate(self._members) for seed in members]
+            branches = [branch for members in self._members for branch in members.values()]
+            self._where = torch.tensor(rows, dtype=torch.int64), torch.tensor(branches, dtype=torch.int64)
             self.set_alphas()
 
     def set_alphas(self) -> None:
         """Copy the table's alphas of all branches in the graph, in one copy."""
         if not self.sites:
             return
-        values = torch.zeros(self.garden.table.rows)
-        if self._rows:
-            rows, branches = torch.tensor(list(self._rows)), torch.tensor(list(self._rows.values()))
-            values[rows] = self.garden.branches.alpha[branches]
+        rows, branches = self._where
+        values = torch.zeros(self.garden.table.rows).index_copy_(0, rows, self.garden.branches.alpha[branches])
         self._alphas.copy_(on_device(values, self._alphas.device), non_blocking=True)
 
     def tallies(self) -> list[Tensor]:
@@ -75,17 +78,12 @@ class CompiledSites:
 
     def members(self, number: int) -> dict[int, int]:
         """The branches of a site that are in the graph, by seed."""
-        first = self.garden.first_row[number]
-        return {row - first: self._rows[row] for row in self._mine(number)}
+        return self._members[number]
 
     def forget_tallies(self) -> None:
         """Count contained forwards anew."""
         if self.sites:
             torch._foreach_zero_([tensor for site in self.sites for tensor in (site.tally, site.forwards)])
-
-    def _mine(self, number: int) -> list[int]:
-        first = self.garden.first_row[number]
-        return [row for row in self._rows if first <= row < first + self.garden.layers[number].geometry.seeds]
 
     # --- the start ---
 
@@ -93,6 +91,7 @@ class CompiledSites:
         garden = self.garden
         device = garden.device
         self._alphas = torch.zeros(garden.table.rows, device=device)
+        self._members = [{} for _ in garden.layers]
         with torch.no_grad():
             for number, layer in enumerate(garden.layers):
                 first, seeds = garden.first_row[number], layer.geometry.seeds
@@ -146,13 +145,11 @@ class CompiledSites:
 
     def _route(self, number: int) -> None:
         garden, seeds = self.garden, self.garden.layers[number].geometry.seeds
-        for row in self._mine(number):
-            del self._rows[row]
         names, (inside, _) = self._names(number), self._split(number)
         route = torch.full((seeds, 3), -1, dtype=torch.int32)
         entries = []
+        self._members[number] = {branch.seed: branch.id for branch in inside}
         for branch in inside:
-            self._rows[branch.row] = branch.id
             bits = (SUBTRACT if branch.residual else 0) | (0 if garden.learns(branch) else FROZEN)
             entries.append([names.index(branch.blueprint), branch.slot, bits])
         if entries:

@@ -186,14 +186,14 @@ class Observer:
         if not self.garden.compiled.sites:
             return [], lambda rows, values: None
         site, members = self.garden.compiled.sites[number], self.garden.compiled.members(number)
-        chunks, alphas = list(members), self.garden.branches.alpha[list(members.values())]
+        chunks = list(members)
         sizes = torch.tensor([end - start for start, end in (site.geometry.bounds(seed) for seed in chunks)])
 
         def in_graph(rows: Tensor, values: list[Tensor]) -> None:
             rows[:, 2:6], power, count = values
             if chunks:
                 below = rows[chunks, 3] + rows[chunks, 2].square()
-                rows[chunks, 7] = alphas * (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
+                rows[chunks, 7] = (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
 
         return [site.health, site.power, site.rows], in_graph
 
