@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from esper.cli import help, programs
+import esper
+from esper import custom, secrets
+from esper.cli import conf, files, help, programs
 from esper.errors import Preempted, Terminated, TrackerError, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from esper.cli.compose import Composed
+    from esper.running.resume import Start
+
 #: Exit codes, as the shell counts them.
 FAILED, REFUSED, PREEMPTED, INTERRUPTED, TERMINATED = 1, 2, 75, 130, 143
 
-_ELSEWHERE = "or set output=<another folder>"
-
-#: What to do when the system refuses a file.
-STORAGE = {
-    errno.ENOSPC: f"free some space, {_ELSEWHERE}",
-    errno.EDQUOT: f"free some space, {_ELSEWHERE}",
-    errno.EACCES: f"get the right to use it, {_ELSEWHERE}",
-    errno.EPERM: f"get the right to use it, {_ELSEWHERE}",
-    errno.EROFS: f"make it writable, {_ELSEWHERE}",
-    errno.ENOTDIR: f"move the file that is in the way, {_ELSEWHERE}",
-}
+_COMPLETION = ("--shell-completion", "-sc")
+_SHELL = re.compile("(install|uninstall|query)=(bash|zsh|fish)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        words = _own_options(words)
-        program = programs.named(words)
-        return program.load()(words[1:]) if program else train(words)
+        files.say_anything()
+        secrets.refuse_words(words)
+        files.refuse_unusable(words)
+        with custom.decided():
+            words = _own_options(words)
+            program = programs.named(words)
+            return program.load()(words[1:]) if program else train(words)
     except UserError as error:
         return _say(str(error), REFUSED)
     except TrackerError as error:
@@ -55,9 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        if error.errno not in STORAGE:
+        if not files.known(error):
             raise
-        return _say(f"{error.filename or 'An output'}: {str(error.strerror).lower()}; {STORAGE[error.errno]}.", FAILED)
+        return _say(files.sentence(error), FAILED)
 
 
 def train(words: Sequence[str]) -> int:
@@ -69,15 +69,69 @@ def train(words: Sequence[str]) -> int:
     if {"--help", "-h"} & set(words):
         print(help.text(), flush=True)
         return 0
+    if "--version" in words:
+        print(f"esper {esper.__version__}", flush=True)
+        return 0
+    if words and words[0] in ("--hydra-help", *_COMPLETION):
+        return _hydras_own(words)
     if any(word.startswith(("resume=", "fork=")) and word != "resume=auto" for word in words):
-        from esper.running.resume import main as go_on
+        from esper.running import resume
 
-        return go_on(words)
+        return resume.main(words)
     from esper.cli.compose import check_jobs
 
     flags = _parse(words)
-    check_jobs(flags.overrides, flags.multirun)
+    asked = check_jobs(flags.overrides, flags.multirun)
+    if not flags.cfg and (started := _in_its_place(asked)):
+        from esper.running import resume
+
+        return resume.go_on(started)
     return _hydra(words)
+
+
+def _hydras_own(words: Sequence[str]) -> int:
+    """What Hydra itself answers: its own help, and the completion of a shell (``eval "$(esper -sc install=bash)"``).
+
+    Raises:
+        UserError: more words than that; a setting among them would be composed unchecked.
+    """
+    if words != ["--hydra-help"] and not (len(words) == 2 and _SHELL.fullmatch(words[1])):
+        raise UserError(f"{words[0]} stands alone: esper --hydra-help, or esper --shell-completion install=bash (or zsh, fish).")
+    typed = os.environ.get("COMP_LINE", "esper ").split(" ")  # a program's own name is no setting that Hydra could complete behind
+    os.environ["COMP_LINE"] = " ".join(typed[:1] + typed[2:] if len(typed) > 2 and typed[1] in programs.PROGRAMS else typed)
+    from hydra.errors import HydraException
+
+    from esper.cli.compose import register_resolvers
+
+    register_resolvers()
+    try:
+        return _hydra(words)
+    except SystemExit as done:
+        return int(done.code or 0)
+    except HydraException:  # half a word completes to nothing
+        return FAILED
+
+
+def _in_its_place(asked: Composed) -> Start | None:
+    """The run that ``resume=auto`` goes on with, None for a new run or a sweep; before Hydra makes or changes any folder.
+
+    Raises:
+        UserError: another run or sweep has the folder, or runs with this very configuration.
+    """
+    if asked.multirun:
+        from esper.compare.going_on import refuse_taken
+
+        refuse_taken(asked.folder)
+        return None
+    from esper.running.folder import refuse_occupied
+
+    if asked.config.resume == "auto":
+        from esper.running.resume import auto
+
+        if found := auto(asked.config, asked.folder):
+            return found
+    refuse_occupied(asked.folder)
+    return None
 
 
 def _own_options(words: Sequence[str]) -> list[str]:
@@ -85,9 +139,8 @@ def _own_options(words: Sequence[str]) -> list[str]:
     parser = _Parser(prog="esper", add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     flags, rest = parser.parse_known_args(list(words))
+    conf.forget()
     if flags.config_dir is not None:
-        from esper.cli import conf
-
         conf.add(flags.config_dir)
     return rest
 
@@ -113,7 +166,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        options = "the options are --help, --multirun, --cfg job and --config-dir"
+        options = "the options are --help, --version, --multirun, --cfg job, --config-dir, --hydra-help and --shell-completion"
         raise UserError(f"{message}; {options}, and settings are written key=value, as in seed=1.")
 
 
@@ -121,7 +174,6 @@ def _hydra(words: Sequence[str]) -> int:
     """Hands over to Hydra for the run's folder, the log and the sweep; every job comes back to ``_job``."""
     import hydra
 
-    from esper.cli import conf
     from esper.cli.overrides import quoted
 
     refused: list[UserError] = []
@@ -140,7 +192,7 @@ def _hydra(words: Sequence[str]) -> int:
         except TrackerError as error:  # not through Hydra, which would add a line about the job's overrides
             broken.append(error)
         except OSError as error:
-            if error.errno not in STORAGE:
+            if not files.known(error):
                 raise
             broken.append(error)
         return float("nan")
@@ -151,7 +203,7 @@ def _hydra(words: Sequence[str]) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(conf.folder()), config_name="config")(job)()
     except OSError as error:
-        if begun or error.errno in STORAGE:
+        if begun or files.known(error):
             raise
         raise UserError(
             f"The output folder {error.filename} cannot be made ({str(error.strerror).lower()}); give another: output=…."
@@ -168,19 +220,7 @@ def _job(tree: DictConfig) -> float:
     from esper.running.run import run
 
     runtime: Any = HydraConfig.get().runtime
-    config, folder = from_hydra(tree, dict(runtime.choices)), Path(runtime.output_dir)
-    state = None
-    if config.resume == "auto":
-        from esper.running.resume import auto
-
-        start = auto(config, folder)
-        config, folder, state = start.config, start.folder, start.state
-    try:
-        return run(config, folder, state=state).primary
-    except OSError as error:
-        if error.errno in STORAGE and error.filename is None:  # a write that failed does not say where
-            error.filename = str(folder)
-        raise
+    return run(from_hydra(tree, dict(runtime.choices)), Path(runtime.output_dir)).primary
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
@@ -198,5 +238,5 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"esper: {sentence}", file=sys.stderr)
+    print(f"esper: {secrets.redacted(sentence)}", file=sys.stderr)
     return code

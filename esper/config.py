@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from esper import secrets
 from esper.custom import OPTIONS as CUSTOM
 from esper.errors import UserError
 from esper.fields import setting
@@ -39,6 +40,9 @@ GROUPS: dict[str, str] = {
     "kernel": "esper.kernels",
     "compare": "esper.compare",
 }
+
+#: Groups whose settings stand beside modules of torch; a mistake in any other is said without waiting for it.
+_WITH_TORCH = ("model", "task", "blueprint", "grafting")
 
 #: Groups of files that override others (``@package _global_``); none is chosen by default.
 PRESETS = ("experiment", "arm", "debug")
@@ -98,11 +102,12 @@ def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = No
         choices: which file of each preset group (``experiment``, ``arm``, ``debug``) was composed in.
 
     Raises:
-        UserError: a key that does not exist, a value of another type, out of its range or no accepted word.
+        UserError: a key that does not exist, a value of another type, out of its range or no accepted word; a secret.
     """
+    secrets.refuse(tree)
     settings = {key: value for key, value in tree.items() if key not in GROUPS}
     root = structure(RootConfig, settings, "")
-    for group in GROUPS:
+    for group in sorted(GROUPS, key=_WITH_TORCH.__contains__):
         if group in tree:
             setattr(root, group, _build_group(group, tree[group]))
     for preset in PRESETS:

@@ -1,7 +1,8 @@
 """Parts of the user's own: ``package.module:Name`` from packages that were allowed by name, and from nowhere else.
 
 A configuration file is data; what it may import is the user's decision, made once outside of it: ``ESPER_ALLOW=my_pkg`` in
-the environment, or ``allow: [my_pkg]`` in ``esper.yaml`` in the folder that esper is started in.
+the environment, or ``allow: [my_pkg]`` in ``esper.yaml`` in the folder that esper is started in. It is read when esper
+starts, before any configuration is: no configuration adds to it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,50 @@ VARIABLE = "ESPER_ALLOW"
 FILE = "esper.yaml"
 
 
-def allowed() -> list[str]:
-    """The packages that ``ESPER_ALLOW`` (commas between) and ``./esper.yaml`` name.
+@dataclass(frozen=True)
+class Allowed:
+    """What a configuration may reach outside itself: packages, variables of the environment; ``folder`` is where esper was started."""
+
+    packages: tuple[str, ...]
+    variables: tuple[str, ...]
+    folder: Path
+
+    def imports(self, module: str) -> bool:
+        """Whether ``module`` or a package that it lies in was named."""
+        return any(module == name or module.startswith(f"{name}.") for name in self.packages)
+
+
+_decided: Allowed | None = None
+
+
+@contextmanager
+def decided() -> Iterator[None]:
+    """Within: what the environment and the folder say now is what counts, whatever a configuration makes of either later.
 
     Raises:
-        UserError: an ``esper.yaml`` that is not ``allow: [names]``.
+        UserError: an ``esper.yaml`` that is not as it must be.
     """
-    names = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
+    global _decided
+    before, _decided = _decided, _read()
+    try:
+        yield
+    finally:
+        _decided = before
+
+
+def allowed() -> Allowed:
+    """What the user allowed when esper was started (``decided``); outside of that, what holds now.
+
+    Raises:
+        UserError: an ``esper.yaml`` that is not as it must be.
+    """
+    return _decided or _read()
+
+
+def _read() -> Allowed:
+    """``ESPER_ALLOW`` (commas between) and ``./esper.yaml``."""
+    packages = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
+    variables: list[str] = []
     path = Path(FILE)
     if path.is_file():
         import yaml
@@ -40,40 +79,68 @@ def allowed() -> list[str]:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{FILE} cannot be read as YAML: {' '.join(str(error).split())}.") from error
-        given = tree.get("allow", []) if isinstance(tree, Mapping) else None
-        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-            raise UserError(f"{FILE} must hold the packages that may be imported, as in: allow: [my_pkg].")
-        names += given
-    return [name for name in names if name]
+        packages += _names(tree, "allow", "the packages that may be imported, as in: allow: [my_pkg]")
+        variables += _names(tree, "env", "the variables that a configuration may read, as in: env: [SCRATCH]")
+    return Allowed(tuple(filter(None, packages)), tuple(filter(None, variables)), Path.cwd())
+
+
+def _names(tree: Any, key: str, what: str) -> list[str]:
+    given = tree.get(key, []) if isinstance(tree, Mapping) else None
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise UserError(f"{FILE} must hold {what}.")
+    return given
+
+
+def variable(name: str, *default: Any) -> Any:
+    """``${oc.env:NAME}`` or ``${oc.env:NAME,default}`` of a configuration: only of variables that ``esper.yaml`` names.
+
+    What is read so is written into the saved configuration and the tracker, and the environment holds secrets.
+
+    Raises:
+        UserError: a variable that nobody allowed, or one that is not set.
+    """
+    if name not in allowed().variables:
+        raise UserError(f"${{oc.env:{name}}} reads a variable that nobody allowed; write env: [{name}] into ./{FILE}")
+    if name not in os.environ and not default:
+        raise UserError(f"${{oc.env:{name}}} reads a variable that is not set")
+    return os.environ.get(name, *default)
 
 
 def locate(target: str, key: str) -> Any:
     """What ``target`` (``package.module:Name``) names; ``key`` is the setting it was given as, for sentences.
 
     Raises:
-        UserError: no target, a package that is not allowed, no such module or no such name in it.
+        UserError: no target, a package that is not allowed, no such module or no such name in it, or a name under which the
+            module holds what another, not allowed package defines (``my_pkg.nets:os.system``).
     """
     module, _, name = target.partition(":")
-    if not module or not name:
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
         raise UserError(f"{key}={target or '(empty)'} is not accepted: {key} takes package.module:Name, as in {key}=my_pkg.nets:MyNet.")
-    package = module.split(".")[0]
-    if not any(module == name_ or module.startswith(f"{name_}.") for name_ in allowed()):
+    package, permitted = module.split(".")[0], allowed()
+    if not permitted.imports(module):
         raise UserError(
             f"{key}={target} would import '{package}', which nobody allowed: set {VARIABLE}={package} "
             f"or write allow: [{package}] into ./{FILE}."
         )
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the user's package lies where esper is started; the console script does not look there
+    folder = str(permitted.folder)
+    if "" not in sys.path and folder not in sys.path:
+        sys.path.insert(0, folder)  # the user's package lies where esper is started; the console script does not look there
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name):
             raise  # the user's module is there and itself imports something that is not: its traceback says where
-        raise UserError(f"{key}={target}: there is no module '{error.name}' in {os.getcwd()} or among the installed packages.") from error
+        raise UserError(f"{key}={target}: there is no module '{error.name}' in {folder} or among the installed packages.") from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise UserError(f"{key}={target}: the module '{module}' has no '{name}'.")
         found = getattr(found, part)
+    home = getattr(found, "__module__", None) or "no module"
+    if not permitted.imports(str(home)):
+        raise UserError(
+            f"{key}={target} is defined in '{home}', which nobody allowed: allow that package too, or write a class or function "
+            f"of your own in '{module}' that uses it."
+        )
     return found
 
 
@@ -131,13 +198,15 @@ class CustomModel:
     weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
 
     def build(self, task: Any, generator: Any) -> Any:
-        """The host; what it draws from torch's global generator while it is made comes from the run's seed."""
+        """The host; what it draws from a global generator while it is made comes from the run's seed."""
         import torch
+
+        from esper.randomness import global_draws_kept, seed_global_draws
 
         found = locate(self.target, "model.target")
         args = {**self.args, "task": task} if _asks_for(found, "task") else self.args
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+        with global_draws_kept():
+            seed_global_draws(generator.initial_seed())
             host = make(self.target, args, "model")
         if not isinstance(host, torch.nn.Module):
             raise UserError(f"model.target={self.target} gave a {type(host).__name__}; a host is a torch.nn.Module.")

@@ -18,3 +18,7 @@ class Preempted(KeyboardInterrupt):
 
 class TrackerError(RuntimeError):
     """The story of a run could not be kept; the run itself went on. The command line prints it alone, exit code 1."""
+
+
+class Removed(OSError):
+    """The folder of a run went away while the run was under way; ``filename`` is that folder."""

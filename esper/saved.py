@@ -6,9 +6,9 @@ built in at which site, and which names share a tensor. Nothing in it is code.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from esper.errors import UserError
 if TYPE_CHECKING:
     from esper.blueprints import Blueprint
 
-FORMAT, VERSION = "esper model", 1
+FORMAT, VERSION = "esper model", 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 FOLDER = "model"
 
@@ -39,6 +39,8 @@ def save_model(folder: str | Path, model: nn.Module, cards: list[Any], host: Des
     ``cards`` come with the model from ``esper.seeds.exporting.export_with_cards``; ``host`` is ``{"model": …, "task": …}``.
     """
     from safetensors.torch import save
+
+    from esper.files import replacing
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +58,11 @@ def save_model(folder: str | Path, model: nn.Module, cards: list[Any], host: Des
     unsaved = {name: buffer for name, buffer in model.named_buffers() if name not in tensors and name not in tied}
     dtypes = {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in unsaved.items()}
     description |= {"grown": [*getattr(model, GROWN_BEFORE, []), cards], "tied": tied, "unsaved": dtypes}
-    for name, write in (
-        (WEIGHTS, lambda path: path.write_bytes(save(tensors))),  # an OSError where save_file has an error of its own
-        (DESCRIPTION, lambda path: path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")),
-    ):
-        temporary = folder / f".{name}.{os.getpid()}"
-        write(temporary)
-        temporary.replace(folder / name)
+    weights = save(tensors)  # an OSError where save_file has an error of its own
+    description["sha256"] = hashlib.sha256(weights).hexdigest()
+    for name, held in ((WEIGHTS, weights), (DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())):
+        with replacing(folder / name) as aside:
+            aside.write_bytes(held)
     return folder
 
 
@@ -93,15 +93,22 @@ def model_folder(path: str | Path) -> Path:
 
 
 def read_description(path: Path) -> Description:
-    """The description. Raises UserError for one that is damaged, foreign or newer."""
+    """The description, every part of the kind that it must be. Raises UserError for one that is damaged, foreign or newer."""
+    from esper.described import Wrong, check
+
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        description = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as the description of a model: {error}.") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise UserError(f"{path} is not the description of a model that esper saved.")
-    if description.get("version") != VERSION:
-        raise UserError(f"{path} has version {description.get('version')}; this esper reads version {VERSION}: use the one that wrote it.")
+    if description.get("version") not in (1, VERSION):
+        stated = str(description.get("version"))[:40]
+        raise UserError(f"{path} has version {stated}; this esper reads version {VERSION}: use the one that wrote it.")
+    try:
+        check(description)
+    except Wrong as wrong:
+        raise UserError(f"{path} is not what esper wrote: {wrong}.") from wrong
     return description
 
 
@@ -127,29 +134,58 @@ def load_into(
     host: nn.Module, path: Path, description: Description, blueprints: tuple[type[Blueprint], ...] = (), as_saved: bool = False
 ) -> nn.Module:
     """Build what grew into ``host`` and load the tensors, every name strictly; ``as_saved``: the host takes the dtypes of the file."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from esper.described import Budget, unfit
     from esper.seeds.exporting import regraft
 
+    _refuse_changed(path, description.get("sha256"))
     try:
         tensors = load_file(path)
+    except Exception as error:  # safetensors has errors of several kinds for a file that is damaged
+        raise UserError(f"{path} cannot be read as weights: {_words(error)}.") from error
+    try:
+        budget = Budget(tensors, description["tied"])
+        if any(description["grown"]):
+            budget.spend(tuple(value.shape) for value in host.state_dict().values())
         for cards in description["grown"]:
-            regraft(host, cards, lambda entry: _blueprint(entry, blueprints))
-    except (SafetensorError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} does not fit this host: {error}; build the host that was trained.") from error
+            regraft(host, cards, lambda entry: _blueprint(entry, blueprints), budget)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a blueprint's or a host's own code says to settings that are not its own
+        raise UserError(f"{path} does not fit this host: {_words(error)}; build the host that was trained.") from error
     tensors |= {name: tensors[source] for name, source in description["tied"].items() if source in tensors}
-    own = host.state_dict()
-    wrong = sorted({*own} ^ {*tensors}) or sorted(name for name in own if own[name].shape != tensors[name].shape)
+    own, learnt = host.state_dict(), {name for name, _ in host.named_parameters(remove_duplicate=False)}
+    wrong = sorted({*own} ^ {*tensors})
     if wrong:
-        there = f"shape {tuple(tensors[wrong[0]].shape)}" if wrong[0] in tensors else "no such tensor"
-        here = f"shape {tuple(own[wrong[0]].shape)}" if wrong[0] in own else "no such tensor"
-        raise UserError(f"{path} does not fit this host: '{wrong[0]}' has {there} in the file and {here} in the host.")
+        holder, other = ("the file", "the host") if wrong[0] in tensors else ("the host", "the file")
+        raise UserError(f"{path} does not fit this host: {holder} has a tensor '{wrong[0]}', and {other} has none.")
+    for name, value in own.items():
+        reason = unfit(name, tensors[name], value, name in learnt)
+        if reason is not None:
+            raise UserError(f"{path} does not fit this host: {reason}.")
     if as_saved:
         _take_dtypes(host, tensors, description)
     host.load_state_dict(tensors)
     setattr(host, GROWN_BEFORE, description["grown"])
     return host
+
+
+def _refuse_changed(path: Path, digest: str | None) -> None:
+    """Raise UserError where the weights are not those that were described."""
+    if not digest:
+        return
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if found != digest:
+        raise UserError(f"{path} is not what was saved: its SHA-256 is not the one in {DESCRIPTION}. Take it from where it was saved.")
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
 
 
 def _take_dtypes(host: nn.Module, tensors: dict[str, torch.Tensor], description: Description) -> None:
@@ -177,9 +213,32 @@ def build_host(description: Description, folder: Path) -> nn.Module:
         raise UserError(f"{folder} was saved from a model that esper did not build: pass a fresh one, load_model(path, host=MyNet()).")
     shape = card["task"]
     task = SimpleNamespace(**{**shape, "input_shape": tuple(shape["input_shape"])})
-    config = structure(options("model")[card["model"]["name"]], card["model"], "model")
-    host: nn.Module = config.build(task, generator(0, "host"))
+    known = options("model")
+    name = card["model"]["name"]
+    if name not in known:
+        raise UserError(f"{folder} was saved from model={name[:40]}, which this esper does not have.")
+    config = structure(known[name], card["model"], "model")
+    try:
+        if name != "custom":  # its class is the user's own, and may not be made without memory
+            _refuse_larger(config, task, folder / WEIGHTS)
+        host: nn.Module = config.build(task, generator(0, "host"))
+    except UserError:
+        raise
+    except Exception as error:  # whatever torch says to sizes that nothing has
+        raise UserError(f"{folder} describes a host that cannot be built: {_words(error)}.") from error
     return host
+
+
+def _refuse_larger(config: Any, task: Any, weights: Path) -> None:
+    """Raise UserError where the host would hold more numbers than the file of its weights; nothing is allocated to find out."""
+    from esper.randomness import generator
+
+    with torch.device("meta"):
+        described: nn.Module = config.build(task, generator(0, "host"))
+    size = weights.stat().st_size
+    numbers = sum(parameter.numel() for parameter in described.parameters())
+    if numbers > size:  # a number fills a byte at least
+        raise UserError(f"{weights.parent} describes a host of {numbers} parameters, and its weights fill {size} bytes: it is damaged.")
 
 
 def _blueprint(entry: Description, known: tuple[type[Blueprint], ...]) -> Blueprint:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.compare.tuned import named
+from esper.compare.wording import confidence
 
 TEXT = """# {title}
 
@@ -31,8 +32,8 @@ smallest difference worth having {minimum:g}; α = {alpha:g} after Holm.
 
 {table}
 
-Difference and interval are to the reference, positive is better; p-values after Holm; cost is the mean of a run, seconds are
-wall time in its step loop.
+Difference and interval are to the reference, positive is better; p-values and the levels of the intervals after Holm; cost is
+the mean of a run, seconds are wall time in its step loop.
 
 ![every pair](pairs.png)
 {cost_figure}
@@ -150,7 +151,8 @@ def _table(result: dict[str, Any]) -> str:
         judged = "– | – | – | reference"
         if row:
             low, high = (f"{end:+.3g}" if end is not None else "∞" for end in row["interval"])
-            judged = f"{row['difference']:+.3g} | {low} … {high} | {row['p_holm']:.2g} | {row['verdict']}"
+            interval = f"{low} … {high} ({confidence(row['level'])})"
+            judged = f"{row['difference']:+.3g} | {interval} | {row['p_holm']:.2g} | {row['verdict']}"
         lines.append(f"| {name} | {arm['mean']:.4g} | {arm['failed']} of {arm['runs']} | {cost} | {growth} | {judged} |")
     return "\n".join(lines)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from esper.bus.messages import Germinate, Selector, SetStage
 from esper.hosts.cnn import CNNConfig
 from esper.hosts.transformer import TransformerConfig
 from esper.lifecycle import LifecycleConfig, Stage
+from esper.messages import Alert, GateResult, Germinate, Message, Metrics, Report, Selector, SetStage, Transition
 from esper.seeds import Branch, TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.grow import Grow
 from esper.training.port import NullPort
 
@@ -112,41 +112,39 @@ class Notebook(NullPort):
 
     def __init__(self, commands: dict[int, list[Any]] | None = None) -> None:
         self.script = commands or {}
-        self.transitions: list[tuple[Any, ...]] = []
+        self.transitions: list[Transition] = []
         self.acks: dict[str, tuple[str, str]] = {}
-        self.gates: list[tuple[Any, ...]] = []
-        self.alerts: list[tuple[Any, ...]] = []
+        self.gates: list[GateResult] = []
+        self.alerts: list[Alert] = []
         self.rows: list[tuple[int, str, Tensor]] = []
-        self.reports: list[tuple[Any, ...]] = []
+        self.reports: list[Report] = []
         self.values: list[tuple[int, dict[str, float]]] = []
 
-    def transition(self, *said: Any) -> None:
-        self.transitions.append(said)
+    def emit(self, event: Message) -> None:
+        match event:
+            case Transition():
+                self.transitions.append(event)
+            case GateResult():
+                self.gates.append(event)
+            case Alert():
+                self.alerts.append(event)
+            case Report():
+                self.reports.append(event)
+            case Metrics():
+                self.values.append((event.tick, event.values))
 
     def acknowledge(self, command_id: str, status: str, reason: str, tick: int) -> None:
         self.acks[command_id] = (status, reason)
 
-    def gate(self, *said: Any) -> None:
-        self.gates.append(said)
-
-    def alert(self, *said: Any) -> None:
-        self.alerts.append(said)
-
     def telemetry(self, tick: int, site: str, rows: Tensor) -> None:
         self.rows.append((tick, site, rows.clone()))
-
-    def report(self, *said: Any) -> None:
-        self.reports.append(said)
-
-    def metrics(self, tick: int, values: dict[str, float]) -> None:
-        self.values.append((tick, values))
 
     def commands(self, tick: int) -> list[Any]:
         return self.script.get(tick, [])
 
     def stages(self) -> list[tuple[str, str]]:
         """(source, target) of every transition, in order."""
-        return [(Stage(said[4]).name, Stage(said[5]).name) for said in self.transitions]
+        return [(Stage(event.source).name, Stage(event.target).name) for event in self.transitions]
 
 
 def germinate(site: str = "fc1", seed: int = 0, id: str = "", **names: str) -> Germinate:

@@ -43,7 +43,7 @@ class Call:
         Raises:
             UserError: the host goes on from a cache in which this block has no keys.
         """
-        if self.cached > y.shape[1]:
+        if self.cached and self.cached > y.shape[1]:
             raise UserError("A grown block keeps no keys and values, so a cache cannot be used with it: generate with use_cache=False.")
         given = ((y, *self.rest), self.named) if not self.key else ((), {**self.named, self.key: y})
         output = block(*given[0], **given[1]) if parameters is None else torch.func.functional_call(block, parameters, *given)
@@ -74,18 +74,28 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``output`` with ``change`` applied to the tensor that ``first_tensor`` finds in it."""
+    """``output`` with ``change`` applied to the tensor that ``first_tensor`` finds in it.
+
+    A nested tensor, which torch's encoder makes of padded sequences, is changed sequence by sequence.
+    """
     if isinstance(output, Tensor):
-        return change(output)
+        return _changed(output, change)
     if isinstance(output, Mapping):
         name, first = next(iter(output.items()))
-        changed = {**output, name: change(first)}
+        changed = {**output, name: _changed(first, change)}
         return changed if type(output) is dict else type(output)(**changed)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         name = dataclasses.fields(output)[0].name
-        return dataclasses.replace(output, **{name: change(getattr(output, name))})
-    values = [change(output[0]), *output[1:]]
+        return dataclasses.replace(output, **{name: _changed(getattr(output, name), change)})
+    values = [_changed(output[0], change), *output[1:]]
     return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+
+
+def _changed(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    if not value.is_nested:
+        return change(value)
+    parts = [change(part.unsqueeze(0)).squeeze(0) for part in value.unbind()]
+    return torch.nested.as_nested_tensor(parts, layout=value.layout)
 
 
 def _is_cache(value: Any) -> bool:

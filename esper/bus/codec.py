@@ -4,7 +4,7 @@
 offset    bytes   meaning
 ========  ======  ===========================================================================================
 0         2       ``b"ES"``
-2         1       schema version (``messages.SCHEMA_VERSION`` of the sender)
+2         1       schema version (``SCHEMA_VERSION`` of the sender)
 3         1       zero, reserved
 4         4       CRC-32 (that of zlib, little-endian) of bytes 0–3 followed by everything from byte 8 on
 8         …       msgpack array: run, producer, epoch, sequence, time, after, body
@@ -15,19 +15,24 @@ The checksum is verified before anything is parsed, so a corrupted message is re
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
+from dataclasses import fields, replace
+from typing import Annotated, Any
 
 import msgspec
 from zlib_ng.zlib_ng import crc32
 
-from esper.bus.messages import BODIES, SCHEMA_VERSION, Message
+from esper.messages import MESSAGES, ApplyEach, ApplyTogether, Command, Message, Predicate, Selector
 
+SCHEMA_VERSION = 1
 MAGIC = b"ES"
 HEADER_BYTES = 8
 MAX_BYTES = 8 << 20  # larger payloads travel by claim check, so nothing honest comes near this
 
-_Body = reduce(or_, BODIES)
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in MESSAGES}
+_FIELDS = {kind: tuple(one.name for one in fields(kind)) for kind in (*MESSAGES, Selector, Predicate)}
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # nobody counts further, and no reader need be able to
+_Time = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]  # seconds; every clock there is shows less
+_Cause = Annotated[str, msgspec.Meta(pattern=r"(?s)^.*/[0-9]{1,20}-[0-9]{1,20}\Z")]
 
 
 class Refused(ValueError):
@@ -38,7 +43,7 @@ class Refused(ValueError):
         self.reason = reason
 
 
-class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """Who says what, and where it stands in its stream.
 
     ``time`` is the sender's clock in seconds, never falling within a producer: it orders producers among one another
@@ -48,11 +53,11 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
     run: str
     producer: str
-    epoch: int
-    sequence: int
-    time: float
-    after: tuple[str, ...]
-    body: _Body  # type: ignore[valid-type]
+    epoch: _Number
+    sequence: _Number
+    time: _Time
+    after: tuple[_Cause, ...]
+    body: Message
 
     @property
     def id(self) -> str:
@@ -60,8 +65,47 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
         return f"{self.epoch}-{self.sequence}"
 
 
+def to_plain(message: Message) -> dict[str, Any]:
+    """A message as it is written: ``kind``, the name of its class, and its fields."""
+    plain = {"kind": type(message).__name__} | {name: getattr(message, name) for name in _FIELDS[type(message)]}
+    if isinstance(message, ApplyTogether | ApplyEach):
+        plain["commands"] = [to_plain(command) for command in message.commands]
+    return plain
+
+
+def from_plain(plain: Any) -> Message:
+    """Inverse of ``to_plain``; raises msgspec.ValidationError for anything else."""
+    if not isinstance(plain, dict) or plain.get("kind") not in _KINDS:
+        raise msgspec.ValidationError(f"no message is of the kind {plain.get('kind') if isinstance(plain, dict) else plain!r}")
+    kind = _KINDS[plain["kind"]]
+    _refuse_unknown_parts(plain.get("select"))
+    if kind in (ApplyTogether, ApplyEach) and isinstance(plain.get("commands"), list):
+        parts = [from_plain(part) for part in plain["commands"]]
+        if not all(isinstance(part, Command) for part in parts):
+            raise msgspec.ValidationError(f"{kind.__name__} holds something that is no command")
+        return replace(msgspec.convert(plain | {"commands": []}, kind), commands=parts)
+    return msgspec.convert(plain, kind)  # type: ignore[no-any-return]
+
+
+def _refuse_unknown_parts(select: Any) -> None:
+    """An unknown field of a message is passed over, but an unknown part of a selection might have selected fewer seeds."""
+    if not isinstance(select, dict):
+        return
+    where = select.get("where") or []
+    for kind, given in ((Selector, select), *((Predicate, one) for one in where if isinstance(one, dict))):
+        if unknown := given.keys() - set(_FIELDS[kind]):
+            raise msgspec.ValidationError(f"a {kind.__name__} has no part {', '.join(map(str, unknown))}")
+
+
+def message_hook(kind: type, value: Any) -> Any:
+    """For decoders of structs that hold messages."""
+    assert kind is Message, kind
+    return from_plain(value)
+
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Envelope)
+_decoder = msgspec.msgpack.Decoder(Envelope, dec_hook=message_hook)
+_plain_decoder = msgspec.msgpack.Decoder(dict[str, Any])
 
 
 def encode(envelope: Envelope) -> bytes:
@@ -69,7 +113,7 @@ def encode(envelope: Envelope) -> bytes:
     buffer = bytearray(HEADER_BYTES)
     buffer[0:2] = MAGIC
     buffer[2] = SCHEMA_VERSION
-    _encoder.encode_into(envelope, buffer, HEADER_BYTES)
+    _encoder.encode_into(msgspec.structs.replace(envelope, body=to_plain(envelope.body)), buffer, HEADER_BYTES)
     view = memoryview(buffer)
     checksum = crc32(view[HEADER_BYTES:], crc32(view[:4]))
     buffer[4:8] = checksum.to_bytes(4, "little")
@@ -91,8 +135,7 @@ def decode(wire: bytes | memoryview, limit: int = MAX_BYTES) -> Envelope:
     if version > SCHEMA_VERSION:
         raise Refused(
             "newer",
-            f"a message of schema version {version} came in, and this esper reads versions up to {SCHEMA_VERSION}:"
-            " upgrade the older side",
+            f"a message of schema version {version} came in, and this esper reads versions up to {SCHEMA_VERSION}: upgrade the older side",
         )
     try:
         return _decoder.decode(view[HEADER_BYTES:])
@@ -102,15 +145,12 @@ def decode(wire: bytes | memoryview, limit: int = MAX_BYTES) -> Envelope:
 
 def encode_body(message: Message) -> bytes:
     """Bytes of a body alone, for checkpoints that keep commands; read back by ``decode_body``."""
-    return _encoder.encode(message)
-
-
-_body_decoder = msgspec.msgpack.Decoder(_Body)
+    return _encoder.encode(to_plain(message))
 
 
 def decode_body(data: bytes) -> Message:
     """Inverse of ``encode_body``; raises Refused when the bytes are not one."""
     try:
-        return _body_decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+        return from_plain(_plain_decoder.decode(data))
+    except (msgspec.DecodeError, RecursionError, OverflowError, UnicodeDecodeError) as error:
         raise Refused("malformed", f"these bytes are no message body: {error}") from error

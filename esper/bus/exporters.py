@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from esper import secrets
 from esper.bus.metrics import BUCKETS_S, METRICS, Metric
 from esper.bus.readings import PortState, Reading
 from esper.errors import UserError
@@ -68,6 +69,7 @@ class OtlpExporter:
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
         from opentelemetry.sdk.resources import Resource
 
+        secrets.check("bus.otlp", endpoint)
         if urlsplit(endpoint).scheme not in ("http", "https"):
             raise UserError(f"bus.otlp={endpoint!r} is no address of a collector: give http://host:4318/v1/metrics")
         self._source = source

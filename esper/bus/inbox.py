@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from esper.bus.codec import decode_body, encode_body
-from esper.bus.messages import Acknowledgement, Command, Decided, EmergencyStop
+from esper.messages import Acknowledgement, Command, Decided, EmergencyStop
 
 CONTROLLER = "controller"  # the producer whose commands take effect only with the Decided that follows them
 REMEMBERED = 10_000  # ids of finished commands kept to recognise a repeated one
@@ -18,9 +18,7 @@ FINAL = ("applied", "refused", "expired")
 class Inbox:
     """Takes commands as they arrive and hands out those that are due, emergency stops first."""
 
-    def __init__(
-        self, acknowledge: Callable[[Acknowledgement], None], ended: Callable[[str], None] = lambda command_id: None
-    ) -> None:
+    def __init__(self, acknowledge: Callable[[Acknowledgement], None], ended: Callable[[str], None] = lambda command_id: None) -> None:
         self._publish = acknowledge
         self._ended = ended  # told the id of every command that needs no second delivery any more
         self._due: list[Command] = []

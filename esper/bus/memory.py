@@ -15,9 +15,9 @@ from esper.bus.config import MemoryConfig
 from esper.bus.counts import Counts
 from esper.bus.groups import Entry, Group, Log, Pending
 from esper.bus.ids import Id
-from esper.bus.messages import Message
 from esper.bus.overflow import Overflow
 from esper.bus.protocol import STREAMS, DeadLetter, Delivery, Fenced
+from esper.messages import Message
 
 _Key = tuple[str, str]  # stream, run
 
@@ -197,9 +197,7 @@ class MemoryConsumer:
         self._bus, self._stream, self._run = bus, stream, run
         self.group, self.name = group, name
         self._logs = logs
-        self._mine = deque(
-            (log, id) for log in logs.values() for id, held in log.groups[group].pending.items() if held.owner == name
-        )
+        self._mine = deque((log, id) for log in logs.values() for id, held in log.groups[group].pending.items() if held.owner == name)
         self._kept: dict[tuple[str, str], Pending] = {}  # by producer and id
         self._next_claim = 0.0
         self._handled = {log.name: log.groups[group].handled() for log in logs.values()}

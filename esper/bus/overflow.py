@@ -9,7 +9,7 @@ from typing import IO
 
 from esper.bus.codec import decode_body, encode_body
 from esper.bus.groups import Entry, Extent
-from esper.bus.messages import Message
+from esper.messages import Message
 
 
 class Overflow:

@@ -10,28 +10,25 @@ from torch import Tensor
 from esper.bus.background import Background
 from esper.bus.exporters import OtlpExporter, PrometheusEndpoint
 from esper.bus.inbox import CONTROLLER, Inbox
-from esper.bus.messages import (
-    Acknowledgement,
-    Alert,
-    Checkpoint,
-    Command,
-    Decided,
-    GateResult,
-    Message,
-    Metrics,
-    Report,
-    RunEnded,
-    RunStarted,
-    Telemetry,
-    TickEnded,
-    Transition,
-)
 from esper.bus.protocol import Bus, Delivery, Producer
 from esper.bus.rate import CODE, AlertLimit
 from esper.bus.readings import PortState, Reading, readings
 from esper.bus.receiver import Receiver, Safekeeping
 from esper.bus.ring import TelemetryRing
 from esper.errors import UserError
+from esper.messages import (
+    Acknowledgement,
+    Alert,
+    Checkpoint,
+    Command,
+    Decided,
+    Message,
+    RunEnded,
+    RunStarted,
+    Telemetry,
+    TickEnded,
+    Transition,
+)
 
 TIMINGS = ("lockstep", "free")
 ALERTS = {"bus_up": "info"}  # level of an incident of the bus; the others are warnings
@@ -53,6 +50,9 @@ class Runner(Protocol):
 
     def serve(self) -> str | None:
         """Decide on every tick that ends until the run does."""
+
+    def complaints(self) -> list[str]:
+        """What the controller raised since this was last asked."""
 
 
 class BusPort:
@@ -83,6 +83,7 @@ class BusPort:
     ) -> None:
         assert timing in TIMINGS, timing
         assert not (external and runner is not None)
+        self.decided = True
         self.bus, self.run, self.runner, self.timing = bus, run, runner, timing
         self.external, self.deadline_s = external, deadline_s
         config = bus.config
@@ -129,7 +130,7 @@ class BusPort:
             self._thread = Background(self.runner.serve, "esper-controller")
         self.watched.started(tick, sites)
         self._export()
-        self._event(RunStarted(tick=tick, total_ticks=total_ticks, sites=sites))
+        self.emit(RunStarted(tick=tick, total_ticks=total_ticks, sites=sites))
         if self.external and self.timing == "lockstep" and self._inbox.decided < self._inbox.owed[0]:
             self._wait(self._inbox.owed[0])
 
@@ -137,83 +138,20 @@ class BusPort:
         """Say that the run is over, after everything else has been said."""
         self._ring.drain()
         self._incidents(tick, end=True)
-        self._event(RunEnded(tick=tick, status=status, summary=summary))
+        self.emit(RunEnded(tick=tick, status=status, summary=summary))
         self._over, self.finished = True, status == "FINISHED"
 
-    def transition(
-        self,
-        tick: int,
-        site: str,
-        seed: int,
-        branch: int,
-        source: int,
-        target: int,
-        cause: str,
-        generation: int = 0,
-        blueprint: str = "",
-        strategy: str = "",
-    ) -> None:
-        """A seed or a block branch changed stage."""
-        self.watched.moved(seed, int(source), int(target))
-        self._event(
-            Transition(
-                tick=tick,
-                site=site,
-                seed=seed,
-                branch=branch,
-                source=int(source),
-                target=int(target),
-                cause=cause,
-                generation=generation,
-                blueprint=blueprint,
-                strategy=strategy,
-            )
-        )
+    def emit(self, event: Message) -> None:
+        """Say what happened.
 
-    def gate(
-        self,
-        tick: int,
-        site: str,
-        seed: int,
-        branch: int,
-        gate: str,
-        value: float,
-        threshold: float,
-        passed: bool,
-        look: int = 0,
-    ) -> None:
-        """A gate was asked."""
-        self._event(
-            GateResult(
-                tick=tick,
-                site=site,
-                seed=seed,
-                branch=branch,
-                gate=gate,
-                value=value,
-                threshold=threshold,
-                passed=passed,
-                look=look,
-            )
-        )
-
-    def alert(self, tick: int, level: str, code: str, text: str, site: str = "", seed: int = -1) -> None:
-        """Something a person should see."""
-        self._event(Alert(tick=tick, level=level, code=code, text=text, site=site, seed=seed))
-
-    def metrics(self, tick: int, values: dict[str, float]) -> None:
-        """Scalars of the run."""
-        self._event(Metrics(tick=tick, values=values))
-
-    def checkpoint(self, tick: int, path: str, digest: str) -> None:
-        """A checkpoint was written and verified; with an empty ``path``: its state was taken, and is on its way to the disk."""
-        if path:
-            self.safe.written()
-        self._event(Checkpoint(tick=tick, path=path, digest=digest))
-
-    def report(self, tick: int, command_id: str, stages: dict[str, int], branches: list[dict[str, Any]]) -> None:
-        """Answer to RequestReport."""
-        self._event(Report(tick=tick, command_id=command_id, stages=stages, branches=branches))
+        A Checkpoint was written and verified; one with an empty ``path`` says that its state was taken, and is on its way to the disk.
+        """
+        match event:
+            case Transition():
+                self.watched.moved(event.seed, event.source, event.target)
+            case Checkpoint() if event.path:
+                self.safe.written()
+        self._publish("events", event)
 
     def slot(self, site: str, seeds: int) -> Tensor:
         """Where to write the site's next rows: float32 ``[seeds, columns]`` in the ring, holding anything."""
@@ -246,7 +184,7 @@ class BusPort:
         elif self.bus.local is self.bus:  # no writer thread looks for what has waited long enough
             self._ring.drain(self.bus.config.flush_s)
         self._incidents(tick)
-        self._event(TickEnded(tick=tick, epoch=self._inbox.epoch))
+        self.emit(TickEnded(tick=tick, epoch=self._inbox.epoch))
         if self._thread is not None:
             self._thread.check()
         elif self.runner is not None:
@@ -254,6 +192,8 @@ class BusPort:
         elif self.external and self.timing == "lockstep":
             self._inbox.asked = (tick, self._inbox.epoch)
             self._wait(tick)
+        for text in [] if self.runner is None else self.runner.complaints():
+            self.emit(Alert(tick=tick, level="error", code="controller_raised", text=text))
 
     def _wait(self, tick: int) -> None:
         self.bus.writer.send_now()
@@ -375,15 +315,13 @@ class BusPort:
         incidents = self.bus.incidents
         while incidents:
             if said := self._limit.offer(*incidents.popleft(), tick):
-                self.alert(tick, ALERTS.get(said[0], "warning"), *said)
+                code, text = said
+                self.emit(Alert(tick=tick, level=ALERTS.get(code, "warning"), code=code, text=text))
         for sentence in held_back + (self._limit.over(end=True) if end else []):
-            self.alert(tick, "info", CODE, sentence)
+            self.emit(Alert(tick=tick, level="info", code=CODE, text=sentence))
 
     def _telemetry(self, message: Telemetry) -> None:
         self._publish("telemetry", message)
-
-    def _event(self, message: Message) -> None:
-        self._publish("events", message)
 
     def _acknowledge(self, message: Acknowledgement) -> None:
         self._publish("acks", message)

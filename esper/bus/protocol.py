@@ -14,8 +14,8 @@ import msgspec
 from esper.bus.config import MemoryConfig
 from esper.bus.counts import Counts
 from esper.bus.ids import Id
-from esper.bus.messages import Message
 from esper.errors import UserError
+from esper.messages import Message
 
 STREAMS = ("telemetry", "events", "commands", "acks")
 ORDERS = ("none", "stream", "global", "causal")

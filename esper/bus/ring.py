@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esper.bus.messages import Telemetry
+from esper.messages import Telemetry
 
 ROOM = 4  # messages' worth of rows a site has place for; when all of it waits, the trainer makes messages itself
 
@@ -52,9 +52,7 @@ class TelemetryRing:
     calls ``send_full``. Messages of a site leave in the order of their ticks whoever makes them.
     """
 
-    def __init__(
-        self, columns: tuple[str, ...], flush_ticks: int, flush_bytes: int, emit: Callable[[Telemetry], None]
-    ) -> None:
+    def __init__(self, columns: tuple[str, ...], flush_ticks: int, flush_bytes: int, emit: Callable[[Telemetry], None]) -> None:
         self.deferred = False
         self._columns = list(columns)
         self._flush_ticks = flush_ticks

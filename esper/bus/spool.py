@@ -5,13 +5,19 @@ A record is ``<length u32><epoch u64><sequence u64>`` and the wire bytes, which 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from esper.errors import UserError
+
+IN_FLIGHT = "in_flight"
+LOCK = "lock"
 RECORD = struct.Struct("<IQQ")
 SEGMENTS = 16  # a full spool has about this many; dropping the oldest gives up one of them
 
@@ -25,6 +31,42 @@ class Segment:
     size: int
 
 
+def records_in(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """``(epoch, sequence, wire)`` of every whole record of a file; one that was cut off ends it."""
+    with path.open("rb") as file:
+        while len(header := file.read(RECORD.size)) == RECORD.size:
+            length, epoch, sequence = RECORD.unpack(header)
+            if len(wire := file.read(length)) < length:
+                return
+            yield epoch, sequence, wire
+
+
+def left_in(folder: Path) -> Iterator[tuple[int, int, bytes]]:
+    """What waits in a spool's folder for the next process, oldest first; nothing is changed there."""
+    for path in (folder / IN_FLIGHT, *sorted(folder.glob("*.spool"))):
+        if path.exists():
+            yield from records_in(path)
+
+
+def claim(folder: Path, alone: bool) -> IO[bytes]:
+    """A lock on a spool's folder, held until the file that is returned is closed, or its process dies.
+
+    Every start of a producer shares it, since a newer start is told apart by its epoch; ``alone`` shares it with nobody.
+    Raises UserError where that cannot be had.
+    """
+    file = (folder / LOCK).open("wb")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"the messages in {folder} belong to a process that is at work, and it sends them itself when the server answers"
+            if alone
+            else f"`esper bus flush` is sending the messages in {folder}: start again when it is done"
+        ) from None
+    return file
+
+
 class Spool:
     """A first-in-first-out queue of wire messages in ``folder``, at most ``limit`` bytes.
 
@@ -34,7 +76,7 @@ class Spool:
 
     def __init__(self, folder: Path, limit: int, drop: str = "newest") -> None:
         self._folder = folder
-        self._in_flight = folder / "in_flight"
+        self._in_flight = folder / IN_FLIGHT
         self._limit = limit
         self._drop = drop
         self._segment_bytes = max(4096, limit // SEGMENTS)
@@ -180,13 +222,9 @@ class Spool:
         for path in sorted(self._folder.glob("*.spool")):
             self._number = int(path.stem)
             records = size = 0
-            with path.open("rb") as file:
-                while len(header := file.read(RECORD.size)) == RECORD.size:
-                    length = RECORD.unpack(header)[0]
-                    if len(file.read(length)) < length:
-                        break
-                    records += 1
-                    size += RECORD.size + length
+            for _, _, wire in records_in(path):
+                records += 1
+                size += RECORD.size + len(wire)
             if records == 0:
                 path.unlink()
                 continue

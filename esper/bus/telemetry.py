@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from esper.bus.codec import Refused
-from esper.bus.messages import Telemetry
+from esper.messages import Telemetry
 
 if TYPE_CHECKING:
     import zstandard
@@ -47,7 +47,7 @@ def pack(message: Telemetry, codec: str) -> Telemetry:
     delta[:, 1:] -= by_column[:, :-1]
     shuffled = np.ascontiguousarray(delta.reshape(-1).view(np.uint8).reshape(-1, 4).T)
     data = _compressor().compress(shuffled)
-    return msgspec.structs.replace(message, codec=codec, data=data)
+    return replace(message, codec=codec, data=data)
 
 
 def unpack(message: Telemetry) -> np.ndarray:
@@ -56,9 +56,7 @@ def unpack(message: Telemetry) -> np.ndarray:
     size = 4 * math.prod(dimensions)
     if message.codec == "raw":
         if len(message.data) != size:
-            raise Refused(
-                "malformed", f"telemetry of shape {dimensions} needs {size} bytes and has {len(message.data)}"
-            )
+            raise Refused("malformed", f"telemetry of shape {dimensions} needs {size} bytes and has {len(message.data)}")
         return np.frombuffer(message.data, dtype="<f4").reshape(dimensions)
     if message.codec not in CODECS:
         raise Refused("malformed", f"telemetry codec {message.codec!r} is not one of {', '.join(CODECS)}")
@@ -74,7 +72,7 @@ def unpacked(message: Telemetry) -> Telemetry:
     if message.codec == "raw":
         unpack(message)
         return message
-    return msgspec.structs.replace(message, codec="raw", data=unpack(message).tobytes())
+    return replace(message, codec="raw", data=unpack(message).tobytes())
 
 
 def round_mantissa(bits: np.ndarray) -> np.ndarray:

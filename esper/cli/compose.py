@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from esper.cli import conf, overrides
+from esper.cli import conf, internals, overrides
+from esper.cli.machine import refuse_impossible
 from esper.compare.arms import refuse_overridden_arm
 from esper.compare.config import LauncherConfig
 from esper.config import PRESETS, RootConfig, build, structure
+from esper.custom import variable
 from esper.errors import UserError
 
 
@@ -30,6 +33,13 @@ class Composed:
     multirun: bool
     sweep: dict[str, str]
     tree: DictConfig
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder, or the sweep's; where the user names none, one of which there will be another when Hydra makes it."""
+        HydraConfig.instance().set_config(self.tree)  # what ${hydra:…} refers to
+        internals = self.tree.hydra
+        return Path(str(internals.sweep.dir if self.multirun else internals.run.dir))
 
 
 def compose(words: Sequence[str]) -> RootConfig:
@@ -44,8 +54,8 @@ def compose(words: Sequence[str]) -> RootConfig:
         return _compose(parsed).config
 
 
-def check_jobs(words: Sequence[str], multirun: bool) -> None:
-    """Composes what will run: the run itself, or the first job of a sweep and one job for every further value.
+def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
+    """Composes what will run: the run itself, or the first job of a sweep and one job for every further value; returns the first.
 
     Raises:
         UserError: anything that is not accepted, before the first job starts.
@@ -55,16 +65,17 @@ def check_jobs(words: Sequence[str], multirun: bool) -> None:
         composed = _compose(next(_jobs(parsed)))
         if not (multirun or composed.multirun):
             overrides.check_single(parsed)
-            return
+            return composed
         typed = {overrides.key_of(override) for override in parsed}
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
         jobs = _jobs(parsed)
-        tree = _compose(next(jobs)).tree
+        first = replace(_compose(next(jobs)), multirun=True)
         for job, changed in zip(jobs, _further(parsed), strict=True):
             if overrides.is_group(changed) or overrides.is_hydras(changed):
                 _compose(job)
             else:  # a seed in a thousand needs no composition of its own
-                _check_value(tree, changed)
+                _check_value(first.tree, changed)
+        return first
 
 
 def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
@@ -75,10 +86,11 @@ def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
 
 
 def register_resolvers() -> None:
-    """``${unique:}``: six characters that keep apart two runs of the same name and second."""
-    import secrets
+    """``${unique:}``: six characters that keep apart two runs of the same name and second; ``${oc.env:}`` as far as the user allows it."""
+    from secrets import token_hex
 
-    OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("unique", lambda: token_hex(3), use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("oc.env", variable, replace=True)
 
 
 @contextmanager
@@ -132,6 +144,7 @@ def _check_value(tree: DictConfig, item: Override) -> None:
     changed = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
     with open_dict(changed):
         OmegaConf.update(changed, overrides.key_of(item), item.value(), merge=False)
+    refuse_impossible(changed, here=internals.runs_here(tree.hydra))
     from_hydra(changed, dict(tree.hydra.runtime.choices))
 
 
@@ -141,6 +154,7 @@ def _with_value(sweep: Override, text: str) -> Override:
 
 def _compose(parsed: list[Override]) -> Composed:
     """Groups first, so that keys can be checked against what was chosen; then everything."""
+    internals.check_words(parsed)
     chosen = [item for item in parsed if overrides.is_group(item)]
     for item in chosen:
         overrides.check_group(item)
@@ -152,13 +166,14 @@ def _compose(parsed: list[Override]) -> Composed:
             if not overrides.is_hydras(item):
                 overrides.check_key(item, plain)
         tree = hydra.compose("config", [str(item.input_line) for item in parsed], return_hydra_config=True)
-    internals = tree.hydra
-    if arm := internals.runtime.choices.get("arm"):
+    internals.check_tree(tree.hydra)
+    if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
-    launcher = dict(internals.launcher)
+    launcher = dict(tree.hydra.launcher)
     if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
         structure(LauncherConfig, launcher, "hydra.launcher")
-    config = from_hydra(tree, dict(internals.runtime.choices))
-    sweep = {str(key): str(value) for key, value in (internals.sweeper.get("params") or {}).items()}
-    return Composed(config, str(internals.mode).endswith("MULTIRUN"), sweep, tree)
+    refuse_impossible(tree, here=internals.runs_here(tree.hydra))
+    config = from_hydra(tree, dict(tree.hydra.runtime.choices))
+    sweep = {str(key): str(value) for key, value in (tree.hydra.sweeper.get("params") or {}).items()}
+    return Composed(config, str(tree.hydra.mode).endswith("MULTIRUN"), sweep, tree)

@@ -23,6 +23,11 @@ def folder() -> Path:
 _own: list[Path] = []
 
 
+def forget() -> None:
+    """Take nothing but esper's own options in, until ``add``."""
+    _own.clear()
+
+
 def add(path: str) -> Path:
     """Take the options under ``path`` in; returns it as an absolute path.
 
@@ -33,8 +38,9 @@ def add(path: str) -> Path:
     if not found.is_dir():
         raise UserError(f"--config-dir {path}: there is no such folder; give one with groups in it, as in conf/model/mine.yaml.")
     known = (*GROUPS, *PRESETS)
-    for file in sorted(found.glob("*/*.yaml")):
-        group = file.parent.name
+    deeper = [file for group in (*known, "hydra") for file in (found / group).rglob("*.yaml")]  # elsewhere there may be runs, say
+    for file in sorted({*found.glob("*/*.yaml"), *deeper}):
+        group = file.parent.relative_to(found).as_posix()
         if group not in known:
             raise UserError(f"--config-dir {path}: {group}/{file.name} belongs to no group; the groups are {', '.join(known)}.")
         if (folder() / group / file.name).is_file():

@@ -27,7 +27,7 @@ PROGRAMS: dict[str, Program] = {
     "compare": Program("esper.compare.command:main", "judge a finished sweep again, from the store alone: sweep=<id>"),
     "control": Program("esper.bus.programs.control:main", "decide for a run with controller.process=external: control <run folder>"),
     "track": Program("esper.bus.programs.track:main", "write the story of a run with tracking.process=external: track <run folder>"),
-    "bus": Program("esper.bus.programs.inspect:main", "what is on a run's bus: bus status|tail|dead-letters <run folder>"),
+    "bus": Program("esper.bus.programs.inspect:main", "what is on a run's bus: bus status|tail|dead-letters|flush <run folder>"),
     "check": Program("esper.cli.check:main", "train nothing: sites, stage schedule, estimated time and memory"),
 }
 

@@ -9,22 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.compare.controls import conclude
+from esper.compare.needs import Needs, needs_of
 from esper.compare.plan import Plan, changes
-from esper.compare.power import MOST_PAIRS, PILOT_PAIRS, fewest_pairs, needed_pairs
+from esper.compare.power import fewest_pairs
 from esper.compare.runs import POOLED, Pairs, Run, by_seed, pair, pool
 from esper.compare.sequential import look_pairs, sequential_holm, sequential_p
-from esper.compare.signflip import flips_for, interval, sign_flip
-from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
+from esper.compare.signflip import equivalence_interval, flips_for, interval, sign_flip
+from esper.compare.statistics import holm, holm_levels, iqm, probability_of_improvement
 from esper.compare.tuned import Tuned
 from esper.compare.verdict import Verdict, classify, equivalence_of
+from esper.compare.wording import sentence
 from esper.errors import UserError
 
 Array = NDArray[np.float64]
+COUNTED = 1e-4  # how near whole numbers the values times the samples are where the metric counts samples; float32 may hold them
 
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm in one block: quality, failures, cost and growth over its runs (means over the finished ones)."""
+    """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones)."""
 
     arm: str
     block: str
@@ -35,13 +38,20 @@ class ArmSummary:
     spread: float
     costs: dict[str, float]
     growth: dict[str, float]
+    alone: dict[str, float]
     points: dict[int, float]
     macs: dict[int, float]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One comparison. Differences are positive where ``arm`` (B) is better than ``reference`` (A)."""
+    """One comparison. Differences are positive where ``arm`` (B) is better than ``reference`` (A).
+
+    ``interval`` is that of the test for a difference and has the confidence ``level`` that Holm's correction leaves it: it excludes 0
+    exactly where the difference is sure. ``equivalence_interval`` lies within the margin exactly where the arms are equivalent; it is
+    NaN where a run that failed keeps them from it. ``resolution`` is the smallest change of the metric that the test set can show,
+    NaN where the metric does not count samples; ``needs`` is None where the verdict lacks nothing.
+    """
 
     arm: str
     reference: str
@@ -54,12 +64,15 @@ class Judged:
     p_holm: float
     p_equivalent: float
     interval: tuple[float, float]
-    bca: tuple[float, float]
+    level: float
+    equivalence_interval: tuple[float, float]
+    equivalence_level: float
     probability: float
     pairs: int
     failed: tuple[int, int]
     costs: dict[str, float]
-    more_pairs: int
+    resolution: float
+    needs: Needs | None
     seeds: tuple[int, ...]
     points: tuple[float, ...]
     finished: tuple[bool, ...]
@@ -129,6 +142,7 @@ def summarize(runs: Sequence[Run], arm: str, block: str) -> ArmSummary:
         spread=float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
         costs=_means([run.costs for run in good.values()]),
         growth=_means([run.growth for run in good.values()]),
+        alone=_means([run.alone for run in good.values()]),
         points={seed: run.value for seed, run in good.items()},
         macs={seed: run.costs["macs"] for seed, run in good.items() if "macs" in run.costs},
     )
@@ -144,18 +158,20 @@ def judge(families: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Ju
     """One verdict for every comparison, corrected together."""
     level = plan.alpha / len(families)
     flips = [flips_for(level, len(one.tested)) for one in families]
-    p_same = holm(np.array([equivalence_of(one, plan.minimum_effect, number) for one, number in zip(families, flips, strict=True)]))
+    p_each = np.array([equivalence_of(one, plan.minimum_effect, number) for one, number in zip(families, flips, strict=True)])
+    p_same = holm(p_each)
     means = np.array([one.tested.mean() for one in families])
     if plan.sequential:
         p, p_holm, complete = _looked(families, plan)
         p_same = p_same if complete else np.ones_like(p_same)
     else:
-        p = np.array([float(sign_flip(one.tested, flips=number)) for one, number in zip(families, flips, strict=True)])
+        p = np.array([float(sign_flip(one.tested, error=one.error, flips=number)) for one, number in zip(families, flips, strict=True)])
         p_holm = holm(p)
     codes = classify(means, p_holm, p_same, plan.alpha)
+    levels = zip(holm_levels(p, p_holm, plan.alpha), holm_levels(p_each, p_same, plan.alpha), strict=True)
     return [
-        _judged(one, runs, plan, Verdict(code), (float(a), float(b), float(c)))
-        for one, code, a, b, c in zip(families, codes, p, p_holm, p_same, strict=True)
+        _judged(one, runs, plan, Verdict(code), (float(a), float(b), float(c)), (float(level), float(same)))
+        for one, code, a, b, c, (level, same) in zip(families, codes, p, p_holm, p_same, levels, strict=True)
     ]
 
 
@@ -167,23 +183,28 @@ def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
         if seed not in have:
             break
         seeds.append(seed)
-    rows = np.array([[one.tested[one.seeds.index(seed)] for one in families] for seed in seeds]).reshape(len(seeds), -1, 1)
+    places = [[one.seeds.index(seed) for seed in seeds] for one in families]
+    rows = np.stack([one.tested[place] for one, place in zip(families, places, strict=True)], axis=1)
+    error = np.stack([one.error[place] for one, place in zip(families, places, strict=True)], axis=1)
     looks = look_pairs(len(plan.seeds), plan.looks, fewest_pairs(plan.alpha, len(families)))
     flips = flips_for(plan.alpha / len(families), len(plan.seeds))
-    rejected = sequential_holm(rows, looks, len(plan.seeds), plan.alpha, flips=flips)[:, 0]
-    p = sequential_p(rows[:, :, 0], looks, len(plan.seeds), flips=flips)
+    rejected = sequential_holm(rows[:, :, None], looks, len(plan.seeds), plan.alpha, error=error, flips=flips)[:, 0]
+    p = sequential_p(rows, looks, len(plan.seeds), error=error, flips=flips)
     # the smallest level is found nearly: what the looks decide at α stays on its side of it
     p_holm = np.where(rejected, holm(p).clip(max=plan.alpha), holm(p).clip(min=np.nextafter(plan.alpha, 1)))
     return p, p_holm, len(seeds) == len(plan.seeds)
 
 
-def _judged(one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float]) -> Judged:
+def _judged(
+    one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float], levels: tuple[float, float]
+) -> Judged:
+    """``levels`` are those at which Holm's correction tests this comparison for a difference and for equivalence."""
     blocks = plan.blocks if one.block == POOLED else (one.block,)
     ours = [run for block in blocks for run in by_seed(runs, one.arm, block).values()]
     theirs = [run for block in blocks for run in by_seed(runs, one.reference, block).values()]
     good, base = ([run for run in side if not run.failed] for side in (ours, theirs))
-    kept = one.tested[one.finished]
-    values = [plan.sign * np.array([run.value for run in side]) for side in (good, base)]
+    kept, unsure = one.tested[one.finished], one.error[one.finished]
+    nowhere = (float("nan"), float("nan"))
     judged = Judged(
         arm=one.arm,
         reference=one.reference,
@@ -195,20 +216,21 @@ def _judged(one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tu
         p=p[0],
         p_holm=p[1],
         p_equivalent=p[2],
-        interval=interval(one.tested, plan.alpha),
-        bca=bca_interval(kept, 1 - plan.alpha),
-        probability=probability_of_improvement(*values) if good and base and len(blocks) == 1 else float("nan"),
+        interval=interval(one.tested, levels[0], one.error),
+        level=1 - levels[0],
+        equivalence_interval=nowhere if one.lost.any() or not len(kept) else equivalence_interval(kept, levels[1], unsure),
+        equivalence_level=1 - 2 * levels[1],
+        probability=probability_of_improvement(one.tested, one.error),
         pairs=len(one.seeds),
         failed=(len(ours) - len(good), len(theirs) - len(base)),
         costs=_cost_ratios(good, base),
-        more_pairs=_more_pairs(one, plan) if verdict is Verdict.INCONCLUSIVE else 0,
+        resolution=resolution([run.value for run in (*good, *base)], plan, one.block),
+        needs=needs_of(one, plan) if verdict is Verdict.INCONCLUSIVE else None,
         seeds=one.seeds,
         points=tuple(one.tested.tolist()),
         finished=tuple(one.finished.tolist()),
     )
-    from esper.compare.wording import sentence
-
-    return Judged(**{**judged.__dict__, "sentence": sentence(judged, plan)})
+    return replace(judged, sentence=sentence(judged, plan))
 
 
 def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
@@ -221,17 +243,16 @@ def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
     return ratios
 
 
-def _more_pairs(one: Pairs, plan: Plan) -> int:
-    """How many more pairs would find the minimum effect, or, if these already would, the difference seen."""
-    spread = float(one.tested.std(ddof=1)) if len(one.tested) > 1 else plan.spread
-    if spread <= 0:
-        return max(fewest_pairs(plan.alpha, plan.comparisons) - len(one.tested), 0)
-    noise = tuple(one.tested.tolist()) if len(one.tested) >= PILOT_PAIRS else ()
-    for effect in (plan.minimum_effect, abs(float(one.tested.mean()))):
-        needed = needed_pairs(effect / spread, plan.power, plan.alpha, plan.comparisons, noise, plan.early) if effect > 0 else MOST_PAIRS
-        if needed > len(one.tested):
-            return needed - len(one.tested)
-    return 0
+def resolution(values: Sequence[float], plan: Plan, block: str) -> float:
+    """The smallest change of the metric that the block's test set can show: 1/n where every value is a count of its n samples.
+
+    NaN where it is not, as for a loss, and where n is not known.
+    """
+    samples = plan.about.get(block, {}).get("samples", 0)
+    if not samples or not len(values):
+        return float("nan")
+    counts = np.array(values) * samples
+    return 1 / samples if np.abs(counts - np.round(counts)).max() < COUNTED else float("nan")
 
 
 def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judged]:
@@ -271,8 +292,13 @@ def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
     if plan.sequential:
         notes.append(
             "The p-values count the looks: each is the smallest α at which the looks so far would have decided. "
-            "The intervals are those of one look at all pairs that are there."
+            "The intervals are those of one look at all pairs that are there, and may disagree with them."
         )
+    for block in plan.blocks:
+        step = resolution([run.value for run in runs if run.block == block and not run.failed], plan, block)
+        if plan.minimum_effect < step:
+            place, samples = f" in {block}" if block else "", plan.about[block]["samples"]
+            notes.append(f"The {plan.minimum_effect:g} worth having is less than one of the {samples:,} test samples{place}.")
     if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
         fewest = fewest_pairs(plan.alpha, plan.comparisons)
         notes.append(f"With fewer than {fewest} pairs no arm can be called better, however clear the difference.")

@@ -19,8 +19,8 @@ from esper.compare.report import show, write_results
 from esper.compare.store import SWEEP, children, find_sweep, plan_of, plan_untouched, reading, run_of_store, tuned_of
 from esper.config import listing, nearest, structure
 from esper.errors import UserError
-from esper.tracking.config import MlflowConfig, tracking_uri
-from esper.tracking.reach import SQLITE, check_uri
+from esper.tracking.config import MlflowConfig, sqlite_file, tracking_uri
+from esper.tracking.reach import check_uri
 
 #: Parts of the plan that an analysis may change, which makes it exploratory.
 CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking")
@@ -102,9 +102,9 @@ def _check_there(uri: str) -> None:
         UserError: there is no store at ``uri``.
     """
     check_uri(uri, "uri", "or name the folder of another with output=…")
-    if not uri.startswith(SQLITE):
+    path = sqlite_file(uri)
+    if path is None:
         return
-    path = Path(uri.removeprefix(SQLITE).partition("?")[0])
     if not path.exists() or not _has_runs(path):
         raise UserError(f"There is no store at {uri}; name one with uri=… or its folder with output=….")
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from esper.compare.power import MOST_PAIRS
 from esper.compare.recovery import gap_recovery
 from esper.compare.runs import POOLED, Run, by_seed
+from esper.compare.wording import lacking, where
 
 if TYPE_CHECKING:
     from esper.compare.analysis import Judged
@@ -37,16 +37,16 @@ def _paid(host: Judged, equal: Judged, plan: Plan) -> str:
     """Differences are control − grown, so ``A better`` speaks for growing."""
     numbers = (
         f"{plan.metric} {-equal.difference:+.3g} against the final net from scratch at equal MACs, "
-        f"{-host.difference:+.3g} against the host alone"
+        f"{-host.difference:+.3g} against the host alone, {min(host.pairs, equal.pairs)} pairs, α = {plan.alpha:g} after Holm"
     )
+    place = where(host.block, plan)
     if host.verdict == equal.verdict == "A better":
-        return f"Growing paid: {numbers}."
+        return f"Growing paid{place}: {numbers}."
     lost = [name for one, name in ((equal, "the final net at equal MACs"), (host, "the host alone")) if _lost(one)]
     if lost:
-        return f"Growing did not pay: it is not better than {' or '.join(lost)}; {numbers}."
-    more = max(one.more_pairs for one in (host, equal) if one.verdict == "inconclusive")
-    need = f"{more} more pairs needed" if 0 < more < MOST_PAIRS // 2 else "no feasible number of pairs would do"
-    return f"Cannot tell whether growing paid, {need}: {numbers}."
+        return f"Growing did not pay{place}: it is not better than {' or '.join(lost)}; {numbers}."
+    lacks = [f"{name}: {lacking(one, plan)}" for one, name in ((equal, EQUAL), (host, HOST)) if one.needs is not None]
+    return f"Cannot tell whether growing paid{place}: {numbers}. {'; '.join(lacks)}."
 
 
 def _lost(one: Judged) -> bool:
@@ -54,15 +54,15 @@ def _lost(one: Judged) -> bool:
 
 
 def _gap(runs: Sequence[Run], plan: Plan, block: str) -> str:
-    where = f" in {block}" if block else ""
+    place = where(block, plan)
     sides = [by_seed(runs, arm, block) for arm in (HOST, FINAL, GROWN)]
     seeds = sorted(set.intersection(*({seed for seed, run in side.items() if not run.failed} for side in sides)))
     if len(seeds) < 2:
-        return f"Gap recovery{where}: fewer than two complete seeds."
+        return f"Gap recovery{place}: fewer than two complete seeds."
     found = gap_recovery(*(plan.sign * np.array([side[seed].value for seed in seeds]) for side in sides), plan.alpha)
     low, high = found.gap_interval
     gap = f"{plan.metric} {found.gap:+.3g} ({low:+.3g} to {high:+.3g})"
     if not found.known:
-        return f"No gap recovery{where}: the gap between the host and the final net, {gap}, may be nothing."
+        return f"No gap recovery{place}: the gap between the host and the final net, {gap}, may be nothing."
     ends = " to ".join(f"{100 * end:.0f}" for end in found.value_interval)
-    return f"Gap recovery{where}: {100 * found.value:.0f} % ({ends}) of the gap between the host and the final net, {gap}."
+    return f"Gap recovery{place}: {100 * found.value:.0f} % ({ends}) of the gap between the host and the final net, {gap}."

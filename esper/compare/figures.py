@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from esper.compare.draws import generator
-from esper.compare.wording import short
+from esper.compare.runs import POOLED
+from esper.compare.wording import confidence, short, where
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from esper.compare.analysis import ArmSummary, Comparison
+    from esper.compare.analysis import ArmSummary, Comparison, Judged
     from esper.compare.plan import Plan
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")  # Okabe & Ito
@@ -36,55 +37,51 @@ def _name(block: str) -> str:
 
 
 def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
-    """One row a comparison: every pair's point, the mean with its BCa interval, the margin as a band."""
+    """One row a comparison: every pair's point, the mean with the intervals that the tests are, the margin as a band."""
     from matplotlib.figure import Figure
 
     rows = comparison.verdicts
-    figure = Figure(figsize=(8.0, 1.7 + 0.75 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8.0, 2.3 + 0.75 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    axes.axvspan(
-        -plan.minimum_effect,
-        plan.minimum_effect,
-        color="#000000",
-        alpha=0.07,
-        lw=0,
-        label=f"±{plan.minimum_effect:g}, not worth having",
-    )
+    margin = plan.minimum_effect
+    axes.axvspan(-margin, margin, color="#000000", alpha=0.07, lw=0, label=f"±{margin:g}, not worth having")
     axes.axvline(0, color="#333333", lw=0.8)
     for at, row in enumerate(rows):
-        colour = SIDES[row.verdict]
-        spread = generator("jitter", at).uniform(-0.18, 0.18, len(row.points))
-        points, done = np.array(row.points), np.array(row.finished)
-        axes.scatter(points[done], at + spread[done], s=18, color=colour, alpha=0.55, lw=0)
-        axes.scatter(
-            points[~done],
-            at + spread[~done],
-            s=26,
-            marker="x",
-            color="#B00020",
-            label="a run failed" if (~done).any() else None,
-        )
-        axes.plot(row.bca, (at, at), color=colour, lw=2.2, solid_capstyle="butt")
-        axes.plot(row.difference_finished, at, "D", color=colour, ms=6, mec="white", mew=0.8)
-        axes.annotate(
-            short(row),
-            (0.99, at - 0.22),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color=colour,
-        )
+        _row(axes, row, at)
     axes.set_yticks(range(len(rows)), ["\n".join(_lines(name) for name in (row.arm, row.block) if name) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # first on top, as in the table
-    words = f"difference in {plan.metric} to {plan.reference}, positive is better (diamond: mean, bar: BCa interval)"
+    words = f"difference in {plan.metric} to {plan.reference}, positive is better (diamond: mean)"
     figure.supxlabel(fill(words, 100), fontsize=10)  # below the names too: that of the reference may be long
+    axes.set_title(_title(plan, plan.blocks[0] if len(plan.blocks) == 1 else POOLED), fontsize=10)
     handles, names = axes.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper left", fontsize=8, frameon=False, ncols=2)
+    figure.legend(unique.values(), unique.keys(), loc="outside upper left", fontsize=8, frameon=False)
     if comparison.exploratory:
         figure.text(0.99, 0.99, "exploratory", ha="right", va="top", fontsize=9, color="#B00020")
     return _save(figure, path)
+
+
+def _row(axes: Axes, row: Judged, at: int) -> None:
+    """The points of one comparison, its intervals, and in words its verdict, pairs and level."""
+    colour, spread = SIDES[row.verdict], generator("jitter", at).uniform(-0.18, 0.18, len(row.points))
+    points, done = np.array(row.points), np.array(row.finished)
+    axes.scatter(points[done], at + spread[done], s=18, color=colour, alpha=0.55, lw=0)
+    failed = "a run failed" if (~done).any() else None
+    axes.scatter(points[~done], at + spread[~done], s=26, marker="x", color="#B00020", label=failed)
+    told = f"{short(row)}, {row.pairs} pairs, no interval"
+    if np.isfinite(row.interval).all():
+        axes.plot(row.interval, (at, at), color=colour, lw=1.4, label="thin: test for a difference, sure where it leaves out 0")
+        told = f"{short(row)}, {row.pairs} pairs, {confidence(row.level)}"
+    if np.isfinite(row.equivalence_interval).all():
+        label = "thick: test for equivalence, sure where it stays within the band"
+        axes.plot(row.equivalence_interval, (at, at), color=colour, lw=4.0, alpha=0.55, solid_capstyle="butt", label=label)
+    axes.plot(row.difference, at, "D", color=colour, ms=6, mec="white", mew=0.8)
+    axes.annotate(told, (0.99, at - 0.22), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=colour)
+
+
+def _title(plan: Plan, block: str) -> str:
+    """What was measured, on which task with which model."""
+    return fill(f"{plan.metric}{where(block, plan)}", 90)
 
 
 def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Path:
@@ -99,8 +96,7 @@ def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Pat
         _cloud(axes, arm, COLOURS[at % len(COLOURS)], (at - (len(arms) - 1) / 2) * apart)
     axes.set_xlabel("training MACs")
     axes.set_ylabel(f"{plan.metric} ({'larger' if plan.direction == 'max' else 'smaller'} is better)")
-    if block:
-        axes.set_title(block, fontsize=10)
+    axes.set_title(_title(plan, block), fontsize=10)
     axes.margins(x=0.12)
     axes.grid(alpha=0.25, lw=0.5)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
@@ -112,7 +108,7 @@ def _cloud(axes: Axes, arm: ArmSummary, colour: str, aside: float) -> None:
     at = np.array([arm.macs[seed] for seed in arm.macs]) + aside
     values = np.array([arm.points[seed] for seed in arm.macs])
     axes.scatter(at, values, s=16, color=colour, alpha=0.4, lw=0)
-    label = _lines(f"{arm.arm} ({arm.failed} failed)" if arm.failed else arm.arm)
+    label = _lines(f"{arm.arm} ({len(values)} runs{f', {arm.failed} failed' if arm.failed else ''})")
     axes.plot(at.mean(), values.mean(), "D", color=colour, ms=8, mec="white", mew=1.0, label=label, zorder=3)
 
 

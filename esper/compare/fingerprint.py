@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from esper.config import UNHASHED
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
 from esper.report.summary import read_summary
+from esper.running.folder import CONFIG, read_config
 from esper.running.traced import noted
 from esper.tracking.record import flatten
 from esper.training.checkpoint import store
 from esper.training.checkpoint.tree import same
 from esper.training.fingerprint import untimed
 
-CONFIG, METRICS = "config.yaml", "metrics.parquet"
+METRICS = "metrics.parquet"
 USAGE = "usage: esper compare fingerprint <run folder> <run folder>"
 
 
@@ -74,8 +73,7 @@ def _run(folder: Path) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tree = read_config(folder) if (folder / CONFIG).exists() else {}
     return flatten({key: value for key, value in tree.items() if key not in UNHASHED})
 
 

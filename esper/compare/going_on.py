@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from esper.config import RootConfig, config_hash
 from esper.errors import UserError
-from esper.running.folder import hash_of, locked, status
+from esper.running.folder import hash_of, locked, refuse_occupied, status
 
 NOTE, LOCK = "sweep.json", "sweep.lock"
 DEEPEST = 4  # folders between the outputs and a sweep's note; the store beside them may hold thousands
@@ -22,21 +24,64 @@ def alone(folder: Path) -> Iterator[None]:
     """Within: no other process runs the sweep in ``folder``. Raises UserError where one does."""
     with (folder / LOCK).open("a") as file:
         if not locked(file):
-            raise UserError(f"The sweep in {folder} is running in another process; wait for it, or end it first.")
+            raise _running(folder)
         yield
 
 
+def _running(folder: Path) -> UserError:
+    return UserError(f"The sweep in {folder} is running in another process; wait for it, or end it first.")
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise UserError where ``folder`` is a run's, or that of a sweep under way; one that is not goes on there."""
+    if (folder / LOCK).exists() and _runs(folder):
+        raise _running(folder)
+    if not (folder / NOTE).exists():
+        refuse_occupied(folder)
+
+
+def known(folder: Path) -> dict[str, Any]:
+    """The note of the sweep in ``folder``, empty where none was begun. Raises UserError for one that is damaged."""
+    path = folder / NOTE
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found["command"], list):
+            raise TypeError("command is no list")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, and what the sweep has done is kept but no longer found.") from error
+    return dict(found)
+
+
 def taken_up(folder: Path, command: Sequence[str], output: Path) -> Path:
-    """Where ``resume=auto`` lets a sweep of this command run: in the newest that did not end, else in ``folder``, which is new."""
+    """Where ``resume=auto`` lets a sweep of this command run: in the newest that did not end, else in ``folder``, which is new.
+
+    A note of which that cannot be told is passed over, and said. Raises UserError where a sweep of this command is under way.
+    """
     if (folder / NOTE).exists():  # named by the user
         return folder
     notes = [path for depth in range(DEEPEST + 1) for path in output.glob("*/" * depth + NOTE)]
+    found: list[Path] = []
     for path in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if _words(known["command"]) == _words(command) and not known.get("ended") and not _runs(path.parent):
-            _discard_new(folder)
-            return path.parent.resolve()
-    return folder
+        try:
+            note = known(path.parent)
+        except UserError as error:
+            print(f"esper: {error}", file=sys.stderr)
+            continue
+        if _words(note["command"]) == _words(command):
+            if _runs(path.parent):
+                _discard_new(folder)
+                raise UserError(
+                    f"A sweep of these very words is under way in {path.parent.resolve()}: wait for it, or end it first. Without "
+                    "resume=auto another one begins beside it."
+                )
+            if not note.get("ended"):
+                found.append(path.parent.resolve())
+    if not found:
+        return folder
+    _discard_new(folder)
+    return found[0]
 
 
 def goes_on(config: RootConfig, folder: Path) -> bool:

@@ -27,7 +27,8 @@ class Plan:
     """Everything that the verdict depends on besides the runs. Changing any of it later makes the analysis exploratory.
 
     ``arms`` maps each arm's readable name to the settings that make it; ``blocks`` are the names of the blocks;
-    ``noise`` holds a pilot's paired differences around their means, from which power is stated.
+    ``noise`` holds a pilot's paired differences around their means, from which power is stated. ``about`` says for every block
+    what it is about: ``task``, ``model`` and the ``samples`` of its test set, as far as all its jobs share them.
     """
 
     metric: str
@@ -46,6 +47,7 @@ class Plan:
     tune: dict[str, list[Any]] = field(default_factory=dict)
     tune_seeds: int = 0
     noise: tuple[float, ...] = ()
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.arms) < 2:
@@ -157,6 +159,7 @@ def make_plan(
     blocks: Sequence[str],
     metric: str,
     direction: str,
+    about: Mapping[str, dict[str, Any]] | None = None,
 ) -> Plan:
     """The plan of a sweep; ``metric`` and ``direction`` are the task's, used where the config leaves them open."""
     noise = pilot_noise(Path(config.pilot)) if config.pilot else ()
@@ -177,6 +180,7 @@ def make_plan(
         tune=dict(config.tune),
         tune_seeds=config.tune_seeds if config.tune else 0,
         noise=noise,
+        about=dict(about or {}),
     )
 
 
@@ -237,8 +241,8 @@ def parse_plan(text: str) -> Plan:
 def changes(planned: Plan, used: Plan) -> list[str]:
     """Names of the fields in which the analysis differs from what was planned; empty: confirmatory.
 
-    ``ranking`` only adds a table; ``spread`` and ``noise`` only inform the power statement: they are free.
+    ``ranking`` only adds a table; ``spread`` and ``noise`` only inform the power statement, and ``about`` names things: they are free.
     """
-    free = ("ranking", "spread", "noise")
+    free = ("ranking", "spread", "noise", "about")
     names = [f.name for f in dataclasses.fields(Plan) if f.name not in free]
     return [name for name in names if getattr(planned, name) != getattr(used, name)]

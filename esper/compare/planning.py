@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from esper.compare.sweep import Sweep
     from esper.compare.workers import Workers
 
+#: A task's config, where in the sweep it is, in words, and what it answered.
+Described = tuple[Any, str, dict[str, Any]]
 #: Settings in which the jobs of one sweep may differ without being other arms.
 BESIDE = ("name", "tags", "output", "tracking", "compare", "experiment", "arm", "debug", "seed")
 
@@ -36,7 +38,8 @@ def plan_sweep(sweep: Sweep, workers: Workers) -> Plan | None:
             f"{unlike[0].job.label} sets the keys of compare otherwise than {sweep.jobs[0].job.label}, and a sweep has one plan; "
             "take compare out of the arms' files and give it on the command line."
         )
-    metric, direction = primary(sweep, workers)
+    tasks = list(_tasks(sweep, workers))
+    metric, direction = primary(sweep.compare.metric, tasks)
     plan = make_plan(
         sweep.compare,
         arms=arm_settings(sweep.jobs),
@@ -44,6 +47,7 @@ def plan_sweep(sweep: Sweep, workers: Workers) -> Plan | None:
         blocks=sweep.layout.blocks,
         metric=metric,
         direction=direction,
+        about={block: _about([one for one in sweep.jobs if one.job.block == block], tasks) for block in sweep.layout.blocks},
     )
     save_plan(plan, sweep.folder)
     for line in [*plan.statement(), *_pilot(plan, sweep.command)]:
@@ -73,20 +77,40 @@ def _why_alone(sweep: Sweep) -> str:
     return f"One arm: {'its values make blocks (compare.block)' if len(sweep.layout.blocks) > 1 else 'only the seed varies'}"
 
 
-def primary(sweep: Sweep, workers: Workers) -> tuple[str, str]:
-    """The metric that the sweep is judged by and which way is better, as all of its tasks have it.
+def _about(jobs: Sequence[Prepared], tasks: Sequence[Described]) -> dict[str, Any]:
+    """Task, model and samples of the test set of one block, as far as all its jobs share them."""
+    told = [{"task": _called(one, "task"), "model": _called(one, "model"), "samples": _samples(one, tasks)} for one in jobs]
+    return {key: value for key, value in told[0].items() if value and all(one[key] == value for one in told)}
+
+
+def _called(one: Prepared, group: str) -> str:
+    """The option that was chosen, which says more than the name of its kind; what is loaded where it is the user's own."""
+    part = getattr(one.config, group)
+    return str(part.target if part.name == "custom" else one.choices.get(group, part.name))
+
+
+def _samples(one: Prepared, tasks: Sequence[Described]) -> int:
+    return next((int(known.get("samples", 0)) for task, _, known in tasks if task == one.config.task), 0)
+
+
+def primary(asked: str, tasks: Sequence[Described]) -> tuple[str, str]:
+    """The metric that a sweep is judged by and which way is better, as all of its tasks have it.
+
+    Args:
+        asked: ``compare.metric``; empty for the primary metric of the first task.
+        tasks: what the tasks answered.
 
     Raises:
         UserError: a task without the metric, or two that mean it in opposite directions.
     """
-    metric, directions = sweep.compare.metric, {}
-    for where, known in _tasks(sweep, workers):
+    metric, directions = asked, {}
+    for _, where, known in tasks:
         metric = metric or known["primary"]
         if metric not in known["directions"]:
-            asked = f"compare.metric={metric}" if sweep.compare.metric else f"{metric}, the primary metric of the first task,"
+            named = f"compare.metric={metric}" if asked else f"{metric}, the primary metric of the first task,"
             names = list(known["directions"])
             raise UserError(
-                f"{asked} is no metric of the task{where}, which has {listing(names)}{nearest(metric, names)}; "
+                f"{named} is no metric of the task{where}, which has {listing(names)}{nearest(metric, names)}; "
                 "give one that every task of the sweep has: compare.metric=…."
             )
         directions.setdefault(known["directions"][metric], where)
@@ -96,8 +120,8 @@ def primary(sweep: Sweep, workers: Workers) -> tuple[str, str]:
     return metric, next(iter(directions))
 
 
-def _tasks(sweep: Sweep, workers: Workers) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each distinct task of the sweep answers, asked of the first job of every arm and block; where it is, in words."""
+def _tasks(sweep: Sweep, workers: Workers) -> Iterator[Described]:
+    """What each distinct task of the sweep answers, asked of the first job of every arm and block."""
     asked: list[Any] = []
     seen: set[tuple[str, str]] = set()
     for one in sweep.jobs:
@@ -110,7 +134,7 @@ def _tasks(sweep: Sweep, workers: Workers) -> Iterator[tuple[str, dict[str, Any]
             raise UserError(known["error"])
         where = one.job.block or (one.job.arm if asked else "")
         asked.append(one.config.task)
-        yield f" of {where}" if where else "", known
+        yield one.config.task, f" of {where}" if where else "", known
 
 
 def arm_settings(jobs: Sequence[Prepared]) -> dict[str, dict[str, Any]]:

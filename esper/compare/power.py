@@ -89,10 +89,11 @@ def _draws(pairs: int, effect: float, noise: Noise, count: int) -> NDArray[np.fl
         return rng.standard_normal(shape) + effect
     values = centred(np.asarray(noise))
     spread, step = values.std(), lattice(values)
-    shift = np.full(shape, effect * spread)
-    if step:
-        shift = step * np.floor(shift / step + rng.random(shape))
-    return (rng.choice(values, shape) * rng.choice((-1.0, 1.0), shape) + shift) / spread
+    if not step:
+        return np.divide(rng.choice(values, shape) * rng.choice((-1.0, 1.0), shape) + effect * spread, spread)
+    shift = np.floor(effect * spread / step + rng.random(shape))
+    whole = np.round(rng.choice(values, shape) / step) * rng.choice((-1.0, 1.0), shape) + shift  # so that ties stay ties
+    return np.multiply(whole, step / spread)
 
 
 def centred(values: NDArray[np.float64]) -> NDArray[np.float64]:

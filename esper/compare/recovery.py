@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.compare.runs import rounding
 from esper.compare.signflip import flips_for, interval, invert, sign_flip
 
 Array = NDArray[np.float64]
@@ -36,11 +37,15 @@ def gap_recovery(small: Array, final: Array, grown: Array, alpha: float = 0.05) 
     """
     small, final, grown = (np.asarray(a, dtype=np.float64) for a in (small, final, grown))
     gap, gain = final - small, grown - small
-    ends = interval(gap, alpha)
+    ends = interval(gap, alpha, rounding(small, final))
     unknown = float("nan"), (float("nan"), float("nan"))
     if not ends[0] > 0:
         return Recovery(float(gap.mean()), ends, *unknown)
     share = float(gain.mean() / gap.mean())
     flips = flips_for(10 * alpha, len(gap))
-    share_ends = invert(lambda r: float(sign_flip(gain - r * gap, flips=flips)), share, 1.0, alpha)
+
+    def p_value(r: float, _side: int) -> float:
+        return float(sign_flip(gain - r * gap, error=rounding(small, grown, r * small, r * final), flips=flips))
+
+    share_ends = invert(p_value, share, 1.0, alpha)
     return Recovery(float(gap.mean()), ends, share, share_ends)

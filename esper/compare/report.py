@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from esper.compare.analysis import Comparison
+from esper.compare.analysis import Comparison, Judged
 from esper.compare.fitting import fit
 from esper.compare.plan import Plan
 from esper.compare.tuned import named as listed
-from esper.compare.wording import short
+from esper.compare.wording import confidence, short, where
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
+CONTROLS = {"same_steps": "host alone, same steps", "same_macs": "host alone, same MACs"}
 HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
 
 
@@ -90,19 +91,22 @@ def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
         yield cost_table(comparison)
     if comparison.tuned:
         yield tuning_table(comparison, plan)
-    yield verdict_table(comparison)
+    yield verdict_table(comparison, plan)
     if comparison.ranking:
         yield ranking_table(comparison, plan)
 
 
 def arm_table(comparison: Comparison, plan: Plan) -> Table:
-    """Quality and failures of every arm."""
-    table = _table(f"{plan.metric}, {plan.direction}; reference {plan.reference}", comparison)
-    for name in ("runs", "failed", "mean", "IQM", "spread"):
+    """Quality and failures of every arm, and the means of its controls where its runs trained them."""
+    place = where(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
+    table = _table(f"{plan.metric}, {plan.direction}{place}; reference {plan.reference}", comparison)
+    controls = {name: heading for name, heading in CONTROLS.items() if any(name in arm.alone for arm in comparison.arms)}
+    for name in ("runs", "failed", "mean", "IQM", "spread", *controls.values()):
         table.add_column(name, justify="right")
     for arm in comparison.arms:
         failed = f"[red]{arm.failed}[/]" if arm.failed else "0"
         numbers = [f"{arm.mean:.4g}", f"{arm.iqm:.4g}", f"{arm.spread:.2g}"]
+        numbers += [f"{arm.alone[name]:.4g}" if name in arm.alone else "–" for name in controls]
         table.add_row(*_where(arm.block, comparison), escape(arm.arm), str(arm.runs), failed, *numbers)
     return table
 
@@ -149,9 +153,9 @@ def _where(block: str, comparison: Comparison) -> list[str]:
     return [escape(block)] if any(arm.block for arm in comparison.arms) else []
 
 
-def verdict_table(comparison: Comparison) -> Table:
-    """One row a comparison with the reference; both p-values are Holm's."""
-    table = _table("against the reference, p after Holm", comparison)
+def verdict_table(comparison: Comparison, plan: Plan) -> Table:
+    """One row a comparison with the reference; p-values and the interval's level are Holm's."""
+    table = _table(f"against the reference {plan.reference}, p and intervals after Holm", comparison)
     for name in ("verdict", "better by", "interval", "p", "p equal", "P (better)"):
         table.add_column(name, justify="left" if name == "verdict" else "right")
     colours = {"B better": "green", "A better": "red", "equivalent": "cyan", "inconclusive": "dim"}
@@ -161,12 +165,18 @@ def verdict_table(comparison: Comparison) -> Table:
             escape(row.arm),
             f"[{colours[row.verdict]}]{short(row)}[/]",
             f"{row.difference:+.3g}",
-            f"{row.interval[0]:+.2g} … {row.interval[1]:+.2g}",
+            _interval(row),
             f"{row.p_holm:.2g}",
             f"{row.p_equivalent:.2g}",
             _number(row.probability),
         )
     return table
+
+
+def _interval(row: Judged) -> str:
+    """The interval and its level, "none" where so few pairs have none."""
+    low, high = row.interval
+    return f"{low:+.2g} … {high:+.2g} ({confidence(row.level)})" if math.isfinite(low) and math.isfinite(high) else "none"
 
 
 def ranking_table(comparison: Comparison, plan: Plan) -> Table:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.compare.signflip import EPSILON
 from esper.errors import UserError
 
+OPERATIONS = 4  # roundings that a metric may have gone through: a mean, a percentage
 Array = NDArray[np.float64]
 
 
@@ -18,7 +20,8 @@ Array = NDArray[np.float64]
 class Run:
     """One job of a sweep. ``value`` is the metric as the task reports it, NaN where the run gave none.
 
-    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported.
+    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported, ``alone`` the
+    metric of its controls (``same_steps``, ``same_macs``) where it trained any.
     """
 
     arm: str
@@ -28,6 +31,7 @@ class Run:
     status: str = "FINISHED"
     costs: dict[str, float] = field(default_factory=dict)
     growth: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
     id: str = ""
 
     @property
@@ -43,7 +47,7 @@ class Pairs:
     ``tested`` holds a number for every pair: one with a failed run counts as the largest difference seen (at least
     the minimum effect, and 1 where both are 0) against the arm that failed, and as 0 where both failed. Swapping the
     arms' names flips its signs, so the sign-flip test stays exact. ``finished`` marks the pairs in which both runs
-    finished, ``lost`` those that one arm alone failed in.
+    finished, ``lost`` those that one arm alone failed in; ``error`` is how far rounding may have moved each difference.
     """
 
     arm: str
@@ -53,6 +57,7 @@ class Pairs:
     tested: Array
     finished: NDArray[np.bool_]
     lost: NDArray[np.bool_]
+    error: Array
 
 
 def by_seed(runs: Sequence[Run], arm: str, block: str) -> dict[int, Run]:
@@ -89,11 +94,19 @@ def pair(runs: Sequence[Run], arm: str, reference: str, block: str, sign: float,
             "pairs need the same seeds in both arms: run the missing ones."
         )
     failed = np.array([[ours[s].failed, theirs[s].failed] for s in seeds])
-    finished = ~failed.any(axis=1)
+    finished: NDArray[np.bool_] = np.logical_not(failed.any(axis=1))
     raw = np.array([sign * (ours[s].value - theirs[s].value) if ok else 0.0 for s, ok in zip(seeds, finished, strict=True)])
     worst = max(float(np.abs(raw).max()), minimum_effect) or 1.0  # the test asks for signs alone where nothing gives a scale
     tested = raw + worst * (failed[:, 1].astype(float) - failed[:, 0].astype(float))
-    return Pairs(arm, reference, block, seeds, tested, finished, failed[:, 0] != failed[:, 1])
+    values = [[side[s].value if ok else worst for s, ok in zip(seeds, finished, strict=True)] for side in (ours, theirs)]
+    error = rounding(*map(np.array, values))
+    return Pairs(arm, reference, block, seeds, tested, finished, failed[:, 0] != failed[:, 1], error)
+
+
+def rounding(*values: Array) -> Array:
+    """How far rounding may have moved a sum or difference of these values, each of which a few operations gave."""
+    found: Array = OPERATIONS * EPSILON * np.sum([np.abs(value) for value in values], axis=0)
+    return found
 
 
 def pool(blocks: Sequence[Pairs]) -> Pairs | None:
@@ -108,7 +121,8 @@ def pool(blocks: Sequence[Pairs]) -> Pairs | None:
     tested = np.mean([p.tested[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
     finished = np.all([p.finished[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
     lost = np.any([p.lost[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
-    return Pairs(blocks[0].arm, blocks[0].reference, POOLED, tuple(shared), tested, finished, lost)
+    error = np.mean([p.error[row] for p, row in zip(blocks, rows, strict=True)], axis=0) + rounding(tested)
+    return Pairs(blocks[0].arm, blocks[0].reference, POOLED, tuple(shared), tested, finished, lost, error)
 
 
 POOLED = "pooled"

@@ -12,9 +12,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.signflip import FLIPS, TOLERANCE, Signs, sign_patterns, sums
+from esper.compare.signflip import FLIPS, Signs, blur, sign_patterns, sums
 
 Array = NDArray[np.float64]
+NEARLY = 1e-9  # how near below a whole number of patterns still is that number
 LEVELS, HALVINGS = 16, 10  # levels tried from below, and how often what lies between two of them is halved
 
 
@@ -37,41 +38,44 @@ def crossing_look(
     pairs: int,
     level: float,
     *,
+    error: Array | None = None,
     flips: int = FLIPS,
     rng: np.random.Generator | None = None,
 ) -> NDArray[np.int64]:
     """The index of the look at which each data set crosses its boundary, −1 where none did; shape ``[sets]``.
 
     ``differences`` is ``[pairs so far, sets]``; looks beyond the pairs so far are not taken. ``pairs`` is the planned
-    number, which fixes the sign patterns so that a look taken live and the same look taken later agree.
+    number, which fixes the sign patterns so that a look taken live and the same look taken later agree. ``error`` as in
+    :func:`~esper.compare.signflip.sign_flip`.
     """
     data = np.asarray(differences, dtype=np.float64)
     data = data.reshape(len(data), -1)
+    off = np.broadcast_to(blur(data, error), data.shape)
     signs = sign_patterns(pairs, flips, rng)
     step = max(2_000_000 // len(signs), 1)
-    parts = [_crossings(data[:, at : at + step], looks, pairs, level, signs) for at in range(0, data.shape[1], step)]
-    return np.concatenate(parts)
+    pieces = [slice(at, at + step) for at in range(0, data.shape[1], step)]
+    return np.concatenate([_crossings(data[:, at], off[:, at], looks, pairs, level, signs) for at in pieces])
 
 
-def _crossings(data: Array, looks: list[int], pairs: int, level: float, signs: Signs) -> NDArray[np.int64]:
+def _crossings(data: Array, off: Array, looks: list[int], pairs: int, level: float, signs: Signs) -> NDArray[np.int64]:
     crossed = np.zeros((len(signs), data.shape[1]), dtype=bool)
     first = np.full(data.shape[1], -1, dtype=np.int64)
     for look, count in enumerate(looks):
         if count > len(data):
             break
-        allowed = int(np.floor(spent(count / pairs, level) * len(signs) + TOLERANCE))
+        allowed = int(np.floor(spent(count / pairs, level) * len(signs) + NEARLY))
         if allowed < 1:
             continue
         far = np.abs(sums(signs[:, :count], data[:count]))
         far[crossed] = np.inf
         # strictly above the first value that may not cross: ties at the boundary stay inside, on the safe side
         bound = np.partition(far, len(signs) - allowed - 1, axis=0)[len(signs) - allowed - 1]
-        crossed |= far > bound + TOLERANCE * np.abs(data[:count]).sum(axis=0)
+        crossed |= far > bound + 2 * off[:count].sum(axis=0)
         first[(first < 0) & crossed[0]] = look
     return first
 
 
-def sequential_p(differences: Array, looks: list[int], pairs: int, *, flips: int = FLIPS) -> Array:
+def sequential_p(differences: Array, looks: list[int], pairs: int, *, error: Array | None = None, flips: int = FLIPS) -> Array:
     """P-values that count the looks, shape ``[sets]``: the smallest level at which a set has crossed by now, 1 where none is.
 
     They stand in the place of p-values of one look, which may contradict what the looks decide (Liu & Anderson 2008). For
@@ -80,14 +84,16 @@ def sequential_p(differences: Array, looks: list[int], pairs: int, *, flips: int
     """
     data = np.asarray(differences, dtype=np.float64)
     data = data.reshape(len(data), -1)
-    return np.array([_smallest_level(data[:, [at]], looks, pairs, flips) for at in range(data.shape[1])])
+    off = None if error is None else error.reshape(len(data), -1)
+    columns = [(data[:, [at]], None if off is None else off[:, [at]]) for at in range(data.shape[1])]
+    return np.array([_smallest_level(*column, looks, pairs, flips) for column in columns])
 
 
-def _smallest_level(data: Array, looks: list[int], pairs: int, flips: int) -> float:
+def _smallest_level(data: Array, error: Array | None, looks: list[int], pairs: int, flips: int) -> float:
     """Found from below: the boundaries grow with the level up to 0.3 and not everywhere beyond."""
 
     def crosses(level: float) -> bool:
-        return bool(crossing_look(data, looks, pairs, level, flips=flips)[0] >= 0)
+        return bool(crossing_look(data, looks, pairs, level, error=error, flips=flips)[0] >= 0)
 
     patterns = len(sign_patterns(pairs, flips))
     if patterns < 2:
@@ -112,6 +118,7 @@ def sequential_holm(
     pairs: int,
     alpha: float,
     *,
+    error: Array | None = None,
     flips: int = FLIPS,
     rng: np.random.Generator | None = None,
 ) -> NDArray[np.bool_]:
@@ -127,6 +134,6 @@ def sequential_holm(
         here = decided.sum(axis=0) == comparisons - left
         if not here.any():
             continue
-        crossed = crossing_look(flat, looks, pairs, alpha / left, flips=flips, rng=rng) >= 0
+        crossed = crossing_look(flat, looks, pairs, alpha / left, error=error, flips=flips, rng=rng) >= 0
         decided |= crossed.reshape(comparisons, sets) & (decided.sum(axis=0) >= comparisons - left)
     return decided

@@ -3,6 +3,12 @@
 If the two arms of a pair are exchangeable, every difference could as well have had the other sign. The test compares
 the observed sum with the sums under all sign patterns (Fisher 1935), so its error rate holds for any distribution.
 Everything works on many data sets at once: differences have shape ``[pairs]`` or ``[pairs, sets]``.
+
+Equal sums must count as equal, and rounding hides that they are: differences of accuracies are multiples of 1/n only nearly. So
+every difference may come with its ``error``, how far rounding may have moved it, and two sums are equal where no more than their
+errors lies between them. A pattern is compared through the differences that it flips and those that it keeps, each sum with its own
+error: with F and K for these sums, ``|K − F| ≥ |K + F|`` where F and K do not have the same sign, and ``K − F ≥ K + F`` where F ≤ 0.
+Thus a large difference does not blur the sums of small ones.
 """
 
 from __future__ import annotations
@@ -18,12 +24,16 @@ from esper.compare.draws import generator
 EXACT_PAIRS = 15
 FLIPS = 9_999
 MOST_FLIPS = 999_999
-TOLERANCE = 1e-9  # of the sum of absolute differences: equal sums must count as equal whatever the order of addition
+FLIPS_OF_ENDS = 99_999  # an interval tries a hundred shifts; beyond, ten patterns beyond an end place it well enough
+EPSILON = float(np.finfo(np.float64).eps)
+SURE = 2.0**-40  # twelve digits: the part of a difference that may be off where nothing says how it came about
 CHUNK = 4_000_000  # floats held at once (32 MB)
+PARTS = 64  # floats that comparing one pattern part by part holds at once, for a dozen pairs
 PATTERNS = 64_000_000  # signs held at once, a byte each
 
 Array = NDArray[np.float64]
 Signs = NDArray[np.int8]
+Indices = NDArray[np.intp]
 
 
 def flips_for(level: float, pairs: int) -> int:
@@ -82,10 +92,35 @@ def sums(signs: Signs, data: Array) -> Array:
     return found
 
 
-def sign_flip(differences: Array, alternative: str = "two-sided", *, flips: int = FLIPS, rng: np.random.Generator | None = None) -> Array:
+def blur(data: Array, error: Array | None) -> Array:
+    """How far each number may be off once it is part of a sum of all: its own error, and that of adding; shaped as ``data``.
+
+    ``error`` has the shape of ``data`` or ``[pairs]``; None stands for numbers of which twelve digits are sure.
+    """
+    size = np.abs(data)
+    own = SURE * size if error is None else np.asarray(error, dtype=np.float64).reshape(len(data), -1)
+    found: Array = own + (len(data) + 1) * EPSILON * size  # Higham 2002, Accuracy and Stability of Numerical Algorithms, 4.2
+    return found
+
+
+def shifted(data: Array, shift: float | Array, error: Array | None) -> tuple[Array, Array]:
+    """``data + shift``, and the errors of these sums."""
+    own = SURE * np.abs(data) if error is None else error
+    return data + shift, own + EPSILON * (np.abs(data) + np.abs(shift))
+
+
+def sign_flip(
+    differences: Array,
+    alternative: str = "two-sided",
+    *,
+    error: Array | None = None,
+    flips: int = FLIPS,
+    rng: np.random.Generator | None = None,
+) -> Array:
     """P-values of "the differences are symmetric about 0", shape ``[sets]`` (a scalar array for one set).
 
-    ``alternative`` is ``two-sided``, ``greater`` (mean above 0) or ``less``. No pairs, or all differences zero, give 1.
+    ``alternative`` is ``two-sided``, ``greater`` (mean above 0) or ``less``; ``error``, shaped as ``differences``, is how far
+    rounding may have moved each. No pairs, or all differences zero, give 1.
     """
     assert alternative in ("two-sided", "greater", "less"), alternative
     data = np.asarray(differences, dtype=np.float64)
@@ -93,61 +128,104 @@ def sign_flip(differences: Array, alternative: str = "two-sided", *, flips: int 
         return np.ones(data.shape[1:])
     columns = data.reshape(len(data), -1)
     columns = -columns if alternative == "less" else columns
+    off = np.broadcast_to(blur(columns, error), columns.shape)
     signs = sign_patterns(len(columns), flips, rng)
     step = max(CHUNK // len(signs), 1)
-    parts = [_tail(signs, columns[:, at : at + step], alternative) for at in range(0, columns.shape[1], step)]
-    return np.concatenate(parts).reshape(data.shape[1:])
+    pieces = [slice(at, at + step) for at in range(0, columns.shape[1], step)]
+    return np.concatenate([_tail(signs, columns[:, at], off[:, at], alternative) for at in pieces]).reshape(data.shape[1:])
 
 
-def _tail(signs: Signs, columns: Array, alternative: str) -> Array:
-    found = sums(signs, columns)
-    observed = columns.sum(axis=0)
-    slack = TOLERANCE * np.abs(columns).sum(axis=0)
+def _tail(signs: Signs, columns: Array, off: Array, alternative: str) -> Array:
+    """The share of patterns whose sum is at least the observed one; only where the two are near are they compared part by part."""
+    found, observed, slack = sums(signs, columns), columns.sum(axis=0), 2 * off.sum(axis=0)
     if alternative == "two-sided":
-        return np.mean(np.abs(found) >= np.abs(observed) - slack, axis=0)
-    above = np.mean(found >= observed - slack, axis=0)
+        return _share(np.abs(found) - np.abs(observed), slack, lambda *at: _turned(signs, columns, off, *at))
+    above = _share(found - observed, slack, lambda *at: _part(signs, columns, off, -1, *at) <= 0)
     if len(columns) > EXACT_PAIRS:
         return above
-    return (above + np.mean(-found >= observed - slack, axis=0)) / 2  # the negatives of the listed patterns
+    below = _share(-found - observed, slack, lambda *at: _part(signs, columns, off, +1, *at) <= 0)
+    return np.divide(above + below, 2)  # the negatives of the listed patterns
 
 
-def equivalence(differences: Array, margin: float, *, flips: int = FLIPS, rng: np.random.Generator | None = None) -> Array:
+def _share(beyond: Array, slack: Array, decide: Callable[[Indices, Indices], NDArray[np.bool_]]) -> Array:
+    """How often ``beyond`` ``[patterns, sets]`` is not negative; what lies within the slack is decided by (pattern, set)."""
+    found = beyond > slack
+    rows, sets = np.nonzero(np.abs(beyond) <= slack)
+    step = max(CHUNK // PARTS, 1)
+    for at in range(0, len(rows), step):
+        some = rows[at : at + step], sets[at : at + step]
+        found[some] = decide(*some)
+    return np.asarray(found.mean(axis=0))
+
+
+def _turned(signs: Signs, columns: Array, off: Array, rows: Indices, sets: Indices) -> NDArray[np.bool_]:
+    return _part(signs, columns, off, -1, rows, sets) * _part(signs, columns, off, +1, rows, sets) <= 0
+
+
+def _part(signs: Signs, columns: Array, off: Array, sign: int, rows: Indices, sets: Indices) -> Array:
+    """The sign of the sum of those differences that these patterns flip (``sign`` −1) or keep (+1); 0 where its error hides it."""
+    taken = signs[rows] == sign
+    total = np.where(taken, columns[:, sets].T, 0.0).sum(axis=1)
+    found: Array = np.sign(total) * (np.abs(total) > np.where(taken, off[:, sets].T, 0.0).sum(axis=1))
+    return found
+
+
+def equivalence(
+    differences: Array, margin: float, *, error: Array | None = None, flips: int = FLIPS, rng: np.random.Generator | None = None
+) -> Array:
     """P-values of two one-sided sign-flip tests (TOST, Schuirmann 1987) of "the mean lies outside ±margin"."""
     data = np.asarray(differences, dtype=np.float64)
     if margin <= 0:
         return np.ones(data.shape[1:])
-    lower = sign_flip(data + margin, "greater", flips=flips, rng=rng)
-    return np.maximum(lower, sign_flip(data - margin, "less", flips=flips, rng=rng))
+    (above, wrong), (below, _) = (shifted(data, by, error) for by in (margin, -margin))
+    lower = sign_flip(above, "greater", error=wrong, flips=flips, rng=rng)
+    return np.maximum(lower, sign_flip(below, "less", error=wrong, flips=flips, rng=rng))
 
 
-def interval(differences: Array, alpha: float) -> tuple[float, float]:
+def interval(differences: Array, alpha: float, error: Array | None = None) -> tuple[float, float]:
     """The shifts that the two-sided test at ``alpha`` does not reject: an interval that errs as rarely as the test.
 
-    It is of one comparison alone, before Holm. Infinite where so few pairs can reject nothing. Shape of
-    ``differences``: ``[pairs]``.
+    Infinite where so few pairs can reject nothing. Shape of ``differences`` and ``error``: ``[pairs]``.
     """
+    return _unrejected(differences, 2.0, alpha, error, ("two-sided", "two-sided"))
+
+
+def equivalence_interval(differences: Array, alpha: float, error: Array | None = None) -> tuple[float, float]:
+    """The shifts that neither one-sided test at ``alpha`` rejects: TOST finds equivalence where it lies within the margin."""
+    return _unrejected(differences, 1.0, alpha, error, ("greater", "less"))
+
+
+def _unrejected(differences: Array, sides: float, alpha: float, error: Array | None, tests: tuple[str, str]) -> tuple[float, float]:
     data = np.asarray(differences, dtype=np.float64)
-    flips = flips_for(10 * alpha, len(data))  # ten patterns beyond an end place it well enough
+    flips = max(flips_for(10 * alpha, len(data)), min(flips_for(alpha, len(data)), FLIPS_OF_ENDS))
     centre, reach = float(data.mean()), float(np.ptp(data))
-    if reach <= TOLERANCE * abs(centre):  # equal differences: any other shift is rejected, if anything can be
-        return (centre, centre) if 2.0 ** (1 - len(data)) <= alpha else (-np.inf, np.inf)
-    return invert(lambda shift: float(sign_flip(data - shift, flips=flips)), centre, reach, alpha)
+    if reach <= 2 * float(blur(data[:, None], error).max()):  # equal differences: any other shift is rejected, if anything can be
+        return (centre, centre) if sides * 2.0 ** -len(data) <= alpha else (-np.inf, np.inf)
+
+    def p_value(shift: float, side: int) -> float:
+        moved, wrong = shifted(data, -shift, error)
+        return float(sign_flip(moved, tests[side > 0], error=wrong, flips=flips))
+
+    return invert(p_value, centre, reach, alpha)
 
 
-def invert(p_value: Callable[[float], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
-    """The ends of the set of values around ``centre`` whose p-value exceeds ``alpha``; ±inf where it has no end."""
+def invert(p_value: Callable[[float, int], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
+    """The ends of the set of values around ``centre`` whose p-value exceeds ``alpha``; ±inf where it has no end.
+
+    ``p_value(value, side)`` is asked with −1 for the lower end and +1 for the upper one.
+    """
 
     def end(side: int) -> float:
         inside, outside = centre, centre + side * reach
         for _ in range(20):
-            if p_value(outside) <= alpha:
+            if p_value(outside, side) <= alpha:
                 break
             inside, outside = outside, centre + 2 * (outside - centre)
         else:
             return side * np.inf
         for _ in range(40):
             middle = (inside + outside) / 2
-            inside, outside = (middle, outside) if p_value(middle) > alpha else (inside, middle)
+            inside, outside = (middle, outside) if p_value(middle, side) > alpha else (inside, middle)
         return outside
 
     return end(-1), end(+1)

@@ -1,11 +1,9 @@
-"""Corrections and summaries: Holm, BCa interval, interquartile mean, probability of improvement."""
+"""Corrections and summaries: Holm, interquartile mean, probability of improvement."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
-from esper.compare.draws import generator
 
 Array = NDArray[np.float64]
 
@@ -23,22 +21,15 @@ def holm(p_values: Array) -> Array:
     return adjusted
 
 
-def bca_interval(values: Array, confidence: float = 0.95, resamples: int = 4_999) -> tuple[float, float]:
-    """Bias-corrected and accelerated bootstrap interval of the mean (Efron 1987), for pictures alone.
+def holm_levels(p_values: Array, adjusted: Array, alpha: float) -> Array:
+    """The level at which Holm's procedure tests each comparison, ``[comparisons]``, from its p-values and the adjusted ones.
 
-    At 3–8 pairs it misses the truth in 15–26 % of cases, so nothing is decided by it. Equal values give a point;
-    fewer than two values give NaN.
+    The first is tested at α/k, and every rejection leaves the others its share. What is not rejected stays at the level at which the
+    procedure stopped. An interval of confidence 1 − level excludes 0 exactly where the comparison is rejected.
     """
-    from scipy import stats
-
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    if np.ptp(values) <= 1e-12 * max(np.abs(values).max(), 1.0):
-        return float(values[0]), float(values[0])
-    rng = generator("bootstrap", len(values))
-    found = stats.bootstrap((values,), np.mean, confidence_level=confidence, n_resamples=resamples, method="BCa", rng=rng)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    order = np.lexsort((p_values, adjusted))
+    places = np.minimum(np.argsort(order), int((adjusted <= alpha).sum()))
+    return np.divide(alpha, np.maximum(len(order) - places, 1))
 
 
 def iqm(values: Array) -> float:
@@ -48,7 +39,12 @@ def iqm(values: Array) -> float:
     return float(stats.trim_mean(np.asarray(values, dtype=np.float64), 0.25))
 
 
-def probability_of_improvement(better: Array, worse: Array) -> float:
-    """Chance that a run of the first arm beats a run of the second, ties counting half (Agarwal et al. 2021)."""
-    first, second = np.asarray(better, dtype=np.float64)[:, None], np.asarray(worse, dtype=np.float64)[None, :]
-    return float(np.mean((first > second) + 0.5 * (first == second)))
+def probability_of_improvement(differences: Array, error: Array) -> float:
+    """Chance that an arm beats the other with the same seed: the share of pairs in which it does, equal ones counting half.
+
+    Args:
+        differences: ``[pairs]``, positive where the arm is better.
+        error: how far rounding may have moved each.
+    """
+    sure = np.where(np.abs(differences) > error, np.sign(differences), 0.0)
+    return float(np.mean(sure + 1) / 2)

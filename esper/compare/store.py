@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import Metrics
 from esper.compare.plan import Plan, parse_plan
 from esper.compare.runs import Run
 from esper.compare.tuned import Tuned, parse
 from esper.errors import UserError
+from esper.messages import Metrics
+from esper.running.alone import CONTROLS
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
@@ -76,8 +77,14 @@ def run_of_summary(summary: Mapping[str, Any], metric: str, arm: str, block: str
         status=str(summary.get("status", "FAILED")),
         costs=costs_of(summary),
         growth={name: float(counts[key]) for name, key in GROWTH.items() if key in counts},
+        alone=_alone(summary.get("control") or {}, metric),
         id=id,
     )
+
+
+def _alone(control: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The metric of the controls that were trained, on the test set."""
+    return {when: float(value) for when in CONTROLS if (value := (control.get(when) or {}).get(f"test/{metric}")) is not None}
 
 
 def run_of_store(stored: StoredRun, metric: str) -> Run:
@@ -93,6 +100,7 @@ def run_of_store(stored: StoredRun, metric: str) -> Run:
         status=stored.info.status,
         costs={name.removeprefix(prefix): number for name, number in metrics.items() if name.startswith(prefix)},
         growth={n: metrics[f"final/seeds/{key}"] for n, key in GROWTH.items() if f"final/seeds/{key}" in metrics},
+        alone={when: metrics[key] for when in CONTROLS if (key := f"final/host_alone/{metric}_{when}") in metrics},
         id=stored.info.run_id,
     )
 
@@ -116,7 +124,7 @@ def reading(uri: str) -> Iterator[MlflowClient]:
     from esper.tracking.mlflow_store import quiet_client
 
     try:
-        yield quiet_client(uri)
+        yield quiet_client(uri, "uri", "or name the folder of another with output=…")
     except (MlflowException, SQLAlchemyError, requests.RequestException, ImportError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(

@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
+from esper.compare import page
 from esper.compare.analysis import Comparison, analyse, with_tuned
 from esper.compare.arms import Job, Layout
 from esper.compare.config import CompareConfig
-from esper.compare.going_on import NOTE, alone, goes_on
+from esper.compare.going_on import NOTE, alone, goes_on, known
 from esper.compare.jobs import Prepared, note, runs_of, set_aside
 from esper.compare.plan import Plan
 from esper.compare.planning import plan_sweep
@@ -24,6 +25,7 @@ from esper.compare.power import fewest_pairs
 from esper.compare.progress import Progress
 from esper.compare.report import show, write_results
 from esper.compare.sequential import look_pairs
+from esper.compare.shown import shown
 from esper.compare.tracking import Store
 from esper.compare.tuned import Tuned
 from esper.compare.tuning import choose, trials, values_of, with_values
@@ -32,7 +34,6 @@ from esper.compare.worker import LOG
 from esper.compare.workers import Workers
 from esper.errors import Preempted, Terminated
 from esper.tracking.config import MlflowConfig
-from esper.tracking.mlflow_run import legal
 
 OUTPUT = "outputs"  # where esper compare looks unless it is told
 
@@ -119,27 +120,27 @@ def _run(sweep: Sweep, store: Store, workers: Workers, begun: bool) -> Compariso
         comparison = _judge(sweep)
         if comparison is not None:
             assert sweep.plan is not None
-            store.files, store.numbers = _keep(comparison, sweep.plan, sweep)
+            store.files = write_results(comparison, sweep.plan, sweep.folder, sweep.compare.figures)
+            store.numbers, store.tags = page.numbers(comparison, sweep.plan), page.tags(comparison, sweep.plan)
             show(comparison, sweep.plan, sweep.console)
             _say_how_to_judge_again(sweep)
         store.status = "FINISHED"
-        _remember(sweep, ended=True)
+        _remember(sweep, ended=not sweep.failures)  # resume=auto finds one whose jobs failed, over a full disk for instance
         return comparison
 
 
 def _recall(sweep: Sweep) -> bool:
     """Identity of a sweep that was begun before in this folder, or a new one; whether it was."""
-    path = sweep.folder / NOTE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    sweep.id = known.get("id") or secrets.token_hex(4)
-    sweep.parent = known.get("parent", "")
-    return bool(known)
+    note = known(sweep.folder)
+    sweep.id = note.get("id") or secrets.token_hex(4)
+    sweep.parent = note.get("parent", "")
+    return bool(note)
 
 
 def _remember(sweep: Sweep, ended: bool = False) -> None:
-    known = {"id": sweep.id, "parent": sweep.parent, "name": sweep.name, "command": sweep.command, "ended": ended}
+    card = {"id": sweep.id, "parent": sweep.parent, "name": sweep.name, "command": sweep.command, "ended": ended}
     beside = sweep.folder / f".{NOTE}"
-    beside.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     beside.replace(sweep.folder / NOTE)
 
 
@@ -197,7 +198,8 @@ def _run_some(sweep: Sweep, jobs: list[Prepared], chosen: Sequence[int], workers
         else:
             _make_room(sweep, one)
             left.append(one)
-    for index, answer in workers.run([one.request("run") for one in left], lambda i: progress.started(left[i].job)):
+    requests = [one.request("run") | {"controls": shown(one, sweep.jobs)} for one in left]
+    for index, answer in workers.run(requests, lambda i: progress.started(left[i].job)):
         one = left[index]
         note(one, answer)
         if answer["error"]:
@@ -247,15 +249,6 @@ def _judge(sweep: Sweep) -> Comparison | None:
     if sweep.plan is None:
         return None
     return with_tuned(analyse(runs_of(sweep.jobs, sweep.plan.metric), sweep.plan), list(sweep.tuned.values()))
-
-
-def _keep(comparison: Comparison, plan: Plan, sweep: Sweep) -> tuple[list[Path], dict[str, float]]:
-    """Write ``comparison.json``, the table and the figures; the files, and the numbers for the parent run."""
-    files = write_results(comparison, plan, sweep.folder, sweep.compare.figures)
-    numbers = {f"arm/{' '.join(filter(None, (arm.arm, arm.block)))}/{plan.metric}": arm.mean for arm in comparison.arms if arm.points}
-    for one in comparison.tuned:
-        numbers |= one.numbers()
-    return files, {legal(name): number for name, number in numbers.items()}
 
 
 def _say_how_to_judge_again(sweep: Sweep) -> None:

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from esper.compare.plan import saved_text
 from esper.compare.store import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, pieces
 from esper.compare.tuned import text
 from esper.compare.tuning import TuningJob
+from esper.compare.workers import by_hand
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
 from esper.tracking.reach import check_store
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from esper.compare.sweep import Sweep
 
 LOG = "tracker.log"
+STOP_S = 30.0  # how long its process may take to end once everything is written
+CLOSE_S = 4.0  # how long ending the sweep's runs in the store may take after Ctrl-C
 
 
 class Store:
@@ -39,6 +44,7 @@ class Store:
         self.status = "FAILED"
         self.files: list[Path] = []
         self.numbers: dict[str, float] = {}
+        self.tags: dict[str, str] = {}
         self._config = sweep.jobs[0].config.tracking
         self._process: subprocess.Popen[str] | None = None
         self._opened = False
@@ -69,30 +75,47 @@ class Store:
             return
         try:
             if self._opened:
-                self._close()
+                with self._in_time(kind):
+                    self._close()
         except UserError:
             self._end_parent()
             if kind is None:
                 raise
         finally:
-            self._stop(self._process)
+            self._stop(self._process, 0.0 if by_hand(kind) else STOP_S)
             self._home.cleanup()
+
+    @contextlib.contextmanager
+    def _in_time(self, kind: type[BaseException] | None) -> Iterator[None]:
+        """Within, after Ctrl-C: the process is ended when it takes long; what it has not written is brought when the sweep goes on."""
+        if not by_hand(kind):
+            yield
+            return
+        assert self._process is not None
+        timer = threading.Timer(CLOSE_S, self._process.kill)
+        timer.start()
+        try:
+            yield
+        except UserError as error:
+            print(f"esper: MLflow may show runs of this sweep as RUNNING until it goes on. {error}", file=sys.stderr)
+        finally:
+            timer.cancel()
 
     def _end_parent(self) -> None:
         """A process of its own ends the parent run that one that was killed has left RUNNING."""
         assert self._process is not None
-        self._stop(self._process)
+        self._stop(self._process, STOP_S)
         self._process = self._start(self.environment[SOCKET])
-        self.status, self.files, self.numbers = "FAILED", [], {}
+        self.status, self.files, self.numbers, self.tags = "FAILED", [], {}, {}
         self.open()
         self._close()
 
-    def _stop(self, process: subprocess.Popen[str]) -> None:
+    def _stop(self, process: subprocess.Popen[str], seconds: float) -> None:
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # it was killed with a request unread
             process.stdin.close()
         try:
-            process.wait(30)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -129,7 +152,7 @@ class Store:
             self._ask({"ask": "failed", "folder": str(one.folder), "error": error})
 
     def _close(self) -> None:
-        tags = {"esper.failed_jobs": str(len(self.sweep.failures))} | pieces(text(self.sweep.tuned.values()), TUNED)
+        tags = self.tags | {"esper.failed_jobs": str(len(self.sweep.failures))} | pieces(text(self.sweep.tuned.values()), TUNED)
         files = [str(path) for path in self.files]
         self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.numbers, "tags": tags})
 

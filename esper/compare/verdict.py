@@ -51,7 +51,9 @@ def equivalence_of(pairs: Pairs, margin: float, flips: int = FLIPS) -> float:
     larger of the two one-sided p-values stays at 1/4 or above, however many other pairs there are. Pairs in which both
     runs failed show nothing and are left out here.
     """
-    return 1.0 if pairs.lost.any() else float(equivalence(pairs.tested[pairs.finished], margin, flips=flips))
+    if pairs.lost.any():
+        return 1.0
+    return float(equivalence(pairs.tested[pairs.finished], margin, error=pairs.error[pairs.finished], flips=flips))
 
 
 def verdicts(

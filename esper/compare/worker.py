@@ -18,6 +18,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esper import custom
+from esper.cli.files import say_anything
 from esper.config import build, plain
 from esper.errors import Preempted, Terminated, UserError
 
@@ -33,14 +35,18 @@ def main() -> int:
     """Serve until the input ends."""
     busy = False
     answers = os.fdopen(os.dup(1), "w", buffering=1)
+    say_anything()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
-    signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
     try:
-        for line in sys.stdin:
-            busy = True
-            answers.write(json.dumps(handle(json.loads(line))) + "\n")
-            busy = False
+        import esper.running.run  # noqa: F401  every job needs it: loaded while the sweep makes its plan and its tracker starts
+
+        signal.signal(signal.SIGTERM, _stop)
+        threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
+        with custom.decided():
+            for line in sys.stdin:
+                busy = True
+                answers.write(json.dumps(handle(json.loads(line))) + "\n")
+                busy = False
     except Preempted:
         return SAVED
     except KeyboardInterrupt:
@@ -58,13 +64,13 @@ def handle(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:
-    """Primary metric and every metric's direction, from the task's data."""
+    """Primary metric, every metric's direction and the samples of the test set, from the task's data."""
     try:
         task = build(request["config"], request["choices"]).task.build()
     except UserError as error:
         return {"error": str(error)}
     directions = {name: metric.direction for name, metric in task.metrics.items()}
-    return {"primary": task.primary, "directions": {"loss": "min", **directions}}
+    return {"primary": task.primary, "directions": {"loss": "min", **directions}, "samples": len(task.test)}  # type: ignore[arg-type]
 
 
 def run_job(request: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _train(request: dict[str, Any], folder: Path) -> None:
     if state is not None:
         print(f"going on after step {state['trainer']['steps']}", file=sys.stderr, flush=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-    run(config, folder, quiet=True, state=state)
+    run(config, folder, quiet=True, state=state, controls=request.get("controls", ()))
 
 
 def _stop(signum: int, frame: object) -> NoReturn:

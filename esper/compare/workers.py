@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import Any
 
 import esper
 from esper.compare.worker import SAVED
+from esper.errors import Terminated
 
 DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
-STOP_S = 20.0  # how long a stopped run may take to say goodbye to its files and its tracker
+SAVE_S = 25.0  # how long all jobs together may take to save what they did, after a scheduler's SIGTERM, which leaves 30 s
+LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: what is killed then goes on from its newest checkpoint
 
 Request = dict[str, Any]
 Answer = dict[str, Any]
@@ -33,6 +36,8 @@ class Worker:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
+        self._lock = threading.Lock()
+        self._over = False
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
@@ -58,25 +63,33 @@ class Worker:
         if line:
             return json.loads(line)
         code = process.wait()
-        self._process = self._start()
+        with self._lock:
+            if not self._over:
+                self._process = self._start()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return {"status": "FAILED", "error": f"the worker process {how}", "seconds": 0.0}
 
     def stop(self) -> None:
-        """End the process, and with SIGTERM the run that it is at."""
-        self._process.terminate()
+        """End the process, and with SIGTERM the run that it is at; none takes its place."""
+        with self._lock:
+            self._over = True
+            self._process.terminate()
 
-    def wait(self) -> bool:
+    def wait(self, seconds: float) -> bool:
         """Wait for the end; kill what does not come to one. Whether what its job did is saved."""
         try:
-            code = self._process.wait(STOP_S)
+            code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self.kill()
             code = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]
         return code in (0, SAVED, -signal.SIGTERM)  # the last one had not even begun to listen
+
+    def kill(self) -> None:
+        """End the process whatever it is at."""
+        self._process.kill()
 
 
 class Workers:
@@ -93,11 +106,17 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stopping = True
         for worker in self._workers:
             worker.stop()
-        saved = [worker.wait() for worker in self._workers]
+        deadline = time.monotonic() + (LEAVE_S if by_hand(kind) else SAVE_S)
+        try:
+            saved = [worker.wait(max(0.0, deadline - time.monotonic())) for worker in self._workers]
+        except KeyboardInterrupt:  # a second one
+            for worker in self._workers:
+                worker.kill()
+            raise
         self.saved = all(saved)
 
     def ask(self, request: Request) -> Answer:
@@ -133,6 +152,11 @@ class Workers:
                 _next(answers)
                 busy -= 1
             raise
+
+
+def by_hand(kind: type[BaseException] | None) -> bool:
+    """Whether it was Ctrl-C that ended it."""
+    return kind is not None and issubclass(kind, KeyboardInterrupt) and not issubclass(kind, Terminated)
 
 
 def _next(answers: queue.SimpleQueue[tuple[Worker, int, Answer]]) -> tuple[Worker, int, Answer]:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import signal
 import socket
 import sys
@@ -27,8 +26,8 @@ import msgspec
 from esper.compare.store import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
 from esper.errors import UserError
 from esper.tracking import frames
-from esper.tracking.mlflow_run import NAMES, MlflowRun, legal
-from esper.tracking.mlflow_store import experiment_id, quiet_client
+from esper.tracking.mlflow_run import LONGEST_TAG, NAMES, MlflowRun, fitted, legal
+from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
 from esper.tracking.record import flatten
 
 SHOWN = 10  # characters of a name that MLflow's parallel coordinates show
@@ -69,18 +68,7 @@ class Writer:
         Raises:
             UserError: it was deleted, in MLflow's pages or for good.
         """
-        from mlflow.exceptions import MlflowException
-
-        anew = "or begin anew in another folder: hydra.sweep.dir=…"
-        try:
-            stage = self.client.get_run(self.parent).info.lifecycle_stage
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            raise UserError(f"The sweep's MLflow run {self.parent} is no longer in {self.uri}; bring back the store, {anew}.") from error
-        if stage == "deleted":
-            command = f"MLFLOW_TRACKING_URI={shlex.quote(self.uri)} mlflow runs restore --run-id {self.parent}"
-            raise UserError(f"The sweep's MLflow run {self.parent} was deleted; restore it ({command}), {anew}.")
+        living_run(self.client, self.uri, self.parent, "The sweep's", "or begin anew in another folder: hydra.sweep.dir=…")
         self.client.update_run(self.parent, status="RUNNING")
 
     def _create_parent(self, opening: Mapping[str, Any]) -> str:
@@ -127,7 +115,7 @@ class Writer:
         folder = str(Path(request["folder"]).resolve())
         self.broken.add(folder)
         known = self.opened.get(folder) or self._create_failed(folder)
-        self.client.set_tag(known, JOB_ERROR, request["error"][:4000])
+        self.client.set_tag(known, JOB_ERROR, fitted(request["error"], LONGEST_TAG))
         self.client.set_terminated(known, "FAILED")
 
     def _create_failed(self, folder: str) -> str:
@@ -148,13 +136,20 @@ class Writer:
             for name, value in request["metrics"].items():
                 self.client.log_metric(self.parent, name, value)
             for name, value in request["tags"].items():
-                self.client.set_tag(self.parent, name, value[:4900])
+                self.client.set_tag(self.parent, name, fitted(value, LONGEST_TAG))
             status = request["status"]
         finally:
             running = f"tags.`mlflow.parentRunId` = '{self.parent}' and attributes.status = 'RUNNING'"
             for run in self.client.search_runs([self.experiment], running):
                 self.client.set_terminated(run.info.run_id, "KILLED")
             self.client.set_terminated(self.parent, status)
+
+
+def end(run: MlflowRun, status: str, summary: Mapping[str, Any]) -> None:
+    """Close a job's run. One that was interrupted goes on later: figures and model are for its end, and somebody waits for this one."""
+    if status == "KILLED":
+        run.config = dataclasses.replace(run.config, figures=False, model=False)
+    run.close(status, summary)
 
 
 def serve_run(writer: Writer, stream: BinaryIO) -> None:
@@ -178,7 +173,7 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
                         assert run is not None
                         ending, run = run, None
                         ending.record([cost_values(frame.summary)])
-                        ending.close(frame.status, frame.summary)
+                        end(ending, frame.status, frame.summary)
             if not isinstance(frame, frames.Record):
                 frames.write(stream, frames.Reply())
             if isinstance(frame, frames.Close):
@@ -186,13 +181,18 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
     except (EOFError, ConnectionError):
         if run is not None:
             with writer.lock:
-                run.close(writer.lost(folder), {})
+                end(run, writer.lost(folder), {})
+    except UserError as error:
+        frames.write(stream, frames.Reply(str(error), refused=True))
+        if run is not None:
+            with writer.lock:
+                end(run, "FAILED", {})
     except Exception as error:  # told to the job, which raises it at the end of its run
         traceback.print_exc()
         frames.write(stream, frames.Reply(f"{type(error).__name__}: {error}"))
         if run is not None:
             with writer.lock:
-                run.close("FAILED", {})
+                end(run, "FAILED", {})
 
 
 def listen(writer: Writer, server: socket.socket) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from esper.bus.messages import Acknowledgement, Germinate, Message, Transition
 from esper.controllers.view import LOST, Seed
+from esper.messages import Acknowledgement, Germinate, Message, Transition
 
 
 class Attempts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from esper.bus.messages import Command, Message
+from esper.messages import Command, Message
 
 #: The producer name under which the trainer knows a controller's commands.
 PRODUCER = "controller"

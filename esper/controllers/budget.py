@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from esper.bus.messages import Message, RunStarted, Transition
 from esper.controllers.view import LOST, Seed, refuse_unfitting
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage
+from esper.messages import Message, RunStarted, Transition
 
 
 class Budget:

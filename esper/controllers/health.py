@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from esper.bus.messages import Telemetry
 from esper.bus.telemetry import unpack
+from esper.messages import Telemetry
 
 #: The columns a score is made of.
 COLUMNS = ("variance", "near_zero", "correlation")
@@ -52,10 +52,7 @@ class Health:
 
     def state(self) -> dict[str, Any]:
         """JSON-able; None stands for a seed without health."""
-        return {
-            site: [None if np.isnan(row).any() else row.tolist() for row in means]
-            for site, means in self._means.items()
-        }
+        return {site: [None if np.isnan(row).any() else row.tolist() for row in means] for site, means in self._means.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""

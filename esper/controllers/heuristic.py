@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from esper.bus.messages import Command, Germinate, Message, Metrics, RunStarted, Telemetry
 from esper.controllers.attempts import Attempts
 from esper.controllers.base import command_id
 from esper.controllers.budget import Budget
@@ -15,6 +14,7 @@ from esper.controllers.view import RunView, Seed, check_duration
 from esper.errors import UserError
 from esper.fields import setting
 from esper.lifecycle.stages import Stage
+from esper.messages import Command, Germinate, Message, Metrics, RunStarted, Telemetry
 from esper.processes import ControllerPlace
 
 
@@ -27,9 +27,7 @@ class HeuristicConfig(ControllerPlace):
     plateau: str = setting("", unit="duration or empty", help="a wave starts after this long without improvement; empty: never")
     metric: str = setting("validation/loss", help="whose plateau counts")
     direction: str = setting("min", choices=("min", "max"), help="which way that metric gets better")
-    min_improvement: float = setting(
-        0.001, low=0.0, help="smallest improvement that ends a plateau, as a share of the best"
-    )
+    min_improvement: float = setting(0.001, low=0.0, help="smallest improvement that ends a plateau, as a share of the best")
     until: str = setting("50%", unit="duration", help="no germination after this: growing late does less")
     count: int = setting(4, low=0, high=10**6, unit="seeds", help="germinations of one wave")
     max_active: int = setting(4, low=1, unit="seeds", help="most seeds between GERMINATED and FINE_TUNING at a time")

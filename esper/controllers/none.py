@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from esper.bus.messages import Command, Message
+from esper.messages import Command, Message
 from esper.processes import ControllerPlace
 
 

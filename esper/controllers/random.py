@@ -7,13 +7,13 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from esper.bus.messages import Command, Germinate, Message, RunStarted
 from esper.controllers.attempts import Attempts
 from esper.controllers.base import PRODUCER, command_id
 from esper.controllers.view import RunView, check_duration, refuse_unfitting
 from esper.errors import UserError
 from esper.fields import setting
 from esper.lifecycle.stages import Stage
+from esper.messages import Command, Germinate, Message, RunStarted
 from esper.processes import ControllerPlace
 
 

@@ -6,9 +6,10 @@ import copy
 import threading
 from typing import Any
 
-from esper.bus.messages import Decided, RunEnded, TickEnded
 from esper.bus.protocol import Bus, Delivery
 from esper.controllers.base import PRODUCER, Controller
+from esper.controllers.contained import Contained
+from esper.messages import Decided, RunEnded, TickEnded
 
 #: Events first: they say which sites there are, before anything is said about them.
 _HEARD = ("events", "acks", "telemetry")
@@ -20,8 +21,9 @@ class ControllerRunner:
     Make it before the run starts: a stream that nobody listens to is not kept.
     """
 
-    def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller") -> None:
+    def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller", debug: bool = False) -> None:
         self.controller = controller
+        self._contained = Contained(controller, debug)
         self._consumers = {stream: bus.consumer(stream, run, PRODUCER, name) for stream in _HEARD}
         self._producer = bus.producer("commands", run, PRODUCER)
         self._last = TickEnded(tick=-1)
@@ -76,10 +78,10 @@ class ControllerRunner:
         for delivery in deliveries:
             if isinstance(delivery.message, TickEnded):
                 self._last = delivery.message
-            self.controller.observe(delivery.message)
+            self._contained.observe(delivery.message)
 
     def _decide(self, ended: TickEnded) -> None:
-        for command in self.controller.decide(ended.tick):
+        for command in self._contained.decide(ended.tick):
             self._producer.publish(command)
         mark = f"{PRODUCER}-{ended.tick}-decided"
         self._producer.publish(Decided(id=mark, tick=ended.tick, epoch=ended.epoch))
@@ -87,11 +89,16 @@ class ControllerRunner:
     def state(self) -> dict[str, Any]:
         """The controller's state, JSON-able, for a checkpoint."""
         with self._lock:
-            return copy.deepcopy(self.controller.state())
+            return copy.deepcopy(self._contained.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; before the run starts."""
-        self.controller.load_state(state)
+        self._contained.load_state(state)
+
+    def complaints(self) -> list[str]:
+        """What the controller raised since this was last asked, for the run's alerts."""
+        said, self._contained.complaints = self._contained.complaints, []
+        return said
 
     def close(self) -> None:
         """Send what is left and release the streams."""

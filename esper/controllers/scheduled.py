@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from esper.bus.messages import Command, Message, RunStarted
 from esper.controllers.base import command_id
 from esper.controllers.script import Entry, expand, read_script
 from esper.controllers.view import RunView
 from esper.errors import UserError
 from esper.fields import setting
+from esper.messages import Command, Message, RunStarted
 from esper.processes import ControllerPlace
 
 

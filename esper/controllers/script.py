@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from esper.bus.messages import (
+from esper.controllers.view import RunView, check_duration
+from esper.errors import UserError
+from esper.lifecycle.stages import Stage
+from esper.messages import (
     Cancel,
     ChangeStrategy,
     Command,
@@ -18,9 +21,6 @@ from esper.bus.messages import (
     Selector,
     SetStage,
 )
-from esper.controllers.view import RunView, check_duration
-from esper.errors import UserError
-from esper.lifecycle.stages import Stage
 
 _SELECTING = {"cancel": Cancel, "pause": PauseGrafting, "resume": ResumeGrafting}
 #: What may stand beside ``at`` and ``command``, by command.
@@ -63,18 +63,14 @@ def read_script(script: Sequence[Any]) -> list[Entry]:
 def _read(number: int, given: Any) -> Entry:
     where = f"controller.script[{number}]"
     if not isinstance(given, Mapping) or "at" not in given or "command" not in given:
-        raise UserError(
-            f"{where} is {given!r}; an entry is a dict with at and command, e.g. {{at: 10%, command: germinate}}."
-        )
+        raise UserError(f"{where} is {given!r}; an entry is a dict with at and command, e.g. {{at: 10%, command: germinate}}.")
     command = given["command"]
     if command not in _ACCEPTED:
         raise UserError(f"{where}.command is '{command}'; accepted are {', '.join(_ACCEPTED)}.")
     accepted = ("at", "command", *_ACCEPTED[command])
     for key in given:
         if key not in accepted:
-            raise UserError(
-                f"{where} has the key '{key}', which {command} does not take; it takes {', '.join(accepted)}."
-            )
+            raise UserError(f"{where} has the key '{key}', which {command} does not take; it takes {', '.join(accepted)}.")
     for key in {"set_stage": ("target",), "change_strategy": ("strategy",)}.get(command, ()):
         if key not in given:
             raise UserError(f"{where} lacks '{key}', which {command} needs.")
@@ -99,9 +95,7 @@ def _stage(where: str, key: str, given: Any) -> int:
 
 def _seeds(where: str, given: Any) -> tuple[int, ...]:
     if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(seed, int) for seed in given):
-        raise UserError(
-            f"{where}.seeds is {given!r}; give a list of seed numbers, e.g. [0, 1], or leave it out for all."
-        )
+        raise UserError(f"{where}.seeds is {given!r}; give a list of seed numbers, e.g. [0, 1], or leave it out for all.")
     return tuple(given)
 
 

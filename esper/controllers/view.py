@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
-from esper.bus.messages import Message, RunStarted, Transition
 from esper.errors import UserError
 from esper.lifecycle.duration import parse
 from esper.lifecycle.stages import Stage
+from esper.messages import Message, RunStarted, Transition
 
 #: Site and seed number.
 Seed = tuple[str, int]
@@ -102,6 +102,4 @@ def refuse_unfitting(sites: Iterable[dict[str, Any]], blueprint: str, where: str
 def check_duration(text: str) -> None:
     """Raise UserError unless ``text`` is a duration in steps or percent."""
     if parse(text).unit == "epoch":
-        raise UserError(
-            f"A controller cannot see epochs, so '{text}' tells it nothing; write for example 50step or 5%."
-        )
+        raise UserError(f"A controller cannot see epochs, so '{text}' tells it nothing; write for example 50step or 5%.")

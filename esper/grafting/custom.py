@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from esper.errors import UserError
@@ -34,6 +35,8 @@ class CustomStrategy(HoldingConfig):
 
     name: str = NAME
     rule: Any = None
+    error: Exception | None = None
+    """What the rule raised at the last tick; its branches then held their α."""
 
 
 class _Custom(Strategy):
@@ -43,7 +46,14 @@ class _Custom(Strategy):
         assert isinstance(config, CustomStrategy) and config.rule is not None, config
         rule: Rule = config.rule
         held = Strategy(NAME, CustomStrategy, tuple(rule.signals), lambda config, state, context: rule.plan(state, context))
-        return held.step(config, state, context)
+        try:
+            return held.step(config, state, context)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the rule's code raises, and what cannot be done with a plan of another shape
+            config.error = error
+            wait = Plan(torch.zeros(len(state), device=state.device), {}, config.max_hold)
+            return Strategy(NAME, CustomStrategy, (), lambda *_: wait).step(config, state, context)
 
 
 def custom(rule: Any) -> CustomStrategy:

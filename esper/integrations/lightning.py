@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
+from esper import Grow, attach
 from esper.errors import UserError
-from esper.training import Grow, attach
-from esper.training.checkpoint.attached import forgive_seeds, grown_in, host_alone, plain
+from esper.training.checkpoint.attached import forgive_seeds, grown_in, keep_in, plain
 
 
 class GrowCallback(Callback):
@@ -23,11 +22,10 @@ class GrowCallback(Callback):
     ``controller`` is ``heuristic`` and ``total_steps`` what Lightning estimates.
     """
 
-    def __init__(self, loss: Callable[[nn.Module, Any], Any], module: str = "", **settings: Any) -> None:
+    def __init__(self, loss: Callable[[torch.nn.Module, Any], Any], module: str = "", **settings: Any) -> None:
         self.loss, self.module, self.settings = loss, module, {"controller": "heuristic", **settings}
         self.grow: Grow | None = None
         self._state: Any = None
-        self._losses: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: the optimizer is there, and the model is on its device."""
@@ -40,7 +38,9 @@ class GrowCallback(Callback):
                 raise UserError("Lightning cannot tell how many optimizer steps this run has: say so, GrowCallback(…, total_steps=…).")
         optimizer, model = trainer.optimizers[0], pl_module.get_submodule(self.module)
         self.grow = attach(model, loss=self.loss, optimizer=optimizer, state=self._state, **(given | self.settings))
-        self._step, self._losses = trainer.global_step, []
+        for average in filter(None, (getattr(one, "_average_model", None) for one in trainer.callbacks)):  # type: ignore[attr-defined]
+            self.grow.follow(average)
+        self._step, self._losses = trainer.global_step, list[torch.Tensor]()
         pl_module.register_load_state_dict_post_hook(forgive_seeds)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -64,12 +64,13 @@ class GrowCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the host's tensors under their own names, and what grew beside them."""
-        if self.grow is not None:
-            checkpoint |= {"state_dict": host_alone(checkpoint["state_dict"]), "esper": self.grow.state()}
+        keep_in(checkpoint, self.grow)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take what had grown up again when fitting begins."""
+        """Take what had grown up again when fitting begins; at once after a finder's trial, which went past this callback."""
         self._state = grown_in(checkpoint)
+        if self.grow is not None and trainer.state.fn == TrainerFn.FITTING:
+            self.grow.load_branches(self._state)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After ``fit``, what is tested with ``ckpt_path`` is what had grown by then, as the host is."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from esper.training import Grow, attach
+from esper import Grow, attach
 from esper.training.checkpoint.attached import HostAlone, found, grown_in
 from esper.training.losses import told_without
 from esper.training.passes import to_device

@@ -1,8 +1,15 @@
 """Seed layer kernels: Triton on a GPU, plain torch everywhere else. ``dispatch.Kernels`` is what the seed layers call."""
 
+from typing import TYPE_CHECKING
+
 from esper.kernels.config import KernelConfig
-from esper.kernels.dispatch import MISMATCH, Grown, Kernels
+from esper.lazy import names_of
+
+if TYPE_CHECKING:
+    from esper.kernels.dispatch import MISMATCH, Grown, Kernels
 
 CONFIGS: dict[str, type] = {"auto": KernelConfig, "triton": KernelConfig, "torch": KernelConfig}
 
 __all__ = ["CONFIGS", "MISMATCH", "Grown", "KernelConfig", "Kernels"]
+
+__getattr__ = names_of(__name__, dict.fromkeys(("MISMATCH", "Grown", "Kernels"), "esper.kernels.dispatch"))

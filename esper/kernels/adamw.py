@@ -12,13 +12,14 @@ from torch import Tensor
 
 
 @triton.jit
-def squared_norm(total, g, slot, N: tl.constexpr, BN: tl.constexpr):
-    """``total`` and the sum of squares of one tensor's gradient at ``slot``."""
+def squared_norm(g, slot, N: tl.constexpr, BN: tl.constexpr):
+    """The sum of squares of one tensor's gradient at ``slot``."""
+    total = tl.zeros([BN], tl.float32)
     for first in range(0, N, BN):
         place = first + tl.arange(0, BN)
-        value = tl.load(g + slot * N + place, mask=place < N, other=0.0).to(tl.float32)
-        total += tl.sum(value * value)
-    return total
+        value = tl.load(g + slot * N + place, mask=place < N, other=0.0)
+        total += value * value
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -48,12 +49,8 @@ def adamw_kernel(
     ``log1`` and ``log2`` are the logarithms of the betas; powers are taken in float64, since 1 − β₂ᵗ cancels.
     """
     slot = tl.program_id(0).to(tl.int64)
-    total = squared_norm(0.0, g0, slot, N0, BN)
-    total = squared_norm(total, g1, slot, N1, BN)
-    total = squared_norm(total, g2, slot, N2, BN)
-    total = squared_norm(total, g3, slot, N3, BN)
-    total = squared_norm(total, g4, slot, N4, BN)
-    total = squared_norm(total, g5, slot, N5, BN)
+    total = squared_norm(g0, slot, N0, BN) + squared_norm(g1, slot, N1, BN) + squared_norm(g2, slot, N2, BN)
+    total += squared_norm(g3, slot, N3, BN) + squared_norm(g4, slot, N4, BN) + squared_norm(g5, slot, N5, BN)
     norm = tl.sqrt(total)
     tl.store(norms + slot, norm)
     if (tl.load(learning + slot) == 0) | ((norm < float("inf")) == 0):

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esper.errors import UserError
 from esper.kernels import reference, reference_branches
-from esper.kernels.config import KernelConfig
+from esper.kernels.config import KernelConfig, refused
 from esper.kernels.geometry import as_rows
 from esper.kernels.kinds import KINDS
 from esper.kernels.reference_branches import ReferenceBranches
@@ -71,9 +70,7 @@ class Kernels:
         self.aside = False  # set while MACs are counted: the seed layers then take their groups' products
         why = missing(device if config.name == "triton" else None)  # under auto the model may still be moved
         if config.name == "triton" and why:
-            raise UserError(
-                f"kernel=triton was asked for, but {why}; use kernel=auto or kernel=torch, or run on a machine with a GPU and Triton."
-            )
+            raise refused(why)
         self.possible = config.name != "torch" and not why
         if config.name == "auto" and why and why not in _said:
             _said.add(why)

@@ -1,11 +1,16 @@
 """Stages, transitions, ages and gates: pure rules over tensors, no module and no I/O."""
 
+from typing import TYPE_CHECKING
+
+from esper.lazy import names_of
 from esper.lifecycle.ages import Ages, resolve
 from esper.lifecycle.config import LifecycleConfig
 from esper.lifecycle.gates import GATES, passes, spent
-from esper.lifecycle.machine import Change, Machine
 from esper.lifecycle.stages import Stage
-from esper.lifecycle.table import SeedTable
+
+if TYPE_CHECKING:
+    from esper.lifecycle.machine import Change, Machine
+    from esper.lifecycle.table import SeedTable
 
 CONFIGS = {"default": LifecycleConfig, "reference": LifecycleConfig}
 
@@ -22,3 +27,6 @@ __all__ = [
     "resolve",
     "spent",
 ]
+
+_TABLE, _MACHINE = "esper.lifecycle.table", "esper.lifecycle.machine"
+__getattr__ = names_of(__name__, {"Change": _MACHINE, "Machine": _MACHINE, "SeedTable": _TABLE})

@@ -54,10 +54,12 @@ def resolve(
     ticks_per_epoch: int,
     steps_per_tick: int = 1,
     longest_ramp: Callable[[int], int] | None = None,
+    growing: bool = True,
 ) -> Ages:
     """Durations → ticks for a run of ``total_ticks``; raises UserError naming a stage that could never be left.
 
     ``longest_ramp`` tells how many ticks the grafting strategy may take at worst for a ramp of that many ticks.
+    Where nothing is ``growing``, since nobody decides that anything should, no stage has to be left.
     """
 
     def ticks(text: str) -> int:
@@ -87,6 +89,8 @@ def resolve(
         Stage.ROLLED_BACK: max(1, ticks(config.embargo)),
     }
     ages = Ages(minimum, maximum, ramp_ticks, fade, max(1, ticks(config.judge_every)), max(1, ticks(warmup)))
+    if not growing:
+        return ages
     _check(ages, total_ticks)
     if longest_ramp is not None:
         _check_ramp(ages, longest_ramp(max(1, ramp_ticks)))

@@ -81,7 +81,7 @@ class Machine(Rules):
         """Make the transition; raises ValueError where ``refusal`` would have said no by the table of transitions."""
         change, table = self._change(row, target, cause), self.table
         table.put(row, target)
-        table.parent[row], table.age[row] = int(change.source), 0
+        table.age[row] = 0
         table.paused[row] = False
         if target is Stage.GERMINATED:
             table.generation[row] += 1

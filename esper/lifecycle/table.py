@@ -1,4 +1,4 @@
-"""Structure of arrays over all seeds of a model: one row a seed, 32 bytes each, kept on the CPU and saved with the model."""
+"""Structure of arrays over all seeds of a model: one row a seed, 28 bytes each, kept on the CPU and saved with the model."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from esper.lifecycle.stages import Stage
 
 COLUMNS: dict[str, torch.dtype] = {
     "stage": torch.int8,
-    "parent": torch.int8,
-    "strategy": torch.int8,
     "paused": torch.bool,
-    "blueprint": torch.int16,
     "generation": torch.int16,
     "errors": torch.int32,
     "age": torch.int32,

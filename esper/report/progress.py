@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import Alert, Message
+from esper.messages import Alert, Message
 from esper.report.state import ProgressState
 from esper.tracking.record import RunRecord
 

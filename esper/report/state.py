@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from esper.bus.messages import Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.report.numbers import duration, short
 from esper.tracking.tracker import rows
 
@@ -96,9 +96,7 @@ class ProgressState:
     @property
     def score(self) -> tuple[str, float | None]:
         """The primary validation metric: its short name and latest value."""
-        name = self.primary or next(
-            (name for name in sorted(self.values) if name.startswith("validation/")), "validation"
-        )
+        name = self.primary or next((name for name in sorted(self.values) if name.startswith("validation/")), "validation")
         value = self.values.get(name, self.values.get(f"validation/{name}"))
         return name.removeprefix("validation/"), value
 
@@ -106,7 +104,8 @@ class ProgressState:
         """Everything in one line but the bar and the step."""
         name, score = self.score
         stages = ", ".join(f"{count} {stage}" for stage, count in self.stages.items())
-        parts = [f"loss {short(self.values.get('train/loss'))}", f"{name} {short(score)}"]
+        judged = name if name == "validation" else f"validation {name}"
+        parts = [f"train loss {short(self.values.get('train/loss'))}", f"{judged} {short(score)}"]
         if stages:
             parts.append(f"seeds: {stages}")
         if self.overhead is not None:

@@ -102,7 +102,8 @@ class Summary(TypedDict, total=False):
     """Everything in ``summary.json``. MACs count training alone; ``fingerprint`` knows no clock; ``bus`` counts messages of this process.
 
     ``environment`` is that of the run's last life, ``environments`` those of all of them, each ``since`` a step.
-    ``kept`` and ``grown`` are there only where ``trainer.keep=better`` kept the never-grown host.
+    ``kept`` and ``grown`` are there only where ``trainer.keep=better`` kept the never-grown host, ``trace``, the path of a file, where
+    ``trainer.profile`` asked for one.
     """
 
     run: str
@@ -121,6 +122,7 @@ class Summary(TypedDict, total=False):
     macs: int
     seconds: SecondsSummary
     control: ControlSummary
+    control_curves: dict[str, dict[str, list[list[float]]]]
     kept: KeptSummary
     grown: GrownSummary
     environment: dict[str, Any]
@@ -129,6 +131,7 @@ class Summary(TypedDict, total=False):
     alerts: list[dict[str, Any]]
     bus: dict[str, int]
     output: str
+    trace: str
     config_hash: str
 
 

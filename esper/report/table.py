@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esper.report.numbers import count, duration, short
@@ -66,6 +66,7 @@ def _loudly(summary: Mapping[str, Any], console: Console) -> None:
     else:
         ends = ", ".join(f"{seeds.get(name, 0)} {_readable(name)}" for name in ("culled", "cancelled", "rolled_back"))
         console.print(f"[bold red]NOTHING WAS KEPT:[/] {germinated} germinated, 0 fossilized, {ends}.")
+        console.print(why_not_alone(summary), markup=False, highlight=False)
     gates = Table(title="Gates: the value closest to opening", title_justify="left")
     for name in ("gate", "closest", "threshold", "passed"):
         gates.add_column(name, justify="left" if name == "gate" else "right")
@@ -78,6 +79,27 @@ def _loudly(summary: Mapping[str, Any], console: Console) -> None:
         console.print("No command was refused.")
     for reason, times in sorted(refusals.items(), key=lambda item: (-item[1], item[0])):
         console.print(f"refused {times} ×: {reason}", markup=False, highlight=False)
+
+
+def why_not_alone(summary: Mapping[str, Any]) -> str:
+    """Of a run that kept nothing: why its host is not, or is, the host alone, in one sentence."""
+    spans = [span for branch in summary.get("branches") or [] if (span := _blended(branch.get("path", []), summary.get("ticks", 0)))]
+    if not spans:
+        return "No branch was ever blended in, so this host learned as the host alone does."
+    first, last = min(start for start, _ in spans), max(end for _, end in spans)
+    which = "one branch was" if len(spans) == 1 else f"{len(spans)} branches were"
+    return (
+        f"This host still differs from the host alone: {which} blended in between ticks {first} and {last}, and while a branch is, the "
+        "host learns with it in place; taking it away does not undo that."
+    )
+
+
+def _blended(path: Sequence[Sequence[Any]], end: int) -> tuple[int, int] | None:
+    """The ticks from and to which a branch added to its host; None for one that never did."""
+    ticks = {str(stage): int(tick) for stage, tick in path}
+    if "GRAFTING" not in ticks:
+        return None
+    return ticks["GRAFTING"], min((tick for stage, tick in ticks.items() if stage in ("CULLED", "ROLLED_BACK")), default=end)
 
 
 def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
@@ -98,6 +120,7 @@ def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
         ("time", _time(seconds)),
         ("bits", _bits(summary.get("environment") or {})),
         ("output", str(summary.get("output", ""))),
+        ("trace", f"{summary['trace']} (open it in Perfetto or chrome://tracing)" if summary.get("trace") else ""),
         ("see it in MLflow", ui),
     ]
     return [(label, text) for label, text in lines if text]

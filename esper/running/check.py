@@ -15,6 +15,7 @@ from esper.config import RootConfig
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.numbers import count, duration, short
+from esper.running.alone import controls_of
 from esper.running.estimates import Cost, Forward, cost_of, forward_of
 from esper.running.parts import build_trainer, refuse_idle
 from esper.seeds import Site
@@ -161,12 +162,37 @@ def _host(trainer: Trainer, forward: Forward, cost: Cost) -> list[tuple[str, str
 def _time(config: RootConfig, trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:
     between = max(1, parse(config.trainer.validate_every).ticks(trainer.total, trainer.steps_per_epoch))
     looks = 2 + trainer.total // between
-    one = trainer.total * cost.step_s + looks * cost.validation_s
-    text = f"about {duration(one)} for {trainer.total} steps of {short(1e3 * cost.step_s, 3)} ms"
-    lines = [("time (estimate)", f"{text}, nothing growing; growth adds shadow forwards and judging")]
-    if config.trainer.control:
-        lines.append(("", f"about {duration(3 * one)} with the two controls, unless they are kept from an earlier run"))
+    one, seeds = trainer.total * cost.step_s + looks * cost.validation_s, trainer.grow.garden.table.rows
+    validating = f"{looks} looks at the validation set of {_span(cost.validation_s)}"
+    least, most, what = _growth(trainer, cost)
+    lines = [
+        ("time (estimate)", f"about {duration(one)} where nothing grows: {trainer.total} steps of {_span(cost.step_s)}, {validating}"),
+        ("", f"about {duration(one + seeds * most)} where all {seeds} seeds grow and take longest, and what their branches add to a step"),
+        ("", f"a seed adds {_span(least)} to {_span(most)}: {what}"),
+    ]
+    if controls_of(config):
+        lines.append(("", f"about {duration(2 * one)} more for the two controls, unless they are kept from an earlier run"))
     return lines
+
+
+def _growth(trainer: Trainer, cost: Cost) -> tuple[float, float, str]:
+    """Seconds that a seed adds until it is kept, at least and at most, and of what they consist."""
+    settings = trainer.grow.settings
+    ages, steps = settings.ages, settings.steps_per_tick
+    judged = (Stage.EVALUATING, Stage.FINE_TUNING) if trainer.grow.judge is not None else ()
+    spans = [(ages.maximum[stage] - ages.minimum[stage]) // ages.judge_every for stage in judged]
+    shadows = [age[Stage.TRAINING] * steps for age in (ages.minimum, ages.maximum)]
+    looks = [len(judged), len(judged) + sum(spans)]
+    least, most = (a * cost.step_s + b * 2 * cost.judge_s for a, b in zip(shadows, looks, strict=True))
+    what = f"{shadows[0]} to {shadows[1]} steps with a shadow pass, {looks[0]} to {looks[1]} looks at the judge set"
+    return least, most, f"{what} of 2 × {_span(cost.judge_s)}"
+
+
+def _span(seconds: float) -> str:
+    """A short time with its unit."""
+    if seconds < 1.0:
+        return f"{short(1e3 * seconds, 3)} ms"
+    return f"{short(seconds, 3)} s" if seconds < 100.0 else duration(seconds)
 
 
 def _memory(trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:

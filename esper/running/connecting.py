@@ -6,7 +6,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ import msgspec
 from esper.bus.config import EmbeddedConfig, MemoryConfig
 from esper.bus.inbox import CONTROLLER
 from esper.bus.joining import invite
-from esper.bus.messages import Message
 from esper.bus.port import BusPort, ControllerSilent
 from esper.bus.programs.track import GROUP as TRACKER
 from esper.bus.protocol import Bus
@@ -23,10 +24,11 @@ from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
 from esper.errors import UserError
+from esper.messages import COLUMNS, Alert, Message
 from esper.running.parts import build_controller
-from esper.seeds import COLUMNS
 from esper.tasks.base import Task
-from esper.tracking import RunRecord, TrackerRunner, build_trackers
+from esper.tracking import MlflowConfig, RunRecord, Tracker, prepared_trackers
+from esper.tracking.reach import check_store
 from esper.tracking.runner import STREAMS as READ_BY_TRACKERS
 from esper.training.checkpoint.engine import fitting
 
@@ -44,10 +46,11 @@ class Watched(BusPort):
         self.alerts: list[dict[str, Any]] = []
         self.silent: ControllerSilent | None = None
 
-    def alert(self, tick: int, level: str, code: str, text: str, site: str = "", seed: int = -1) -> None:
-        """Say it and keep it."""
-        self.alerts.append({"tick": tick, "level": level, "code": code, "text": text, "site": site, "seed": seed})
-        super().alert(tick, level, code, text, site, seed)
+    def emit(self, event: Message) -> None:
+        """Say it, and keep it if it is an alert."""
+        if isinstance(event, Alert):
+            self.alerts.append(asdict(event))
+        super().emit(event)
 
     def end_tick(self, tick: int) -> None:
         """As the bus's; that the controller is silent is raised by the ``Keeper``, which can save before it."""
@@ -129,15 +132,20 @@ def connect_controller(
     if settings.process == EXTERNAL:
         port = Watched(bus, record.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
         return ControlledElsewhere(), port
-    runner = ControllerRunner(bus.local, record.run, controller)
+    runner = ControllerRunner(bus.local, record.run, controller, debug=config.trainer.debug)
     return runner, Watched(bus, record.run, COLUMNS, runner, settings.timing)
 
 
-def connect_trackers(config: RootConfig, bus: Bus, record: RunRecord) -> TrackerRunner:
-    """Who keeps the run's story."""
+@contextmanager
+def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
+    """Who keeps the run's story; raises UserError for a store that cannot be there. MLflow is tried while the run is prepared."""
     if config.tracking.process == EXTERNAL:
-        return TrackerRunner(bus.local, record, [TrackedElsewhere(getattr(config.tracking, "model", False))])
-    return TrackerRunner(bus.local, record, build_trackers(config.tracking))
+        yield [TrackedElsewhere(getattr(config.tracking, "model", False))]
+        return
+    if isinstance(config.tracking, MlflowConfig):
+        check_store(config.tracking, config.output)
+    with prepared_trackers(config.tracking, folder, Path(config.output)) as trackers:
+        yield trackers
 
 
 def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: bool) -> bool:

@@ -21,15 +21,16 @@ import esper
 from esper.config import RootConfig, plain
 from esper.custom import source_digest
 from esper.report.summary import plain as as_json
+from esper.running.alone import DEPENDS_ON, UNUSED
 from esper.running.parts import build_host, build_trainer
 from esper.tasks.base import Task
 from esper.training.fingerprint import fingerprint
 
-DEPENDS_ON = ("model", "task", "optimizer", "scheduler", "trainer", "seed")
+CURVE_POINTS = 50  # of a control's curve that are kept
 
 
 def control(config: RootConfig, task: Task, device: torch.device, steps: int, folder: Path, weights: bool = False) -> dict[str, Any]:
-    """Final and best metrics, MACs and steps of the host alone after ``steps``; read from ``folder`` where it was made before.
+    """Final and best metrics, curves, MACs and steps of the host alone after ``steps``; read from ``folder`` where it was made before.
 
     With ``weights`` its tensors are kept too, for ``trained_host``; a control that was kept without them is made again.
     """
@@ -41,6 +42,7 @@ def control(config: RootConfig, task: Task, device: torch.device, steps: int, fo
     trainer = build_trainer(_alone(config), task, device, steps=steps)
     outcome = trainer.fit()
     result = {"steps": steps, "macs": trainer.grow.meter.total, "metrics": outcome.final, "best": outcome.best, "key": key}
+    result["curves"] = _curves(outcome.history)
     folder.mkdir(parents=True, exist_ok=True)
     if weights:
         result["weights"] = _keep_weights(trainer.grow.export(), folder, key)
@@ -61,7 +63,22 @@ def _kept(path: Path, weights: bool) -> dict[str, Any] | None:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return None if weights and not _whole(path.parent, known) else known
+    return None if "curves" not in known or (weights and not _whole(path.parent, known)) else known
+
+
+def _curves(history: list[tuple[int, str, float]]) -> dict[str, list[list[float]]]:
+    """By validation metric its points as ``[tick, training MACs, value]``, of many every so many-th and the last."""
+    macs = {tick: value for tick, name, value in history if name == "cost/macs"}
+    found: dict[str, list[list[float]]] = {}
+    for tick, name, value in history:
+        if name.startswith("validation/"):
+            found.setdefault(name, []).append([tick, macs[tick], value])
+    return {name: [points[i] for i in _some(len(points))] for name, points in found.items()}
+
+
+def _some(number: int) -> list[int]:
+    """Places of at most ``CURVE_POINTS`` points and the last."""
+    return sorted({*range(0, number, -(-number // CURVE_POINTS)), number - 1})
 
 
 def _whole(folder: Path, known: dict[str, Any]) -> bool:
@@ -97,6 +114,16 @@ def equal_macs_steps(macs: int, control_at_steps: dict[str, Any]) -> int:
     return max(1, round(macs / price))
 
 
+def one_step(config: RootConfig, task: Task, device: torch.device) -> dict[str, Any]:
+    """MACs and steps of the host alone after one step, for where no control at the same steps tells the price."""
+    trainer = build_trainer(_alone(config), task, device)
+    try:
+        trainer.advance()
+    finally:
+        trainer.batches.close()
+    return {"macs": trainer.grow.meter.total, "steps": 1}
+
+
 def _alone(config: RootConfig) -> RootConfig:
     """The same run with nothing that could germinate and next to no telemetry."""
     return dataclasses.replace(config, telemetry=dataclasses.replace(config.telemetry, every=100))
@@ -105,8 +132,7 @@ def _alone(config: RootConfig) -> RootConfig:
 def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> str:
     tree = plain(config)
     relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}
-    unused = ("steps", "epochs", "control", "keep", "profile")
-    relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in unused and not k.startswith("checkpoint_")}
+    relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in UNUSED and not k.startswith("checkpoint_")}
     relevant |= {"steps": steps, "device": device.type, "torch": torch.__version__, "esper": esper.__version__}
     relevant |= {"data": task.digest, "weights": fingerprint(build_host(config, task).state_dict(), ())}
     relevant["sources"] = [source_digest(part.target) for part in (config.model, config.task) if part.name == "custom"]

@@ -30,10 +30,11 @@ class Forward:
 
 @dataclass
 class Cost:
-    """Seconds of a step and of a look at the validation set, MACs of a training step, and bytes by what they are for."""
+    """Seconds of a step, of a look at the validation set and of a pass over the judge set, MACs of a training step, bytes by purpose."""
 
     step_s: float
     validation_s: float
+    judge_s: float
     step_macs: int
     bytes: dict[str, int] = field(default_factory=dict)
 
@@ -78,8 +79,12 @@ def cost_of(trainer: Trainer) -> Cost:
     began = _now(trainer.device)
     evaluate(trainer.model, trainer.task, trainer.validation)
     validation = _now(trainer.device) - began
+    began = _now(trainer.device)
+    if trainer.grow.judge is not None:
+        trainer.grow.judge.losses([])
+    judge = _now(trainer.device) - began
     macs = trainer.grow.meter.spent.get("step", 0) // max(1, trainer.outcome.steps)
-    return Cost(passed / taken if taken else 0.0, validation, macs, _bytes(trainer))
+    return Cost(passed / taken if taken else 0.0, validation, judge, macs, _bytes(trainer))
 
 
 def _now(device: torch.device) -> float:

@@ -5,23 +5,27 @@ A run that has not finished gives the model of its newest checkpoint that is who
 
 from __future__ import annotations
 
+import shutil
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.config import RootConfig, listing, nearest, plain
 from esper.errors import UserError
+from esper.files import replacing
+from esper.program import refuse_without_onnx, to_onnx, to_pt2, traced
 from esper.running.parts import build_trainer
 from esper.running.resume import CONFIG, stored
 from esper.saved import DESCRIPTION, WEIGHTS, build_host, host_card, load_into, model_folder, read_description
 from esper.saved import FOLDER as MODEL
-from esper.tracking.model import save_program
 from esper.training.checkpoint import store
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 USAGE = "esper export run=<folder> [format=pt2|onnx|safetensors] [to=<folder>]"
 
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     given = _given(arguments)
     folder = _folder(Path(given["run"]), given.get("to", ""))
     target = Path(given.get("to") or folder)
+    if not given.get("to") and target.is_symlink():
+        raise UserError(f"{target} is a link, through which nothing is written; name a folder: to=<folder>.")
     description = read_description(folder / DESCRIPTION)
     model = load_into(build_host(description, folder), folder / WEIGHTS, description).eval()
     target.mkdir(parents=True, exist_ok=True)
@@ -88,37 +94,26 @@ def example(task: dict[str, object]) -> Tensor:
 
 
 def export_pt2(model: nn.Module, inputs: Tensor, path: Path) -> Path:
-    """The model as a program of ``torch.export`` for any batch size; ``torch.export.load`` reads it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of its own parts
-        save_program(torch.export.export(model, (inputs,), dynamic_shapes=_any_batch()), path)
-    return path
+    """The model as a program of ``torch.export``; ``torch.export.load`` reads it."""
+    return to_pt2(_said(model, inputs), path)
 
 
 def export_onnx(model: nn.Module, inputs: Tensor, path: Path) -> Path:
-    """The model as an ONNX graph ``inputs -> outputs`` for any batch size, weights inside. Needs ``pip install esper[onnx]``."""
-    from importlib.util import find_spec
-
-    if find_spec("onnxscript") is None or find_spec("onnx") is None:
-        raise UserError("format=onnx needs the packages onnx and onnxscript: pip install 'esper[onnx]'.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (inputs,),
-            path,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            input_names=["inputs"],
-            output_names=["outputs"],
-            dynamic_shapes=_any_batch(),
-        )
-    return path
+    """The model as an ONNX graph ``inputs -> outputs``, weights inside. Needs ``pip install esper[onnx]``."""
+    refuse_without_onnx()
+    return to_onnx(_said(model, inputs), path)
 
 
-def _any_batch() -> tuple[dict[int, object]]:
-    return ({0: torch.export.Dim("batch", min=1)},)
+def _said(model: nn.Module, inputs: Tensor) -> ExportedProgram:
+    """The model as a program; what that does not take though the model does is said."""
+    try:
+        program, remarks = traced(model, inputs)
+    except Exception as error:  # torch.export has no common base for what it raises
+        why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise UserError(f"This model cannot be exported by torch.export ({why}); format=safetensors does without.") from error
+    for remark in remarks:
+        print(f"esper: {remark}", file=sys.stderr)
+    return program
 
 
 def _pt2(model: nn.Module, inputs: Tensor, folder: Path, target: Path) -> list[Path]:
@@ -132,7 +127,8 @@ def _onnx(model: nn.Module, inputs: Tensor, folder: Path, target: Path) -> list[
 def _safetensors(model: nn.Module, inputs: Tensor, folder: Path, target: Path) -> list[Path]:
     for name in (WEIGHTS, DESCRIPTION):
         if target != folder:
-            (target / name).write_bytes((folder / name).read_bytes())
+            with replacing(target / name) as aside:
+                shutil.copyfile(folder / name, aside)
     return [target / WEIGHTS, target / DESCRIPTION]
 
 

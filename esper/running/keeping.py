@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esper import messages
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig
 from esper.errors import Preempted
@@ -52,7 +53,7 @@ class Keeper:
         """Save what is due. Raises Preempted when SIGTERM came, ControllerSilent when the controller did not; all is saved."""
         while self._finished:
             done = self._finished.pop(0)
-            self.port.checkpoint(trainer.grow.tick_number, str(done.path), done.manifest["sha256"])
+            self.port.emit(messages.Checkpoint(tick=trainer.grow.tick_number, path=str(done.path), digest=done.manifest["sha256"]))
         if self.port.silent is not None:
             self._stop(trainer, self.port.silent)
         if not self.every:
@@ -77,7 +78,9 @@ class Keeper:
     def _copy(self, trainer: Trainer) -> Copy:
         self.runner.hear()
         if self.port.external:
-            self.port.checkpoint(trainer.grow.tick_number, "", "")  # for the controller to keep its own state here
+            self.port.emit(
+                messages.Checkpoint(tick=trainer.grow.tick_number, path="", digest="")
+            )  # for the controller to keep its own state here
         state: dict[str, Any] = {
             "trainer": trainer_state(trainer),
             "controller": json.dumps(self.runner.state()),

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from esper.messages import Alert
 from esper.report.summary import Summary
 from esper.training.fingerprint import fingerprint
 from esper.training.port import Port
@@ -50,7 +51,7 @@ def put_in_place(host: nn.Module, alone: Mapping[str, Any], summary: Summary, tr
 
 def say_so(summary: Summary, port: Port) -> None:
     """The alert, once the model that the run leaves is the never-grown one."""
-    port.alert(summary["ticks"], "warning", CODE, summary["kept"]["why"], "", -1)
+    port.emit(Alert(tick=summary["ticks"], level="warning", code=CODE, text=summary["kept"]["why"]))
 
 
 def _shown(value: float | None) -> str:

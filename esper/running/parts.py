@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.bus.messages import RunStarted
 from esper.config import RootConfig, listing, nearest, options
 from esper.controllers import Controller
 from esper.errors import UserError
+from esper.messages import RunStarted
 from esper.randomness import generator
 from esper.saved import load_weights
 from esper.tasks.base import Task
@@ -71,8 +71,9 @@ def refuse_idle(config: RootConfig, task: Task, trainer: Trainer) -> None:
 
 def build_growth(config: RootConfig) -> Growth:
     """How the host may grow, from the groups that say so."""
+    decided = config.controller.name != "none" or config.bus.name != "memory"  # over a server anybody may command
     blueprint, grafting = (part.build() if part.name == "custom" else part for part in (config.blueprint, config.grafting))
-    return Growth(config.sites, blueprint, config.lifecycle, grafting, config.telemetry, config.kernel)
+    return Growth(config.sites, blueprint, config.lifecycle, grafting, config.telemetry, config.kernel, decided)
 
 
 def build_trainer(

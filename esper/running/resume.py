@@ -23,7 +23,7 @@ from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listin
 from esper.errors import UserError
 from esper.report.summary import NAME as SUMMARY
 from esper.report.summary import read_summary
-from esper.running.folder import CONFIG, LOCK, hash_of, status
+from esper.running.folder import CONFIG, LOCK, hash_of, read_config, refuse_running, status
 from esper.running.forking import forked
 from esper.training.checkpoint import store
 from esper.training.checkpoint.engine import fitting
@@ -61,12 +61,16 @@ def asked(words: Sequence[str]) -> str | None:
 
 def main(words: Sequence[str]) -> int:
     """``esper resume=<folder> [overrides]`` or ``esper fork=<folder> [overrides]``; returns the exit code."""
-    from esper.running.run import run
-
     key = asked(words)
     place = Path(next(word for word in words if word.startswith(f"{key}=")).partition("=")[2])
     others = [word for word in words if not word.startswith(f"{key}=")]
-    start = fork(place, others) if key == "fork" else resume(place, others)
+    return go_on(fork(place, others) if key == "fork" else resume(place, others))
+
+
+def go_on(start: Start) -> int:
+    """Train on from there; returns the exit code."""
+    from esper.running.run import run
+
     _log_to(start.folder)
     run(start.config, start.folder, state=start.state)
     return 0
@@ -79,6 +83,7 @@ def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> S
     Raises UserError for a run that is finished or running, and for an override that would change the bits.
     """
     folder, chosen = _locate(place)
+    refuse_running(folder)
     tree, choices = _stored(folder)
     refuse_changes(words, folder)
     before, config = _before_and_after(tree, choices, words)
@@ -127,28 +132,39 @@ def fork(place: Path, words: Sequence[str] = ()) -> Start:
     return Start(config, Path(config.output) / f"{now}-{config.name}-{secrets.token_hex(3)}", state)
 
 
-def unfinished(config: RootConfig) -> Path | None:
-    """The newest run of this very configuration under ``config.output`` that did not come to its end, and runs nowhere now.
+def unfinished(config: RootConfig, named: Path | None = None) -> Path | None:
+    """The newest run of this very configuration that did not come to its end, under ``config.output`` or in the folder ``named``.
 
-    A folder of which that cannot be told is passed over, and said.
+    A folder of which that cannot be told is passed over, and said. Raises UserError where a process runs one: beside it, going on
+    and beginning anew would both do the same work twice.
     """
     wanted, output = config_hash(config), Path(config.output)
-    folders = {path.parent for path in (*_at_depths(output, LOCK), *_at_depths(output, SUMMARY))}
-    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+    folders = {path.parent.resolve() for path in (*_at_depths(output, LOCK), *_at_depths(output, SUMMARY))}
+    if named is not None and named.is_dir():
+        folders.add(named.resolve())
+    found: list[Path] = []
+    for folder in folders:
         try:
-            if hash_of(folder) == wanted and status(folder) in ("KILLED", "DIED"):
-                return folder
-        except UserError as error:
+            ended = status(folder) if hash_of(folder) == wanted else "NEW"
+        except (UserError, OSError) as error:
             print(f"esper: {error}", file=sys.stderr)
-    return None
+            continue
+        if ended == "RUNNING":
+            raise UserError(
+                f"A run of this very configuration is under way in {folder}: wait for it, or end it first. Without resume=auto "
+                "another one begins beside it."
+            )
+        if ended not in ("NEW", "FINISHED") and (folder / CONFIG).exists():
+            found.append(folder)
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def auto(config: RootConfig, folder: Path) -> Start:
-    """What ``resume=auto`` comes to for a composed config: the run that did not end, or a new one in ``folder``."""
-    found = unfinished(config)
+def auto(config: RootConfig, folder: Path) -> Start | None:
+    """What ``resume=auto`` comes to for a composed config that a new run would train in ``folder``: the run that did not end, or None."""
+    found = unfinished(config, folder)
     if found is None:
         print(f"resume=auto: no unfinished run of this configuration under {config.output}; a new one begins", file=sys.stderr)
-        return Start(config, folder, None)
+        return None
     print(f"resume=auto: going on in {found}", file=sys.stderr)
     return resume(found, fall_back=True)
 
@@ -193,12 +209,9 @@ def _locate(place: Path) -> tuple[Path, Path | None]:
 
 
 def _stored(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        tree = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {' '.join(str(error).split())}; restore it or start a new run.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{folder / CONFIG} holds no configuration; restore it or start a new run.")
+    tree = read_config(folder)
+    if missing := [group for group in GROUPS if group not in tree]:
+        raise UserError(f"{folder / CONFIG} ends too early: it has no {missing[0]}; restore it, or start a new run.")
     choices = {preset: str(tree.pop(preset, "") or "") for preset in PRESETS}
     return {key: value for key, value in tree.items() if value is not None}, choices
 
@@ -296,7 +309,7 @@ def _at_depths(output: Path, name: str) -> list[Path]:
 def _log_to(folder: Path) -> None:
     """What ``conf/hydra/job_logging`` does for a run that Hydra starts: everything to the log, warnings to the terminal too."""
     folder.mkdir(parents=True, exist_ok=True)
-    file, terminal = logging.FileHandler(folder / "esper.log"), logging.StreamHandler()
+    file, terminal = logging.FileHandler(folder / "esper.log", encoding="utf-8"), logging.StreamHandler()
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal.setFormatter(Sentence())
     terminal.setLevel(logging.WARNING)

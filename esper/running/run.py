@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,25 @@ from torch import Tensor, nn
 from esper.bus import open_bus
 from esper.bus.port import ControllerSilent
 from esper.config import RootConfig, plain
+from esper.messages import Alert
 from esper.report.progress import ProgressBar
-from esper.report.summary import Summary, reserve, write_summary
+from esper.report.summary import ControlSummary, Summary, reserve, write_summary
 from esper.report.table import print_report
+from esper.running.alone import SAME_MACS, SAME_STEPS, controls_of
 from esper.running.connecting import (
     Watched,
     connect_controller,
-    connect_trackers,
     let_payloads_go,
     let_them_read,
     load,
     refuse_alone,
     refuse_untrackable,
     say_where,
+    trackers_of,
 )
-from esper.running.control import control, equal_macs_steps, trained_host
+from esper.running.control import control, equal_macs_steps, one_step, trained_host
 from esper.running.environment import environment
-from esper.running.folder import alive
+from esper.running.folder import Life, alive, refuse_occupied, status
 from esper.running.keeping import Keeper
 from esper.running.kept import put_in_place, replaces, say_so
 from esper.running.lives import note_life
@@ -45,12 +48,15 @@ from esper.running.traced import Traced
 from esper.saved import FOLDER as MODEL
 from esper.saved import host_card, save_model
 from esper.tasks.base import Task
-from esper.tracking import MlflowConfig, TrackerError, TrackerRunner, tracking_uri, ui_command
-from esper.tracking.reach import check_store
+from esper.tracking import MlflowConfig, Tracker, TrackerError, TrackerRunner, tracking_uri, ui_command
+from esper.training.checkpoint import store
 from esper.training.device import choose_device, describe, keep_freed_memory, numerics
 from esper.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+#: The errors of a file that can grow no further.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 #: What ends a run that can go on where it was stopped.
 STOPPED = (KeyboardInterrupt, ControllerSilent)
@@ -64,41 +70,60 @@ class Result:
     primary: float
 
 
-def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None) -> Result:
+def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None, controls: Collection[str] | None = None) -> Result:
     """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to go on from.
+
+    ``controls`` are those that are trained too: what a sweep's report shows, or (None) all that the run has.
 
     Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; what was learnt so far is kept, and the exception goes on.
     Raises UserError for what the user can mend.
     """
     refuse_alone(config)
     folder = folder.resolve()
+    if state is None and (status(folder) == "FINISHED" or store.checkpoints(folder / store.FOLDER)):
+        refuse_occupied(folder)
     refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(config.tracking, MlflowConfig):
-        check_store(config.tracking, config.output)
-    device = choose_device(config.trainer)
-    keep_freed_memory()
-    if not quiet:
-        print(describe(device, config.trainer), file=sys.stderr, flush=True)
-    task = config.task.build()
-    if state is not None:
-        refuse_other_data(state, task, folder)
     try:
-        with numerics(config.trainer), alive(config, folder):
-            return _connected(config, task, device, folder, quiet, state)
+        with trackers_of(config, folder) as trackers:
+            device = choose_device(config.trainer)
+            keep_freed_memory()
+            if not quiet:
+                print(describe(device, config.trainer), file=sys.stderr, flush=True)
+            task = config.task.build()
+            if state is not None:
+                refuse_other_data(state, task, folder)
+            with numerics(config.trainer), alive(config, folder) as life:
+                wanted = controls_of(config) if controls is None else controls
+                return _connected(config, task, device, folder, quiet, state, trackers, life, wanted)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
         raise
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:  # a write that failed does not say where
+            error.filename = str(folder)
+        raise
 
 
-def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet: bool, state: Any) -> Result:
+def _connected(
+    config: RootConfig,
+    task: Task,
+    device: Any,
+    folder: Path,
+    quiet: bool,
+    state: Any,
+    who: list[Tracker],
+    life: Life,
+    controls: Collection[str],
+) -> Result:
     record = run_record(config, task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
     say_where(config, bus, record, folder, quiet)
     runner, port = connect_controller(config, task, bus, record)
-    trackers = connect_trackers(config, bus, record)
+    trackers = TrackerRunner(bus.local, record, who)
     progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
     lost: TrackerError | None = None
+    ending = _Ending()
     try:
         with _failing(progress, trackers):
             if state is not None:
@@ -106,23 +131,26 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
             trainer = build_trainer(config, task, device, port, state=None if state is None else state["trainer"])
             with _beginning(trainer):
                 refuse_idle(config, task, trainer)
+                trackers.try_model(trainer.grow.export(), _inputs(trainer))
                 reserve(folder)
+                trackers.start()  # only now: what is refused leaves no run behind
+                trackers.await_open()
                 note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
+                life.begin()
             since = -1 if state is None else trainer.outcome.steps
             traced, keeper = Traced(folder, since), Keeper(config, folder, port, runner, trackers, since)
-            trackers.start()  # only now: what is refused leaves no run behind
             progress.start()
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
-                port.alert(trainer.grow.tick_number, "warning", "other_versions", warning)
-        with _ending(config, trainer, port, folder, record.run, trackers, progress) as ending:
-            with keeper.listening(), profiled(trainer, _both(traced, keeper), config.trainer.profile, folder) as between:
+                port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
+        with _ending(ending, config, trainer, port, folder, record.run, trackers, progress, life):
+            with keeper.listening(), profiled(trainer, _both(life, traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
             keeper.saver.wait()
             progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
             ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
-            host = _controls(config, trainer, ending.summary, quiet) if config.trainer.control else None
+            host = _controls(config, trainer, ending.summary, quiet, controls) if controls else None
             if config.trainer.save:
                 _save(config, trainer, host, folder / MODEL)
             trackers.log_model(trainer.grow.export() if host is None else host, _inputs(trainer))
@@ -131,10 +159,15 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
     except TrackerError as error:  # the training itself is done: its report first
         lost = error
     finally:
-        tracked = let_them_read(config, bus, record.run, port, quiet)
-        let_payloads_go(bus, record.run, port, tracked)
-        runner.close()
-        bus.close()
+        try:
+            tracked = let_them_read(config, bus, record.run, port, quiet)
+            let_payloads_go(bus, record.run, port, tracked)
+            runner.close()
+            bus.close()
+            _count_unsent(ending.summary, port, folder)
+        except Exception:
+            ending.failed(folder)
+            raise
     assert ending.summary is not None
     if not quiet:
         command = ui_command(tracking_uri(config.tracking, config.output)) if isinstance(config.tracking, MlflowConfig) else ""
@@ -148,15 +181,30 @@ def _connected(config: RootConfig, task: Task, device: Any, folder: Path, quiet:
 class _Ending:
     summary: Summary | None = None
 
+    def failed(self, folder: Path) -> None:
+        """Something failed after the summary was written, which must not say FINISHED then."""
+        if self.summary is not None and self.summary["status"] == "FINISHED":
+            self.summary["status"] = "FAILED"
+            write_summary(self.summary, folder)
+
 
 @contextmanager
 def _ending(
-    config: RootConfig, trainer: Trainer, port: Watched, folder: Path, run: str, trackers: TrackerRunner, progress: TrackerRunner
-) -> Iterator[_Ending]:
+    ending: _Ending,
+    config: RootConfig,
+    trainer: Trainer,
+    port: Watched,
+    folder: Path,
+    run: str,
+    trackers: TrackerRunner,
+    progress: TrackerRunner,
+    life: Life,
+) -> Iterator[None]:
     """However the training ends, its summary is written and said, and the trackers are closed with the right status."""
-    ending, status = _Ending(), "FINISHED"
+    status, interrupted = "FINISHED", True
     try:
-        yield ending
+        yield
+        interrupted = False
     except STOPPED:
         status = "KILLED"
         raise
@@ -164,19 +212,36 @@ def _ending(
         status = "FAILED"
         raise
     finally:
-        if ending.summary is None or status != "FINISHED":
+        if status == "FINISHED" and trackers.error is not None:  # the model's program, say: the trackers shall know how it ended
+            status = "FAILED"
+        if ending.summary is None or interrupted:
             ending.summary = summarize(config, trainer, folder, run, status, port.alerts)
+        ending.summary["status"] = status
         ending.summary["bus"] = port.counts()
         try:
+            life.refuse_removed()
             write_summary(ending.summary, folder)
+            life.end()
         except OSError:  # a full disk, say: the trackers are told all the same
-            status = "FAILED" if status == "FINISHED" else status
+            status = ending.summary["status"] = "FAILED" if status == "FINISHED" else status
             raise
         finally:
             trainer.grow.close(status, dict(ending.summary))
-            with _quietly(status != "FINISHED"):
-                progress.close(status)
-                trackers.close(status)
+            try:
+                with _quietly(interrupted):
+                    progress.close(status)
+                    trackers.close(status)
+            except TrackerError:
+                ending.failed(folder)
+                raise
+
+
+def _count_unsent(summary: Summary | None, port: Watched, folder: Path) -> None:
+    """What a server that does not answer was not given is known when the bus is closed, which is after the summary was written."""
+    counts = port.counts()
+    if summary is not None and counts.get("waiting"):
+        summary["bus"] = counts
+        write_summary(summary, folder)
 
 
 @contextmanager
@@ -212,17 +277,19 @@ def _quietly(other: bool) -> Iterator[None]:
             raise
 
 
-def _both(traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
-    """What comes after a step: its weights are noted before anything counts on it."""
+def _both(life: Life, traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
+    """What comes after a step: its weights are noted before anything counts on it, at every look at the validation set."""
 
     def after(trainer: Trainer) -> None:
+        if trainer.validates(trainer.outcome.steps):
+            life.refuse_removed()
         traced(trainer)
         keeper(trainer)
 
     return after
 
 
-def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: bool) -> nn.Module | None:
+def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: bool, wanted: Collection[str]) -> nn.Module | None:
     """Put the host alone into the summary, at the same steps and at the same MACs; the one at the same steps where it is to be kept."""
     kept, better, task = Path(config.output).resolve() / "controls", config.trainer.keep == "better", trainer.task
 
@@ -231,10 +298,15 @@ def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: boo
             print(f"control: the host alone, {steps} steps ({why})", file=sys.stderr, flush=True)
         return control(config, task, trainer.device, steps, kept, weights)
 
-    steps = alone(trainer.total, "the same number", better)
-    macs = alone(equal_macs_steps(trainer.grow.meter.total, steps), "the same training MACs", False)
-    summary["control"] = {"same_steps": steps["metrics"], "same_macs": macs["metrics"]}
-    if not better or not replaces(summary, steps):
+    summary["control"], summary["control_curves"] = told, curves = ControlSummary(), {}
+    steps = alone(trainer.total, "the same number", better) if SAME_STEPS in wanted else None
+    if steps is not None:
+        told["same_steps"], curves["same_steps"] = steps["metrics"], steps["curves"]
+    if SAME_MACS in wanted:
+        paid = one_step(config, task, trainer.device) if steps is None else steps
+        macs = alone(equal_macs_steps(trainer.grow.meter.total, paid), "the same training MACs", False)
+        told["same_macs"], curves["same_macs"] = macs["metrics"], macs["curves"]
+    if steps is None or not better or not replaces(summary, steps):
         return None
     host = trained_host(config, task, steps, kept)
     put_in_place(host, steps, summary, trainer)

@@ -9,6 +9,7 @@ from esper.config import RootConfig, config_hash
 from esper.report.summary import Summary
 from esper.running.environment import environment
 from esper.running.lives import lives
+from esper.running.profiling import NAME as TRACE
 from esper.training.fingerprint import fingerprint
 from esper.training.trainer import Trainer
 
@@ -47,6 +48,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
         fingerprint=fingerprint(grown, outcome.history),
         alerts=alerts,
         output=str(folder),
+        **({"trace": str(folder / TRACE)} if (folder / TRACE).exists() else {}),  # type: ignore[typeddict-item]
         config_hash=config_hash(config),
         data=trainer.task.digest,  # type: ignore[typeddict-unknown-key]
         seed=config.seed,  # type: ignore[typeddict-unknown-key]

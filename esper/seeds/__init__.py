@@ -1,11 +1,16 @@
 """Seeds on a host: sites, the seed layer, the branches that grow and how a forward blends them."""
 
-from esper.seeds.branches import Branch, BranchTable
+from typing import TYPE_CHECKING
+
+from esper.lazy import names_of
 from esper.seeds.config import SitesConfig, TelemetryConfig
-from esper.seeds.garden import Garden
-from esper.seeds.layer import SeedLayer
-from esper.seeds.recording import COLUMNS, Recording
-from esper.seeds.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    from esper.seeds.branches import Branch, BranchTable
+    from esper.seeds.garden import Garden
+    from esper.seeds.layer import SeedLayer
+    from esper.seeds.recording import Recording
+    from esper.seeds.sites import Site, find_sites
 
 CONFIGS: dict[str, dict[str, type]] = {
     "sites": {"auto": SitesConfig},
@@ -13,7 +18,6 @@ CONFIGS: dict[str, dict[str, type]] = {
 }
 
 __all__ = [
-    "COLUMNS",
     "CONFIGS",
     "Branch",
     "BranchTable",
@@ -25,3 +29,16 @@ __all__ = [
     "TelemetryConfig",
     "find_sites",
 ]
+
+__getattr__ = names_of(
+    __name__,
+    {
+        "Branch": "esper.seeds.branches",
+        "BranchTable": "esper.seeds.branches",
+        "Garden": "esper.seeds.garden",
+        "Recording": "esper.seeds.recording",
+        "SeedLayer": "esper.seeds.layer",
+        "Site": "esper.seeds.sites",
+        "find_sites": "esper.seeds.sites",
+    },
+)

@@ -1,18 +1,20 @@
 """The forward pass of the branches at a site, on plain torch: ``y = x + Σ α·δ(x)``, with every branch contained.
 
 A branch whose δ holds a non-finite value adds nothing to that forward, is counted, and lets no gradient through: the host
-cannot feel it.
+cannot feel it. One whose code raises adds nothing either (``esper.seeds.containing``).
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
 from esper.blueprints.once import each_once
+from esper.seeds.containing import contained
 from esper.seeds.fused import Fused
 from esper.seeds.places import Fork, Put, take
 from esper.seeds.plan import BlockGroup, Group, Injection, Plan
@@ -160,7 +162,7 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
     additions = []
     for group, chunks in zip(groups, chosen, strict=True):
         chunk = _in_rows(chunks, group, dim)
-        delta = _group_output(through, chunk, group, geometry)
+        delta = contained(group, chunk, partial(_group_output, through, chunk, group, geometry))
         added = _contained(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
         if ratios is not None:
             _note_ratios(ratios, group.branches, added, chunk)
@@ -170,7 +172,8 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
 
 
 def _add_block(x: Tensor, y: Tensor, group: BlockGroup, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
-    delta, whole = branch_outputs(x, group, geometry)
+    whole = chunks_of(x, group, geometry)
+    delta = contained(group, whole, partial(_block_output, x, group))
     added = _contained(delta, group) * group.alpha.to(delta.dtype)
     if ratios is not None:
         _note_ratios(ratios, group.branches, added, whole)

@@ -35,6 +35,8 @@ class Branch:
     """Whether it gave non-finite values when it last ran (told of fossils, which stay)."""
     overflows: int = 0
     """Steps in a row at which its gradient was not finite under a loss scale."""
+    raised: int = 0
+    """Ticks at which its code, or the strategy that blends it, raised an exception."""
 
 
 class BranchTable:

@@ -13,7 +13,6 @@ from esper.blueprints import Block, SlotBank
 from esper.kernels.dispatch import chosen_by_hash
 from esper.kernels.kinds import KINDS
 from esper.seeds import graph
-from esper.seeds.branches import Branch
 from esper.seeds.fused import FROZEN, SUBTRACT, bank_fits, kind_of
 from esper.seeds.graph import GraphSite
 from esper.seeds.sending import on_device
@@ -37,6 +36,7 @@ class CompiledSites:
         self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         begin = weakref.WeakMethod(self._begin)
         self.near_zero = 0.0
+        self.outside = False
         for layer in garden.layers:
             layer.number = graph.number_of(lambda: (begin() or _gone)())
             weakref.finalize(layer, graph.forget, layer.number)
@@ -49,11 +49,19 @@ class CompiledSites:
         return garden
 
     def refresh(self, numbers: Iterable[int]) -> None:
-        """The plans of these sites have changed."""
-        changed = sorted(numbers)
-        for number in changed:
-            self.garden.layers[number].outside = bool(self._split(number)[1])
-        if self.sites and changed:
+        """The plans of these sites have changed.
+
+        Whether the graph is left is one state of the whole host, so that it is compiled once for it and not site by site.
+        """
+        numbers = sorted(numbers)
+        if not numbers:
+            return
+        garden, outside = self.garden, self._outside()
+        changed = numbers if outside == self.outside else list(range(len(garden.layers)))
+        self.outside = outside
+        for layer in garden.layers:
+            layer.outside = outside
+        if self.sites:
             for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
                 self._hold(number)
             for number in changed:
@@ -110,16 +118,21 @@ class CompiledSites:
 
     # --- one site ---
 
-    def _split(self, number: int) -> tuple[list[Branch], list[Branch]]:
-        """The branches that a site adds, in the graph and outside: all of them, where there is one that cannot be in it."""
-        garden = self.garden
-        blended = garden.blended(number)
-        capable = all(self._capable(number, branch.blueprint) for branch in blended)
-        alone = len({branch.row for branch in blended}) == len(blended)
-        checked = garden.kernels is not None and garden.kernels.possible and garden.kernels.config.canary > 0.0
-        return (blended, []) if capable and alone and not checked else ([], blended)
+    def _outside(self) -> bool:
+        """Whether something lives that cannot be in the graph: a branch of another kind, a second one on a chunk, or a canary."""
+        garden, kernels = self.garden, self.garden.kernels
+        if kernels is not None and kernels.possible and kernels.config.canary > 0.0:
+            return True
+        for number in range(len(garden.layers)):
+            living = garden.living_at(number)
+            if not all(self._capable(blueprint) for blueprint in {branch.blueprint for branch in living}):
+                return True
+            blended = [branch.row for branch in living if garden.adds(branch)] if len(living) > 1 else []
+            if len(set(blended)) != len(blended):
+                return True
+        return False
 
-    def _capable(self, number: int, blueprint: str) -> bool:
+    def _capable(self, blueprint: str) -> bool:
         config = self.garden.blueprints[blueprint]
         return not isinstance(config, Block) and kind_of(config) is not None
 
@@ -141,11 +154,11 @@ class CompiledSites:
         """Blueprints that grew anywhere and that the graph can hold here."""
         garden = self.garden
         grown = [name for name in garden.blueprints if any(name in layer.banks for layer in garden.layers)]
-        return [name for name in grown if self._capable(number, name) and garden.misfit(garden.first_row[number], name) is None]
+        return [name for name in grown if self._capable(name) and garden.misfit(garden.first_row[number], name) is None]
 
     def _route(self, number: int) -> None:
         garden, seeds = self.garden, self.garden.layers[number].geometry.seeds
-        names, (inside, _) = self._names(number), self._split(number)
+        names, inside = self._names(number), [] if self.outside else garden.blended(number)
         route = torch.full((seeds, 3), -1, dtype=torch.int32)
         entries = []
         self._members[number] = {branch.seed: branch.id for branch in inside}

@@ -49,10 +49,11 @@ def export_with_cards(garden: Garden) -> tuple[nn.Module, list[Card]]:
     return plain, cards
 
 
-def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any) -> None:
+def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
     """Build modules of the same shapes as the cards say into a fresh host; their values come from a saved state.
 
-    ``blueprint_of(entry)`` makes the blueprint of a branch's entry. Raises KeyError or AttributeError where the host has no such module.
+    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.described``) is asked before anything is.
+    Raises KeyError or AttributeError where the host has no such module.
     """
     modules = [host.get_submodule(card["site"]) for card in cards]
     for card, module in zip(cards, modules, strict=True):
@@ -60,9 +61,10 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any) -> None:
             if card["bias"] and module.bias is None:
                 weight = module.weight
                 assert isinstance(weight, Tensor)
+                budget.spend([(card["width"],)])
                 module.bias = nn.Parameter(weight.new_zeros(card["width"]))
             continue
-        branches = [_empty_branch(card, entry, module, blueprint_of) for entry in card["branches"]]
+        branches = [_empty_branch(card, entry, module, blueprint_of, budget) for entry in card["branches"]]
         _replace(host, module, _joined(module, branches, card["width"], card["dim"]))
 
 
@@ -142,12 +144,14 @@ def _card(garden: Garden, branch: Branch) -> Card:
     return card | {"target": target, "settings": settings, "geometry": dataclasses.asdict(geometry), "block": False}
 
 
-def _empty_branch(card: Card, entry: Card, module: nn.Module, blueprint_of: Any) -> GrownBranch | GrownBlock:
+def _empty_branch(card: Card, entry: Card, module: nn.Module, blueprint_of: Any, budget: Any) -> GrownBranch | GrownBlock:
     if entry["block"]:
+        budget.copy(module)
         return GrownBlock(copy.deepcopy(module), card["width"], card["dim"], entry["alpha"])
     blueprint, geometry = blueprint_of(entry), Geometry(**entry["geometry"])
     start, end = geometry.bounds(entry["seed"])
     shapes = blueprint.shapes(blueprint.reads(geometry, end - start), end - start, geometry)
+    budget.spend(shapes.values())
     zeros = {name: torch.zeros(shape) for name, shape in shapes.items()}
     return _as_host(_plain_branch(blueprint, zeros, geometry, entry["seed"], entry["alpha"], entry["residual"]), module)
 

@@ -15,6 +15,14 @@ from esper.blueprints.call import PLAIN, Call, on_first
 from esper.blueprints.plain import linear
 
 
+def called(module: nn.Module, inputs: Any) -> None:
+    """A forward pre-hook that does nothing, but says that ``module`` must be called.
+
+    ``nn.TransformerEncoderLayer`` reads the weights of its layers instead of calling them where nothing is learnt, unless one of
+    them has a hook; so do its relatives. What grew on a layer is in the call, and not in the weights.
+    """
+
+
 class GrownBranch(nn.Module):
     """What one branch adds to the features ``[start, end)`` along ``dim``; α is inside ``net`` unless ``scale`` says otherwise.
 
@@ -75,6 +83,7 @@ class GrownSite(nn.Module):
 
     def __init__(self, module: nn.Module, branches: list[GrownBranch | GrownBlock], width: int, dim: int) -> None:
         super().__init__()
+        self.register_forward_pre_hook(called)
         self.module = module
         self.dim = dim
         self.bounds = [(branch.start, branch.end) for branch in branches]
@@ -128,6 +137,7 @@ class Deepened(nn.Module):
 
     def __init__(self, module: nn.Module, block: nn.Module) -> None:
         super().__init__()
+        self.register_forward_pre_hook(called)
         self.module = module
         self.block = block
 

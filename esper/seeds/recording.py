@@ -10,22 +10,6 @@ from esper.kernels import Kernels
 from esper.kernels.geometry import feature_owner
 from esper.kernels.reference import telemetry
 
-COLUMNS = (
-    "stage",
-    "alpha",
-    "mean",
-    "variance",
-    "near_zero",
-    "correlation",
-    "grad_norm",
-    "branch_rms_ratio",
-    "grad_ratio",
-    "age",
-    "generation",
-    "gain",
-)
-"""Columns of a telemetry row, in order; all float32."""
-
 
 class Recording:
     """Statistics of a site's activation in its last forward, and the gradient that came back to it.

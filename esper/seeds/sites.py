@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,16 @@ from torch import nn
 from esper.blueprints import Geometry
 from esper.blueprints.call import first_tensor
 from esper.errors import UserError
+from esper.randomness import global_draws_kept
 from esper.seeds.roles import ROLES, with_role
 from esper.seeds.watching import Watch, watching
 from esper.seeds.wrappers import host_modules
 
+log = logging.getLogger(__name__)
+
 Forward = Callable[[], Any]
+
+NO_HIDDEN = "sites.match=auto finds no hidden layer in this host"
 
 
 @dataclass
@@ -37,6 +43,13 @@ class _Seen:
     axis: int | None
     residual: bool
 
+    @property
+    def place(self) -> int:
+        """The axis of the features; where nothing says, images have their channels first and everything else its features last."""
+        if self.axis is not None:
+            return self.axis
+        return 1 if len(self.output) > 3 else len(self.output) - 1
+
 
 def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forward, blocks: bool = False) -> list[Site]:
     """Sites of ``model`` that match, in the order of its modules.
@@ -45,10 +58,17 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     host's residual blocks. ``forward`` runs the model once on a sample batch (evaluation mode, no gradients, RNG kept), so
     that shapes and roles are known.
 
-    Raises UserError for a pattern that matches nothing (it lists the modules there are), and for more seeds than features.
+    ``auto`` leaves out what cannot carry seeds and says so in the log: layers that are never called, since another module reads their
+    weights (``nn.MultiheadAttention`` its ``out_proj``'s) or nobody does.
+
+    Raises UserError for a pattern that matches nothing (it lists the modules there are), and for a named module that cannot carry seeds,
+    and for more seeds than features.
     """
     modules = host_modules(model)
-    patterns = _patterns(model, modules, match, blocks)
+    auto, hidden = list(match) == ["auto"], False
+    patterns = list(match)
+    if auto:
+        patterns, hidden = _automatic(model, modules, blocks)
     if not patterns:
         raise UserError("sites.match=[] names no module, so nothing could grow; give patterns, or auto.")
     named = {name: module for name, module in modules.items() if not _is_container(module)}
@@ -63,19 +83,38 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
         if not found[role]:
             raise UserError(f"sites.match={role} finds no such module in this host; name the modules, or try {' or '.join(ROLES)}.")
     wanted = [name for pattern in patterns for name in found.get(pattern, [pattern])]
-    chosen = {name: module for name, module in named.items() if any(fnmatchcase(name, p) for p in wanted)}
+    chosen = [name for name in named if any(fnmatchcase(name, p) for p in wanted)]
+    if hidden:  # the last layer that is called gives the host's output
+        called = [name for name in chosen if name in seen]
+        chosen = [name for name in chosen if name not in called[-1:]]
+    reasons = {name: _unfit(name, modules, seen.get(name), watch) for name in chosen}
+    _leave_out(reasons, auto)
     sites = []
-    for name, module in chosen.items():
-        if name not in seen:
-            raise UserError(f"The module '{name}' gives no tensor when the host runs, so no seed can sit there; choose another site.")
-        borrowed = any(id(parameter) in watch.borrowed for parameter in module.parameters(recurse=False))
-        sites.append(Site(name, module, _geometry(name, seen[name], per_site), borrowed))
+    for name in chosen:
+        if reasons[name] is None:
+            borrowed = any(id(parameter) in watch.borrowed for parameter in named[name].parameters(recurse=False))
+            sites.append(Site(name, named[name], _geometry(name, seen[name], per_site), borrowed))
     return sites
 
 
-def _patterns(model: nn.Module, modules: dict[str, nn.Module], match: list[str], blocks: bool) -> list[str]:
-    if list(match) != ["auto"]:
-        return list(match)
+def _leave_out(reasons: dict[str, str | None], auto: bool) -> None:
+    """Refuse named modules that cannot carry seeds; of those that ``auto`` found, say which are left out, and refuse if none is left."""
+    unfit = {name: reason for name, reason in reasons.items() if reason is not None}
+    if not unfit and (reasons or not auto):
+        return
+    if not auto:
+        name, reason = next(iter(unfit.items()))
+        raise UserError(f"The module '{name}' cannot carry seeds: {reason}; choose another site.")
+    if len(unfit) == len(reasons):
+        why = "".join(f" ('{name}': {reason})" for name, reason in list(unfit.items())[:1])
+        raise UserError(f"{NO_HIDDEN}{why}; name the modules that may grow, e.g. sites.match=['fc1'].")
+    for reason in dict.fromkeys(unfit.values()):
+        names = ", ".join(f"'{name}'" for name in unfit if unfit[name] == reason)
+        log.warning("sites.match=auto leaves out %s: %s", names, reason)
+
+
+def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool) -> tuple[list[str], bool]:
+    """What ``auto`` looks for, and whether these are all the layers of the host, whose last one is no hidden layer."""
     if blocks:
         found = [name for name, module in modules.items() if hasattr(module, "output_layers")]
         if not found:
@@ -83,14 +122,34 @@ def _patterns(model: nn.Module, modules: dict[str, nn.Module], match: list[str],
                 "blueprint=block with sites.match=auto finds no residual block (a module with an attribute output_layers) "
                 "in this host; name the blocks, e.g. sites.match=['blocks.*']."
             )
-        return found
+        return found, False
     own = list(getattr(model, "growth_sites", ()))
     if own:
-        return own
+        return own, False
     linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
     if len(linear) < 2:
-        raise UserError("sites.match=auto finds no hidden layer in this host; name the modules that may grow, e.g. sites.match=['fc1'].")
-    return linear[:-1]
+        raise UserError(f"{NO_HIDDEN}; name the modules that may grow, e.g. sites.match=['fc1'].")
+    return linear, True
+
+
+def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, watch: Watch) -> str | None:
+    """Why a module cannot carry seeds, or None."""
+    if seen is None:
+        module = modules[name]
+        if module in watch.called:
+            return "it gives no tensor when the host runs"
+        if any(id(parameter) in watch.borrowed for parameter in module.parameters()):
+            parent = name.rpartition(".")[0]
+            reader = type(modules[parent]).__name__ if parent in modules else "the host"
+            return f"{reader} reads its weights and never calls it, so what grew there would not be felt"
+        return "it is not called when the host runs"
+    shape, axis = seen.output, seen.place
+    if axis < len(shape) - 1 and axis != 1:
+        return (
+            f"its features lie on axis {axis} of its output {list(shape)}; seeds need them on the last axis, "
+            "or on axis 1 before the positions"
+        )
+    return None
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -122,30 +181,27 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, wa
 
 @contextmanager
 def quiet_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and the RNG are put back afterwards."""
+    """Evaluation mode without gradients; training flags and the global generators are put back afterwards.
+
+    Attention takes its ordinary path: on torch's fast one layers are read instead of called, and nested tensors have no shape.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        for module, _ in flags:
+            module.training = False  # a host's own train() may do more than set flags, and may not undo it
+        with global_draws_kept(), torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in flags:
             module.training = training
 
 
 def _geometry(name: str, seen: _Seen, per_site: int) -> Geometry:
-    shape = seen.output
-    axis = seen.axis
-    if axis is None:  # nothing that it came from says: images have their channels first, everything else its features last
-        axis = 1 if len(shape) > 3 else len(shape) - 1
-    first = axis < len(shape) - 1
-    if first and axis != 1:
-        raise UserError(
-            f"The features of the module '{name}' lie on axis {axis} of its output {list(shape)}; seeds need them on the last axis, "
-            "or on axis 1 before the positions: choose another site."
-        )
-    width = shape[axis]
+    shape, axis = seen.output, seen.place
+    first, width = axis < len(shape) - 1, shape[axis]
     if per_site > width:
         raise UserError(f"sites.per_site={per_site} is more than the {width} features of site '{name}'; ask for at most {width}.")
     positions = max(1, shape.numel() // (width * max(1, shape[0])))

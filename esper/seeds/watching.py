@@ -46,12 +46,13 @@ class Call:
 class Watch(TorchFunctionMode):
     """Follows the tensors of one forward through functions and modules.
 
-    ``calls`` are the calls of modules in the order in which they ended, ``borrowed`` the ids of the parameters that were read
-    by a function outside of the forward of the module that holds them.
+    ``called`` are the modules that were, ``calls`` their calls in the order in which they ended, ``borrowed`` the ids of the parameters
+    that were read by a function outside of the forward of the module that holds them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.called: set[nn.Module] = set()
         self.calls: list[Call] = []
         self.borrowed: set[int] = set()
         self._holders: dict[int, list[nn.Module]] = {}
@@ -107,6 +108,7 @@ class Watch(TorchFunctionMode):
     def enter(self, module: nn.Module, inputs: Any) -> None:
         """A forward pre-hook: what is read now is read by this module."""
         self._inside.append(module)
+        self.called.add(module)
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """A forward hook that ends what ``enter`` began."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from esper.tracking.config import CsvConfig, MlflowConfig, NoneConfig, tracking_uri, ui_command
 from esper.tracking.record import DatasetRecord, RunRecord, differences, flatten, readable_name
@@ -24,6 +27,7 @@ __all__ = [
     "build_trackers",
     "differences",
     "flatten",
+    "prepared_trackers",
     "readable_name",
     "tracking_uri",
     "ui_command",
@@ -46,3 +50,19 @@ def build_trackers(config: MlflowConfig | CsvConfig | NoneConfig) -> list[Tracke
 
         trackers.append(CsvFiles(config))
     return trackers
+
+
+@contextmanager
+def prepared_trackers(config: MlflowConfig | CsvConfig | NoneConfig, folder: Path, outputs: Path) -> Iterator[list[Tracker]]:
+    """The same for a run that is about to begin: what takes a tracker long is under way from here on, and ended on leaving."""
+    from esper.tracking.apart import MlflowApart
+
+    trackers = build_trackers(config)
+    slow = [tracker for tracker in trackers if isinstance(tracker, MlflowApart)]
+    try:
+        for tracker in slow:
+            tracker.prepare(folder, outputs)
+        yield trackers
+    finally:
+        for tracker in slow:
+            tracker.let_go()

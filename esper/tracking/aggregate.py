@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from esper.bus.messages import Telemetry
 from esper.lifecycle.stages import Stage
+from esper.messages import Telemetry
 from esper.tracking.tracker import rows
 
 Point = tuple[int, str, float]  # tick, name, value

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from esper.fields import setting
 from esper.processes import TrackerPlace
+
+SQLITE = "sqlite:///"
 
 
 @dataclass
@@ -40,8 +43,17 @@ class MlflowConfig(TrackerPlace):
 
 
 def tracking_uri(config: MlflowConfig, outputs: str) -> str:
-    """The URI in the settings, or sqlite in ``outputs`` (a folder, made absolute)."""
-    return config.uri or f"sqlite:///{Path(outputs).resolve()}/mlflow.db"
+    """The URI in the settings, or sqlite in ``outputs`` (a folder, made absolute).
+
+    SQLAlchemy takes what follows ``?`` for options and ``%`` for the beginning of a code, so these two are written as codes.
+    """
+    folder = str(Path(outputs).resolve()).replace("%", "%25").replace("?", "%3F")
+    return config.uri or f"{SQLITE}{folder}/mlflow.db"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a store in SQLite, None for any other."""
+    return Path(unquote(uri.removeprefix(SQLITE).partition("?")[0])) if uri.startswith(SQLITE) else None
 
 
 def ui_command(uri: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from esper.bus.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded
+from esper.bus.codec import to_plain
+from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded
 from esper.tracking.config import CsvConfig
 from esper.tracking.record import RunRecord
 
@@ -47,7 +48,7 @@ class CsvFiles:
             elif not isinstance(message, Telemetry | TickEnded):
                 if isinstance(message, RunStarted):
                     self._cut_after(message.tick)
-                line = self._encode.encode(message).decode() + "\n"
+                line = self._encode.encode(to_plain(message)).decode() + "\n"
                 if isinstance(message, Alert) and line in self._said:
                     self._said.remove(line)
                 else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from esper.bus.messages import Message
+from esper.errors import TrackerError, UserError
+from esper.messages import Message
 from esper.tracking import frames
 from esper.tracking.config import MlflowConfig
 
@@ -33,6 +34,13 @@ class Framed:
             self._ask(frames.Close(status, dict(summary)))
         finally:
             self._stop()
+
+    def _heed(self, reply: frames.Reply) -> None:
+        """Raise what the other side says went wrong: UserError for what the user can mend."""
+        if reply.refused:
+            raise UserError(reply.error)
+        if reply.error:
+            raise TrackerError(reply.error)
 
     def _send(self, frame: frames.Frame) -> None:
         raise NotImplementedError(type(self).__name__)

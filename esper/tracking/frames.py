@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
 from typing import Any, BinaryIO
 
 import msgspec
 
-from esper.bus.messages import BODIES
+from esper.bus.codec import message_hook, to_plain
+from esper.messages import Message
 from esper.tracking.config import MlflowConfig
 from esper.tracking.record import RunRecord
 
-_Body = reduce(or_, BODIES)
+
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """Before Open, as early as can be: import what is needed and try whether the store takes this run."""
+
+    config: MlflowConfig
+    outputs: str
+    folder: str
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """First frame."""
+    """The run begins."""
 
     config: MlflowConfig
     record: RunRecord
@@ -25,7 +30,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 class Record(msgspec.Struct, frozen=True, tag=True):
     """Messages of the bus; the one frame that is not answered."""
 
-    messages: list[_Body]  # type: ignore[valid-type]
+    messages: list[Message]
 
 
 class Flush(msgspec.Struct, frozen=True, tag=True):
@@ -40,17 +45,20 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Answer to a frame; ``error`` is empty when it was done."""
+    """Answer to a frame; ``error`` is empty when it was done, ``refused`` says that the user can mend it."""
 
     error: str = ""
+    refused: bool = False
 
 
-Frame = Open | Record | Flush | Close
+Frame = Prepare | Open | Record | Flush | Close
 _encoder = msgspec.msgpack.Encoder()
 
 
 def write(stream: BinaryIO, frame: Frame | Reply) -> None:
     """Send one frame."""
+    if isinstance(frame, Record):
+        frame = msgspec.structs.replace(frame, messages=[to_plain(message) for message in frame.messages])
     body = _encoder.encode(frame)
     stream.write(len(body).to_bytes(4, "big") + body)
     stream.flush()
@@ -63,4 +71,4 @@ def read(stream: BinaryIO, kind: Any = Frame) -> Any:
     body = stream.read(size) if len(head) == 4 else b""
     if len(head) < 4 or len(body) < size:
         raise EOFError("the other side of the pipe has gone")
-    return msgspec.msgpack.decode(body, type=kind)
+    return msgspec.msgpack.decode(body, type=kind, dec_hook=message_hook)

@@ -10,12 +10,13 @@ import math
 import os
 import re
 import time
+import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import Alert, Message, Metrics, RunStarted, Telemetry
+from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry
 from esper.tracking.aggregate import Aggregates, Point
 from esper.tracking.config import MlflowConfig, tracking_uri
 from esper.tracking.continued import Continued
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 BATCH = 1000  # MLflow's own limit of metrics in a call
 NAMES = 100  # and of parameters or tags
+LONGEST_NAME, LONGEST_VALUE, LONGEST_TAG = 250, 500, 5000  # characters that every version since 3.10 and every store takes
+MAIN = "0_main"  # MLflow's page sorts its sections by name
+NOTE_TAG = "mlflow.note.content"  # the description on top of a page
 NOTE = "mlflow.json"
 ASIDE = ".attempt"  # and a number: what the folder of an earlier attempt is called from then on
 KEPT = ("*.parquet", "*.log", "*.json", "*.jsonl", "*.csv", "*.yaml")
@@ -44,31 +48,54 @@ class MlflowRun:
     def __init__(self, config: MlflowConfig) -> None:
         self.config = config
         self.wants_model = config.model
+        self._prepared = False
+
+    def prepare(self, outputs: str, folder: str) -> None:
+        """Open the store, and see that it takes the run whose folder this is.
+
+        Raises:
+            UserError: it does not, with what can be done about it.
+        """
+        from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
+
+        self._uri = tracking_uri(self.config, outputs)
+        self._client: MlflowClient = quiet_client(self._uri)
+        self._experiment = experiment_id(self._client, self._uri, self.config.experiment)
+        self._known = _noted(folder, self._uri)
+        if self._known:
+            living_run(self._client, self._uri, self._known, "This run's", f"or remove {Path(folder) / NOTE} to begin another")
+        self._prepared = True
 
     def open(self, record: RunRecord) -> None:
         """Create the MLflow run, or continue the one this folder's run had before."""
-        from esper.tracking.mlflow_store import experiment_id, quiet_client, start_monitor
+        from esper.tracking.mlflow_store import start_monitor
 
+        if not self._prepared:
+            self.prepare(record.outputs, record.folder)
         self._record = record
-        self._uri = tracking_uri(self.config, record.outputs)
-        self._client: MlflowClient = quiet_client(self._uri)
-        experiment = experiment_id(self._client, self._uri, self.config.experiment)
         self._aggregates = Aggregates(self.config.points)
-        self._waiting: list[Point] = []
+        self._waiting: dict[tuple[int, str], float] = {}
         self._tick, self._not_finite = 0, ""
         self._alerts: Counter[str] = Counter()
-        known = record.mlflow_run or _noted(record.folder, self._uri) or self._unnoted(experiment)
+        known = self._known or self._unnoted(self._experiment)
         self._before: Continued | None = None
         if known:
             self._continue(known)
         else:
-            self._create(experiment)
-        self._describe()
+            self._create(self._experiment)
+        try:
+            self._describe()
+        except BaseException:
+            if not known:  # what cannot begin leaves nothing behind
+                self._client.delete_run(self.run_id)
+                (Path(record.folder) / NOTE).unlink()
+            raise
         self._monitor = start_monitor(self.run_id, self._uri, self.config.system_s, resumed=bool(known))
 
     def _create(self, experiment: str) -> None:
         record = self._record
-        tags = dict(record.tags) | {"esper.run": record.run, "esper.folder": record.folder} | _source(record)
+        tags = {key: fitted(value, LONGEST_TAG) for key, value in record.tags.items()}
+        tags |= {"esper.run": record.run, "esper.folder": record.folder} | _source(record)
         if record.parent:
             tags["mlflow.parentRunId"] = record.parent
         run = self._client.create_run(experiment, start_time=record.started_ms, tags=tags, run_name=record.name)
@@ -104,11 +131,8 @@ class MlflowRun:
 
         record, client = self._record, self._client
         before = client.get_run(self.run_id)
-        new = [
-            Param(legal(key), value)
-            for key, value in sorted(record.changed.items())
-            if legal(key) not in before.data.params
-        ]
+        said = {legal(key): fitted(value, LONGEST_VALUE) for key, value in sorted((record.chosen | record.changed).items())}
+        new = [Param(key, value) for key, value in said.items() if key not in before.data.params]
         for start in range(0, len(new), NAMES):
             client.log_batch(self.run_id, params=new[start : start + NAMES])
         if record.dataset and not before.inputs.dataset_inputs:
@@ -132,11 +156,10 @@ class MlflowRun:
         for message in messages:
             match message:
                 case Metrics():
-                    self._waiting += [
-                        (message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name)
-                    ]
+                    self._note((message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name))
+                    self._note(main_points(message, self._record.primary))
                 case Telemetry():
-                    self._waiting += self._aggregates.points(message)
+                    self._note(self._aggregates.points(message))
                 case RunStarted():
                     self._aggregates.plan(message.total_ticks)
                     if self._before is not None:
@@ -144,10 +167,14 @@ class MlflowRun:
                         self._alerts.update(self._before.alerts_until(message.tick))
                 case Alert():
                     self._alerts[message.level] += 1
-                    self._waiting.append((message.tick, f"alerts/{message.level}", float(self._alerts[message.level])))
+                    self._note([(message.tick, f"alerts/{message.level}", float(self._alerts[message.level]))])
             self._tick = max(self._tick, getattr(message, "tick", 0))
         if len(self._waiting) >= BATCH:
             self.flush()
+
+    def _note(self, points: Iterable[Point]) -> None:
+        """Of two values of a name at a tick the last is sent; MLflow would keep both, and show the larger."""
+        self._waiting |= {(tick, name): value for tick, name, value in points}
 
     def _is_news(self, tick: int, name: str) -> bool:
         """What a clock said differs when a resumed run says it again; the first word stands."""
@@ -157,10 +184,10 @@ class MlflowRun:
         """Send what waits, at most 1000 values a call."""
         from mlflow.entities import Metric
 
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = list(self._waiting.items()), {}
         for start in range(0, len(waiting), BATCH):
             batch = []
-            for tick, name, value in waiting[start : start + BATCH]:
+            for (tick, name), value in waiting[start : start + BATCH]:
                 if not math.isfinite(value):
                     self._note_not_finite(tick, name)
                     value = math.nan
@@ -175,9 +202,9 @@ class MlflowRun:
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Final values, figures, files, the model; then the run ends with ``status``."""
         try:
-            self._waiting += [(self._tick, name, value) for name, value in final_values(summary)]
+            self._note((self._tick, name, value) for name, value in final_values(summary) + main_values(summary))
             self.flush()
-            self._client.set_tag(self.run_id, "mlflow.note.content", description(summary))
+            self._client.set_tag(self.run_id, NOTE_TAG, fitted(description(summary), LONGEST_TAG))
             self._log_files()
             if self.config.model:
                 self._log_model()
@@ -204,12 +231,12 @@ class MlflowRun:
             self._client.log_artifacts(self.run_id, str(folder / "figures"), "figures")
 
     def _log_model(self) -> None:
-        from esper.tracking.mlflow_store import log_model
-        from esper.tracking.model import PROGRAM, SAMPLE
+        from esper.tracking.mlflow_model import log_model
+        from esper.tracking.model import PROGRAM
 
         folder = Path(self._record.folder)
         if (folder / PROGRAM).exists():
-            log_model(self._uri, self.run_id, folder / PROGRAM, folder / SAMPLE)
+            log_model(self._client, self._experiment, self.run_id, folder)
 
 
 def final_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -227,6 +254,28 @@ def final_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
     return found
 
 
+def main_points(message: Metrics, primary: str) -> list[Point]:
+    """The curves of the section that stands first on the run's page: the deciding metric and the parameters."""
+    shown = {primary: primary, "params/total": "parameters"}
+    return [(message.tick, _main(shown[name]), value) for name, value in message.values.items() if name in shown]
+
+
+def main_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Its numbers: the deciding metric on the test set, and by how much that is better than the host alone."""
+    name = str(summary.get("primary", "")).replace("validation/", "test/", 1)
+    final = ((summary.get("metrics") or {}).get("final") or {}).get(name)
+    if final is None:
+        return []
+    sign = -1.0 if summary.get("direction") == "min" else 1.0
+    alone = {when: values.get(name) for when, values in (summary.get("control") or {}).items() if values}
+    gains = [(_main(f"better_than_host_{when}"), sign * (final - value)) for when, value in alone.items() if value is not None]
+    return [(_main(name), float(final)), *gains]
+
+
+def _main(name: str) -> str:
+    return f"{MAIN}/{name.replace('/', '_')}"
+
+
 def _source(record: RunRecord) -> dict[str, str]:
     """What MLflow's own columns *User*, *Source* and *Version* show."""
     tags = {"mlflow.source.name": "esper", "mlflow.source.type": "LOCAL"}
@@ -238,8 +287,15 @@ def _source(record: RunRecord) -> dict[str, str]:
 
 
 def legal(name: str) -> str:
-    """MLflow takes letters, digits and ``_-. :/`` in names."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
+    """MLflow takes letters, digits and ``_-. :/`` in names, of the shape of a path that leads nowhere else, up to a length."""
+    parts = [part for part in re.sub(r"[^\w\-. :/]", "_", name).split("/") if part]
+    plain = "/".join("_" if part in (".", "..") else part for part in parts) or "_"
+    return plain if len(plain) <= LONGEST_NAME else f"{plain[: LONGEST_NAME - 9]}_{zlib.crc32(plain.encode()):08x}"
+
+
+def fitted(text: str, most: int) -> str:
+    """The text, cut where it is longer than the store takes; the run's folder has all of it."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _noted(folder: str, uri: str) -> str:

@@ -1,4 +1,4 @@
-"""The store behind an MLflow run: client, experiment, system metrics, model."""
+"""The store behind an MLflow run: client, experiment, system metrics; whatever keeps a run out of it is said in a sentence."""
 
 from __future__ import annotations
 
@@ -6,66 +6,176 @@ import contextlib
 import fcntl
 import logging
 import os
+import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper.errors import UserError
+from esper.tracking.config import sqlite_file
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
     from mlflow.tracking import MlflowClient
 
-SQLITE = "sqlite:///"
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's page opens on prompts, traces and judges
 WAIT_S = 60  # a sweep's processes share one sqlite file, each waits its turn
+#: What to install for a driver that SQLAlchemy asks for, where the two have not one name.
+PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+OTHERWISE = "or choose tracking=csv"
 
 
-def quiet_client(uri: str) -> MlflowClient:
-    """A client of the store at ``uri`` that prints nothing and calls nobody.
+def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE) -> MlflowClient:
+    """A client of the store at ``uri`` that prints nothing and calls nobody; ``key`` and ``otherwise`` as in ``reach.check_uri``.
 
-    Raises UserError for a folder: MLflow 3 no longer writes those.
+    Raises:
+        UserError: a folder, which MLflow 3 no longer writes; a database whose driver is missing or that cannot be opened.
     """
     if "://" not in uri or uri.startswith("file:"):
-        raise UserError(f"tracking.uri={uri} is a folder; give sqlite:///<absolute path>.db or http(s)://<server>")
+        raise UserError(f"{key}={uri} is a folder; give sqlite:///<absolute path>.db or http(s)://<server>")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    if uri.startswith(SQLITE):
-        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    file = sqlite_file(uri)
+    if file is not None:
+        with contextlib.suppress(OSError):  # opening the file will say why
+            file.parent.mkdir(parents=True, exist_ok=True)
     import mlflow  # noqa: F401  its import sets up logging, which is then turned down
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    with _alone(uri):  # two processes must not both create the tables
-        return MlflowClient(_patient(uri))
+    if not uri.startswith(("http://", "https://")):
+        _open_once(uri, key, otherwise)
+    try:
+        with _alone(uri):  # two processes must not both create the tables
+            client = MlflowClient(patient(uri))
+    except MlflowException as error:
+        if "mlflow db upgrade" not in str(error):
+            raise
+        raise UserError(
+            f"The MLflow store {_shown(uri)} was made by another version of MLflow; copy it, then run"
+            f" mlflow db upgrade {shlex.quote(_shown(uri))}, {otherwise}."
+        ) from error
+    if file is not None and not file.exists():
+        raise UserError(f"MLflow made its store elsewhere than at {file}; give another {key} or output, {otherwise}.")
+    return client
 
 
-def _patient(uri: str) -> str:
-    return f"{uri}?timeout={WAIT_S}" if uri.startswith(SQLITE) and "?" not in uri else uri
+def _open_once(uri: str, key: str, otherwise: str) -> None:
+    """Open the database, once: MLflow would try a dozen times, for minutes, what cannot come true.
+
+    Raises:
+        UserError: its driver is missing, or it cannot be opened.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
+
+    try:
+        engine = create_engine(uri)
+        engine.connect().close()
+        engine.dispose()
+    except NoSuchModuleError:
+        return  # of an MLflow plugin, which opens it in its own way
+    except ImportError as error:
+        name = error.name or str(error)
+        raise UserError(
+            f"{key}={_shown(uri)} needs the Python package {name}, which is not installed;"
+            f" pip install {PACKAGES.get(name, name)}, {otherwise}."
+        ) from error
+    except (SQLAlchemyError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The MLflow store {_shown(uri)} cannot be opened ({reason}); see that it is there, give another {key}, {otherwise}."
+        ) from error
+
+
+def _shown(uri: str) -> str:
+    """The URI without its password."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if sqlite_file(uri) is not None or uri.startswith(("http://", "https://")):
+        return uri
+    try:
+        return make_url(uri).render_as_string(hide_password=True)
+    except ArgumentError:
+        return uri.partition("://")[0] + "://…"
+
+
+def patient(uri: str) -> str:
+    """The URI of a store in SQLite with the time that a process waits for its turn.
+
+    The driver is named where the path is written with codes: MLflow would make a folder of the path as it is written.
+    """
+    if sqlite_file(uri) is None or "?" in uri:
+        return uri
+    named = uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in uri else uri
+    return f"{named}?timeout={WAIT_S}"
 
 
 @contextlib.contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """Hold the lock file beside a sqlite store."""
-    if not uri.startswith(SQLITE):
+    file = sqlite_file(uri)
+    if file is None:
         yield
         return
-    with open(uri.removeprefix(SQLITE) + ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(f"{file}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The experiment ``name``, made when absent; beside a sqlite store its artifacts lie in ``mlflow-artifacts``."""
-    with _alone(uri):
-        found = client.get_experiment_by_name(name)
-        if found is not None:
-            return found.experiment_id
-        place = None
-        if uri.startswith(SQLITE):
-            place = (Path(uri.removeprefix(SQLITE)).resolve().parent / "mlflow-artifacts").as_uri()
-        return client.create_experiment(name, artifact_location=place, tags=KIND)
+    """The experiment ``name``, made when absent; beside a sqlite store its artifacts lie in ``mlflow-artifacts``.
+
+    Raises:
+        UserError: the experiment was deleted, or the store refuses it.
+    """
+    import requests
+    from mlflow.exceptions import MlflowException
+
+    file = sqlite_file(uri)
+    try:
+        with _alone(uri):
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                place = None if file is None else (file.resolve().parent / "mlflow-artifacts").as_uri()
+                return str(client.create_experiment(name, artifact_location=place, tags=KIND))
+    except (MlflowException, requests.RequestException) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The MLflow store {_shown(uri)} refuses the experiment {name!r} ({reason}); see to the store, give another"
+            f" tracking.uri or tracking.experiment, {OTHERWISE}."
+        ) from error
+    if found.lifecycle_stage == "deleted":
+        command = _command(uri, "experiments restore --experiment-id", found.experiment_id)
+        raise UserError(f"The MLflow experiment {name!r} was deleted; restore it ({command}), or give another: tracking.experiment=….")
+    return str(found.experiment_id)
+
+
+def living_run(client: MlflowClient, uri: str, run_id: str, whose: str, anew: str) -> Run:
+    """The MLflow run to be continued; ``whose`` begins the sentence that refuses it, ``anew`` says what else there is to do.
+
+    Raises:
+        UserError: it was deleted, in MLflow's pages or for good.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise UserError(f"{whose} MLflow run {run_id} is no longer in {_shown(uri)}; bring back the store, {anew}.") from error
+    if run.info.lifecycle_stage == "deleted":
+        command = _command(uri, "runs restore --run-id", run_id)
+        raise UserError(f"{whose} MLflow run {run_id} was deleted; restore it ({command}), {anew}.")
+    return run
+
+
+def _command(uri: str, what: str, id: str) -> str:
+    return f"MLFLOW_TRACKING_URI={shlex.quote(_shown(uri))} mlflow {what} {id}"
 
 
 def start_monitor(run_id: str, uri: str, interval_s: float, *, resumed: bool) -> SystemMetricsMonitor | None:
@@ -74,42 +184,6 @@ def start_monitor(run_id: str, uri: str, interval_s: float, *, resumed: bool) ->
         return None
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    monitor = SystemMetricsMonitor(run_id, interval_s, resume_logging=resumed, tracking_uri=_patient(uri))
+    monitor = SystemMetricsMonitor(run_id, interval_s, resume_logging=resumed, tracking_uri=patient(uri))
     monitor.start()
     return monitor
-
-
-def log_model(uri: str, run_id: str, program: Path, sample: Path) -> None:
-    """Log an exported program with the signature that ``sample`` shows; loadable without this package's code.
-
-    The requirements are stated: finding them out would take MLflow half a minute in a fresh process.
-    """
-    import mlflow
-    import mlflow.pytorch
-    import numpy as np
-    import torch
-    from mlflow.models import infer_signature
-
-    inputs = np.load(sample, allow_pickle=False)
-    module = torch.export.load(program).module()
-    with torch.no_grad():
-        outputs = module(torch.from_numpy(inputs)).numpy()
-    needed = [f"torch=={torch.__version__.split('+')[0]}", f"numpy=={np.__version__}", f"mlflow=={mlflow.__version__}"]
-    mlflow.set_tracking_uri(_patient(uri))
-    with mlflow.start_run(run_id=run_id):
-        mlflow.pytorch.log_model(
-            module,
-            name="model",
-            signature=infer_signature(inputs, outputs),
-            input_example=inputs[:8],
-            pip_requirements=needed,
-        )
-
-
-def warm() -> None:
-    """Import what the end of a run needs, while there is time."""
-    import matplotlib.figure  # noqa: F401
-    import mlflow.pytorch  # noqa: F401
-    import torch.export
-
-    torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(2, 1),), dynamic_shapes=({0: torch.export.Dim.AUTO},))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.bus.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
+from esper.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
 from esper.tracking.record import RunRecord
 from esper.tracking.tables import TABLES
 
@@ -24,6 +24,8 @@ GROUP_ROWS = 1 << 16
 BUFFER_BYTES = 32 << 20
 PARTS = ".parts"
 SINCE = b"esper.since"
+ONCE = {"metrics": ["tick", "name"]}
+"""Tables whose rows are told apart by these columns: of what was said twice, the last word stands."""
 
 
 @dataclass
@@ -126,7 +128,7 @@ class ParquetFiles:
         limits = {stream: self._limits(stream) for stream in self._lives}
         for name, make in TABLES.items():
             parts = sorted(self._parts.glob(f"{name}.*.parquet"))
-            _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[_stream(name)])
+            _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[_stream(name)], ONCE.get(name))
         for left in self._parts.iterdir():
             left.unlink()
         self._parts.rmdir()
@@ -146,9 +148,8 @@ class ParquetFiles:
         return {life: min([*ends, *(tick for later, tick in since.items() if later > life)], default=None) for life in since}
 
 
-def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[int, int | None]) -> None:
-    """Stream ``parts`` into ``target``, dropping rows of earlier lives that a later life said again."""
-    import pyarrow as pa
+def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[int, int | None], once: list[str] | None) -> None:
+    """Stream ``parts`` into ``target``, dropping rows of earlier lives that a later life said again; ``once`` as in ONCE."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -164,11 +165,27 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
                 table = table.filter(pc.field("tick") <= limit)
             waiting.append(table.select(schema.names))
             if sum(map(len, waiting)) >= GROUP_ROWS:
-                writer.write_table(pa.concat_tables(waiting).unify_dictionaries(), row_group_size=GROUP_ROWS)
-                waiting = []
+                whole = _last_words(waiting, once)
+                last = pc.max(whole["tick"]) if once else None  # the next part may say this tick's values again
+                waiting = [whole.filter(pc.field("tick") == last)] if once else []
+                writer.write_table(whole.filter(pc.field("tick") != last) if once else whole, row_group_size=GROUP_ROWS)
         if waiting:
-            writer.write_table(pa.concat_tables(waiting).unify_dictionaries(), row_group_size=GROUP_ROWS)
+            writer.write_table(_last_words(waiting, once), row_group_size=GROUP_ROWS)
     os.replace(temporary, target)
+
+
+def _last_words(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
+    """The tables as one, of rows that agree in the columns ``once`` the last alone."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    whole = pa.concat_tables(tables).unify_dictionaries()
+    if not once:
+        return whole
+    numbered = whole.select(once).append_column("row", pa.array(np.arange(len(whole))))
+    rows = numbered.group_by(once, use_threads=False).aggregate([("row", "max")])["row_max"]
+    return whole if len(rows) == len(whole) else whole.take(rows.take(pc.sort_indices(rows)))
 
 
 def _life(part: Path) -> int:

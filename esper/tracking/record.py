@@ -22,7 +22,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``folder`` is the run's own folder and ``outputs`` the root of all runs, both absolute. ``started_ms`` (milliseconds
     since 1970) anchors every timestamp: a value of tick t is stamped ``started_ms + t``, so that saying it twice says
-    it once. ``changed`` holds what differs from the defaults, flattened. ``parent`` is the MLflow run of a sweep.
+    it once. ``changed`` holds what differs from the defaults, flattened, and ``chosen`` the parts that every run has (model, task, …).
+    ``parent`` is the MLflow run of a sweep.
     ``primary`` names the metric that decides, ``direction`` is ``max`` or ``min``.
     """
 
@@ -33,10 +34,10 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_ms: int
     config: dict[str, Any] = {}
     changed: dict[str, str] = {}
+    chosen: dict[str, str] = {}
     tags: dict[str, str] = {}
     dataset: DatasetRecord | None = None
     parent: str = ""
-    mlflow_run: str = ""
     primary: str = ""
     direction: str = "max"
 
@@ -60,6 +61,30 @@ def differences(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
     return {key: str(value) for key, value in flatten(config).items() if base.get(key, absent) != value}
 
 
-def readable_name(model: str, task: str, strategy: str, seed: int, arm: str = "") -> str:
-    """A name that a person can read in a list of runs, like ``digits-mlp seed=0 linear``; MLflow's table shows its beginning."""
-    return " ".join(part for part in (f"{task}-{model}", f"seed={seed}", arm or strategy) if part)
+NAME_LENGTH = 100  # characters of a run's name; MLflow's table shows its beginning
+UNNAMED = ("seed", "name", "output", "tags", "arm", "resume", "bus.", "tracking.", "compare.", "model.name", "task.name")
+"""Settings that a name does not repeat: it has them in its own place, or they do not change what is trained."""
+
+
+def readable_name(what: str, changed: Mapping[str, str], seed: int, arm: str = "") -> str:
+    """A name that a person can read in a list of runs and tell from the others, like ``mlp-digits controller=none seed=0``.
+
+    ``what`` runs, then the arm or, where there is none, the settings that differ from the defaults: groups first, the rest by name,
+    as many as there is room for. The seed comes last, as in the names of a sweep's runs.
+    """
+    named = {key.removesuffix(".name") for key in changed if key.endswith(".name")}
+
+    def rank(key: str) -> tuple[int, str]:
+        group, _, rest = key.removesuffix(".name").partition(".")
+        return (0 if not rest else 2 if group in named else 1), key  # an option that is named stands for its settings
+
+    keys = sorted((key for key in changed if not key.startswith(UNNAMED) and not key.endswith(".target")), key=rank)
+    told = [f"{key.removesuffix('.name')}={changed[key]}" for key in keys]
+    end = f"seed={seed}"
+    parts = [what]
+    for part in [arm] if arm else told:
+        if len(" ".join([*parts, part, "…", end])) > NAME_LENGTH:
+            parts.append("…")
+            break
+        parts.append(part)
+    return " ".join([*parts, end])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from esper.bus.messages import Message, RunEnded
 from esper.bus.protocol import Bus, Delivery
+from esper.errors import UserError
+from esper.messages import Message, RunEnded
 from esper.tracking.record import RunRecord
 from esper.tracking.seen import Seen
 from esper.tracking.tracker import STATUSES, Tracker, TrackerError
@@ -53,7 +55,7 @@ class TrackerRunner:
         self._seen = Seen()
         self._ended: RunEnded | None = None
         self.cpu_s = 0.0
-        self._idle = threading.Event()
+        self._opened, self._idle = threading.Event(), threading.Event()
         self._settling, self._settled = threading.Event(), threading.Event()
         self._status: str | None = None
         self._grace_s = GRACE_S
@@ -63,6 +65,17 @@ class TrackerRunner:
     def start(self) -> None:
         """Start the thread; returns at once."""
         self._thread.start()
+
+    def await_open(self) -> None:
+        """After ``start``: wait until every tracker stands, so that what none of them could keep is not trained.
+
+        Raises:
+            UserError: one does not, with what can be done about it.
+        """
+        self._opened.wait()
+        if self.errors:
+            cause = self.errors[0].__cause__
+            raise cause if isinstance(cause, UserError) else UserError(f"{self.errors[0]}; mend that, or choose tracking=none.")
 
     @property
     def error(self) -> TrackerError | None:
@@ -79,6 +92,21 @@ class TrackerRunner:
         self._settled.clear()
         self._settling.set()
         return self._settled.wait(timeout_s) and not self.errors
+
+    def try_model(self, model: nn.Module, sample: Tensor) -> None:
+        """Do with the model as it is now what ``log_model`` will do with the final one, and keep nothing.
+
+        Raises:
+            UserError: a model that torch.export cannot trace.
+        """
+        from esper.tracking.model import write_model
+
+        if any(tracker.wants_model for tracker in self._alive):
+            with tempfile.TemporaryDirectory(prefix="esper-") as place:
+                try:
+                    write_model(model, sample, place)
+                except TrackerError as error:
+                    raise UserError(f"{error}.") from error
 
     def log_model(self, model: nn.Module, sample: Tensor) -> None:
         """Leave the final model, and a batch of inputs it takes, to the trackers that want it; before ``close``.
@@ -109,9 +137,7 @@ class TrackerRunner:
         elif self._thread.is_alive():
             self._thread.join(timeout_s)
             if self._thread.is_alive():
-                raise TrackerError(
-                    f"the trackers did not finish within {timeout_s:.0f} s; the run's folder may lack files"
-                )
+                raise TrackerError(f"the trackers did not finish within {timeout_s:.0f} s; the run's folder may lack files")
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
@@ -122,6 +148,7 @@ class TrackerRunner:
     def _work(self) -> None:
         try:
             self._each(lambda tracker: tracker.open(self.record))
+            self._opened.set()
             self._listen()
             self.cpu_s = time.thread_time()
             log.info(COST, self.cpu_s)
@@ -130,6 +157,7 @@ class TrackerRunner:
         except Exception as error:  # the bus itself: nothing more can be read, close() raises it
             self._fail("the tracker's connection to the bus", error)
         finally:
+            self._opened.set()
             self._idle.set()
             self._settled.set()
             for consumer in self._consumers.values():
@@ -192,8 +220,7 @@ class TrackerRunner:
     def _fail(self, what: str, error: Exception) -> None:
         reason = str(error).strip() or type(error).__name__
         text = f"{what} failed and keeps nothing more: {reason.splitlines()[0]}"
-        log.error(text, exc_info=error)
+        log.error(text, exc_info=None if isinstance(error, UserError) else error)
         failure = TrackerError(text)
         failure.__cause__ = error
         self.errors.append(failure)
-

@@ -51,5 +51,4 @@ class MlflowShared(Framed):
             raise TrackerError(f"the sweep's tracking process did not answer within {wait}") from None
         except (EOFError, OSError) as error:
             raise TrackerError(f"the sweep's tracking process went away: {error}") from error
-        if reply.error:
-            raise TrackerError(reply.error)
+        self._heed(reply)

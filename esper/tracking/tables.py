@@ -7,37 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esper.bus.messages import GateResult, Metrics, Telemetry, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import COLUMNS, GateResult, Metrics, Telemetry, Transition
 from esper.tracking.tracker import rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-TELEMETRY = (
-    "stage", "alpha", "mean", "variance", "near_zero", "correlation",
-    "grad_norm", "branch_rms_ratio", "grad_ratio", "age", "generation", "gain",
-)  # fmt: skip
-"""Columns of ``seeds.parquet`` when a run ended before its first telemetry."""
 
 
 def seeds(messages: list[Telemetry]) -> pa.Table:
     """One row a seed and tick: tick, site, seed, stage_name, then the telemetry columns as float32."""
     import pyarrow as pa
 
-    columns = messages[0].columns if messages else list(TELEMETRY)
+    columns = messages[0].columns if messages else list(COLUMNS)  # a run may end before its first telemetry
     blocks = [rows(message) for message in messages]
     ticks = [np.repeat(np.asarray(message.ticks, np.int64), message.seeds) for message in messages]
     numbers = [np.tile(np.arange(message.seeds, dtype=np.int32), len(message.ticks)) for message in messages]
     names = sorted({message.site for message in messages})
-    codes = [
-        np.full(len(tick), names.index(message.site), np.int32) for message, tick in zip(messages, ticks, strict=True)
-    ]
-    values = (
-        np.concatenate([block.reshape(-1, len(columns)) for block in blocks])
-        if blocks
-        else np.empty((0, len(columns)), np.float32)
-    )
+    codes = [np.full(len(tick), names.index(message.site), np.int32) for message, tick in zip(messages, ticks, strict=True)]
+    values = np.concatenate([block.reshape(-1, len(columns)) for block in blocks]) if blocks else np.empty((0, len(columns)), np.float32)
     stage = values[:, columns.index("stage")].astype(np.int32)
     data: dict[str, Any] = {
         "tick": _join(ticks, np.int64),

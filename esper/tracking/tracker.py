@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from esper.bus.messages import Message, Telemetry
 from esper.errors import TrackerError as TrackerError
+from esper.messages import Message, Telemetry
 from esper.tracking.record import RunRecord
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")

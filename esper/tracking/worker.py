@@ -12,29 +12,30 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from typing import BinaryIO
 
+from esper.errors import UserError
 from esper.tracking import frames
 from esper.tracking.mlflow_run import MlflowRun
-from esper.tracking.mlflow_store import warm
 
 
 def serve(asks: BinaryIO, answers: BinaryIO) -> int:
     """Handle frames until Close, end of input or an error, which is reported and ends the run as FAILED."""
-    run: MlflowRun | None = None
-    warming: threading.Thread | None = None
+    prepared: MlflowRun | None = None
+    run: MlflowRun | None = None  # from when there is something to end
     try:
         while True:
             frame = frames.read(asks)
             match frame:
+                case frames.Prepare():
+                    prepared = MlflowRun(frame.config)
+                    prepared.prepare(frame.outputs, frame.folder)
                 case frames.Open():
-                    opened = MlflowRun(frame.config)
-                    opened.open(frame.record)
-                    run = opened
-                    if frame.config.model or frame.config.figures:
-                        warming = threading.Thread(target=warm, daemon=True)
-                        warming.start()
+                    prepared = prepared or MlflowRun(frame.config)
+                    prepared.open(frame.record)
+                    run = prepared
+                    if frame.config.figures:
+                        threading.Thread(target=warm, daemon=True).start()
                 case frames.Record():
                     assert run is not None
                     run.record(frame.messages)
@@ -44,8 +45,6 @@ def serve(asks: BinaryIO, answers: BinaryIO) -> int:
                     run.flush()
                 case frames.Close():
                     assert run is not None
-                    if warming:
-                        warming.join()  # two threads must not be inside torch.export
                     ending, run = run, None
                     ending.close(frame.status, frame.summary)
             frames.write(answers, frames.Reply())
@@ -55,6 +54,11 @@ def serve(asks: BinaryIO, answers: BinaryIO) -> int:
         if run is not None:
             run.close("KILLED", {})
         return 1
+    except UserError as error:
+        frames.write(answers, frames.Reply(str(error), refused=True))
+        if run is not None:
+            run.close("FAILED", {})
+        return 1
     except Exception as error:  # told to the training process, which raises it at the end of the run
         traceback.print_exc()
         frames.write(answers, frames.Reply(f"{type(error).__name__}: {error}"))
@@ -63,11 +67,15 @@ def serve(asks: BinaryIO, answers: BinaryIO) -> int:
         return 1
 
 
+def warm() -> None:
+    """Import what the figures at the end of a run need, while there is time."""
+    import matplotlib.figure  # noqa: F401
+
+
 def main() -> int:
     """Leave the processor to training and Ctrl-C to the training process, which then says how the run ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(5)
-    warnings.filterwarnings("ignore", "No complete tensor found in the group")  # torch.export of tied or sliced weights
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to the log, not into the answers
     code = serve(sys.stdin.buffer, answers)

@@ -1,8 +1,6 @@
-"""The engine: ``attach`` seeds to a model and train it, in esper's loop or in any other."""
+"""The engine: ``attach`` seeds to a model and train it, in esper's loop or in any other (``esper.training.attach``)."""
 
-from esper.training.attach import attach
 from esper.training.config import OptimizerConfig, TrainerConfig
-from esper.training.grow import Grow
 from esper.training.schedule import SCHEDULES
 
 CONFIGS: dict[str, dict[str, type]] = {
@@ -11,4 +9,4 @@ CONFIGS: dict[str, dict[str, type]] = {
     "scheduler": SCHEDULES,
 }
 
-__all__ = ["CONFIGS", "Grow", "OptimizerConfig", "TrainerConfig", "attach"]
+__all__ = ["CONFIGS", "OptimizerConfig", "TrainerConfig"]

@@ -6,9 +6,12 @@ import torch
 
 from esper.grafting import STRATEGY_NAMES, GraftingContext, signals_of, step_many
 from esper.grafting.base import MAX_ERROR_RATE
+from esper.grafting.custom import CustomStrategy
 from esper.lifecycle import Ages, LifecycleConfig, Stage
 from esper.lifecycle.transitions import BLENDED
+from esper.messages import Alert
 from esper.seeds import Branch, Garden
+from esper.training.faults import Faults
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.guard import Guard
 from esper.training.life import Life
@@ -31,7 +34,15 @@ class Advance:
     """Applies the age table and the gates; everything happens at the tick boundary, in the order of the rows."""
 
     def __init__(
-        self, config: LifecycleConfig, ages: Ages, garden: Garden, life: Life, gates: Gatekeeper, guard: Guard, loss: LossSignal
+        self,
+        config: LifecycleConfig,
+        ages: Ages,
+        garden: Garden,
+        life: Life,
+        gates: Gatekeeper,
+        guard: Guard,
+        loss: LossSignal,
+        faults: Faults,
     ) -> None:
         self.config = config
         self.ages = ages
@@ -40,6 +51,7 @@ class Advance:
         self.gates = gates
         self.guard = guard
         self.loss = loss
+        self.faults = faults
         self.weights = WeightAverages()
         self.metric: float | None = None
         self.gradient_norms: dict[int, float] = {}
@@ -50,7 +62,8 @@ class Advance:
     def begin(self) -> None:
         """What comes first at a tick: every seed is one tick older, fades and ramps go on."""
         self.life.machine.advance()
-        self.garden.set_alphas(self.life.fade(self.ages.fade) | self._ramp())
+        ramped = set() if self.loss.diverging else self._ramp()
+        self.garden.set_alphas(self.life.fade(self.ages.fade) | ramped)
 
     def finish(self, tick: int) -> None:
         """What comes after the commands: failing and harmful seeds go, gates open, ages run out, waiting seeds get their slots."""
@@ -77,6 +90,7 @@ class Advance:
         ids = [branch.id for branch in branches]
         index = torch.tensor([STRATEGY_NAMES.index(branch.strategy) for branch in branches])
         out = step_many(index, self.life.strategies, table.grafting[ids], self.context(branches))
+        self._note_raised(branches)
         table.alpha[ids] = out.alpha
         table.grafting[ids] = out.state
         gone = [branch for branch, abort in zip(branches, out.abort.tolist(), strict=True) if abort]
@@ -84,6 +98,15 @@ class Advance:
             self.trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} {GAVE_UP}")
         self.say_given_up([branch for branch in gone if self.error_rates.get(branch.id, 0.0) <= MAX_ERROR_RATE])
         return {branch.site for branch in branches}
+
+    def _note_raised(self, branches: list[Branch]) -> None:
+        """Count an exception of a rule of the user's on the branches that it blends."""
+        for name, config in self.life.strategies.items():
+            if isinstance(config, CustomStrategy) and config.error is not None:
+                error, config.error = config.error, None
+                blended = [branch for branch in branches if branch.strategy == name]
+                rule = f"grafting rule {type(config.rule).__name__}"
+                self.trouble |= self.faults.note(dict.fromkeys((branch.id for branch in blended), error), self.life.tick, rule)
 
     def say_given_up(self, branches: list[Branch]) -> None:
         """One alert a strategy that gave these up though they themselves did not fail."""
@@ -94,7 +117,7 @@ class Advance:
             text = f"grafting strategy {strategy} {GAVE_UP}; to CULLED: {', '.join(names)}{more}"
             one = len(mine) == 1
             site, seed = (self.garden.sites[mine[0].site].name, mine[0].seed) if one else ("", -1)
-            self.life.port.alert(self.life.tick, "error", "strategy_gave_up", text, site, seed)
+            self.life.port.emit(Alert(tick=self.life.tick, level="error", code="strategy_gave_up", text=text, site=site, seed=seed))
 
     def context(self, branches: list[Branch]) -> GraftingContext:
         """The signals of these branches at this tick."""
@@ -167,6 +190,6 @@ class Advance:
 
     def _promote(self) -> None:
         """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
-        for branch in self.garden.in_stage(Stage.GERMINATED):
+        for branch in [] if self.loss.diverging else self.garden.in_stage(Stage.GERMINATED):
             if self.life.machine.refusal(branch.row, Stage.TRAINING) is None:
                 self.life.move(branch.row, Stage.TRAINING, "a training slot is free")

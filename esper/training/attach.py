@@ -20,6 +20,7 @@ from esper.kernels import KernelConfig, Kernels
 from esper.lifecycle import LifecycleConfig, resolve
 from esper.lifecycle.config import OBJECTIVES
 from esper.lifecycle.duration import parse
+from esper.randomness import global_draws_kept
 from esper.seeds import Garden, Site, TelemetryConfig, find_sites
 from esper.seeds.garden import AnyBlueprint
 from esper.seeds.layer import device_of
@@ -31,11 +32,12 @@ from esper.training.grow import Grow, GrowSettings
 from esper.training.local import controlled_port, remind
 from esper.training.losses import as_tensor_loss, probing
 from esper.training.optimizer import BranchLearning
-from esper.training.passes import to_device
+from esper.training.passes import drawing_alike, to_device, untouched_buffers
 from esper.training.port import Port
 from esper.training.rate import HostRate
 
 
+@global_draws_kept()
 def attach(
     model: nn.Module,
     *,
@@ -61,6 +63,7 @@ def attach(
     port: Port | None = None,
     seed: int = 0,
     count_macs: bool = True,
+    debug: bool = False,
     state: dict[str, Any] | str | Path | None = None,
 ) -> Grow:
     """Put seeds on ``model`` and return the handle that a training loop calls.
@@ -83,6 +86,7 @@ def attach(
         controller: who decides what grows: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
             or an object of your own; ``None`` for nobody, so that every seed stays dormant.
         port: a bus to hear and command over, instead of a ``controller`` in this process.
+        debug: raise what the code of a branch, strategy or controller raises, instead of going on without it.
         state: what ``grow.state()`` gave on a model of the same topology, or where ``save_branches`` wrote it, to go on from. The model
             and the optimizer have what the loop saved of them by then.
 
@@ -103,15 +107,16 @@ def attach(
     per_site = 1 if isinstance(chosen, Block) else per_site
     moved = to_device(sample, device_of(model))
     forward = probing(loss, model, moved)
-    found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
-    _refuse_misfits(chosen, found)
-    if isinstance(chosen, Block):
-        refuse_unanswering(model, found, forward)
+    with untouched_buffers(model):
+        found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
+        _refuse_misfits(chosen, found)
+        if isinstance(chosen, Block):
+            refuse_unanswering(model, found, forward)
     steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
     total_ticks = max(1, total_steps // steps_per_tick)
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
     worst = partial(longest_ramp, strategy)
-    ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst)
+    ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst, _decided(port, controller))
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model))
     rate = HostRate(optimizer, kept)
     own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
@@ -126,10 +131,11 @@ def attach(
         steps_per_tick=steps_per_tick,
         accumulate=accumulate,
         count_macs=count_macs,
+        debug=debug,
     )
     garden.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
-    return Grow(garden, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, kept), kept)
+    return Grow(garden, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
 
 
 def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:
@@ -137,12 +143,17 @@ def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfi
     return dataclasses.replace(telemetry, every=max(1, telemetry.every // steps_per_tick))
 
 
-def _port(port: Port | None, controller: Any, seed: int, state: dict[str, Any] | None) -> Port | None:
+def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dict[str, Any] | None) -> Port | None:
     if controller is not None and port is not None:
         raise UserError("attach takes a controller in this process or a port to one elsewhere, not both.")
-    port = port if controller is None else controlled_port(controller, seed)
+    port = port if controller is None else controlled_port(controller, seed, debug)
     remind(port, (state or {}).get("controller"))
     return port
+
+
+def _decided(port: Port | None, controller: Any) -> bool:
+    """Whether anybody may ever let something grow; a port may say so of who commands over it."""
+    return getattr(controller, "name", controller) != "none" and bool(getattr(port, "decided", True))
 
 
 def _blueprint(blueprint: str | AnyBlueprint) -> AnyBlueprint:
@@ -191,6 +202,7 @@ def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:
         return sample
     if judge is None:
         raise UserError("attach needs to see one batch: pass judge=… (batches kept for judging) or sample=….")
-    for batch in judge:
-        return batch
+    with drawing_alike(judge):
+        for batch in judge:
+            return batch
     raise UserError("judge=… holds no batch, so nothing could be judged; pass the batches kept for judging, or none at all.")

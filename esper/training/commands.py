@@ -1,8 +1,4 @@
-"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done.
-
-The engine knows commands by the name of their class and their fields, not by the bus's types, so that it runs where no
-bus is installed.
-"""
+"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done."""
 
 from __future__ import annotations
 
@@ -10,13 +6,28 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from esper.errors import UserError
-from esper.grafting import STRATEGY_NAMES, hand_over
+from esper.grafting import hand_over
 from esper.lifecycle import GATES, Stage
 from esper.lifecycle.machine import Trial
-from esper.seeds import COLUMNS
+from esper.messages import (
+    COLUMNS,
+    ApplyEach,
+    ApplyTogether,
+    Cancel,
+    ChangeStrategy,
+    Column,
+    Command,
+    EmergencyStop,
+    Germinate,
+    PauseGrafting,
+    Predicate,
+    ResumeGrafting,
+    Selector,
+    SetStage,
+)
+from esper.randomness import global_draws_kept
 from esper.training.advance import Advance
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.life import Life
@@ -48,19 +59,33 @@ class Action:
     paused: bool = False
 
 
-def _without_own(part: Any) -> Any:
-    """A part of ApplyTogether, which comes and ends with the whole; Refused where it asks for more."""
+MOST = 1000
+"""Commands in one batch: more of them would keep a tick's end waiting, and a message that carries them small."""
+
+
+def _parts(command: ApplyTogether | ApplyEach) -> list[Command]:
+    """The commands of a batch; Refused for none, which can only be a mistake, and for more than MOST."""
+    parts = command.commands
+    if not 1 <= len(parts) <= MOST:
+        kind = type(command).__name__
+        raise Refused(f"an {kind} has 1 to {MOST} commands in it, and this one has {len(parts)}: leave it out, or send several")
+    return parts
+
+
+def _without_own(part: Command, batch: Command) -> Command:
+    """A part of a batch, which comes and ends with the whole; Refused where it asks for more."""
+    kind = type(batch).__name__
     for name, none in (("deadline", -1), ("priority", 0)):
         if getattr(part, name) != none:
             raise Refused(
-                f"the command '{part.id}' in an ApplyTogether has a {name} of its own, but all of them come and end together:"
-                f" give the {name} to the ApplyTogether"
+                f"the command '{part.id}' in an {kind} has a {name} of its own, but all of them come and end together:"
+                f" give the {name} to the {kind}"
             )
     return part
 
 
 class Executor:
-    """Applies one command at a time at a tick boundary: all of it or nothing."""
+    """Applies one command at a time at a tick boundary: all of it or nothing, but for an ApplyEach, whose parts are on their own."""
 
     def __init__(self, life: Life, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
         self.life = life
@@ -70,17 +95,38 @@ class Executor:
         self.rows_of = rows_of
         self.refusals: dict[str, int] = {}
 
-    def apply(self, command: Any, tick: int) -> tuple[str, str]:
-        """(``applied`` | ``refused`` | ``expired``, reason)."""
-        if 0 <= command.deadline < tick:
-            return "expired", f"its deadline was tick {command.deadline}, this is tick {tick}"
+    def apply(self, command: Command, tick: int) -> tuple[str, str]:
+        """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over."""
         try:
-            actions = self._plan(command, self.life.machine.trial(), tick)
-            self._do_all(actions, command.id)
+            with global_draws_kept():  # a blueprint of the user's may draw its start values from there
+                if isinstance(command, ApplyEach):
+                    return self._each(command, tick)
+                self._one(command, tick)
         except Refused as refused:
-            self.refusals[str(refused)] = self.refusals.get(str(refused), 0) + 1
-            return "refused", str(refused)
+            return "refused", self._counted(refused)
         return "applied", ""
+
+    def _one(self, command: Command, tick: int) -> None:
+        self._do_all(self._plan(command, self.life.machine.trial(), tick), command.id)
+
+    def _each(self, batch: ApplyEach, tick: int) -> tuple[str, str]:
+        """Every command of a batch for itself: how it ended as a whole, and which were refused for what."""
+        parts, refusals = _parts(batch), []
+        for part in parts:
+            try:
+                self._one(_without_own(part, batch), tick)
+            except Refused as refused:
+                refusals.append(f"'{part.id}': {self._counted(refused)}")
+        if not refusals:
+            return "applied", ""
+        said = f"{len(refusals)} of {len(parts)} were refused: {'; '.join(refusals)}"
+        return ("refused" if len(refusals) == len(parts) else "applied"), said
+
+    def _counted(self, refused: Refused) -> str:
+        """The reason of a refusal, counted for the summary."""
+        reason = str(refused)
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+        return reason
 
     def _do_all(self, actions: list[Action], command: str) -> None:
         """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
@@ -97,34 +143,36 @@ class Executor:
 
     # --- working out ---
 
-    def _plan(self, command: Any, trial: Trial, tick: int) -> list[Action]:
-        kind = type(command).__name__
-        if kind == "Germinate":
-            return [self._germinate(command, trial)]
-        if kind == "ApplyTogether":
-            return [action for part in command.commands for action in self._plan(_without_own(part), trial, tick)]
-        if kind == "EmergencyStop":
-            return self._stop_everything(trial)
-        if kind == "SetStage":
-            return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
-        if kind == "Cancel":
-            return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
-        if kind == "ChangeStrategy":
-            if command.strategy not in self.life.strategies:
-                raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
-            rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
-            return [Action("strategy", row, strategy=command.strategy) for row in rows]
-        if kind in ("PauseGrafting", "ResumeGrafting"):
-            rows = self._grafting(command.select, trial, (Stage.GRAFTING,))
-            return [Action("pause", row, paused=kind == "PauseGrafting") for row in rows]
-        raise Refused(f"the trainer knows no command {kind}")
+    def _plan(self, command: Command, trial: Trial, tick: int) -> list[Action]:
+        match command:
+            case Germinate():
+                return [self._germinate(command, trial)]
+            case ApplyTogether():
+                return [action for part in _parts(command) for action in self._plan(_without_own(part, command), trial, tick)]
+            case EmergencyStop():
+                return self._stop_everything(trial)
+            case SetStage():
+                return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
+            case Cancel():
+                return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
+            case ChangeStrategy():
+                if command.strategy not in self.life.strategies:
+                    raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
+                rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
+                return [Action("strategy", row, strategy=command.strategy) for row in rows]
+            case PauseGrafting() | ResumeGrafting():
+                rows = self._grafting(command.select, trial, (Stage.GRAFTING,))
+                return [Action("pause", row, paused=isinstance(command, PauseGrafting)) for row in rows]
+        raise Refused(f"the trainer knows no command {type(command).__name__}")
 
-    def _germinate(self, command: Any, trial: Trial) -> Action:
+    def _germinate(self, command: Germinate, trial: Trial) -> Action:
         row = self.garden.row(command.site, command.seed)
         if row is None:
             raise Refused(self._no_such_seed(command.site, command.seed))
         blueprint = command.blueprint or self.garden.default_blueprint
         reason = trial.refusal(row, Stage.GERMINATED) or self.garden.misfit(row, blueprint)
+        if self.advance.loss.diverging:
+            reason = "the training loss is not finite, so nothing germinates until it is again"
         if reason is None and command.strategy and command.strategy not in self.life.strategies:
             reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}"
         if reason is not None:
@@ -158,7 +206,7 @@ class Executor:
         rows = trial.rows_in(*away)
         return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows]
 
-    def _select(self, select: Any, trial: Trial) -> list[int]:
+    def _select(self, select: Selector, trial: Trial) -> list[int]:
         sites = [n for n, site in enumerate(self.garden.sites) if site.name == select.site or fnmatchcase(site.name, select.site)]
         if not sites:
             names = ", ".join(site.name for site in self.garden.sites)
@@ -179,12 +227,12 @@ class Executor:
             raise Refused("no seed meets the selection")
         return rows
 
-    def _holds(self, predicate: Any, row: int) -> bool:
+    def _holds(self, predicate: Predicate, row: int) -> bool:
         if predicate.column not in COLUMNS or predicate.op not in COMPARISONS:
             raise Refused(f"'{predicate.column} {predicate.op}' is no predicate; columns: {', '.join(COLUMNS)}; {' '.join(COMPARISONS)}")
-        return COMPARISONS[predicate.op](self.rows_of(row)[COLUMNS.index(predicate.column)], predicate.value)
+        return COMPARISONS[predicate.op](self.rows_of(row)[Column[predicate.column.upper()]], predicate.value)
 
-    def _grafting(self, select: Any, trial: Trial, stages: tuple[Stage, ...]) -> list[int]:
+    def _grafting(self, select: Selector, trial: Trial, stages: tuple[Stage, ...]) -> list[int]:
         rows = self._select(select, trial)
         for row in rows:
             if trial.stage_of(row) not in stages:
@@ -216,7 +264,6 @@ class Executor:
         else:
             assert action.kind == "strategy" and branch is not None
             branch.strategy = action.strategy
-            table.strategy[action.row] = STRATEGY_NAMES.index(action.strategy)
             if branch.stage is Stage.GRAFTING:
                 self._hand_over(branch.id)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from esper.errors import UserError
 from esper.fields import setting
 
+NO_GPU = "trainer.device=cuda, but torch sees no GPU here; use trainer.device=cpu (or auto), or install a torch for your GPU."
+NO_HALF = "trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32."
+
 
 @dataclass
 class TrainerConfig:
@@ -23,12 +26,14 @@ class TrainerConfig:
     compile: bool = setting(False, help="run the model under torch.compile")
     freeze_host: bool = setting(False, help="only what grows learns; the host's weights and norm statistics stay as they are")
     save: bool = setting(True, help="leave the exported model in the run's folder, for esper export and model.weights")
+    ema: float = setting(0.0, low=0.0, high=0.999999, help="decay of an average of the weights: it is measured and kept; 0 is off")
     deterministic: bool = setting(True, help="same bits in every run; false may be faster on a GPU")
     threads: int = setting(1, low=0, high=1024, help="CPU threads of torch (part of the bits); 0 leaves torch's own choice")
     num_workers: int = setting(0, low=0, high=256, help="data loader processes; changes no bit")
     validate_every: str = setting("5%", unit="duration", help="time between two looks at the validation set")
     overfit: int = setting(0, low=0, unit="micro-batches", help="train on these first ones only; 0 is off")
     detect_anomaly: bool = setting(False, help="stop at the operation that made a NaN, and name it (slow)")
+    debug: bool = setting(False, help="raise what the code of a branch, strategy or controller raises, not go on without it")
     governor: bool = setting(True, help="watch loss, gradients, updates and activations; roll back what goes wrong")
     governor_snapshot: str = setting(
         "1%", unit="duration", help="time between two snapshots in memory that a rollback returns to"
@@ -42,7 +47,9 @@ class TrainerConfig:
     checkpoint_best: int = setting(1, low=0, help="checkpoints to keep for their validation metric")
     checkpoint_hours: float = setting(0.0, low=0.0, unit="hours", help="also keep every checkpoint younger than this")
     profile: int = setting(0, low=0, unit="steps", help="write a trace of this many steps to the run's folder; 0 is off")
-    control: bool = setting(True, help="also train the host alone, at the same steps and at the same MACs")
+    control: bool | None = setting(
+        None, help="also train the host alone, at the same steps and at the same MACs; null: in a single run, not in a sweep"
+    )
     keep: str = setting("grown", choices=("grown", "better"), help="better: the host alone where validation finds the grown one worse")
 
     def __post_init__(self) -> None:
@@ -51,7 +58,7 @@ class TrainerConfig:
             raise UserError(
                 f"trainer.steps={self.steps} and trainer.epochs={self.epochs}: exactly one must be positive, the other 0."
             )
-        if self.keep == "better" and not self.control:
+        if self.keep == "better" and self.control is False:
             raise UserError(
                 "trainer.keep=better compares with the host alone, which trainer.control=false does not train: set trainer.control=true "
                 "or trainer.keep=grown."

@@ -12,7 +12,7 @@ import torch
 from torch.utils import deterministic as filling
 
 from esper.errors import UserError
-from esper.training.config import TrainerConfig
+from esper.training.config import NO_GPU, NO_HALF, TrainerConfig
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,10 +21,10 @@ def choose_device(config: TrainerConfig) -> torch.device:
     """The device that ``trainer.device`` names; raises UserError for a GPU that is not there."""
     present = torch.cuda.is_available()
     if config.device == "cuda" and not present:
-        raise UserError("trainer.device=cuda, but torch sees no GPU here; use trainer.device=cpu (or auto), or install a torch for your GPU.")
+        raise UserError(NO_GPU)
     device = torch.device("cuda", torch.cuda.current_device()) if present and config.device != "cpu" else torch.device("cpu")
     if config.precision == "fp16" and device.type == "cpu":
-        raise UserError("trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32.")
+        raise UserError(NO_HALF)
     return device
 
 

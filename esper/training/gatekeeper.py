@@ -7,6 +7,7 @@ import warnings
 from dataclasses import dataclass
 
 from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
+from esper.messages import Alert, GateResult
 from esper.seeds import Branch, Garden
 from esper.training.guard import Guard
 from esper.training.judge import Gain, Judge
@@ -54,19 +55,23 @@ class Gatekeeper:
         gate = GATES.get((branch.stage, target))
         if gate is None:
             return True
+        if self.loss.diverging:
+            return False
         if gate in ("gain", "final_gain"):
             return self.look([branch], tick)[0]
         value, threshold = self._cheap(gate, branch)
         if gate == "stability" and not self.loss.heard and "no_training_loss" not in self.said:
             self.said.add("no_training_loss")
-            text = "no training loss was given, so the gate 'stability' stays shut: give it to grow.tick(loss) or after_backward(batch, loss)"
-            self.port.alert(tick, "error", "no_training_loss", text, "", -1)
+            text = (
+                "no training loss was given, so the gate 'stability' stays shut: give it to grow.tick(loss) or after_backward(batch, loss)"
+            )
+            self.port.emit(Alert(tick=tick, level="error", code="no_training_loss", text=text))
             warnings.warn(f"esper: {text}", stacklevel=2)  # a loop of the user's own reads no alerts
         return self._answer(gate, branch, value, threshold, tick, 0)
 
     def look(self, branches: list[Branch], tick: int) -> list[bool]:
         """One look at the judge set for branches in EVALUATING or FINE_TUNING; each look spends error rate."""
-        if self.judge is None or not branches:
+        if self.judge is None or not branches or self.loss.diverging:
             return [False] * len(branches)
         table = self.garden.table
         errors = []
@@ -78,8 +83,17 @@ class Gatekeeper:
         if self.judge.spoiled and "judge_not_finite" not in self.said:
             self.said.add("judge_not_finite")
             text = f"{self.judge.spoiled} losses on the judge set are not finite even without the branch, so no gate opens; check its data"
-            self.port.alert(tick, "error", "judge_not_finite", text, "", -1)
+            self.port.emit(Alert(tick=tick, level="error", code="judge_not_finite", text=text))
         return [self._take(branch, gain, tick) for branch, gain in zip(branches, gains, strict=True)]
+
+    def say_diverging(self, tick: int) -> None:
+        """Once a run: the training loss is no finite number, and what follows from it."""
+        if not self.loss.diverging or "loss_not_finite" in self.said:
+            return
+        self.said.add("loss_not_finite")
+        text = f"the training loss is not finite at tick {tick}; nothing germinates, learns or is blended further until it is again"
+        self.port.emit(Alert(tick=tick, level="error", code="loss_not_finite", text=text))
+        warnings.warn(f"esper: {text}", stacklevel=2)  # a loop of the user's own reads no alerts
 
     def _take(self, branch: Branch, gain: Gain, tick: int) -> bool:
         branch.gain, branch.bound = gain.mean, gain.bound
@@ -114,5 +128,16 @@ class Gatekeeper:
         if math.isfinite(value) and not value <= record.closest:
             record.closest = value
         site = self.garden.sites[branch.site].name
-        self.port.gate(tick, site, branch.seed, branch.id, gate, value, threshold, passed, look)
+        asked = GateResult(
+            tick=tick,
+            site=site,
+            seed=branch.seed,
+            branch=branch.id,
+            gate=gate,
+            value=value,
+            threshold=threshold,
+            passed=passed,
+            look=look,
+        )
+        self.port.emit(asked)
         return passed

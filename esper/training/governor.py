@@ -19,6 +19,7 @@ from torch import Tensor
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.lifecycle.transitions import refusal
+from esper.messages import Alert
 from esper.seeds import Branch
 from esper.training.bands import Band
 from esper.training.checkpoint.tree import Still
@@ -115,7 +116,7 @@ class Governor:
             change = [now.detach() - then for now, then in zip(self._parameters(), self._before, strict=True)]
             self._measured["update"] = float(torch.stack(torch._foreach_norm(change)).float().norm()) if change else 0.0
         self._before = []
-        squares = [float((rows[:, 0].square() + rows[:, 1]).mean()) for rows in self.grow.observer.health]
+        squares = self.grow.observer.mean_squares()
         self._measured["activation"] = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
     def recover(self, anomaly: Anomaly, batch: Any) -> None:
@@ -137,7 +138,7 @@ class Governor:
         self.anomalies.append(anomaly)
         self.rollbacks = [step for step in self.rollbacks if anomaly.step - step < self.watch.span] + [anomaly.step]
         where = "nothing to go back to" if self.snapshot is None else f"back to the state of tick {self.snapshot.tick}"
-        grow.port.alert(tick, "error", "rolled_back", f"{anomaly}; {where}", "", -1)
+        grow.port.emit(Alert(tick=tick, level="error", code="rolled_back", text=f"{anomaly}; {where}"))
         if self.snapshot is None or len(self.rollbacks) > self.watch.failures:
             self._give_up()
 

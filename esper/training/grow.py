@@ -7,7 +7,8 @@ step, ``observe(…)`` when a held-out metric was measured, ``export()`` at the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from esper.grafting import GraftingConfig, signals_of
 from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
+from esper.messages import Alert, Command, Metrics, Report, RequestReport
 from esper.seeds import Branch, Garden, TelemetryConfig
+from esper.seeds.containing import take_errors
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.advance import Advance
+from esper.training.averaging import Follower
 from esper.training.checkpoint import store
 from esper.training.checkpoint.attached import attached_state, read_state, take_over
 from esper.training.checkpoint.engine import load_grow, topology
 from esper.training.checkpoint.tree import join, split
 from esper.training.commands import Executor
+from esper.training.faults import Faults
 from esper.training.fitness import refuse_reentrant
 from esper.training.gatekeeper import Gatekeeper
 from esper.training.guard import Guard
@@ -57,7 +62,7 @@ class GrowSettings:
     steps_per_tick: int = 1
     accumulate: int = 1
     count_macs: bool = True
-    extra: dict[str, Any] = field(default_factory=dict)
+    debug: bool = False
 
 
 class Grow:
@@ -95,13 +100,17 @@ class Grow:
         self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
         self.gates = Gatekeeper(life, garden, self.judge, self.objective, self.signal, self.guard, self.port)
         self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
-        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal)
+        self.faults = Faults(garden, self.port, self.gates.said, settings.debug)
+        self.advance = Advance(life, lifecycle, garden, self.life, self.gates, self.guard, self.signal, self.faults)
         self.readings = Readings(self.device)
         self.branch_optimizer = BranchOptimizer(garden, settings.learning, self.readings)
         self.observer = Observer(garden, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
         self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
         self._scale = 1.0
         self._last_batch: Any = None
+        self.followers: list[Follower] = []
+        self.known_averages: list[dict[str, Any]] = []  # of a state that is gone on from, in the order in which they were followed
+        self._kept: Follower | None = None
         self._losses: list[Tensor | float] = []
         self.rates: dict[int, float] = {}
         self.steps = 0
@@ -159,6 +168,9 @@ class Grow:
             self.branch_optimizer.clear()
             self.objective.pending.clear()
             return False
+        self._hear([metric] if metric is not None else losses)
+        if self.signal.diverging:
+            self.forget_step()
         learning = self.garden.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
         self.objective.merge()
         self._unscale(learning)
@@ -169,7 +181,6 @@ class Grow:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
         self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
-        self._hear([metric] if metric is not None else losses)
         self.steps += 1
         if self.steps % self.settings.steps_per_tick == 0:
             self._boundary()
@@ -190,12 +201,13 @@ class Grow:
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
         self._losses.clear()
-        self.readings.forget()
         self.objective.pending.clear()
         self.objective.failed.clear()
+        self.objective.raised.clear()
         self.branch_optimizer.clear()
         self.garden.compiled.forget_tallies()
         for group in (group for layer in self.garden.layers for group in layer.plan):
+            take_errors([group])
             group.failures.zero_()
             group.forwards = 0
 
@@ -203,7 +215,19 @@ class Grow:
         """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
         if primary is not None:
             self.advance.metric = values[primary] if maximize else -values[primary]
-        self.port.metrics(self.tick_number, {key: float(value) for key, value in values.items()})
+        self.port.emit(Metrics(tick=self.tick_number, values={key: float(value) for key, value in values.items()}))
+
+    def follow(self, averaged: nn.Module, keep: bool = False) -> None:
+        """Let an average of the model grow as the model does: torch's ``AveragedModel``, or any copy that is moved towards it.
+
+        Go on averaging as ever. ``averaged.state_dict()`` stays the host's; what grew in it is in ``state()``, so a loop that goes on
+        from one follows its averages anew, in the same order. With ``keep`` the average is what ``export`` and ``save`` give.
+
+        Raises UserError where there is no copy of the model in it.
+        """
+        follower = Follower(self.garden, averaged, self.known_averages.pop(0) if self.known_averages else None)
+        self.followers.append(follower)
+        self._kept = follower if keep else self._kept
 
     def close(self, status: str = "FINISHED", summary: dict[str, Any] | None = None) -> None:
         """End of the run: said on the bus; the seed layers stay on the model, for ``export`` and ``save``."""
@@ -218,11 +242,12 @@ class Grow:
         kernels = self.garden.kernels
         while kernels is not None and kernels.alerts:
             self.gates.said.add(MISMATCH)  # saved with the run, which keeps to torch when it is resumed
-            self.port.alert(self.tick_number, "error", MISMATCH, kernels.alerts.pop(0), "", -1)
+            self.port.emit(Alert(tick=self.tick_number, level="error", code=MISMATCH, text=kernels.alerts.pop(0)))
 
     def _boundary(self) -> None:
         self.tick_number += 1
         self.life.tick = self.tick_number
+        self.gates.say_diverging(self.tick_number)
         self._collect_failures()
         self._publish_kernel_alerts()
         self._measure_counterfactuals()
@@ -236,15 +261,19 @@ class Grow:
             self.observer.publish(self.tick_number)
         self.port.end_tick(self.tick_number)
 
-    def _obey(self, command: Any) -> None:
-        if type(command).__name__ == "RequestReport":
-            self.port.report(self.tick_number, command.id, self.garden.table.counts(), self.observer.branch_cards())
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, RequestReport):
+            stages, branches = self.garden.table.counts(), self.observer.branch_cards()
+            self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches))
             self.port.acknowledge(command.id, "applied", "", self.tick_number)
             return
         status, reason = self.executor.apply(command, self.tick_number)
         self.port.acknowledge(command.id, status, reason, self.tick_number)
 
     def _collect_failures(self) -> None:
+        raised, self.objective.raised = self.objective.raised, {}
+        for layer in self.garden.layers:
+            raised |= take_errors(layer.plan)
         self._post_failures()
         rates, self.rates = self.rates, {}
         rates.update({branch: 1.0 for branch in self.objective.failed})
@@ -254,12 +283,15 @@ class Grow:
             self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"
         self.objective.failed.clear()
         self.branch_optimizer.failures.clear()
+        self.advance.trouble |= self.faults.note(raised, self.tick_number)
         self.advance.error_rates = rates
         for branch, rate in ((self.garden.branches[number], rate) for number, rate in rates.items()):
             if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
                 site = self.garden.sites[branch.site].name
                 text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
-                self.port.alert(self.tick_number, "error", "fossil_not_finite", text, site, branch.seed)
+                self.port.emit(
+                    Alert(tick=self.tick_number, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed)
+                )
             branch.unsound = rate > 0
 
     def _post_failures(self) -> None:
@@ -314,7 +346,9 @@ class Grow:
                 bank.scale_gradient(branch.slot, 1.0 / self._scale)
 
     def _prepare(self) -> None:
-        """Set up what the next forward must record."""
+        """Set up what the next forward must record, and the averages as the model is now."""
+        for follower in self.followers:
+            follower.sync()
         upcoming = self.tick_number + 1
         last_step = (self.steps + 1) % self.settings.steps_per_tick == 0
         self.observer.prepare(upcoming if last_step else 0)
@@ -378,17 +412,19 @@ class Grow:
 
     def export(self) -> nn.Module:
         """A plain module with everything that grew and nothing else: see ``esper.seeds.exporting``."""
-        from esper.seeds.exporting import export
-
-        return export(self.garden)
+        return self._exported()[0]
 
     def save(self, folder: str | Path, host: dict[str, Any] | None = None) -> Path:
         """The exported model as safetensors with a description, into ``folder``: see ``esper.saved``, which loads it again."""
         from esper.saved import save_model
+
+        return save_model(folder, *self._exported(), host)
+
+    def _exported(self) -> tuple[nn.Module, list[Any]]:
         from esper.seeds.exporting import export_with_cards
 
-        model, cards = export_with_cards(self.garden)
-        return save_model(folder, model, cards, host)
+        with nullcontext() if self._kept is None else self._kept.applied():
+            return export_with_cards(self.garden)
 
 
 def _as_float32(value: float) -> float:

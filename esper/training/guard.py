@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from esper.lifecycle import Stage, spent
+from esper.messages import Alert
 from esper.seeds import Branch
 from esper.training.checkpoint.tree import Still
 from esper.training.judge import Judge, lower_bound
@@ -191,7 +192,7 @@ class Guard:
         self.on_return()
         site = self.garden.sites[branch.site].name
         text = f"without branch {branch.id} the host is worse than it was before; back to the state of tick {best.snapshot.tick}"
-        self.life.port.alert(tick, "warning", "host_returned", text, site, branch.seed)
+        self.life.port.emit(Alert(tick=tick, level="warning", code="host_returned", text=text, site=site, seed=branch.seed))
 
     def _is_why(self, branch: Branch, sound: Sound, now: Tensor) -> bool:
         """Whether a branch that went may be why the host is worse than before: not where the host merely overfits.
@@ -279,7 +280,9 @@ class Guard:
         self.sound = {}
         for number, one in state["sound"].items():
             kept = None if one["kept"] is None else states[int(one["kept"])]
-            self.sound[int(number)] = Sound(int(one["tick"]), one["losses"], kept, float(one["began"]), float(one["fast"]), int(one["looks"]))
+            self.sound[int(number)] = Sound(
+                int(one["tick"]), one["losses"], kept, float(one["began"]), float(one["fast"]), int(one["looks"])
+            )
 
 
 def _mean(losses: Tensor) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from esper.seeds import Branch, Garden
 from esper.seeds.sites import quiet_evaluation
 from esper.training.macs import Meter
-from esper.training.passes import shapes_of, to_device, untouched_buffers
+from esper.training.passes import drawing_alike, shapes_of, to_device, untouched_buffers
 from esper.training.student import quantile
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -100,7 +100,7 @@ class Judge:
             layer.recording = None
         values = []
         try:
-            with quiet_evaluation(model), self._recalibrated(norms):
+            with quiet_evaluation(model), untouched_buffers(model), drawing_alike(self.data), self._recalibrated(norms):
                 for batch in self.data:
                     batch = to_device(batch, self.device)
                     with self.meter.counting("judge", (self.garden.structure(), shapes_of(batch))):
@@ -125,7 +125,7 @@ class Judge:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
-                norm.train()
+                norm.training = True
             try:
                 for batch in self.recent:
                     with self.meter.counting("judge", ("recalibrate", self.garden.structure(), shapes_of(batch))):
@@ -133,7 +133,7 @@ class Judge:
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
-                    norm.eval()
+                    norm.training = False
             yield
 
 

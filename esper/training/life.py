@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from esper.grafting import CONFIGS as STRATEGY_CONFIGS
-from esper.grafting import STRATEGY_NAMES, GraftingConfig
+from esper.grafting import GraftingConfig
 from esper.grafting.state import initial_state
 from esper.lifecycle import Machine, Stage
 from esper.lifecycle.table import RESTING
 from esper.lifecycle.transitions import BLENDED
+from esper.messages import Transition
 from esper.seeds import Branch, Garden
 from esper.training.objectives import Objective
 from esper.training.port import Port
@@ -68,9 +69,6 @@ class Life:
         """DORMANT → GERMINATED with a new branch."""
         source = self.machine.apply(row, Stage.GERMINATED, cause).source
         branch = self.garden.germinate(row, blueprint or self.garden.default_blueprint, strategy or self.default_strategy)
-        table = self.garden.table
-        table.strategy[row] = STRATEGY_NAMES.index(branch.strategy)
-        table.blueprint[row] = list(self.garden.blueprints).index(branch.blueprint)
         self._say(row, branch, source, Stage.GERMINATED, cause)
         self.counts["germinated"] += 1
         return branch
@@ -139,16 +137,16 @@ class Life:
         site, seed = garden.sites[garden.site_of(row)].name, garden.seed_of(row)
         if branch is not None:
             branch.path.append((target.name, self.tick))
-        said = (
-            self.tick,
-            site,
-            seed,
-            -1 if branch is None else branch.id,
-            int(source),
-            int(target),
-            cause,
-            int(garden.table.generation[row]),
-            "" if branch is None else branch.blueprint,
-            "" if branch is None else branch.strategy,
+        event = Transition(
+            tick=self.tick,
+            site=site,
+            seed=seed,
+            branch=-1 if branch is None else branch.id,
+            source=int(source),
+            target=int(target),
+            cause=cause,
+            generation=int(garden.table.generation[row]),
+            blueprint="" if branch is None else branch.blueprint,
+            strategy="" if branch is None else branch.strategy,
         )
-        self._at_last(lambda: self.port.transition(*said))
+        self._at_last(lambda: self.port.emit(event))

@@ -6,18 +6,19 @@ import json
 from typing import Any
 
 from esper.errors import UserError
-from esper.seeds import COLUMNS
+from esper.messages import COLUMNS
 from esper.training.port import NullPort, Port
 
 RUN = "attached"
 
 
-def controlled_port(controller: Any, seed: int) -> Port:
+def controlled_port(controller: Any, seed: int, debug: bool = False) -> Port:
     """The port over which ``controller`` hears and commands.
 
     Args:
         controller: a name (``heuristic``, ``random``, ``none``), a configuration of ``esper.controllers``, or a controller.
         seed: the run's random seed.
+        debug: raise what the controller raises, instead of going on without its decision.
 
     Raises:
         UserError: a name that there is not, or an object that is no controller.
@@ -31,7 +32,7 @@ def controlled_port(controller: Any, seed: int) -> Port:
 
     decided = _controller(controller, seed)
     bus = MemoryBus(MemoryConfig())
-    return BusPort(bus, RUN, COLUMNS, ControllerRunner(bus, RUN, decided))
+    return BusPort(bus, RUN, COLUMNS, ControllerRunner(bus, RUN, decided, debug=debug))
 
 
 def _controller(given: Any, seed: int) -> Any:

@@ -7,7 +7,8 @@ gradients by their norm does not feel a TRAINING seed either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from esper.lifecycle import Stage
 from esper.seeds import Branch, Garden, Recording
 from esper.seeds.blend import branch_outputs, chunks_of
+from esper.seeds.containing import containable, take_errors
 from esper.seeds.plan import BlockGroup, Group, Injection, Part, build
 from esper.training.fitness import refuse_reentrant
 from esper.training.judge import LossFunction
@@ -42,6 +44,7 @@ class Objective:
         self.pending: dict[nn.Parameter, Tensor] = {}
         self.readiness: dict[int, float] = {}
         self.failed: set[int] = set()
+        self.raised: dict[int, Exception] = {}
         self.step_size = 0.0
         self._searched = -search_every
         self._looked = False
@@ -82,6 +85,7 @@ class Objective:
         """Drop what is known of a branch that left TRAINING."""
         self.readiness.pop(branch, None)
         self.failed.discard(branch)
+        self.raised.pop(branch, None)
 
     def state(self) -> dict[str, Any]:
         """What is remembered between two steps; gradients are not (a checkpoint is taken when none are pending)."""
@@ -105,6 +109,8 @@ class Objective:
         with self.replay.again(), untouched_buffers(model):
             if host_loss is None:
                 host_loss = self._measured("host", batch)
+            if not math.isfinite(host_loss):
+                return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             with self.replay.again(), self.garden.shadow() as groups:
                 key = (self.garden.structure(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
@@ -112,11 +118,15 @@ class Objective:
                     if not self._looked:
                         refuse_reentrant(loss)
                         self._looked = True
-                    self._collect(loss * scale, groups)
+                    raised = take_errors(groups)
+                    with self._containing([branch.id for branch in training]):
+                        self._collect(loss * scale, groups)
         fall = (host_loss - float(loss.detach())) / max(abs(host_loss), 1e-12)
         self._note_failures(groups)
+        self.raised |= raised
         for branch in training:
-            self._score(branch.id, fall)
+            if branch.id not in raised:
+                self._score(branch.id, fall)
 
     # --- regression on what the backward brought to the site ---
 
@@ -133,7 +143,13 @@ class Objective:
             for group in build(parts, self.garden.banks(number), layer.geometry, x.device):
                 assert not isinstance(group, Injection)
                 key = (number, group.cost_key(), shapes_of(batch))
-                with self.replay.again(), untouched_buffers(layer), torch.enable_grad(), self.meter.counting("objective", key):
+                with (
+                    self._containing(group.branches),
+                    self.replay.again(),
+                    untouched_buffers(layer),
+                    torch.enable_grad(),
+                    self.meter.counting("objective", key),
+                ):
                     loss = self._regression_loss(group, number, recording)
                     self._collect(loss * scale, [group])
 
@@ -186,6 +202,16 @@ class Objective:
         return injections
 
     # --- shared ---
+
+    @contextmanager
+    def _containing(self, branches: list[int]) -> Iterator[None]:
+        """Within, what the code of these branches raises is theirs alone: they learn nothing from this batch."""
+        try:
+            yield
+        except Exception as error:
+            if not containable(error):
+                raise
+            self.raised |= dict.fromkeys(branches, error)
 
     def _measured(self, purpose: str, batch: Any) -> float:
         """The mean loss of a forward as the plans are now, no gradients."""

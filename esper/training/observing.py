@@ -12,17 +12,20 @@ from torch import Tensor
 
 from esper.blueprints import Block, Blueprint
 from esper.lifecycle import Stage
-from esper.seeds import COLUMNS, Garden, Recording, TelemetryConfig
+from esper.messages import COLUMNS, Column
+from esper.seeds import Garden, Recording, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.objectives import Objective
 from esper.training.passes import host_parameters
 from esper.training.port import Port
 from esper.training.readings import Readings
 from esper.training.signals import gradient_norms
+from esper.training.snapshot import present_values
 
-MEASURED = COLUMNS[2:9]
-"""What only a forward and backward can show; kept of every seed until the next telemetry. The other columns are known at any time."""
-FIRST = COLUMNS.index(MEASURED[0])
+MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
+"""The columns that only a forward and backward can show; kept of every seed until the next telemetry. The others are known at any time."""
+STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
+"""The columns of an activation's statistics, as a Recording has them."""
 
 
 class Observer:
@@ -44,7 +47,7 @@ class Observer:
         garden.compiled.near_zero = config.near_zero
         self._gradient_ratio: dict[int, float] = {}
         self._gradient_norms: list[Tensor] = []
-        self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(MEASURED)), float("nan")) for s in garden.sites]
+        self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in garden.sites]
 
     def prepare(self, upcoming: int) -> None:
         """Give each site the recording that its next forward should fill, if any; ``upcoming`` 0 is no tick."""
@@ -142,10 +145,10 @@ class Observer:
                 rows = page() if callable(page) else page
                 fill(rows, [next(left) for _ in tensors])
                 if self._gradient_norms:
-                    rows[:, 6] = self._gradient_norms[number]
+                    rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
                 for branch in self.garden.living_at(number):
-                    rows[branch.seed, 8] = self._gradient_ratio.get(branch.id, float("nan"))
-                self.health[number] = rows[:, FIRST : FIRST + len(MEASURED)].clone()
+                    rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
+                self.health[number] = rows[:, MEASURED].clone()
                 self.port.telemetry(tick, self.garden.sites[number].name, rows)
 
         self.readings.post([tensor for tensors, _ in measured for tensor in tensors], read)
@@ -158,11 +161,13 @@ class Observer:
             table, first = self.garden.table, self.garden.first_row[number]
             span = slice(first, first + site.geometry.seeds)
             rows.fill_(float("nan"))
-            rows[:, 0], rows[:, 9], rows[:, 10] = table.stage[span], table.ages(span, self.tick()), table.generation[span]
-            rows[:, 1] = rows[:, 7] = 0.0
-            rows[:, 11] = table.score[span]
+            rows[:, Column.STAGE] = table.stage[span]
+            rows[:, Column.AGE] = table.ages(span, self.tick())
+            rows[:, Column.GENERATION] = table.generation[span]
+            rows[:, Column.GAIN] = table.score[span]
+            rows[:, Column.ALPHA] = rows[:, Column.BRANCH_RMS_RATIO] = 0.0
             for branch in self.garden.living_at(number):
-                rows[branch.seed, 1] = self.garden.branches.alpha[branch.id]
+                rows[branch.seed, Column.ALPHA] = self.garden.branches.alpha[branch.id]
             return rows
 
         if self.readings.late:
@@ -178,9 +183,9 @@ class Observer:
             seeds = [self.garden.branches[branch].seed for branch in alive]
 
             def recorded(rows: Tensor, values: list[Tensor]) -> None:
-                rows[:, 2:6] = values[0].cpu()
+                rows[:, STATISTICS] = values[0].cpu()
                 for seed, ratio in zip(seeds, values[1:], strict=True):
-                    rows[seed, 7] = float(ratio)
+                    rows[seed, Column.BRANCH_RMS_RATIO] = float(ratio)
 
             return [recording.statistics, *ratios], recorded
         if not self.garden.compiled.sites:
@@ -190,12 +195,17 @@ class Observer:
         sizes = torch.tensor([end - start for start, end in (site.geometry.bounds(seed) for seed in chunks)])
 
         def in_graph(rows: Tensor, values: list[Tensor]) -> None:
-            rows[:, 2:6], power, count = values
+            rows[:, STATISTICS], power, count = values
             if chunks:
-                below = rows[chunks, 3] + rows[chunks, 2].square()
-                rows[chunks, 7] = (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
+                below = rows[chunks, Column.VARIANCE] + rows[chunks, Column.MEAN].square()
+                rows[chunks, Column.BRANCH_RMS_RATIO] = (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
 
         return [site.health, site.power, site.rows], in_graph
+
+    def mean_squares(self) -> list[float]:
+        """Mean square of every site's activation, as measured last; NaN where nothing was measured yet."""
+        mean, variance = Column.MEAN - MEASURED.start, Column.VARIANCE - MEASURED.start
+        return [float((rows[:, mean].square() + rows[:, variance]).mean()) for rows in self.health]
 
     def row(self, row: int) -> list[float]:
         """A telemetry row of a seed: what was measured last, and the rest as it is now."""
@@ -260,4 +270,4 @@ class Observer:
 
 def _dot(gradients: list[Tensor]) -> Tensor:
     """Sum of squares over these tensors."""
-    return torch.stack([torch.dot(flat, flat) for flat in (gradient.float().reshape(-1) for gradient in gradients)]).sum()
+    return torch.stack([torch.dot(flat, flat) for flat in (present_values(gradient).float().reshape(-1) for gradient in gradients)]).sum()

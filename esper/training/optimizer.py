@@ -20,7 +20,6 @@ from esper.training.readings import Readings
 from esper.training.rows import BankRows, BlockRows, BranchLearning, Rows, SlotRows
 from esper.training.signals import by_bank
 
-
 PATIENCE = 10
 """Steps in a row for which a branch's gradient may overflow under a loss scale. The scale may still fall, as it does while it
 is being found; a branch that overflows longer would never learn at the scale that suits its host."""

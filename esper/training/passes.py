@@ -11,19 +11,19 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from esper.randomness import GlobalDraws, global_draws_kept, seed_for, seed_global_draws
 from esper.seeds.layer import ATTRIBUTE, Attached, Hidden, device_of
 
 
 class DropoutReplay(Attached, Hidden):
-    """Remembers the global RNG as it was before the host's last forward, so that another forward draws the same masks."""
+    """Remembers the global generators as they were before the host's last forward, so that another forward draws the same masks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.wanted = False
         self.number = next(_numbers)
         self.anchor = torch.zeros(1, device=device_of(model))
         _REPLAYS[self.number] = self
-        self._state: Tensor | None = None
-        self._cuda: Tensor | None = None
+        self._draws: GlobalDraws | None = None
         self._handle = model.register_forward_pre_hook(self._remember)
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
@@ -33,25 +33,21 @@ class DropoutReplay(Attached, Hidden):
             remember_rng(self.anchor, self.number)
 
     def look(self) -> None:
-        """Remember the RNG as it is now, if anybody wants it."""
+        """Remember the generators as they are now, if anybody wants it."""
         if torch.is_grad_enabled():
             self.remember()
 
     def remember(self) -> None:
         """The same of a forward that is known to keep a graph."""
         if self.wanted:
-            self._state = torch.get_rng_state()
-            self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+            self._draws = GlobalDraws()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Within: the RNG as before the last forward; afterwards: as it was before entering."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices):
-            if self._state is not None:
-                torch.set_rng_state(self._state)
-            if self._cuda is not None:
-                torch.cuda.set_rng_state(self._cuda)
+        """Within: the generators as before the last forward; afterwards: as they were before entering."""
+        with global_draws_kept():
+            if self._draws is not None:
+                self._draws.put_back()
             yield
 
     def close(self) -> None:
@@ -69,6 +65,38 @@ def remember_rng(anchor: Tensor, number: int) -> None:
     replay = _REPLAYS.get(number)
     if replay is not None:
         replay.remember()
+
+
+#: Where every look at data begins to draw from, so that any two looks draw the same.
+LOOK = seed_for(0, "a look at data")
+
+
+@contextmanager
+def drawing_alike(data: Any) -> Iterator[None]:
+    """Within, whoever goes through ``data`` draws what was drawn the last time; every generator is put back afterwards.
+
+    A DataLoader draws a base seed when it is gone through, shuffled or not, from its own generator or from the global one.
+    """
+    own = _generators_of(data)
+    with global_draws_kept():
+        before = [(one, one.get_state()) for one in own]
+        seed_global_draws(LOOK)
+        for one in own:
+            one.manual_seed(LOOK)
+        try:
+            yield
+        finally:
+            for one, state in before:
+                one.set_state(state)
+
+
+def _generators_of(data: Any) -> list[torch.Generator]:
+    """The generators that a loader and its samplers have been given."""
+    sampler = getattr(data, "sampler", None)
+    batches = getattr(data, "batch_sampler", None)
+    holders = (data, sampler, batches, getattr(batches, "sampler", None), getattr(data, "dataset", None))
+    found = {id(one): one for one in (getattr(holder, "generator", None) for holder in holders) if isinstance(one, torch.Generator)}
+    return list(found.values())
 
 
 def host_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -7,11 +7,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from esper.seeds import COLUMNS
+from esper.messages import COLUMNS, Command, Message
 
 
 class Port(Protocol):
-    """Called by the engine at tick boundaries only; no call may wait for a network."""
+    """Called by the engine at tick boundaries only; no call may wait for a network.
+
+    ``decided``: whether anybody may ever command over it.
+    """
+
+    decided: bool
 
     def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None:
         """The run begins; one dict a site."""
@@ -19,31 +24,8 @@ class Port(Protocol):
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
         """The run is over: FINISHED, FAILED or KILLED."""
 
-    def transition(
-        self,
-        tick: int,
-        site: str,
-        seed: int,
-        branch: int,
-        source: int,
-        target: int,
-        cause: str,
-        generation: int,
-        blueprint: str,
-        strategy: str,
-    ) -> None:
-        """A seed changed stage."""
-
-    def gate(
-        self, tick: int, site: str, seed: int, branch: int, gate: str, value: float, threshold: float, passed: bool, look: int
-    ) -> None:
-        """A gate was asked."""
-
-    def alert(self, tick: int, level: str, code: str, text: str, site: str, seed: int) -> None:
-        """Something a person should see."""
-
-    def metrics(self, tick: int, values: dict[str, float]) -> None:
-        """Scalars of the run."""
+    def emit(self, event: Message) -> None:
+        """Something happened: a transition, the answer of a gate, an alert, metrics, a report."""
 
     def slot(self, site: str, seeds: int) -> Tensor:
         """Where to write the site's next rows: float32 ``[seeds, len(COLUMNS)]`` on the CPU, holding anything.
@@ -54,10 +36,7 @@ class Port(Protocol):
     def telemetry(self, tick: int, site: str, rows: Tensor) -> None:
         """Rows of one site, in its ``slot`` or elsewhere: float32 ``[seeds, len(COLUMNS)]`` on the CPU."""
 
-    def report(self, tick: int, command_id: str, stages: dict[str, int], branches: list[dict[str, Any]]) -> None:
-        """Answer to a request for a report."""
-
-    def commands(self, tick: int) -> list[Any]:
+    def commands(self, tick: int) -> list[Command]:
         """The commands to apply now, in order."""
 
     def acknowledge(self, command_id: str, status: str, reason: str, tick: int) -> None:
@@ -73,15 +52,13 @@ class Port(Protocol):
 class NullPort:
     """No bus and no controller: nothing is said, nobody commands."""
 
-    def started(self, *_: Any) -> None: ...
-    def ended(self, *_: Any) -> None: ...
-    def transition(self, *_: Any) -> None: ...
-    def gate(self, *_: Any) -> None: ...
-    def alert(self, *_: Any) -> None: ...
-    def metrics(self, *_: Any) -> None: ...
-    def telemetry(self, *_: Any) -> None: ...
-    def report(self, *_: Any) -> None: ...
-    def acknowledge(self, *_: Any) -> None: ...
+    decided = True
+
+    def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None: ...
+    def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None: ...
+    def emit(self, event: Message) -> None: ...
+    def telemetry(self, tick: int, site: str, rows: Tensor) -> None: ...
+    def acknowledge(self, command_id: str, status: str, reason: str, tick: int) -> None: ...
     def end_tick(self, tick: int) -> None: ...
     def close(self) -> None: ...
 
@@ -89,6 +66,6 @@ class NullPort:
         """A place of no port's."""
         return torch.empty(seeds, len(COLUMNS))
 
-    def commands(self, tick: int) -> list[Any]:
+    def commands(self, tick: int) -> list[Command]:
         """Nobody commands."""
         return []

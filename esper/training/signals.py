@@ -20,10 +20,13 @@ class LossSignal:
         self.fast = self.slow = float("nan")
         self.variance = 0.0
         self.heard = False
+        self.diverging = False
+        """Whether the last loss was no finite number: the host is not well, and nothing may grow on it."""
 
     def update(self, loss: float) -> None:
         """Take in one tick's loss; a non-finite one spoils the averages until finite ones replace it."""
         self.heard = True
+        self.diverging = not math.isfinite(loss)
         if not math.isfinite(self.fast):
             self.fast, self.slow, self.variance = loss, loss, 0.0
             return
@@ -47,12 +50,13 @@ class LossSignal:
 
     def state(self) -> dict[str, float]:
         """Everything, for a checkpoint."""
-        return {"fast": self.fast, "slow": self.slow, "variance": self.variance}
+        return {"fast": self.fast, "slow": self.slow, "variance": self.variance, "diverging": float(self.diverging)}
 
     def load(self, state: dict[str, float]) -> None:
         """Take over a saved state."""
         self.fast, self.slow, self.variance = state["fast"], state["slow"], state["variance"]
-        self.heard = math.isfinite(self.fast)
+        self.diverging = bool(state.get("diverging", 0.0))
+        self.heard = math.isfinite(self.fast) or self.diverging
 
 
 class WeightAverages:

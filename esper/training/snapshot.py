@@ -71,12 +71,17 @@ class Snapshot:
 def finite(tensors: list[Tensor]) -> bool:
     """Whether every number in every tensor is finite; asks each device once (an optimizer counts its steps on the CPU)."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
+    for tensor in map(present_values, tensors):
         if tensor.is_floating_point() and tensor.numel():
             by_device.setdefault(tensor.device, []).append(tensor)
     # A sum of squares would overflow; the largest magnitude is NaN or infinite exactly when something is.
     largest = (torch.stack([v.float() for v in torch._foreach_norm(floats, float("inf"))]) for floats in by_device.values())
     return all(bool(torch.isfinite(values).all()) for values in largest)
+
+
+def present_values(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a sparse one, as ``nn.Embedding(sparse=True)`` gives, the values that are not left out as zeros."""
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
@@ -97,7 +102,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -
         for name, value in values.items():
             if not isinstance(value, Tensor):
                 present[name] = value
-            elif isinstance(present.get(name), Tensor):
+            elif isinstance(present.get(name), Tensor) and not present[name].is_sparse:
                 present[name].copy_(value)
             else:  # step counts stay on the CPU, moments go where the parameter is
                 present[name] = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
@@ -106,7 +111,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -
 
 
 def _cloned(saved: OptimizerState) -> OptimizerState:
-    return [{n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()} for values in saved]
+    return [{n: _clone(v) if isinstance(v, Tensor) else v for n, v in values.items()} for values in saved]
+
+
+def _clone(value: Tensor) -> Tensor:
+    """A copy that files can hold: a momentum of sparse gradients is sparse itself, and goes on as well from a dense one."""
+    return value.to_dense() if value.is_sparse else value.clone()
 
 
 def _tensors(saved: OptimizerState) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esper.blueprints import Block, Blueprint
 from esper.errors import UserError
@@ -17,7 +18,8 @@ from esper.grafting import GraftingConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.duration import parse
-from esper.randomness import seed_for
+from esper.messages import Alert
+from esper.randomness import seed_for, seed_global_draws
 from esper.seeds import SitesConfig, TelemetryConfig
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
@@ -45,6 +47,8 @@ class Growth:
     grafting: GraftingConfig
     telemetry: TelemetryConfig
     kernel: KernelConfig = field(default_factory=KernelConfig)
+    decided: bool = True
+    """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
 
 
 @dataclass
@@ -77,9 +81,11 @@ class Trainer:
         self.config = config
         self.task = task
         self.device = device
+        _refuse_sparse(host)
         self.scheduler = scheduler
         self.model = host.to(device).requires_grad_(not config.freeze_host)
         self.port: Port = port or NullPort()
+        self.port.decided = growth.decided
         size, workers = config.batch_size, config.num_workers
         self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device)
         self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
@@ -88,10 +94,14 @@ class Trainer:
         self.optimizer = _optimizer(optimizer, self.model)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
         self.compiled: Callable[[Any], Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.average = _average(config.ema, self.model)
+        self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()
         self.said: set[str] = set()  # alerts that are given once a run
-        torch.manual_seed(seed_for(seed, "dropout"))  # dropout layers of a host know no other generator
+        seed_global_draws(seed_for(seed, "dropout"))  # dropout layers of a host, and what else is in it, know no other generator
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
+        if self.average is not None:
+            self.grow.follow(self.average, keep=True)
         self.governor = Governor(self.grow, self._watch()) if config.governor else None
         if state is not None:
             load_trainer(self, state)
@@ -120,6 +130,7 @@ class Trainer:
             scaler=self.scaler,
             port=self.port,
             seed=seed,
+            debug=self.config.debug,
             state=state,
         )
 
@@ -162,8 +173,8 @@ class Trainer:
                 ) from error
             if between is not None:
                 between(self)
-        final = {f"validation/{name}": value for name, value in evaluate(self.model, self.task, self.validation).items()}
-        test = evaluate(self.model, self.task, held_out(self.task, "test", self.device))
+        final = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
+        test = evaluate(self.measured, self.task, held_out(self.task, "test", self.device))
         self.outcome.final = final | {f"test/{name}": value for name, value in test.items()}
         self._check_finite("test", test["loss"])
         self.batches.close()
@@ -172,16 +183,19 @@ class Trainer:
     def advance(self) -> None:
         """One optimizer step, and what is due after it. Between two calls the state is whole."""
         step = self.outcome.steps
-        self._step(step)
+        values, primary = self._step(step), None
         self.outcome.steps = step + 1
         if self.validates(step + 1):
-            self._validate()
+            values, primary = values | self._validate(), f"validation/{self.task.primary}"
+        if values:  # once a step: a name has one value at a tick
+            self._record(values, primary)
 
     def validates(self, steps: int) -> bool:
         """Whether the validation set is looked at after so many steps."""
         return steps % self._validate_every == 0 or steps == self.total
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> dict[str, float]:
+        """One step; what is to be said of it, empty where nothing is due."""
         rate = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
@@ -201,13 +215,14 @@ class Trainer:
             self.governor.recover(anomaly, batch)
             self.grow.tick(None)
         else:
+            if self.average is not None:  # weights with which this step's forward and backward were healthy
+                self.average.update_parameters(self.model)
             self._apply()
             self.grow.tick(mean)
         if self.governor is not None:
             self.governor.measure()
         self.optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % self._publish_every == 0:
-            self._publish(step, float(mean), rate)
+        return self._said_of(step, float(mean), rate) if (step + 1) % self._publish_every == 0 else {}
 
     def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
         """Loss and gradient norm as numbers; waits for the device once. A scaler itself skips steps that overflow."""
@@ -232,29 +247,29 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
-    def _publish(self, step: int, loss: float, rate: float) -> None:
+    def _said_of(self, step: int, loss: float, rate: float) -> dict[str, float]:
         if not math.isfinite(loss) and self.scaler is None and self.governor is None:
             raise UserError(
                 f"The training loss is {loss} after step {step + 1}; lower optimizer.lr, check the data, or run with debug=nan, "
                 "which names the operation."
             )
-        self._record({"train/loss": loss, "train/lr_factor": rate})
+        return {"train/loss": loss, "train/lr_factor": rate}
 
-    def _validate(self) -> None:
-        values = {f"validation/{name}": value for name, value in evaluate(self.model, self.task, self.validation).items()}
+    def _validate(self) -> dict[str, float]:
+        values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
         for name, value in values.items():
             best = self.outcome.best.get(name)
             if best is None or math.isnan(best) or (value > best if self._maximize(name) else value < best):
                 self.outcome.best[name] = value
         self._check_finite("validation", values["validation/loss"])
-        self._record(values, primary=f"validation/{self.task.primary}")
+        return values
 
     def _check_finite(self, which: str, loss: float) -> None:
         """Say, once a set, that its loss is no number; where training goes on well that is the data's doing."""
         if not math.isfinite(loss) and which not in self.said:
             self.said.add(which)
             text = f"the {which} loss is {loss}; if the training loss is not, look for NaN or infinities in the {which} data"
-            self.port.alert(self.grow.tick_number, "error", f"{which}_not_finite", text, "", -1)
+            self.port.emit(Alert(tick=self.grow.tick_number, level="error", code=f"{which}_not_finite", text=text))
 
     def _maximize(self, name: str) -> bool:
         metric = self.task.metrics.get(name.split("/", 1)[1])
@@ -277,9 +292,7 @@ class Trainer:
     def parameters(self) -> int:
         """Parameters of the host and of the branches that are blended in."""
         garden = self.grow.garden
-        return self.host_parameters + sum(
-            branch.parameters for number in range(len(garden.sites)) for branch in garden.blended(number)
-        )
+        return self.host_parameters + sum(branch.parameters for number in range(len(garden.sites)) for branch in garden.blended(number))
 
     @property
     def host_parameters(self) -> int:
@@ -293,6 +306,21 @@ class Trainer:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, TYPES[self.config.precision])
+
+
+def _refuse_sparse(host: nn.Module) -> None:
+    """Neither AdamW nor clipping takes sparse gradients, and both would say so only in the midst of the first step."""
+    for name, module in host.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise UserError(
+                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it with "
+                "sparse=False, or grow it in a loop of your own with esper.attach."
+            )
+
+
+def _average(decay: float, model: nn.Module) -> AveragedModel | None:
+    """An exponential moving average of weights and norm statistics, none for a decay of 0."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
 
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -13,8 +13,19 @@ from torch import Tensor
 from esper.blueprints.base import Blueprint, Parameters
 from esper.blueprints.conv import Conv
 from esper.blueprints.mlp import MLP
-from esper.bus.messages import Cancel, ChangeStrategy, Command, Germinate, PauseGrafting, ResumeGrafting, Selector, SetStage
 from esper.grafting import STRATEGY_NAMES
+from esper.messages import (
+    Cancel,
+    ChangeStrategy,
+    Command,
+    Germinate,
+    Message,
+    PauseGrafting,
+    ResumeGrafting,
+    Selector,
+    SetStage,
+    Transition,
+)
 from esper.training.port import NullPort
 
 
@@ -88,9 +99,9 @@ class RandomPort(NullPort):
         """Which seeds there are."""
         self.sites = words[2]
 
-    def transition(self, *words: Any) -> None:
+    def emit(self, event: Message) -> None:
         """Count the branches that went because they harmed slowly."""
-        if words[6].startswith("slow harm"):
+        if isinstance(event, Transition) and event.cause.startswith("slow harm"):
             self.said["slow_harm"] = self.said.get("slow_harm", 0) + 1
 
     def alert(self, *words: Any) -> None:

@@ -22,11 +22,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 
-from esper.bus.messages import Germinate, Selector, SetStage  # noqa: E402
 from esper.cli.compose import compose  # noqa: E402
 from esper.errors import UserError  # noqa: E402
 from esper.grafting import STRATEGIES  # noqa: E402
 from esper.lifecycle import Stage  # noqa: E402
+from esper.messages import Alert, Germinate, Message, Selector, SetStage  # noqa: E402
 from esper.running.parts import build_trainer  # noqa: E402
 from esper.training.port import NullPort  # noqa: E402
 from esper.training.trainer import Trainer  # noqa: E402
@@ -57,9 +57,10 @@ class Growing(NullPort):
         """Which seeds there are."""
         self.sites = words[2]
 
-    def alert(self, *words: Any) -> None:
-        """Keep what is said."""
-        self.alerts.append(str(words[3]))
+    def emit(self, event: Message) -> None:
+        """Keep the alerts."""
+        if isinstance(event, Alert):
+            self.alerts.append(event.text)
 
     def commands(self, tick: int) -> list[Any]:
         """The germinations, and approvals."""

@@ -40,6 +40,7 @@ programs on the same cores). This file is written by it.
 
 A single run starts Python, Hydra and its own tracker, and at its end logs its model and draws its figures; in a sweep workers and
 tracker are started once, and models and figures are left out unless asked for ([comparing](../../docs/comparing.md)).
+`python experiments/sweep_speed/beyond.py --seeds 6` says of 42 jobs what share of the time goes beyond their step loops, and to what.
 """
 
 

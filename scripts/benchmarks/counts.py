@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from esper.bus.messages import Germinate
 from esper.cli.compose import compose
+from esper.messages import Germinate, Message
 from esper.running.parts import build_trainer
 from esper.training.port import NullPort
 from esper.training.trainer import Trainer
@@ -60,6 +60,10 @@ class Port:
     def commands(self, tick: int) -> list[Any]:
         """All at once."""
         return [Germinate(id=site, site=site, seed=0) for site in self.sites] if tick == GERMINATES else []
+
+    def emit(self, event: Message) -> None:
+        """One of its kind."""
+        self.said[type(event).__name__.lower()] += 1
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def say(*words: Any) -> None:

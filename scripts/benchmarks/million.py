@@ -23,7 +23,7 @@ from esper.blueprints import CONFIGS as BLUEPRINTS
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.lifecycle import LifecycleConfig
 from esper.seeds import TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.grow import Grow
 from scripts.benchmarks.step import STEPS, Germinate, Script
 

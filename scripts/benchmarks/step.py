@@ -28,8 +28,9 @@ from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.hosts.cnn import CNNConfig
 from esper.lifecycle import LifecycleConfig, Stage
+from esper.messages import Germinate
 from esper.seeds import TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.device import keep_freed_memory
 from esper.training.grow import Grow
 from esper.training.port import NullPort
@@ -139,18 +140,6 @@ HOSTS = {
 def sample_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Cross-entropy of every sample."""
     return functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-@dataclass(frozen=True)
-class Germinate:
-    """The command as the engine knows it, by name and fields; the bus's own needs msgspec, which a GPU machine may lack."""
-
-    id: str
-    site: str
-    seed: int
-    blueprint: str = ""
-    strategy: str = ""
-    deadline: int = -1
 
 
 class Script(NullPort):

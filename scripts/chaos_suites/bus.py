@@ -32,8 +32,8 @@ from samples import ENVELOPES  # noqa: E402
 
 from esper.bus.codec import Refused, decode, encode  # noqa: E402
 from esper.bus.config import RedisConfig  # noqa: E402
-from esper.bus.messages import Telemetry  # noqa: E402
 from esper.bus.server.bus import ServerBus  # noqa: E402
+from esper.messages import Telemetry  # noqa: E402
 
 
 def fuzz(count: int, seed: int = 0) -> int:

@@ -19,10 +19,10 @@ from trainer import COLUMNS, ScriptedTrainer
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
 from esper.bus.joining import invitation, invite
-from esper.bus.messages import GateResult, RunEnded, Transition
 from esper.bus.port import BusPort
 from esper.controllers import ControllerRunner
 from esper.controllers.random import RandomConfig
+from esper.messages import GateResult, RunEnded, Transition
 from esper.tracking import CsvConfig, RunRecord, TrackerRunner, build_trackers
 
 TOTAL = 4000  # ticks announced; an episode ends when its faults have happened

@@ -17,9 +17,9 @@ from chaos import RUN, SETTINGS, Episode, write
 from faults import wait_until
 
 from esper.bus.config import RedisConfig
-from esper.bus.messages import TickEnded
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import address_of
+from esper.messages import TickEnded
 
 STREAM, GROUP = "events", "tracker"
 CHECKPOINT = 25

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from esper.bus.messages import Decided, Germinate, RunEnded, Telemetry, TickEnded
+from esper.messages import Decided, Germinate, RunEnded, Telemetry, TickEnded
 
 COLUMNS = ("a", "b", "c")
 
@@ -14,11 +14,11 @@ COLUMNS = ("a", "b", "c")
 class Germinator:
     """Decides to germinate seed ``tick`` at every tick, having counted the rows it was told."""
 
-    def __init__(self, bus, run, wait_s=0.0):
+    def __init__(self, bus, run, wait_s=0.0, go_on=None):
         self.consumers = [bus.consumer(stream, run, "controller", "one") for stream in ("events", "telemetry")]
         self.producer = bus.producer("commands", run, "controller")
         self.rows = self.decided = 0
-        self.wait_s = wait_s
+        self.wait_s, self.go_on = wait_s, go_on
 
     def step(self, tick):
         for consumer in self.consumers:
@@ -28,12 +28,17 @@ class Germinator:
         self.producer.publish(Germinate(id=f"g{tick}", site="fc", seed=tick))
         self.producer.publish(Decided(id=f"d{tick}", tick=tick))
 
+    def complaints(self):
+        return []
+
     def serve(self):
         while True:
             for delivery in self.consumers[0].read(100, 0.5):
                 self.consumers[0].ack([delivery])
                 if isinstance(delivery.message, TickEnded):
                     time.sleep(self.wait_s)
+                    if self.go_on is not None:
+                        self.go_on.wait()
                     tick = delivery.message.tick
                     self.producer.publish(Germinate(id=f"g{tick}", site="fc", seed=tick))
                     self.producer.publish(Decided(id=f"d{tick}", tick=tick, epoch=delivery.message.epoch))

@@ -138,7 +138,7 @@ class FaultProxy:
                 continue
 
 
-def wait_until(condition, seconds: float = 10.0) -> bool:
+def wait_until(condition, seconds: float = 60.0) -> bool:
     """Whether ``condition()`` becomes true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -158,7 +158,7 @@ def spool_folder(folder: Path) -> Path:
     return folder / "spool"
 
 
-def drain(consumer: Consumer, wanted: int, seconds: float = 15.0) -> list[int]:
+def drain(consumer: Consumer, wanted: int, seconds: float = 60.0) -> list[int]:
     """Read and acknowledge until ``wanted`` ticks are there or the time is up."""
     found: list[Delivery] = []
     deadline = time.monotonic() + seconds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper.bus import messages as m
+from esper import messages as m
 from esper.bus.codec import Envelope
 
 SELECT = m.Selector(site="fc*", seeds=[1, 2], stage=3, where=[m.Predicate("gain", ">", 0.5)])
@@ -29,6 +29,7 @@ BODIES = [
     m.Decided(id="d", tick=9, epoch=2),
     m.ClaimCheck(digest="0" * 64, size=5),
     m.Acknowledgement(command_id="g", status="applied", reason="", tick=10),
+    m.ApplyEach(id="b", commands=[m.Germinate(id="b1", site="fc1", seed=0), m.Cancel(id="b2", select=SELECT)]),
 ]
 ENVELOPES = [
     Envelope("run", "main", 2, number, 1.5e9 + number, ("controller/1-1",) if number % 2 else (), body)

@@ -14,9 +14,9 @@ from prometheus_client.samples import Sample
 
 from esper.bus.config import RedisConfig
 from esper.bus.joining import invite
-from esper.bus.messages import Germinate
 from esper.bus.port import BusPort
 from esper.bus.server.bus import ServerBus
+from esper.messages import Germinate, Transition
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ class Run:
         self.port.started(0, 10, [{"name": "fc", "seeds": 4}])
         self.operator = self.bus.producer("commands", "run", "operator")
         self.apply("g", 1)
-        self.port.transition(1, "fc", 1, 0, 0, 1, "command")
+        self.port.emit(Transition(tick=1, site="fc", seed=1, branch=0, source=0, target=1, cause="command"))
         self.port.telemetry(1, "fc", torch.zeros(4, 2))
         self.port.end_tick(1)
         self.port.barrier()

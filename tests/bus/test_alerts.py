@@ -16,14 +16,10 @@ from scraping import Run
 
 from esper.bus.codec import Envelope, encode
 from esper.bus.joining import joined
-from esper.bus.messages import Germinate, Telemetry, TickEnded
+from esper.messages import Germinate, Telemetry, TickEnded
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "operations"
-RULES = {
-    rule["alert"]: rule["expr"]
-    for group in yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
-    for rule in group["rules"]
-}
+RULES = {rule["alert"]: rule["expr"] for group in yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"] for rule in group["rules"]}
 SMALL = {"codec": "raw", "memory_mb": 1, "spool_mb": 120}  # beyond 1 MiB on disk, beyond 120 MiB dropped
 
 

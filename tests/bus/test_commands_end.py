@@ -7,8 +7,8 @@ import time
 import pytest
 from faults import wait_until
 
-from esper.bus.messages import Acknowledgement, Germinate
 from esper.bus.port import BusPort
+from esper.messages import Acknowledgement, Checkpoint, Germinate
 
 
 def acknowledged(bus, run):
@@ -33,10 +33,10 @@ def started(bus, hold, state=None):
 def say(bus, id):
     operator = bus.producer("commands", "run", "operator")
     operator.publish(Germinate(id=id, site="fc", seed=0))
-    assert operator.flush(5)
+    assert operator.flush(60)
 
 
-def came(port, tick, seconds=5.0):
+def came(port, tick, seconds=60.0):
     """The ids of what is to be applied."""
     found, deadline = [], time.monotonic() + seconds
     while not found and time.monotonic() < deadline:
@@ -71,7 +71,7 @@ def test_what_was_applied_after_the_checkpoint_that_a_killed_run_goes_on_from_is
         port.acknowledge(id, "applied", "", tick)
         if id == "before":
             state = port.state()
-            port.checkpoint(tick, "there", "")
+            port.emit(Checkpoint(tick=tick, path="there", digest=""))
     assert wait_until(lambda: port.end_tick(2) or pending(bus) == 1)
     port.barrier()
     again = open_bus(fragile.address, folder="killed")
@@ -80,7 +80,7 @@ def test_what_was_applied_after_the_checkpoint_that_a_killed_run_goes_on_from_is
     port.acknowledge("after", "applied", "", 2)
     port.state()  # of a checkpoint that came to nothing
     port.state()
-    port.checkpoint(3, "there", "")
+    port.emit(Checkpoint(tick=3, path="there", digest=""))
     assert wait_until(lambda: pending(again) == 0)
     port.close()
 

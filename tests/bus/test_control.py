@@ -10,11 +10,11 @@ from trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus.config import RedisConfig
 from esper.bus.joining import invite, joined
-from esper.bus.messages import Germinate, RunStarted, Telemetry, TickEnded
 from esper.bus.port import BusPort, ControllerSilent
 from esper.bus.programs.control import Control
 from esper.bus.server.bus import ServerBus
 from esper.errors import UserError
+from esper.messages import Checkpoint, Germinate, RunStarted, Telemetry, TickEnded
 
 
 class Counting:
@@ -63,7 +63,7 @@ def train(bus, run, first, last, state=None, checkpoint=-1):
         trainer.step()
         if tick == checkpoint:
             state = port.state()
-            port.checkpoint(tick, "there", "")
+            port.emit(Checkpoint(tick=tick, path="there", digest=""))
             port.barrier()
     return port, trainer.applied, state
 
@@ -162,7 +162,7 @@ def test_a_trainer_that_stopped_without_a_decision_gets_it_when_it_is_resumed(op
     trainer.start()
     with pytest.raises(ControllerSilent):
         trainer.step()
-    port.checkpoint(1, "", "")
+    port.emit(Checkpoint(tick=1, path="", digest=""))
     state = port.state()
     port.barrier()
     port.ended(1, "KILLED", {})

@@ -7,9 +7,10 @@ import time
 
 import numpy as np
 import pytest
-from faults import drain
+import redis
+from faults import drain, wait_until
 
-from esper.bus.messages import Telemetry, TickEnded
+from esper.messages import Telemetry, TickEnded
 
 
 def test_replies_lost_after_the_request_was_done_make_neither_hole_nor_double(fragile, proxy, open_bus):
@@ -20,8 +21,8 @@ def test_replies_lost_after_the_request_was_done_make_neither_hole_nor_double(fr
             proxy.reset_after_request()
         producer.publish(TickEnded(tick=number))
         if number % 10 == 0:
-            producer.flush(5)
-    assert producer.flush(10)
+            producer.flush(60)
+    assert producer.flush(60)
     assert bus.counts()["retries"] >= 10
     reader = open_bus(fragile.address)
     assert drain(reader.consumer("events", "run", "group", "one"), 400) == list(range(400))
@@ -37,7 +38,7 @@ def test_a_server_killed_and_started_again_continues_the_stream(fragile, open_bu
         if number in (100, 200):
             seen += drain(consumer, 30, seconds=1)
             fragile.restart()
-    assert producer.flush(10)
+    assert producer.flush(60)
     assert seen + drain(consumer, 300 - len(seen)) == list(range(300))
     assert bus.counts()["dropped"] == 0
     codes = [code for code, _ in bus.incidents]
@@ -52,33 +53,38 @@ def test_a_server_that_lost_its_tail_is_given_it_again_and_readers_notice_nothin
     producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "group", "one")
     for number in range(100):
         producer.publish(TickEnded(tick=number))
-    assert producer.flush(5)
+    assert producer.flush(60)
     first = drain(consumer, 60)
     fragile.restart(cut_bytes=cut)
     if not quiet:
         for number in range(100, 120):
             producer.publish(TickEnded(tick=number))
-        assert producer.flush(10)
+        assert producer.flush(60)
     assert first + drain(consumer, total - len(first)) == list(range(total))
     assert bus.counts()["gaps"] == bus.counts()["dropped"] == 0
 
 
-def test_a_frozen_server_never_makes_publishing_wait_and_nothing_is_lost(fragile, open_bus):
+def test_a_frozen_server_never_makes_publishing_wait_and_nothing_is_lost(fragile, open_bus, monkeypatch):
     bus = open_bus(fragile.address, memory_mb=1)
     producer = bus.producer("telemetry", "run")
     rows = np.random.default_rng(0).random((1, 1000, 12), dtype=np.float32).tobytes()
     columns = list("abcdefghijkl")
     fragile.freeze()
-    took = []
+    asking, send = set(), redis.connection.AbstractConnection.send_packed_command
+
+    def noted(self, *arguments, **settings):
+        asking.add(threading.current_thread())
+        return send(self, *arguments, **settings)
+
+    monkeypatch.setattr(redis.connection.AbstractConnection, "send_packed_command", noted)
     for number in range(300):
-        started = time.perf_counter()
         producer.publish(Telemetry(site="a", ticks=[number], seeds=1000, columns=columns, data=rows))
-        took.append(time.perf_counter() - started)
         time.sleep(0.002)
-    assert bus.counts()["spool_bytes"] > 0
-    assert np.median(took) < 0.001
+    assert wait_until(lambda: bus.counts()["spool_bytes"] > 0, 60)
+    assert {thread.name for thread in asking} == {"esper-bus-writer"}  # who publishes asks the server for nothing, and so waits for nothing
+    monkeypatch.undo()
     fragile.thaw()
-    assert producer.flush(20)
+    assert producer.flush(60)
     assert bus.counts()["spool_bytes"] == bus.counts()["dropped"] == 0
     consumer = bus.consumer("telemetry", "run", "group", "one")
     found = []
@@ -94,7 +100,7 @@ def test_broken_connections_do_not_count_as_deliveries_of_what_is_in_hands(fragi
     bus = open_bus(proxy.address, deliveries=2, claim_s=60)
     producer, consumer = bus.producer("commands", "run"), bus.consumer("commands", "run", "trainer", "trainer")
     producer.publish(TickEnded(tick=7))
-    assert producer.flush(5)
+    assert producer.flush(60)
     assert [delivery.message.tick for delivery in consumer.read(1, 2)] == [7]
     for _ in range(4):
         proxy.reset_all()
@@ -108,17 +114,18 @@ def test_poison_is_dead_lettered_at_once_and_stops_nobody(fragile, open_bus):
     bus = open_bus(fragile.address)
     producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "group", "one")
     producer.publish(TickEnded(tick=0))
-    assert producer.flush(5)
+    assert producer.flush(60)
     stranger = bus.producer("events", "other")
     stranger.publish(TickEnded(tick=66))
-    assert stranger.flush(5)
+    assert stranger.flush(60)
     key = "esper:{run}:events:main"
     foreign = bus.client.xrange("esper:{other}:events:main")[0][1]
     bus.client.xadd(key, {"m": b"\x80 no message"}, id="1-2")
     bus.client.xadd(key, foreign, id="1-3")
     bus.client.xadd(key, {"x": b"nothing"}, id="1-4")
     bus.client.xadd("esper:{run}:events:intruder", {"m": b"not announced"})
-    assert drain(consumer, 2, seconds=1) == [0]
+    assert drain(consumer, 1) == [0]
+    assert wait_until(lambda: not consumer.read(10, 0.05) and len(bus.dead_letters("run")) == 3)
     letters = bus.dead_letters("run")
     assert [letter.origin for letter in letters] == ["1-2", "1-3", "1-4"]
     assert all(letter.message is None or letter.message == TickEnded(tick=66) for letter in letters)
@@ -129,7 +136,7 @@ def test_a_server_that_forgot_the_epochs_gives_none_twice(fragile, open_bus):
     first = open_bus(fragile.address)
     producer = first.producer("events", "run")
     producer.publish(TickEnded(tick=0))
-    assert producer.flush(5)
+    assert producer.flush(60)
     fragile.restart(cut_bytes=10_000_000)
     again = open_bus(fragile.address).producer("events", "run")
     assert again.epoch == producer.epoch + 1
@@ -160,7 +167,7 @@ def test_broken_connections_do_not_count_as_deliveries_of_what_never_arrived(fra
     producer = bus.producer("events", "run")
     for number in range(3):
         producer.publish(TickEnded(tick=number))
-    assert producer.flush(5)
+    assert producer.flush(60)
     for _ in range(before):
         assert len(bus.consumer("events", "run", "group", "one").read(3, 2)) == 3
     consumer = open_bus(proxy.address, folder="reader", deliveries=2, claim_s=60).consumer("events", "run", "group", "one")

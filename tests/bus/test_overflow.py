@@ -12,10 +12,10 @@ from esper.bus.codec import encode_body
 from esper.bus.config import MemoryConfig, RedisConfig
 from esper.bus.groups import Entry
 from esper.bus.memory import MemoryBus
-from esper.bus.messages import Telemetry
 from esper.bus.overflow import Overflow
 from esper.bus.port import BusPort
 from esper.bus.server.bus import ServerBus
+from esper.messages import Telemetry
 
 LIMIT = 100_000
 

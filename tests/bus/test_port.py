@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import numpy as np
@@ -11,10 +12,23 @@ from deciding import COLUMNS, Germinator, messages, rows
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
-from esper.bus.messages import Acknowledgement, Alert, Decided, EmergencyStop, Germinate, Telemetry, TickEnded
 from esper.bus.port import BusPort
 from esper.bus.server.bus import ServerBus
 from esper.bus.telemetry import unpack
+from esper.messages import (
+    Acknowledgement,
+    Alert,
+    Checkpoint,
+    Decided,
+    EmergencyStop,
+    GateResult,
+    Germinate,
+    Metrics,
+    Report,
+    Telemetry,
+    TickEnded,
+    Transition,
+)
 
 
 def test_in_lockstep_what_a_tick_leads_to_is_applied_at_the_next_always(bus):
@@ -83,7 +97,7 @@ def test_a_command_that_waits_long_for_its_tick_is_neither_handed_out_again_nor_
     port.started(0, 9, [])
     operator = served.producer("commands", "patient", "operator")
     operator.publish(Germinate(id="g", site="fc", seed=0))
-    assert operator.flush(5)
+    assert operator.flush(60)
     time.sleep(1.0)
     assert [command.id for command in port.commands(1)] == ["g"]
     time.sleep(0.5)
@@ -130,32 +144,46 @@ def test_everything_the_trainer_can_say_arrives(bus):
     consumer = bus.consumer("events", "run", "tracker", "one")
     port = BusPort(bus, "run", COLUMNS)
     port.started(3, 10, [{"name": "fc"}])
-    port.transition(4, "fc", 1, 0, 0, 1, "command", 1, "mlp", "linear")
-    port.gate(5, "fc", 1, 0, "gain", float("nan"), 0.1, False, 1)
-    port.alert(6, "error", "nan", "loss is not finite", "fc", 1)
-    port.metrics(7, {"train/loss": 0.5})
-    port.checkpoint(8, "checkpoints/8", "ab")
-    port.report(8, "q", {"DORMANT": 3}, [])
+    grown = {"generation": 1, "blueprint": "mlp", "strategy": "linear"}
+    port.emit(Transition(tick=4, site="fc", seed=1, branch=0, source=0, target=1, cause="command", **grown))
+    port.emit(GateResult(tick=5, site="fc", seed=1, branch=0, gate="gain", value=float("nan"), threshold=0.1, passed=False, look=1))
+    port.emit(Alert(tick=6, level="error", code="nan", text="loss is not finite", site="fc", seed=1))
+    port.emit(Metrics(tick=7, values={"train/loss": 0.5}))
+    port.emit(Checkpoint(tick=8, path="checkpoints/8", digest="ab"))
+    port.emit(Report(tick=8, command_id="q", stages={"DORMANT": 3}, branches=[]))
     port.end_tick(9)
     port.ended(9, "FINISHED", {"germinated": 1})
     names = [type(message).__name__ for message in messages(consumer, object)]
-    assert names == [
-        *("RunStarted", "Transition", "GateResult", "Alert", "Metrics", "Checkpoint", "Report", "TickEnded", "RunEnded")
-    ]
+    assert names == [*("RunStarted", "Transition", "GateResult", "Alert", "Metrics", "Checkpoint", "Report", "TickEnded", "RunEnded")]
 
 
-def test_a_tick_with_nothing_due_costs_little(bus):
+def test_a_tick_with_nothing_due_says_one_thing_and_does_the_same_few_things_however_long_the_run(bus):
+    """What it costs in seconds is for `scripts/bench calls`."""
     runner = Germinator(bus, "run")
     runner.step = lambda tick: [consumer.ack(consumer.read(1000)) for consumer in runner.consumers]
     port = BusPort(bus, "run", COLUMNS, runner=runner)
     port.started(0, 1000, [])
-    took = []
-    for tick in range(1000):
-        began = time.perf_counter()
+
+    def calls(tick):
+        made = []
+        sys.setprofile(lambda frame, event, argument: made.append(event) if event.endswith("call") else None)
+        try:
+            port.commands(tick)
+            port.end_tick(tick)
+        finally:
+            sys.setprofile(None)
+        return len(made)
+
+    for tick in range(100):
+        calls(tick)
+    sent = bus.counts()["sent"]
+    early = [calls(tick) for tick in range(100, 110)]
+    assert bus.counts()["sent"] == sent + 10
+    for tick in range(110, 900):
         port.commands(tick)
         port.end_tick(tick)
-        took.append(time.perf_counter() - began)
-    assert np.median(took) < 100e-6
+    late = [calls(tick) for tick in range(900, 910)]
+    assert max(late) <= max(early) < 300
 
 
 def test_nothing_that_is_sent_as_a_command_stops_the_trainer(served):
@@ -167,8 +195,8 @@ def test_nothing_that_is_sent_as_a_command_stops_the_trainer(served):
     stranger.publish(Germinate(id="g", site="fc", seed=0))
     served.client.sadd("esper:{hostile}:commands", "broken", "poison")
     served.client.xadd("esper:{hostile}:commands:poison", {"m": b"\x00" * 99})
-    assert stranger.flush(5)
-    came, deadline = [], time.monotonic() + 5
+    assert stranger.flush(60)
+    came, deadline = [], time.monotonic() + 60
     while not came and time.monotonic() < deadline:
         came += port.commands(1)
         port.end_tick(1)
@@ -180,8 +208,8 @@ def test_nothing_that_is_sent_as_a_command_stops_the_trainer(served):
     served.client.set("esper:{hostile}:commands:poison", "a string now")
     time.sleep(0.5)
     stranger.publish(Germinate(id="again", site="fc", seed=0))
-    assert stranger.flush(5)
-    deadline = time.monotonic() + 5
+    assert stranger.flush(60)
+    deadline = time.monotonic() + 60
     while not (came := port.commands(2)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [command.id for command in came] == ["again"]

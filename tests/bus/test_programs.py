@@ -16,13 +16,13 @@ from trainer import COLUMNS, ScriptedTrainer
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, MemoryConfig
 from esper.bus.joining import invite
-from esper.bus.messages import Germinate
 from esper.bus.port import BusPort
 from esper.bus.programs import control as control_program
 from esper.bus.programs import track as track_program
 from esper.controllers import ControllerRunner
 from esper.controllers.random import RandomConfig
 from esper.errors import UserError
+from esper.messages import Germinate
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = {
@@ -40,9 +40,7 @@ TICKS = 60
 def started(program: str, folder: Path, *words: str) -> subprocess.Popen[str]:
     code = f"import sys; from esper.bus.programs.{program} import main; sys.exit(main(sys.argv[1:]))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), *words], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), *words], env=environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -65,9 +63,7 @@ def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_
     assert len(undisturbed) > 12
     bus = open_bus(EmbeddedConfig(claim_s=1.0), tmp_path)
     invite(tmp_path, "run", bus.config, RECORD)
-    trainer = ScriptedTrainer(
-        BusPort(bus, "run", COLUMNS, external=True, deadline_s=30), TICKS, step_s=0.01 if kills else 0
-    )
+    trainer = ScriptedTrainer(BusPort(bus, "run", COLUMNS, external=True, deadline_s=30), TICKS, step_s=0.01 if kills else 0)
     control = started("control", tmp_path)
     trainer.start()
     when = set(random.Random(0).sample(range(5, TICKS), kills))
@@ -122,9 +118,7 @@ def history(folder: Path) -> dict[str, list[tuple[int, int, float]]]:
     assert run.info.status == "FINISHED"
     names = [name for name in run.data.metrics if not name.startswith("system/")]
     return {
-        name: sorted(
-            (point.step, point.timestamp, point.value) for point in client.get_metric_history(run.info.run_id, name)
-        )
+        name: sorted((point.step, point.timestamp, point.value) for point in client.get_metric_history(run.info.run_id, name))
         for name in names
     }
 

@@ -9,10 +9,10 @@ import pytest
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
-from esper.bus.messages import Alert
 from esper.bus.port import BusPort
 from esper.bus.rate import A_MINUTE, AlertLimit
 from esper.cli.compose import compose
+from esper.messages import Alert
 from esper.running.connecting import Watched
 from esper.running.run import run
 

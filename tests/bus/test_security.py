@@ -6,6 +6,7 @@ import logging
 import stat
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis
 from faults import wait_until
@@ -14,9 +15,10 @@ from tls import tls_before
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, RedisConfig
 from esper.bus.joining import invite
-from esper.bus.messages import Metrics, TickEnded
 from esper.bus.server.connection import Address, connect
+from esper.bus.server.embedded import EmbeddedServer, Note
 from esper.errors import UserError
+from esper.messages import Metrics, TickEnded
 
 SECRET = "correct-horse-battery"
 RIGHTS = next(
@@ -55,9 +57,9 @@ def test_messages_travel_over_tls_with_a_user_that_has_only_the_rights_needed(se
     bus = open_bus(config(secured, tmp_path), tmp_path)
     producer, consumer = bus.producer("events", "run"), bus.consumer("events", "run", "group", "one")
     producer.publish(TickEnded(tick=1))
-    assert producer.flush(5)
+    assert producer.flush(60)
     producer.publish(Metrics(tick=1, values={f"metric/{number}": float(number) for number in range(5000)}))  # as plain commands
-    assert producer.flush(5)
+    assert producer.flush(60)
     deliveries = consumer.read(1, 2)
     consumer.keep(deliveries)
     deliveries += consumer.read(1, 2)
@@ -93,7 +95,7 @@ def test_a_user_without_rights_is_told_so(secured, monkeypatch, tmp_path):
     monkeypatch.setenv("ESPER_BUS_USER", "reader")
     monkeypatch.setenv("ESPER_BUS_PASSWORD", SECRET)
     bus = open_bus(config(secured, tmp_path), tmp_path)
-    with pytest.raises(redis.exceptions.NoPermissionError):
+    with pytest.raises(UserError, match=r"may not do what esper needs: .*docs/operations\.md"):
         bus.producer("events", "run")
     bus.close()
 
@@ -149,3 +151,33 @@ def test_the_embedded_server_listens_on_loopback_and_asks_for_its_password(serve
 def test_nobody_answering_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"no bus answers at redis://127.0.0.1:1/0.*bus=embedded"):
         open_bus(RedisConfig(url="redis://127.0.0.1:1/0", timeout_s=0.2), tmp_path)
+
+
+@pytest.mark.parametrize("where", ["password", "folder"])
+def test_nothing_in_a_folder_from_elsewhere_becomes_a_directive_of_the_server(where, tmp_path):
+    """A directive such as ``loadmodule`` runs code; ``databases`` shows whether one was read."""
+    injected = "x\ndatabases 3\n#" if where == "password" else 'x"\ndatabases 3\n#'
+    folder = tmp_path / (injected if where == "folder" else "server")
+    folder.mkdir()
+    (folder / "address.json").write_bytes(msgspec.json.encode(Note(0, injected)))
+    server = EmbeddedServer(folder)
+    try:
+        with connect(server.address, 1) as owner:
+            assert owner.config_get("databases")["databases"] == "16"
+            assert owner.config_get("dir")["dir"] == str(folder)
+    finally:
+        server.stop()
+
+
+def test_stored_commands_of_a_folder_from_elsewhere_load_no_module(tmp_path):
+    server = EmbeddedServer(tmp_path / "server")
+    with connect(server.address, 1) as owner:
+        owner.set("key", "value")
+    server.stop()
+    (stored,) = (tmp_path / "server" / "appendonlydir").glob("*.incr.aof")
+    words = ["MODULE", "LOAD", str(tmp_path / "evil.so")]
+    stored.write_bytes(stored.read_bytes() + f"*{len(words)}\r\n".encode() + b"".join(f"${len(w)}\r\n{w}\r\n".encode() for w in words))
+    with pytest.raises(UserError, match="did not start"):
+        server.start()
+    log = (tmp_path / "server" / "server.log").read_text()
+    assert "unknown command" in log.lower() and "failed to load" not in log.lower()

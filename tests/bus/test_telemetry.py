@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,12 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from esper.bus.codec import Refused
-from esper.bus.messages import Telemetry
 from esper.bus.telemetry import pack, unpack, unpacked
+from esper.messages import Telemetry
 
-buffers = hnp.arrays(np.uint32, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=8)).map(
-    lambda bits: bits.view(np.float32)
-)
+buffers = hnp.arrays(np.uint32, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=8)).map(lambda bits: bits.view(np.float32))
 
 
 def message(values: np.ndarray) -> Telemetry:
@@ -53,6 +52,6 @@ def test_rounded_keeps_small_whole_numbers_exactly():
 @pytest.mark.parametrize("change", [{"seeds": 4}, {"ticks": [1] * 5}, {"seeds": -1}, {"seeds": 1 << 40}, {"data": b""}])
 def test_a_buffer_that_is_not_what_its_header_says_is_refused(codec, change):
     sent = message(np.ones((2, 3, 4), np.float32))
-    packed = msgspec.structs.replace(pack(sent, codec) if codec != "unknown" else sent, codec=codec)
+    packed = replace(pack(sent, codec) if codec != "unknown" else sent, codec=codec)
     with pytest.raises(Refused):
-        unpack(msgspec.structs.replace(packed, **change))
+        unpack(replace(packed, **change))

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import torch
 
-from esper.bus.messages import Germinate
 from esper.bus.port import BusPort
+from esper.messages import Checkpoint, Germinate, Metrics, Transition
 
 COLUMNS = ("stage", "alpha", "mean", "variance", "near_zero", "correlation")
 SEEDS = 6
@@ -58,13 +58,13 @@ class ScriptedTrainer:
         rows[:, 0] = self.stages
         rows[:, 3] = np.sin(np.arange(SEEDS) + self.tick)
         self.port.telemetry(self.tick, "fc1", torch.from_numpy(rows))
-        self.port.metrics(self.tick, {"train/loss": 1.0 / self.tick, "validation/loss": 1.0})
+        self.port.emit(Metrics(tick=self.tick, values={"train/loss": 1.0 / self.tick, "validation/loss": 1.0}))
         self.port.end_tick(self.tick)
         time.sleep(self.step_s)
 
     def state(self) -> dict:
         """What a checkpoint between two ticks needs (JSON-able)."""
-        self.port.checkpoint(self.tick, "", "")  # for the controller to keep its own state here
+        self.port.emit(Checkpoint(tick=self.tick, path="", digest=""))  # for the controller to keep its own state here
         return {"tick": self.tick, "stages": self.stages, "applied": self.applied, "port": self.port.state()}
 
     def load_state(self, state: dict) -> None:
@@ -79,4 +79,4 @@ class ScriptedTrainer:
 
     def _move(self, seed: int, target: int) -> None:
         source, self.stages[seed] = self.stages[seed], target
-        self.port.transition(self.tick, "fc1", seed, -1, source, target, "test")
+        self.port.emit(Transition(tick=self.tick, site="fc1", seed=seed, branch=-1, source=source, target=target, cause="test"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from esper.bus.messages import Germinate
 from esper.cli.compose import compose
 from esper.config import RootConfig
+from esper.messages import Germinate, Message
 from esper.running.parts import build_trainer
 from esper.tasks.base import Task
 from esper.training.checkpoint.engine import trainer_state
@@ -34,6 +34,9 @@ SHORT = (
 )
 
 
+Event = TypeVar("Event", bound=Message)
+
+
 class Scripted:
     """A port that germinates two seeds of every site at tick 8, and hears everything."""
 
@@ -53,6 +56,10 @@ class Scripted:
             self.heard.append((name, *[word.tolist() if isinstance(word, torch.Tensor) else word for word in words]))
 
         return say
+
+    def events(self, kind: type[Event]) -> list[Event]:
+        """Everything of a kind that the engine said happened."""
+        return [words[0] for name, *words in self.heard if name == "emit" and isinstance(words[0], kind)]
 
     def commands(self, tick: int) -> list[Any]:
         """What was planned for this tick."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from esper.messages import Alert
 from esper.training.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits, train_until
 
@@ -61,4 +62,4 @@ def test_an_alert_that_is_given_once_a_run_is_not_given_again_after_a_resume(mak
 
 def codes(trainer: Trainer) -> list[str]:
     """The codes of the alerts that were given."""
-    return [words[2] for kind, *words in trainer.port.heard if kind == "alert"]
+    return [event.code for event in trainer.port.events(Alert)]

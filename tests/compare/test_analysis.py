@@ -47,8 +47,8 @@ def test_each_of_the_four_verdicts_is_reached() -> None:
     }  # fmt: skip
     assert "1.05 × the MACs" in found["up"].sentence
     assert "worse than host" in found["down"].sentence
-    assert found["noisy"].more_pairs > 100
-    assert "more pairs needed" in found["noisy"].sentence
+    assert found["noisy"].needs is not None and found["noisy"].needs.rows[0].more > 100
+    assert "more pairs find 0.01" in found["noisy"].sentence
 
 
 def test_blocks_are_judged_apart_and_pooled_within_one_correction() -> None:

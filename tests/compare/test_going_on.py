@@ -119,7 +119,9 @@ def test_a_stopped_sweep_whose_jobs_saved_nothing_ends_with_143(tmp_path: Path) 
     assert "Stopped; what is done is kept. Go on with:" in said and "esper: ended by SIGTERM\n" in said
 
 
-def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_taken_up(tmp_path: Path) -> None:
+def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_taken_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["-m", "seed=0,1", "grafting=drift"]
     for number, note in enumerate(({"command": words}, {"command": [*words, "seed=2"]}, {"command": words, "ended": True})):
         (tmp_path / "sweeps" / str(number)).mkdir(parents=True)
@@ -128,13 +130,22 @@ def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_tak
     new.mkdir()
     (new / "multirun.yaml").write_text("")
     with alone(tmp_path / "sweeps" / "0"):
-        probe = "import sys; from pathlib import Path; from esper.compare.going_on import alone, taken_up; a = Path(sys.argv[1])\n"
-        ask = probe + "print(taken_up(a / 'sweeps/new', ['-m', 'seed=0,1', 'grafting=drift', 'resume=auto'], a))"
-        elsewhere = subprocess.run([sys.executable, "-c", ask, str(tmp_path)], capture_output=True, text=True, check=True)
-        assert elsewhere.stdout.strip() == str(new)
-        take = probe + "alone(a / 'sweeps/0').__enter__()"
-        refused = subprocess.run([sys.executable, "-c", take, str(tmp_path)], capture_output=True, text=True, check=False)
-        assert refused.returncode == 1 and "is running in another process" in refused.stderr
+        probe = "import sys; from pathlib import Path; from esper.compare import going_on as on; a = Path(sys.argv[1]) / 'sweeps'\n"
+        same = "a / 'new', ['-m', 'seed=0,1', 'grafting=drift', 'resume=auto'], a.parent"
+        asks = {
+            f"on.taken_up({same})": "A sweep of these very words is under way",
+            "on.alone(a / '0').__enter__()": "is running in another process",
+            "on.refuse_taken(a / '0')": "is running in another process",
+        }
+        for ask, sentence in asks.items():
+            refused = subprocess.run([sys.executable, "-c", probe + ask, str(tmp_path)], capture_output=True, text=True, check=False)
+            assert refused.returncode == 1 and sentence in refused.stderr
+        assert not new.exists(), "what Hydra had made for it is gone"
+    new.mkdir()
+    (new / "multirun.yaml").write_text("")
     assert taken_up(new, [*words, "resume=auto"], tmp_path) == tmp_path / "sweeps" / "0"
     assert not new.exists()
     assert taken_up(new, ["-m", "seed=7"], tmp_path) == new
+    (tmp_path / "sweeps" / "0" / "sweep.json").write_text("")
+    assert taken_up(new, words, tmp_path) == new
+    assert f"{tmp_path / 'sweeps' / '0' / 'sweep.json'} cannot be read" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
@@ -17,13 +18,14 @@ import pytest
 from rich.console import Console
 
 from esper.cli.compose import check_jobs, compose
+from esper.compare import page
 from esper.compare.arms import lay_out
 from esper.compare.config import CompareConfig
 from esper.compare.jobs import Prepared
 from esper.compare.plan import make_plan
 from esper.compare.planning import arm_settings, plan_sweep
 from esper.compare.report import show
-from esper.compare.sweep import Sweep, _judge, _keep, _run_jobs
+from esper.compare.sweep import Sweep, _judge, _run_jobs
 from esper.compare.tracking import Store
 from esper.compare.tuned import Tried, parse, text
 from esper.compare.tuning import trials
@@ -299,9 +301,10 @@ def test_the_parent_runs_metrics_have_names_that_mlflow_takes(tmp_path: Path) ->
     go(sweep, good)
     comparison = _judge(sweep)
     assert comparison is not None and sweep.plan is not None
-    _, numbers = _keep(comparison, sweep.plan, sweep)
+    numbers = page.numbers(comparison, sweep.plan)
     assert numbers["arm/optimizer.lr_1 sites__fc1_/accuracy"] == numbers["tuning/optimizer.lr_2 sites__fc1_/validation"] == 0.5
-    assert len(numbers) == 2 + 2 * 4
+    assert numbers["0_main/optimizer.lr_2 sites__fc1_ pairs"] == 1.0
+    assert all(re.fullmatch(r"[\w\-. :/]+", name) for name in numbers)
 
 
 def test_tuning_that_failed_runs_again_on_request_only_and_one_combination_must_survive(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The sign-flip test against brute force, scipy and its own promises."""
 
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from esper.compare.draws import generator
+from esper.compare.runs import rounding
+from esper.compare.sequential import crossing_look, sequential_p
 from esper.compare.signflip import EXACT_PAIRS, FLIPS, equivalence, finest_level, flips_for, interval, sign_flip, sign_patterns
 
 
@@ -89,3 +92,58 @@ def test_interval_of_equal_differences_is_a_point() -> None:
 def test_of_all_sign_patterns_of_any_data_no_more_than_alpha_have_a_p_that_small(values: list[int], alpha: float) -> None:
     signs = np.array(list(product((-1, 1), repeat=len(values)))).T
     assert np.mean(sign_flip(signs * np.array(values, float)[:, None]) <= alpha) <= alpha
+
+
+def counted(values: list[Fraction]) -> Fraction:
+    """The share of all sign patterns that are at least as far, in exact arithmetic."""
+    sums = [abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in product((-1, 1), repeat=len(values))]
+    return Fraction(sum(one >= abs(sum(values)) for one in sums), len(sums))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["1e7", *["1e-3"] * 7],
+        ["1e7", *(f"{value}e-3" for value in (1, 1.5, 0.7, 2.2, 0.9, 1.1, 3))],
+        ["1e7", "1e7", *["1e-3"] * 6],
+        ["-1e7", "1e-3", "2e-3", "3e-3", "-1e-3", "4e-3", "5e-3"],
+        ["1e7", "-1e7", "1e-3", "2e-3", "3e-3", "4e-3", "5e-3", "6e-3"],
+        ["1e12", "1e4", "1e-4", "1e-4", "2e-4", "-3e-4", "5e-4"],
+        ["0.1", "0.2", "0.3", "-0.3", "0.7", "0.6", "-0.1"],
+        ["1e-300", "2e-300", "3e-300", "-1e-300", "0", "5e-300", "7e-300"],
+    ],
+)
+def test_p_is_exact_however_far_apart_the_differences_are_and_equal_sums_are_equal(values: list[str]) -> None:
+    exact = counted([Fraction(value) for value in values])
+    assert sign_flip(np.array(values, float)) == float(exact)
+    assert sign_flip(np.array([values, values[::-1]], float).T) == pytest.approx([float(exact)] * 2, abs=0.0)
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-4, 7)), min_size=1, max_size=8))
+def test_p_equals_exact_arithmetic_for_decimals_of_any_size(parts: list[tuple[int, int]]) -> None:
+    exact = counted([Fraction(digit) * Fraction(10) ** power for digit, power in parts])
+    assert sign_flip(np.array([float(f"{digit}e{power}") for digit, power in parts])) == float(exact)
+
+
+@pytest.mark.parametrize("samples", [7, 360, 10_000, 60_000])
+def test_differences_of_accuracies_tie_as_their_counts_do(samples: int) -> None:
+    rng = generator("accuracies", samples)
+    ours, theirs = (samples - rng.integers(0, 5, 9) for _ in range(2))
+    found = sign_flip((ours / samples) - (theirs / samples), error=rounding(ours / samples, theirs / samples))
+    assert found == sign_flip((ours - theirs).astype(float)) == float(counted([Fraction(int(one)) for one in ours - theirs]))
+
+
+def test_a_difference_that_rounding_alone_keeps_from_the_margin_is_a_tie_in_either_one_sided_test() -> None:
+    ours, theirs = np.array([29, 52, 76, 90, 93, 95]) / 100, np.array([28, 51, 75, 89, 92, 94]) / 100
+    assert len(set(ours - theirs)) > 1  # not one of them is 0.01 to the last bit
+    assert equivalence(ours - theirs, 0.01, error=rounding(ours, theirs)) == 1.0
+
+
+def test_the_interval_beside_a_large_value_still_ends_where_the_test_rejects() -> None:
+    assert interval(np.array([1e7, *[1e-3] * 7]), 0.05)[0] == pytest.approx(1e-3, abs=2e-5)
+
+
+def test_a_look_is_no_blinder_for_one_large_value() -> None:
+    small = np.array([1.0, 1.5, 0.7, 2.2, 0.9, 1.1, 3.0, 0.4, 1.3, 2.5]) * 1e-3
+    assert crossing_look(np.array([1e7, *small]), [11], 11, 0.05)[0] == 0
+    assert sequential_p(np.array([1e7, *small]), [11], 11)[0] < 0.01

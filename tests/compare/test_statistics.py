@@ -8,7 +8,7 @@ from statsmodels.stats.power import TTestPower
 from esper.compare.draws import generator
 from esper.compare.power import centred, detectable, fewest_pairs, lattice, needed_pairs, power
 from esper.compare.sequential import crossing_look, look_pairs
-from esper.compare.statistics import bca_interval, holm, iqm, probability_of_improvement
+from esper.compare.statistics import holm, holm_levels, iqm, probability_of_improvement
 
 
 def test_holm_equals_statsmodels_also_side_by_side() -> None:
@@ -17,19 +17,27 @@ def test_holm_equals_statsmodels_also_side_by_side() -> None:
     np.testing.assert_allclose(holm(p), expected)
 
 
-def test_bca_interval_covers_the_mean_and_shrinks_to_a_point_for_equal_values() -> None:
-    low, high = bca_interval(generator("test").normal(2.0, 1.0, 50))
-    assert low < 2.0 < high
-    assert bca_interval(np.full(6, 0.25)) == (0.25, 0.25)
-    assert np.isnan(bca_interval(np.array([1.0]))).all()
+def test_a_comparison_is_rejected_by_holm_exactly_where_its_p_reaches_the_level_that_holm_leaves_it() -> None:
+    def levels(*p: float) -> list[float]:
+        return holm_levels(np.array(p), holm(np.array(p)), 0.05).tolist()
+
+    assert levels(0.001, 0.03, 0.02) == [0.05 / 3, 0.05, 0.05 / 2]
+    assert levels(*[1e-6] * 4) == [0.05 / 4, 0.05 / 3, 0.05 / 2, 0.05]
+    assert levels(0.4, 0.001, 0.3, 0.5) == [0.05 / 3, 0.05 / 4, 0.05 / 3, 0.05 / 3]
+    for p in generator("levels").choice([0.0001, 0.004, 0.01, 0.02, 0.03, 0.05, 0.3], (200, 5)):
+        np.testing.assert_array_equal(holm(p) <= 0.05, p <= levels(*p))
 
 
 def test_interquartile_mean_ignores_the_outer_quarters() -> None:
     assert iqm(np.array([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0])) == pytest.approx(3.5)
 
 
-def test_probability_of_improvement_counts_ties_half() -> None:
-    assert probability_of_improvement(np.array([1.0, 2.0]), np.array([1.0, 0.0])) == pytest.approx(7 / 8)
+def test_probability_of_improvement_is_that_of_pairs_and_counts_ties_half() -> None:
+    levels = np.array([0.1, 0.5, 0.9, 0.3])  # far apart between the seeds, and the arm is better within each but one
+    better = levels + np.array([0.01, 0.01, 0.01, 0.0])
+    assert probability_of_improvement(better - levels, np.full(4, 1e-12)) == 7 / 8
+    assert probability_of_improvement(levels - better, np.full(4, 1e-12)) == 1 / 8
+    assert probability_of_improvement(np.array([0.3 - 0.2 - 0.1]), np.array([1e-15])) == 1 / 2
 
 
 def test_fifteen_pairs_find_eight_tenths_with_eighty_percent() -> None:

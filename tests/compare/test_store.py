@@ -209,7 +209,7 @@ def test_a_store_that_cannot_be_read_is_a_sentence_and_is_left_as_it_is(tmp_path
     before = other.read_bytes()
     for uri, sentence in (
         (f"sqlite:///{letter}", "letter.db is damaged or no SQLite database; move it away, give another uri"),
-        (f"sqlite:///{torn}", "torn.db cannot be read"),
+        (f"sqlite:///{torn}", "torn.db is damaged or no SQLite database"),
         (f"sqlite:///{other}", "There is no store at sqlite:///.*other.db"),
         ("foo://x", "uri=foo://x is of no kind that MLflow knows"),
         ("http://127.0.0.1:9", r"uri=http://127.0.0.1:9 does not answer \(connection refused\)"),

@@ -72,6 +72,12 @@ def test_parent_and_children_are_in_the_store_with_tags_to_group_by(done: tuple[
         "comparison.txt",
         "figures",
     }
+    tags, said = parent.data.tags, json.loads((done[0] / "sweep" / "comparison.json").read_text())["verdicts"][0]
+    assert tags["verdict"] == said["verdict"] and tags["reference"] == said["reference"] and said["sentence"] in tags["mlflow.note.content"]
+    numbers = {"effect": said["difference"], "p": said["p_holm"], "pairs": 2.0}
+    numbers |= {name: bound for name, bound in zip(("interval_low", "interval_high"), said["interval"], strict=True) if bound is not None}
+    found = {name.removeprefix("0_main/0.01 "): value for name, value in parent.data.metrics.items() if name.startswith("0_main/")}
+    assert found == pytest.approx(numbers), "two pairs have no interval at this level"
     query = f"tags.`mlflow.parentRunId` = '{note['parent']}'"
     runs = client.search_runs([parent.info.experiment_id], query)
     assert sorted(run.info.run_name for run in runs) == [f"{lr} seed={s}" for lr in ("0.001", "0.01") for s in (0, 1)]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from esper.compare import launch, workers
-from esper.compare.workers import Workers, _gpus, environments
+from esper.compare import launch, tracking, workers
+from esper.compare.workers import Worker, Workers, _gpus, environments
+from esper.errors import Terminated
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -95,3 +98,60 @@ def test_without_a_driver_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(workers, "DRIVER", tmp_path / "nothing")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert _gpus() == []
+
+
+def frozen(count: int) -> Workers:
+    """Worker processes that a stop signal keeps from answering anything, SIGTERM too."""
+    workers = Workers([{}] * count)
+    for one in workers._workers:
+        while not caught(one._process.pid) >> (signal.SIGTERM - 1) & 1:
+            time.sleep(0.01)
+        os.kill(one._process.pid, signal.SIGSTOP)
+    return workers
+
+
+def caught(process: int) -> int:
+    """The signals that a process answers itself, a bit each."""
+    (line,) = (line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return int(line.split()[1], 16)
+
+
+@pytest.mark.parametrize(("stop", "allowed"), [(KeyboardInterrupt, "LEAVE_S"), (Terminated, "SAVE_S")])
+def test_all_jobs_together_have_so_much_time_to_end_and_what_does_not_is_killed(
+    stop: type[BaseException], allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workers.LEAVE_S + tracking.CLOSE_S < 10.0, "Ctrl-C ends a sweep within ten seconds"
+    monkeypatch.setattr(workers, "LEAVE_S", 9000.0)
+    monkeypatch.setattr(workers, "SAVE_S", 9000.0)
+    monkeypatch.setattr(workers, allowed, 0.2)
+    given: list[float] = []
+    wait = Worker.wait
+    monkeypatch.setattr(Worker, "wait", lambda self, seconds: given.append(seconds) or wait(self, seconds))
+    with pytest.raises(stop), (running := frozen(3)):
+        raise stop
+    assert [one._process.returncode for one in running._workers] == [-signal.SIGKILL] * 3 and not running.saved
+    assert len(given) == 3 and given[0] <= 0.2 and given[1:] == [0.0, 0.0], "not so much each"
+
+
+def test_a_second_ctrl_c_ends_them_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(self: Worker, seconds: float) -> bool:
+        raise KeyboardInterrupt
+
+    running = frozen(2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), running:
+        patch.setattr(Worker, "wait", again)
+        raise KeyboardInterrupt
+    assert [one._process.wait() for one in running._workers] == [-signal.SIGKILL] * 2
+
+
+def test_no_new_process_takes_the_place_of_one_that_was_stopped_over_its_job() -> None:
+    (one,) = frozen(1)._workers
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(one.ask({"ask": "run"})))
+    asking.start()
+    process = one._process
+    one.stop()
+    os.kill(process.pid, signal.SIGCONT)
+    asking.join()
+    assert one._process is process and one.wait(0.0), "so there is nothing else to wait for"
+    assert answers[0]["status"] == "FAILED"

@@ -139,7 +139,7 @@ def run(request: pytest.FixtureRequest) -> str:
     return f"{request.node.name}"
 
 
-def read_all(consumer: Consumer, wanted: int, seconds: float = 5.0, ack: bool = True) -> list[Delivery]:
+def read_all(consumer: Consumer, wanted: int, seconds: float = 60.0, ack: bool = True) -> list[Delivery]:
     """Read until ``wanted`` messages are there or the time is up."""
     found: list[Delivery] = []
     deadline = time.monotonic() + seconds

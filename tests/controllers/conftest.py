@@ -13,11 +13,11 @@ import torch
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
-from esper.bus.messages import Acknowledgement, Cancel, Command, Germinate
 from esper.bus.port import BusPort
 from esper.controllers import ControllerRunner
 from esper.controllers.base import Controller
 from esper.lifecycle.stages import Stage
+from esper.messages import Acknowledgement, Cancel, Command, Germinate, Metrics, Transition
 
 COLUMNS = ("stage", "alpha", "mean", "variance", "near_zero", "correlation")
 
@@ -58,7 +58,9 @@ class Run:
     def move(self, site: str, seed: int, target: Stage, blueprint: str = "") -> None:
         """A transition, said on the bus."""
         source, self.stages[site, seed] = self.stages[site, seed], target
-        self.port.transition(self.tick, site, seed, -1, source, target, "test", blueprint=blueprint)
+        self.port.emit(
+            Transition(tick=self.tick, site=site, seed=seed, branch=-1, source=source, target=target, cause="test", blueprint=blueprint)
+        )
 
     def until(self, last: int, metrics: Callable[[int], dict[str, float]] | None = None) -> Run:
         """Train up to tick ``last``: apply commands, say telemetry and metrics, end the tick."""
@@ -72,7 +74,7 @@ class Run:
                     rows[seed, 3:] = self.health[site["name"], seed]
                 self.port.telemetry(self.tick, site["name"], torch.from_numpy(rows))
             if metrics is not None:
-                self.port.metrics(self.tick, metrics(self.tick))
+                self.port.emit(Metrics(tick=self.tick, values=metrics(self.tick)))
             self.port.end_tick(self.tick)
         return self
 

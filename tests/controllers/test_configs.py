@@ -10,10 +10,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from esper.bus.inbox import CONTROLLER
-from esper.bus.messages import Message
 from esper.controllers import CONFIGS, Controller
 from esper.controllers.base import PRODUCER, command_id
 from esper.errors import UserError
+from esper.messages import Message
 
 CONF = Path(__file__).parents[2] / "conf" / "controller"
 

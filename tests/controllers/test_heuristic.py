@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esper.bus.messages import RunStarted, Telemetry
 from esper.controllers.health import Health
 from esper.controllers.heuristic import HeuristicConfig
 from esper.controllers.plateau import Plateau
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage
+from esper.messages import RunStarted, Telemetry
 
 DEAD = (0.0, 1.0, 0.9)  # variance, near zero, correlation
 LIVELY = (2.0, 0.0, 0.0)
@@ -58,9 +58,7 @@ def test_a_site_without_any_variance_still_has_scores():
 
 def _telemetry(rows):
     data = np.array([rows], dtype="<f4")
-    return Telemetry(
-        site="fc1", ticks=[1], seeds=len(rows), columns=["variance", "near_zero", "correlation"], data=data.tobytes()
-    )
+    return Telemetry(site="fc1", ticks=[1], seeds=len(rows), columns=["variance", "near_zero", "correlation"], data=data.tobytes())
 
 
 def test_nothing_germinates_where_nothing_is_measured(run):

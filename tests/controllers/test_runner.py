@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from esper.bus.messages import Decided, Germinate, RunEnded, RunStarted, Telemetry, TickEnded
 from esper.controllers import ControllerRunner
 from esper.controllers.none import NoneConfig
 from esper.controllers.scheduled import ScheduledConfig
+from esper.messages import Decided, Germinate, RunEnded, RunStarted, Telemetry, TickEnded
 
 SCRIPT = ScheduledConfig(script=[{"at": "2step", "command": "germinate", "site": "fc1", "seeds": [0]}])
 

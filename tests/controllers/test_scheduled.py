@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from esper.bus.messages import (
+from esper.controllers.scheduled import ScheduledConfig
+from esper.errors import UserError
+from esper.messages import (
     Cancel,
     ChangeStrategy,
     EmergencyStop,
@@ -14,8 +16,6 @@ from esper.bus.messages import (
     Selector,
     SetStage,
 )
-from esper.controllers.scheduled import ScheduledConfig
-from esper.errors import UserError
 
 
 def _build(*script):

@@ -20,12 +20,12 @@ from torch.utils.data import TensorDataset
 
 from esper import app
 from esper.cli.compose import compose
-from esper.errors import TrackerError, UserError
+from esper.errors import UserError
+from esper.program import save_program
 from esper.report.summary import ROOM
 from esper.running.run import run
 from esper.tasks import task_of
 from esper.tasks.base import SETS
-from esper.tracking.model import save_program
 from esper.training.trainer import Trainer
 
 pytestmark = pytest.mark.e2e
@@ -127,14 +127,11 @@ def test_a_store_that_is_no_database_is_refused_before_training(tmp_path: Path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_store_that_is_damaged_inside_loses_the_tracking_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_store_that_is_damaged_inside_is_refused_before_training(tmp_path: Path):
     (tmp_path / "mlflow.db").write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
-    with pytest.raises(TrackerError, match=r"^MLflow failed and keeps nothing more: .*Error") as caught:
+    with pytest.raises(UserError, match=r"mlflow\.db is damaged or no SQLite database; move it away"):
         start(tmp_path, "tracking=mlflow")
-    assert "\n" not in str(caught.value)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["status"] == "FINISHED" and summary["steps"] == 60
-    assert (tmp_path / "run" / "transitions.parquet").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_file_in_the_way_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -219,7 +216,9 @@ def test_a_refused_run_leaves_no_mlflow_run(tmp_path: Path):
     for word in ("sites.match=[fc9]", "controller.germinate_at=99%"):
         with pytest.raises(UserError):
             start(tmp_path, "tracking=mlflow", *LIGHT, word)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.yaml"]
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"config.yaml", "mlflow.db", "mlflow.db.lock"}
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        assert store.execute("select * from runs").fetchall() == []
 
 
 @pytest.mark.parametrize("place", ["profiled", "control"])

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 import pytest
 import torch
 
-from esper.bus.messages import Germinate
 from esper.lifecycle import Stage
+from esper.messages import Germinate
 from esper.training.culprits import fewest
 from esper.training.governor import Governor
 from tests.checkpoint.conftest import Make

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from esper.bus.messages import Selector, SetStage
 from esper.errors import UserError
 from esper.grafting import STRATEGIES
 from esper.lifecycle import Stage
+from esper.messages import Alert, GateResult, Selector, SetStage
 from esper.training.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits
 
@@ -20,7 +20,7 @@ SLOW = ("trainer.steps=80", "grafting.ramp=30step", "lifecycle.grafting_max=90%"
 
 
 def alerts(trainer: Trainer) -> list[str]:
-    return [str(words[3]) for name, *words in trainer.port.heard if name == "alert"]
+    return [event.text for event in trainer.port.events(Alert)]
 
 
 def steps(trainer: Trainer, count: int) -> None:
@@ -191,11 +191,11 @@ def test_a_strategy_that_answers_nan_is_given_up_and_harms_nothing(make: Make, m
     monkeypatch.setitem(STRATEGIES, "linear", sound)
     trainer.fit()
     assert finite(trainer) and trainer.governor is not None and not trainer.governor.anomalies, "the governor had nothing to undo"
-    (said,) = ([*words] for name, *words in trainer.port.heard if name == "alert")
-    assert said[:3] == [25, "error", "strategy_gave_up"]
-    assert said[3].startswith("grafting strategy linear gave up: a signal or its own wish is not finite; to CULLED: ")
+    (said,) = trainer.port.events(Alert)
+    assert (said.tick, said.level, said.code) == (25, "error", "strategy_gave_up")
+    assert said.text.startswith("grafting strategy linear gave up: a signal or its own wish is not finite; to CULLED: ")
     for branch in grafting:
-        assert f"branch {branch.id} of seed {branch.seed} at {trainer.grow.garden.sites[branch.site].name}" in said[3]
+        assert f"branch {branch.id} of seed {branch.seed} at {trainer.grow.garden.sites[branch.site].name}" in said.text
 
 
 def test_of_many_branches_that_a_strategy_gives_up_the_first_are_named_and_all_counted(make: Make) -> None:
@@ -223,5 +223,5 @@ def test_a_controller_that_approves_everything_opens_no_gate(make: Make) -> None
     said = [words for name, *words in trainer.port.heard if name == "acknowledge" and words[0] in asked]
     assert len(said) == len(asked) and finite(trainer)
     fossils = trainer.grow.garden.in_stage(Stage.FOSSILIZED)
-    passed = {int(words[3]) for name, *words in trainer.port.heard if name == "gate" and words[4] == "final_gain" and words[7]}
+    passed = {event.branch for event in trainer.port.events(GateResult) if event.gate == "final_gain" and event.passed}
     assert {branch.id for branch in fossils} <= passed, "none was kept whose last gate did not pass"

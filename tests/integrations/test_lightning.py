@@ -22,7 +22,7 @@ from esper import attach
 from esper.controllers import CONFIGS
 from esper.errors import UserError
 from esper.integrations.lightning import GrowCallback
-from esper.training import Grow
+from esper.training.grow import Grow
 
 TESTING = SimpleNamespace(fn=TrainerFn.TESTING)
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]

@@ -16,7 +16,7 @@ from esper import attach
 from esper.controllers import CONFIGS
 from esper.errors import UserError
 from esper.integrations.transformers import GrowCallback
-from esper.training import Grow
+from esper.training.grow import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "transformer.h.1.mlp.c_fc", "count": 1}]
 

@@ -16,7 +16,7 @@ from test_own_loop import JUDGE, train
 
 from esper import attach, load_model
 from esper.lifecycle import Stage
-from esper.seeds import COLUMNS
+from esper.messages import COLUMNS
 from esper.training.observing import Observer
 
 DOCS = Path(__file__).parents[2] / "docs"

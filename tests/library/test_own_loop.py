@@ -23,6 +23,7 @@ from esper import attach
 from esper.controllers import CONFIGS
 from esper.errors import UserError
 from esper.lifecycle import Stage
+from esper.seeds import TelemetryConfig
 from esper.training.grow import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
@@ -316,7 +317,7 @@ def test_the_stability_gate_hears_the_loss_wherever_it_is_given_and_says_when_it
             optimizer.zero_grad()
     reached = [name for name, _ in grow.garden.branches[0].path]
     said = [str(one.message) for one in heard if "esper" in str(one.message)]
-    alerts = [alert for alert in port.alerts if alert[2] == "no_training_loss"]
+    alerts = [alert for alert in port.alerts if alert.code == "no_training_loss"]
     assert ("EVALUATING" in reached) is (given != "never")
     assert len(said) == len(alerts) == (given == "never")
     assert given != "never" or "the gate 'stability' stays shut: give it to grow.tick(loss)" in said[0]
@@ -333,3 +334,45 @@ def test_training_in_several_processes_is_refused_before_replicas_could_drift_ap
     for process in ranks:
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 1 and "UserError: This training runs in 2 processes" in said
+
+
+class Words(nn.Module):
+    """A host whose embedding gives sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8, sparse=True)
+        self.fc1 = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.fc1(self.words(x).mean(1))))
+
+
+@pytest.mark.parametrize("site", ["words", "fc1"])
+@pytest.mark.parametrize("objective", ["shadow", "functional_gradient"])
+def test_a_host_with_sparse_gradients_grows(site: str, objective: str, tmp_path: Path) -> None:
+    def words(number: int) -> tuple[Tensor, Tensor]:
+        x = torch.randint(0, 20, (12, 4), generator=torch.Generator().manual_seed(number))
+        return x, x[:, 0] % 3
+
+    model, port = Words(), Notebook({1: [germinate(site)]})
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)  # its momentum is sparse too
+    settings = {"lifecycle": short(objective=objective), "telemetry": TelemetryConfig(every=2), "judge": [words(900)]}
+    grow = attach(model, loss=sample_loss, optimizer=optimizer, total_steps=100, sites=[site], per_site=2, port=port, **settings)
+    for number in range(40):
+        loss = sample_loss(model, words(number)).mean()
+        loss.backward()
+        grow.after_backward(words(number), loss.detach())
+        optimizer.step()
+        grow.tick(loss.detach())
+        optimizer.zero_grad()
+        if grow.garden.in_stage(Stage.EVALUATING):
+            break
+    assert port.stages()[-1] == ("STABILIZATION", "EVALUATING") and not port.alerts
+    snapshot = grow.guard.sound[0].kept.snapshot  # type: ignore[union-attr]
+    before = model.words.weight.detach().clone()
+    snapshot.restore(model, optimizer, grow.garden)
+    assert not torch.equal(before, model.words.weight) and grow.save_branches(tmp_path).is_dir()
+    sample_loss(model, words(1)).mean().backward()
+    optimizer.step()

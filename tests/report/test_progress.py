@@ -10,8 +10,8 @@ from rich.console import Console
 
 from esper.bus.config import MemoryConfig
 from esper.bus.memory import MemoryBus
-from esper.bus.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.report.progress import ProgressBar
 from esper.report.state import ProgressState
 from esper.tracking import RunRecord, TrackerRunner
@@ -49,8 +49,14 @@ def test_the_line_holds_loss_score_seeds_per_stage_share_rate_and_time_left():
     state.mark()
     assert state.stages == {"dormant": 2, "germinated": 1, "training": 2, "grafting": 1}
     line = state.line()
-    assert "loss 0.5123" in line and "accuracy 0.875" in line and "2 training" in line
+    assert "train loss 0.5123" in line and "validation accuracy 0.875" in line and "2 training" in line
     assert "shadow+judge 15%" in line and "40 steps/s" in line and "0:03 left" in line
+
+
+def test_two_losses_are_named_apart():
+    state = ProgressState("validation/loss")
+    state.take(Metrics(tick=1, values={"train/loss": 0.5, "validation/loss": 0.25}))
+    assert state.line().startswith("train loss 0.5 · validation loss 0.25 · ")
 
 
 def test_the_rate_forgets_what_is_long_past():
@@ -64,16 +70,14 @@ def test_the_rate_forgets_what_is_long_past():
 
 
 def test_before_the_first_message_nothing_is_known():
-    assert ProgressState("accuracy").line() == "loss – · accuracy – · – steps/s · – left"
+    assert ProgressState("accuracy").line() == "train loss – · validation accuracy – · – steps/s · – left"
 
 
 def show(terminal: bool, tmp_path: Path, plain_s: float = 0.0) -> str:
     out = io.StringIO()
     bus = MemoryBus(MemoryConfig(), tmp_path)
     bar = ProgressBar(Console(file=out, force_terminal=terminal, width=220), plain_s=plain_s)
-    record = RunRecord(
-        run="r", name="r", folder=str(tmp_path), outputs=str(tmp_path), started_ms=0, primary="validation/accuracy"
-    )
+    record = RunRecord(run="r", name="r", folder=str(tmp_path), outputs=str(tmp_path), started_ms=0, primary="validation/accuracy")
     runner = TrackerRunner(bus, record, [bar], group="progress", poll_s=0.01)
     runner.start()
     producers = {stream: bus.producer(stream, "r") for stream in ("events", "telemetry")}
@@ -97,7 +101,7 @@ def test_a_terminal_gets_a_bar_and_warnings(tmp_path: Path):
 
 def test_a_log_gets_plain_lines(tmp_path: Path):
     text = show(False, tmp_path)
-    assert "40/100 · loss 0.5123" in text and "\x1b" not in text
+    assert "40/100 · train loss 0.5123" in text and "\x1b" not in text
 
 
 def test_a_log_gets_at_least_the_last_line_of_a_short_run(tmp_path: Path):

@@ -62,6 +62,15 @@ def test_a_run_that_grew_nothing_says_so_with_gates_and_refusals(seeds: dict, wo
     assert "refused 4 ×: seed 3 of 'layers[0]' is TRAINING" in text
 
 
+def test_a_run_that_kept_nothing_says_why_its_host_is_not_the_host_alone():
+    blended = [["GERMINATED", 60], ["TRAINING", 61], ["GRAFTING", 90], ["CULLED", 140], ["DORMANT", 160]]
+    seeds = {"germinated": 2, "culled": 2}
+    text = shown(grown(seeds=seeds, branches=[{"path": blended}, {"path": [*blended[:2], ["CULLED", 70]]}]))
+    assert "still differs from the host alone: one branch was blended in between ticks 90 and 140" in text
+    text = shown(grown(seeds=seeds, branches=[{"path": [*blended[:2], ["CULLED", 70]]}]))
+    assert "No branch was ever blended in, so this host learned as the host alone does." in text
+
+
 def test_a_run_that_asked_nothing_says_that_too():
     text = shown({"seeds": {}})
     assert "No gate was ever asked." in text and "No command was refused." in text

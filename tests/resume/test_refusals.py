@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from esper.app import main
+from esper.config import GROUPS
 from esper.errors import UserError
 from esper.running.environment import processor
 from esper.running.resume import fork, resume, unfinished
@@ -26,7 +27,7 @@ def test_what_is_no_run_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "config.yaml").write_text("a: [")
     assert main([f"resume={tmp_path}", "trainer.steps=3"]) == 2
     assert "cannot be read" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"steps": 10, "epochs": 0}}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dict.fromkeys(GROUPS) | {"trainer": {"steps": 10, "epochs": 0}}))
     assert main([f"fork={tmp_path}", "trainer.stepps=3"]) == 2
     assert "There is no key trainer.stepps" in capsys.readouterr().err
 

@@ -85,19 +85,18 @@ def test_auto_finds_the_run_of_this_configuration_that_did_not_end(
 ) -> None:
     config = configure(f"output={tmp_path}")
     assert unfinished(config) is None
-    new = auto(config, tmp_path / "new")
-    assert new.folder == tmp_path / "new" and new.state is None
+    assert auto(config, tmp_path / "new") is None
     folder = copied(finished, tmp_path, until=79)
     *_, last = sorted((folder / store.FOLDER).iterdir())
     (last / store.TENSORS).write_bytes((last / store.TENSORS).read_bytes()[:-5])
     found = auto(config, tmp_path / "new")
-    assert found.folder == folder and found.state["trainer"]["steps"] < int(last.name)
+    assert found is not None and found.folder == folder and found.state["trainer"]["steps"] < int(last.name)
     assert "truncated" in capsys.readouterr().err
     with pytest.raises(UserError, match="truncated"):
         resume(folder)
     assert unfinished(configure(f"output={tmp_path}", "seed=1")) is None
-    with alive(config, folder):
-        assert unfinished(config) is None  # it is running: this process holds it
+    with alive(config, folder), pytest.raises(UserError, match="under way"):
+        unfinished(config)
 
 
 @pytest.mark.parametrize(("direction", "score"), [("max", 0.9), ("min", -0.9)])

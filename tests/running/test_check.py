@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,10 @@ from esper.app import main
 from esper.cli.compose import compose
 from esper.config import config_hash
 from esper.errors import UserError
+from esper.lifecycle import Stage
+from esper.report.numbers import duration, short
 from esper.running.check import check
+from esper.running.estimates import cost_of
 from esper.running.parts import build_trainer
 
 SHORT = "trainer.steps=300"
@@ -85,6 +89,22 @@ def test_hosts_and_tasks(words: tuple[str, ...], parts: tuple[str, ...]) -> None
     assert max(len(line) for line in text.splitlines() if line[:1] in "│┏└") <= 140
 
 
+def test_the_estimate_covers_validation_shadow_passes_and_judging(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["trainer.steps=1000", "trainer.validate_every=10%", "trainer.control=true", "lifecycle.judge_every=1%"]
+    config = compose(words)
+    trainer = build_trainer(config, config.task.build(), torch.device("cpu"))
+    cost, ages, seeds = cost_of(trainer), trainer.grow.settings.ages, trainer.grow.garden.table.rows
+    assert min(cost.step_s, cost.validation_s, cost.judge_s) > 0.0 and trainer.grow.meter.spent["judge"] > 0
+    monkeypatch.setattr("esper.running.check.cost_of", lambda trainer: replace(cost, step_s=0.1, validation_s=2.0, judge_s=0.5))
+    looks = [2 + sum((ages.maximum[s] - ages.minimum[s]) // 10 for s in (Stage.EVALUATING, Stage.FINE_TUNING) if most) for most in (0, 1)]
+    least, most = (age[Stage.TRAINING] * 0.1 + count * 1.0 for age, count in zip((ages.minimum, ages.maximum), looks, strict=True))
+    text = check(config)
+    assert "about 2:04 where nothing grows: 1000 steps of 100 ms, 12 looks at the validation set of 2 s" in text
+    assert f"about {duration(124 + seeds * most)} where all {seeds} seeds grow and take longest" in text
+    assert f"a seed adds {short(least, 3)} s to {short(most, 3)} s: " in text and f"{looks[0]} to {looks[1]} looks at the judge set" in text
+    assert "about 4:08 more for the two controls" in text
+
+
 @pytest.mark.parametrize(
     ("words", "site"),
     [
@@ -144,3 +164,11 @@ def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 def test_a_controller_that_could_never_do_anything_is_refused_here_too() -> None:
     with pytest.raises(UserError, match=r"germinate_at=99% is tick 297, and nothing germinates after tick 150"):
         _said(SHORT, "controller.germinate_at=99%")
+
+
+def test_a_run_of_the_host_alone_may_be_shorter_than_any_lifecycle() -> None:
+    with pytest.raises(UserError, match="The run has 5 ticks"):
+        _said("trainer.steps=5")
+    assert "The run has 5 steps" in _said("trainer.steps=5", "controller=none")
+    with pytest.raises(UserError, match="The run has 5 ticks"):
+        _said("trainer.steps=5", "controller=none", "bus=embedded")  # over a server anybody may let a seed germinate

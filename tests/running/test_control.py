@@ -71,6 +71,13 @@ def test_other_code_under_the_same_name_gets_a_control_of_its_own(tmp_path: Path
     assert metrics[0] != metrics[1]
 
 
+def test_a_control_keeps_its_curves(tmp_path: Path):
+    told = made(tmp_path)
+    curve = told["curves"]["validation/accuracy"]
+    assert curve[-1][1:] == [told["macs"], told["metrics"]["validation/accuracy"]]
+    assert [tick for tick, _, _ in curve] == sorted({int(tick) for tick, _, _ in curve}), "each tick once"
+
+
 def test_a_kept_control_that_no_longer_reads_is_made_again(tmp_path: Path):
     before = made(tmp_path)
     (path,) = (tmp_path / "controls").iterdir()

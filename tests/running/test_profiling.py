@@ -22,9 +22,11 @@ def _steps(path: Path) -> int:
 
 
 def test_a_run_leaves_a_trace_of_as_many_steps_as_were_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(compose([*STEPS, "trainer.profile=6"]), tmp_path, quiet=True)
+    run(compose([*STEPS, "trainer.profile=6"]), tmp_path)
     assert _steps(tmp_path / NAME) == 6
-    assert "trace of the steps 98 to 103" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "trace of the steps 98 to 103" in said.err
+    assert f"trace {tmp_path / NAME} (open it in Perfetto or chrome://tracing)" in " ".join(said.out.split())
 
 
 def test_the_debug_preset_asks_for_one() -> None:

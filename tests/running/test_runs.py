@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,15 @@ def test_a_checkpoint_that_is_skipped_is_said_once(tmp_path: Path, caplog: pytes
     said = [record.getMessage() for record in caplog.records if "checkpoint" in record.getMessage()]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) < 40
     assert len(said) == 1 and "trainer.checkpoint_every" in said[0]
+
+
+def test_a_run_says_every_metric_once_a_tick(tmp_path: Path):
+    run(config(tmp_path, "tracking=csv", "tracking.figures=false"), tmp_path / "run", quiet=True)
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        said = Counter((row["tick"], row["name"]) for row in csv.DictReader(file))
+    assert {name for _, name in said} >= {"train/loss", "validation/loss", "cost/macs", "cost/seconds"}
+    assert ("40", "train/loss") in said and ("40", "validation/loss") in said, "a step at which both are due"
+    assert set(said.values()) == {1}
 
 
 def test_a_run_that_fails_says_failed_and_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

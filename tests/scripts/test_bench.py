@@ -26,7 +26,7 @@ def test_without_a_name_it_lists_what_there_is(checkout: Path) -> None:
     command = [sys.executable, "-m", "scripts.benchmarks"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
-    for name in ("library", "lora", "step", "million", "start", "tracking", "kernels", "counts", "checkpoint"):
+    for name in ("calls", "library", "lora", "step", "million", "start", "tracking", "kernels", "counts", "checkpoint"):
         assert f"\n  {name} " in done.stdout
 
 
@@ -43,14 +43,14 @@ def test_every_row_says_where_it_was_measured(checkout: Path, tmp_path: Path, ar
     done = _bench(checkout, "step", "--hosts", "small", "--pairs", "2", "--steps", "3", "--arms", arm, "--out", str(out))
     assert done.returncode in (0, 1), done.stderr
     (row,) = csv.DictReader(out.open(encoding="utf-8"))
-    assert row["arm"].startswith(arm) and float(row["ratio"]) > 0.5 and float(row["p20_ms"]) <= float(row["p80_ms"])
+    assert row["arm"].startswith(arm) and float(row["ratio"]) > 0 and float(row["p20_ms"]) <= float(row["p80_ms"])
     assert row["device"].startswith("cpu") and row["torch"] and row["python"]
 
 
 def test_a_smaller_multitude_of_seeds_goes_the_same_way(checkout: Path, tmp_path: Path) -> None:
     done = _bench(checkout, "million", "--seeds", "6400", "--ticks", "5", "--out", str(tmp_path / "rows.csv"))
     assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: slower than the limit, as a busy machine may be
-    assert done.stdout.count("60 bytes a seed") == 2
+    assert done.stdout.count("56 bytes a seed") == 2
 
 
 def _told(checkout: Path, file: Path, name: str) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_features_on_another_axis_are_refused_in_words() -> None:
             return self.turned(self.fc(x).movedim(-1, 2))
 
     model = Turned()
-    with pytest.raises(UserError, match=r"'turned' lie on axis 2 of its output \[4, 5, 6, 7\]; seeds need them on the last axis"):
+    with pytest.raises(UserError, match=r"'turned' cannot carry seeds: its features lie on axis 2 of its output \[4, 5, 6, 7\]"):
         find_sites(model, ["turned"], 1, lambda: model(torch.randn(4, 5, 7, 6)))
 
 

@@ -21,7 +21,7 @@ from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.running.export import export_onnx, export_pt2
 from esper.saved import load_weights, save_model
-from esper.seeds.grown import Deepened, GrownSite
+from esper.seeds.grown import Deepened, GrownSite, called
 
 GROWN: dict[str, tuple[str, Any, str, type]] = {
     "mlp": ("mlp", "mlp", "fc1", GrownSite),
@@ -57,7 +57,8 @@ def test_the_exported_model_gives_the_same_outputs_from_plain_modules(case: str)
         torch.testing.assert_close(plain(x), loop.model(x), rtol=1e-5, atol=1e-6)
     assert type(plain.get_submodule(GROWN[case][2])) is GROWN[case][3]
     assert not any("seed_layer" in name for name, _ in plain.named_modules())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
+    assert not any(module._forward_hooks for module in plain.modules())
+    assert all(hook is called for module in plain.modules() for hook in module._forward_pre_hooks.values())
     assert all(
         type(module).__module__.startswith(("torch", "growing", "esper.hosts", "esper.seeds.grown", "esper.blueprints.plain"))
         for module in plain.modules()
@@ -302,5 +303,5 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
     save_file(Net().state_dict(), tmp_path / "bare.safetensors")
     same(load_weights(build("mlp"), str(tmp_path / "bare.safetensors")).state_dict(), load_file(tmp_path / "bare.safetensors"))
     (tmp_path / "model.json").write_text(json.dumps({"format": "esper model", "version": 99}), encoding="utf-8")
-    with pytest.raises(UserError, match="has version 99; this esper reads version 1"):
+    with pytest.raises(UserError, match="has version 99; this esper reads version 2"):
         load_model(tmp_path, build("mlp"))

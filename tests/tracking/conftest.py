@@ -10,10 +10,9 @@ import pytest
 
 from esper.bus.config import MemoryConfig
 from esper.bus.memory import MemoryBus
-from esper.bus.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import COLUMNS, GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.tracking import DatasetRecord, RunRecord
-from esper.tracking.tables import TELEMETRY
 
 SEEDS = 4
 SITES = ("layers.0", "layers[1]")
@@ -80,11 +79,7 @@ def telling(ticks: int, since: int = 0, *, until: int | None = None) -> list[tup
                                generation=1, blueprint="mlp", strategy="linear"))  # fmt: skip
         if tick > since:
             for site in SITES:
-                say(
-                    Telemetry(
-                        site=site, ticks=[tick], seeds=SEEDS, columns=list(TELEMETRY), data=_rows(tick, stages[site])
-                    )
-                )
+                say(Telemetry(site=site, ticks=[tick], seeds=SEEDS, columns=list(COLUMNS), data=_rows(tick, stages[site])))
             accuracy = 0.95 - 0.8 * math.exp(-3 * tick / ticks)
             values = {
                 "train/loss": 2.3 * math.exp(-2 * tick / ticks) + 0.02 * math.sin(tick),
@@ -117,7 +112,7 @@ def _look(say, tick: int, site: str, seed: int, target: Stage, look: int) -> Non
 
 
 def _rows(tick: int, stages: np.ndarray) -> bytes:
-    block = np.zeros((SEEDS, len(TELEMETRY)), np.float32)
+    block = np.zeros((SEEDS, len(COLUMNS)), np.float32)
     block[:, 0] = stages
     block[:, 1] = np.where(stages >= Stage.GRAFTING, 0.5, 0.0)
     block[:, 2] = tick
@@ -172,6 +167,7 @@ def make_record(run: str, folder: Path, **changes) -> RunRecord:
         "started_ms": 1_700_000_000_000,
         "config": {"seed": 0, "trainer": {"steps": 100}},
         "changed": {"trainer.steps": "100"},
+        "chosen": {"model": "mlp"},
         "tags": {"config": "abc", "seed": "0", "arm": "grow"},
         "dataset": DatasetRecord(name="digits", digest="d" * 64, description="8×8 digits", sizes={"train": 1000}),
         "primary": "accuracy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from esper.bus.messages import GateResult, Metrics, RunStarted, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import GateResult, Metrics, RunStarted, Transition
 from esper.tracking.figures import draw_all
 from esper.tracking.figures.curves import learning_curves
 from esper.tracking.figures.gates import gate_margins
@@ -72,10 +73,45 @@ def test_curves_are_drawn_against_ticks_and_against_macs(folder: Path):
     by_tick, by_macs = figure.axes[0], figure.axes[1]
     assert by_tick.get_xlim()[1] == 200
     assert by_macs.get_xlim()[1] == pytest.approx(story.metrics["cost/macs"][1][-1])
-    germinated = [
-        line.get_xdata()[0] for line in by_tick.lines if len(line.get_xdata()) == 2 and line.get_color() == "#666666"
-    ]
+    germinated = [line.get_xdata()[0] for line in by_tick.lines if len(line.get_xdata()) == 2 and line.get_color() == "#666666"]
     assert germinated == [20, 40, 60]
+
+
+def test_the_host_alone_is_drawn_beside_the_run_at_the_same_steps_and_at_the_same_macs(folder: Path):
+    curves = {
+        "same_steps": {"validation/accuracy": [[100, 1e8, 0.5], [200, 2e8, None]]},
+        "same_macs": {"validation/accuracy": [[150, 1.5e8, 0.5], [300, 3e8, 0.7]]},
+    }
+    (folder / "summary.json").write_text(json.dumps({"name": "mlp-digits", "seed": 3, "control_curves": curves}))
+    (folder / "config.yaml").write_text("lifecycle: {clock: epoch}\n")
+    figure = learning_curves(read_story(folder))
+    by_tick, by_macs = (next(line for line in axes.lines if line.get_linestyle() == "--") for axes in figure.axes[:2])
+    assert by_tick.get_xdata().tolist() == [100, 200] and by_tick.get_ydata()[0] == 0.5 and math.isnan(by_tick.get_ydata()[1])
+    assert by_macs.get_xdata().tolist() == [1.5e8, 3e8] and by_macs.get_ydata().tolist() == [0.5, 0.7]
+    assert "validation/accuracy, the host alone" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_every_figure_says_which_run_it_shows_and_in_what_units(folder: Path):
+    (folder / "summary.json").write_text(json.dumps({"name": "mlp-digits", "seed": 3}))
+    (folder / "config.yaml").write_text("lifecycle: {clock: epoch}\n")
+    story = read_story(folder)
+    curves, margins, timeline = learning_curves(story), gate_margins(story), stage_timeline(story)
+    for title in (curves.get_suptitle(), margins.get_suptitle(), timeline.axes[0].get_title(loc="left")):
+        assert title.endswith(": mlp-digits, seed 3")
+    assert curves.axes[0].get_ylabel() == "validation/accuracy (fraction of examples)"
+    assert curves.axes[0].get_xlabel() == timeline.axes[0].get_xlabel() == "tick (epoch)"
+    assert "multiply-accumulates" in curves.axes[1].get_xlabel()
+
+
+def test_branches_asked_at_one_tick_are_drawn_at_that_tick(record):
+    asked = [
+        GateResult(tick=4, site="a", seed=seed, branch=seed, gate="gain", value=0.1 * seed, threshold=0.0, passed=True) for seed in range(3)
+    ]
+    figure = gate_margins(read_story(recorded(record, asked)))
+    axes = figure.axes[0]
+    marked = [line for line in axes.lines if line.get_marker() not in ("None", "") and len(line.get_xdata())]
+    assert [line.get_transform().transform((4.0, 0.0)).tolist() for line in marked] == [axes.transData.transform((4.0, 0.0)).tolist()] * 3
+    assert len({line.get_marker() for line in marked}) == 3
 
 
 def test_margins_are_value_minus_threshold_and_nan_lies_on_the_floor(record):

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from esper.bus.messages import Alert, GateResult, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.lifecycle.stages import Stage
+from esper.messages import Alert, GateResult, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.tracking import CsvConfig, NoneConfig, TrackerError, TrackerRunner, build_trackers
 from esper.tracking.csv_files import CsvFiles
 from esper.tracking.parquet import PARTS, ParquetFiles
@@ -64,9 +64,17 @@ def test_gates_and_metrics_are_kept_too(record, story):
     keep(ParquetFiles(), record, told)
     assert len(read(record, "gates")) == sum(isinstance(m, GateResult) for _, m in told)
     values = [(r["tick"], r["name"], r["value"]) for r in read(record, "metrics").to_pylist()]
-    assert values == [
-        (m.tick, name, value) for _, m in told if isinstance(m, Metrics) for name, value in m.values.items()
-    ]
+    assert values == [(m.tick, name, value) for _, m in told if isinstance(m, Metrics) for name, value in m.values.items()]
+
+
+@pytest.mark.parametrize("group_rows", [2, 1 << 16])
+def test_of_a_metric_said_twice_at_a_tick_the_last_word_stands(record, monkeypatch, group_rows):
+    monkeypatch.setattr("esper.tracking.parquet.GROUP_ROWS", group_rows)
+    said = [(1, "a", 1.0), (1, "b", 2.0), (1, "a", 3.0), (2, "a", 4.0), (2, "b", 5.0), (2, "a", 6.0)]
+    keep(ParquetFiles(), record, [("events", Metrics(tick=t, values={n: v})) for t, n, v in said], batch=1)
+    found = [(row["tick"], row["name"], row["value"]) for row in read(record, "metrics").to_pylist()]
+    assert sorted(found) == [(1, "a", 3.0), (1, "b", 2.0), (2, "a", 6.0), (2, "b", 5.0)]
+    assert [tick for tick, _, _ in found] == [1, 1, 2, 2]
 
 
 def test_a_silent_run_leaves_empty_tables_with_all_columns(record):
@@ -138,9 +146,7 @@ def test_csv_holds_every_metric_and_jsonl_every_event(record, story):
     keep(CsvFiles(CsvConfig(figures=False)), record, told)
     with (Path(record.folder) / "metrics.csv").open() as file:
         rows = [(int(r["tick"]), r["name"], float(r["value"])) for r in csv.DictReader(file)]
-    assert rows == [
-        (m.tick, name, value) for _, m in told if isinstance(m, Metrics) for name, value in m.values.items()
-    ]
+    assert rows == [(m.tick, name, value) for _, m in told if isinstance(m, Metrics) for name, value in m.values.items()]
     events = [json.loads(line) for line in (Path(record.folder) / "events.jsonl").read_text().splitlines()]
     kept = [m for _, m in told if not isinstance(m, Metrics | Telemetry | TickEnded)]
     assert [event["kind"] for event in events] == [type(m).__name__ for m in kept]
@@ -155,9 +161,7 @@ def test_a_resumed_csv_has_no_tick_twice(record, story):
     assert ticks == list(range(1, 101))
     events = [json.loads(line) for line in (Path(record.folder) / "events.jsonl").read_text().splitlines()]
     assert [event["tick"] for event in events if event["kind"] == "RunStarted"] == [0, 50]
-    assert len([e for e in events if e["kind"] == "Transition"]) == len(
-        [m for _, m in story(100) if isinstance(m, Transition)]
-    )
+    assert len([e for e in events if e["kind"] == "Transition"]) == len([m for _, m in story(100) if isinstance(m, Transition)])
 
 
 def test_what_is_said_again_after_the_last_checkpoint_is_written_once(record, story):

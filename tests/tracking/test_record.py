@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from esper.cli.compose import compose
+from esper.running.record import run_record
 from esper.tracking import (
     CONFIGS,
     CsvConfig,
@@ -45,8 +48,31 @@ def test_flattening_joins_keys_with_dots_and_leaves_lists():
 
 
 def test_a_person_can_read_the_name():
-    assert readable_name("mlp", "digits", "linear", 0) == "digits-mlp seed=0 linear"
-    assert readable_name("mlp", "digits", "linear", 3, arm="late") == "digits-mlp seed=3 late"
+    assert readable_name("mlp-digits", {}, 0) == "mlp-digits seed=0"
+    changed = {"trainer.steps": "60", "controller.name": "none", "seed": "3", "output": "x", "tracking.points": "9"}
+    assert readable_name("mlp-digits", changed, 3) == "mlp-digits controller=none trainer.steps=60 seed=3"
+    assert readable_name("mlp-digits", changed, 3, arm="late") == "mlp-digits late seed=3"
+    many = readable_name("mlp-digits", {f"model.width_{i}": "1000" for i in range(20)}, 3)
+    assert len(many) <= 100 and many.startswith("mlp-digits model.width_0=1000 ") and many.endswith(" … seed=3")
+
+
+NAMED = {
+    (): "mlp-digits seed=0",
+    ("controller=none",): "mlp-digits controller=none seed=0",
+    ("controller=random", "seed=1"): "mlp-digits controller=random seed=1",
+    ("model=custom", "model.target=my_pkg.nets:Net", "task=custom", "task.target=my_pkg.data:shapes"): "Net-shapes seed=0",
+    ("trainer.steps=60", "lifecycle=reference"): "mlp-digits lifecycle=reference trainer.steps=60 … seed=0",
+    ("name=mine",): "mine seed=0",
+}
+
+
+@pytest.mark.parametrize("words", NAMED, ids=" ".join)
+def test_runs_are_told_apart_by_name_and_say_of_what_they_are_made(words, tmp_path):
+    config = compose([*words, "tracking=none"])
+    record = run_record(config, compose([]).task.build(), tmp_path, 0)
+    assert re.sub(r" lifecycle\.\S+", "", record.name) == NAMED[words]
+    assert list(record.chosen) == ["model", "task", "controller", "blueprint", "grafting"] and all(record.chosen.values())
+    assert not record.chosen.keys() & record.changed.keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper.blueprints import MLP
 from esper.errors import UserError
 from esper.kernels import KernelConfig
-from esper.training import attach
+from esper.training.attach import attach
 
 X, Y = batch()
 COUNTS = {

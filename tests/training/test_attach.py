@@ -13,7 +13,7 @@ from esper.blueprints import Block
 from esper.errors import UserError
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.seeds import find_sites
-from esper.training import attach
+from esper.training.attach import attach
 
 S = Stage
 
@@ -97,7 +97,7 @@ def test_a_module_that_gives_several_tensors_carries_seeds_on_the_first():
     assert grow.garden.sites[0].geometry.width == 4
     out, (hidden, cell) = model.lstm(torch.randn(2, 1, 6))
     assert out.shape == (2, 1, 4) and hidden.shape == cell.shape
-    with pytest.raises(UserError, match="'unused' gives no tensor"):
+    with pytest.raises(UserError, match="'unused' cannot carry seeds: it is not called when the host runs"):
         attached(Odd(), sites=["unused"])
 
 
@@ -148,3 +148,37 @@ def test_a_tick_may_be_an_epoch():
     path = dict(loop.grow.garden.branches[0].path)
     assert loop.grow.tick_number == 11 and path["TRAINING"] == 2 and path["GRAFTING"] == 4 and path["STABILIZATION"] == 8
     assert {tick for tick, _, _ in loop.port.rows} == {2, 4, 6, 8, 10}, "telemetry is as often in steps: every 10 of 5 a tick"
+
+
+class Changing(nn.Module):
+    """A host whose first layer's output loses features once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = nn.Identity()
+        self.fc = nn.Linear(6, 3)
+        self.narrow = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.cut(x[:, :4] if self.narrow else x)
+        return self.fc(nn.functional.pad(seen, (0, 6 - seen.shape[1])))
+
+
+def test_a_site_whose_width_changes_is_told_in_words() -> None:
+    model = Changing()
+    given = {"loss": sample_loss, "judge": [batch(number=900)], "total_steps": 100, "lifecycle": short()}
+    grow = attach(model, sites=["cut"], per_site=2, **given)
+    grow.executor.apply(germinate("cut"), 0)
+    grow.garden.branches[0].stage = Stage.GRAFTING
+    grow.garden.touch(0)
+    grow.garden.refresh()
+    model.narrow = True
+    with pytest.raises(UserError, match=r"The site 'cut' gave \[12, 4\].*its last axis had 6 features"):
+        sample_loss(model, batch(number=1))
+
+
+def test_a_run_too_short_to_keep_anything_is_refused_only_where_something_may_grow() -> None:
+    given = {"loss": sample_loss, "judge": [batch(number=900)], "total_steps": 5, "sites": ["fc1"], "per_site": 2}
+    with pytest.raises(UserError, match="The run has 5 ticks"):
+        attach(build("mlp"), controller="heuristic", **given)
+    assert attach(build("mlp"), controller="none", **given).settings.total_ticks == 5

@@ -12,9 +12,9 @@ from growing import HOSTS, Loop, Notebook, batch, build, germinate, sample_loss,
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from esper.bus.messages import ApplyTogether, Cancel, ChangeStrategy, EmergencyStop, PauseGrafting, RequestReport, Selector
 from esper.lifecycle import Stage
-from esper.training import attach
+from esper.messages import ApplyTogether, Cancel, ChangeStrategy, EmergencyStop, PauseGrafting, RequestReport, Selector
+from esper.training.attach import attach
 from esper.training.optimizer import PATIENCE, BranchLearning, BranchOptimizer
 
 S = Stage
@@ -317,7 +317,7 @@ def test_a_gradient_that_overflows_under_a_loss_scale_is_skipped_until_it_persis
         assert all(torch.equal(values[name], stack) for name, stack in loop.bank.stacks.items()), "the step was skipped"
     loop.step()
     assert loop.branch.stage is S.CULLED
-    assert f"its gradient was not finite, {PATIENCE} steps in a row under a loss scale of 16384" in loop.port.transitions[-1][6]
+    assert f"its gradient was not finite, {PATIENCE} steps in a row under a loss scale of 16384" in loop.port.transitions[-1].cause
     now = loop.optimizer.param_groups[0]["params"]
     assert all(p.isfinite().all() for p in now) and not torch.equal(host[0], now[0])
 

@@ -111,12 +111,12 @@ def test_it_is_counted_and_goes_at_the_next_tick_without_a_fade(stage: Stage):
     table, bank = loop.grow.garden.table, loop.grow.garden.layers[0].bank("mlp")
     if stage is S.FOSSILIZED:
         assert branch.stage is S.FOSSILIZED and branch.alive
-        assert [said[2] for said in loop.port.alerts] == ["fossil_not_finite"]
+        assert [said.code for said in loop.port.alerts] == ["fossil_not_finite"]
     else:
         assert branch.stage is (S.ROLLED_BACK if stage is S.STABILIZATION else S.CULLED)
         assert int(table.errors[row]) == 1 and not branch.alive
         assert float(loop.grow.garden.branches.alpha[branch.id]) == 0.0
-        assert "not finite" in loop.port.transitions[-1][6]
+        assert "not finite" in loop.port.transitions[-1].cause
         assert not any(stack[slot].any() for stack in bank.stacks.values())
     loop.run(3)
     assert all(bool(torch.isfinite(value).all()) for value in loop.host_state().values())
@@ -163,7 +163,7 @@ def test_rarely_failing_is_borne_and_a_failing_strategy_is_not():
     loop.grow.advance.error_rates = {}
     loop.grow.advance.trouble[branch.id] = "grafting strategy linear gave up: a signal is not finite"
     loop.grow.advance.finish(loop.grow.tick_number)
-    assert branch.stage is S.CULLED and "gave up" in loop.port.transitions[-1][6]
+    assert branch.stage is S.CULLED and "gave up" in loop.port.transitions[-1].cause
 
 
 def test_a_fossil_is_told_of_once_and_again_when_it_fails_anew():
@@ -172,7 +172,7 @@ def test_a_fossil_is_told_of_once_and_again_when_it_fails_anew():
     sound = {name: stack.detach()[branch.slot].clone() for name, stack in bank.stacks.items()}
 
     def said() -> list[int]:
-        return [alert[0] for alert in loop.port.alerts if alert[2] == "fossil_not_finite"]
+        return [alert.tick for alert in loop.port.alerts if alert.code == "fossil_not_finite"]
 
     poison(loop, branch, "nan")
     loop.run(6)

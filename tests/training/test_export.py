@@ -10,6 +10,7 @@ from growing import HOSTS, Loop, batch, build, germinate, same, short
 
 from esper.blueprints import GLU, MLP, Affine, Block, Conv, LowRank
 from esper.lifecycle import Stage
+from esper.seeds.grown import called
 from esper.seeds.layer import SeedLayer
 
 S = Stage
@@ -46,7 +47,8 @@ def test_an_export_computes_the_same(host: str, blueprint: Any):
             assert not torch.equal(plain(inputs), loop.model(inputs)), "what grew is in it"
     assert not any(isinstance(module, SeedLayer) for module in plain.modules())
     assert not any("seed_layer" in name for name in plain.state_dict())
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in plain.modules())
+    assert all(not m._forward_hooks for m in plain.modules())
+    assert all(hook is called for m in plain.modules() for hook in m._forward_pre_hooks.values())
     mine, theirs = ({p.data_ptr() for p in m.parameters()} for m in (plain, loop.model))
     assert not mine & theirs, "nothing is shared with the original"
 

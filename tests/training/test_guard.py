@@ -15,7 +15,7 @@ from esper.blueprints.base import Parameters
 from esper.blueprints.mlp import MLP
 from esper.grafting import CONFIGS
 from esper.lifecycle import Stage
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.guard import worse
 from esper.training.optimizer import BranchLearning
 
@@ -63,7 +63,7 @@ def watched(blueprint: Any = "mlp", seeds: tuple[int, ...] = (0,), **changes: An
 
 
 def causes(loop: Loop) -> list[str]:
-    return [said[6] for said in loop.port.transitions if said[6].startswith("slow harm")]
+    return [said.cause for said in loop.port.transitions if said.cause.startswith("slow harm")]
 
 
 def judged(loop: Loop) -> float:
@@ -109,8 +109,8 @@ def test_the_host_returns_with_its_optimizer_to_a_state_that_was_kept(monkeypatc
     loop.until(S.ROLLED_BACK, most=9)
     assert len(told) == 1, "whoever measures what is usual is told"
     (alert,) = loop.port.alerts
-    assert alert[2] == "host_returned" and alert[0] == loop.grow.tick_number
-    state, moments, fast = kept[int(alert[3].rsplit(" ", 1)[1])]
+    assert alert.code == "host_returned" and alert.tick == loop.grow.tick_number
+    state, moments, fast = kept[int(alert.text.rsplit(" ", 1)[1])]
     same(state, loop.host_state())
     assert torch.equal(moments, loop.optimizer.state_dict()["state"][0]["exp_avg"]) and fast == loop.grow.signal.fast
 
@@ -126,7 +126,7 @@ def test_of_two_branches_the_one_that_harms_goes_and_the_other_stays():
 def test_a_healthy_branch_becomes_a_fossil_and_not_a_bit_differs_without_the_guard(monkeypatch: pytest.MonkeyPatch):
     loop = watched(grafting_max="65step")
     branch = loop.until(S.FOSSILIZED, most=130)
-    assert [said[4] for said in loop.port.gates if said[7]][-2:] == ["final_gain", "no_harm"] and not loop.port.alerts
+    assert [said.gate for said in loop.port.gates if said.passed][-2:] == ["final_gain", "no_harm"] and not loop.port.alerts
     alone = watched(grafting_max="65step")
     for name in ("watch", "settle"):
         monkeypatch.setattr(alone.grow.guard, name, lambda tick: None)
@@ -144,8 +144,8 @@ def test_a_host_that_leans_on_a_branch_is_no_proof_of_its_worth(monkeypatch: pyt
         sound.began -= 10.0
         sound.fast -= 10.0
     loop.until(S.CULLED, most=30)
-    asked = [said for said in loop.port.gates if said[4] == "no_harm"]
-    assert asked and not any(said[7] for said in asked) and branch.gain > 0.0
+    asked = [said for said in loop.port.gates if said.gate == "no_harm"]
+    assert asked and not any(said.passed for said in asked) and branch.gain > 0.0
 
 
 def test_a_host_that_learns_its_data_by_heart_is_not_blamed_on_a_branch():
@@ -157,7 +157,7 @@ def test_a_host_that_learns_its_data_by_heart_is_not_blamed_on_a_branch():
         sound.losses = sound.losses - 10.0
     loop.until(S.FOSSILIZED, most=30)
     assert branch.alive and not causes(loop) and not loop.port.alerts
-    assert [said[7] for said in loop.port.gates if said[4] == "no_harm"][-1]
+    assert [said.passed for said in loop.port.gates if said.gate == "no_harm"][-1]
 
 
 def test_a_training_loss_that_falls_asks_the_judge_nothing(monkeypatch: pytest.MonkeyPatch):
@@ -209,5 +209,49 @@ def test_the_guard_goes_on_from_a_saved_state_with_the_same_bits():
     assert torch.equal(held.sound[0].losses, loop.grow.guard.sound[0].losses)
     for one in (loop, other):
         one.until(S.ROLLED_BACK, most=60)
-    assert [said[3] for said in other.port.alerts] == [said[3] for said in loop.port.alerts]
+    assert [said.text for said in other.port.alerts] == [said.text for said in loop.port.alerts]
     same(loop.host_state(), other.host_state())
+
+
+def diverged(loop: Loop, steps: int) -> None:
+    """Steps of a loop whose loss is NaN, as after too high a learning rate."""
+    for _ in range(steps):
+        loop.step((torch.full((4, 6), math.nan), torch.zeros(4, dtype=torch.int64)))
+
+
+@pytest.mark.filterwarnings("ignore:esper. the training loss")
+@pytest.mark.parametrize("stage", [S.TRAINING, S.GRAFTING, S.STABILIZATION, S.EVALUATING])
+def test_a_loss_that_is_not_finite_is_said_once_and_nothing_grows_meanwhile(stage: Stage):
+    lifecycle = short(training_min="4step", stabilization_min="6step", evaluating_min="6step", guard=False)
+    loop = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0)]})
+    branch = loop.until(stage)
+    loop.step()
+    alpha, stages = float(loop.grow.garden.branches.alpha[branch.id]), list(branch.path)
+    values = loop.grow.garden.layers[0].bank("mlp").values(branch.slot)
+    host = loop.host_state()
+    loop.port.script = {loop.grow.tick_number + 2: [germinate(seed=1, id="meanwhile")]}
+    with pytest.warns(UserWarning, match="the training loss is not finite"):
+        diverged(loop, 1)
+    diverged(loop, 8)
+    assert [said.code for said in loop.port.alerts] == ["loss_not_finite"]
+    assert loop.port.acks["meanwhile"] == ("refused", "the training loss is not finite, so nothing germinates until it is again")
+    assert branch.path == stages and float(loop.grow.garden.branches.alpha[branch.id]) == alpha
+    same(values, loop.grow.garden.layers[0].bank("mlp").values(branch.slot))
+    with torch.no_grad():  # the user puts an earlier state back
+        for name, value in loop.model.state_dict().items():
+            if name in host:
+                value.copy_(host[name])
+    loop.optimizer.state.clear()
+    loop.run(30)
+    assert branch.path != stages, "with the loss back, life goes on"
+
+
+@pytest.mark.filterwarnings("ignore:esper. the training loss")
+def test_a_run_that_goes_on_from_a_diverged_state_grows_nothing_either():
+    loop = Loop(commands={1: [germinate()]})
+    loop.run(2)
+    diverged(loop, 2)
+    state = loop.grow.state()
+    again = Loop(settings={"state": state}, commands={5: [germinate(seed=1, id="later")]})
+    again.grow.tick(None)
+    assert again.port.acks["later"][0] == "refused" and not again.port.alerts, "it has been said already"

@@ -161,5 +161,5 @@ def test_a_site_that_no_gradient_reaches_teaches_nothing_and_ends_in_its_cull():
     loop = learning("mlp", "functional_gradient", lifecycle=short(objective="functional_gradient", training_max="5step"))
     loop.model.fc1.register_forward_hook(lambda module, inputs, output: output.detach())
     loop.run(10)
-    assert [said[5] for said in loop.port.transitions if said[1] == "fc1"][2] == Stage.CULLED
+    assert [said.target for said in loop.port.transitions if said.site == "fc1"][2] == Stage.CULLED
     assert loop.grow.gates.records["readiness"].passed == 1, "the other site's gate opened"

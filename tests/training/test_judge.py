@@ -11,8 +11,8 @@ from growing import Loop, batch, germinate, same, sample_loss, short
 from scipy import stats
 from torch import nn
 
-from esper.bus.messages import Cancel, Selector
 from esper.lifecycle import Stage, spent
+from esper.messages import Cancel, Selector
 from esper.seeds import Branch
 from esper.training.judge import Judge, lower_bound
 from esper.training.student import quantile
@@ -161,7 +161,7 @@ def test_every_look_spends_error_and_more_looks_ask_for_more(monkeypatch: pytest
     monkeypatch.setattr(Judge, "look", lambda self, b, errors: (asked.extend(errors), look(self, b, errors))[1])
     loop.until(S.CULLED)
     assert asked == [spent(0.05, k) for k in range(1, len(asked) + 1)] and len(asked) > 5
-    looks = [said[8] for said in loop.port.gates if said[4] == "gain"]
+    looks = [said.look for said in loop.port.gates if said.gate == "gain"]
     assert looks == list(range(1, len(asked) + 1))
 
 
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_when_judged_rolls_back():
     branch = loop.until(S.EVALUATING)
     loop.grow.judge.data = [(torch.full((4, 6), float("nan")), torch.zeros(4, dtype=torch.int64))]
     loop.until(S.ROLLED_BACK, most=5)
-    assert loop.port.transitions[-1][6] == "judged: the loss is not finite" and math.isnan(branch.bound)
+    assert loop.port.transitions[-1].cause == "judged: the loss is not finite" and math.isnan(branch.bound)
 
 
 def test_a_judge_set_that_runs_empty_opens_no_gate():
@@ -178,8 +178,8 @@ def test_a_judge_set_that_runs_empty_opens_no_gate():
     branch = loop.until(S.EVALUATING)
     loop.grow.judge.data = []
     loop.until(S.CULLED, most=30)
-    asked = [said for said in loop.port.gates if said[4] == "gain"]
-    assert asked and not any(said[7] for said in asked) and math.isnan(branch.gain)
+    asked = [said for said in loop.port.gates if said.gate == "gain"]
+    assert asked and not any(said.passed for said in asked) and math.isnan(branch.gain)
 
 
 def test_the_gain_of_a_batch_mean_counts_batches():

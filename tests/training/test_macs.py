@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.blueprints import Affine, Conv
 from esper.lifecycle import Stage
-from esper.training import attach
+from esper.training.attach import attach
 from esper.training.macs import Meter
 
 S = Stage

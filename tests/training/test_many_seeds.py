@@ -6,10 +6,10 @@ import torch
 from growing import Notebook, short
 from torch import nn
 
-from esper.bus.messages import Germinate
 from esper.lifecycle import SeedTable
+from esper.messages import Germinate
 from esper.seeds import TelemetryConfig
-from esper.training import attach
+from esper.training.attach import attach
 
 SEEDS = 4096
 

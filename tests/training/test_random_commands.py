@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from esper.blueprints import BlockBank
-from esper.bus.messages import (
+from esper.grafting import STRATEGY_NAMES
+from esper.lifecycle import Stage
+from esper.lifecycle.transitions import BLENDED, EXITS
+from esper.messages import (
     ApplyTogether,
     Cancel,
     ChangeStrategy,
@@ -23,9 +26,6 @@ from esper.bus.messages import (
     Selector,
     SetStage,
 )
-from esper.grafting import STRATEGY_NAMES
-from esper.lifecycle import Stage
-from esper.lifecycle.transitions import BLENDED, EXITS
 
 S = Stage
 SITES = ("fc1", "fc2", "fc*", "nowhere")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from growing import Loop, batch, germinate, same, sample_loss, set_stage, short
 
-from esper.bus.messages import EmergencyStop
 from esper.grafting import CONFIGS
 from esper.lifecycle import Stage
+from esper.messages import EmergencyStop, Transition
 from esper.seeds import Branch
 
 S = Stage
@@ -117,7 +117,7 @@ def test_a_germinated_seed_waits_for_a_slot_and_goes_when_it_waits_too_long():
     assert [b.stage for b in loop.grow.garden.branches.entries] == [S.TRAINING, S.GERMINATED]
     loop.run(4)
     assert loop.port.stages()[-2:] == [("GERMINATED", "CANCELLED"), ("CANCELLED", "DORMANT")]
-    assert loop.port.transitions[-2][6] == "GERMINATED reached its maximum age"
+    assert loop.port.transitions[-2].cause == "GERMINATED reached its maximum age"
 
 
 def test_without_a_judge_no_branch_is_kept_and_the_host_is_not_rolled_back():
@@ -141,9 +141,10 @@ def test_a_branch_that_changes_nothing_is_not_kept():
 def test_a_transition_says_what_where_and_why():
     loop = Loop(commands={1: [germinate("fc2", 1)]}).run(6)
     first, second, third = loop.port.transitions[:3]
-    assert first == (1, "fc2", 1, 0, 0, 1, "command germinate-fc2-1", 1, "mlp", "linear")
-    assert second[:7] == (2, "fc2", 1, 0, 1, 2, "a training slot is free")
-    assert third[:7] == (4, "fc2", 1, 0, 2, 3, "gate passed")
+    same = {"site": "fc2", "seed": 1, "branch": 0, "generation": 1, "blueprint": "mlp", "strategy": "linear"}
+    assert first == Transition(tick=1, source=0, target=1, cause="command germinate-fc2-1", **same)
+    assert second == Transition(tick=2, source=1, target=2, cause="a training slot is free", **same)
+    assert third == Transition(tick=4, source=2, target=3, cause="gate passed", **same)
 
 
 def test_minimum_ages_hold_for_stages_entered_by_command():
@@ -171,7 +172,7 @@ def test_a_host_that_is_worse_without_the_branch_that_a_command_takes_returns(co
     assert loop.port.acks["ROLLED_BACK-fc1-0"] == ("applied", "")
     now = loop.host_state()
     assert all(torch.equal(kept[name], now[name]) for name in kept)
-    assert [said[2] for said in loop.port.alerts] == ["host_returned"]
+    assert [said.code for said in loop.port.alerts] == ["host_returned"]
 
 
 def test_a_host_that_has_learned_since_is_not_taken_back_by_a_command():

@@ -13,8 +13,9 @@ from torch import nn
 from esper.blueprints import Geometry
 from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
-from esper.seeds import COLUMNS, Recording, TelemetryConfig
-from esper.training import attach
+from esper.messages import COLUMNS
+from esper.seeds import Recording, TelemetryConfig
+from esper.training.attach import attach
 from esper.training.fingerprint import untimed
 from esper.training.passes import shapes_of, to_device
 from esper.training.port import NullPort
@@ -229,7 +230,7 @@ def test_age_is_the_ticks_in_the_stage_of_resting_seeds_too():
     loop.port.script |= {loop.grow.tick_number + 1: [germinate("fc2", 1)]}
     loop.run(80)
     entered: dict[tuple[str, int], int] = {(site, seed): 0 for site in ("fc1", "fc2") for seed in range(2)}
-    moved = [(said[0], said[1], said[2]) for said in loop.port.transitions]
+    moved = [(said.tick, said.site, said.seed) for said in loop.port.transitions]
     seen = set()
     for tick, site, rows in loop.port.rows:
         for seed in range(2):

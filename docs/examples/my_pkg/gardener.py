@@ -1,6 +1,6 @@
 """A controller of one's own: it hears every message of a run and answers each tick with commands."""
 
-from esper.bus.messages import Germinate, RunStarted, Transition
+from esper.messages import Germinate, RunStarted, Transition
 
 
 class Gardener:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +16,9 @@ from esper.bus.counts import in_words
 from esper.bus.ids import parse
 from esper.bus.inbox import CONTROLLER
 from esper.bus.joining import joined
-from esper.bus.messages import Checkpoint, Command, Decided, Message, RunEnded, RunStarted, TickEnded
 from esper.bus.protocol import Bus, Delivery
 from esper.errors import UserError
+from esper.messages import Checkpoint, Command, Decided, Message, RunEnded, RunStarted, TickEnded
 
 HEARD = ("acks", "telemetry")  # beside the events; read when a tick has ended
 SEND_S = 10.0
@@ -171,7 +172,7 @@ class Control:
 def _without_stages(started: RunStarted) -> RunStarted:
     """Stages said at the start of the run are older than those in a controller's state."""
     sites = [{key: value for key, value in site.items() if key != "stages"} for site in started.sites]
-    return msgspec.structs.replace(started, sites=sites)
+    return replace(started, sites=sites)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -180,6 +181,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="output folder of a run with controller.process=external")
     options = parser.parse_args(list(argv))
     from esper.config import options as options_of
+    from esper.controllers.contained import Contained
 
     folder = options.folder.resolve()
     with joined(folder, "controller") as (bus, found):
@@ -187,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         kind = options_of("controller")[settings["name"]]
         names = set(kind.__dataclass_fields__)
         controller = kind(**{key: value for key, value in settings.items() if key in names}).build(seed)
-        control = Control(bus, found.run, controller, folder / "bus" / "controller")
+        control = Control(bus, found.run, Contained(controller), folder / "bus" / "controller")
         print(f"controlling {found.run} with controller={settings['name']}", file=sys.stderr, flush=True)
         try:
             status = control.serve()

@@ -1,4 +1,4 @@
-"""``esper bus status | tail | dead-letters <run folder>``: what is on a run's bus, for people and programs."""
+"""``esper bus status | tail | dead-letters | flush <run folder>``: what is on a run's bus, for people and programs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 import msgspec
 
+from esper.bus.codec import to_plain
 from esper.bus.counts import in_words
 from esper.bus.joining import joined
-from esper.bus.protocol import STREAMS
+from esper.bus.programs import flush
+from esper.bus.protocol import STREAMS, DeadLetter
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.status import status
 from esper.errors import UserError
@@ -24,6 +26,8 @@ NAMED = 20  # runs that a refusal names
 def main(argv: Sequence[str]) -> int:
     """Run one of the commands; the exit code is 0, or 1 where there was nothing to act on."""
     options = _parser().parse_args(list(argv))
+    if options.command == "flush":
+        return flush.flush(options)
     with joined(options.folder.resolve()) as (bus, found):
         if options.run:
             _refuse_unknown(bus, options.run)
@@ -33,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 def _refuse_unknown(bus: ServerBus, run: str) -> None:
     known = bus.runs()
     if run not in known:
-        some = ", ".join(known[:NAMED]) + (f" and {len(known) - NAMED} more" if len(known) > NAMED else "")
+        some = ", ".join(map(shown, known[:NAMED])) + (f" and {len(known) - NAMED} more" if len(known) > NAMED else "")
         raise UserError(f"the server at {bus.address!r} has no run {run}: it has {some or 'none yet'}")
 
 
@@ -57,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--follow", action="store_true", help="go on until interrupted")
         if name == "dead-letters":
             command.add_argument("--id", action="append", default=[], help="which (repeatable); without it all")
+    flush.arguments(commands.add_parser("flush", help="send what waits on disk since the server did not answer"))
     return parser
 
 
@@ -85,14 +90,14 @@ def _tail(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     if options.count < 1:
         raise UserError(f"--count {options.count}: give how many of the newest messages to begin with, 1 or more")
     for producer, id, envelope in bus.newest(options.stream, run, options.count, options.follow):
-        message = msgspec.to_builtins(envelope.body)
+        message = msgspec.to_builtins(to_plain(envelope.body))
         message.pop("data", None)  # a telemetry buffer says nothing to a reader
         if options.json:
             _write({"producer": producer, "id": id, "time": envelope.time, "message": message})
             continue
         kind = message.pop("kind")
         moment = time.strftime("%H:%M:%S", time.localtime(envelope.time))
-        print(moment, f"{producer} {id}", kind, *(f"{name}={value}" for name, value in message.items()), flush=True)
+        print(shown(" ".join([moment, producer, id, kind, *(f"{name}={value}" for name, value in message.items())])), flush=True)
     return 0
 
 
@@ -100,9 +105,7 @@ def _dead_letters(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     letters = bus.dead_letters(run)
     chosen = [letter for letter in letters if not options.id or letter.id in options.id]
     if unknown := set(options.id) - {letter.id for letter in letters}:
-        raise UserError(
-            f"there is no dead letter {', '.join(sorted(unknown))}: `esper bus dead-letters list` names them"
-        )
+        raise UserError(f"there is no dead letter {', '.join(sorted(unknown))}: `esper bus dead-letters list` names them")
     if options.action != "list":
         act = bus.replay if options.action == "replay" else bus.purge
         done = act(run, [letter.id for letter in chosen])
@@ -110,13 +113,24 @@ def _dead_letters(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
         _write({word: done}) if options.json else print(f"{done} dead letters {word}")
         return 0 if done else 1
     if options.json:
-        _write(letters)
+        _write([_plain(letter) for letter in letters])
         return 0
     print(f"{len(letters)} dead letters of run {run}")
     for letter in letters:
         kind = type(letter.message).__name__ if letter.message is not None else "unreadable"
-        print(f"{letter.id}  {kind} {letter.origin} of {letter.stream} {letter.producer} in group {letter.group}: {letter.reason}")
+        where = f"{letter.origin} of {letter.stream} {letter.producer} in group {letter.group or '–'}"
+        print(shown(f"{letter.id}  {kind} {where}: {letter.reason}"))
     return 0
+
+
+def _plain(letter: DeadLetter) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.structs.asdict(letter)
+    return plain | {"message": None if letter.message is None else to_plain(letter.message)}
+
+
+def shown(text: str) -> str:
+    """``text`` with everything escaped that would act on a terminal instead of being seen there: anybody may write to a server."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def _write(value: Any) -> None:
@@ -126,7 +140,7 @@ def _write(value: Any) -> None:
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Columns as wide as what is in them: no name or number is cut, however narrow the terminal or the pipe."""
-    lines = [columns, *(tuple(map(str, row)) for row in rows)]
+    lines = [columns, *(tuple(shown(str(cell)) for cell in row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(title)
     for line in lines:

@@ -8,6 +8,7 @@ run's messages: ``bus.keep_mb`` says how many.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -18,12 +19,14 @@ import msgspec
 from esper.bus.counts import in_words
 from esper.bus.ids import parse
 from esper.bus.joining import joined
-from esper.bus.messages import Message, RunEnded, RunStarted
+from esper.bus.server import keys
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.payloads import RELEASED, kept, released
 from esper.errors import UserError
+from esper.messages import Message, RunEnded, RunStarted
 
 GROUP = "tracker-"
+_ours = re.compile(rb"tracker-([0-9]{1,9})")
 
 
 def fresh_group(bus: ServerBus, run: str, streams: Sequence[str]) -> str:
@@ -35,18 +38,17 @@ def fresh_group(bus: ServerBus, run: str, streams: Sequence[str]) -> str:
         raise UserError(RELEASED.format(run=run))
     started = 0
     for stream in streams:
-        for key in bus.streams(run, stream):
-            first = bus.client.xrange(key, count=1)
+        for key in filter(bus.is_stream, bus.streams(run, stream)):
+            first = bus.client.xrange(key, count=1) if key == keys.entries(run, stream, "main") else []  # the trainer's
             if first and parse(first[0][0])[1] > 1:
                 raise UserError(
                     f"the server let go of the beginning of run {run} (bus.keep_mb={bus.config.keep_mb}), so what was"
                     " tracked cannot be written anew: the parts kept so far stay in the run's folder"
                 )
-            for group in bus.client.xinfo_groups(key) if bus.client.exists(key) else ():  # an empty stream may have one
-                name = group["name"].decode()
-                if name.startswith(GROUP):
-                    started = max(started, int(name.removeprefix(GROUP)))
-                    bus.client.xgroup_destroy(key, name)
+            for group in bus.client.xinfo_groups(key):  # an empty stream may have one
+                if number := _ours.fullmatch(group["name"]):
+                    started = max(started, int(number[1]))
+                    bus.client.xgroup_destroy(key, group["name"])
     return f"{GROUP}{started + 1}"
 
 

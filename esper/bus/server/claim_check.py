@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from esper.bus.codec import Envelope, Refused, decode, encode
-from esper.bus.messages import ClaimCheck
+from esper.messages import ClaimCheck
 
 THRESHOLD = 1 << 20
 LIMIT = 1 << 30
@@ -49,9 +49,7 @@ def check_out(folder: Path, envelope: Envelope) -> Envelope:
     except FileNotFoundError as error:
         raise Gone("malformed", f"the stored payload {claim.digest[:12]}… is not there") from error
     except OSError as error:
-        raise Refused(
-            "malformed", f"the stored payload {claim.digest[:12]}… cannot be read: {error.strerror}"
-        ) from error
+        raise Refused("malformed", f"the stored payload {claim.digest[:12]}… cannot be read: {error.strerror}") from error
     if hashlib.sha256(wire).hexdigest() != claim.digest:
         raise Refused("corrupt", f"the stored payload {claim.digest[:12]}… does not have its hash")
     inner = decode(wire, LIMIT)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from esper import secrets
 from esper.bus.config import RedisConfig
 from esper.errors import UserError
 
 if TYPE_CHECKING:
     import redis
 
+T = TypeVar("T")
 USER_VARIABLE = "ESPER_BUS_USER"
 PASSWORD_VARIABLE = "ESPER_BUS_PASSWORD"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -47,16 +50,12 @@ class Address:
 def address_of(config: RedisConfig) -> Address:
     """The address in a configuration, with user and password from the environment; raises UserError when unusable."""
     accepted = "give redis://host:port/0 or rediss://host:port/0, the port from 1 to 65535"
+    secrets.check("bus.url", config.url)
     try:
         parts = urlsplit(config.url)
         port = parts.port if parts.port is not None else 6379
     except ValueError:  # a port that is none, brackets that are no IPv6 address
-        raise UserError(f"bus.url={_bare(config.url)!r} is no server address: {accepted}") from None
-    if parts.username or parts.password:
-        raise UserError(
-            "bus.url has a user or password in it, which would be written into every saved config:"
-            f" put them into {USER_VARIABLE} and {PASSWORD_VARIABLE}"
-        )
+        raise UserError(f"bus.url={config.url!r} is no server address: {accepted}") from None
     if parts.scheme not in ("redis", "rediss") or not parts.hostname or not port:
         raise UserError(f"bus.url={config.url!r} is no server address: {accepted}")
     database = parts.path.strip("/") or "0"
@@ -79,12 +78,6 @@ def address_of(config: RedisConfig) -> Address:
         tls_cert=config.tls_cert,
         tls_key=config.tls_key,
     )
-
-
-def _bare(url: str) -> str:
-    """An address without what stands before an ``@``: nothing in it is known to be no password."""
-    scheme, separator, rest = url.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
 
 
 def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis:
@@ -121,8 +114,25 @@ def connect(address: Address, timeout_s: float, retries: int = 0) -> redis.Redis
     )
 
 
+def unless_other_type(ask: Callable[[], T], otherwise: T) -> T:
+    """What ``ask`` gives, or ``otherwise`` where somebody has put a value of another type under the key that it reads."""
+    import redis
+
+    try:
+        return ask()
+    except redis.ResponseError as error:
+        if not is_other_type(error):
+            raise
+        return otherwise
+
+
+def is_other_type(error: Exception) -> bool:
+    """Whether a server refused a request for the type of what lies under the key."""
+    return "WRONGTYPE" in str(error)
+
+
 def readable(address: Address, error: Exception) -> UserError:
-    """What went wrong on the first request, as a sentence without credentials."""
+    """What went wrong with a request, as a sentence without credentials."""
     import redis
 
     if isinstance(error, redis.AuthenticationError):
@@ -134,4 +144,6 @@ def readable(address: Address, error: Exception) -> UserError:
         return UserError(
             f"the user of the bus at {address!r} may not do what esper needs: {error}; see docs/operations.md"
         )
+    if isinstance(error, redis.ResponseError):
+        return UserError(f"the bus at {address!r} refuses what esper asks of it: {error}")
     return NoAnswer(f"no bus answers at {address!r} ({type(error).__name__}: {error})")

@@ -14,12 +14,14 @@ from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import ServerConfig
 from esper.bus.counts import Counts
 from esper.bus.ids import Id, parse
-from esper.bus.messages import ClaimCheck, Telemetry
 from esper.bus.protocol import Delivery
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import Gone, check_out
+from esper.bus.server.connection import is_other_type
 from esper.bus.server.payloads import Leaving, Payloads
+from esper.bus.server.position import acknowledged, given
 from esper.bus.telemetry import unpacked
+from esper.messages import ClaimCheck, Telemetry
 
 if TYPE_CHECKING:
     import redis
@@ -167,21 +169,20 @@ class ServerConsumer:
         import redis
 
         self._next_discovery = time.monotonic() + DISCOVER_S
-        names = sorted(name.decode() for name in producers)
-        wanted = {keys.entries(self._run, self._stream, name): name for name in names}
+        wanted = {keys.entries(self._run, self._stream, name): name for name in keys.names(producers)}
         wanted[keys.replays(self._run, self._stream, self.group)] = ""
-        for key in sorted(wanted.keys() - self._keys.keys() - self._not_streams):
+        for key in sorted(wanted.keys() - self._keys.keys()):
             try:
                 self._client.xgroup_create(key, self.group, id="0", mkstream=True)
             except redis.ResponseError as error:
-                if "WRONGTYPE" in str(error):  # somebody announced a producer whose key is no stream
-                    self._counts.add("refused")
-                    self._not_streams.add(key)
+                if is_other_type(error):  # somebody announced a producer whose key is no stream
+                    self._counts.add("refused", key not in self._not_streams)
+                    self._not_streams.add(key)  # and is asked again: it may become one
                     continue
                 if "BUSYGROUP" not in str(error):
                     raise
-            self._position[key] = self._group_position(key)
-            self._handled.setdefault(wanted[key], self._acknowledged(key))
+            self._position[key] = given(self._client, key, self.group)
+            self._handled.setdefault(wanted[key], acknowledged(self._client, key, self.group, self._position[key]))
             self._recover[key] = "-"
             self._keys[key] = wanted[key]  # last: a connection that breaks before leaves nothing half joined
 
@@ -259,9 +260,11 @@ class ServerConsumer:
         together = self._client.pipeline(transaction=False)  # no message waits for the other question's answer
         together.smembers(keys.producers(self._run, self._stream))
         together.xreadgroup(self.group, self.name, streams, count=count)
-        producers, reply = together.execute()
+        producers, reply = together.execute(raise_on_error=False)
+        if isinstance(reply, Exception):
+            raise reply
         found = self._handed_out(reply)
-        self._join(producers)
+        self._join(producers if isinstance(producers, set) else set())  # no set: it is somebody else's, and who is known is read on
         return found or self._read(count, block_s)
 
     def _handed_out(self, reply: list[tuple[bytes, list[tuple[bytes, Any]]]] | None) -> list[Delivery]:
@@ -283,20 +286,6 @@ class ServerConsumer:
             if missing > 0:  # other members of the group may have been given what we did not see
                 others = self._between(keys=[key], args=[f"{before[0]}-{before[1]}", id])
                 self._counts.add("gaps", max(0, missing - others) if others >= 0 else 0)
-
-    def _acknowledged(self, key: str) -> Id:
-        """The last number before the oldest that waits for its acknowledgement, or else the last that our group was given."""
-        if oldest := self._client.xpending(key, self.group)["min"]:
-            epoch, sequence = parse(oldest)
-            return epoch, sequence - 1
-        return self._position[key]
-
-    def _group_position(self, key: str) -> Id:
-        """The last entry our group was given."""
-        for group in self._client.xinfo_groups(key):
-            if group["name"] == self.group.encode():
-                return parse(group["last-delivered-id"])
-        return (0, 0)
 
     # --- handing out ---
 
@@ -364,6 +353,8 @@ class ServerConsumer:
         return envelope
 
     def _give_up(self, key: str, id: bytes, fields: dict[bytes, bytes], times: int, reason: str) -> None:
+        import redis
+
         letter: dict[str, Any] = {
             "m": fields.get(b"m", b""),
             "stream": self._stream,
@@ -374,8 +365,15 @@ class ServerConsumer:
             "reason": reason,
         }
         flat = [part for pair in letter.items() for part in pair]
-        if self._bury(keys=[key, keys.dead(self._run)], args=[self.group, id, *flat]):
-            self._counts.add("dead_letters")
+        try:
+            if self._bury(keys=[key, keys.dead(self._run)], args=[self.group, id, *flat]):
+                self._counts.add("dead_letters")
+        except redis.ResponseError as error:
+            if not is_other_type(error):
+                raise
+            self._unsent.setdefault(key, []).append(id)  # or it would come again for ever, and nothing behind it
+            self._counts.add("dropped")
+            self._incident("bus_key", f"somebody else uses the key of the dead letters, so one is lost ({reason}): {error}")
 
     # --- acknowledging ---
 

@@ -11,7 +11,7 @@ import msgspec
 
 from esper.bus.counts import NAMES
 from esper.bus.server import keys
-from esper.bus.server.connection import connect
+from esper.bus.server.connection import connect, unless_other_type
 
 if TYPE_CHECKING:
     import redis
@@ -24,9 +24,10 @@ EVERY_S = 1.0
 
 def counted(client: redis.Redis, run: str, process: str) -> dict[str, int]:
     """What a process has last said, by NAMES: zeros where it has said nothing, or nothing readable."""
+    lying = unless_other_type(lambda: client.get(keys.counts(run, process)), None)
     try:
-        said = msgspec.json.decode(client.get(keys.counts(run, process)) or b"{}", type=dict[str, int])
-    except msgspec.DecodeError:
+        said = msgspec.json.decode(lying or b"{}", type=dict[str, int])
+    except (msgspec.DecodeError, UnicodeDecodeError):
         said = {}
     return {name: said.get(name, 0) for name in NAMES}
 

@@ -19,6 +19,9 @@ from esper.errors import UserError
 
 START_S = 10.0
 
+#: Commands that esper has no use for, and that the stored commands of a folder from elsewhere could run when the server reads them.
+REMOVED = ("MODULE", "REPLICAOF", "SLAVEOF", "MIGRATE", "DEBUG")
+
 
 class Note(msgspec.Struct):
     """What other processes of the same user need to reach the server; kept in a file only that user may read."""
@@ -60,14 +63,15 @@ class EmbeddedServer:
         lines = {
             "bind": "127.0.0.1",
             "port": self.note.port,
-            "dir": f'"{self.folder.resolve()}"',
-            "requirepass": self.note.password,
+            "dir": _quoted(str(self.folder.resolve())),
+            "requirepass": _quoted(self.note.password),
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": '""',
             "maxmemory-policy": "noeviction",
         }
-        return "".join(f"{name} {value}\n" for name, value in lines.items())
+        removed = "".join(f'rename-command {name} ""\n' for name in REMOVED)
+        return "".join(f"{name} {value}\n" for name, value in lines.items()) + removed
 
     def _wait(self) -> None:
         import redis
@@ -108,6 +112,11 @@ def address_in(folder: Path) -> Address:
 def _read_note(folder: Path) -> Note | None:
     path = folder / "address.json"
     return msgspec.json.decode(path.read_bytes(), type=Note) if path.exists() else None
+
+
+def _quoted(text: str) -> str:
+    """One value in the server's configuration whatever is in it: a line's end would begin a directive, and one of them loads code."""
+    return '"' + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'
 
 
 def _write_private(path: Path, data: bytes) -> None:

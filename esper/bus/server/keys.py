@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 RUNS = "esper:runs"
+
+
+def names(members: Iterable[bytes]) -> list[str]:
+    """Names in a set on a server, sorted; anybody may have written there, and what is no text names nothing of ours."""
+    found = []
+    for member in members:
+        try:
+            found.append(member.decode())
+        except UnicodeDecodeError:
+            continue
+    return sorted(found)
 
 
 def prefix(run: str) -> str:

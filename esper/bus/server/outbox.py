@@ -11,10 +11,10 @@ from esper.bus.codec import Envelope, encode
 from esper.bus.config import ServerConfig
 from esper.bus.counts import Counts
 from esper.bus.ids import Id
-from esper.bus.messages import Message, Telemetry
 from esper.bus.protocol import Fenced
 from esper.bus.spool import Spool
 from esper.bus.telemetry import pack
+from esper.messages import Message, Telemetry
 
 BATCH = 64
 BATCH_BYTES = 256 << 10  # a batch keeps the server from everybody else while it is stored
@@ -32,9 +32,7 @@ class Outbox:
     every moment at which both locks are free, each message is in one of these places or among those being packed.
     """
 
-    def __init__(
-        self, run: str, name: str, epoch: int, config: ServerConfig, spool: Spool, counts: Counts, seal: Sealed
-    ) -> None:
+    def __init__(self, run: str, name: str, epoch: int, config: ServerConfig, spool: Spool, counts: Counts, seal: Sealed) -> None:
         self.run, self.name, self.epoch = run, name, epoch
         self.sequence = 0
         self.last: str | None = None  # where the server's stream stands, None when it must be asked
@@ -73,6 +71,12 @@ class Outbox:
         """Messages published and not confirmed."""
         with self._spool_lock, self._lock:
             return self._unconfirmed()
+
+    @property
+    def first(self) -> Id:
+        """The id of the first message that the server has not confirmed, or of the first of this start."""
+        batch = self.batch()
+        return batch[0][0] if batch else (self.epoch, 1)
 
     def _unconfirmed(self) -> int:
         return len(self.sending) + len(self._popped) + self._spool.unread + len(self._memory)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.ids import parse
-from esper.bus.messages import ClaimCheck
 from esper.bus.protocol import STREAMS
 from esper.bus.server import keys
 from esper.bus.server.claim_check import LIMIT, path_of
+from esper.messages import ClaimCheck
 
 if TYPE_CHECKING:
     import redis
@@ -122,8 +122,8 @@ class Payloads:
         found: set[str] = set()
         groups: list[tuple[str, bytes]] = []
         for stream in STREAMS:
-            for producer in self._client.smembers(keys.producers(self._run, stream)):
-                key = keys.entries(self._run, stream, producer.decode())
+            for producer in keys.names(self._client.smembers(keys.producers(self._run, stream))):
+                key = keys.entries(self._run, stream, producer)
                 names = [group["name"] for group in self._groups(key)]
                 groups += [(stream, name) for name in names]
                 found |= {_digest(wire) for name in names for wire in self._unread(key, name)}
@@ -131,7 +131,7 @@ class Payloads:
         return found | {_digest(wire) for stream, name in groups for wire in self._replays(stream, name)}
 
     def _replays(self, stream: str, group: bytes) -> Iterator[bytes]:
-        return self._unread(keys.replays(self._run, stream, group.decode()), group)
+        return (wire for name in keys.names([group]) for wire in self._unread(keys.replays(self._run, stream, name), group))
 
     def _letters(self) -> Iterator[bytes]:
         return (fields.get(b"m", b"") for _, fields in self._client.xrange(keys.dead(self._run)))

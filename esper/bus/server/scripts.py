@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+# A counter that is no plain number, or one larger than Lua counts to, was not written by us: it fences nobody.
+_EPOCH = """
+local function epoch_at(key)
+  local reply = redis.pcall('GET', key)
+  if type(reply) ~= 'string' or #reply > 15 or not string.match(reply, '^%d+$') then return 0 end
+  return tonumber(reply)
+end
+"""
+
 # KEYS: epoch counter, set of runs, set of producers. ARGV: run, producer, lowest epoch to give.
 # A new epoch, which fences every older one; the producer's own note of its last guards against a server that forgot.
-START = """
-redis.call('SADD', KEYS[2], ARGV[1])
-redis.call('SADD', KEYS[3], ARGV[2])
-local epoch = redis.call('INCR', KEYS[1])
-if epoch < tonumber(ARGV[3]) then
-  epoch = tonumber(ARGV[3])
-  redis.call('SET', KEYS[1], ARGV[3])
+# Returns {epoch, error}: a set that cannot be added to hides the producer from readers, and keeps nothing from it.
+START = (
+    _EPOCH
+    + """
+local problem = ''
+for i = 2, 3 do
+  local reply = redis.pcall('SADD', KEYS[i], ARGV[i - 1])
+  if type(reply) == 'table' and reply['err'] then problem = KEYS[i] .. ': ' .. reply['err'] end
 end
-return epoch
+local epoch = math.max(epoch_at(KEYS[1]) + 1, tonumber(ARGV[3]))
+redis.call('SET', KEYS[1], string.format('%.0f', epoch))
+return {epoch, problem}
 """
+)
 
 # KEYS: stream, last id, epoch counter. ARGV: epoch, expected last id, then id, wire, id, wire, …
 # Adds nothing unless the stream stands where the producer thinks it does, and stops at the first refused entry, since
 # what follows would make it impossible to add later. Returns {status, last id, error}.
-APPEND = """
-local epoch = tonumber(redis.call('GET', KEYS[3]) or '0')
-if epoch > tonumber(ARGV[1]) then return {'fenced', tostring(epoch), ''} end
+APPEND = (
+    _EPOCH
+    + """
+local epoch = epoch_at(KEYS[3])
+if epoch > tonumber(ARGV[1]) then return {'fenced', string.format('%.0f', epoch), ''} end
 if epoch < tonumber(ARGV[1]) then redis.call('SET', KEYS[3], ARGV[1]) end
-local last = redis.call('GET', KEYS[2]) or '0-0'
+local last = redis.pcall('GET', KEYS[2]) or '0-0'
+if type(last) ~= 'string' then last = '' end
 if last ~= ARGV[2] then return {'elsewhere', last, ''} end
 for i = 3, #ARGV, 2 do
   local reply = redis.pcall('XADD', KEYS[1], ARGV[i], 'm', ARGV[i + 1])
@@ -35,10 +51,11 @@ end
 redis.call('SET', KEYS[2], last)
 return {'stored', last, ''}
 """
+)
 
 # KEYS: last id, epoch counter. ARGV: epoch, id. Notes what a producer added last, unless a newer one has started.
 NOTE = """
-if redis.call('GET', KEYS[2]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end
+if redis.pcall('GET', KEYS[2]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2]) end
 return 0
 """
 
@@ -63,8 +80,9 @@ return 0
 
 # KEYS: dead letters, replays of the group. ARGV: dead letter's id, then the fields to replay. One move or none.
 REPLAY = """
-if redis.call('XDEL', KEYS[1], ARGV[1]) == 0 then return 0 end
+if #redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]) == 0 then return 0 end
 redis.call('XADD', KEYS[2], '*', unpack(ARGV, 2))
+redis.call('XDEL', KEYS[1], ARGV[1])
 return 1
 """
 

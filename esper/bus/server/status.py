@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from esper.bus.codec import Refused, decode
-from esper.bus.ids import Id, parse
+from esper.bus.ids import LARGEST, Id, parse, read, text
 from esper.bus.protocol import STREAMS
 from esper.bus.server import keys
+from esper.bus.server.connection import unless_other_type
 from esper.bus.server.counted import PROCESSES, counted
 
 if TYPE_CHECKING:
     from esper.bus.server.bus import ServerBus
+
+
+NO_STREAM = "no stream"  # in place of the last id, where somebody else uses the key
 
 
 class GroupStatus(msgspec.Struct):
@@ -54,22 +59,29 @@ def status(bus: ServerBus, run: str) -> RunStatus:
     version = server.get("valkey_version") or server["redis_version"]
     streams = []
     for stream in STREAMS:
-        for producer in sorted(member.decode() for member in client.smembers(keys.producers(run, stream))):
-            streams.append(_stream(bus, run, stream, producer))
+        members = unless_other_type(partial(client.smembers, keys.producers(run, stream)), set())
+        streams += [_stream(bus, run, stream, producer) for producer in keys.names(members)]
     counts = {process: counted(client, run, process) for process in PROCESSES.values()}
-    return RunStatus(run, f"{name} {version} at {bus.address!r}", client.xlen(keys.dead(run)), streams, counts)
+    dead = unless_other_type(lambda: client.xlen(keys.dead(run)), 0)
+    return RunStatus(run, f"{name} {version} at {bus.address!r}", dead, streams, counts)
 
 
 def _stream(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatus:
+    return unless_other_type(lambda: _entries(bus, run, stream, producer), StreamStatus(stream, producer, 0, NO_STREAM, []))
+
+
+def _entries(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatus:
     key = keys.entries(run, stream, producer)
-    last = (bus.client.get(keys.last(run, stream, producer)) or b"0-0").decode()
     if not bus.client.exists(key):
-        return StreamStatus(stream, producer, 0, last, [])
+        note = read(unless_other_type(lambda: bus.client.get(keys.last(run, stream, producer)), b""))
+        return StreamStatus(stream, producer, 0, text(note or (0, 0)), [])
+    last = parse(bus.client.xinfo_stream(key)["last-generated-id"])
     groups = []
     for group in bus.client.xinfo_groups(key):
-        behind = _behind(bus, key, parse(group["last-delivered-id"]), parse(last))
-        groups.append(GroupStatus(group["name"].decode(), group["pending"], behind, _oldest(bus, key, group["name"])))
-    return StreamStatus(stream, producer, bus.client.xlen(key), last, groups)
+        behind = _behind(bus, key, parse(group["last-delivered-id"]), last)
+        name = group["name"].decode(errors="backslashreplace")
+        groups.append(GroupStatus(name, group["pending"], behind, _oldest(bus, key, group["name"])))
+    return StreamStatus(stream, producer, bus.client.xlen(key), text(last), groups)
 
 
 def _behind(bus: ServerBus, key: str, delivered: Id, last: Id) -> int:
@@ -80,10 +92,12 @@ def _behind(bus: ServerBus, key: str, delivered: Id, last: Id) -> int:
         delivered = max(delivered, (epoch, sequence - 1))
     if delivered >= last:
         return 0
-    behind = last[1]
-    for epoch in range(delivered[0], last[0]):  # every start of the producer counted from 1 up to some last number
-        final = bus.client.xrevrange(key, f"{epoch}-{(1 << 64) - 1}", f"{epoch}-0", count=1)
+    behind, epoch = last[1], delivered[0]
+    while epoch < last[0]:  # every start of the producer counted from 1 up to some last number
+        final = bus.client.xrevrange(key, f"{epoch}-{LARGEST}", f"{epoch}-0", count=1)
         behind += parse(final[0][0])[1] if final else 0
+        following = bus.client.xrange(key, f"({epoch}-{LARGEST}", "+", count=1)
+        epoch = parse(following[0][0])[0] if following else last[0]
     return behind - delivered[1]
 
 

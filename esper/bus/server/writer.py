@@ -13,6 +13,7 @@ from esper.bus.counts import Counts
 from esper.bus.ids import Id, parse, text
 from esper.bus.server import keys, scripts
 from esper.bus.server.outbox import LARGE, Outbox
+from esper.bus.server.standing import Standing
 
 if TYPE_CHECKING:
     import redis
@@ -41,6 +42,7 @@ class Writer:
         self._client, self._config, self._counts, self._incident = client, config, counts, incident
         self._append = client.register_script(scripts.APPEND)
         self._note = client.register_script(scripts.NOTE)
+        self._standing = Standing(client)
         self._outboxes: list[tuple[Outbox, str]] = []
         self._before: list[Callable[[], None]] = []
         self._after: list[Callable[[], None]] = []
@@ -48,11 +50,12 @@ class Writer:
         self._urgent = threading.Event()
         self._stopping = False
         self._sending = threading.Lock()
+        self._listener = _Listener(incident)
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=3,
             reset_timeout=config.retry_s,
             exclude=[redis.ResponseError],
-            listeners=[_Listener(incident)],
+            listeners=[self._listener],
             name="bus",
         )
         self._thread = threading.Thread(target=self._run, name="esper-bus-writer", daemon=True)
@@ -83,8 +86,8 @@ class Writer:
 
     @property
     def open(self) -> bool:
-        """Whether the server counts as gone."""
-        return self._breaker.current_state == "open"
+        """Whether the server counts as gone: from the failures that say so until one attempt succeeds."""
+        return self._listener.down
 
     def stop(self) -> None:
         """End the thread after the round it is in."""
@@ -181,7 +184,7 @@ class Writer:
         names.append(keys.producers(outbox.run, stream))
         outbox.next_check = time.monotonic() + CHECK_S
         if outbox.last is None:
-            self._reconcile(outbox, names, (self._client.get(names[1]) or b"0-0").decode())
+            self._reconcile(outbox, stream, names[3])
         batch = outbox.batch()
         if not batch:
             return
@@ -194,11 +197,11 @@ class Writer:
             )
             self._incident("bus_fenced", outbox.fenced)
         elif status == b"elsewhere":
-            self._reconcile(outbox, names, last.decode())
+            self._reconcile(outbox, stream, names[3])
         else:
             self._settle(outbox, last.decode())
             if status == b"stopped":
-                self._refused(outbox, names, error.decode())
+                self._refused(outbox, stream, names, error.decode())
 
     def _run_script(self, outbox: Outbox, names: list[str], batch: list[tuple[Id, bytes]]) -> Answer:
         """A batch by the script; raises redis errors."""
@@ -236,12 +239,11 @@ class Writer:
         outbox.last = last
         outbox.confirm(parse(last))
 
-    def _refused(self, outbox: Outbox, names: list[str], error: str) -> None:
+    def _refused(self, outbox: Outbox, stream: str, names: list[str], error: str) -> None:
         """The server said no to an entry: nothing after it was sent; say so and try again later."""
-        if "equal or smaller" in error:  # the stream is ahead of its note of the last id: believe the stream
-            stands = self._client.xinfo_stream(names[0])["last-generated-id"].decode()
-            self._client.set(names[1], stands)
-            self._reconcile(outbox, names, stands)
+        if "equal or smaller" in error or "exhausted" in error:  # the stream is ahead of the note of its last id, which is believed no more
+            self._client.set(names[1], "")
+            self._reconcile(outbox, stream, names[3])
             return
         self._said_no(error)
 
@@ -251,28 +253,27 @@ class Writer:
         self._pause(REFUSED_BY_SERVER_S)
         self.wake(urgent=True)
 
-    def _reconcile(self, outbox: Outbox, names: list[str], last: str) -> None:
+    def _reconcile(self, outbox: Outbox, stream: str, members: str) -> None:
         """After a lost reply or a restart of the server: find out by reading back what it has, and go on from there."""
-        self._client.sadd(keys.RUNS, outbox.run)  # a server that came back empty knows neither run nor producer
-        self._client.sadd(names[3], outbox.name)
-        stands = parse(last)
-        missing = outbox.rewind(stands)
-        if missing:
+        import redis
+
+        try:
+            self._client.sadd(keys.RUNS, outbox.run)  # a server that came back empty knows neither run nor producer
+            self._client.sadd(members, outbox.name)
+        except redis.ResponseError as error:  # somebody else has the key: readers may miss the producer, and it goes on
+            log.debug("bus: %s", error)
+        stands = self._standing.find(outbox, stream)
+        if stands is None:
+            outbox.fenced = f"another process writes to the bus as {outbox.name!r} of run {outbox.run!r}"
+            self._incident("bus_fenced", outbox.fenced)
+            return
+        if missing := outbox.rewind(stands):
             self._counts.add("dropped", missing)
             self._incident(
                 "bus_lost_tail",
                 f"the server lost {missing} confirmed messages more than the bus.replay={self._config.replay} kept",
             )
-        doubtful = [(id, wire) for id, wire in outbox.batch() if id <= stands]
-        if doubtful:
-            stored = dict(self._client.xrange(names[0], text(doubtful[0][0]), text(doubtful[-1][0])))
-            for id, wire in doubtful:
-                fields = stored.get(text(id).encode())
-                if fields is not None and fields[b"m"] != wire:
-                    outbox.fenced = f"another process writes to the bus as {outbox.name!r} of run {outbox.run!r}"
-                    self._incident("bus_fenced", outbox.fenced)
-                    return
-        self._settle(outbox, last)
+        self._settle(outbox, text(stands))
 
 
 class _Listener:
@@ -280,7 +281,7 @@ class _Listener:
 
     def __init__(self, incident: Incident) -> None:
         self._incident = incident
-        self._down = False
+        self.down = False
 
     def before_call(self, breaker: object, function: object, *args: object, **kwargs: object) -> None:
         """Nothing to do."""
@@ -294,9 +295,9 @@ class _Listener:
     def state_change(self, breaker: object, old: object, new: object) -> None:
         """Say that the server is gone, or back."""
         name = getattr(new, "name", "")
-        if name == "open" and not self._down:  # not again after every probe that fails
-            self._down = True
+        if name == "open" and not self.down:  # not again after every probe that fails
+            self.down = True
             self._incident("bus_down", "the bus server does not answer: messages wait in memory, then on disk")
-        elif name == "closed" and self._down:
-            self._down = False
+        elif name == "closed" and self.down:
+            self.down = False
             self._incident("bus_up", "the bus server answers again: what waited is being sent")

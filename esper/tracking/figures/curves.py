@@ -19,11 +19,14 @@ MARKS = (
     (Stage.FOSSILIZED.name, "kept for good", "s", STAGE_COLOURS[Stage.FOSSILIZED.name]),
     (Stage.CULLED.name, "culled", "X", STAGE_COLOURS[Stage.CULLED.name]),
 )
+MARKED = 14.0  # points between a panel and its title, for the marks
+ALONE = "the host alone"
+UNITS = {"loss": "(mean over examples)", "accuracy": "(fraction of examples)"}
 FEW = 60  # curves of at most this many points show them
 
 
 def learning_curves(story: Story) -> Figure | None:
-    """Validation metrics above, losses below; None without any metric."""
+    """Validation metrics above, losses below, those of the host alone dashed; None without any metric."""
     from matplotlib.figure import Figure
 
     losses = [
@@ -38,12 +41,13 @@ def learning_curves(story: Story) -> Figure | None:
     grid = figure.subplots(len(kinds), 2 if costs else 1, squeeze=False, sharey="row")
     for line, (title, names) in zip(grid, kinds, strict=True):
         _panel(line[0], story, names, None)
-        tidy(line[0], "tick", title if len(names) > 1 else names[0])
+        unit = UNITS.get(names[0].rpartition("/")[2], "")
+        tidy(line[0], story.ticks, " ".join(filter(None, (title if len(names) > 1 else names[0], unit))), "at the same steps", MARKED)
         if costs:
             _panel(line[1], story, names, costs)
-            tidy(line[1], "training MACs")
+            tidy(line[1], "training MACs (multiply-accumulates)", "", "at the same training MACs", MARKED)
     _legends(figure, grid, story)
-    figure.suptitle("Learning and growing", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(f"Learning and growing: {story.title}", fontsize=11, x=0.01, ha="left")
     return figure
 
 
@@ -54,7 +58,12 @@ def _panel(axes: Any, story: Story, names: list[str], costs: tuple[np.ndarray, n
     for index, name in enumerate(names):
         ticks, values = story.metrics[name]
         style = {"marker": "o", "markersize": 3} if len(ticks) <= FEW else {}
-        axes.plot(place(ticks), values, color=LINES[index % len(LINES)], linewidth=1.6, label=name, **style)
+        colour = LINES[index % len(LINES)]
+        axes.plot(place(ticks), values, color=colour, linewidth=1.6, label=name, **style)
+        alone = story.alone.get("same_steps" if costs is None else "same_macs", {}).get(name)
+        if alone is not None:
+            where = alone[:, 0 if costs is None else 1]
+            axes.plot(where, alone[:, 2], color=colour, linewidth=1.4, linestyle="--", label=f"{name}, {ALONE}")
     for stage, _, marker, colour in MARKS:
         at = sorted({tick for tick, target in story.marks if target == stage})
         if at:

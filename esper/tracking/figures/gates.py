@@ -12,11 +12,17 @@ from esper.tracking.figures.style import LINES, tidy
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SIZES = (12, 9.5, 8, 6.5, 5.5, 4.5, 3.5)
+UNITS = {"gain": ", loss", "final_gain": ", loss"}  # the other gates compare ratios, which have none
 NAMED = len(LINES)  # more branches than this at a gate share the last colour
 
 
 def gate_margins(story: Story) -> Figure | None:
-    """One panel a gate, open from zero up; None when no gate was asked. What is not finite lies on the floor."""
+    """One panel a gate, open from zero up; None when no gate was asked. What is not finite lies on the floor.
+
+    Branches are often asked at one tick and lie on one another there: each has a marker of its own shape, the later ones smaller.
+    """
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["gate"] for row in story.gates))
@@ -33,11 +39,11 @@ def gate_margins(story: Story) -> Figure | None:
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     for axes in panels[max(0, len(names) - columns) : len(names)]:
-        axes.set_xlabel("tick", fontsize=10)
+        axes.set_xlabel(story.ticks, fontsize=10)
         axes.tick_params(labelbottom=True)
     _legend(figure, owners)
     figure.suptitle(
-        "Margin of every gate: value − threshold, open from 0 up (branches asked at one tick stand side by side)",
+        f"Margin of every gate, open from 0 up: {story.title}",
         fontsize=11,
         x=0.01,
         ha="left",
@@ -54,39 +60,30 @@ def _panel(axes: Any, asked: list[dict[str, Any]], owners: list[str], title: str
     finite = margins[np.isfinite(margins)]
     floor = min(0.0, finite.min(initial=0.0)) - 0.05 * (np.ptp(finite) if len(finite) else 1.0)
     present = list(dict.fromkeys(_owner(row) for row in asked))
-    for place, owner in enumerate(present):
+    for owner in present:
         mine = [index for index, row in enumerate(asked) if _owner(row) == owner]
         ticks = np.array([asked[index]["tick"] for index in mine])
         values = np.where(np.isfinite(margins[mine]), margins[mine], floor)
         passed = np.array([asked[index]["passed"] for index in mine])
-        colour = LINES[min(owners.index(owner), NAMED - 1)]
-        beside = _beside(axes, place - (len(present) - 1) / 2) if len(present) <= NAMED else axes.transData
-        axes.plot(ticks, values, color=colour, linewidth=1.0, alpha=0.7, transform=beside)
-        axes.plot(ticks[passed], values[passed], "o", color=colour, markersize=5, transform=beside)
-        axes.plot(
-            ticks[~passed], values[~passed], "o", color=colour, markersize=4, markerfacecolor="white", transform=beside
-        )
+        number = min(owners.index(owner), NAMED - 1)
+        style: dict[str, Any] = {"color": LINES[number], "marker": MARKERS[number], "linestyle": ""}
+        axes.plot(ticks, values, color=LINES[number], linewidth=1.0, alpha=0.7)
+        axes.plot(ticks[passed], values[passed], **style, markersize=SIZES[number])
+        axes.plot(ticks[~passed], values[~passed], **style, markersize=SIZES[number], markerfacecolor="none")
     axes.axhline(0.0, color="black", linewidth=1.0)
-    top = max(0.0, finite.max(initial=0.0))  # by hand: shifted markers do not take part in automatic limits
+    top = max(0.0, finite.max(initial=0.0))
     room = 0.06 * (top - floor) or 1.0
     axes.set_ylim(floor - room, top + room)
-    tidy(axes, "", "margin", title.replace("_", " "))
-
-
-def _beside(axes: Any, place: float) -> Any:
-    """Branches are often asked at one tick: draw them side by side, four points apart, instead of on one another."""
-    from matplotlib.transforms import ScaledTranslation
-
-    return axes.transData + ScaledTranslation(place * 4 / 72, 0.0, axes.figure.dpi_scale_trans)
+    tidy(axes, "", f"value − threshold{UNITS.get(title, '')}", title.replace("_", " "))
 
 
 def _legend(figure: Figure, owners: list[str]) -> None:
     from matplotlib.lines import Line2D
 
-    lines = [Line2D([], [], color=LINES[index], label=owner) for index, owner in enumerate(owners[: NAMED - 1])]
+    lines = [Line2D([], [], color=LINES[i], marker=MARKERS[i], label=owner) for i, owner in enumerate(owners[: NAMED - 1])]
     if len(owners) >= NAMED:
         rest = owners[NAMED - 1] if len(owners) == NAMED else f"{len(owners) - NAMED + 1} others"
-        lines.append(Line2D([], [], color=LINES[-1], label=rest))
+        lines.append(Line2D([], [], color=LINES[-1], marker=MARKERS[-1], label=rest))
     lines += [
         Line2D([], [], marker="o", color="#555555", linestyle="", label="opened"),
         Line2D([], [], marker="o", color="#555555", markerfacecolor="white", linestyle="", label="stayed shut"),

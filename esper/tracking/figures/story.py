@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,25 @@ class Life:
 
 @dataclass(frozen=True)
 class Story:
-    """What figures are drawn from. Metrics are ``(ticks, values)`` by name; ``last`` is the last tick of the run."""
+    """What figures are drawn from. Metrics are ``(ticks, values)`` by name; ``last`` is the last tick of the run.
+
+    ``alone`` has the curves of the host alone, float64 ``[points, 3]`` of tick, training MACs and value by name, at the ``same_steps``
+    and at the ``same_macs``. ``title`` says which run this is, ``clock`` how long a tick is.
+    """
 
     lives: list[Life]
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]
     gates: list[dict[str, Any]]
     last: int
     marks: list[tuple[int, str]] = field(default_factory=list)
+    alone: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    title: str = ""
+    clock: str = "step"
+
+    @property
+    def ticks(self) -> str:
+        """What to write along an axis of ticks."""
+        return f"tick ({'epoch' if self.clock == 'epoch' else 'optimizer step'})"
 
 
 def read_story(folder: Path) -> Story:
@@ -51,7 +64,26 @@ def read_story(folder: Path) -> Story:
     metrics = _by_name(pq.read_table(folder / "metrics.parquet"))
     ticks = [int(one[-1]) for one, _ in metrics.values()] + [row["tick"] for row in transitions + gates]
     marks = [(row["tick"], row["target"]) for row in transitions]
-    return Story(_lives(transitions), metrics, gates, max(ticks, default=0), marks)
+    summary = _json(folder / "summary.json")
+    alone = {
+        when: {name: np.array(points, float) for name, points in curves.items()}  # None, where a value was no number, becomes NaN
+        for when, curves in (summary.get("control_curves") or {}).items()
+    }
+    named = [str(summary.get("name", folder.name))] + ([f"seed {summary['seed']}"] if "seed" in summary else [])
+    return Story(_lives(transitions), metrics, gates, max(ticks, default=0), marks, alone, ", ".join(named), _clock(folder / "config.yaml"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What the file holds; empty where it is not there yet or holds nothing (room that was kept for it)."""
+    text = path.read_bytes().strip(b"\0 \n") if path.exists() else b""
+    return json.loads(text) if text else {}
+
+
+def _clock(path: Path) -> str:
+    import yaml
+
+    tree = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None) or {}
+    return str((tree.get("lifecycle") or {}).get("clock", "step"))
 
 
 def _by_name(table: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:

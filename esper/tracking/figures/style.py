@@ -40,8 +40,8 @@ def readable(stage: str) -> str:
     return stage.lower().replace("_", " ")
 
 
-def tidy(axes: Any, x: str = "", y: str = "", title: str = "") -> None:
-    """No box, a light grid behind, labels that can be read."""
+def tidy(axes: Any, x: str = "", y: str = "", title: str = "", above: float = 6.0) -> None:
+    """No box, a light grid behind, labels that can be read; the title stands so many points above the axes."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(True, color="#E6E6E6", linewidth=0.8)
@@ -50,4 +50,4 @@ def tidy(axes: Any, x: str = "", y: str = "", title: str = "") -> None:
     axes.set_xlabel(x, fontsize=10)
     axes.set_ylabel(y, fontsize=10)
     if title:
-        axes.set_title(title, fontsize=11, loc="left")
+        axes.set_title(title, fontsize=11, loc="left", pad=above)

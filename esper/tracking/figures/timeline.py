@@ -29,7 +29,7 @@ def stage_timeline(story: Story) -> Figure | None:
     axes.set_ylim(len(lives) - 0.4, -0.6)
     axes.set_xlim(0, max(1, story.last))
     more = f" (first {MAX_ROWS} of {len(story.lives)})" if len(story.lives) > MAX_ROWS else ""
-    tidy(axes, "tick", "", f"Stages of every branch{more}")
+    tidy(axes, story.ticks, "site · seed · blueprint", f"Stages of every branch{more}: {story.title}")
     axes.grid(False, axis="y")
     _legend(figure, {stage for life in lives for stage, _ in life.path})
     return figure

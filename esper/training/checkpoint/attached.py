@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from esper.training.grow import Grow
 
 
+NOTHING = "seeds were not attached yet"
+
+
 def attached_state(grow: Grow) -> Tree:
     """Everything by reference: seeds, branches and their lives, the rates they follow, the judge's batches, the controller's memory."""
     recent = [] if grow.judge is None else [_packed(batch) for batch in grow.judge.recent]
@@ -45,7 +48,7 @@ def take_over(grow: Grow, state: Tree) -> None:
 
 def read_state(state: Tree | str | Path) -> Tree:
     """The state itself, or the one in a checkpoint, or in the newest of a folder of them. Raises UserError where there is none."""
-    if isinstance(state, Mapping):
+    if isinstance(state, Mapping) or state is None:
         return _of_grow(state, "The state")
     place = Path(state)
     if not (place / store.MANIFEST).is_file():
@@ -66,10 +69,23 @@ def _of_grow(state: Any, where: str) -> Tree:
 
 
 def grown_in(checkpoint: Mapping[str, Any]) -> Any:
-    """What a callback left under ``esper`` in another trainer's checkpoint. Raises UserError where there was no callback."""
+    """What a callback left under ``esper`` in another trainer's checkpoint; None before anything could grow.
+
+    Raises UserError where there was no callback.
+    """
     if not checkpoint.get("esper"):
         raise UserError("This checkpoint was saved without a GrowCallback and holds nothing that grew; begin anew with its weights.")
-    return checkpoint["esper"]
+    return None if checkpoint["esper"] == NOTHING else checkpoint["esper"]
+
+
+def keep_in(checkpoint: dict[str, Any], grow: Grow | None) -> None:
+    """Leave in another trainer's checkpoint the host's tensors under their own names, and what grew beside them.
+
+    Lightning keeps the model's own tensors elsewhere while an average has its place; its finders save before anything is attached.
+    """
+    for name in {"state_dict", "current_model_state"} & checkpoint.keys():
+        checkpoint[name] = host_alone(checkpoint[name])
+    checkpoint["esper"] = NOTHING if grow is None else grow.state()
 
 
 def found(name: str, *places: Path) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esper.errors import UserError
 from esper.kernels import MISMATCH
+from esper.randomness import GlobalDraws
 from esper.seeds.layer import ATTRIBUTE
 from esper.training.checkpoint.tree import kept
 from esper.training.gatekeeper import GateRecord
@@ -95,6 +96,7 @@ def grow_state(grow: Grow) -> Tree:
         "norms": {str(branch): norm for branch, norm in grow.branch_optimizer.norms.items()},
         "rates": {str(branch): rate for branch, rate in grow.rates.items()},
         "rows": list(grow.observer.health),
+        "followers": [follower.state() for follower in grow.followers],
         "macs": dict(grow.meter.spent),
         "seconds": {**grow.clock.seconds, "total": grow.clock.total},
     }
@@ -140,6 +142,7 @@ def _load_grow(grow: Grow, state: Tree) -> None:
     grow.advance.metric = state["metric"]
     averages = state["averages"].items()
     grow.advance.weights.averages = {int(branch): [value.to(device) for value in values] for branch, values in averages}
+    grow.known_averages = list(state.get("followers", []))
     grow.gates.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
     grow.gates.said = set(state["said"])
     if grow.garden.kernels is not None and MISMATCH in grow.gates.said:
@@ -161,6 +164,7 @@ def trainer_state(trainer: Trainer) -> Tree:
         "host": dict(host_parameters(model)),
         "buffers": dict(host_buffers(model)),
         "optimizer": optimizer_state(trainer.optimizer),
+        "average": None if trainer.average is None else {**host_parameters(trainer.average), **host_buffers(trainer.average)},
         "scaler": None if trainer.scaler is None else trainer.scaler.state_dict(),
         "steps": outcome.steps,
         "best": dict(outcome.best),
@@ -186,6 +190,9 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
     restore_optimizer(trainer.optimizer, state["optimizer"])
     if trainer.scaler is not None and state["scaler"] is not None:
         trainer.scaler.load_state_dict(kept(state["scaler"]))
+    if trainer.average is not None and state.get("average") is not None:  # else a fork began to average, from the next step on
+        for name, value in {**host_parameters(trainer.average), **host_buffers(trainer.average)}.items():
+            value.copy_(state["average"][name])  # what grew in it has come with the rest that grew
     trainer.outcome.steps = int(state["steps"])
     trainer.outcome.best = {name: float(value) for name, value in state["best"].items()}
     trainer.said = set(state["said"])
@@ -193,13 +200,14 @@ def _load_trainer(trainer: Trainer, state: Tree) -> None:
     trainer.remember_batches()
     if trainer.governor is not None and state["governor"] is not None:
         trainer.governor.load(kept(state["governor"]), trainer.device)
+    GlobalDraws.restore(kept(state["rng"]))
     torch.set_rng_state(state["rng"]["cpu"])
     if trainer.device.type == "cuda" and state["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(state["rng"]["cuda"], trainer.device)
 
 
 def _rng_state(device: torch.device) -> Tree:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return GlobalDraws().state() | {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
 
 
 def _packed(history: list[tuple[int, str, float]]) -> Tree:

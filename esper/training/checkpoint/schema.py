@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Tree = dict[str, Any]
-SCHEMA = 5
+SCHEMA = 6
 
 
 def _unchanged(tree: Tree) -> Tree:
@@ -54,12 +54,24 @@ def _of_unknown_origin(state: Tree) -> Tree:
     return {**state, "data": "", "versions": {}} if "trainer" in state else state
 
 
+def _without_dead_columns(state: Tree) -> Tree:
+    """Up to version 5 the table of seeds had three columns that nothing read: the branches know their blueprint and strategy."""
+    if "trainer" in state:
+        return {**state, "trainer": _without_dead_columns(state["trainer"])}
+    if "grow" not in state:
+        return state
+    garden = state["grow"]["garden"]
+    table = {name: column for name, column in garden["table"].items() if name not in ("parent", "strategy", "blueprint")}
+    return {**state, "grow": {**state["grow"], "garden": {**garden, "table": table}}}
+
+
 #: What leads from a version to the next one.
 UPGRADES: dict[int, Upgrade] = {
     1: Upgrade(manifest=_one_hash_a_part),
     2: Upgrade(state=_said_nothing),
     3: Upgrade(state=_guarded),
     4: Upgrade(state=_of_unknown_origin),
+    5: Upgrade(state=_without_dead_columns),
 }
 
 

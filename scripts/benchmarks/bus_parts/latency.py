@@ -27,10 +27,10 @@ from pathlib import Path
 from bus_parts.rows import NAMES, training_rows
 
 from esper.bus.config import RedisConfig
-from esper.bus.messages import Acknowledgement, RequestReport, Telemetry
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import connect
 from esper.bus.server.embedded import EmbeddedServer, address_in
+from esper.messages import Acknowledgement, RequestReport, Telemetry
 
 BYTES_A_SECOND = 15e6
 PAUSE_S = 0.05

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from esper.bus.messages import Germinate
 from esper.cli.compose import compose
 from esper.lifecycle import Stage
+from esper.messages import Germinate
 from esper.running.parts import build_trainer
 from esper.seeds import Branch
 from esper.tasks.base import Task

@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer = build(*WORDS)
     train_until(trainer, STEP)
-    state = {"trainer": trainer_state(trainer), **origin(trainer.task)}
+    state = {"trainer": trainer_state(trainer), **origin(trainer.task, torch.device("cpu"))}
     made = store.write(store.copy(state, STEP, trainer.grow.tick_number, topology(trainer.grow), None), HERE)
     made.path.rename(place)
 

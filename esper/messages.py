@@ -1,26 +1,58 @@
-"""What travels on the bus: telemetry and events out, commands in, acknowledgements back.
+"""The vocabulary of a run: the events that the engine tells, and the commands that it is given.
 
-Bodies only; the envelope (schema version, run, producer, epoch, sequence, checksum) is the codec's.
-Fields are added with defaults only, so that bytes of an older version can always be read.
+The engine, the controllers, the bus and the trackers share these classes. They are plain frozen dataclasses, and this module
+imports nothing but the standard library, so that the engine needs no bus to speak of what it does. How they are written as
+bytes is the business of ``esper.bus.codec``. New fields need a default, so that an older message can always be read; a reader
+passes over a field that it does not know, but refuses an unknown kind and an unknown part of a selection.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, TypeVar, dataclass_transform
 
-import msgspec
-
-SCHEMA_VERSION = 1
-
-
-class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=True, forbid_unknown_fields=True):
-    """Base of every body; ``kind`` on the wire is the class name."""
+_Class = TypeVar("_Class", bound=type)
 
 
-# --- out: telemetry -------------------------------------------------------------------------------------------------
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def message(cls: _Class) -> _Class:
+    """A frozen dataclass whose fields are given by name."""
+    return dataclass(frozen=True, kw_only=True, slots=True)(cls)  # type: ignore[return-value]
 
 
-class Telemetry(Message, kw_only=True):
+class Column(IntEnum):
+    """The columns of a telemetry row, one row a seed and tick; NaN is a value that was not measured."""
+
+    STAGE = 0
+    ALPHA = 1
+    MEAN = 2
+    VARIANCE = 3
+    NEAR_ZERO = 4
+    CORRELATION = 5
+    GRAD_NORM = 6
+    BRANCH_RMS_RATIO = 7
+    GRAD_RATIO = 8
+    AGE = 9
+    GENERATION = 10
+    GAIN = 11
+
+
+COLUMNS = tuple(column.name.lower() for column in Column)
+"""The columns' names, as messages, files and predicates spell them."""
+
+
+class Message:
+    """Base of everything that travels on the bus."""
+
+    __slots__ = ()
+
+
+# --- out: telemetry ---
+
+
+@message
+class Telemetry(Message):
     """Rows of one site, columnar: a float32 array of shape ``[len(ticks), seeds, len(columns)]`` in ``data``."""
 
     site: str
@@ -31,9 +63,10 @@ class Telemetry(Message, kw_only=True):
     data: bytes = b""
 
 
-# --- out: events ----------------------------------------------------------------------------------------------------
+# --- out: events ---
 
 
+@message
 class RunStarted(Message):
     """First event of a run; ``sites`` has one dict a site: name, kind, width, seeds, blueprint parameters
     and MACs, ticks between two telemetry rows."""
@@ -43,6 +76,7 @@ class RunStarted(Message):
     sites: list[dict[str, Any]]
 
 
+@message
 class RunEnded(Message):
     """Last event of a run; ``status`` is FINISHED, FAILED or KILLED."""
 
@@ -51,7 +85,8 @@ class RunEnded(Message):
     summary: dict[str, Any]
 
 
-class Transition(Message, kw_only=True):
+@message
+class Transition(Message):
     """One seed (``seed`` ≥ 0) or one block branch (``seed`` = −1) changed stage; ``branch`` is −1 where none exists."""
 
     tick: int
@@ -66,7 +101,8 @@ class Transition(Message, kw_only=True):
     strategy: str = ""
 
 
-class GateResult(Message, kw_only=True):
+@message
+class GateResult(Message):
     """A gate was asked: ``value`` against ``threshold``; NaN never passes."""
 
     tick: int
@@ -80,7 +116,8 @@ class GateResult(Message, kw_only=True):
     look: int = 0
 
 
-class Alert(Message, kw_only=True):
+@message
+class Alert(Message):
     """Something a person should see; ``level`` is info, warning or error; ``code`` is stable, ``text`` a sentence."""
 
     tick: int
@@ -91,6 +128,7 @@ class Alert(Message, kw_only=True):
     seed: int = -1
 
 
+@message
 class Checkpoint(Message):
     """A checkpoint was written and verified; with an empty ``path``, its state was taken at this place among the events."""
 
@@ -99,6 +137,7 @@ class Checkpoint(Message):
     digest: str
 
 
+@message
 class Metrics(Message):
     """Scalars of the run at a tick, by name (``train/loss``, ``validation/accuracy``, ``cost/macs``)."""
 
@@ -106,6 +145,7 @@ class Metrics(Message):
     values: dict[str, float]
 
 
+@message
 class Report(Message):
     """Answer to RequestReport: counts of seeds by stage, and one dict a branch."""
 
@@ -115,6 +155,7 @@ class Report(Message):
     branches: list[dict[str, Any]]
 
 
+@message
 class TickEnded(Message):
     """Everything the trainer says about this tick has been said; a lockstep controller decides now.
 
@@ -126,10 +167,11 @@ class TickEnded(Message):
     epoch: int = 0
 
 
-# --- in: commands ---------------------------------------------------------------------------------------------------
+# --- in: commands ---
 
 
-class Predicate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+@dataclass(frozen=True, slots=True)
+class Predicate:
     """One comparison on a telemetry column; ``op`` is one of ``< <= > >= == !=``."""
 
     column: str
@@ -137,16 +179,18 @@ class Predicate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     value: float
 
 
-class Selector(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+@message
+class Selector:
     """Which seeds: site (exact name or glob), seed numbers, stage, predicates; all given parts must hold."""
 
     site: str = "*"
     seeds: list[int] | None = None
     stage: int | None = None
-    where: list[Predicate] = []
+    where: list[Predicate] = field(default_factory=list)
 
 
-class Command(Message, kw_only=True):
+@message
+class Command(Message):
     """Base of every command; ``deadline`` is its last tick (−1: none), and larger ``priority`` goes first."""
 
     id: str
@@ -154,7 +198,8 @@ class Command(Message, kw_only=True):
     priority: int = 0
 
 
-class Germinate(Command, kw_only=True):
+@message
+class Germinate(Command):
     """Germinate one seed; empty names mean the run's configured blueprint and strategy."""
 
     site: str
@@ -163,68 +208,88 @@ class Germinate(Command, kw_only=True):
     strategy: str = ""
 
 
-class SetStage(Command, kw_only=True):
+@message
+class SetStage(Command):
     """Ask for a transition of every selected seed; refused whole when one of them may not make it."""
 
     select: Selector
     target: int
 
 
-class Cancel(Command, kw_only=True):
+@message
+class Cancel(Command):
     """Cancel GERMINATED or TRAINING seeds."""
 
     select: Selector
 
 
-class ChangeStrategy(Command, kw_only=True):
+@message
+class ChangeStrategy(Command):
     """Hand the selected seeds to another grafting strategy from their present alpha on."""
 
     select: Selector
     strategy: str
 
 
-class PauseGrafting(Command, kw_only=True):
+@message
+class PauseGrafting(Command):
     """Hold alpha of the selected GRAFTING seeds."""
 
     select: Selector
 
 
-class ResumeGrafting(Command, kw_only=True):
+@message
+class ResumeGrafting(Command):
     """Let a paused ramp go on from where it stands."""
 
     select: Selector
 
 
-class ApplyTogether(Command, kw_only=True):
+@message
+class ApplyTogether(Command):
     """All of these or none: validated and applied on a copy, which is swapped in when every one succeeds.
 
     They come and end together: acknowledged is this command's id and not theirs, and its deadline and priority hold for all of
     them. One that has a deadline or priority of its own has the whole refused.
     """
 
-    commands: list[Germinate | SetStage | Cancel | ChangeStrategy | PauseGrafting | ResumeGrafting]
+    commands: list[Command]
 
 
-class EmergencyStop(Command, kw_only=True):
+@message
+class ApplyEach(Command):
+    """One after the other, each for itself: a refused command keeps no other back.
+
+    They come and end together, as in ApplyTogether: applied when at least one was, the reason naming those that were not.
+    """
+
+    commands: list[Command]
+
+
+@message
+class EmergencyStop(Command):
     """Cull everything that is not FOSSILIZED, now; overtakes whatever is queued."""
 
     reason: str = ""
 
 
-class RequestReport(Command, kw_only=True):
+@message
+class RequestReport(Command):
     """Ask for a Report event."""
 
 
-class Decided(Command, kw_only=True):
+@message
+class Decided(Command):
     """A lockstep controller's mark: it has decided on everything up to ``tick``; ``epoch`` is that of the TickEnded."""
 
     tick: int
     epoch: int = 0
 
 
-# --- large payloads --------------------------------------------------------------------------------------------------
+# --- large payloads ---
 
 
+@message
 class ClaimCheck(Message):
     """Stands for a message whose bytes lie in a file: ``digest`` (SHA-256, hex) names it, ``size`` is its bytes."""
 
@@ -232,9 +297,10 @@ class ClaimCheck(Message):
     size: int
 
 
-# --- back: acknowledgements -----------------------------------------------------------------------------------------
+# --- back: acknowledgements ---
 
 
+@message
 class Acknowledgement(Message):
     """``status``: delivered, then exactly one of applied, refused or expired; ``reason`` in words."""
 
@@ -253,8 +319,10 @@ COMMANDS = (
     PauseGrafting,
     ResumeGrafting,
     ApplyTogether,
+    ApplyEach,
+    ApplyEach,
     EmergencyStop,
     RequestReport,
     Decided,
 )
-BODIES = (Telemetry, *EVENTS, *COMMANDS, ClaimCheck, Acknowledgement)
+MESSAGES = (Telemetry, *EVENTS, *COMMANDS, ClaimCheck, Acknowledgement)

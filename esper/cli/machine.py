@@ -1,0 +1,35 @@
+"""What this machine surely cannot do, said before torch is imported; where that is not sure, torch is asked when the run starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from esper.errors import UserError
+from esper.kernels.config import refused
+from esper.training.config import NO_GPU, NO_HALF
+
+#: What a driver for a GPU that torch can use leaves in a Linux system (NVIDIA, NVIDIA's Tegra, ROCm, WSL): without any there is none.
+TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/dev/dxg")
+
+
+def may_have_gpu() -> bool:
+    """False where torch would surely find no GPU."""
+    return sys.platform != "linux" or any(Path(trace).exists() for trace in TRACES)
+
+
+def refuse_impossible(tree: Any, here: bool) -> None:
+    """Raise UserError for a GPU, or what needs one, where there is none.
+
+    ``tree`` is a composed configuration, not yet checked; its runs are made on this machine if ``here`` is true.
+    """
+    device, precision = tree.trainer.get("device"), tree.trainer.get("precision")
+    without = device == "cpu" or (here and not may_have_gpu())
+    if device == "cuda" and without:
+        raise UserError(NO_GPU)
+    if precision == "fp16" and without:
+        raise UserError(NO_HALF)
+    if tree.kernel.get("name") == "triton" and without and os.environ.get("TRITON_INTERPRET") != "1":
+        raise refused("the model is on the CPU" if device == "cpu" else "no CUDA GPU was found")

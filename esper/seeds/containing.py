@@ -1,0 +1,48 @@
+"""Calling the code of a branch: what it raises is kept for the engine, and the branch adds nothing to that forward.
+
+The host cannot feel a branch that raises, just as it cannot feel one that gives NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.errors import UserError
+from esper.seeds.plan import BlockGroup, Group
+
+
+def containable(error: Exception) -> bool:
+    """Whether an exception is the branch's own: not a sentence for the user, nor memory that could not be had."""
+    full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return not (isinstance(error, UserError) or full)
+
+
+def contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """What ``compute`` gives, or zeros shaped as ``like`` where it raises or gives another shape; ``group.error`` then says so."""
+    if torch.compiler.is_compiling():  # nothing of a graph runs while it is traced
+        return compute()
+    try:
+        delta = compute()
+        if delta.shape != like.shape:
+            raise ValueError(f"the branch gave {list(delta.shape)} where it writes {list(like.shape)}")
+    except Exception as error:
+        if not containable(error):
+            raise
+        group.error = group.error or error
+        return torch.zeros_like(like)
+    return delta
+
+
+def take_errors(groups: Iterable[Any]) -> dict[int, Exception]:
+    """By branch, what its group raised since this was last asked; the groups forget it."""
+    found: dict[int, Exception] = {}
+    for group in groups:
+        error = getattr(group, "error", None)
+        if error is not None:
+            found.update(dict.fromkeys(group.branches, error))
+            group.error = None
+    return found
