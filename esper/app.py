@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import esper
 from esper import custom, secrets
-from esper.cli import conf, files, help, programs
+from esper.cli import conf, help, programs
+from esper.cli import system_errors as files
 from esper.errors import Preempted, Terminated, TrackerError, UserError
 
 if TYPE_CHECKING:
@@ -119,11 +120,11 @@ def _in_its_place(asked: Composed) -> Start | None:
         UserError: another run or sweep has the folder, or runs with this very configuration.
     """
     if asked.multirun:
-        from esper.compare.going_on import refuse_taken
+        from esper.compare.sweep.resume import refuse_taken
 
         refuse_taken(asked.folder)
         return None
-    from esper.running.folder import refuse_occupied
+    from esper.running.run_folder import refuse_occupied
 
     if asked.config.resume == "auto":
         from esper.running.resume import auto

@@ -34,9 +34,9 @@ GROUPS: dict[str, str] = {
     "bus": "esper.bus",
     "tracking": "esper.tracking",
     "telemetry": "esper.seeds",
-    "optimizer": "esper.training",
-    "scheduler": "esper.training",
-    "trainer": "esper.training",
+    "optimizer": "esper.trainer",
+    "scheduler": "esper.trainer",
+    "trainer": "esper.trainer",
     "kernel": "esper.kernels",
     "compare": "esper.compare",
 }

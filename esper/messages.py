@@ -320,7 +320,6 @@ COMMANDS = (
     ResumeGrafting,
     ApplyTogether,
     ApplyEach,
-    ApplyEach,
     EmergencyStop,
     RequestReport,
     Decided,

@@ -18,8 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from esper.compare.tuned import named
-from esper.compare.wording import confidence
+from esper.compare.results.tuning_choice import named
+from esper.compare.results.wording import confidence
 
 TEXT = """# {title}
 

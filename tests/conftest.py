@@ -24,7 +24,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 LONGEST = (
     "compare/test_sweep.py",
     "compare/test_going_on.py",
+    "e2e/test_sweep_recipes.py",
     "e2e/test_external.py",
+    "e2e/test_recipes.py",
     "repro/test_fingerprints.py",
     "bus/test_programs.py",
     "custom/test_user.py",

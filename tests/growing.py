@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from esper.engine.attach import attach
+from esper.engine.grow import Grow
+from esper.engine.port import NullPort
 from esper.hosts.cnn import CNNConfig
 from esper.hosts.transformer import TransformerConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.messages import Alert, GateResult, Germinate, Message, Metrics, Report, Selector, SetStage, Transition
 from esper.seeds import Branch, TelemetryConfig
-from esper.training.attach import attach
-from esper.training.grow import Grow
-from esper.training.port import NullPort
 
 Batch = tuple[Tensor, Tensor]
 
@@ -235,8 +235,8 @@ class Loop:
     def until(self, stage: Stage, most: int = 100) -> Branch:
         """Steps until the first branch is in ``stage``."""
         for _ in range(most):
-            if self.grow.garden.branches.entries and self.grow.garden.branches[0].stage is stage:
-                return self.grow.garden.branches[0]
+            if self.grow.registry.branches.entries and self.grow.registry.branches[0].stage is stage:
+                return self.grow.registry.branches[0]
             self.step()
         raise AssertionError(f"no branch reached {stage.name}: {self.port.stages()}, {self.port.acks}")
 

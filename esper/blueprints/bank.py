@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from esper.blueprints.base import Blueprint, Parameters
 from esper.blueprints.geometry import Geometry
-from esper.blueprints.once import pick
+from esper.blueprints.unique_scatter import pick
 
 
 class SlotBank(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.call import PLAIN
+from esper.blueprints.block_call import PLAIN
 from esper.blueprints.geometry import Geometry
 from esper.errors import UserError
 from esper.fields import setting
@@ -140,8 +140,7 @@ class BlockBank(nn.Module):
                 parameter.grad = None
             self.blocks[key], self.steps[key] = block, int(state["steps"][key])
             self.moments[key] = {
-                name: (moments[name][0].to(value.device), moments[name][1].to(value.device))
-                for name, value in block.named_parameters()
+                name: (moments[name][0].to(value.device), moments[name][1].to(value.device)) for name, value in block.named_parameters()
             }
 
     def delta(self, slot: int, y: Tensor, learning: bool) -> Tensor:

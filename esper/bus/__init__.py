@@ -25,6 +25,6 @@ def open_bus(config: MemoryConfig, output_folder: str | Path) -> Bus:
         from esper.bus.server.bus import EmbeddedBus
 
         return EmbeddedBus(config, folder)
-    from esper.bus.memory import MemoryBus
+    from esper.bus.memory.bus import MemoryBus
 
     return MemoryBus(config, folder)

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-from esper.bus.counts import Counts
+from esper.bus.counters import Counts
 from esper.bus.ids import Id, parse
 from esper.bus.protocol import ORDERS, Consumer, Delivery
 
@@ -216,9 +216,7 @@ class OrderedConsumer:
         self._consumer.close()
 
 
-def in_order(
-    consumer: Consumer, order: str, hold_s: float, counts: Counts, producers: tuple[str, ...] = ()
-) -> Consumer:
+def in_order(consumer: Consumer, order: str, hold_s: float, counts: Counts, producers: tuple[str, ...] = ()) -> Consumer:
     """``consumer`` read in one of ``none | stream | global | causal`` order, from where its group stands.
 
     It is the only one at work in its group: what others of it were given would be waited for.

@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 
 from esper.bus.config import MemoryConfig
-from esper.bus.counts import Counts
+from esper.bus.counters import Counts
 from esper.bus.ids import Id
 from esper.errors import UserError
 from esper.messages import Message
@@ -128,7 +128,7 @@ class Bus(Protocol):
         """Forget dead letters with these ids; how many there were."""
 
     def counts(self) -> dict[str, int]:
-        """What this process sent, received, dropped …, by the names of ``esper.bus.counts``."""
+        """What this process sent, received, dropped …, by the names of ``esper.bus.counters``."""
 
     def close(self) -> None:
         """Release everything; servers started by this bus are stopped."""

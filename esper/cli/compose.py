@@ -16,10 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from esper.cli import conf, internals, overrides
+from esper.cli import conf, overrides
+from esper.cli import hydra_settings as internals
 from esper.cli.machine import refuse_impossible
-from esper.compare.arms import refuse_overridden_arm
 from esper.compare.config import LauncherConfig
+from esper.compare.sweep.arms import refuse_overridden_arm
 from esper.config import PRESETS, RootConfig, build, structure
 from esper.custom import variable
 from esper.errors import UserError

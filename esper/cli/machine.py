@@ -9,7 +9,7 @@ from typing import Any
 
 from esper.errors import UserError
 from esper.kernels.config import refused
-from esper.training.config import NO_GPU, NO_HALF
+from esper.trainer.config import NO_GPU, NO_HALF
 
 #: What a driver for a GPU that torch can use leaves in a Linux system (NVIDIA, NVIDIA's Tegra, ROCm, WSL): without any there is none.
 TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/dev/dxg")

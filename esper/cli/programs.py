@@ -25,8 +25,8 @@ class Program:
 PROGRAMS: dict[str, Program] = {
     "export": Program("esper.running.export:main", "a run's model for other programs: run=<folder> format=pt2|onnx|safetensors"),
     "compare": Program("esper.compare.command:main", "judge a finished sweep again, from the store alone: sweep=<id>"),
-    "control": Program("esper.bus.programs.control:main", "decide for a run with controller.process=external: control <run folder>"),
-    "track": Program("esper.bus.programs.track:main", "write the story of a run with tracking.process=external: track <run folder>"),
+    "control": Program("esper.bus.programs.controller:main", "decide for a run with controller.process=external: control <run folder>"),
+    "track": Program("esper.bus.programs.tracker:main", "write the story of a run with tracking.process=external: track <run folder>"),
     "bus": Program("esper.bus.programs.inspect:main", "what is on a run's bus: bus status|tail|dead-letters|flush <run folder>"),
     "check": Program("esper.cli.check:main", "train nothing: sites, stage schedule, estimated time and memory"),
 }

@@ -12,15 +12,15 @@ from typing import Any
 
 from rich.console import Console
 
-from esper.compare.analysis import analyse, with_tuned
 from esper.compare.config import CompareConfig
-from esper.compare.plan import Plan
-from esper.compare.report import show, write_results
-from esper.compare.store import SWEEP, children, find_sweep, plan_of, plan_untouched, reading, run_of_store, tuned_of
+from esper.compare.results.analysis import analyse, with_tuned
+from esper.compare.results.mlflow_records import SWEEP, children, find_sweep, plan_of, plan_untouched, reading, run_of_store, tuned_of
+from esper.compare.results.plan import Plan
+from esper.compare.results.report import show, write_results
 from esper.config import listing, nearest, structure
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, sqlite_file, tracking_uri
-from esper.tracking.reach import check_uri
+from esper.tracking.store_check import check_uri
 
 #: Parts of the plan that an analysis may change, which makes it exploratory.
 CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking")

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esper.checkpoint import store
+from esper.checkpoint.tree import same
 from esper.config import UNHASHED
 from esper.errors import UserError
-from esper.report.summary import NAME as SUMMARY
-from esper.report.summary import read_summary
-from esper.running.folder import CONFIG, read_config
-from esper.running.traced import noted
-from esper.tracking.record import flatten
-from esper.training.checkpoint import store
-from esper.training.checkpoint.tree import same
-from esper.training.fingerprint import untimed
+from esper.report.summary_file import NAME as SUMMARY
+from esper.report.summary_file import read_summary
+from esper.running.run_folder import CONFIG, read_config
+from esper.running.weight_trace import noted
+from esper.tracking.run_info import flatten
+from esper.trainer.fingerprint import untimed
 
 METRICS = "metrics.parquet"
 USAGE = "usage: esper compare fingerprint <run folder> <run folder>"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.bus.telemetry import unpack
+from esper.bus.telemetry_codec import unpack
 from esper.messages import Telemetry
 
 #: The columns a score is made of.

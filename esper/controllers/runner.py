@@ -8,7 +8,7 @@ from typing import Any
 
 from esper.bus.protocol import Bus, Delivery
 from esper.controllers.base import PRODUCER, Controller
-from esper.controllers.contained import Contained
+from esper.controllers.exceptions import Contained
 from esper.messages import Decided, RunEnded, TickEnded
 
 #: Events first: they say which sites there are, before anything is said about them.

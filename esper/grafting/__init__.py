@@ -58,9 +58,7 @@ STRATEGY_NAMES: tuple[str, ...] = (*STRATEGIES, CUSTOM.name)
 CONFIGS: dict[str, type] = {name: strategy.config for name, strategy in STRATEGIES.items()}
 
 
-def step_many(
-    strategy_index: Tensor, configs: Mapping[str, GraftingConfig], state: Tensor, context: GraftingContext
-) -> GraftingOutput:
+def step_many(strategy_index: Tensor, configs: Mapping[str, GraftingConfig], state: Tensor, context: GraftingContext) -> GraftingOutput:
     """One tick of ``n`` branches, each under its own strategy.
 
     Args:
@@ -87,9 +85,7 @@ def signals_of(config: GraftingConfig) -> tuple[str, ...]:
     return tuple(config.rule.signals) if isinstance(config, CustomStrategy) else STRATEGIES[config.name].signals
 
 
-def _step_one(
-    index: int, configs: Mapping[str, GraftingConfig], state: Tensor, context: GraftingContext
-) -> GraftingOutput:
+def _step_one(index: int, configs: Mapping[str, GraftingConfig], state: Tensor, context: GraftingContext) -> GraftingOutput:
     name = STRATEGY_NAMES[index]
     if name == CUSTOM.name:
         return CUSTOM.step(configs[name], state, context)

@@ -51,9 +51,7 @@ class GraftingConfig:
 class HoldingConfig(GraftingConfig):
     """A strategy that may go slower than ``linear``."""
 
-    max_hold: float = setting(
-        1.0, low=0.0, high=10.0, unit="ramps", help="ramp that holding may cost in all; then alpha climbs regardless"
-    )
+    max_hold: float = setting(1.0, low=0.0, high=10.0, unit="ramps", help="ramp that holding may cost in all; then alpha climbs regardless")
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,7 @@ def plan(config: DriftConfig, state: Tensor, context: GraftingContext) -> Plan:
     return Plan(1.0 - holds.float(), {"drift_hold": (left - 1.0).clamp(min=0.0)}, config.max_hold)
 
 
-def weight_drift(
-    weights: Sequence[Tensor], averages: Sequence[Tensor], decay: float = 0.9
-) -> tuple[Tensor, list[Tensor]]:
+def weight_drift(weights: Sequence[Tensor], averages: Sequence[Tensor], decay: float = 0.9) -> tuple[Tensor, list[Tensor]]:
     """The signal this strategy reads: ``||w - a|| / (||a|| + eps)`` over a branch's parameters, ``a`` an EMA of ``w``.
 
     Args:

@@ -73,9 +73,7 @@ class CNN(nn.Module):
         super().__init__()
         self.stem = parts.conv(inputs, channels[0], stride=stride)
         widths = [channels[0], *channels]
-        self.stages = nn.ModuleList(
-            Stage(before, width, blocks, parts) for before, width in zip(widths, channels, strict=False)
-        )
+        self.stages = nn.ModuleList(Stage(before, width, blocks, parts) for before, width in zip(widths, channels, strict=False))
         self.norm, self.act = parts.normalise(channels[-1]), nn.ReLU()
         self.head = nn.Linear(channels[-1], classes)
         convolutions = [name for name, part in self.named_modules() if isinstance(part, (nn.Conv1d, nn.Conv2d))]

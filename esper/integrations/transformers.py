@@ -10,9 +10,9 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esper import Grow, attach
-from esper.training.checkpoint.attached import HostAlone, found, grown_in
-from esper.training.losses import told_without
-from esper.training.passes import to_device
+from esper.engine.attached_state import HostAlone, found, grown_in
+from esper.engine.extra_passes import to_device
+from esper.engine.learning.losses import told_without
 
 
 class GrowCallback(TrainerCallback):  # type: ignore[misc]

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from esper.kernels import chunk_backward, chunk_forward, launch
+from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
 from esper.kernels.geometry import chunk_width
-from esper.kernels.kinds import KINDS, Kind, Layers, layers, split_banks
 from esper.kernels.telemetry import Partial, Roster, evenness, finish, health_group, moments_of_means, pass_through, read
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
@@ -116,9 +116,7 @@ def bank_backward(
     return [*partial, residual], plan
 
 
-def collect(
-    sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch
-) -> list[Tensor]:
+def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
     """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
     targets = [torch.empty_like(tensor) for tensor in tensors]
     sizes, seeds = [tensor[0].numel() for tensor in tensors], roster.alpha.shape[0]

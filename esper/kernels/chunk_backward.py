@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from esper.kernels.chunk_forward import all_blocks_delta, block_delta, hidden_units, load_block
-from esper.kernels.language import activate, activate_gradient, assignment, chunk_size, chunk_start, row_offsets
+from esper.kernels.triton_helpers import activate, activate_gradient, assignment, chunk_size, chunk_start, row_offsets
 
 
 @triton.jit

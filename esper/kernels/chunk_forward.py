@@ -5,8 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper.kernels.language import activate, assignment, chunk_size, chunk_start, few_active, row_offsets, weight_tile, weight_tile_rows
-from esper.kernels.measure import finish
+from esper.kernels.telemetry_kernels import finish
+from esper.kernels.triton_helpers import (
+    activate,
+    assignment,
+    chunk_size,
+    chunk_start,
+    few_active,
+    row_offsets,
+    weight_tile,
+    weight_tile_rows,
+)
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from esper.kernels import reference, reference_branches
+from esper.kernels.branch_kinds import KINDS
 from esper.kernels.config import KernelConfig, refused
 from esper.kernels.geometry import as_rows
-from esper.kernels.kinds import KINDS
 from esper.kernels.reference_branches import ReferenceBranches
 
 MAX_CHUNK, MAX_HIDDEN = 128, 256

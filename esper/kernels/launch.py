@@ -79,9 +79,7 @@ def resident(registers: int, warps: int, shared: int, limit: Limits) -> int:
     return max(1, min(limit.registers // (threads * registers), limit.threads // threads, limit.shared // max(shared, 1)))
 
 
-def forward(
-    chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, telemetry: bool = True
-) -> Launch:
+def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, telemetry: bool = True) -> Launch:
     """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
 
     Timed on an H100, bfloat16, relu (docs/kernels.md, "Measured"): four warps for 64 rows, so that no two of them compute the same tile,
@@ -130,9 +128,7 @@ def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: i
     return weights + tiles + block * max(hidden, chunk) * itemsize + padding(chunk, hidden, gated)
 
 
-def backward(
-    chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False
-) -> Launch:
+def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False) -> Launch:
     """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
 
     Timed likewise: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps and

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
 from esper.kernels.geometry import chunk_bounds, feature_owner, padded_index
-from esper.kernels.kinds import KINDS, Kind, Layers, layers, split_banks
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from esper.kernels import launch, measure, passing
+from esper.kernels import inactive_chunks as passing
+from esper.kernels import launch
+from esper.kernels import telemetry_kernels as measure
 from esper.kernels.geometry import as_rows, chunk_width
 from esper.kernels.roster import roster_kernel
 

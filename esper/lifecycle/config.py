@@ -36,8 +36,6 @@ class LifecycleConfig:
     readiness: float = setting(0.0, low=-1.0, high=1.0, help="TRAINING → GRAFTING: least relative fall of the objective")
     stability: float = setting(0.8, low=0.0, high=1.0, help="STABILIZATION → EVALUATING: least steadiness of the loss")
     gain: float = setting(0.001, low=0.0, unit="loss", help="EVALUATING and FINE_TUNING: least counterfactual gain (confidence bound)")
-    significance: float = setting(
-        0.05, low=1e-6, high=0.5, help="error rate of the gain's bound, spent over all looks at one branch"
-    )
+    significance: float = setting(0.05, low=1e-6, high=0.5, help="error rate of the gain's bound, spent over all looks at one branch")
     error_rate: float = setting(0.5, low=0.0, high=1.0, help="share of non-finite forwards above which a branch is culled")
     guard: bool = setting(True, help="a blended branch under which the judge set's loss rises goes, and the host returns")

@@ -21,9 +21,7 @@ EXITS: dict[Stage, frozenset[Stage]] = {
 RESEEDED: frozenset[Stage] = frozenset({Stage.GERMINATED})
 """Exits of FOSSILIZED where ``lifecycle.reseed`` allows a new generation; the fossil's branch stays with its site."""
 
-BLENDED: frozenset[Stage] = frozenset(
-    {Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING, Stage.FINE_TUNING, Stage.FOSSILIZED}
-)
+BLENDED: frozenset[Stage] = frozenset({Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING, Stage.FINE_TUNING, Stage.FOSSILIZED})
 """Stages whose branch adds to the host's forward pass (a CULLED one does too while it fades)."""
 
 LEARNS_FROM_TASK: frozenset[Stage] = frozenset({Stage.GRAFTING, Stage.FINE_TUNING})

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from esper.messages import Alert, Message
-from esper.report.state import ProgressState
-from esper.tracking.record import RunRecord
+from esper.report.progress_state import ProgressState
+from esper.tracking.run_info import RunRecord
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,16 +12,16 @@ from torch import nn
 
 from esper.blueprints import Block, Blueprint
 from esper.config import RootConfig
+from esper.engine.extra_passes import host_parameters
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
-from esper.report.numbers import count, duration, short
-from esper.running.alone import controls_of
-from esper.running.estimates import Cost, Forward, cost_of, forward_of
-from esper.running.parts import build_trainer, refuse_idle
+from esper.report.number_format import count, duration, short
+from esper.running.builders import build_trainer, refuse_idle
+from esper.running.control_keys import controls_of
+from esper.running.cost_estimate import Cost, Forward, cost_of, forward_of
 from esper.seeds import Site
-from esper.training.device import choose_device, describe, numerics
-from esper.training.passes import host_parameters
-from esper.training.trainer import Trainer
+from esper.trainer.device import choose_device, describe, numerics
+from esper.trainer.trainer import Trainer
 
 WIDTH = 140  # a pipe has no width to ask for
 COPIES = 4
@@ -60,20 +60,20 @@ def check(config: RootConfig) -> str:
 
 def _sites(config: RootConfig, trainer: Trainer, forward: Forward) -> Table:
     """One row a site and blueprint; what does not fit is named with the reason."""
-    garden = trainer.grow.garden
-    table = Table(title=f"Sites: {len(garden.sites)} with {garden.table.rows} seeds", title_justify="left", title_style="bold")
+    registry = trainer.grow.registry
+    table = Table(title=f"Sites: {len(registry.sites)} with {registry.table.rows} seeds", title_justify="left", title_style="bold")
     for name in ("pattern", "module", "shape", "features", "seeds", "blueprint"):
         table.add_column(name, justify="right" if name in ("features", "seeds") else "left", no_wrap=name == "module", overflow="fold")
     table.add_column("parameters a branch", justify="right")
     table.add_column("MACs a sample", justify="right")
-    for number, site in enumerate(garden.sites):
+    for number, site in enumerate(registry.sites):
         shape = "×".join(str(size) for size in forward.shapes.get(site.name, ())) or "–"
         chunk = f"{site.geometry.width} in chunks of {_chunks(site)}"
         first = [_pattern(config, trainer.model, site), f"{site.name} ({type(site.module).__name__})", shape]
         first += [chunk, str(site.geometry.seeds)]
         fitting = list(_fitting(trainer, number, forward))
         for place, (name, parameters, macs) in enumerate(fitting):
-            chosen = f"{name} (chosen)" if name == garden.default_blueprint else name
+            chosen = f"{name} (chosen)" if name == registry.default_blueprint else name
             cells = first if place == 0 else [""] * len(first)
             table.add_row(*cells, chosen, count(parameters), count(macs), end_section=place == len(fitting) - 1)
         if not fitting:
@@ -98,11 +98,11 @@ def _pattern(config: RootConfig, model: nn.Module, site: Site) -> str:
 
 def _fitting(trainer: Trainer, number: int, forward: Forward) -> Iterator[tuple[str, int, int]]:
     """(blueprint, parameters, forward MACs a sample) of a branch at the site's widest chunk, the chosen blueprint first."""
-    garden = trainer.grow.garden
-    site, default = garden.sites[number], garden.default_blueprint
-    for name in sorted(garden.blueprints, key=lambda name: name != default):
-        blueprint = garden.blueprints[name]
-        if garden.misfit(garden.first_row[number], name) is not None:
+    registry = trainer.grow.registry
+    site, default = registry.sites[number], registry.default_blueprint
+    for name in sorted(registry.blueprints, key=lambda name: name != default):
+        blueprint = registry.blueprints[name]
+        if registry.misfit(registry.first_row[number], name) is not None:
             continue
         if isinstance(blueprint, Block):
             yield name, _own_parameters(site.module), forward.by_module.get(site.name, 0)
@@ -117,7 +117,7 @@ def _blocks(trainer: Trainer, forward: Forward) -> Table:
     table = Table(title="Residual blocks: sites of blueprint=block", title_justify="left", title_style="bold")
     for name in ("module", "shape", "parameters a branch", "MACs a sample"):
         table.add_column(name, justify="left" if name in ("module", "shape") else "right")
-    if isinstance(trainer.grow.garden.blueprints[trainer.grow.garden.default_blueprint], Block):
+    if isinstance(trainer.grow.registry.blueprints[trainer.grow.registry.default_blueprint], Block):
         return table
     for name, module in trainer.model.named_modules():
         if name and hasattr(module, "output_layers"):
@@ -162,7 +162,7 @@ def _host(trainer: Trainer, forward: Forward, cost: Cost) -> list[tuple[str, str
 def _time(config: RootConfig, trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:
     between = max(1, parse(config.trainer.validate_every).ticks(trainer.total, trainer.steps_per_epoch))
     looks = 2 + trainer.total // between
-    one, seeds = trainer.total * cost.step_s + looks * cost.validation_s, trainer.grow.garden.table.rows
+    one, seeds = trainer.total * cost.step_s + looks * cost.validation_s, trainer.grow.registry.table.rows
     validating = f"{looks} looks at the validation set of {_span(cost.validation_s)}"
     least, most, what = _growth(trainer, cost)
     lines = [
@@ -196,16 +196,16 @@ def _span(seconds: float) -> str:
 
 
 def _memory(trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:
-    garden = trainer.grow.garden
-    blueprint = garden.blueprints[garden.default_blueprint]
+    registry = trainer.grow.registry
+    blueprint = registry.blueprints[registry.default_blueprint]
     grown = 0
-    for site in garden.sites:
+    for site in registry.sites:
         if isinstance(blueprint, Block):
             grown += _own_parameters(site.module)
         elif blueprint.fits(site.geometry) is None:
             grown += sum(blueprint.parameters(site.geometry, seed) for seed in range(site.geometry.seeds))
     parts = ", ".join(f"{name} {_size(size)}" for name, size in cost.bytes.items())
-    everything = f"every seed grown at once as {garden.default_blueprint} would add {_size(4 * COPIES * grown)}"
+    everything = f"every seed grown at once as {registry.default_blueprint} would add {_size(4 * COPIES * grown)}"
     return [("memory (estimate)", f"{_size(sum(cost.bytes.values()))} beside program and data: {parts}"), ("", everything)]
 
 

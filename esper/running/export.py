@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from esper.atomic_files import replacing
+from esper.checkpoint import store
 from esper.config import RootConfig, listing, nearest, plain
 from esper.errors import UserError
-from esper.files import replacing
-from esper.program import refuse_without_onnx, to_onnx, to_pt2, traced
-from esper.running.parts import build_trainer
+from esper.export.program import refuse_without_onnx, to_onnx, to_pt2, traced
+from esper.export.saved_model import DESCRIPTION, WEIGHTS, build_host, host_card, load_into, model_folder, read_description
+from esper.export.saved_model import FOLDER as MODEL
+from esper.running.builders import build_trainer
 from esper.running.resume import CONFIG, stored
-from esper.saved import DESCRIPTION, WEIGHTS, build_host, host_card, load_into, model_folder, read_description
-from esper.saved import FOLDER as MODEL
-from esper.training.checkpoint import store
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from esper.training.trainer import Trainer
+from esper.trainer.trainer import Trainer
 
 NAME = "trace.json.gz"
 Between = Callable[[Trainer], None]

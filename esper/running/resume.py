@@ -18,15 +18,15 @@ from typing import Any
 
 import yaml
 
+from esper.checkpoint import store
 from esper.cli.terminal import Sentence
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listing
+from esper.engine.state import fitting
 from esper.errors import UserError
-from esper.report.summary import NAME as SUMMARY
-from esper.report.summary import read_summary
-from esper.running.folder import CONFIG, LOCK, hash_of, read_config, refuse_running, status
-from esper.running.forking import forked
-from esper.training.checkpoint import store
-from esper.training.checkpoint.engine import fitting
+from esper.report.summary_file import NAME as SUMMARY
+from esper.report.summary_file import read_summary
+from esper.running.fork import forked
+from esper.running.run_folder import CONFIG, LOCK, hash_of, read_config, refuse_running, status
 
 #: What a resumed run may have otherwise: none of it changes a bit of what was trained so far.
 CHANGEABLE = (

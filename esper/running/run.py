@@ -15,14 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.bus import open_bus
-from esper.bus.port import ControllerSilent
+from esper.bus.trainer.bus_port import ControllerSilent
+from esper.checkpoint import store
 from esper.config import RootConfig, plain
+from esper.export.saved_model import FOLDER as MODEL
+from esper.export.saved_model import host_card, save_model
 from esper.messages import Alert
+from esper.report.end_of_run import print_report
 from esper.report.progress import ProgressBar
-from esper.report.summary import ControlSummary, Summary, reserve, write_summary
-from esper.report.table import print_report
-from esper.running.alone import SAME_MACS, SAME_STEPS, controls_of
-from esper.running.connecting import (
+from esper.report.summary_file import ControlSummary, Summary, reserve, write_summary
+from esper.running.builders import build_trainer, refuse_idle
+from esper.running.checkpointing import Keeper
+from esper.running.connections import (
     Watched,
     connect_controller,
     let_payloads_go,
@@ -33,25 +37,21 @@ from esper.running.connecting import (
     say_where,
     trackers_of,
 )
-from esper.running.control import control, equal_macs_steps, one_step, trained_host
+from esper.running.control_keys import SAME_MACS, SAME_STEPS, controls_of
+from esper.running.controls import control, equal_macs_steps, one_step, trained_host
 from esper.running.environment import environment
-from esper.running.folder import Life, alive, refuse_occupied, status
-from esper.running.keeping import Keeper
-from esper.running.kept import put_in_place, replaces, say_so
-from esper.running.lives import note_life
-from esper.running.origin import other_versions, refuse_other_data
-from esper.running.parts import build_trainer, refuse_idle
+from esper.running.environments import note_life
+from esper.running.model_selection import put_in_place, replaces, say_so
+from esper.running.naming import run_record
 from esper.running.profiling import profiled
-from esper.running.record import run_record
-from esper.running.summary import summarize
-from esper.running.traced import Traced
-from esper.saved import FOLDER as MODEL
-from esper.saved import host_card, save_model
+from esper.running.provenance import other_versions, refuse_other_data
+from esper.running.run_folder import Life, alive, refuse_occupied, status
+from esper.running.summarize import summarize
+from esper.running.weight_trace import Traced
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, Tracker, TrackerError, TrackerRunner, tracking_uri, ui_command
-from esper.training.checkpoint import store
-from esper.training.device import choose_device, describe, keep_freed_memory, numerics
-from esper.training.trainer import Trainer
+from esper.trainer.device import choose_device, describe, keep_freed_memory, numerics
+from esper.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from esper.seeds.config import SitesConfig, TelemetryConfig
 
 if TYPE_CHECKING:
     from esper.seeds.branches import Branch, BranchTable
-    from esper.seeds.garden import Garden
     from esper.seeds.layer import SeedLayer
     from esper.seeds.recording import Recording
+    from esper.seeds.registry import SeedRegistry
     from esper.seeds.sites import Site, find_sites
 
 CONFIGS: dict[str, dict[str, type]] = {
@@ -21,7 +21,7 @@ __all__ = [
     "CONFIGS",
     "Branch",
     "BranchTable",
-    "Garden",
+    "SeedRegistry",
     "Recording",
     "SeedLayer",
     "Site",
@@ -35,7 +35,7 @@ __getattr__ = names_of(
     {
         "Branch": "esper.seeds.branches",
         "BranchTable": "esper.seeds.branches",
-        "Garden": "esper.seeds.garden",
+        "SeedRegistry": "esper.seeds.registry",
         "Recording": "esper.seeds.recording",
         "SeedLayer": "esper.seeds.layer",
         "Site": "esper.seeds.sites",

@@ -1,7 +1,7 @@
 """The forward pass of the branches at a site, on plain torch: ``y = x + Σ α·δ(x)``, with every branch contained.
 
 A branch whose δ holds a non-finite value adds nothing to that forward, is counted, and lets no gradient through: the host
-cannot feel it. One whose code raises adds nothing either (``esper.seeds.containing``).
+cannot feel it. One whose code raises adds nothing either (``esper.seeds.exceptions``).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
-from esper.blueprints.once import each_once
-from esper.seeds.containing import contained
+from esper.blueprints.unique_scatter import each_once
+from esper.seeds.chunk_access import Fork, Put, take
+from esper.seeds.exceptions import contained
 from esper.seeds.fused import Fused
-from esper.seeds.places import Fork, Put, take
 from esper.seeds.plan import BlockGroup, Group, Injection, Plan
 from esper.seeds.recording import Recording
 

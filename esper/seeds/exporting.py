@@ -17,33 +17,33 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import CONFIGS, BlockBank, Blueprint, Geometry
-from esper.blueprints.plain import plain_net
+from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
+from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
-from esper.seeds.garden import Garden
-from esper.seeds.grown import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
+from esper.seeds.registry import SeedRegistry
 from esper.seeds.wrappers import unwrapped
 
 Card = dict[str, Any]
 
 
-def export(garden: Garden) -> nn.Module:
+def export(registry: SeedRegistry) -> nn.Module:
     """A copy of the model without seeds, with every branch that adds to its output folded in or built in as a plain module."""
-    return export_with_cards(garden)[0]
+    return export_with_cards(registry)[0]
 
 
-def export_with_cards(garden: Garden) -> tuple[nn.Module, list[Card]]:
+def export_with_cards(registry: SeedRegistry) -> tuple[nn.Module, list[Card]]:
     """The plain model, and one JSON-able card for every site at which it differs from the host."""
-    inner = [_hooks_before(site.module) for site in garden.sites]
-    with _detached(garden), unwrapped(garden.model):
-        plain = copy.deepcopy(garden.model)
+    inner = [_hooks_before(site.module) for site in registry.sites]
+    with _detached(registry), unwrapped(registry.model):
+        plain = copy.deepcopy(registry.model)
     cards = []
-    modules = [plain.get_submodule(site.name) for site in garden.sites]  # found before any of them is replaced
+    modules = [plain.get_submodule(site.name) for site in registry.sites]  # found before any of them is replaced
     with torch.no_grad():
         for number, module in enumerate(modules):
-            if garden.blended(number):
-                cards.append(_build_in(garden, number, module, plain, inner[number]))
+            if registry.blended(number):
+                cards.append(_build_in(registry, number, module, plain, inner[number]))
     for parameter in plain.parameters():
         parameter.grad = None
     return plain, cards
@@ -52,7 +52,7 @@ def export_with_cards(garden: Garden) -> tuple[nn.Module, list[Card]]:
 def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
     """Build modules of the same shapes as the cards say into a fresh host; their values come from a saved state.
 
-    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.described``) is asked before anything is.
+    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.export.description``) is asked before anything is.
     Raises KeyError or AttributeError where the host has no such module.
     """
     modules = [host.get_submodule(card["site"]) for card in cards]
@@ -68,21 +68,21 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) 
         _replace(host, module, _joined(module, branches, card["width"], card["dim"]))
 
 
-def _build_in(garden: Garden, number: int, module: nn.Module, plain: nn.Module, inner: set[int]) -> Card:
+def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.Module, inner: set[int]) -> Card:
     """Fold or build in what grew at a site; ``inner`` are the host's own hooks on the module that what grew comes after."""
-    site, blended = garden.sites[number], garden.blended(number)
+    site, blended = registry.sites[number], registry.blended(number)
     geometry = site.geometry
     card: Card = {"site": site.name, "width": geometry.width, "dim": _dim(geometry), "folded": False}
-    blueprints: list[object] = [garden.layers[number].bank(branch.blueprint).blueprint for branch in blended]
+    blueprints: list[object] = [registry.layers[number].bank(branch.blueprint).blueprint for branch in blended]
     bare = not (site.borrowed or inner or any(branch.residual for branch in blended))
     if bare and foldable(module, plain, blueprints):
-        fold(module, [_term(garden, branch) for branch in blended])
+        fold(module, [_term(registry, branch) for branch in blended])
         return card | {"folded": True, "bias": module.bias is not None}
-    branches = [_as_host(_branch(garden, branch), module) for branch in blended]
+    branches = [_as_host(_branch(registry, branch), module) for branch in blended]
     joined = _joined(module, branches, geometry.width, card["dim"])
     _move_hooks(module, joined, inner)
     _replace(plain, module, joined)
-    return card | {"branches": [_card(garden, branch) for branch in blended]}
+    return card | {"branches": [_card(registry, branch) for branch in blended]}
 
 
 def _joined(module: nn.Module, branches: list[GrownBranch | GrownBlock], width: int, dim: int) -> nn.Module:
@@ -97,17 +97,17 @@ def _dim(geometry: Geometry) -> int:
     return -1 - geometry.spatial if geometry.dim == 1 else -1
 
 
-def _term(garden: Garden, branch: Branch) -> tuple[float, Any]:
-    bank = garden.layers[branch.site].bank(branch.blueprint)
+def _term(registry: SeedRegistry, branch: Branch) -> tuple[float, Any]:
+    bank = registry.layers[branch.site].bank(branch.blueprint)
     assert not isinstance(bank, BlockBank)
     values = _cut(bank.blueprint, bank.geometry, branch.seed, bank.values(branch.slot))
-    return float(garden.branches.alpha[branch.id]), matrix(bank.blueprint, values, bank.geometry, branch.seed)
+    return float(registry.branches.alpha[branch.id]), matrix(bank.blueprint, values, bank.geometry, branch.seed)
 
 
-def _branch(garden: Garden, branch: Branch) -> GrownBranch | GrownBlock:
-    bank = garden.layers[branch.site].bank(branch.blueprint)
-    geometry = garden.sites[branch.site].geometry
-    alpha = float(garden.branches.alpha[branch.id])
+def _branch(registry: SeedRegistry, branch: Branch) -> GrownBranch | GrownBlock:
+    bank = registry.layers[branch.site].bank(branch.blueprint)
+    geometry = registry.sites[branch.site].geometry
+    alpha = float(registry.branches.alpha[branch.id])
     if isinstance(bank, BlockBank):
         return GrownBlock(copy.deepcopy(bank.blocks[str(branch.slot)]), geometry.width, _dim(geometry), alpha)
     values = _cut(bank.blueprint, geometry, branch.seed, bank.values(branch.slot))
@@ -131,10 +131,10 @@ def _cut(blueprint: Blueprint, geometry: Geometry, seed: int, values: dict[str, 
     return {name: values[name][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
 
 
-def _card(garden: Garden, branch: Branch) -> Card:
-    bank = garden.layers[branch.site].bank(branch.blueprint)
-    geometry = garden.sites[branch.site].geometry
-    alpha = float(garden.branches.alpha[branch.id])
+def _card(registry: SeedRegistry, branch: Branch) -> Card:
+    bank = registry.layers[branch.site].bank(branch.blueprint)
+    geometry = registry.sites[branch.site].geometry
+    alpha = float(registry.branches.alpha[branch.id])
     card = {"blueprint": branch.blueprint, "alpha": alpha, "seed": branch.seed, "residual": branch.residual}
     if isinstance(bank, BlockBank):
         return card | {"block": True}
@@ -187,21 +187,21 @@ def _move_hooks(module: nn.Module, outer: nn.Module, inner: set[int]) -> None:
 
 
 @contextmanager
-def _detached(garden: Garden) -> Iterator[None]:
+def _detached(registry: SeedRegistry) -> Iterator[None]:
     """Within: the model as if nothing had ever been attached to it; afterwards every hook is in its old place."""
-    own = garden.model
-    dicts = [own._forward_pre_hooks, own._forward_hooks, own._state_dict_hooks, *(site.module._forward_hooks for site in garden.sites)]
+    own = registry.model
+    dicts = [own._forward_pre_hooks, own._forward_hooks, own._state_dict_hooks, *(site.module._forward_hooks for site in registry.sites)]
     before = [(hooks, dict(hooks)) for hooks in dicts]
     for hooks in dicts:
         for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached))]:
             del hooks[key]
-    for site in garden.sites:
+    for site in registry.sites:
         del site.module._modules[ATTRIBUTE]
         unmark(site.module)
     try:
         yield
     finally:
-        for site, layer in zip(garden.sites, garden.layers, strict=True):
+        for site, layer in zip(registry.sites, registry.layers, strict=True):
             site.module._modules[ATTRIBUTE] = layer
             mark(site.module)
         for hooks, saved in before:

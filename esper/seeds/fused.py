@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import MLP, Blueprint, Geometry, SlotBank
-from esper.blueprints.once import each_once
+from esper.blueprints.unique_scatter import each_once
 from esper.kernels import Kernels
+from esper.kernels.branch_kinds import KINDS
 from esper.kernels.dispatch import fits
-from esper.kernels.kinds import KINDS
+from esper.seeds.device_copy import made_on
 from esper.seeds.plan import Group, Plan
-from esper.seeds.sending import made_on
 
 SUBTRACT, FROZEN = 1, 2
 """Bits of a route: δ = net − id, and parameters that do not learn."""
@@ -78,9 +78,7 @@ class Fused:
         ratios.update(zip(self.branches, values.unbind(), strict=True))
 
 
-def fuse(
-    plan: Plan, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device
-) -> Plan:
+def fuse(plan: Plan, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device) -> Plan:
     """The plan with what the kernels can take in one leading ``Fused``; as it is where they are not used.
 
     ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.
@@ -126,7 +124,11 @@ def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int
         route=route,
         alpha=torch.cat([group.alpha for group in groups]),
         failures=torch.zeros(len(branches), device=device),
-        key=("fused " + ",".join(f"{kind_of(g.bank.blueprint)}×{len(g.branches)}" for g in groups), len(branches), any(g.learns for g in groups)),
+        key=(
+            "fused " + ",".join(f"{kind_of(g.bank.blueprint)}×{len(g.branches)}" for g in groups),
+            len(branches),
+            any(g.learns for g in groups),
+        ),
     )
 
 

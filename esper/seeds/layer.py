@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.blueprints.call import Call, on_first
+from esper.blueprints.block_call import Call, on_first
 from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
-from esper.seeds.graph import grown_in_graph
+from esper.seeds.graph_ops import grown_in_graph
 from esper.seeds.plan import Plan
 from esper.seeds.recording import Recording
 from esper.seeds.sites import Site
@@ -41,7 +41,7 @@ class SeedLayer(nn.Module, Hidden):
     ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
     ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
 
-    A compiled host has ``esper.seeds.graph`` in its place. Of the layer itself its graph knows ``asleep``, ``due`` (telemetry is) and
+    A compiled host has ``esper.seeds.graph_ops`` in its place. Of the layer itself its graph knows ``asleep``, ``due`` (telemetry is) and
     ``outside`` (branches blend that are not for the graph) or ``keeps`` (an objective asks for activations): the graph is left for it.
     """
 

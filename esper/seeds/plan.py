@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, Geometry, SlotBank
 from esper.seeds.branches import Branch
-from esper.seeds.sending import made_on, on_device
+from esper.seeds.device_copy import made_on, on_device
 
 
 @dataclass

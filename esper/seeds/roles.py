@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from esper.seeds.axes import is_linear
-from esper.seeds.watching import Call, Node
+from esper.seeds.feature_axis import is_linear
+from esper.seeds.tracing import Call, Node
 
 ROLES = ("mlp_hidden", "residual", "conv_out")
 

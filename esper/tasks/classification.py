@@ -54,8 +54,7 @@ def divide(task: str, samples: Samples, seed: int, wanted: Mapping[str, int]) ->
     asked = " + ".join(f"{name}={size}" for name, size in wanted.items() if size)
     if rest < 0 or (wanted.get("train") == 0 and rest == 0):
         raise UserError(
-            f"task={task}: {asked} asks for {sum(wanted.values())} of {len(targets)} samples and leaves nothing to "
-            "train on; ask for fewer."
+            f"task={task}: {asked} asks for {sum(wanted.values())} of {len(targets)} samples and leaves nothing to train on; ask for fewer."
         )
     sizes = {name: size or rest for name, size in wanted.items()}
     parts = stratified(targets, list(sizes.values()), seed)

@@ -43,10 +43,7 @@ class Batches:
         """Raises ``UserError`` when a batch is larger than the data set and partial batches are dropped."""
         self.length = len(dataset)  # type: ignore[arg-type]
         if self.length == 0 or (drop_last and self.length < batch_size):
-            raise UserError(
-                f"batches of {batch_size} cannot be made from {self.length} samples; "
-                "lower the batch size or use more data."
-            )
+            raise UserError(f"batches of {batch_size} cannot be made from {self.length} samples; lower the batch size or use more data.")
         self.batch_size, self.seed, self.collate = batch_size, seed, collate
         self.device = _indexed(torch.device(device))
         self.shuffle = shuffle

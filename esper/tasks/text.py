@@ -97,10 +97,7 @@ class TextConfig:
         order = torch.randperm(self.stretches, generator=generator(self.split_seed, "split"))
         parts = order.split([self.stretches - 3 * held, held, held, held])
         inside = torch.arange(0, size - self.context, self.context)
-        return {
-            which: (part.sort().values.unsqueeze(1) * size + inside).flatten()
-            for which, part in zip(SETS, parts, strict=True)
-        }
+        return {which: (part.sort().values.unsqueeze(1) * size + inside).flatten() for which, part in zip(SETS, parts, strict=True)}
 
     def _describe(self, characters: int, vocabulary: int, starts: dict[str, Tensor]) -> str:
         source = Path(self.path).name if self.path else "King James Bible"

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from esper.tracking.config import CsvConfig, MlflowConfig, NoneConfig, tracking_uri, ui_command
-from esper.tracking.record import DatasetRecord, RunRecord, differences, flatten, readable_name
-from esper.tracking.runner import TrackerRunner
+from esper.tracking.run_info import DatasetRecord, RunRecord, differences, flatten, readable_name
 from esper.tracking.tracker import Tracker, TrackerError
+from esper.tracking.tracker_thread import TrackerRunner
 
 CONFIGS = {"mlflow": MlflowConfig, "csv": CsvConfig, "none": NoneConfig}
 
@@ -36,7 +36,7 @@ __all__ = [
 
 def build_trackers(config: MlflowConfig | CsvConfig | NoneConfig) -> list[Tracker]:
     """The trackers of a run: the Parquet files always and first, then what the settings ask for."""
-    from esper.tracking.parquet import ParquetFiles
+    from esper.tracking.parquet_files import ParquetFiles
 
     trackers: list[Tracker] = [ParquetFiles()]
     if isinstance(config, MlflowConfig):

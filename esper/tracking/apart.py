@@ -13,7 +13,7 @@ import esper
 from esper.tracking import frames
 from esper.tracking.config import MlflowConfig
 from esper.tracking.framed import Framed
-from esper.tracking.record import RunRecord
+from esper.tracking.run_info import RunRecord
 from esper.tracking.tracker import TrackerError
 
 LOG = "tracker.log"
@@ -73,9 +73,7 @@ class MlflowApart(Framed):
         ready, _, _ = select.select([process.stdout], [], [], self.config.close_s)
         if not ready:
             self._stop()
-            raise TrackerError(
-                f"the tracking process did not answer within {self.config.close_s:.0f} s (tracking.close_s)"
-            )
+            raise TrackerError(f"the tracking process did not answer within {self.config.close_s:.0f} s (tracking.close_s)")
         self._answer()
 
     def _answer(self) -> None:
@@ -84,9 +82,7 @@ class MlflowApart(Framed):
             reply = frames.read(self._process.stdout, frames.Reply)
         except EOFError:
             code = self._process.wait()
-            raise TrackerError(
-                f"the tracking process ended with code {code}; its last words are in {self._log}"
-            ) from None
+            raise TrackerError(f"the tracking process ended with code {code}; its last words are in {self._log}") from None
         self._heed(reply)
 
     def _send(self, frame: frames.Frame) -> None:

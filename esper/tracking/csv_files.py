@@ -13,7 +13,7 @@ import msgspec
 from esper.bus.codec import to_plain
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded
 from esper.tracking.config import CsvConfig
-from esper.tracking.record import RunRecord
+from esper.tracking.run_info import RunRecord
 
 
 class CsvFiles:

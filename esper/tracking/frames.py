@@ -9,7 +9,7 @@ import msgspec
 from esper.bus.codec import message_hook, to_plain
 from esper.messages import Message
 from esper.tracking.config import MlflowConfig
-from esper.tracking.record import RunRecord
+from esper.tracking.run_info import RunRecord
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):

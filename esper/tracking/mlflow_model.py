@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper.tracking.model import PROGRAM, SAMPLE, SIGNATURE
+from esper.tracking.final_model import PROGRAM, SAMPLE, SIGNATURE
 
 if TYPE_CHECKING:
     from mlflow.models import Model, ModelSignature

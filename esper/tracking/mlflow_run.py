@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry
-from esper.tracking.aggregate import Aggregates, Point
 from esper.tracking.config import MlflowConfig, tracking_uri
-from esper.tracking.continued import Continued
-from esper.tracking.description import description
-from esper.tracking.record import RunRecord
+from esper.tracking.resumed_run import Continued
+from esper.tracking.run_info import RunRecord
+from esper.tracking.run_page import description
+from esper.tracking.seed_averages import Aggregates, Point
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -231,8 +231,8 @@ class MlflowRun:
             self._client.log_artifacts(self.run_id, str(folder / "figures"), "figures")
 
     def _log_model(self) -> None:
+        from esper.tracking.final_model import PROGRAM
         from esper.tracking.mlflow_model import log_model
-        from esper.tracking.model import PROGRAM
 
         folder = Path(self._record.folder)
         if (folder / PROGRAM).exists():

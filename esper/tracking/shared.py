@@ -7,7 +7,7 @@ import socket
 from esper.tracking import frames
 from esper.tracking.config import MlflowConfig
 from esper.tracking.framed import Framed
-from esper.tracking.record import RunRecord
+from esper.tracking.run_info import RunRecord
 from esper.tracking.tracker import TrackerError
 
 #: Environment variable with the path of the sweep's socket; set in a sweep's workers.
@@ -15,7 +15,7 @@ SOCKET = "ESPER_TRACKER"
 
 
 class MlflowShared(Framed):
-    """Hands everything to the sweep's store process (``esper.compare.writer``) over a Unix socket."""
+    """Hands everything to the sweep's store process (``esper.compare.sweep.store_writer``) over a Unix socket."""
 
     def __init__(self, config: MlflowConfig, path: str) -> None:
         super().__init__(config)

@@ -9,7 +9,7 @@ import numpy as np
 
 from esper.errors import TrackerError as TrackerError
 from esper.messages import Message, Telemetry
-from esper.tracking.record import RunRecord
+from esper.tracking.run_info import RunRecord
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 

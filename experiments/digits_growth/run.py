@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.compare.signflip import interval, sign_flip
+from esper.compare.statistics.sign_flip import interval, sign_flip
 
 LEAST_GAIN = 0.03
 """Points of test accuracy over the host alone at equal MACs that the default run must win."""

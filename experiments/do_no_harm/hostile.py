@@ -13,6 +13,7 @@ from torch import Tensor
 from esper.blueprints.base import Blueprint, Parameters
 from esper.blueprints.conv import Conv
 from esper.blueprints.mlp import MLP
+from esper.engine.port import NullPort
 from esper.grafting import STRATEGY_NAMES
 from esper.messages import (
     Cancel,
@@ -26,7 +27,6 @@ from esper.messages import (
     SetStage,
     Transition,
 )
-from esper.training.port import NullPort
 
 
 class _Reversed(torch.autograd.Function):

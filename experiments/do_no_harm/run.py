@@ -35,8 +35,8 @@ from esper.cli.compose import compose  # noqa: E402
 from esper.errors import UserError  # noqa: E402
 from esper.grafting import CONFIGS as STRATEGIES  # noqa: E402
 from esper.randomness import generator  # noqa: E402
-from esper.running.kept import worse_than_alone  # noqa: E402
-from esper.training.trainer import Growth, Trainer  # noqa: E402
+from esper.running.model_selection import worse_than_alone  # noqa: E402
+from esper.trainer.trainer import Growth, Trainer  # noqa: E402
 
 WORDS = ("trainer.steps=200", "trainer.batch_size=32", "lifecycle.judge_every=2%", "telemetry.every=20", "tracking=none")
 HOSTS: dict[str, tuple[str, ...]] = {

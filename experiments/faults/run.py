@@ -23,13 +23,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 
 from esper.cli.compose import compose  # noqa: E402
+from esper.engine.port import NullPort  # noqa: E402
 from esper.errors import UserError  # noqa: E402
 from esper.grafting import STRATEGIES  # noqa: E402
 from esper.lifecycle import Stage  # noqa: E402
 from esper.messages import Alert, Germinate, Message, Selector, SetStage  # noqa: E402
-from esper.running.parts import build_trainer  # noqa: E402
-from esper.training.port import NullPort  # noqa: E402
-from esper.training.trainer import Trainer  # noqa: E402
+from esper.running.builders import build_trainer  # noqa: E402
+from esper.trainer.trainer import Trainer  # noqa: E402
 from scripts.benchmarks._machine import chosen  # noqa: E402
 
 WORDS = (
@@ -77,8 +77,8 @@ class Growing(NullPort):
 
 def victim(trainer: Trainer) -> Any:
     """A branch that is being blended in, with its bank."""
-    branch = trainer.grow.garden.in_stage(Stage.GRAFTING)[0]
-    return branch, trainer.grow.garden.layers[branch.site].bank(branch.blueprint)
+    branch = trainer.grow.registry.in_stage(Stage.GRAFTING)[0]
+    return branch, trainer.grow.registry.layers[branch.site].bank(branch.blueprint)
 
 
 def weights(trainer: Trainer) -> torch.nn.Parameter:
@@ -144,8 +144,8 @@ def strategy_nan(trainer: Trainer) -> None:
 def poisoned_alpha(trainer: Trainer) -> None:
     """NaN in the table of alphas itself, past every strategy."""
     branch, _ = victim(trainer)
-    trainer.grow.garden.branches.alpha[branch.id] = float("nan")
-    trainer.grow.garden.set_alphas({branch.site})
+    trainer.grow.registry.branches.alpha[branch.id] = float("nan")
+    trainer.grow.registry.set_alphas({branch.site})
 
 
 def full_gpu(trainer: Trainer) -> None:

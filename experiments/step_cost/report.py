@@ -54,9 +54,7 @@ def step_table(rows: Sequence[Row]) -> str:
     for row in rows:
         limit = "" if row["limit"] == "nan" else f"{float(row['limit']):.2f} {'met' if met(row) else '**missed**'}"
         ratio = f"{float(row['ratio']):.2f} ({float(row['ratio_p20']):.2f} to {float(row['ratio_p80']):.2f})"
-        lines.append(
-            f"| {row['host']} | {row['arm']} | {float(row['p50_ms']):.2f} | {ratio} | {float(row['cpu_ratio']):.2f} | {limit} |"
-        )
+        lines.append(f"| {row['host']} | {row['arm']} | {float(row['p50_ms']):.2f} | {ratio} | {float(row['cpu_ratio']):.2f} | {limit} |")
     return "\n".join(lines)
 
 

@@ -32,7 +32,7 @@ class WorkersLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
-        from esper.compare.composing import lean
+        from esper.compare.sweep.job_configs import lean
 
         lean(hydra_context.config_loader)
         self.context, self.config = hydra_context, config
@@ -40,6 +40,6 @@ class WorkersLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs and judge the arms."""
-        from esper.compare.launch import launch
+        from esper.compare.sweep.launch import launch
 
         return launch(self, job_overrides, initial_job_idx)

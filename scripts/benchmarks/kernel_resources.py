@@ -16,8 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from esper.kernels import chunk_backward, chunk_forward, launch, measure
-from esper.kernels.kinds import KINDS, Kind
+from esper.kernels import chunk_backward, chunk_forward, launch
+from esper.kernels import telemetry_kernels as measure
+from esper.kernels.branch_kinds import KINDS, Kind
 from esper.kernels.launch import Launch, Limits
 
 DEVICES = {80: Limits((8, 0), 108, 166_912), 89: Limits((8, 9), 34, 101_376, 65536, 1536), 90: Limits((9, 0), 132, 232_448)}

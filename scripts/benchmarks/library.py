@@ -50,7 +50,7 @@ def attaching(rounds: int, shape: dict[str, int]) -> dict[str, Any]:
         busy.append(time.process_time() - spent)
         model = grow.export()
     parameters = sum(p.numel() for p in model.parameters())
-    known = {"parameters": parameters, "sites": len(grow.garden.sites)}
+    known = {"parameters": parameters, "sites": len(grow.registry.sites)}
     return {**known, "seconds": seconds, "median_s": statistics.median(seconds), "median_cpu_s": statistics.median(busy)}
 
 

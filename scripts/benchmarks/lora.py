@@ -26,8 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from esper import attach
 from esper.blueprints import LowRank
 from esper.controllers import CONFIGS
+from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.lifecycle import LifecycleConfig
-from esper.training.optimizer import BranchLearning
 from scripts.benchmarks._machine import machine
 
 MODULO, LENGTH, BATCH, RANK, RATE = 30, 12, 32, 8, 3e-3
@@ -107,7 +107,7 @@ def with_seeds(host: GPT2LMHeadModel, steps: int, seed: int, rank: int) -> dict[
         grow.tick(loss.detach())
 
     spent, kept = timed(step, steps, seed)
-    branches = grow.garden.branches.living()
+    branches = grow.registry.branches.living()
     told = {"parameters": sum(branch.parameters for branch in branches), "kept": grow.life.counts["fossilized"]}
     return {"arm": "seeds", **told, "loss": held_out(grow.export()), "step_ms": spent, "kept_kib": kept}
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.engine.attach import attach
+from esper.engine.grow import Grow
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.lifecycle import LifecycleConfig
 from esper.seeds import TelemetryConfig
-from esper.training.attach import attach
-from esper.training.grow import Grow
 from scripts.benchmarks.step import STEPS, Germinate, Script
 
 WIDTH, LAYERS = 16384, 64
@@ -115,7 +115,7 @@ def state_bytes(grow: Grow) -> float:
     """Bytes a seed of everything that has one entry a seed: the table and the last telemetry."""
     observer = grow.observer
     held = sum(rows.numel() * rows.element_size() for rows in observer.health)
-    return grow.garden.table.bytes_per_seed + held / grow.garden.table.rows
+    return grow.registry.table.bytes_per_seed + held / grow.registry.table.rows
 
 
 def measure(case: str, grow: Grow, ticks: int) -> Row:
@@ -129,7 +129,7 @@ def measure(case: str, grow: Grow, ticks: int) -> Row:
         times.append(1e3 * (time.perf_counter() - began))
     p20, _, _, p80 = statistics.quantiles(times, n=5)
     return Row(
-        case, grow.garden.table.rows, round(p20, 3), round(statistics.median(times), 3), round(p80, 3), TICK_LIMIT_MS,
+        case, grow.registry.table.rows, round(p20, 3), round(statistics.median(times), 3), round(p80, 3), TICK_LIMIT_MS,
         round(state_bytes(grow), 1), round(os.getloadavg()[0], 1), torch.__version__, platform.python_version(),
         f"{platform.system()} {platform.machine()}",
     )  # fmt: skip

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, sys, time
 from esper import app
-from esper.training.trainer import Trainer
+from esper.trainer.trainer import Trainer
 step = Trainer._step
 def first(self, number):
     step(self, number)

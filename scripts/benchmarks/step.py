@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.engine.attach import attach
+from esper.engine.grow import Grow
+from esper.engine.port import NullPort
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.hosts.cnn import CNNConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.messages import Germinate
 from esper.seeds import TelemetryConfig
-from esper.training.attach import attach
-from esper.training.device import keep_freed_memory
-from esper.training.grow import Grow
-from esper.training.port import NullPort
+from esper.trainer.device import keep_freed_memory
 from scripts.benchmarks._baseline import Spread, regressions
 from scripts.benchmarks._machine import chosen
 
@@ -190,7 +190,7 @@ class Loop:
             sample=self.batch, blueprint=BLUEPRINTS["mlp"](receptive_field=arm.field), grafting=STRATEGIES["linear"](ramp=ramp),
             lifecycle=lifecycle, telemetry=TelemetryConfig(every=arm.every), port=port,
         )  # fmt: skip
-        seeds = [(site.name, seed) for site in grow.garden.sites for seed in range(site.geometry.seeds)]
+        seeds = [(site.name, seed) for site in grow.registry.sites for seed in range(site.geometry.seeds)]
         wanted = round(arm.share * len(seeds))
         chosen = [seeds[number * len(seeds) // wanted] for number in range(wanted)]
         port.waiting = [Germinate(id=f"{site}-{seed}", site=site, seed=seed) for site, seed in chosen]
@@ -198,7 +198,7 @@ class Loop:
 
     def _reach(self, arm: Arm) -> None:
         assert self.grow is not None
-        stages = self.grow.garden.table.stage
+        stages = self.grow.registry.table.stage
         wanted = round(arm.share * len(stages))
         for _ in range(8):
             self.step()

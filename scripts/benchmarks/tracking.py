@@ -64,9 +64,7 @@ def timed(tracking: str, overrides: list[str]) -> Timing:
         ]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         began = time.perf_counter()
-        done = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
         wall = time.perf_counter() - began
         if done.returncode:
             raise SystemExit(f"the run with tracking={tracking} failed:\n{done.stderr[-4000:]}")

@@ -28,12 +28,12 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
+from esper.checkpoint import store  # noqa: E402
 from esper.cli.compose import compose  # noqa: E402
 from esper.config import RootConfig  # noqa: E402
 from esper.lifecycle import Stage  # noqa: E402
-from esper.report.summary import read_summary  # noqa: E402
+from esper.report.summary_file import read_summary  # noqa: E402
 from esper.tracking import MlflowConfig  # noqa: E402
-from esper.training.checkpoint import store  # noqa: E402
 from tests.resume import killing  # noqa: E402
 
 SHORT = (

@@ -15,11 +15,11 @@ import yaml
 
 from esper import secrets
 from esper.app import main
-from esper.bus.exporters import OtlpExporter
+from esper.bus.monitor.exporters import OtlpExporter
 from esper.config import build
 from esper.errors import UserError
 from esper.tracking.mlflow_store import quiet_client
-from esper.tracking.reach import check_uri
+from esper.tracking.store_check import check_uri
 from tests.here import here
 
 SECRET = "hunter2-tr0ub4dor"
@@ -126,7 +126,10 @@ def test_programs_that_are_given_addresses_without_a_configuration_refuse_secret
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        *(("tracking.uri", uri) for uri in ("sqlite:////home/me@work/a:b/mlflow.db", "postgresql://me@host/runs?sslmode=require", "http://host:5000")),
+        *(
+            ("tracking.uri", uri)
+            for uri in ("sqlite:////home/me@work/a:b/mlflow.db", "postgresql://me@host/runs?sslmode=require", "http://host:5000")
+        ),
         *(("bus.url", url) for url in ("redis://127.0.0.1:6379/0", "rediss://[::1]:6379/0")),
         *(("task.args.source", url) for url in ("https://host/package@2/x?download=1", "me@example.org", "a:b")),
         *((key, "x") for key in ("task.args.pad_token", "task.args.tokens", "bus.tls_key", "task.args.key", "model.args.passes")),

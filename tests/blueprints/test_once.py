@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from esper.blueprints.once import Pick, each_once, pick
+from esper.blueprints.unique_scatter import Pick, each_once, pick
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -185,7 +185,6 @@ class Episode:
             client.sadd(keys.producers(RUN, stream), "poison")
             client.xadd(keys.entries(RUN, stream, "poison"), {"m": self.random.randbytes(self.random.randint(0, 200))})
 
-
     @property
     def url(self) -> str:
         """Where the processes find the server: behind the proxy."""

@@ -18,8 +18,8 @@ from trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
-from esper.bus.joining import invitation, invite
-from esper.bus.port import BusPort
+from esper.bus.discovery import invitation, invite
+from esper.bus.trainer.bus_port import BusPort
 from esper.controllers import ControllerRunner
 from esper.controllers.random import RandomConfig
 from esper.messages import GateResult, RunEnded, Transition

@@ -13,9 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from esper.bus.config import RedisConfig
-from esper.bus.joining import invite
-from esper.bus.port import BusPort
+from esper.bus.discovery import invite
 from esper.bus.server.bus import ServerBus
+from esper.bus.trainer.bus_port import BusPort
 from esper.messages import Germinate, Transition
 
 

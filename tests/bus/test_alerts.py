@@ -15,7 +15,7 @@ from promql import Scrapes, evaluate
 from scraping import Run
 
 from esper.bus.codec import Envelope, encode
-from esper.bus.joining import joined
+from esper.bus.discovery import joined
 from esper.messages import Germinate, Telemetry, TickEnded
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "operations"

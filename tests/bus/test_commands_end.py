@@ -7,7 +7,7 @@ import time
 import pytest
 from faults import wait_until
 
-from esper.bus.port import BusPort
+from esper.bus.trainer.bus_port import BusPort
 from esper.messages import Acknowledgement, Checkpoint, Germinate
 
 

@@ -9,10 +9,10 @@ from faults import wait_until
 from trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus.config import RedisConfig
-from esper.bus.joining import invite, joined
-from esper.bus.port import BusPort, ControllerSilent
-from esper.bus.programs.control import Control
+from esper.bus.discovery import invite, joined
+from esper.bus.programs.controller import Control
 from esper.bus.server.bus import ServerBus
+from esper.bus.trainer.bus_port import BusPort, ControllerSilent
 from esper.errors import UserError
 from esper.messages import Checkpoint, Germinate, RunStarted, Telemetry, TickEnded
 

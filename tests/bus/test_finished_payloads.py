@@ -11,13 +11,13 @@ from faults import wait_until
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig
-from esper.bus.joining import invite
-from esper.bus.port import BusPort
-from esper.bus.programs import track
+from esper.bus.discovery import invite
+from esper.bus.programs import tracker as track
 from esper.bus.server.payloads import keep_all, kept
+from esper.bus.trainer.bus_port import BusPort
 from esper.errors import UserError
 from esper.messages import Metrics
-from esper.running.connecting import let_payloads_go, let_them_read, refuse_untrackable
+from esper.running.connections import let_payloads_go, let_them_read, refuse_untrackable
 from esper.tracking import RunRecord
 
 LARGE = {f"a-metric-with-a-long-name/{number}": float(number) for number in range(40_000)}

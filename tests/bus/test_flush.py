@@ -7,8 +7,8 @@ from faults import wait_until
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
-from esper.bus.port import BusPort
 from esper.bus.server.bus import ServerBus
+from esper.bus.trainer.bus_port import BusPort
 
 
 def test_rows_that_nobody_decides_on_are_sent_when_they_are_old_enough_in_memory_too(tmp_path):

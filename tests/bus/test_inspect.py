@@ -8,7 +8,7 @@ import pytest
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, RedisConfig
-from esper.bus.joining import invite
+from esper.bus.discovery import invite
 from esper.bus.programs import inspect
 from esper.bus.server.status import status
 from esper.errors import UserError

@@ -10,7 +10,7 @@ import redis
 from faults import wait_until
 
 from esper.bus.codec import Envelope, encode
-from esper.bus.programs.track import fresh_group
+from esper.bus.programs.tracker import fresh_group
 from esper.bus.protocol import Fenced
 from esper.bus.server.payloads import keep_all
 from esper.errors import UserError

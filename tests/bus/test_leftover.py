@@ -10,11 +10,11 @@ from faults import wait_until
 
 from esper.bus import open_bus as opened_as
 from esper.bus.config import EmbeddedConfig, RedisConfig
-from esper.bus.joining import invite
+from esper.bus.discovery import invite
 from esper.bus.programs import inspect
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.embedded import address_in
-from esper.bus.server.leftover import leftovers, missing, send
+from esper.bus.server.leftover_spool import leftovers, missing, send
 from esper.errors import UserError
 from esper.messages import Alert, TickEnded
 

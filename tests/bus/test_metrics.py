@@ -10,8 +10,8 @@ import pytest
 from faults import FragileServer, wait_until
 from scraping import Run
 
-from esper.bus.joining import joined
-from esper.bus.metrics import BUCKETS_S, METRICS
+from esper.bus.discovery import joined
+from esper.bus.monitor.metric_names import BUCKETS_S, METRICS
 from esper.bus.programs import inspect
 from esper.errors import UserError
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.bus.counts import Counts
+from esper.bus.counters import Counts
 from esper.bus.ids import parse
 from esper.bus.ordering import CausalOrder, GlobalOrder, StreamOrder
 from esper.bus.protocol import Delivery

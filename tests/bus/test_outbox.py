@@ -9,9 +9,9 @@ import pytest
 from faults import wait_until
 
 from esper.bus.config import RedisConfig
-from esper.bus.counts import Counts
+from esper.bus.counters import Counts
 from esper.bus.server.outbox import Outbox
-from esper.bus.spool import Spool
+from esper.bus.server.spool import Spool
 from esper.messages import TickEnded
 
 

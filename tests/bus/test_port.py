@@ -12,9 +12,9 @@ from deciding import COLUMNS, Germinator, messages, rows
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig
-from esper.bus.port import BusPort
 from esper.bus.server.bus import ServerBus
-from esper.bus.telemetry import unpack
+from esper.bus.telemetry_codec import unpack
+from esper.bus.trainer.bus_port import BusPort
 from esper.messages import (
     Acknowledgement,
     Alert,

@@ -8,7 +8,7 @@ import time
 import pytest
 from deciding import COLUMNS, Germinator, messages, rows
 
-from esper.bus.port import BusPort, ControllerSilent
+from esper.bus.trainer.bus_port import BusPort, ControllerSilent
 from esper.messages import Acknowledgement, Alert, Decided, Germinate, TickEnded
 
 

@@ -15,10 +15,10 @@ from trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, MemoryConfig
-from esper.bus.joining import invite
-from esper.bus.port import BusPort
-from esper.bus.programs import control as control_program
-from esper.bus.programs import track as track_program
+from esper.bus.discovery import invite
+from esper.bus.programs import controller as control_program
+from esper.bus.programs import tracker as track_program
+from esper.bus.trainer.bus_port import BusPort
 from esper.controllers import ControllerRunner
 from esper.controllers.random import RandomConfig
 from esper.errors import UserError

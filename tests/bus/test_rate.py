@@ -9,11 +9,11 @@ import pytest
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
-from esper.bus.port import BusPort
-from esper.bus.rate import A_MINUTE, AlertLimit
+from esper.bus.trainer.alert_limit import A_MINUTE, AlertLimit
+from esper.bus.trainer.bus_port import BusPort
 from esper.cli.compose import compose
 from esper.messages import Alert
-from esper.running.connecting import Watched
+from esper.running.connections import Watched
 from esper.running.run import run
 
 
@@ -21,7 +21,7 @@ from esper.running.run import run
 def clock(monkeypatch):
     """Seconds, for the limit and the library it uses."""
     moment = [1_000_000.0]
-    monkeypatch.setattr("esper.bus.rate.time.monotonic", lambda: moment[0])
+    monkeypatch.setattr("esper.bus.trainer.alert_limit.time.monotonic", lambda: moment[0])
     monkeypatch.setattr("limits.storage.memory.time.time", lambda: moment[0])
     return moment
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from esper.bus.ring import ROOM, TelemetryRing
-from esper.bus.telemetry import unpack
+from esper.bus.telemetry_codec import unpack
+from esper.bus.trainer.telemetry_ring import ROOM, TelemetryRing
 
 SEEDS, COLUMNS = 7, ("a", "b", "c")
 FLUSH = 4

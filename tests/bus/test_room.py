@@ -12,8 +12,8 @@ import time
 import pytest
 from faults import drain, wait_until
 
-from esper.bus.programs.track import fresh_group
-from esper.bus.spool import Spool
+from esper.bus.programs.tracker import fresh_group
+from esper.bus.server.spool import Spool
 from esper.errors import UserError
 from esper.messages import Telemetry, TickEnded
 

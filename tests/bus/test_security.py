@@ -14,7 +14,7 @@ from tls import tls_before
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, RedisConfig
-from esper.bus.joining import invite
+from esper.bus.discovery import invite
 from esper.bus.server.connection import Address, connect
 from esper.bus.server.embedded import EmbeddedServer, Note
 from esper.errors import UserError

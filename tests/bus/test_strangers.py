@@ -10,12 +10,12 @@ from deciding import COLUMNS, rows
 from faults import wait_until
 
 from esper.bus.codec import Envelope, encode
-from esper.bus.joining import invite
-from esper.bus.port import BusPort
+from esper.bus.discovery import invite
 from esper.bus.programs import inspect
-from esper.bus.programs.track import fresh_group
+from esper.bus.programs.tracker import fresh_group
 from esper.bus.protocol import STREAMS
 from esper.bus.server import keys
+from esper.bus.trainer.bus_port import BusPort
 from esper.errors import UserError
 from esper.messages import Germinate, TickEnded
 

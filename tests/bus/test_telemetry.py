@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from esper.bus.codec import Refused
-from esper.bus.telemetry import pack, unpack, unpacked
+from esper.bus.telemetry_codec import pack, unpack, unpacked
 from esper.messages import Telemetry
 
 buffers = hnp.arrays(np.uint32, hnp.array_shapes(min_dims=3, max_dims=3, min_side=0, max_side=8)).map(lambda bits: bits.view(np.float32))

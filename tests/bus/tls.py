@@ -59,9 +59,7 @@ def certificate(folder, name, issuer=None):
         built = built.add_extension(usage, critical=True)
     signed = built.sign(signing, hashes.SHA256())
     plain = serialization.NoEncryption()
-    (folder / f"{name}.key").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    )
+    (folder / f"{name}.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain))
     (folder / f"{name}.crt").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     return key, signed
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import torch
 
-from esper.bus.port import BusPort
+from esper.bus.trainer.bus_port import BusPort
 from esper.messages import Checkpoint, Germinate, Metrics, Transition
 
 COLUMNS = ("stage", "alpha", "mean", "variance", "near_zero", "correlation")

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
 from esper.config import RootConfig
+from esper.engine.port import NullPort
+from esper.engine.state import trainer_state
 from esper.messages import Germinate, Message
-from esper.running.parts import build_trainer
+from esper.running.builders import build_trainer
 from esper.tasks.base import Task
-from esper.training.checkpoint.engine import trainer_state
-from esper.training.checkpoint.tree import join, split
-from esper.training.fingerprint import fingerprint
-from esper.training.port import NullPort
-from esper.training.trainer import Trainer
+from esper.trainer.fingerprint import fingerprint
+from esper.trainer.trainer import Trainer
 
 Make = Callable[..., Trainer]
 SHORT = (
@@ -96,5 +96,5 @@ def train_until(trainer: Trainer, step: int) -> Any:
 def bits(trainer: Trainer) -> tuple[str, list[tuple[str, list[tuple[str, int]]]]]:
     """Fingerprint of weights and history, and every branch's path."""
     grown = trainer.grow.export().state_dict()
-    paths = [(branch.blueprint, branch.path) for branch in trainer.grow.garden.branches.entries]
+    paths = [(branch.blueprint, branch.path) for branch in trainer.grow.registry.branches.entries]
     return fingerprint(grown, trainer.outcome.history), paths

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from esper.messages import Alert
-from esper.training.trainer import Trainer
+from esper.trainer.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits, train_until
 
 SMALL_TEXT = ("task=text", "task.context=16", "task.held_out=0.005", "trainer.batch_size=4", "trainer.validate_every=100%")

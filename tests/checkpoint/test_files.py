@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from esper.checkpoint import hashes as pieces
+from esper.checkpoint import store
+from esper.checkpoint.background_saver import Retention, Saver
+from esper.checkpoint.hashes import Written, map_bytes, read_bytes, write_bytes
+from esper.checkpoint.tensor_files import parse_tensors, write_tensors
+from esper.checkpoint.tree import join, kept, same, split
 from esper.errors import UserError
-from esper.training.checkpoint import pieces, store
-from esper.training.checkpoint.files import parse_tensors, write_tensors
-from esper.training.checkpoint.pieces import Written, map_bytes, read_bytes, write_bytes
-from esper.training.checkpoint.saver import Retention, Saver
-from esper.training.checkpoint.tree import join, kept, same, split
 
 STATE: dict[str, Any] = {
     "weights": {"a": torch.arange(6.0).reshape(2, 3), "empty": torch.zeros(0, 4), "half": torch.ones(3, dtype=torch.bfloat16)},

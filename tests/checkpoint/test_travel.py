@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from esper import attach
+from esper.checkpoint import store
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.training.checkpoint import store
-from esper.training.grow import Grow
 from tests.checkpoint.conftest import Make, train_until
 
 
@@ -26,10 +26,10 @@ def test_branches_travel_to_a_host_of_the_same_topology(make: Make, tmp_path: Pa
     assert second.grow.tick_number == 30
     for was, now in zip(before, second.optimizer.param_groups[0]["params"], strict=True):
         assert torch.equal(was, now)
-    for site, layer in enumerate(first.grow.garden.layers):
-        for name, bank in first.grow.garden.banks(site).items():
-            other = second.grow.garden.layers[site].bank(name)
-            assert layer.name == second.grow.garden.layers[site].name
+    for site, layer in enumerate(first.grow.registry.layers):
+        for name, bank in first.grow.registry.banks(site).items():
+            other = second.grow.registry.layers[site].bank(name)
+            assert layer.name == second.grow.registry.layers[site].name
             assert all(torch.equal(bank.stacks[key], other.stacks[key]) for key in bank.stacks)
     second.model.train()
     second.advance()

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from esper.checkpoint import schema, store
+from esper.checkpoint.schema import SCHEMA, UPGRADES, Upgrade
+from esper.checkpoint.tree import join, same, split
+from esper.engine.state import trainer_state
 from esper.errors import UserError
-from esper.training.checkpoint import schema, store
-from esper.training.checkpoint.engine import trainer_state
-from esper.training.checkpoint.schema import SCHEMA, UPGRADES, Upgrade
-from esper.training.checkpoint.tree import join, same, split
 from tests.checkpoint.conftest import Make
 from tests.checkpoint.samples.make import HERE, STEP, WORDS
 
@@ -37,7 +37,9 @@ def test_a_sample_is_taken_over_to_the_last_bit_and_goes_on(make: Make, version:
     assert trainer.outcome.steps == 60
     losses = [value for tick, name, value in trainer.outcome.history if name == "train/loss" and tick > STEP]
     assert losses and all(map(math.isfinite, losses))
-    for branch, saved in zip(trainer.grow.garden.branches.entries, state["trainer"]["grow"]["garden"]["branches"]["entries"], strict=True):
+    for branch, saved in zip(
+        trainer.grow.registry.branches.entries, state["trainer"]["grow"]["garden"]["branches"]["entries"], strict=True
+    ):
         assert [list(step) for step in branch.path[: len(saved["path"])]] == saved["path"]
         assert len(branch.path) > len(saved["path"])
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from esper.compare.analysis import analyse
 from esper.compare.config import CompareConfig
-from esper.compare.draws import generator
-from esper.compare.figures import _lines, draw
-from esper.compare.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
-from esper.compare.recovery import gap_recovery
-from esper.compare.report import as_dict, show, write_json, write_results
-from esper.compare.runs import Run
+from esper.compare.results.analysis import analyse
+from esper.compare.results.figures import _lines, draw
+from esper.compare.results.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
+from esper.compare.results.report import as_dict, show, write_json, write_results
+from esper.compare.results.runs import Run
+from esper.compare.statistics.gap_recovery import gap_recovery
+from esper.compare.statistics.random_draws import generator
 from esper.errors import UserError
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.compare.arms import arm_keys, lay_out, refuse_overridden_arm, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
+from esper.compare.sweep.arms import arm_keys, lay_out, refuse_overridden_arm, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
 from esper.errors import UserError
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from esper.cli.compose import compose
-from esper.compare.going_on import alone, taken_up
-from esper.report.summary import read_summary
+from esper.compare.sweep.resume import alone, taken_up
+from esper.report.summary_file import read_summary
 from esper.running.run import run
 from tests.resume.killing import differences
 
@@ -130,7 +130,9 @@ def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_tak
     new.mkdir()
     (new / "multirun.yaml").write_text("")
     with alone(tmp_path / "sweeps" / "0"):
-        probe = "import sys; from pathlib import Path; from esper.compare import going_on as on; a = Path(sys.argv[1]) / 'sweeps'\n"
+        probe = (
+            "import sys; from pathlib import Path; from esper.compare.sweep import resume as going_on; a = Path(sys.argv[1]) / 'sweeps'\n"
+        )
         same = "a / 'new', ['-m', 'seed=0,1', 'grafting=drift', 'resume=auto'], a.parent"
         asks = {
             f"on.taken_up({same})": "A sweep of these very words is under way",

@@ -7,8 +7,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from esper.compare.arms import Job
-from esper.compare.progress import Progress
+from esper.compare.sweep.arms import Job
+from esper.compare.sweep.progress import Progress
 
 LINEAR, DRIFT, TUNING = ([Job(first + i, (), arm, "", i) for i in range(3)] for first, arm in ((0, "linear"), (3, "drift"), (6, "linear")))
 ROWS = {"linear, tuning": TUNING, "linear": LINEAR, "drift": DRIFT}
@@ -40,7 +40,7 @@ def test_the_table_counts_every_job_once_in_its_row_and_state() -> None:
 
 def test_the_title_counts_what_this_start_has_to_do_and_foretells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("esper.compare.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("esper.compare.sweep.progress.time.monotonic", lambda: now[0])
     progress = Progress({"linear": LINEAR, "drift": DRIFT}, Console(file=StringIO()))
     progress.kept(LINEAR[0], "kept")
     assert progress.table().title == "0 of 5 jobs"

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 
 from esper.cli.compose import compose
-from esper.compare import worker
-from esper.compare.analysis import analyse
-from esper.compare.arms import Job
-from esper.compare.jobs import Prepared, runs_of
-from esper.compare.plan import Plan
-from esper.compare.report import show
-from esper.compare.shown import shown
-from esper.compare.tuning import TuningJob
+from esper.compare.results.analysis import analyse
+from esper.compare.results.plan import Plan
+from esper.compare.results.report import show
+from esper.compare.sweep import job_process as worker
+from esper.compare.sweep.arms import Job
+from esper.compare.sweep.control_choice import shown
+from esper.compare.sweep.jobs import Prepared, runs_of
+from esper.compare.sweep.tuning import TuningJob
 
 BRIEF = ["tracking=none", "trainer.steps=20", "trainer.validate_every=50%", "trainer.checkpoint_every=", "trainer.save=false"]
 BOTH = ["same_steps", "same_macs"]

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from esper.compare.analysis import analyse
 from esper.compare.command import main as compare
-from esper.compare.plan import Plan
-from esper.compare.store import (
+from esper.compare.results.analysis import analyse
+from esper.compare.results.mlflow_records import (
     ARM,
     BLOCK,
     KIND,
@@ -28,7 +27,8 @@ from esper.compare.store import (
     plan_tags,
     plan_untouched,
     run_of_store,
-)  # fmt: skip
+)
+from esper.compare.results.plan import Plan
 from esper.errors import UserError
 
 Fill = Callable[..., str]

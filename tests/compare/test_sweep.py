@@ -225,7 +225,7 @@ def test_a_store_process_that_is_killed_leaves_no_run_running(tmp_path: Path) ->
     process = begun([*words, f"hydra.sweep.dir={tmp_path}/s"])
     assert process.stdout is not None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (writer,) = [int(pid) for pid in children if b"esper.compare.writer" in _read(Path(f"/proc/{pid}/cmdline"))]
+    (writer,) = [int(pid) for pid in children if b"esper.compare.sweep.store_writer" in _read(Path(f"/proc/{pid}/cmdline"))]
     os.kill(writer, signal.SIGKILL)
     said = " ".join(process.stdout.read().split())
     assert process.wait() in (1, 2)  # 1: a job that was under way has failed with it
@@ -277,7 +277,7 @@ def test_a_sweep_keeps_little_of_each_run_unless_a_file_or_a_word_asks(
 ) -> None:
     from esper.app import main
     from esper.cli import conf
-    from esper.compare import launch
+    from esper.compare.sweep import launch
 
     files = {
         "experiment/drawn": "# @package _global_\n# Draws\ntracking: {figures: true}\n",
@@ -298,7 +298,7 @@ def test_a_sweep_keeps_little_of_each_run_unless_a_file_or_a_word_asks(
 def test_jobs_that_differ_in_their_seed_alone_are_composed_once_and_are_what_they_would_be(tmp_path: Path, monkeypatch: Any) -> None:
     from esper.app import main
     from esper.cli.compose import compose
-    from esper.compare import launch
+    from esper.compare.sweep import launch
 
     seen: list[Any] = []
     monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: seen.append(sweep))
@@ -323,7 +323,7 @@ def test_a_sweep_that_cannot_be_compared_is_refused_before_its_first_run(
     words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from esper.app import main
-    from esper.compare import launch
+    from esper.compare.sweep import launch
 
     monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: pytest.fail("it ran"))
     monkeypatch.chdir(tmp_path)
@@ -335,7 +335,7 @@ def test_the_way_to_try_again_is_said_also_when_every_job_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from esper.app import main
-    from esper.compare import launch
+    from esper.compare.sweep import launch
 
     def run(sweep: Any, environments: Any) -> None:
         sweep.failures += sweep.jobs

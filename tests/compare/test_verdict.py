@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from esper.compare.draws import generator
-from esper.compare.runs import Run, pair, pool
-from esper.compare.verdict import Verdict, classify, verdicts
+from esper.compare.results.runs import Run, pair, pool
+from esper.compare.results.verdict import Verdict, classify, verdicts
+from esper.compare.statistics.random_draws import generator
 from esper.errors import UserError
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from esper.cli import conf
 from esper.cli.compose import compose, from_hydra, register_resolvers
-from esper.compare.arms import arm_keys
+from esper.compare.sweep.arms import arm_keys
 from esper.config import GROUPS, PRESETS, RootConfig, config_hash, options
 from esper.errors import UserError
 

@@ -18,7 +18,7 @@ import pytest
 
 from esper.bus.aio import AsyncBus, AsyncConsumer, AsyncProducer
 from esper.bus.config import EmbeddedConfig, MemoryConfig, RedisConfig
-from esper.bus.memory import MemoryBus
+from esper.bus.memory.bus import MemoryBus
 from esper.bus.protocol import Bus, Consumer, Delivery
 from esper.bus.server.bus import EmbeddedBus, ServerBus
 from esper.bus.server.connection import Address

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from esper.bus.counts import Counts
+from esper.bus.counters import Counts
 from esper.bus.ordering import in_order
 from esper.bus.protocol import Fenced
 from esper.messages import Metrics, Telemetry, TickEnded
@@ -287,7 +287,7 @@ def test_messages_beyond_memory_wait_on_disk_and_come_back_in_order(backend, run
 
 def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(run, tmp_path, server):
     from esper.bus.config import MemoryConfig
-    from esper.bus.memory import MemoryBus
+    from esper.bus.memory.bus import MemoryBus
 
     bus = MemoryBus(MemoryConfig(memory_mb=1, spool_mb=1), tmp_path)
     consumer = bus.consumer("telemetry", run, "group", "one")

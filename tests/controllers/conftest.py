@@ -13,7 +13,7 @@ import torch
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
-from esper.bus.port import BusPort
+from esper.bus.trainer.bus_port import BusPort
 from esper.controllers import ControllerRunner
 from esper.controllers.base import Controller
 from esper.lifecycle.stages import Stage

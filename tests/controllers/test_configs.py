@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from esper.bus.inbox import CONTROLLER
+from esper.bus.trainer.command_inbox import CONTROLLER
 from esper.controllers import CONFIGS, Controller
 from esper.controllers.base import PRODUCER, command_id
 from esper.errors import UserError
@@ -58,6 +58,6 @@ def test_commands_count_only_with_the_decision_that_the_trainer_waits_for():
 def test_controllers_know_no_trainer():
     code = (
         "import sys, esper.controllers; "
-        "print([m for m in sys.modules if m.startswith(('esper.training', 'esper.seeds', 'esper.grafting', 'mlflow'))])"
+        "print([m for m in sys.modules if m.startswith(('esper.engine', 'esper.seeds', 'esper.grafting', 'mlflow'))])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -12,14 +12,14 @@ import pytest
 User = Callable[..., Any]
 
 ARMS = ["grown", "host", "scratch", "scratch_macs", "all_on", "random_places", "naive"]
-NET = '''
+NET = """
 from torch import nn
 
 class Net(nn.Sequential):
     def __init__(self, task, width=6):
         fc1, fc2 = nn.Linear(task.input_shape[0], width), nn.Linear(width, width)
         super().__init__(fc1, nn.ReLU(), fc2, nn.ReLU(), nn.Linear(width, task.outputs))
-'''
+"""
 CASES = {
     "shipped": ["model=mlp", "task=mnist1d"],
     "own": ["model=custom", "model.target=my_net:Net", "task=custom", "task.target=my_pkg.data:waves", "sites.match=['0','2']"],

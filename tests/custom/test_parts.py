@@ -17,7 +17,7 @@ from esper.grafting import CustomStrategy
 from esper.lifecycle import Stage
 from esper.tasks import task_of
 from esper.tasks.folder import FolderConfig
-from esper.training.config import TrainerConfig
+from esper.trainer.config import TrainerConfig
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -96,7 +96,7 @@ def test_an_own_rule_climbs_holds_and_ends_within_the_shared_bounds() -> None:
     assert isinstance(rule, CustomStrategy)
     loop = Loop("mlp", {1: [germinate()]}, {"grafting": rule})
     loop.until(Stage.STABILIZATION)
-    assert loop.grow.garden.branches.alpha[0] == 1.0
+    assert loop.grow.registry.branches.alpha[0] == 1.0
     assert (
         "there is no grafting strategy 'custom'" in Loop("mlp", {1: [germinate(strategy="custom")]}).run(2).port.acks["germinate-fc1-0"][1]
     )

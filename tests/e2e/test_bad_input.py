@@ -21,12 +21,12 @@ from torch.utils.data import TensorDataset
 from esper import app
 from esper.cli.compose import compose
 from esper.errors import UserError
-from esper.program import save_program
-from esper.report.summary import ROOM
+from esper.export.program import save_program
+from esper.report.summary_file import ROOM
 from esper.running.run import run
 from esper.tasks import task_of
 from esper.tasks.base import SETS
-from esper.training.trainer import Trainer
+from esper.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.e2e
 BRIEF = ["trainer.steps=60", "trainer.control=false", "trainer.save=false", "trainer.checkpoint_every=", "tracking=none"]

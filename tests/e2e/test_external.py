@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from esper.checkpoint import store
 from esper.errors import UserError
 from esper.running.resume import fork, resume
 from esper.running.run import run
-from esper.training.checkpoint import store
 from tests.here import here
 from tests.resume.conftest import SHORT, Configure, configure
 from tests.resume.killing import rows

@@ -12,7 +12,7 @@ import torch
 
 from esper import load_model
 from esper.cli.compose import compose
-from esper.running.parts import build_host
+from esper.running.builders import build_host
 from tests.here import here
 
 pytestmark = pytest.mark.e2e

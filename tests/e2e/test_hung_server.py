@@ -14,7 +14,7 @@ from esper.bus.config import RedisConfig
 from esper.bus.protocol import STREAMS
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import PASSWORD_VARIABLE
-from esper.running.connecting import Watched
+from esper.running.connections import Watched
 from tests.here import here
 from tests.resume.conftest import SHORT
 

@@ -138,9 +138,7 @@ def test_a_hand_over_keeps_the_other_rows_and_the_ramp_already_given_up(climb):
 
 
 def test_a_hand_over_into_an_empty_range_is_at_its_end():
-    after = hand_over(
-        initial_state(1), torch.tensor([True]), GraftingContext.quiet(1, 10, alpha_min=0.3, alpha_max=0.3)
-    )
+    after = hand_over(initial_state(1), torch.tensor([True]), GraftingContext.quiet(1, 10, alpha_min=0.3, alpha_max=0.3))
     assert STRATEGIES["linear"].step(CONFIGS["linear"](), after, GraftingContext.quiet(1, 10, 0.3, 0.3)).done
 
 

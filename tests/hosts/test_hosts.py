@@ -21,9 +21,7 @@ from esper.tasks.loading import Batches
 
 def task_of(*shape: int) -> Task:
     drawn = torch.Generator().manual_seed(0)
-    return classification(
-        "toy", dict.fromkeys(SETS, (torch.randn(12, *shape, generator=drawn), torch.arange(12) % 3)), 3, ""
-    )
+    return classification("toy", dict.fromkeys(SETS, (torch.randn(12, *shape, generator=drawn), torch.arange(12) % 3)), 3, "")
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +148,7 @@ def test_dropout_acts_in_training_alone(text: Task) -> None:
         ("transformer", {"heads": 3}, "model.heads=3 does not divide model.width=64"),
     ],
 )
-def test_what_does_not_fit_characters_is_refused(
-    text: Task, name: str, settings: dict[str, Any], sentence: str
-) -> None:
+def test_what_does_not_fit_characters_is_refused(text: Task, name: str, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         CONFIGS[name](**settings).build(text, generator(0))
 
@@ -176,17 +172,13 @@ def test_a_layer_without_a_rule_is_a_programmers_mistake() -> None:
         initialise(nn.Bilinear(2, 2, 2), generator(0))
 
 
-@pytest.mark.parametrize(
-    ("settings", "low", "high"), [({"width": 4}, 0.6, 0.93), ({"width": 64}, 0.94, 1.0)], ids=["small", "grown-up"]
-)
+@pytest.mark.parametrize(("settings", "low", "high"), [({"width": 4}, 0.6, 0.93), ({"width": 64}, 0.94, 1.0)], ids=["small", "grown-up"])
 def test_a_small_host_leaves_something_to_win_on_digits(settings: dict[str, int], low: float, high: float) -> None:
     task = TASKS["digits"]().build()
     host = CONFIGS["mlp"](**settings).build(task, generator(0, "host"))
     train(host, task, steps=600, rate=1e-2)
     with torch.no_grad():
-        accuracy = float(
-            task.metrics["accuracy"].compute(host(task.test.inputs), (task.test.inputs, task.test.targets)).mean()
-        )
+        accuracy = float(task.metrics["accuracy"].compute(host(task.test.inputs), (task.test.inputs, task.test.targets)).mean())
     assert low < accuracy <= high
 
 

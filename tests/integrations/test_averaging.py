@@ -14,8 +14,8 @@ from test_lightning import Classifier, callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from esper.engine.extra_passes import host_parameters
 from esper.seeds.layer import ATTRIBUTE
-from esper.training.passes import host_parameters
 
 
 def data(size: int = 16) -> DataLoader[Any]:
@@ -49,7 +49,7 @@ def test_the_average_follows_what_grows_and_becomes_the_model(kind: str, order: 
     run = trainer([own, average][::order], 5)
     run.fit(model, data(), data(64) if kind == "ema" else None)
     grown = own.grow
-    assert grown is not None and grown.garden.blended(0) and grown.steps == 80
+    assert grown is not None and grown.registry.blended(0) and grown.steps == 80
     kept: nn.Module = average._average_model
     inner = kept.module.net if kind == "ema" else kept.net
     for (name, value), (_, other) in zip(host_parameters(model.net).items(), host_parameters(inner).items(), strict=True):
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_the_same_average(kind: str, tm
 
     whole, average = run(4, save=True)
     again, resumed = run(4, checkpoint=str(tmp_path / "half.ckpt"))
-    assert again.steps == whole.steps == 64 and again.garden.branches[0].path == whole.garden.branches[0].path
+    assert again.steps == whole.steps == 64 and again.registry.branches[0].path == whole.registry.branches[0].path
     for one, other in zip(average.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -104,5 +104,5 @@ def test_lightnings_finders_run_before_anything_is_attached_or_after(finder: str
     }
     own, model = callback(), Tunable()
     trainer([kinds[finder](), own], 2, default_root_dir=tmp_path).fit(model)
-    assert own.grow is not None and own.grow.garden.branches.entries
+    assert own.grow is not None and own.grow.registry.branches.entries
     assert own.grow.steps == own.grow.settings.total_ticks

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from esper import attach, load_model
 from esper.blueprints import Block
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.training.grow import Grow
 
 Data = dict[str, Tensor]
 SIZE: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -96,15 +96,15 @@ def grown(name: str, steps: int) -> tuple[Grow, nn.Module]:
 @pytest.mark.parametrize("name", list(HOSTS))
 def test_a_block_grows_beside_one_of_the_hosts_and_exports_the_same(name: str, steps: int) -> None:
     grow, model = grown(name, steps)
-    branch = grow.garden.branches[0]
+    branch = grow.registry.branches[0]
     assert [stage for stage, _ in branch.path][:3] == ["GERMINATED", "TRAINING", "GRAFTING"]
-    assert 0.0 < float(grow.garden.branches.alpha[0]) <= 1.0
+    assert 0.0 < float(grow.registry.branches.alpha[0]) <= 1.0
     plain, data = grow.export().eval(), HOSTS[name][1](4, 77)
     model.eval()
     with torch.no_grad():
         live = model(**data).logits
         torch.testing.assert_close(plain(**data).logits, live)
-        with grow.garden.without(branch):
+        with grow.registry.without(branch):
             assert not torch.allclose(model(**data).logits, live)
     assert type(plain) is type(model)
 
@@ -181,7 +181,7 @@ def test_blocks_that_answer_with_containers_grow(kind: str) -> None:
         sample_loss(model, batch("mlp", step)).mean().backward()
         grow.after_backward(batch("mlp", step))
         grow.tick(1.0)
-    assert grow.garden.branches.alpha[0] > 0
+    assert grow.registry.branches.alpha[0] > 0
     x = batch("mlp", 5)[0]
     with torch.no_grad():
         torch.testing.assert_close(grow.export()(x), model(x))

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
 from esper.integrations.lightning import GrowCallback
-from esper.training.grow import Grow
 
 TESTING = SimpleNamespace(fn=TrainerFn.TESTING)
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
@@ -68,7 +68,7 @@ def test_a_seed_lives_through_its_stages_and_exports() -> None:
     own, model = callback(), Classifier()
     trainer([own], 20).fit(model, data())
     assert own.grow is not None and own.grow.steps == 20
-    reached = [name for name, _ in own.grow.garden.branches[0].path]
+    reached = [name for name, _ in own.grow.registry.branches[0].path]
     assert reached[:4] == ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION"]
     x = batch("mlp", 5)[0]
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_batches_without_a_loss_are_left_out_of_the_steps_loss(monkeypatch: pyte
     lightning.Trainer(max_steps=16, accumulate_grad_batches=accumulate, callbacks=[own], accelerator="cpu", **quiet).fit(model, data())
     seen = torch.tensor(model.losses).view(16, accumulate).nanmean(1)
     torch.testing.assert_close(torch.tensor([float("nan") if one is None else float(one) for one in told]), seen, equal_nan=True)
-    assert "STABILIZATION" in [name for name, _ in own.grow.garden.branches[0].path]
+    assert "STABILIZATION" in [name for name, _ in own.grow.registry.branches[0].path]
 
 
 class Endless(IterableDataset[Any]):
@@ -166,7 +166,7 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_the_undisturbed_o
     again, model = remembering(), Classifier()
     saving(again, tmp_path / "run", 48).fit(model, data(), ckpt_path=str(tmp_path / "run" / f"step={at}.ckpt"))
     assert again.grow.steps == again.grow.tick_number == 48
-    assert any(ticks[0][1] > at for ticks in (branch.path for branch in whole.grow.garden.branches.entries))
+    assert any(ticks[0][1] > at for ticks in (branch.path for branch in whole.grow.registry.branches.entries))
     same(alone.state_dict(), model.state_dict())
     assert again.grow.observer.branch_cards() == whole.grow.observer.branch_cards()
     same(whole.grow.export().state_dict(), again.grow.export().state_dict())
@@ -180,7 +180,7 @@ def test_a_checkpoint_holds_the_host_under_its_names_and_is_tested_with_what_had
     assert set(saved["state_dict"]) == set(Classifier().state_dict())
     Classifier().load_state_dict(saved["state_dict"])
     running.test(model, data(), ckpt_path=str(tmp_path / "step=8.ckpt"), verbose=False)
-    assert own.grow.steps == 8 and own.grow.garden.blended(0)
+    assert own.grow.steps == 8 and own.grow.registry.blended(0)
     host = Classifier()
     host.load_state_dict(saved["state_dict"])
     other = attach(host.net, loss=sample_loss, total_steps=24, state=saved["esper"], **own.settings)

@@ -14,9 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
 from esper.integrations.transformers import GrowCallback
-from esper.training.grow import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "transformer.h.1.mlp.c_fc", "count": 1}]
 
@@ -53,8 +53,8 @@ def test_a_seed_lives_through_its_stages_and_the_exported_model_is_transformers_
     running.train()
     grow = own.grow
     assert grow is not None and grow.steps == 24
-    assert [site.name for site in grow.garden.sites] == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
-    reached = [name for name, _ in grow.garden.branches[0].path]
+    assert [site.name for site in grow.registry.sites] == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
+    reached = [name for name, _ in grow.registry.branches[0].path]
     assert reached[:4] == ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION"] and "EVALUATING" in reached
     assert grow.advance.metric is not None
     plain = grow.export().eval()
@@ -74,7 +74,7 @@ def test_a_dormant_callback_leaves_training_bit_for_bit(tmp_path: Path) -> None:
     second.train()
     for (name, value), (_, other) in zip(quiet.grow.export().state_dict().items(), second.model.state_dict().items(), strict=True):
         assert torch.equal(value, other), name
-    assert quiet.grow.garden.table.counts()["DORMANT"] == 8
+    assert quiet.grow.registry.table.counts()["DORMANT"] == 8
 
 
 class Own(Trainer):  # type: ignore[misc]
@@ -111,7 +111,7 @@ def test_a_seed_learns_from_the_loss_that_the_trainer_computes(tmp_path: Path, m
     running = trainer(tmp_path, own, 14, kind, **(changes | {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 7}))
     running.add_callback(Logged())
     running.train()
-    assert [stage for stage, _ in own.grow.garden.branches[0].path][:4] == ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION"]
+    assert [stage for stage, _ in own.grow.registry.branches[0].path][:4] == ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION"]
     assert told == pytest.approx(logged, abs=1e-3), "the loss of a step is the Trainer's"
     model, batch = running.model.eval(), own.settings["judge"][0]
     with torch.no_grad():
@@ -129,7 +129,9 @@ def test_a_loss_that_is_given_is_the_one_that_seeds_learn_from(tmp_path: Path) -
 
     own = callback(loss=loss)
     trainer(tmp_path, own, 14, Own).train()
-    assert own.grow.garden.branches[0].stage.name not in ("GERMINATED", "TRAINING") and set(map(tuple, asked)) == {("input_ids", "labels")}
+    assert own.grow.registry.branches[0].stage.name not in ("GERMINATED", "TRAINING") and set(map(tuple, asked)) == {
+        ("input_ids", "labels")
+    }
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
@@ -170,11 +172,11 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_bits_of_the_undisturbed_o
     whole = callback()
     trainer(tmp_path / "whole", whole, 24, **SAVING).train()
     first = interrupted(tmp_path / "run", at + 1, 24)
-    assert first.grow.garden.branches[0].stage.name == reached
+    assert first.grow.registry.branches[0].stage.name == reached
     again = callback()
     trainer(tmp_path / "run", again, 24, **SAVING).train(resume_from_checkpoint=True)
     assert again.grow.steps == again.grow.tick_number == 24
-    same(whole.grow.garden.model.state_dict(), again.grow.garden.model.state_dict())
+    same(whole.grow.registry.model.state_dict(), again.grow.registry.model.state_dict())
     assert again.grow.observer.branch_cards() == whole.grow.observer.branch_cards()
     same(whole.grow.export().state_dict(), again.grow.export().state_dict())
 
@@ -216,7 +218,7 @@ def test_the_best_model_loaded_at_the_end_comes_with_the_branches_it_had(tmp_pat
     assert 0 < own.grow.steps == running.state.best_global_step < 24
     host = GPT2LMHeadModel.from_pretrained(folder)
     other = attach(host, total_steps=24, state=next(folder.glob("esper-*")), **own.settings)
-    assert other.garden.blended(1)
+    assert other.registry.blended(1)
     same(other.export().state_dict(), own.grow.export().state_dict())
 
 
@@ -243,5 +245,5 @@ def test_when_a_scaled_backward_pass_ends_the_branches_gradients_are_out_of_reac
     running.callback_handler.callbacks.insert(0, Clipping())
     running.train()
     assert len(clipped) == 24 and not any(clipped)
-    bank = own.grow.garden.layers[1].bank("mlp")
+    bank = own.grow.registry.layers[1].bank("mlp")
     assert int(bank.steps.max()) == 3, "it learned all the same: two steps of TRAINING, one of GRAFTING"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esper.kernels.branch_kinds import KINDS, split_banks
 from esper.kernels.geometry import chunk_bounds, chunk_width
-from esper.kernels.kinds import KINDS, split_banks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import MLP
+from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.kernels.adamw import Settings, adamw
-from esper.training.optimizer import BranchLearning
 from tests.growing import Loop, germinate, short
 from tests.kernels.sites import DEVICE
 
@@ -62,9 +62,9 @@ def test_whole_banks_are_stepped_as_single_branches_are_and_failures_are_known_a
     loops = [Loop(commands=commands, settings=settings, device=DEVICE).run(8) for _ in range(2)]
     states = []
     for loop, late in zip(loops, (False, True), strict=True):
-        optimizer, branches = loop.grow.branch_optimizer, loop.grow.garden.branches.entries
+        optimizer, branches = loop.grow.branch_optimizer, loop.grow.registry.branches.entries
         optimizer.readings.late = late
-        bank = loop.grow.garden.layers[0].bank("mlp")
+        bank = loop.grow.registry.layers[0].bank("mlp")
         for step in range(4):
             draws = torch.Generator().manual_seed(step)
             for stack in bank.stacks.values():

@@ -33,5 +33,5 @@ def test_a_mismatch_is_an_alert_on_the_bus_and_outlives_a_restart(monkeypatch: p
     run.run(12)
     alerts = [words for words in run.port.alerts if words.code == MISMATCH]
     assert len(alerts) == 1 and alerts[0].level == "error" and "plain torch from here on" in alerts[0].text
-    kernels = loop(KernelConfig("triton", canary=1.0), state=run.grow.state()).grow.garden.kernels
+    kernels = loop(KernelConfig("triton", canary=1.0), state=run.grow.state()).grow.registry.kernels
     assert kernels is not None and kernels.path("fc1", torch.ones(2, 8, device=DEVICE)) == "torch"

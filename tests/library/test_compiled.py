@@ -11,9 +11,9 @@ from test_own_loop import attached, train
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper import attach
+from esper.engine.grow import Grow
+from esper.engine.port import NullPort
 from esper.lifecycle import Stage
-from esper.training.grow import Grow
-from esper.training.port import NullPort
 
 
 class Commands(NullPort):
@@ -55,10 +55,10 @@ def test_a_seed_that_lives_through_all_stages_compiles_nothing_anew() -> None:
             settled = counter.frame_count
         learn(step, compiled, handle, optimizer)
         learn(step, twin, other, second)
-        stages |= {entry.stage for entry in handle.garden.branches.entries}
+        stages |= {entry.stage for entry in handle.registry.branches.entries}
         frames[step] = counter.frame_count
     assert {Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING, Stage.FINE_TUNING} <= stages
-    assert Stage.FOSSILIZED in stages and len(handle.garden.branches.entries) == 3
+    assert Stage.FOSSILIZED in stages and len(handle.registry.branches.entries) == 3
     assert frames[109] == settled, f"{frames[109] - settled} graphs were compiled while seeds lived"
     assert handle.observer.branch_cards()[0]["path"] == other.observer.branch_cards()[0]["path"]
     for name, value in twin.state_dict().items():
@@ -85,7 +85,7 @@ def test_compiled_and_eager_give_the_same_bits_for_a_model_that_draws_dropout_in
         handle, optimizer = grow(model)
         torch.manual_seed(3)
         train(model, handle, optimizer, steps, wrap(model))
-        assert handle.garden.branches[0].stage is stage
+        assert handle.registry.branches[0].stage is stage
         results.append(model.state_dict())
     same(*results)
 
@@ -100,7 +100,7 @@ def test_a_step_that_was_compiled_before_anything_was_attached_feels_the_branche
     train(model, handle, optimizer, 14, step)
     felt = model(data)
     assert torch.equal(step(data), felt)  # with gradients, as it was compiled
-    with handle.garden.without(*handle.garden.branches.living()):
+    with handle.registry.without(*handle.registry.branches.living()):
         assert not torch.equal(model(data), felt)
 
 
@@ -111,13 +111,13 @@ def test_a_layer_that_is_compiled_inside_the_host_is_one_site_under_its_own_name
     model.fc1.register_forward_hook(lambda module, inputs, output: output.clamp(max=1.0))  # on the wrapper
     plain.fc1.register_forward_hook(lambda module, inputs, output: output.clamp(max=1.0))
     handle, optimizer = attached(model, sites=["fc1*"])
-    assert [site.name for site in handle.garden.sites] == ["fc1"]
+    assert [site.name for site in handle.registry.sites] == ["fc1"]
     train(model, handle, optimizer, 14)
     exported = handle.export()
     assert [name for name, _ in exported.named_modules() if "_orig_mod" in name or "seed_layer" in name] == []
     with torch.no_grad():
         felt = model(x)
         torch.testing.assert_close(exported(x), felt)
-        with handle.garden.without(*handle.garden.branches.living()):
+        with handle.registry.without(*handle.registry.branches.living()):
             assert not torch.equal(model(x), felt)
-    assert [site.name for site in attached(torch.compile(plain), sites="auto")[0].garden.sites] == ["fc1", "fc2"]
+    assert [site.name for site in attached(torch.compile(plain), sites="auto")[0].registry.sites] == ["fc1", "fc2"]

@@ -15,9 +15,9 @@ from growing import batch, build, sample_loss, short
 from test_own_loop import JUDGE, train
 
 from esper import attach, load_model
+from esper.engine.telemetry import Observer
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
-from esper.training.observing import Observer
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -67,9 +67,9 @@ def test_own_blueprint_strategy_and_controller_work_in_a_loop_of_ones_own(mine: 
     }
     grow = attach(model, loss=sample_loss, optimizer=optimizer, judge=JUDGE, total_steps=100, lifecycle=short(), **parts)
     train(model, grow, optimizer, 14)
-    branch = grow.garden.branches[0]
+    branch = grow.registry.branches[0]
     assert (branch.blueprint, branch.strategy) == ("sine", "custom")
-    assert grow.garden.branches.alpha[0] > 0
+    assert grow.registry.branches.alpha[0] > 0
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(grow.export().eval()(JUDGE[0][0]), model(JUDGE[0][0]))

@@ -13,8 +13,8 @@ from torch import nn
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.training.grow import Grow
 
 Parts = tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 STEPS, STOP = 60, 25
@@ -68,7 +68,7 @@ def test_a_loop_that_stops_and_goes_on_ends_with_the_same_bits(tmp_path: Path, w
     torch.save(rest, tmp_path / "rest.pt")
     grow.save_branches(tmp_path / "branches")
     kept: Any = tmp_path / "branches" if where == "disk" else grow.state()
-    assert grow.garden.branches.living() and grow.judge is not None and len(grow.judge.recent) == 4
+    assert grow.registry.branches.living() and grow.judge is not None and len(grow.judge.recent) == 4
     saved = torch.load(tmp_path / "rest.pt", weights_only=True)
     again = parts()
     for part, name in zip(again, ("model", "optimizer", "scheduler"), strict=True):
@@ -76,10 +76,10 @@ def test_a_loop_that_stops_and_goes_on_ends_with_the_same_bits(tmp_path: Path, w
     second = attached(again, state=kept)
     torch.set_rng_state(saved["rng"])
     train(again, second, STOP, STEPS)
-    same(whole.garden.model.state_dict(), second.garden.model.state_dict())
+    same(whole.registry.model.state_dict(), second.registry.model.state_dict())
     assert second.observer.branch_cards() == whole.observer.branch_cards()
     assert second.life.counts == whole.life.counts and whole.life.counts["germinated"] > 1
-    assert len(whole.garden.branches.entries) > len(grow.garden.branches.entries)  # the controller's memory was needed
+    assert len(whole.registry.branches.entries) > len(grow.registry.branches.entries)  # the controller's memory was needed
     same(whole.export().state_dict(), second.export().state_dict())
 
 

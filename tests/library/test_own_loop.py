@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from esper import attach
 from esper.controllers import CONFIGS
+from esper.engine.grow import Grow
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import TelemetryConfig
-from esper.training.grow import Grow
 
 SCRIPT = [{"at": "2step", "command": "germinate", "site": "fc1", "count": 1}]
 JUDGE = [batch("mlp", 900, 64)]
@@ -65,15 +65,15 @@ def test_ten_lines_grow_a_seed_with_neither_hydra_bus_nor_mlflow() -> None:
     grow, optimizer = attached(model)
     train(model, grow, optimizer, 12)
     assert grow.life.counts["germinated"] == 1
-    assert grow.garden.branches[0].stage not in (Stage.DORMANT, Stage.GERMINATED)
-    program = "import sys, esper.training; print([m for m in ('hydra', 'mlflow', 'msgspec', 'numpy.testing', 'redis') if m in sys.modules])"
+    assert grow.registry.branches[0].stage not in (Stage.DORMANT, Stage.GERMINATED)
+    program = "import sys, esper.engine; print([m for m in ('hydra', 'mlflow', 'msgspec', 'numpy.testing', 'redis') if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "[]"
 
 
 def test_without_a_controller_nothing_grows_and_an_unknown_one_is_refused() -> None:
     grow, optimizer = attached(build("mlp"), controller=None)
-    train(grow.garden.model, grow, optimizer, 5)
+    train(grow.registry.model, grow, optimizer, 5)
     assert grow.life.counts["germinated"] == 0
     for wrong, sentence in (("tamiyo", "There is no controller 'tamiyo'; there are"), (object(), "no method observe")):
         with pytest.raises(UserError, match=sentence):
@@ -102,8 +102,8 @@ def test_batches_and_losses_come_as_users_have_them(kind: str, output: str) -> N
         }[output]
 
     grow = attach(build("mlp"), loss=loss, judge=[data], total_steps=10, sites="fc1")
-    assert grow.loss(grow.garden.model, data).mean().isfinite()
-    assert [site.geometry.width for site in grow.garden.sites] == [8]
+    assert grow.loss(grow.registry.model, data).mean().isfinite()
+    assert [site.geometry.width for site in grow.registry.sites] == [8]
 
 
 def test_a_loss_that_is_none_is_refused_in_words() -> None:
@@ -142,7 +142,7 @@ def test_autocast_and_a_gradient_scaler_train_the_branches(dtype: torch.dtype) -
         scaler.update()
         grow.tick(value.detach())
         optimizer.zero_grad()
-    bank = grow.garden.layers[0].bank("mlp")
+    bank = grow.registry.layers[0].bank("mlp")
     assert all(value.isfinite().all() for value in bank.values(0).values())
     assert bank.values(0)["w2"].abs().sum() > 0
 
@@ -155,8 +155,8 @@ def test_a_compiled_model_grows_as_the_eager_one() -> None:
     other, second = attached(compiled)
     losses = train(eager, grow, optimizer, 16)
     again = train(twin, other, second, 16, compiled)
-    assert other.garden.branches[0].stage is grow.garden.branches[0].stage
-    assert grow.garden.branches.alpha[0] > 0
+    assert other.registry.branches[0].stage is grow.registry.branches[0].stage
+    assert grow.registry.branches.alpha[0] > 0
     assert losses == pytest.approx(again, rel=1e-4)
 
 
@@ -184,7 +184,7 @@ def test_shared_modules_and_tied_weights_grow_and_export_the_same(blueprint: str
         model, sites=["fc1", "last"], blueprint=blueprint, controller=CONFIGS["scheduled"](script=script), per_site=1
     )
     train(model, grow, optimizer, 9)
-    assert len(grow.garden.in_stage(Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING)) == 2
+    assert len(grow.registry.in_stage(Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING)) == 2
     plain = grow.export()
     x = batch("mlp", 5)[0]
     with torch.no_grad():
@@ -202,9 +202,9 @@ def test_frozen_layers_stay_and_a_wholly_frozen_host_trains_as_under_adapters() 
         grow, optimizer = attached(model)
         train(model, grow, optimizer, 12)
         same(before, {name: model.state_dict()[name] for name in before})
-        assert grow.garden.branches.alpha[0] > 0
-        grow.gates.judge.look([grow.garden.branches[0]], [0.05])
-        assert grow.garden.layers[0].bank("mlp").values(0)["w2"].abs().sum() > 0
+        assert grow.registry.branches.alpha[0] > 0
+        grow.gates.judge.look([grow.registry.branches[0]], [0.05])
+        assert grow.registry.layers[0].bank("mlp").values(0)["w2"].abs().sum() > 0
 
 
 class Checkpointed(Net):
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.manual_seed(9)
         grow, optimizer = attached(model)
         train(model, grow, optimizer, 14)
-        assert grow.garden.branches.alpha[0] > 0
+        assert grow.registry.branches.alpha[0] > 0
         states.append(model.state_dict())
     same(*states)
 
@@ -261,7 +261,7 @@ def test_channels_last_gives_the_same_and_keeps_its_format() -> None:
     for step in range(12):
         inputs, targets = batch("cnn_group", step)
         assert plain.step((inputs, targets)) == pytest.approx(last.step((inputs.to(memory_format=torch.channels_last), targets)), rel=1e-4)
-    assert plain.grow.garden.branches.alpha[0] > 0
+    assert plain.grow.registry.branches.alpha[0] > 0
     hidden = last.model.stem(batch("cnn_group")[0].to(memory_format=torch.channels_last))
     assert hidden.is_contiguous(memory_format=torch.channels_last)
 
@@ -315,7 +315,7 @@ def test_the_stability_gate_hears_the_loss_wherever_it_is_given_and_says_when_it
             optimizer.step()
             grow.tick(loss.detach() if given == "tick" else None)
             optimizer.zero_grad()
-    reached = [name for name, _ in grow.garden.branches[0].path]
+    reached = [name for name, _ in grow.registry.branches[0].path]
     said = [str(one.message) for one in heard if "esper" in str(one.message)]
     alerts = [alert for alert in port.alerts if alert.code == "no_training_loss"]
     assert ("EVALUATING" in reached) is (given != "never")
@@ -367,12 +367,12 @@ def test_a_host_with_sparse_gradients_grows(site: str, objective: str, tmp_path:
         optimizer.step()
         grow.tick(loss.detach())
         optimizer.zero_grad()
-        if grow.garden.in_stage(Stage.EVALUATING):
+        if grow.registry.in_stage(Stage.EVALUATING):
             break
     assert port.stages()[-1] == ("STABILIZATION", "EVALUATING") and not port.alerts
     snapshot = grow.guard.sound[0].kept.snapshot  # type: ignore[union-attr]
     before = model.words.weight.detach().clone()
-    snapshot.restore(model, optimizer, grow.garden)
+    snapshot.restore(model, optimizer, grow.registry)
     assert not torch.equal(before, model.words.weight) and grow.save_branches(tmp_path).is_dir()
     sample_loss(model, words(1)).mean().backward()
     optimizer.step()

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from esper import attach
-from esper.training.grow import Grow
+from esper.engine.grow import Grow
 
 Optimizer = torch.optim.Optimizer
 Scheduled = Callable[[Optimizer], Any]

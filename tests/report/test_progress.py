@@ -9,11 +9,11 @@ import numpy as np
 from rich.console import Console
 
 from esper.bus.config import MemoryConfig
-from esper.bus.memory import MemoryBus
+from esper.bus.memory.bus import MemoryBus
 from esper.lifecycle.stages import Stage
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.report.progress import ProgressBar
-from esper.report.state import ProgressState
+from esper.report.progress_state import ProgressState
 from esper.tracking import RunRecord, TrackerRunner
 
 

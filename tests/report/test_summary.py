@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from esper.report.summary import plain, read_summary, write_summary
+from esper.report.summary_file import plain, read_summary, write_summary
 
 
 def test_the_same_summary_gives_the_same_bytes_whatever_the_order_of_its_keys(tmp_path: Path):

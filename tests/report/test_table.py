@@ -8,8 +8,8 @@ import math
 import pytest
 from rich.console import Console
 
-from esper.report.numbers import count, duration, short
-from esper.report.table import print_report
+from esper.report.end_of_run import print_report
+from esper.report.number_format import count, duration, short
 
 PATH = [["GERMINATED", 60], ["TRAINING", 110], ["FINE_TUNING", 300], ["FOSSILIZED", 350]]
 

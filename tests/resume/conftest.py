@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from esper.checkpoint import store
 from esper.cli.compose import compose
 from esper.config import RootConfig
-from esper.report.summary import read_summary
+from esper.report.summary_file import read_summary
 from esper.running.run import run
-from esper.training.checkpoint import store
 
 SHORT = (
     "trainer.steps=80",

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esper.checkpoint import store
 from esper.config import RootConfig
-from esper.report.summary import read_summary
+from esper.report.summary_file import read_summary
 from esper.running.resume import resume
 from esper.running.run import run
-from esper.training.checkpoint import store
 
 TIMED = ("seconds", "output", "environment", "environments", "bus")
 LISTS = ("metrics.csv", "events.jsonl", "weights.csv")
@@ -35,9 +35,7 @@ class Child:
     seconds: float
 
 
-def child(
-    work: Callable[[], None], log: Path, kill_after_s: float | None = None, kill_when: Callable[[], bool] = lambda: False
-) -> Child:
+def child(work: Callable[[], None], log: Path, kill_after_s: float | None = None, kill_when: Callable[[], bool] = lambda: False) -> Child:
     """Do ``work`` in a forked process whose output goes to ``log``; kill it after so many seconds, or when something is so."""
     began = time.monotonic()
     sys.stdout.flush()

@@ -12,10 +12,10 @@ from types import ModuleType
 
 import pytest
 
-from esper.bus.ring import TelemetryRing
-from esper.bus.server.writer import Writer
+from esper.bus.server.sender import Writer
+from esper.bus.trainer.telemetry_ring import TelemetryRing
+from esper.engine.transition_effects import Life
 from esper.tracking import csv_files
-from esper.training.life import Life
 from tests.resume import killing
 from tests.resume.conftest import Configure
 from tests.resume.killing import Place

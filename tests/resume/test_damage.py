@@ -14,10 +14,10 @@ import pytest
 
 from esper.app import main
 from esper.bus.server.bus import _epoch_in
-from esper.cli.files import say_anything
+from esper.cli.system_errors import say_anything
 from esper.errors import UserError
-from esper.running.keeping import Keeper
-from esper.training.trainer import Trainer
+from esper.running.checkpointing import Keeper
+from esper.trainer.trainer import Trainer
 from tests.resume.conftest import SHORT, copied
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

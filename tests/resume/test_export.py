@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from esper import load_model
+from esper.checkpoint import store
 from esper.errors import UserError
+from esper.running.builders import build_trainer
 from esper.running.export import main
-from esper.running.parts import build_trainer
 from esper.running.resume import resume
-from esper.training.checkpoint import store
 from tests.resume import killing
 from tests.resume.conftest import Configure
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from esper.checkpoint import store
 from esper.errors import UserError
-from esper.report.summary import read_summary
+from esper.report.summary_file import read_summary
 from esper.running.resume import fork
 from esper.running.run import run
-from esper.training.checkpoint import store
 from tests.resume.conftest import Configure, copied
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from esper.checkpoint import store
 from esper.compare.fingerprint import explain
 from esper.errors import UserError
-from esper.report.summary import read_summary
+from esper.report.summary_file import read_summary
 from esper.running.environment import processor
-from esper.running.lives import NAME, lives, note_life
+from esper.running.environments import NAME, lives, note_life
 from esper.running.resume import fork, resume
 from esper.running.run import run
-from esper.training.checkpoint import store
 from tests.resume.conftest import copied
 
 

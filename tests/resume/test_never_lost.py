@@ -14,14 +14,14 @@ import pytest
 
 from esper.app import main
 from esper.cli.compose import compose
-from esper.compare.going_on import NOTE
-from esper.compare.going_on import alone as sweeping
+from esper.compare.sweep.resume import NOTE
+from esper.compare.sweep.resume import alone as sweeping
 from esper.errors import UserError
-from esper.report.summary import read_summary
+from esper.report.summary_file import read_summary
 from esper.running import run as running
-from esper.running.folder import LOCK, alive, status
 from esper.running.resume import unfinished
 from esper.running.run import run
+from esper.running.run_folder import LOCK, alive, status
 from tests.resume import killing
 from tests.resume.conftest import SHORT, Configure, copied
 from tests.resume.test_refusals import contents

@@ -11,13 +11,13 @@ import torch
 import yaml
 
 from esper.app import main
+from esper.checkpoint import store
+from esper.checkpoint.tree import join, split
 from esper.config import GROUPS
 from esper.errors import UserError
 from esper.running.environment import processor
 from esper.running.resume import fork, resume, unfinished
 from esper.running.run import run
-from esper.training.checkpoint import store
-from esper.training.checkpoint.tree import join, split
 from tests.resume.conftest import Configure, copied
 
 

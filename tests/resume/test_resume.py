@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
+from esper.checkpoint import store
 from esper.compare.fingerprint import same_bits
 from esper.errors import UserError
-from esper.report.summary import read_summary
-from esper.running.folder import alive
-from esper.running.keeping import _score
+from esper.report.summary_file import read_summary
+from esper.running.checkpointing import _score
 from esper.running.resume import Start, auto, refuse_changes, resume, unfinished
 from esper.running.resume import main as go_on
 from esper.running.run import run
-from esper.training.checkpoint import store
-from esper.training.trainer import Outcome
+from esper.running.run_folder import alive
+from esper.trainer.trainer import Outcome
 from tests.resume import killing
 from tests.resume.conftest import SHORT, Configure, copied
 

@@ -15,11 +15,11 @@ from typing import ClassVar
 import pytest
 
 from esper.bus.server.embedded import EmbeddedServer
+from esper.checkpoint import store
 from esper.compare.fingerprint import explain, same_bits
 from esper.compare.fingerprint import main as compare
-from esper.report.summary import read_summary
+from esper.report.summary_file import read_summary
 from esper.running.run import run
-from esper.training.checkpoint import store
 from tests.resume.conftest import Configure, copied
 
 AXES = {

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from esper.checkpoint import store
 from esper.compare.fingerprint import explain
 from esper.running.run import run
-from esper.running.traced import NAME, Traced, noted, summed
-from esper.training.checkpoint import store
-from esper.training.trainer import Trainer
+from esper.running.weight_trace import NAME, Traced, noted, summed
+from esper.trainer.trainer import Trainer
 from tests.resume.conftest import Configure, copied
 
 

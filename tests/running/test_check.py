@@ -13,10 +13,10 @@ from esper.cli.compose import compose
 from esper.config import config_hash
 from esper.errors import UserError
 from esper.lifecycle import Stage
-from esper.report.numbers import duration, short
+from esper.report.number_format import duration, short
+from esper.running.builders import build_trainer
 from esper.running.check import check
-from esper.running.estimates import cost_of
-from esper.running.parts import build_trainer
+from esper.running.cost_estimate import cost_of
 
 SHORT = "trainer.steps=300"
 
@@ -48,7 +48,7 @@ def test_what_is_announced_is_what_a_germinated_branch_has() -> None:
     config = compose([SHORT, "sites.per_site=3", "sites.match=[fc1]"])
     text = check(config)
     trainer = build_trainer(config, config.task.build(), torch.device("cpu"))
-    branch = trainer.grow.garden.germinate(0, config.blueprint.name, "linear")
+    branch = trainer.grow.registry.germinate(0, config.blueprint.name, "linear")
     cells = _row(text, "fc1 (Linear)")
     assert cells[-2:] == [str(branch.parameters), str(branch.macs)]
 
@@ -93,7 +93,7 @@ def test_the_estimate_covers_validation_shadow_passes_and_judging(monkeypatch: p
     words = ["trainer.steps=1000", "trainer.validate_every=10%", "trainer.control=true", "lifecycle.judge_every=1%"]
     config = compose(words)
     trainer = build_trainer(config, config.task.build(), torch.device("cpu"))
-    cost, ages, seeds = cost_of(trainer), trainer.grow.settings.ages, trainer.grow.garden.table.rows
+    cost, ages, seeds = cost_of(trainer), trainer.grow.settings.ages, trainer.grow.registry.table.rows
     assert min(cost.step_s, cost.validation_s, cost.judge_s) > 0.0 and trainer.grow.meter.spent["judge"] > 0
     monkeypatch.setattr("esper.running.check.cost_of", lambda trainer: replace(cost, step_s=0.1, validation_s=2.0, judge_s=0.5))
     looks = [2 + sum((ages.maximum[s] - ages.minimum[s]) // 10 for s in (Stage.EVALUATING, Stage.FINE_TUNING) if most) for most in (0, 1)]
@@ -144,9 +144,7 @@ def test_memory_and_macs_follow_the_host() -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
 )
-def test_what_a_run_would_refuse_is_refused_in_one_sentence(
-    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_run_would_refuse_is_refused_in_one_sentence(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *words]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("esper: ") and printed.err.count("\n") == 1

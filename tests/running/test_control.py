@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esper.cli.compose import compose
-from esper.running import control as controls
-from esper.running.control import control
+from esper.running import controls
+from esper.running.controls import control
 
 BRIEF = ["trainer.steps=20", "trainer.validate_every=50%", "tracking=none", "trainer.batch_size=16"]
 CPU = torch.device("cpu")

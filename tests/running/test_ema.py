@@ -10,12 +10,12 @@ import pytest
 import torch
 from growing import Notebook, germinate, same
 
+from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
-from esper.running import parts
-from esper.running.parts import build_trainer
-from esper.training.checkpoint.engine import trainer_state
-from esper.training.checkpoint.tree import join, split
-from esper.training.trainer import Trainer
+from esper.engine.state import trainer_state
+from esper.running import builders as parts
+from esper.running.builders import build_trainer
+from esper.trainer.trainer import Trainer
 
 WORDS = ["trainer.steps=60", "controller=none", "sites.match=[fc1]", "sites.per_site=2", "lifecycle.readiness=-1", "lifecycle.stability=0"]
 WORDS += ["trainer.validate_every=20step", "lifecycle.training_min=2step", "lifecycle.evaluating_min=2step"]
@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_has_the_same_average(stop: int) -> None:
     again = built("trainer.ema=0.9", state=state)
     grow_one(again, 20)
     assert whole.average is not None and again.average is not None
-    assert whole.grow.garden.branches[0].path == again.grow.garden.branches[0].path
+    assert whole.grow.registry.branches[0].path == again.grow.registry.branches[0].path
     for one, other in zip(whole.average.parameters(), again.average.parameters(), strict=True):
         assert torch.equal(one, other)
     for one, other in zip(whole.average.buffers(), again.average.buffers(), strict=True):

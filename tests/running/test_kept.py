@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from esper.cli.compose import compose
 from esper.compare.fingerprint import same_bits
 from esper.errors import UserError
-from esper.report.summary import read_summary
-from esper.running import control as controls
-from esper.running.kept import CODE, worse_than_alone
+from esper.export.saved_model import load_model
+from esper.report.summary_file import read_summary
+from esper.running import controls
+from esper.running.model_selection import CODE, worse_than_alone
 from esper.running.resume import resume
 from esper.running.run import run
-from esper.saved import load_model
 from esper.tracking.mlflow_run import final_values
-from esper.training.trainer import Outcome, Trainer
+from esper.trainer.trainer import Outcome, Trainer
 
 BRIEF = (
     *("trainer.steps=40", "trainer.validate_every=50%", "trainer.batch_size=16", "tracking=csv", "tracking.figures=false"),

@@ -15,9 +15,9 @@ from growing import batch, build
 from torch import Tensor, nn
 
 from esper.errors import UserError
-from esper.program import signature_of, to_onnx, to_pt2, traced
+from esper.export.program import signature_of, to_onnx, to_pt2, traced
 from esper.running.export import export_pt2
-from esper.tracking.model import PROGRAM, write_model
+from esper.tracking.final_model import PROGRAM, write_model
 
 Program = Callable[[Tensor], Tensor]
 

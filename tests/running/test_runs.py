@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper.cli.compose import compose
 from esper.errors import UserError
-from esper.running import control as controls
+from esper.running import controls
 from esper.running.environment import environment, git_state
 from esper.running.run import run
 
@@ -66,7 +66,7 @@ def test_a_run_says_every_metric_once_a_tick(tmp_path: Path):
 
 
 def test_a_run_that_fails_says_failed_and_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("esper.training.trainer.Trainer._step", _broken_after(12))
+    monkeypatch.setattr("esper.trainer.trainer.Trainer._step", _broken_after(12))
     with pytest.raises(RuntimeError, match="the disk is on fire"):
         run(config(tmp_path, "tracking=csv"), tmp_path / "run", quiet=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -75,7 +75,7 @@ def test_a_run_that_fails_says_failed_and_keeps_what_it_had(tmp_path: Path, monk
 
 
 def _broken_after(steps: int) -> Any:
-    from esper.training.trainer import Trainer
+    from esper.trainer.trainer import Trainer
 
     ordinary = Trainer._step
 

@@ -195,7 +195,7 @@ def test_seeds_on_images_with_channels_last_grow_and_export_for_any_size_of_imag
         loss(model, images).mean().backward()
         grow.after_backward(images)
         grow.tick(1.0)
-    assert grow.garden.branches.alpha[0] > 0 and grow.garden.sites[0].geometry.bounds(1) == (5, 10)
+    assert grow.registry.branches.alpha[0] > 0 and grow.registry.sites[0].geometry.bounds(1) == (5, 10)
     with torch.no_grad():
         other = torch.randn(2, 7, 3, 3)
         torch.testing.assert_close(grow.export()(other), model(other))

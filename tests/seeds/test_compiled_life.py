@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper import attach
 from esper.blueprints import MLP, Affine
+from esper.engine.grow import Grow
+from esper.engine.port import NullPort
 from esper.lifecycle import Stage
 from esper.seeds import TelemetryConfig
-from esper.training.grow import Grow
-from esper.training.port import NullPort
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def stages(self) -> set[str]:
-        return {name for branch in self.grow.garden.branches.entries for name, _ in branch.path}
+        return {name for branch in self.grow.registry.branches.entries for name, _ in branch.path}
 
 
 LIFE: dict[int, list[Any]] = {
@@ -104,9 +104,9 @@ def test_a_whole_life_is_four_graphs_and_what_the_seeds_do_is_felt() -> None:
         losses = run.step(), plain.step()
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4, msg=f"step {step}")
     assert {"FOSSILIZED", "CULLED", "ROLLED_BACK", "GRAFTING", "EVALUATING", "FINE_TUNING"} <= run.stages
-    assert not run.port.refused and len(run.grow.garden.branches.entries) == 6
+    assert not run.port.refused and len(run.grow.registry.branches.entries) == 6
     assert run.graphs.frame_count <= 4, f"{run.graphs.frame_count} graphs"
-    assert [b.path for b in run.grow.garden.branches.entries] == [b.path for b in plain.grow.garden.branches.entries]
+    assert [b.path for b in run.grow.registry.branches.entries] == [b.path for b in plain.grow.registry.branches.entries]
     for mine, other in zip(run.port.rows, plain.port.rows, strict=True):
         assert mine[:2] == other[:2]
         measured = [column for column in range(12) if column != 8]  # of what is frozen a graph has a gradient of zero, and eager none
@@ -120,7 +120,7 @@ def test_a_bank_that_doubles_again_and_again_compiles_nothing() -> None:
     run = Run(script, **given).steps(11)
     settled = run.graphs.frame_count
     run.steps(40)
-    assert [run.grow.garden.layers[site].bank("mlp").capacity for site in (0, 1)] == [8, 8]
+    assert [run.grow.registry.layers[site].bank("mlp").capacity for site in (0, 1)] == [8, 8]
     assert run.graphs.frame_count == settled <= 4 and not run.port.refused
 
 
@@ -128,7 +128,7 @@ def test_another_blueprint_compiles_once_and_at_another_site_no_more() -> None:
     torch.compiler.reset()
     affine = "affine"
     run = Run({1: [germinate("fc1")], 20: [germinate("fc1", 1, blueprint=affine)], 32: [germinate("fc2", 1, blueprint=affine)]})
-    run.grow.garden.blueprints[affine] = Affine()
+    run.grow.registry.blueprints[affine] = Affine()
     run.steps(18)
     first = run.graphs.frame_count
     run.steps(12)
@@ -136,7 +136,7 @@ def test_another_blueprint_compiles_once_and_at_another_site_no_more() -> None:
     run.steps(30)
     assert first <= 4 and second - first <= 2, "awake, with telemetry and without"
     assert run.graphs.frame_count == second and not run.port.refused
-    assert {branch.blueprint for branch in run.grow.garden.branches.entries} == {"mlp", affine}
+    assert {branch.blueprint for branch in run.grow.registry.branches.entries} == {"mlp", affine}
 
 
 def test_a_resumed_run_goes_on_in_the_same_graphs() -> None:
@@ -163,11 +163,11 @@ def test_a_model_of_the_same_class_without_seeds_does_not_lend_its_graph() -> No
         without(x)
         run.step()
     with torch.no_grad():
-        bank = run.grow.garden.layers[0].bank("mlp")
+        bank = run.grow.registry.layers[0].bank("mlp")
         for stack in bank.parameters():
             stack.add_(1.0)
     torch.testing.assert_close(run.call(x), run.model(x))
-    with run.grow.garden.without(*run.grow.garden.branches.living()):
+    with run.grow.registry.without(*run.grow.registry.branches.living()):
         assert not torch.allclose(run.call(x), run.model(x))
 
 

@@ -18,10 +18,10 @@ from torch.nn import functional
 from esper import attach, load_model
 from esper.blueprints import CONFIGS, Affine, Blueprint, Geometry
 from esper.errors import UserError
+from esper.export.saved_model import load_weights, save_model
 from esper.lifecycle import Stage
 from esper.running.export import export_onnx, export_pt2
-from esper.saved import load_weights, save_model
-from esper.seeds.grown import Deepened, GrownSite, called
+from esper.seeds.exported_modules import Deepened, GrownSite, called
 
 GROWN: dict[str, tuple[str, Any, str, type]] = {
     "mlp": ("mlp", "mlp", "fc1", GrownSite),
@@ -60,7 +60,9 @@ def test_the_exported_model_gives_the_same_outputs_from_plain_modules(case: str)
     assert not any(module._forward_hooks for module in plain.modules())
     assert all(hook is called for module in plain.modules() for hook in module._forward_pre_hooks.values())
     assert all(
-        type(module).__module__.startswith(("torch", "growing", "esper.hosts", "esper.seeds.grown", "esper.blueprints.plain"))
+        type(module).__module__.startswith(
+            ("torch", "growing", "esper.hosts", "esper.seeds.exported_modules", "esper.blueprints.plain_modules")
+        )
         for module in plain.modules()
     )
     if GROWN[case][3] in (nn.Linear, nn.Conv2d):  # folded: no parameter more than the host has
@@ -72,7 +74,7 @@ def test_alpha_in_the_middle_of_the_ramp_is_exported_too(case: str) -> None:
     loop = grown(case, Stage.GRAFTING)
     loop.step()
     loop.model.eval()
-    assert 0 < loop.grow.garden.branches.alpha[0] < 1
+    assert 0 < loop.grow.registry.branches.alpha[0] < 1
     x = batch(GROWN[case][0], 7)[0]
     with torch.no_grad():
         torch.testing.assert_close(loop.grow.export().eval()(x), loop.model(x), rtol=1e-5, atol=1e-6)
@@ -89,20 +91,20 @@ def test_the_linear_layer_of_gpt2_is_folded_into_and_exporting_leaves_the_model_
     model = hf.GPT2LMHeadModel(
         hf.GPT2Config(n_layer=1, n_embd=16, n_head=2, n_positions=8, vocab_size=20, bos_token_id=0, eos_token_id=0)
     ).eval()
-    from esper.seeds import Garden, find_sites
+    from esper.seeds import SeedRegistry, find_sites
 
     ids = torch.arange(16).reshape(2, 8)
-    garden = Garden(model, find_sites(model, ["mlp_hidden"], 2, lambda: model(ids)), CONFIGS["affine"](), seed=0)
-    branch = garden.germinate(1, "affine", "linear")
-    garden.layers[0].bank("affine").stacks["scale"].data.fill_(0.3)
+    registry = SeedRegistry(model, find_sites(model, ["mlp_hidden"], 2, lambda: model(ids)), CONFIGS["affine"](), seed=0)
+    branch = registry.germinate(1, "affine", "linear")
+    registry.layers[0].bank("affine").stacks["scale"].data.fill_(0.3)
     branch.stage = Stage.FOSSILIZED
-    garden.branches.alpha[0] = 0.5
-    garden.touch(0)
-    garden.refresh()
+    registry.branches.alpha[0] = 0.5
+    registry.touch(0)
+    registry.refresh()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     from esper.seeds.exporting import export
 
-    plain = export(garden)
+    plain = export(registry)
     same(before, model.state_dict())
     assert type(plain.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
     with torch.no_grad():
@@ -142,7 +144,7 @@ def trained(model: nn.Module, blueprint: str, sites: list[str], hooked: str = ""
         grow.after_backward(batch("mlp", step))
         grow.tick(1.0)
     plain, x = grow.export(), batch("mlp", 7)[0]
-    with torch.no_grad(), grow.garden.without(*grow.garden.branches.living()):
+    with torch.no_grad(), grow.registry.without(*grow.registry.branches.living()):
         host = model(x)
     with torch.no_grad():
         assert (model(x) - host).abs().max() > 1e-4, "what grew is felt"
@@ -205,7 +207,7 @@ def test_a_loaded_model_is_a_host_that_grows_on_and_is_saved_again(tmp_path: Pat
     data = batch("mlp", 7)
     before = host(data[0]).detach().clone()
     grow = attach(host, loss=sample_loss, total_steps=200, sample=data)
-    assert grow.garden.sites and torch.equal(host(data[0]), before), "seeds find their places, and change nothing yet"
+    assert grow.registry.sites and torch.equal(host(data[0]), before), "seeds find their places, and change nothing yet"
 
 
 @dataclass
@@ -269,7 +271,7 @@ def test_a_model_comes_back_in_the_dtypes_it_was_saved_in(tmp_path: Path) -> Non
         optimizer.step()
         grow.tick(1.0)
         optimizer.zero_grad()
-    assert grow.garden.branches.alpha[0] > 0
+    assert grow.registry.branches.alpha[0] > 0
     grow.save(tmp_path)
     plain, again = grow.export().eval(), load_model(tmp_path, Half())
     same(again.state_dict(), plain.state_dict())

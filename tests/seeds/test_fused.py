@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from esper.blueprints import GLU, MLP, Affine, Geometry, LowRank, SlotBank
+from esper.engine.macs import Meter
 from esper.kernels import KernelConfig, Kernels
 from esper.seeds.blend import blend
 from esper.seeds.branches import Branch
 from esper.seeds.fused import Fused, fuse
 from esper.seeds.plan import Part, build
 from esper.seeds.recording import Recording
-from esper.training.macs import Meter
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def garden_of(width: int, seeds: int) -> tuple[Geometry, dict[str, SlotBank], list[Branch]]:
+def registry_of(width: int, seeds: int) -> tuple[Geometry, dict[str, SlotBank], list[Branch]]:
     """A site on which four blueprints grew, with parameters that do something."""
     geometry = Geometry(width, seeds)
     blueprints = [
@@ -33,15 +33,13 @@ def garden_of(width: int, seeds: int) -> tuple[Geometry, dict[str, SlotBank], li
     branches = []
     for number, blueprint in enumerate(blueprints * 2):
         slot = banks[blueprint.name].allocate(number, draws, silent=False)
-        branches.append(
-            Branch(number, 0, number, number, blueprint.name, slot, 1, "linear", 0, 0, residual=number == 4)
-        )
+        branches.append(Branch(number, 0, number, number, blueprint.name, slot, 1, "linear", 0, 0, residual=number == 4))
     return geometry, banks, branches
 
 
 @pytest.mark.parametrize("width", [32, 29])
 def test_one_pass_equals_the_groups(width: int):
-    geometry, banks, branches = garden_of(width, 10)
+    geometry, banks, branches = registry_of(width, 10)
     parts = [Part(branch, 0.1 + 0.1 * branch.id, branch.id % 3 != 0) for branch in branches]
     twin = copy.deepcopy(banks)
     kernels = Kernels(KernelConfig("triton"))
@@ -69,7 +67,7 @@ def test_one_pass_equals_the_groups(width: int):
 
 
 def test_a_branch_that_is_not_finite_is_counted_and_adds_nothing():
-    geometry, banks, branches = garden_of(30, 10)
+    geometry, banks, branches = registry_of(30, 10)
     with torch.no_grad():
         banks["mlp"].stacks["b2"][branches[0].slot] = float("nan")
     kernels = Kernels(KernelConfig("triton"))
@@ -83,7 +81,7 @@ def test_a_branch_that_is_not_finite_is_counted_and_adds_nothing():
 
 
 def test_counting_macs_sees_what_the_fused_pass_stands_for():
-    geometry, banks, branches = garden_of(30, 10)
+    geometry, banks, branches = registry_of(30, 10)
     kernels = Kernels(KernelConfig("triton"))
     parts = [Part(branch, 0.5, True) for branch in branches]
     groups = build(parts, banks, geometry, DEVICE)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from esper import load_model
 from esper.blueprints import Block
 from esper.errors import UserError
+from esper.export.saved_model import load_weights, save_model
 from esper.lifecycle import Stage
-from esper.saved import load_weights, save_model
 
 HOSTS = {"mlp": "mlp", "conv": "cnn_group", "block": "cnn_batch"}
 

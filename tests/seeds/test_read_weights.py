@@ -16,10 +16,10 @@ from torch.nn import functional
 
 from esper import attach, load_model
 from esper.blueprints import Block
+from esper.engine.grow import Grow
 from esper.errors import UserError
-from esper.program import to_onnx, to_pt2, traced
+from esper.export.program import to_onnx, to_pt2, traced
 from esper.seeds import find_sites
-from esper.training.grow import Grow
 
 WIDTH, LENGTH = 8, 5
 X = torch.randn(6, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -113,7 +113,7 @@ def grown(case: str) -> tuple[nn.Module, Grow, Tensor]:
         optimizer.step()
         grow.tick(1.0)
         optimizer.zero_grad()
-    assert grow.garden.branches.alpha[0] > 0
+    assert grow.registry.branches.alpha[0] > 0
     return model, grow, x
 
 
@@ -133,7 +133,7 @@ def test_what_grew_is_felt_everywhere_and_in_every_mode(case: str, tmp_path: Pat
     with torch.random.fork_rng():
         loaded = load_model(tmp_path, CASES[case].make())
     expected = model.train()(x).detach()  # with gradients and in training, torch takes no path of its own
-    with grow.garden.without(*grow.garden.branches.living()):
+    with grow.registry.without(*grow.registry.branches.living()):
         assert (model(x) - expected).abs().max() > 1e-3, "what grew is felt"
     for name, one in (("live", model), ("exported", plain), ("loaded", loaded)):
         for training, context in modes():
@@ -230,4 +230,4 @@ def test_a_model_with_attention_grows_with_sites_auto() -> None:
     loss(model, data).mean().backward()
     grow.after_backward(data)
     grow.tick(1.0)
-    assert [site.name for site in grow.garden.sites] == ["fc"]
+    assert [site.name for site in grow.registry.sites] == ["fc"]

@@ -12,9 +12,7 @@ from esper.hosts import CONFIGS as HOSTS
 from esper.tasks import CONFIGS as TASKS
 
 CONF = Path(__file__).parents[2] / "conf"
-OPTIONS = [("task", name, kind) for name, kind in TASKS.items()] + [
-    ("model", name, kind) for name, kind in HOSTS.items()
-]
+OPTIONS = [("task", name, kind) for name, kind in TASKS.items()] + [("model", name, kind) for name, kind in HOSTS.items()]
 
 
 @pytest.mark.parametrize(("group", "name", "kind"), OPTIONS)

@@ -65,9 +65,7 @@ def test_no_character_is_in_two_sets(path: str) -> None:
 
 
 def test_the_split_depends_on_its_own_seed_alone(path: str) -> None:
-    digests = [
-        CONFIGS["text"](path=path, context=16, stretches=20, split_seed=seed).build().digest for seed in (0, 0, 1)
-    ]
+    digests = [CONFIGS["text"](path=path, context=16, stretches=20, split_seed=seed).build().digest for seed in (0, 0, 1)]
     assert digests[0] == digests[1] != digests[2]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from esper.bus.config import MemoryConfig
-from esper.bus.memory import MemoryBus
+from esper.bus.memory.bus import MemoryBus
 from esper.lifecycle.stages import Stage
 from esper.messages import COLUMNS, GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.tracking import DatasetRecord, RunRecord

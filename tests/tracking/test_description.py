@@ -10,9 +10,9 @@ import pytest
 
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig
-from esper.tracking.description import description
 from esper.tracking.mlflow_run import final_values
-from esper.tracking.reach import check_store
+from esper.tracking.run_page import description
+from esper.tracking.store_check import check_store
 
 BRANCH = {"site": "fc1", "seed": 0, "blueprint": "mlp", "strategy": "linear", "parameters": 163}
 SUMMARY = {

@@ -18,7 +18,7 @@ from esper.tracking.figures.gates import gate_margins
 from esper.tracking.figures.story import read_story
 from esper.tracking.figures.style import STAGE_COLOURS, STAGE_LETTERS
 from esper.tracking.figures.timeline import MAX_ROWS, stage_timeline
-from esper.tracking.parquet import ParquetFiles
+from esper.tracking.parquet_files import ParquetFiles
 
 
 def recorded(record, messages) -> Path:

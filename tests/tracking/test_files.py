@@ -14,9 +14,9 @@ import pytest
 from esper.lifecycle.stages import Stage
 from esper.messages import Alert, GateResult, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
 from esper.tracking import CsvConfig, NoneConfig, TrackerError, TrackerRunner, build_trackers
+from esper.tracking.arrow_tables import TABLES
 from esper.tracking.csv_files import CsvFiles
-from esper.tracking.parquet import PARTS, ParquetFiles
-from esper.tracking.tables import TABLES
+from esper.tracking.parquet_files import PARTS, ParquetFiles
 
 
 def keep(tracker, record, told, status: str | None = "FINISHED", batch: int = 37) -> None:
@@ -69,7 +69,7 @@ def test_gates_and_metrics_are_kept_too(record, story):
 
 @pytest.mark.parametrize("group_rows", [2, 1 << 16])
 def test_of_a_metric_said_twice_at_a_tick_the_last_word_stands(record, monkeypatch, group_rows):
-    monkeypatch.setattr("esper.tracking.parquet.GROUP_ROWS", group_rows)
+    monkeypatch.setattr("esper.tracking.parquet_files.GROUP_ROWS", group_rows)
     said = [(1, "a", 1.0), (1, "b", 2.0), (1, "a", 3.0), (2, "a", 4.0), (2, "b", 5.0), (2, "a", 6.0)]
     keep(ParquetFiles(), record, [("events", Metrics(tick=t, values={n: v})) for t, n, v in said], batch=1)
     found = [(row["tick"], row["name"], row["value"]) for row in read(record, "metrics").to_pylist()]
@@ -125,7 +125,7 @@ def test_what_a_killed_run_said_after_its_last_checkpoint_goes_though_its_resume
 
 
 def test_buffered_rows_are_written_before_memory_grows(record, monkeypatch, story):
-    monkeypatch.setattr("esper.tracking.parquet.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("esper.tracking.parquet_files.BUFFER_BYTES", 1000)
     tracker = ParquetFiles()
     tracker.open(record)
     tracker.record([message for _, message in story(20)])

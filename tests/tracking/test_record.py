@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from esper.cli.compose import compose
-from esper.running.record import run_record
+from esper.running.naming import run_record
 from esper.tracking import (
     CONFIGS,
     CsvConfig,
@@ -81,8 +81,6 @@ def test_the_files_in_conf_hold_the_defaults_of_the_dataclasses(name: str):
     assert {path.stem for path in CONF.glob("*.yaml")} == set(CONFIGS)
 
 
-@pytest.mark.parametrize(
-    "config, kinds", [(NoneConfig(), []), (CsvConfig(), ["CsvFiles"]), (MlflowConfig(), ["MlflowApart"])]
-)
+@pytest.mark.parametrize("config, kinds", [(NoneConfig(), []), (CsvConfig(), ["CsvFiles"]), (MlflowConfig(), ["MlflowApart"])])
 def test_the_parquet_files_come_first_whatever_the_tracking(config, kinds: list[str]):
     assert [type(tracker).__name__ for tracker in build_trackers(config)] == ["ParquetFiles", *kinds]

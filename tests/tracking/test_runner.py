@@ -9,7 +9,7 @@ import pytest
 
 from esper.messages import Metrics, RunEnded
 from esper.tracking import TrackerError, TrackerRunner
-from esper.tracking.seen import MAX_AHEAD, Seen
+from esper.tracking.deduplication import MAX_AHEAD, Seen
 
 
 class Listener:

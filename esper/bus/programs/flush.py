@@ -11,11 +11,11 @@ import msgspec
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig
-from esper.bus.joining import KINDS, invitation
+from esper.bus.discovery import KINDS, invitation
 from esper.bus.server.bus import SPOOL, ServerBus
 from esper.bus.server.connection import readable
-from esper.bus.server.leftover import Leftover, leftovers, missing, send
-from esper.bus.spool import claim
+from esper.bus.server.leftover_spool import Leftover, leftovers, missing, send
+from esper.bus.server.spool import claim
 from esper.errors import UserError
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from esper.bus.codec import to_plain
-from esper.bus.counts import in_words
-from esper.bus.joining import joined
+from esper.bus.counters import in_words
+from esper.bus.discovery import joined
 from esper.bus.programs import flush
 from esper.bus.protocol import STREAMS, DeadLetter
 from esper.bus.server.bus import ServerBus

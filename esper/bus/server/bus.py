@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import EmbeddedConfig, ServerConfig
-from esper.bus.counts import Counts
-from esper.bus.memory import MemoryBus
+from esper.bus.counters import Counts
+from esper.bus.memory.bus import MemoryBus
 from esper.bus.protocol import STREAMS, DeadLetter
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import check_in, check_out
@@ -24,9 +24,9 @@ from esper.bus.server.consumer import ServerConsumer
 from esper.bus.server.embedded import EmbeddedServer
 from esper.bus.server.outbox import Outbox
 from esper.bus.server.payloads import Payloads
+from esper.bus.server.sender import Writer
+from esper.bus.server.spool import Spool, claim
 from esper.bus.server.trimming import Trimmer
-from esper.bus.server.writer import Writer
-from esper.bus.spool import Spool, claim
 from esper.errors import UserError
 from esper.messages import ClaimCheck, Message
 
@@ -269,7 +269,6 @@ class ServerBus:
         self.client.close()
         if self._local is not None:
             self._local.close()
-
 
     def _say_what_is_left(self) -> None:
         """Training does not wait for the server, so its end is the first moment at which somebody must be told."""

@@ -64,8 +64,7 @@ def address_of(config: RedisConfig) -> Address:
     tls = parts.scheme == "rediss"
     if not tls and os.environ.get(PASSWORD_VARIABLE) and parts.hostname not in LOOPBACK:
         raise UserError(
-            f"bus.url={config.url!r} would send the password of {PASSWORD_VARIABLE} unencrypted to another machine:"
-            " use rediss://"
+            f"bus.url={config.url!r} would send the password of {PASSWORD_VARIABLE} unencrypted to another machine: use rediss://"
         )
     return Address(
         host=parts.hostname,
@@ -137,13 +136,10 @@ def readable(address: Address, error: Exception) -> UserError:
 
     if isinstance(error, redis.AuthenticationError):
         return UserError(
-            f"the bus at {address!r} does not accept this login: set {USER_VARIABLE} and {PASSWORD_VARIABLE}"
-            " to a user of that server"
+            f"the bus at {address!r} does not accept this login: set {USER_VARIABLE} and {PASSWORD_VARIABLE} to a user of that server"
         )
     if isinstance(error, redis.exceptions.NoPermissionError):
-        return UserError(
-            f"the user of the bus at {address!r} may not do what esper needs: {error}; see docs/operations.md"
-        )
+        return UserError(f"the user of the bus at {address!r} may not do what esper needs: {error}; see docs/operations.md")
     if isinstance(error, redis.ResponseError):
         return UserError(f"the bus at {address!r} refuses what esper asks of it: {error}")
     return NoAnswer(f"no bus answers at {address!r} ({type(error).__name__}: {error})")

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import ServerConfig
-from esper.bus.counts import Counts
+from esper.bus.counters import Counts
 from esper.bus.ids import Id, parse
 from esper.bus.protocol import Delivery
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import Gone, check_out
 from esper.bus.server.connection import is_other_type
+from esper.bus.server.group_position import acknowledged, given
 from esper.bus.server.payloads import Leaving, Payloads
-from esper.bus.server.position import acknowledged, given
-from esper.bus.telemetry import unpacked
+from esper.bus.telemetry_codec import unpacked
 from esper.messages import ClaimCheck, Telemetry
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from esper.bus.ids import LARGEST, Id, parse, read, text
 from esper.bus.protocol import STREAMS
 from esper.bus.server import keys
 from esper.bus.server.connection import unless_other_type
-from esper.bus.server.counted import PROCESSES, counted
+from esper.bus.server.process_counts import PROCESSES, counted
 
 if TYPE_CHECKING:
     from esper.bus.server.bus import ServerBus

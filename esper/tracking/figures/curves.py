@@ -29,9 +29,7 @@ def learning_curves(story: Story) -> Figure | None:
     """Validation metrics above, losses below, those of the host alone dashed; None without any metric."""
     from matplotlib.figure import Figure
 
-    losses = [
-        name for name in story.metrics if name.endswith("/loss") and name.split("/")[0] in ("train", "validation")
-    ]
+    losses = [name for name in story.metrics if name.endswith("/loss") and name.split("/")[0] in ("train", "validation")]
     scores = [name for name in story.metrics if name.startswith("validation/") and name not in losses]
     kinds = [(title, names) for title, names in (("validation", scores), ("loss", losses)) if names]
     if not kinds:
@@ -93,9 +91,7 @@ def _legends(figure: Figure, grid: np.ndarray, story: Story) -> None:
             line[0].legend(fontsize=9, frameon=False)
     seen = {target for _, target in story.marks}
     marks = [
-        Line2D([], [], marker=marker, color=colour, linestyle="", label=text)
-        for stage, text, marker, colour in MARKS
-        if stage in seen
+        Line2D([], [], marker=marker, color=colour, linestyle="", label=text) for stage, text, marker, colour in MARKS if stage in seen
     ]
     if marks:
         figure.legend(handles=marks, loc="outside lower center", ncols=3, fontsize=9, frameon=False)

@@ -66,7 +66,5 @@ def _legend(figure: Figure, present: set[str]) -> None:
     from matplotlib.patches import Patch
 
     stages = [stage.name for stage in Stage if stage.name in present and stage.name not in RESTING]
-    patches = [
-        Patch(color=STAGE_COLOURS[stage], label=f"{readable(stage)} ({STAGE_LETTERS[stage]})") for stage in stages
-    ]
+    patches = [Patch(color=STAGE_COLOURS[stage], label=f"{readable(stage)} ({STAGE_LETTERS[stage]})") for stage in stages]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(5, len(patches)), fontsize=9, frameon=False)

@@ -19,7 +19,7 @@ from bus_parts.rows import NAMES, SEEDS
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig
-from esper.bus.port import BusPort
+from esper.bus.trainer.bus_port import BusPort
 
 
 def training_step(width: int = 1024, batch: int = 256) -> Callable[[], None]:

@@ -15,9 +15,9 @@ from bus_parts.rows import NAMES, SEEDS
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, MemoryConfig
-from esper.bus.port import BusPort
 from esper.bus.server.connection import connect
 from esper.bus.server.embedded import EmbeddedServer
+from esper.bus.trainer.bus_port import BusPort
 from esper.messages import TickEnded
 
 IN_FLIGHT = 48  # messages the publisher is ahead of the server, as a training step would not be

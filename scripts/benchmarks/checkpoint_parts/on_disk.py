@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.training.checkpoint import store
-from esper.training.checkpoint.store import Copy
-from esper.training.checkpoint.tree import split
+from esper.checkpoint import store
+from esper.checkpoint.store import Copy
+from esper.checkpoint.tree import split
 from scripts.benchmarks.checkpoint_parts.spent import Spent, spent
 
 LIMITS = {"stall / copy": 1.2, "save / write": 1.3, "load / read": 1.3, "load and copy / read and copy": 1.3}

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
+from esper.checkpoint import store
+from esper.checkpoint.background_saver import Retention, Saver
+from esper.checkpoint.store import Copy
+from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
+from esper.engine.port import NullPort
+from esper.engine.state import trainer_state
 from esper.lifecycle import Stage
 from esper.messages import Germinate
-from esper.running.parts import build_trainer
+from esper.running.builders import build_trainer
 from esper.seeds import Branch
 from esper.tasks.base import Task
-from esper.training.checkpoint import store
-from esper.training.checkpoint.engine import trainer_state
-from esper.training.checkpoint.saver import Retention, Saver
-from esper.training.checkpoint.store import Copy
-from esper.training.checkpoint.tree import join, split
-from esper.training.governor import Anomaly, Governor
-from esper.training.port import NullPort
-from esper.training.trainer import Trainer
+from esper.trainer.governor import Anomaly, Governor
+from esper.trainer.trainer import Trainer
 from scripts.benchmarks.checkpoint_parts.spent import Spent, spent
 
 HOSTS = {
@@ -146,9 +146,9 @@ def rollback_with_a_culprit(name: str, repeats: int, device: torch.device) -> li
 
 def poisoned(trainer: Trainer, governor: Governor, batch: Any, number: int) -> Branch:
     """One of the branches that are being blended in, another one for another ``number``, with weights so large that the loss is unusual."""
-    branches = trainer.grow.garden.in_stage(Stage.GRAFTING)
+    branches = trainer.grow.registry.in_stage(Stage.GRAFTING)
     for branch in branches[number % len(branches) :] + branches[: number % len(branches)]:
-        bank = trainer.grow.garden.layers[branch.site].bank(branch.blueprint)
+        bank = trainer.grow.registry.layers[branch.site].bank(branch.blueprint)
         good = {name: stack.detach()[branch.slot].clone() for name, stack in bank.stacks.items()}
         for power in range(2, 30, 2):
             with torch.no_grad():

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from esper.running.origin import origin
-from esper.training.checkpoint import store
-from esper.training.checkpoint.engine import topology, trainer_state
-from esper.training.checkpoint.schema import SCHEMA
+from esper.checkpoint import store
+from esper.checkpoint.schema import SCHEMA
+from esper.engine.state import topology, trainer_state
+from esper.running.provenance import origin
 from tests.checkpoint.conftest import build, train_until
 
 HERE = Path(__file__).resolve().parent

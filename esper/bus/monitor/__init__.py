@@ -1,0 +1,1 @@
+"""Readings of a run's bus for Prometheus and OpenTelemetry."""

@@ -1,0 +1,86 @@
+"""Saving beside training: the state is copied between two steps, and a thread brings the copy to disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.checkpoint import store
+from esper.checkpoint.store import Checkpoint, Copy
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept: the newest ``keep``, the ``best`` by validation, and everything younger than ``hours``."""
+
+    keep: int = 2
+    best: int = 1
+    hours: float = 0.0
+
+
+class Saver:
+    """Writes one copy at a time. ``settled`` is asked, in the thread, before a checkpoint may count: everything said before
+
+    the copy was taken is kept where it belongs; a False leaves the earlier checkpoint as the newest. ``written`` hears of
+    each. An error of the thread is raised by the next call.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        retention: Retention,
+        settled: Callable[[], bool] = lambda: True,
+        written: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ) -> None:
+        self.folder = folder
+        self.retention = retention
+        self._settled, self._written = settled, written
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self.skipped = 0  # saves that were due while another was being written
+        self.stalled_s: list[float] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether a copy is still on its way to the disk."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, take: Callable[[], Copy], wait: bool = False) -> bool:
+        """Take a copy and write it; where the one before is still being written, wait for it or skip this one.
+
+        Returns whether a copy was taken. ``wait`` also waits until this one is on disk.
+        """
+        if self.busy and not wait:
+            self.skipped += 1
+            return False
+        self.wait()
+        began = time.perf_counter()
+        taken = take()
+        self.stalled_s.append(time.perf_counter() - began)
+        self._thread = threading.Thread(target=self._write, args=(taken,), name="esper-checkpoint")
+        self._thread.start()
+        if wait:
+            self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Until the disk has what was taken; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, taken: Copy) -> None:
+        try:
+            if not self._settled():
+                return
+            checkpoint = store.write(taken, self.folder)
+            store.retain(self.folder, self.retention.keep, self.retention.best, self.retention.hours)
+            self._written(checkpoint)
+        except BaseException as error:  # a full disk: said where training is, by the next save or at the end
+            self._error = error

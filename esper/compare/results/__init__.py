@@ -1,0 +1,1 @@
+"""Judging a sweep: its plan, its runs, the verdict, tables and figures."""

@@ -1,0 +1,204 @@
+"""A comparison as JSON and as tables in the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from esper.compare.results.analysis import Comparison, Judged
+from esper.compare.results.plan import Plan
+from esper.compare.results.table_layout import fit
+from esper.compare.results.tuning_choice import named as listed
+from esper.compare.results.wording import confidence, short, where
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SCHEMA = 1
+WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
+CONTROLS = {"same_steps": "host alone, same steps", "same_macs": "host alone, same MACs"}
+HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
+
+
+def as_dict(comparison: Comparison, plan: Plan) -> dict[str, Any]:
+    """Everything, with ``null`` for numbers that do not exist: JSON knows neither NaN nor infinity."""
+    return _plain(
+        {
+            "schema": SCHEMA,
+            "plan": dataclasses.asdict(plan),
+            **dataclasses.asdict(comparison),
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(comparison: Comparison, plan: Plan, path: Path) -> Path:
+    """``comparison.json``, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(as_dict(comparison, plan), indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+    return path
+
+
+def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: bool) -> list[Path]:
+    """``comparison.json``, ``comparison.txt`` and the figures in ``folder``."""
+    files = [write_json(comparison, plan, folder / "comparison.json")]
+    table = folder / "comparison.txt"
+    from rich.console import Console
+
+    with table.open("w", encoding="utf-8") as out:
+        show(comparison, plan, Console(file=out, width=WIDTH))
+    files.append(table)
+    if figures:
+        from esper.compare.results.figures import draw
+
+        files += draw(comparison, plan, folder / "figures")
+    return files
+
+
+def show(comparison: Comparison, plan: Plan, console: Console) -> None:
+    """Print arms, verdicts, notes and the sentences."""
+    if comparison.exploratory:
+        console.print(f"[bold red]exploratory[/]: {'; '.join(comparison.exploratory)}", highlight=False)
+    for table in _tables(comparison, plan):
+        console.print(fit(table, console.width))
+    for line in [*comparison.notes, *(row.sentence for row in comparison.verdicts)]:
+        console.print(f"• {line}", highlight=False, markup=False)
+    for line in comparison.conclusion:
+        console.print(line, style="bold", highlight=False, markup=False)
+
+
+def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
+    yield arm_table(comparison, plan)
+    if any(arm.costs or arm.growth for arm in comparison.arms):
+        yield cost_table(comparison)
+    if comparison.tuned:
+        yield tuning_table(comparison, plan)
+    yield verdict_table(comparison, plan)
+    if comparison.ranking:
+        yield ranking_table(comparison, plan)
+
+
+def arm_table(comparison: Comparison, plan: Plan) -> Table:
+    """Quality and failures of every arm, and the means of its controls where its runs trained them."""
+    place = where(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
+    table = _table(f"{plan.metric}, {plan.direction}{place}; reference {plan.reference}", comparison)
+    controls = {name: heading for name, heading in CONTROLS.items() if any(name in arm.alone for arm in comparison.arms)}
+    for name in ("runs", "failed", "mean", "IQM", "spread", *controls.values()):
+        table.add_column(name, justify="right")
+    for arm in comparison.arms:
+        failed = f"[red]{arm.failed}[/]" if arm.failed else "0"
+        numbers = [f"{arm.mean:.4g}", f"{arm.iqm:.4g}", f"{arm.spread:.2g}"]
+        numbers += [f"{arm.alone[name]:.4g}" if name in arm.alone else "–" for name in controls]
+        table.add_row(*_where(arm.block, comparison), escape(arm.arm), str(arm.runs), failed, *numbers)
+    return table
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """What every arm cost and how it grew, means over its finished runs."""
+    table = _table("cost and growth of a run", comparison)
+    parts = [(part, name) for part in ("costs", "growth") for name in _names(comparison, part)]
+    for _, name in parts:
+        table.add_column(HEADINGS.get(name, name), justify="right")
+    for arm in comparison.arms:
+        numbers = [_number(getattr(arm, part).get(name)) for part, name in parts]
+        table.add_row(*_where(arm.block, comparison), escape(arm.arm), *numbers)
+    return table
+
+
+def tuning_table(comparison: Comparison, plan: Plan) -> Table:
+    """What every arm chose beforehand, and what choosing cost."""
+    table = _table("tuned on validation, with seeds of their own", comparison)
+    for name in ("chosen", plan.metric, "runs", "failed", "MACs"):
+        table.add_column(name, justify="left" if name == "chosen" else "right", overflow="fold")
+    for one in comparison.tuned:
+        failed = f"[red]{one.failed}[/]" if one.failed else "0"
+        chosen = [escape(listed(one.values)), _number(one.mean), str(one.runs), failed, _number(one.macs)]
+        table.add_row(*_where(one.block, comparison), escape(one.arm), *chosen)
+    return table
+
+
+def _names(comparison: Comparison, part: str) -> list[str]:
+    return list(dict.fromkeys(name for arm in comparison.arms for name in getattr(arm, part)))
+
+
+def _table(title: str, comparison: Comparison) -> Table:
+    """A table that begins with the block, where there are any, and the arm."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in [*(["block"] if _where("", comparison) else []), "arm"]:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _where(block: str, comparison: Comparison) -> list[str]:
+    return [escape(block)] if any(arm.block for arm in comparison.arms) else []
+
+
+def verdict_table(comparison: Comparison, plan: Plan) -> Table:
+    """One row a comparison with the reference; p-values and the interval's level are Holm's."""
+    table = _table(f"against the reference {plan.reference}, p and intervals after Holm", comparison)
+    for name in ("verdict", "better by", "interval", "p", "p equal", "P (better)"):
+        table.add_column(name, justify="left" if name == "verdict" else "right")
+    colours = {"B better": "green", "A better": "red", "equivalent": "cyan", "inconclusive": "dim"}
+    for row in comparison.verdicts:
+        table.add_row(
+            *_where(row.block, comparison),
+            escape(row.arm),
+            f"[{colours[row.verdict]}]{short(row)}[/]",
+            f"{row.difference:+.3g}",
+            _interval(row),
+            f"{row.p_holm:.2g}",
+            f"{row.p_equivalent:.2g}",
+            _number(row.probability),
+        )
+    return table
+
+
+def _interval(row: Judged) -> str:
+    """The interval and its level, "none" where so few pairs have none."""
+    low, high = row.interval
+    return f"{low:+.2g} … {high:+.2g} ({confidence(row.level)})" if math.isfinite(low) and math.isfinite(high) else "none"
+
+
+def ranking_table(comparison: Comparison, plan: Plan) -> Table:
+    """Arms from best to worst by mean over the blocks, each with the arms that it is surely better than."""
+    from rich.table import Table
+
+    means = {arm: plan.sign * sum(a.mean for a in comparison.arms if a.arm == arm) / len(plan.blocks) for arm in plan.arms}
+    beaten: dict[str, list[str]] = {arm: [] for arm in plan.arms}
+    for row in comparison.ranking:
+        if row.verdict == "B better":
+            beaten[row.arm].append(row.reference)
+        elif row.verdict == "A better":
+            beaten[row.reference].append(row.arm)
+    table = Table(title="all against all, after Holm", title_justify="left")
+    for name in ("arm", "mean", "surely better than"):
+        table.add_column(name, overflow="ellipsis" if name == "mean" else "fold")
+    for arm in sorted(means, key=lambda a: -means[a] if math.isfinite(means[a]) else math.inf):
+        table.add_row(escape(arm), f"{plan.sign * means[arm]:.4g}", escape(", ".join(beaten[arm])) or "–")
+    return table
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}"

@@ -1,0 +1,128 @@
+"""The finished and failed runs of a sweep as plain records, and how they pair up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esper.compare.statistics.sign_flip import EPSILON
+from esper.errors import UserError
+
+OPERATIONS = 4  # roundings that a metric may have gone through: a mean, a percentage
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job of a sweep. ``value`` is the metric as the task reports it, NaN where the run gave none.
+
+    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported, ``alone`` the
+    metric of its controls (``same_steps``, ``same_macs``) where it trained any.
+    """
+
+    arm: str
+    seed: int
+    value: float
+    block: str = ""
+    status: str = "FINISHED"
+    costs: dict[str, float] = field(default_factory=dict)
+    growth: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
+    id: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """A run that did not finish, or finished without a finite metric."""
+        return self.status != "FINISHED" or not math.isfinite(self.value)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Differences of one arm to another by seed, positive where the first is better; shapes ``[pairs]``.
+
+    ``tested`` holds a number for every pair: one with a failed run counts as the largest difference seen (at least
+    the minimum effect, and 1 where both are 0) against the arm that failed, and as 0 where both failed. Swapping the
+    arms' names flips its signs, so the sign-flip test stays exact. ``finished`` marks the pairs in which both runs
+    finished, ``lost`` those that one arm alone failed in; ``error`` is how far rounding may have moved each difference.
+    """
+
+    arm: str
+    reference: str
+    block: str
+    seeds: tuple[int, ...]
+    tested: Array
+    finished: NDArray[np.bool_]
+    lost: NDArray[np.bool_]
+    error: Array
+
+
+def by_seed(runs: Sequence[Run], arm: str, block: str) -> dict[int, Run]:
+    """The runs of one arm in one block by their seed.
+
+    Raises:
+        UserError: two runs claim the same arm, block and seed.
+    """
+    found: dict[int, Run] = {}
+    for run in runs:
+        if (run.arm, run.block) != (arm, block):
+            continue
+        if run.seed in found:
+            raise UserError(
+                f"Arm {arm!r} has two runs with seed {run.seed} ({found[run.seed].id}, {run.id}); "
+                "delete one or analyse one sweep at a time."
+            )
+        found[run.seed] = run
+    return found
+
+
+def pair(runs: Sequence[Run], arm: str, reference: str, block: str, sign: float, minimum_effect: float) -> Pairs:
+    """Pair two arms by the seeds that both have run.
+
+    Raises:
+        UserError: no seed was run by both.
+    """
+    ours, theirs = by_seed(runs, arm, block), by_seed(runs, reference, block)
+    seeds = tuple(sorted(ours.keys() & theirs.keys()))
+    if not seeds:
+        where = f" in block {block}" if block else ""
+        raise UserError(
+            f"{arm!r} (seeds {sorted(ours)}) and {reference!r} (seeds {sorted(theirs)}) share no seed{where}; "
+            "pairs need the same seeds in both arms: run the missing ones."
+        )
+    failed = np.array([[ours[s].failed, theirs[s].failed] for s in seeds])
+    finished: NDArray[np.bool_] = np.logical_not(failed.any(axis=1))
+    raw = np.array([sign * (ours[s].value - theirs[s].value) if ok else 0.0 for s, ok in zip(seeds, finished, strict=True)])
+    worst = max(float(np.abs(raw).max()), minimum_effect) or 1.0  # the test asks for signs alone where nothing gives a scale
+    tested = raw + worst * (failed[:, 1].astype(float) - failed[:, 0].astype(float))
+    values = [[side[s].value if ok else worst for s, ok in zip(seeds, finished, strict=True)] for side in (ours, theirs)]
+    error = rounding(*map(np.array, values))
+    return Pairs(arm, reference, block, seeds, tested, finished, failed[:, 0] != failed[:, 1], error)
+
+
+def rounding(*values: Array) -> Array:
+    """How far rounding may have moved a sum or difference of these values, each of which a few operations gave."""
+    found: Array = OPERATIONS * EPSILON * np.sum([np.abs(value) for value in values], axis=0)
+    return found
+
+
+def pool(blocks: Sequence[Pairs]) -> Pairs | None:
+    """The mean difference over the blocks for every seed that all blocks have; None where there is no such seed.
+
+    One number a seed, not one a block: runs of one seed may resemble each other across blocks.
+    """
+    shared = sorted(set.intersection(*(set(p.seeds) for p in blocks)))
+    if not shared:
+        return None
+    rows = [[p.seeds.index(s) for s in shared] for p in blocks]
+    tested = np.mean([p.tested[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
+    finished = np.all([p.finished[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
+    lost = np.any([p.lost[row] for p, row in zip(blocks, rows, strict=True)], axis=0)
+    error = np.mean([p.error[row] for p, row in zip(blocks, rows, strict=True)], axis=0) + rounding(tested)
+    return Pairs(blocks[0].arm, blocks[0].reference, POOLED, tuple(shared), tested, finished, lost, error)
+
+
+POOLED = "pooled"

@@ -1,0 +1,1 @@
+"""The statistics of a comparison: tests, intervals, corrections and power."""

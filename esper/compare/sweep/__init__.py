@@ -1,0 +1,1 @@
+"""Running a sweep: arms, jobs, processes, resume."""

@@ -1,0 +1,96 @@
+"""Arms that depend on what other arms did: the final net from scratch, and runs of equal training MACs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from esper.compare.config import CompareConfig
+from esper.compare.sweep.jobs import Prepared
+from esper.controllers.scheduled import ScheduledConfig
+from esper.errors import UserError
+
+#: The summary of the run of (arm, block, seed), empty where it did not finish.
+Finished = Callable[[str, str, int], Mapping[str, Any]]
+
+
+class Missing(Exception):
+    """A job that cannot be run because the run it depends on did not finish; the reason in words."""
+
+
+def sources(arm: str, compare: CompareConfig) -> list[str]:
+    """The arms that must have run before this one."""
+    found = [compare.final_of[arm]] if arm in compare.final_of else []
+    return found + (list(_budget(arm, compare)) if arm in compare.equal_macs else [])
+
+
+def _budget(arm: str, compare: CompareConfig) -> tuple[str, str]:
+    budget, slash, price = compare.equal_macs[arm].partition("/")
+    if not slash:
+        given = compare.equal_macs[arm]
+        raise UserError(f"compare.equal_macs.{arm}={given} is not accepted: write a/b, arm a's MACs at arm b's price a step.")
+    return budget, price
+
+
+def waves(arms: Sequence[str], compare: CompareConfig) -> list[list[str]]:
+    """The arms in the order in which they can run, those of one wave side by side.
+
+    Raises:
+        UserError: an arm depends on one that the sweep has not, or on itself in a circle.
+    """
+    for arm in (*compare.final_of, *compare.equal_macs, *compare.fresh_seeds):
+        for needed in (arm, *sources(arm, compare)):
+            if needed not in arms:
+                raise UserError(f"compare.final_of, equal_macs or fresh_seeds names the arm {needed!r}; the sweep has {', '.join(arms)}.")
+    order: list[list[str]] = []
+    done: set[str] = set()
+    while len(done) < len(arms):
+        ready = [arm for arm in arms if arm not in done and set(sources(arm, compare)) <= done]
+        if not ready:
+            left = ", ".join(arm for arm in arms if arm not in done)
+            raise UserError(f"The arms {left} wait for each other (compare.final_of, compare.equal_macs); break the circle.")
+        order.append(ready)
+        done.update(ready)
+    return order
+
+
+def derive(one: Prepared, finished: Finished) -> Prepared:
+    """The job with what it takes over from the arms it depends on; unchanged where it depends on none.
+
+    Raises:
+        Missing: one of those runs did not finish.
+    """
+    compare, arm, config = one.config.compare, one.job.arm, one.config
+
+    def of(source: str) -> Mapping[str, Any]:
+        found = finished(source, one.job.block, one.job.seed)
+        if not found:
+            raise Missing(f"it depends on arm {source}, whose run with seed {one.job.seed} did not finish")
+        return found
+
+    if arm in compare.fresh_seeds:
+        config = dataclasses.replace(config, seed=config.seed + compare.fresh_seeds[arm])
+    if arm in compare.final_of:
+        script = germinate_kept(of(compare.final_of[arm]))
+        config = dataclasses.replace(config, controller=ScheduledConfig(script=script))
+    if arm in compare.equal_macs:
+        budget, price = (of(name) for name in _budget(arm, compare))
+        steps = max(1, round(budget["macs"] * price["steps"] / price["macs"]))
+        config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, steps=steps, epochs=0))
+    return dataclasses.replace(one, config=config)
+
+
+def germinate_kept(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A script that germinates at the start every branch that was blended in when the run ended."""
+    kept = [branch for branch in summary["branches"] if branch.get("alpha", 0.0) > 0.0]
+    return [
+        {
+            "at": "0%",
+            "command": "germinate",
+            "site": branch["site"],
+            "seeds": [branch["seed"]],
+            "blueprint": branch["blueprint"],
+        }
+        for branch in kept
+    ]

@@ -1,0 +1,115 @@
+"""From what Hydra's sweeper asks for to a sweep: compose every job, sort them into arms, run, judge."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from esper.cli.compose import from_hydra
+from esper.compare.sweep.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
+from esper.compare.sweep.job_configs import composed
+from esper.compare.sweep.jobs import Prepared
+from esper.compare.sweep.process_pool import environments
+from esper.compare.sweep.resume import taken_up
+from esper.compare.sweep.sweep import Sweep, resume_command, run_sweep
+from esper.config import plain
+from esper.errors import UserError
+from esper.tracking.run_info import flatten
+
+if TYPE_CHECKING:
+    from hydra_plugins.esper_workers import WorkersLauncher
+
+
+def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+    """Run one batch of a sweeper; the basic sweeper's only batch is compared.
+
+    Raises:
+        UserError: the sweep cannot be judged as asked, before its first run starts.
+        SystemExit: with code 1, after everything has run and was judged, when jobs failed.
+    """
+    whole = _whole(launcher)
+    overrides = [tuple(str(text) for text in one) for one in job_overrides]
+    folder = Path(str(launcher.config.hydra.sweep.dir)).resolve()
+    prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
+    config = prepared[0].config
+    if config.resume == "auto" and (before := taken_up(folder, sys.argv[1:], Path(config.output))) != folder:
+        folder = before
+        prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
+    refuse_unknown_blocks(config.compare.block, _settings(prepared))
+    layout = lay_out(overrides, config.compare.block, config.seed)
+    if whole:
+        refuse_repeated(layout)
+        for job, one in zip(layout.jobs, prepared, strict=True):
+            refuse_own_seed(job, one.config.seed)
+    else:  # another sweeper proposes as it learns: nothing is paired
+        layout = Layout(tuple(Job(job.number, job.overrides, "", "", job.seed) for job in layout.jobs), ("",), ("",), layout.seeds)
+    jobs = [Prepared(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
+    if len({one.folder for one in jobs}) < len(jobs):
+        raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
+    sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, proposed=not whole)
+    gpu = any(one.config.trainer.device != "cpu" for one in jobs)
+    try:
+        run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
+    except UserError as error:
+        if not sweep.failures:
+            raise
+        print(f"esper: {error}", file=sys.stderr)
+    if sweep.failures:
+        retry = f"{resume_command(sweep)} hydra.launcher.retry=true"
+        count = "1 job" if len(sweep.failures) == 1 else f"{len(sweep.failures)} jobs"
+        sweep.console.print(f"{count} failed; to try again:\n  {retry}", soft_wrap=True, highlight=False)
+        if whole:
+            raise SystemExit(1)
+    return [_returned(one) for one in jobs]
+
+
+def _settings(jobs: Sequence[Prepared]) -> set[str]:
+    """The dotted keys of all configurations; jobs that differ in their seed alone have the same."""
+    unlike = {tuple(text for text in one.job.overrides if not text.startswith("seed=")): one.config for one in jobs}
+    return {key for config in unlike.values() for key in flatten(plain(config))}
+
+
+def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int, sweep: Path) -> Prepared:
+    """The job's checked config, and its folder below the sweep's."""
+    config = composed(launcher, overrides, number)
+    HydraConfig.instance().set_config(config)
+    choices = {key: str(value) for key, value in config.hydra.runtime.choices.items() if value is not None}
+    unique = hashlib.sha256(str(sweep).encode()).hexdigest()[:6]  # the folder's name is the run's name on the bus
+    folder = sweep / f"{config.hydra.sweep.subdir}-{unique}"
+    checked = from_hydra(config, choices)
+    return Prepared(Job(number, tuple(overrides), "", "", checked.seed), checked, choices, folder)
+
+
+def _whole(launcher: WorkersLauncher) -> bool:
+    """Whether the sweeper hands over all jobs at once.
+
+    Raises:
+        UserError: Hydra's own sweeper is told to hand them over in pieces, of which none could be compared with another.
+    """
+    sweeper = OmegaConf.to_container(launcher.config.hydra.sweeper)
+    assert isinstance(sweeper, dict)
+    basic, size = str(sweeper["_target_"]).endswith(".BasicSweeper"), sweeper.get("max_batch_size")
+    if basic and size is not None:
+        raise UserError(
+            f"hydra.sweeper.max_batch_size={size} cuts the sweep into pieces that cannot be compared; leave it out: "
+            "hydra.launcher.workers says how many jobs run at once."
+        )
+    return basic
+
+
+def _returned(one: Prepared) -> JobReturn:
+    """What a sweeper learns from: the primary validation metric, NaN where a job has none."""
+    summary = one.summary
+    value = ((summary.get("metrics") or {}).get("final") or {}).get(summary.get("primary", ""))
+    returned = JobReturn(overrides=one.job.overrides, status=JobStatus.COMPLETED)
+    returned.return_value = math.nan if value is None else value
+    return returned

@@ -1,0 +1,174 @@
+"""The sweep's side of its store process: starting it, asking it, ending it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import esper
+from esper.compare.results.mlflow_records import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, pieces
+from esper.compare.results.plan import saved_text
+from esper.compare.results.tuning_choice import text
+from esper.compare.sweep.process_pool import by_hand
+from esper.compare.sweep.tuning import TuningJob
+from esper.errors import UserError
+from esper.tracking.config import MlflowConfig, tracking_uri
+from esper.tracking.shared import SOCKET
+from esper.tracking.store_check import check_store
+
+if TYPE_CHECKING:
+    from esper.compare.sweep.jobs import Prepared
+    from esper.compare.sweep.sweep import Sweep
+
+LOG = "tracker.log"
+STOP_S = 30.0  # how long its process may take to end once everything is written
+CLOSE_S = 4.0  # how long ending the sweep's runs in the store may take after Ctrl-C
+
+
+class Store:
+    """The MLflow process of a sweep; does nothing where ``tracking`` is not MLflow.
+
+    Use as a context: leaving it ends the parent run with ``status``, so that none stays RUNNING.
+    """
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.status = "FAILED"
+        self.files: list[Path] = []
+        self.numbers: dict[str, float] = {}
+        self.tags: dict[str, str] = {}
+        self._config = sweep.jobs[0].config.tracking
+        self._process: subprocess.Popen[str] | None = None
+        self._opened = False
+        self.environment: dict[str, str] = {}
+
+    def __enter__(self) -> Store:
+        if not isinstance(self._config, MlflowConfig):
+            return self
+        check_store(self._config, self.sweep.jobs[0].config.output)
+        self._home = tempfile.TemporaryDirectory(prefix="esper-")
+        path = str(Path(self._home.name) / "store")  # short: a socket's path has 107 characters
+        self.environment = {SOCKET: path}
+        self._process = self._start(path)
+        return self
+
+    def _start(self, path: str) -> subprocess.Popen[str]:
+        root = str(Path(esper.__file__).resolve().parents[1])
+        search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        with (self.sweep.folder / LOG).open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "esper.compare.sweep.store_writer", path],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            )  # fmt: skip
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._process is None:
+            return
+        try:
+            if self._opened:
+                with self._in_time(kind):
+                    self._close()
+        except UserError:
+            self._end_parent()
+            if kind is None:
+                raise
+        finally:
+            self._stop(self._process, 0.0 if by_hand(kind) else STOP_S)
+            self._home.cleanup()
+
+    @contextlib.contextmanager
+    def _in_time(self, kind: type[BaseException] | None) -> Iterator[None]:
+        """Within, after Ctrl-C: the process is ended when it takes long; what it has not written is brought when the sweep goes on."""
+        if not by_hand(kind):
+            yield
+            return
+        assert self._process is not None
+        timer = threading.Timer(CLOSE_S, self._process.kill)
+        timer.start()
+        try:
+            yield
+        except UserError as error:
+            print(f"esper: MLflow may show runs of this sweep as RUNNING until it goes on. {error}", file=sys.stderr)
+        finally:
+            timer.cancel()
+
+    def _end_parent(self) -> None:
+        """A process of its own ends the parent run that one that was killed has left RUNNING."""
+        assert self._process is not None
+        self._stop(self._process, STOP_S)
+        self._process = self._start(self.environment[SOCKET])
+        self.status, self.files, self.numbers, self.tags = "FAILED", [], {}, {}
+        self.open()
+        self._close()
+
+    def _stop(self, process: subprocess.Popen[str], seconds: float) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it was killed with a request unread
+            process.stdin.close()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+    def open(self) -> None:
+        """Make or continue the parent run, with the plan on it, before the first job."""
+        if self._process is None:
+            return
+        sweep, config = self.sweep, self.sweep.jobs[0].config
+        answer = self._ask(
+            {
+                "ask": "open",
+                "uri": tracking_uri(self._config, config.output),
+                "experiment": self._config.experiment,
+                "parent": sweep.parent,
+                "sweep": sweep.id,
+                "name": sweep.name,
+                "folder": str(sweep.folder.resolve()),
+                "plan": saved_text(sweep.folder) if sweep.plan else "",
+                "jobs": {str(one.folder.resolve()): self._tags(one) for one in (*sweep.jobs, *sweep.trials)},
+            }
+        )
+        sweep.parent, self._opened = answer["parent"], True
+
+    def _tags(self, one: Prepared) -> dict[str, str]:
+        job = one.job
+        kind = {KIND: TUNING} if isinstance(job, TuningJob) else {}
+        return kind | {"name": job.label, SWEEP: self.sweep.id, ARM: job.arm, BLOCK: job.block, SEED: str(job.seed)}
+
+    def failed(self, one: Prepared, error: str) -> None:
+        """Record a job that failed, also one that never reached the store itself."""
+        if self._process is not None:
+            self._ask({"ask": "failed", "folder": str(one.folder), "error": error})
+
+    def _close(self) -> None:
+        tags = self.tags | {"esper.failed_jobs": str(len(self.sweep.failures))} | pieces(text(self.sweep.tuned.values()), TUNED)
+        files = [str(path) for path in self.files]
+        self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.numbers, "tags": tags})
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line) if line else {"error": "it ended unexpectedly"}
+        if "refused" in answer:
+            raise UserError(answer["refused"])
+        if "error" in answer:
+            where = self.sweep.folder / LOG
+            raise UserError(f"The sweep's tracking process failed: {answer['error']}; its last words are in {where}.")
+        return answer

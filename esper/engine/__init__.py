@@ -1,0 +1,1 @@
+"""The engine: seeds attached to a model grow in any training loop (``esper.engine.attach``)."""

@@ -1,0 +1,208 @@
+"""``attach``: put seeds on a model, in one call, for esper's own loop and for anybody else's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.blueprints import Block
+from esper.engine.arguments import check_arguments
+from esper.engine.attached_state import read_state
+from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
+from esper.engine.grow import Grow, GrowSettings
+from esper.engine.learning.branch_optimizer import BranchLearning
+from esper.engine.learning.learning_rate import HostRate
+from esper.engine.learning.losses import as_tensor_loss, probing
+from esper.engine.local_controller import controlled_port, remind
+from esper.engine.port import Port
+from esper.engine.supported_models import fit
+from esper.errors import UserError
+from esper.grafting import CONFIGS as STRATEGIES
+from esper.grafting import GraftingConfig, Rule, custom, longest_ramp
+from esper.kernels import KernelConfig, Kernels
+from esper.lifecycle import LifecycleConfig, resolve
+from esper.lifecycle.config import OBJECTIVES
+from esper.lifecycle.duration import parse
+from esper.randomness import global_draws_kept
+from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
+from esper.seeds.block_trial import refuse_unanswering
+from esper.seeds.layer import device_of
+from esper.seeds.registry import AnyBlueprint
+
+
+@global_draws_kept()
+def attach(
+    model: nn.Module,
+    *,
+    total_steps: int,
+    loss: Callable[[nn.Module, Any], Any] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    sites: str | list[str] = "auto",
+    per_site: int = 4,
+    judge: Iterable[Any] | None = None,
+    judge_loss: Callable[[nn.Module, Any], Any] | None = None,
+    sample: Any = None,
+    blueprint: str | AnyBlueprint = "mlp",
+    grafting: str | GraftingConfig | Rule = "linear",
+    lifecycle: LifecycleConfig | None = None,
+    telemetry: TelemetryConfig | None = None,
+    learning: BranchLearning | None = None,
+    warmup: str = "1%",
+    steps_per_epoch: int = 1,
+    accumulate: int = 1,
+    scaler: Any | None = None,
+    kernel: str | KernelConfig = "auto",
+    controller: Any = None,
+    port: Port | None = None,
+    seed: int = 0,
+    count_macs: bool = True,
+    debug: bool = False,
+    state: dict[str, Any] | str | Path | None = None,
+) -> Grow:
+    """Put seeds on ``model`` and return the handle that a training loop calls.
+
+    Args:
+        model: the host, already on its device. Its outputs and gradients stay what they were until something is blended.
+        total_steps: optimizer steps of the run; durations in ``%`` refer to it.
+        loss: ``loss(model, batch)``: one value (the mean), one a sample, or an output with ``.loss``; default the model's own,
+            ``model(**batch).loss``.
+        optimizer: the host's; its learning rate is followed and its state kept. Branches never enter it.
+        sites: glob patterns over module names, roles (``mlp_hidden``, ``residual``, ``conv_out``), or ``auto``; ``per_site`` seeds
+            share each site's features.
+        judge: batches kept for judging (anything that can be iterated again and again); without it no branch is kept.
+        judge_loss: like ``loss``, one value a sample; default ``loss``.
+        sample: a batch that shows shapes; default the first of ``judge``.
+        blueprint, grafting: a name, a configured one, or one of your own (``docs/own-blueprint.md``, ``docs/own-strategy.md``).
+        learning: AdamW settings of the branches; default follows the optimizer's rate if it is an Adam, else 1e-3.
+        scaler: the loop's ``GradScaler``, if it has one.
+        kernel: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, or settings with canary and rollout.
+        controller: who decides what grows: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
+            or an object of your own; ``None`` for nobody, so that every seed stays dormant.
+        port: a bus to hear and command over, instead of a ``controller`` in this process.
+        debug: raise what the code of a branch, strategy or controller raises, instead of going on without it.
+        state: what ``grow.state()`` gave on a model of the same topology, or where ``save_branches`` wrote it, to go on from. The model
+            and the optimizer have what the loop saved of them by then.
+
+    Raises:
+        UserError: an argument of another kind, a pattern that matches no module, a schedule that cannot end, a blueprint that fits no
+            site, seeds that are attached already.
+    """
+    check_arguments(locals())
+    model, kept = fit(model), None if state is None else read_state(state)
+    loss = as_tensor_loss(loss)
+    lifecycle = lifecycle or LifecycleConfig()
+    chosen = _blueprint(blueprint)
+    strategy = _strategy(grafting)
+    _refuse_words(lifecycle)
+    _refuse_spent(judge)
+    sample = _sample(sample, judge)
+    patterns = [sites] if isinstance(sites, str) else list(sites)
+    per_site = 1 if isinstance(chosen, Block) else per_site
+    moved = to_device(sample, device_of(model))
+    forward = probing(loss, model, moved)
+    with untouched_buffers(model):
+        found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
+        _refuse_misfits(chosen, found)
+        if isinstance(chosen, Block):
+            refuse_unanswering(model, found, forward)
+    steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
+    total_ticks = max(1, total_steps // steps_per_tick)
+    per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
+    worst = partial(longest_ramp, strategy)
+    ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst, _decided(port, controller))
+    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model))
+    rate = HostRate(optimizer, kept)
+    own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
+    registry = SeedRegistry(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels)
+    settings = GrowSettings(
+        lifecycle=lifecycle,
+        ages=ages,
+        grafting=strategy,
+        telemetry=_per_tick(telemetry or TelemetryConfig(), steps_per_tick),
+        learning=dataclasses.replace(learning or rate.learning(), warmup=own_warmup),
+        total_ticks=total_ticks,
+        steps_per_tick=steps_per_tick,
+        accumulate=accumulate,
+        count_macs=count_macs,
+        debug=debug,
+    )
+    registry.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
+    judged = None if judge_loss is None else as_tensor_loss(judge_loss)
+    return Grow(registry, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
+
+
+def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:
+    """``every`` counted in ticks: with an epoch's clock, ten of them would leave a controller without news for most of a run."""
+    return dataclasses.replace(telemetry, every=max(1, telemetry.every // steps_per_tick))
+
+
+def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dict[str, Any] | None) -> Port | None:
+    if controller is not None and port is not None:
+        raise UserError("attach takes a controller in this process or a port to one elsewhere, not both.")
+    port = port if controller is None else controlled_port(controller, seed, debug)
+    remind(port, (state or {}).get("controller"))
+    return port
+
+
+def _decided(port: Port | None, controller: Any) -> bool:
+    """Whether anybody may ever let something grow; a port may say so of who commands over it."""
+    return getattr(controller, "name", controller) != "none" and bool(getattr(port, "decided", True))
+
+
+def _blueprint(blueprint: str | AnyBlueprint) -> AnyBlueprint:
+    if not isinstance(blueprint, str):
+        return blueprint
+    if blueprint not in BLUEPRINTS:
+        raise UserError(f"There is no blueprint '{blueprint}'; there are {', '.join(BLUEPRINTS)}.")
+    return BLUEPRINTS[blueprint]()
+
+
+def _strategy(grafting: str | GraftingConfig | Rule) -> GraftingConfig:
+    if isinstance(grafting, GraftingConfig):
+        return grafting
+    if not isinstance(grafting, str):
+        return custom(grafting)
+    if grafting not in STRATEGIES:
+        raise UserError(f"There is no grafting strategy '{grafting}'; there are {', '.join(STRATEGIES)}.")
+    made: GraftingConfig = STRATEGIES[grafting]()
+    return made
+
+
+def _refuse_words(lifecycle: LifecycleConfig) -> None:
+    for key, accepted in (("objective", OBJECTIVES), ("clock", ("step", "epoch"))):
+        given = getattr(lifecycle, key)
+        if given not in accepted:
+            raise UserError(f"lifecycle.{key}={given} is not accepted; it takes {' or '.join(accepted)}.")
+
+
+def _refuse_misfits(blueprint: AnyBlueprint, sites: list[Site]) -> None:
+    reasons = {site.name: blueprint.fits(site.geometry) for site in sites}
+    if isinstance(blueprint, Block):
+        reasons = {site.name: reasons[site.name] or blueprint.unsilenced(site.module) for site in sites}
+    if sites and all(reason is not None for reason in reasons.values()):
+        name, reason = next(iter(reasons.items()))
+        raise UserError(f"blueprint '{blueprint.name}' fits none of the {len(sites)} sites; at '{name}': {reason}.")
+
+
+def _refuse_spent(judge: Iterable[Any] | None) -> None:
+    if isinstance(judge, Iterator):  # empty after one look, so that every branch would be culled
+        kind = type(judge).__name__
+        raise UserError(f"judge=… is a {kind}, which can be gone through only once; give a list of batches or a DataLoader.")
+
+
+def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:
+    if sample is not None:
+        return sample
+    if judge is None:
+        raise UserError("attach needs to see one batch: pass judge=… (batches kept for judging) or sample=….")
+    with drawing_alike(judge):
+        for batch in judge:
+            return batch
+    raise UserError("judge=… holds no batch, so nothing could be judged; pass the batches kept for judging, or none at all.")

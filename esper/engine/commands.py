@@ -1,0 +1,274 @@
+"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from esper.engine.judging.gatekeeper import Gatekeeper
+from esper.engine.tick import Advance
+from esper.engine.transaction import Before
+from esper.engine.transition_effects import Life
+from esper.errors import UserError
+from esper.grafting import hand_over
+from esper.lifecycle import GATES, Stage
+from esper.lifecycle.machine import Trial
+from esper.messages import (
+    COLUMNS,
+    ApplyEach,
+    ApplyTogether,
+    Cancel,
+    ChangeStrategy,
+    Column,
+    Command,
+    EmergencyStop,
+    Germinate,
+    PauseGrafting,
+    Predicate,
+    ResumeGrafting,
+    Selector,
+    SetStage,
+)
+from esper.randomness import global_draws_kept
+
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+class Refused(Exception):
+    """A command that cannot be carried out; the reason in words."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """One change to one seed: ``kind`` is germinate, move, strategy or pause."""
+
+    kind: str
+    row: int
+    target: Stage = Stage.DORMANT
+    blueprint: str = ""
+    strategy: str = ""
+    paused: bool = False
+
+
+MOST = 1000
+"""Commands in one batch: more of them would keep a tick's end waiting, and a message that carries them small."""
+
+
+def _parts(command: ApplyTogether | ApplyEach) -> list[Command]:
+    """The commands of a batch; Refused for none, which can only be a mistake, and for more than MOST."""
+    parts = command.commands
+    if not 1 <= len(parts) <= MOST:
+        kind = type(command).__name__
+        raise Refused(f"an {kind} has 1 to {MOST} commands in it, and this one has {len(parts)}: leave it out, or send several")
+    return parts
+
+
+def _without_own(part: Command, batch: Command) -> Command:
+    """A part of a batch, which comes and ends with the whole; Refused where it asks for more."""
+    kind = type(batch).__name__
+    for name, none in (("deadline", -1), ("priority", 0)):
+        if getattr(part, name) != none:
+            raise Refused(
+                f"the command '{part.id}' in an {kind} has a {name} of its own, but all of them come and end together:"
+                f" give the {name} to the {kind}"
+            )
+    return part
+
+
+class Executor:
+    """Applies one command at a time at a tick boundary: all of it or nothing, but for an ApplyEach, whose parts are on their own."""
+
+    def __init__(self, life: Life, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
+        self.life = life
+        self.gates = gates
+        self.advance = advance
+        self.registry = life.registry
+        self.rows_of = rows_of
+        self.refusals: dict[str, int] = {}
+
+    def apply(self, command: Command, tick: int) -> tuple[str, str]:
+        """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over."""
+        try:
+            with global_draws_kept():  # a blueprint of the user's may draw its start values from there
+                if isinstance(command, ApplyEach):
+                    return self._each(command, tick)
+                self._one(command, tick)
+        except Refused as refused:
+            return "refused", self._counted(refused)
+        return "applied", ""
+
+    def _one(self, command: Command, tick: int) -> None:
+        self._do_all(self._plan(command, self.life.machine.trial(), tick), command.id)
+
+    def _each(self, batch: ApplyEach, tick: int) -> tuple[str, str]:
+        """Every command of a batch for itself: how it ended as a whole, and which were refused for what."""
+        parts, refusals = _parts(batch), []
+        for part in parts:
+            try:
+                self._one(_without_own(part, batch), tick)
+            except Refused as refused:
+                refusals.append(f"'{part.id}': {self._counted(refused)}")
+        if not refusals:
+            return "applied", ""
+        said = f"{len(refusals)} of {len(parts)} were refused: {'; '.join(refusals)}"
+        return ("refused" if len(refusals) == len(parts) else "applied"), said
+
+    def _counted(self, refused: Refused) -> str:
+        """The reason of a refusal, counted for the summary."""
+        reason = str(refused)
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+        return reason
+
+    def _do_all(self, actions: list[Action], command: str) -> None:
+        """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
+        before = Before(self.life, [action.row for action in actions])
+        try:
+            with self.life.together():
+                for action in actions:
+                    self._do(action, f"command {command}")
+        except BaseException as error:
+            before.restore()
+            if isinstance(error, UserError):
+                raise Refused(str(error)) from error
+            raise
+
+    # --- working out ---
+
+    def _plan(self, command: Command, trial: Trial, tick: int) -> list[Action]:
+        match command:
+            case Germinate():
+                return [self._germinate(command, trial)]
+            case ApplyTogether():
+                return [action for part in _parts(command) for action in self._plan(_without_own(part, command), trial, tick)]
+            case EmergencyStop():
+                return self._stop_everything(trial)
+            case SetStage():
+                return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
+            case Cancel():
+                return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
+            case ChangeStrategy():
+                if command.strategy not in self.life.strategies:
+                    raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
+                rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
+                return [Action("strategy", row, strategy=command.strategy) for row in rows]
+            case PauseGrafting() | ResumeGrafting():
+                rows = self._grafting(command.select, trial, (Stage.GRAFTING,))
+                return [Action("pause", row, paused=isinstance(command, PauseGrafting)) for row in rows]
+        raise Refused(f"the trainer knows no command {type(command).__name__}")
+
+    def _germinate(self, command: Germinate, trial: Trial) -> Action:
+        row = self.registry.row(command.site, command.seed)
+        if row is None:
+            raise Refused(self._no_such_seed(command.site, command.seed))
+        blueprint = command.blueprint or self.registry.default_blueprint
+        reason = trial.refusal(row, Stage.GERMINATED) or self.registry.misfit(row, blueprint)
+        if self.advance.loss.diverging:
+            reason = "the training loss is not finite, so nothing germinates until it is again"
+        if reason is None and command.strategy and command.strategy not in self.life.strategies:
+            reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}"
+        if reason is not None:
+            raise Refused(reason)
+        trial.apply(row, Stage.GERMINATED, "")
+        return Action("germinate", row, blueprint=blueprint, strategy=command.strategy)
+
+    def _move(self, row: int, target: Stage, trial: Trial, tick: int) -> Action:
+        if target is Stage.GERMINATED:
+            raise Refused("a seed germinates by the command Germinate, which names blueprint and strategy")
+        reason = trial.refusal(row, target)
+        branch = self.registry.branch_at(row)
+        source = trial.stage_of(row)
+        if reason is None and (source, target) in GATES:
+            if branch is None or branch.stage is not source or not self.gates.ask(branch, target, tick):
+                reason = f"the gate '{GATES[(source, target)]}' before {target.name} is not open"
+        if reason is not None:
+            raise Refused(reason)
+        trial.apply(row, target, "")
+        return Action("move", row, target=target)
+
+    def _stop_everything(self, trial: Trial) -> list[Action]:
+        away = {
+            Stage.GERMINATED: Stage.CANCELLED,
+            Stage.TRAINING: Stage.CANCELLED,
+            Stage.GRAFTING: Stage.CULLED,
+            Stage.STABILIZATION: Stage.ROLLED_BACK,
+            Stage.EVALUATING: Stage.CULLED,
+            Stage.FINE_TUNING: Stage.CULLED,
+        }
+        rows = trial.rows_in(*away)
+        return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows]
+
+    def _select(self, select: Selector, trial: Trial) -> list[int]:
+        sites = [n for n, site in enumerate(self.registry.sites) if site.name == select.site or fnmatchcase(site.name, select.site)]
+        if not sites:
+            names = ", ".join(site.name for site in self.registry.sites)
+            raise Refused(f"no site matches '{select.site}'; there are {names}")
+        rows = []
+        for number in sites:
+            count = self.registry.sites[number].geometry.seeds
+            wanted = range(count) if select.seeds is None else select.seeds
+            for seed in wanted:
+                if not 0 <= seed < count:
+                    raise Refused(self._no_such_seed(self.registry.sites[number].name, seed))
+                rows.append(self.registry.first_row[number] + seed)
+        if select.stage is not None:
+            there = set(trial.rows_in(Stage(select.stage))) if select.stage in list(Stage) else set()
+            rows = [row for row in rows if row in there]
+        rows = [row for row in rows if all(self._holds(predicate, row) for predicate in select.where)]
+        if not rows:
+            raise Refused("no seed meets the selection")
+        return rows
+
+    def _holds(self, predicate: Predicate, row: int) -> bool:
+        if predicate.column not in COLUMNS or predicate.op not in COMPARISONS:
+            raise Refused(f"'{predicate.column} {predicate.op}' is no predicate; columns: {', '.join(COLUMNS)}; {' '.join(COMPARISONS)}")
+        return COMPARISONS[predicate.op](self.rows_of(row)[Column[predicate.column.upper()]], predicate.value)
+
+    def _grafting(self, select: Selector, trial: Trial, stages: tuple[Stage, ...]) -> list[int]:
+        rows = self._select(select, trial)
+        for row in rows:
+            if trial.stage_of(row) not in stages:
+                names = " or ".join(stage.name for stage in stages)
+                raise Refused(f"seed row {row} is {trial.stage_of(row).name}; this command needs {names}")
+        return rows
+
+    def _stage(self, number: int) -> Stage:
+        if number not in list(Stage):
+            raise Refused(f"there is no stage {number}; stages are 0 to {len(Stage) - 1}")
+        return Stage(number)
+
+    def _no_such_seed(self, site: str, seed: int) -> str:
+        if site not in self.registry.by_name:
+            return f"there is no site '{site}'; there are {', '.join(self.registry.by_name)}"
+        count = self.registry.sites[self.registry.by_name[site]].geometry.seeds
+        return f"site '{site}' has seeds 0 to {count - 1}, not {seed}"
+
+    # --- doing ---
+
+    def _do(self, action: Action, cause: str) -> None:
+        table, branch = self.registry.table, self.registry.branch_at(action.row)
+        if action.kind == "germinate":
+            self.life.germinate(action.row, action.blueprint, action.strategy, cause)
+        elif action.kind == "move":
+            self.life.move(action.row, action.target, cause)
+        elif action.kind == "pause":
+            table.paused[action.row] = action.paused
+        else:
+            assert action.kind == "strategy" and branch is not None
+            branch.strategy = action.strategy
+            if branch.stage is Stage.GRAFTING:
+                self._hand_over(branch.id)
+
+    def _hand_over(self, branch: int) -> None:
+        branches = self.registry.branches
+        context = self.advance.context([branches[branch]])
+        rows = context.paused | True
+        branches.grafting[branch] = hand_over(branches.grafting[[branch]], rows, context)[0]

@@ -1,0 +1,1 @@
+"""How branches learn: their objectives before they are blended in, their optimizer, and the loss as users have it."""

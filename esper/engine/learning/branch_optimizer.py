@@ -1,0 +1,204 @@
+"""AdamW for branches: every slot has its own moments, step count and warm-up, and a slot that does not learn is not touched.
+
+A stock AdamW would decay frozen rows and move them by old momentum, and adding parameter groups breaks torch's schedulers;
+so the host's optimizer never sees a branch, and follows only in the learning rate: the host's present factor times the
+slot's own warm-up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import SlotBank
+from esper.engine.device_readings import Readings
+from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows
+from esper.engine.learning.branch_rows import BranchLearning as BranchLearning
+from esper.engine.signals import by_bank
+from esper.seeds import Branch, SeedRegistry
+
+PATIENCE = 10
+"""Steps in a row for which a branch's gradient may overflow under a loss scale. The scale may still fall, as it does while it
+is being found; a branch that overflows longer would never learn at the scale that suits its host."""
+
+
+class BranchOptimizer:
+    """Steps the learning branches of a registry; ``failures`` counts steps refused for a non-finite gradient, by branch.
+
+    Of a gradient that was scaled for half precision, only the last of ``PATIENCE`` such steps in a row is a failure.
+
+    On a GPU nothing waits for the device: a branch whose gradient is not finite is held there and then, and norms and failures are
+    known when ``readings`` arrive.
+    """
+
+    def __init__(self, registry: SeedRegistry, learning: BranchLearning, readings: Readings | None = None) -> None:
+        self.registry = registry
+        self.learning = learning
+        self.readings = Readings(registry.device) if readings is None else readings
+        self._overflown = True  # nobody knows yet
+        self._groups: tuple[list[Branch], dict[tuple[int, str], list[Branch]]] = [], {}
+        self._masks: dict[tuple[int, str], tuple[SlotBank, list[int], Tensor]] = {}
+        self.failures: dict[int, int] = {}
+        self.norms: dict[int, float] = {}
+        self.scaled: frozenset[int] = frozenset()
+
+    @torch.no_grad()
+    def step(self, branches: list[Branch], factor: float, scaled: frozenset[int] = frozenset()) -> None:
+        """One step of the given branches with ``lr · factor · warm-up``; uses and then drops the gradients at hand.
+
+        ``scaled`` are the branches whose gradient came in under a loss scale. ``norms`` then holds the L2 norm of the gradient
+        of each branch that had one, before clipping; one that overflowed under the scale has none.
+        """
+        self.scaled = scaled
+        if self.readings.late:
+            self._step_on_device(branches, factor)
+            self.clear()
+            return
+        rows: list[Rows] = []
+        for (site, blueprint), group in by_bank(branches).items():
+            bank = self.registry.layers[site].bank(blueprint)
+            rows += [SlotRows(bank, group)] if isinstance(bank, SlotBank) else [BlockRows(bank, branch) for branch in group]
+        self.norms = {}
+        self._step([row for row in rows if row.gradients], factor)
+        self.clear()
+
+    def _step_on_device(self, branches: list[Branch], factor: float) -> None:
+        """Whole banks at once, each in one launch where Triton is; who may move is a mask."""
+        self.readings.post([], lambda _: self.norms.clear())
+        found: list[BankRows | BlockRows] = []
+        if branches != self._groups[0]:
+            self._groups = branches, by_bank(branches)
+        for key, group in self._groups[1].items():
+            bank = self.registry.layers[key[0]].bank(key[1])
+            if isinstance(bank, SlotBank):
+                found.append(BankRows(bank, group, self._mask(key, bank, group)))
+            else:
+                found += [BlockRows(bank, branch) for branch in group]
+        found = [part for part in found if part.gradients]
+        if not found:
+            self.norms = {}
+        kernels = self.registry.kernels
+        fused = kernels is not None and kernels.takes(self.registry.device) and not kernels.tripped
+        alone = [part for part in found if fused and isinstance(part, BankRows) and part.for_kernel]
+        self.readings.post([part.step(self.learning, factor) for part in alone], partial(self._noted, alone, self.scaled))
+        rows = [part for part in found if part not in alone]
+        if not rows:
+            return
+        squares = [_squares(part) for part in rows]
+        moving = [part.learning & torch.isfinite(square) for part, square in zip(rows, squares, strict=True)]
+        steps = torch.cat([part.count(mine) for part, mine in zip(rows, moving, strict=True)])
+        for part, mine in zip(rows, moving, strict=True):
+            part.gradients = [torch.where(_shaped(mine, gradient), gradient, 0.0) for gradient in part.gradients]
+        self.readings.post([square.sqrt() for square in squares], partial(self._noted, rows, self.scaled))
+        self._adamw(rows, torch.cat(squares), steps, factor, torch.cat(moving))
+
+    def _mask(self, key: tuple[int, str], bank: SlotBank, branches: list[Branch]) -> Tensor:
+        slots = [branch.slot for branch in branches]
+        known = self._masks.get(key)
+        if known is None or known[0] is not bank or known[1] != slots or len(known[2]) != bank.capacity:
+            known = self._masks[key] = (bank, slots, BankRows.learning_slots(bank, branches))
+        return known[2]
+
+    def _noted(self, rows: Sequence[BankRows | BlockRows], scaled: frozenset[int], norms: list[Tensor]) -> None:
+        clean, self._overflown = not self._overflown, False
+        for part, found in zip(rows, norms, strict=True):
+            values = found.tolist()
+            if clean and bool(torch.isfinite(found).all()):
+                self.norms.update((branch.id, values[place]) for branch, place in zip(part.branches, part.places, strict=True))
+                continue
+            for branch, place in zip(part.branches, part.places, strict=True):
+                if self._note_one(branch, values[place], scaled):
+                    part.take_back(branch)
+
+    def clear(self) -> None:
+        """Drop every gradient of every branch."""
+        for layer in self.registry.layers:
+            for parameter in layer.parameters():
+                parameter.grad = None
+
+    def _step(self, rows: list[Rows], factor: float) -> None:
+        """All branches at once: a handful of operations over lists of tensors, and one wait for the device."""
+        if not rows:
+            return
+        squares = [_squares(part) for part in rows]
+        unsound = self._note(rows, squares)
+        if unsound:
+            sound = [part.without(unsound) for part in rows if any(branch.id in unsound for branch in part.branches)]
+            rows = [part for part in rows if not any(branch.id in unsound for branch in part.branches)]
+            rows += [part for part in sound if part is not None and part.branches]
+            squares = [_squares(part) for part in rows]
+        if rows:
+            self._adamw(rows, torch.cat(squares), torch.cat([part.count() for part in rows]), factor)
+            for part in rows:
+                part.keep()
+
+    def _adamw(self, rows: Sequence[Rows | BankRows], squares: Tensor, steps: Tensor, factor: float, moving: Tensor | None = None) -> None:
+        """In place; ``squares`` and ``steps`` ``[rows]`` in the order of ``rows``. Rows that are not ``moving`` have a gradient of zero."""
+        learning, (beta1, beta2) = self.learning, self.learning.betas
+        values, gradients, first, second = ([tensor for part in rows for tensor in kind(part)] for kind in _KINDS)
+        rate = learning.lr * factor * (steps / learning.warmup).clamp(max=1.0)
+        if moving is not None:
+            squares, rate, steps = torch.where(moving, squares, 0.0), torch.where(moving, rate, 0.0), steps.clamp(min=1.0)
+
+        def each(scalars: Tensor) -> list[Tensor]:
+            """A factor a branch, shaped for each of its tensors."""
+            parts = zip(rows, scalars.split([len(part.values[0]) for part in rows]), strict=True)
+            return [_shaped(scalar, tensor) for part, scalar in parts for tensor in part.values]
+
+        if learning.clip > 0.0:
+            gradients = torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)))
+        torch._foreach_mul_(first, beta1 if moving is None else each(torch.where(moving, beta1, 1.0)))
+        torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
+        torch._foreach_mul_(second, beta2 if moving is None else each(torch.where(moving, beta2, 1.0)))
+        torch._foreach_addcmul_(second, gradients, gradients, 1.0 - beta2)
+        below = torch._foreach_div(second, each(1.0 - beta2**steps))
+        torch._foreach_sqrt_(below)
+        torch._foreach_add_(below, learning.eps)
+        moved = torch._foreach_mul(first, each(rate / (1.0 - beta1**steps)))
+        torch._foreach_div_(moved, below)
+        if learning.weight_decay:
+            torch._foreach_mul_(values, each(1.0 - rate * learning.weight_decay))
+        torch._foreach_sub_(values, moved)
+
+    def _note(self, rows: list[Rows], squares: list[Tensor]) -> set[int]:
+        """Note all gradient norms; the branches whose gradient is not finite. Waits for the device once."""
+        branches = [branch for part in rows for branch in part.branches]
+        norms = torch.cat(squares).sqrt().tolist()
+        return {branch.id for branch, norm in zip(branches, norms, strict=True) if self._note_one(branch, norm, self.scaled)}
+
+    def _note_one(self, branch: Branch, norm: float, scaled: frozenset[int]) -> bool:
+        """Note a gradient norm; whether it is not finite."""
+        if math.isfinite(norm):
+            self.norms[branch.id], branch.overflows = norm, 0
+            return False
+        self._overflown = True
+        if branch.id in scaled:
+            branch.overflows += 1
+        else:
+            self.norms[branch.id] = norm
+        if branch.id not in scaled or branch.overflows >= PATIENCE:
+            self.failures[branch.id] = self.failures.get(branch.id, 0) + 1
+        return True
+
+
+_KINDS: tuple[Callable[[Rows | BankRows], list[Tensor]], ...] = (
+    lambda part: part.values,
+    lambda part: part.gradients,
+    lambda part: part.first,
+    lambda part: part.second,
+)
+
+
+def _shaped(scalars: Tensor, tensor: Tensor) -> Tensor:
+    """``[rows]`` for ``tensor [rows, …]``."""
+    return scalars.view(-1, *([1] * (tensor.dim() - 1)))
+
+
+def _squares(part: Rows | BankRows) -> Tensor:
+    """Squared L2 norm of each row's gradient, float32 ``[rows]``."""
+    norms = [torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in part.gradients]
+    return torch.stack(norms).square().sum(0)

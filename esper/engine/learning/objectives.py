@@ -1,0 +1,241 @@
+"""What TRAINING seeds learn from, with the live forward and the host's gradients untouched.
+
+Gradients are kept apart (``pending``) until the branch optimizer takes them at the tick, so that clipping the host's
+gradients by their norm does not feel a TRAINING seed either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
+from esper.engine.judging.judge import LossFunction
+from esper.engine.macs import Meter
+from esper.engine.supported_models import refuse_reentrant
+from esper.lifecycle import Stage
+from esper.seeds import Branch, Recording, SeedRegistry
+from esper.seeds.blend import branch_outputs, chunks_of
+from esper.seeds.exceptions import containable, take_errors
+from esper.seeds.plan import BlockGroup, Group, Injection, Part, build
+
+STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Line search of the functional gradient: steps as shares of the activation's RMS."""
+
+
+class Objective:
+    """Learns all TRAINING seeds of a registry by one of the three objectives; ``readiness`` holds each branch's average score.
+
+    The score is the relative fall of the loss (``shadow``), or the share of the regression target that is met.
+    """
+
+    def __init__(
+        self, kind: str, registry: SeedRegistry, loss: LossFunction, replay: DropoutReplay, meter: Meter, search_every: int = 50
+    ) -> None:
+        self.kind = kind
+        self.registry = registry
+        self.loss = loss
+        self.replay = replay
+        self.meter = meter
+        self.search_every = search_every
+        self.pending: dict[nn.Parameter, Tensor] = {}
+        self.readiness: dict[int, float] = {}
+        self.failed: set[int] = set()
+        self.raised: dict[int, Exception] = {}
+        self.step_size = 0.0
+        self._searched = -search_every
+        self._looked = False
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether the recordings must keep activations and gradients."""
+        return self.kind != "shadow"
+
+    def learn(self, batch: Any, scale: float, host_loss: float | None, tick: int) -> None:
+        """Gradients for the TRAINING branches from one micro-batch, times ``scale``; call after the host's backward."""
+        training = self.registry.in_stage(Stage.TRAINING)
+        if not training:
+            return
+        if self.kind == "shadow":
+            self._shadow(training, batch, scale, host_loss)
+            return
+        if self.kind == "functional_gradient" and tick - self._searched >= self.search_every:
+            self._search(batch)
+            self._searched = tick
+        self._regress(training, batch, scale)
+
+    def set_aside(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the gradients at hand off these parameters, until ``merge``."""
+        for parameter in parameters:
+            if parameter.grad is not None:
+                held = self.pending.get(parameter)
+                self.pending[parameter] = parameter.grad if held is None else held + parameter.grad
+                parameter.grad = None
+
+    def merge(self) -> None:
+        """Hand the pending gradients over to the parameters' ``grad``."""
+        for parameter, gradient in self.pending.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self.pending = {}
+
+    def forget(self, branch: int) -> None:
+        """Drop what is known of a branch that left TRAINING."""
+        self.readiness.pop(branch, None)
+        self.failed.discard(branch)
+        self.raised.pop(branch, None)
+
+    def state(self) -> dict[str, Any]:
+        """What is remembered between two steps; gradients are not (a checkpoint is taken when none are pending)."""
+        return {
+            "readiness": {str(branch): value for branch, value in self.readiness.items()},
+            "failed": sorted(self.failed),
+            "step_size": self.step_size,
+            "searched": self._searched,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.readiness = {int(branch): float(value) for branch, value in state["readiness"].items()}
+        self.failed = {int(branch) for branch in state["failed"]}
+        self.step_size, self._searched = float(state["step_size"]), int(state["searched"])
+
+    # --- shadow: the task loss of a second forward, host frozen ---
+
+    def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: float | None) -> None:
+        model = self.registry.model
+        with self.replay.again(), untouched_buffers(model):
+            if host_loss is None:
+                host_loss = self._measured("host", batch)
+            if not math.isfinite(host_loss):
+                return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
+            with self.replay.again(), self.registry.shadow() as groups:
+                key = (self.registry.structure(), shapes_of(batch))
+                with self.meter.counting("shadow", key), torch.enable_grad():
+                    loss = self.loss(model, batch).mean()
+                    if not self._looked:
+                        refuse_reentrant(loss)
+                        self._looked = True
+                    raised = take_errors(groups)
+                    with self._containing([branch.id for branch in training]):
+                        self._collect(loss * scale, groups)
+        fall = (host_loss - float(loss.detach())) / max(abs(host_loss), 1e-12)
+        self._note_failures(groups)
+        self.raised |= raised
+        for branch in training:
+            if branch.id not in raised:
+                self._score(branch.id, fall)
+
+    # --- regression on what the backward brought to the site ---
+
+    def _regress(self, training: list[Branch], batch: Any, scale: float) -> None:
+        for number in sorted({branch.site for branch in training}):
+            layer = self.registry.layers[number]
+            recording = layer.recording
+            if recording is None or recording.input is None:
+                continue
+            if self.kind == "functional_gradient" and recording.gradient is None:
+                continue  # nothing came back to this site: nothing to learn from, and the readiness stays unknown
+            parts = [Part(branch, 1.0, True) for branch in training if branch.site == number]
+            x = recording.input
+            for group in build(parts, self.registry.banks(number), layer.geometry, x.device):
+                assert not isinstance(group, Injection)
+                key = (number, group.cost_key(), shapes_of(batch))
+                with (
+                    self._containing(group.branches),
+                    self.replay.again(),
+                    untouched_buffers(layer),
+                    torch.enable_grad(),
+                    self.meter.counting("objective", key),
+                ):
+                    loss = self._regression_loss(group, number, recording)
+                    self._collect(loss * scale, [group])
+
+    def _regression_loss(self, group: Group | BlockGroup, number: int, recording: Recording) -> Tensor:
+        assert recording.input is not None
+        geometry = self.registry.layers[number].geometry
+        delta, chunk = branch_outputs(recording.input, group, geometry)
+        if self.kind == "reconstruction":
+            error, reference = delta, chunk
+        else:
+            target = chunks_of(self._descent(recording), group, geometry)
+            error, reference = delta - target, target
+        axes = tuple(range(1, error.dim()))
+        missed = error.square().sum(axes) / reference.detach().square().sum(axes).clamp(min=1e-24)
+        for branch, value in zip(group.branches, missed.detach().tolist(), strict=True):
+            if not math.isfinite(value):
+                self.failed.add(branch)
+            self._score(branch, 1.0 - value)
+        return missed.sum()
+
+    def _descent(self, recording: Recording) -> Tensor:
+        """``−η·B·g`` at the whole site: ``B`` undoes the batch mean, ``η`` is the line search's share of the activation's RMS."""
+        assert recording.input is not None and recording.gradient is not None
+        descent = -recording.gradient * recording.gradient.shape[0]
+        size = recording.input.square().mean().sqrt() / descent.square().mean().sqrt().clamp(min=1e-24)
+        return descent * (self.step_size * size)
+
+    def _search(self, batch: Any) -> None:
+        """η by line search: the step that lowers the loss of this batch most when every TRAINING chunk takes it."""
+        best, self.step_size = float("inf"), STEP_SIZES[0]
+        for size in STEP_SIZES:
+            with self.replay.again(), untouched_buffers(self.registry.model), self.registry.injecting(self._injections(size)):
+                loss = self._measured("search", batch)
+            if loss < best:
+                best, self.step_size = loss, size
+
+    def _injections(self, size: float) -> dict[int, Injection]:
+        injections = {}
+        for number, layer in enumerate(self.registry.layers):
+            recording = layer.recording
+            here = [b for b in self.registry.in_stage(Stage.TRAINING) if b.site == number]
+            if not here or recording is None or recording.input is None or recording.gradient is None:
+                continue
+            features = torch.cat([torch.arange(*layer.geometry.bounds(branch.seed)) for branch in here])
+            x, descent = recording.input, -recording.gradient
+            ratio = size * x.square().mean().sqrt() / descent.square().mean().sqrt().clamp(min=1e-24)
+            target = features.to(x.device)
+            dim = layer.geometry.dim if layer.geometry.dim >= 0 else x.dim() - 1
+            injections[number] = Injection(dim, target, (descent * ratio).index_select(dim, target))
+        return injections
+
+    # --- shared ---
+
+    @contextmanager
+    def _containing(self, branches: list[int]) -> Iterator[None]:
+        """Within, what the code of these branches raises is theirs alone: they learn nothing from this batch."""
+        try:
+            yield
+        except Exception as error:
+            if not containable(error):
+                raise
+            self.raised |= dict.fromkeys(branches, error)
+
+    def _measured(self, purpose: str, batch: Any) -> float:
+        """The mean loss of a forward as the plans are now, no gradients."""
+        key = (purpose, self.registry.structure(), shapes_of(batch))
+        with torch.no_grad(), self.meter.counting("objective", key):
+            return float(self.loss(self.registry.model, batch).mean())
+
+    def _collect(self, loss: Tensor, groups: list[Any]) -> None:
+        parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
+        if not parameters or not loss.requires_grad:
+            return
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                held = self.pending.get(parameter)
+                self.pending[parameter] = gradient if held is None else held + gradient
+
+    def _note_failures(self, groups: list[Any]) -> None:
+        for group in groups:
+            for branch, failures in zip(group.branches, group.failures.tolist(), strict=True):
+                if failures:
+                    self.failed.add(branch)
+
+    def _score(self, branch: int, value: float) -> None:
+        known = self.readiness.get(branch)
+        self.readiness[branch] = value if known is None or known != known else 0.9 * known + 0.1 * value

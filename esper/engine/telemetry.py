@@ -1,0 +1,273 @@
+"""Health telemetry: setting up recordings before a forward, and turning them into rows after the tick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import Block, Blueprint
+from esper.engine.device_readings import Readings
+from esper.engine.extra_passes import host_parameters
+from esper.engine.learning.objectives import Objective
+from esper.engine.port import Port
+from esper.engine.signals import gradient_norms
+from esper.engine.snapshot import present_values
+from esper.lifecycle import Stage
+from esper.messages import COLUMNS, Column
+from esper.seeds import Recording, SeedRegistry, TelemetryConfig
+from esper.seeds.layer import ATTRIBUTE
+
+MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
+"""The columns that only a forward and backward can show; kept of every seed until the next telemetry. The others are known at any time."""
+STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
+"""The columns of an activation's statistics, as a Recording has them."""
+
+
+class Observer:
+    """Reads the seeds of a registry every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
+
+    ``tick`` tells which is now. Rows are given to the port when ``readings`` bring what the device measured.
+    """
+
+    def __init__(
+        self, registry: SeedRegistry, config: TelemetryConfig, objective: Objective, readings: Readings, port: Port, tick: Callable[[], int]
+    ) -> None:
+        self.registry = registry
+        self.config = config
+        self.objective = objective
+        self.readings = readings
+        self.port = port
+        self.tick = tick
+        self.due = False
+        registry.compiled.near_zero = config.near_zero
+        self._gradient_ratio: dict[int, float] = {}
+        self._gradient_norms: list[Tensor] = []
+        self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in registry.sites]
+
+    def prepare(self, upcoming: int) -> None:
+        """Give each site the recording that its next forward should fill, if any; ``upcoming`` 0 is no tick."""
+        self.due = upcoming > 0 and upcoming % self.config.every == 0
+        keep: set[int] = set()
+        if self.objective.keeps_activations:
+            keep = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
+        for number, layer in enumerate(self.registry.layers):
+            layer.due, layer.keeps = self.due, number in keep
+            if self.due or number in keep:
+                layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep)
+            elif layer.recording is not None:
+                layer.recording = None
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within: forwards are not recorded."""
+        before = [layer.recording for layer in self.registry.layers]
+        for layer in self.registry.layers:
+            layer.recording = None
+        try:
+            yield
+        finally:
+            for layer, recording in zip(self.registry.layers, before, strict=True):
+                layer.recording = recording
+
+    def note_gradients(self, scale: float) -> None:
+        """Read the gradients of this step before the optimizer drops them; ``scale`` is the loss scaling to undo."""
+        self._gradient_norms = [torch.full((site.geometry.seeds,), float("nan")) for site in self.registry.sites]
+        self._note_chunks(scale)
+        self.objective.merge()
+        living = self.registry.branches.living()
+        names, counts, norms = gradient_norms(self.registry, living)
+        sites = sorted({branch.site for branch in living})
+        beside = {site: [p.grad for p in self._parameters_beside(site) if p.grad is not None] for site in sites}
+        beside = {site: gradients for site, gradients in beside.items() if gradients}
+        host = [_dot(gradients) for gradients in beside.values()]  # as dot products: no square as large as the weights is made
+        sizes = [sum(gradient.numel() for gradient in gradients) for gradients in beside.values()]
+
+        def read(values: list[Tensor]) -> None:
+            squares = torch.stack(values[: len(host)]).tolist() if host else []
+            mean = {site: value / size for site, value, size in zip(beside, squares, sizes, strict=True)}
+            self._gradient_ratio = {}
+            for branches, count, found in zip(names, counts, values[len(host) :], strict=True):
+                for branch, norm in zip(branches, found.tolist(), strict=True):
+                    above = mean.get(self.registry.branches[branch].site)
+                    if above is not None and math.isfinite(norm):
+                        self._gradient_ratio[branch] = math.sqrt((norm * norm / count) / max(above, 1e-24))
+
+        self.readings.post([*host, *norms], read)
+
+    def _note_chunks(self, scale: float) -> None:
+        """The norms of the gradients at the sites' chunks, as the layers recorded them or a compiled host's graph did."""
+        sources: list[tuple[int, Recording | None]] = []
+        squares: list[Tensor] = []
+        for number, layer in enumerate(self.registry.layers):
+            site = self.registry.compiled.sites[number] if self.registry.compiled.sites else None
+            if site is not None and site.squares is not None:
+                sources.append((number, None))
+                squares.append(site.squares)
+                site.squares = None
+            elif layer.recording is not None:
+                sources.append((number, layer.recording))
+                squares.append(layer.recording.gradient_squares())
+
+        def read(values: list[Tensor]) -> None:
+            for (number, recording), found in zip(sources, values, strict=True):
+                norms = found.sqrt() if recording is None else recording.gradient_norms(found)
+                self._gradient_norms[number] = norms / scale
+
+        self.readings.post(squares, read)
+
+    def _parameters_beside(self, number: int) -> list[torch.nn.Parameter]:
+        """The host's parameters that branches at a site are measured against: those of the site's module.
+
+        Where it has none (flattened inputs, an activation): those of the next module, in order of definition, that has some of
+        its own, and of the whole host where none follows.
+        """
+        own = self._site_parameters(number)
+        if own:
+            return own
+        modules = [module for name, module in self.registry.model.named_modules() if f"{ATTRIBUTE}." not in f"{name}."]
+        after = modules[modules.index(self.registry.sites[number].module) + 1 :]
+        following = (list(module.parameters(recurse=False)) for module in after)
+        return next((some for some in following if some), list(host_parameters(self.registry.model).values()))
+
+    def publish(self, tick: int) -> None:
+        """Float32 ``[seeds, len(COLUMNS)]`` of every site, from the last step, to the port once all of it has arrived."""
+        pages = [self._page(number) for number in range(len(self.registry.sites))]
+        measured = [self._measured(number) for number in range(len(self.registry.sites))]
+
+        def read(values: list[Tensor]) -> None:
+            left = iter(values)
+            for number, (page, (tensors, fill)) in enumerate(zip(pages, measured, strict=True)):
+                rows = page() if callable(page) else page
+                fill(rows, [next(left) for _ in tensors])
+                if self._gradient_norms:
+                    rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
+                for branch in self.registry.living_at(number):
+                    rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
+                self.health[number] = rows[:, MEASURED].clone()
+                self.port.telemetry(tick, self.registry.sites[number].name, rows)
+
+        self.readings.post([tensor for tensors, _ in measured for tensor in tensors], read)
+
+    def _page(self, number: int) -> Tensor | Callable[[], Tensor]:
+        """A site's rows with the columns that are known without the device: as they are now, whenever the others come."""
+        site = self.registry.sites[number]
+
+        def known(rows: Tensor) -> Tensor:
+            table, first = self.registry.table, self.registry.first_row[number]
+            span = slice(first, first + site.geometry.seeds)
+            rows.fill_(float("nan"))
+            rows[:, Column.STAGE] = table.stage[span]
+            rows[:, Column.AGE] = table.ages(span, self.tick())
+            rows[:, Column.GENERATION] = table.generation[span]
+            rows[:, Column.GAIN] = table.score[span]
+            rows[:, Column.ALPHA] = rows[:, Column.BRANCH_RMS_RATIO] = 0.0
+            for branch in self.registry.living_at(number):
+                rows[branch.seed, Column.ALPHA] = self.registry.branches.alpha[branch.id]
+            return rows
+
+        if self.readings.late:
+            return known(torch.empty(site.geometry.seeds, len(COLUMNS)))
+        return lambda: known(self.port.slot(site.name, site.geometry.seeds))
+
+    def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
+        """What the device knows of a site, and how it goes into its rows."""
+        recording = self.registry.layers[number].recording
+        if recording is not None and recording.statistics is not None:
+            alive = sorted(branch for branch in recording.ratios or () if self.registry.branches[branch].alive)
+            ratios = [recording.ratios[branch] for branch in alive] if recording.ratios else []
+            seeds = [self.registry.branches[branch].seed for branch in alive]
+
+            def recorded(rows: Tensor, values: list[Tensor]) -> None:
+                rows[:, STATISTICS] = values[0].cpu()
+                for seed, ratio in zip(seeds, values[1:], strict=True):
+                    rows[seed, Column.BRANCH_RMS_RATIO] = float(ratio)
+
+            return [recording.statistics, *ratios], recorded
+        if not self.registry.compiled.sites:
+            return [], lambda rows, values: None
+        site, members = self.registry.compiled.sites[number], self.registry.compiled.members(number)
+        chunks = list(members)
+        sizes = torch.tensor([end - start for start, end in (site.geometry.bounds(seed) for seed in chunks)])
+
+        def in_graph(rows: Tensor, values: list[Tensor]) -> None:
+            rows[:, STATISTICS], power, count = values
+            if chunks:
+                below = rows[chunks, Column.VARIANCE] + rows[chunks, Column.MEAN].square()
+                rows[chunks, Column.BRANCH_RMS_RATIO] = (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
+
+        return [site.health, site.power, site.rows], in_graph
+
+    def mean_squares(self) -> list[float]:
+        """Mean square of every site's activation, as measured last; NaN where nothing was measured yet."""
+        mean, variance = Column.MEAN - MEASURED.start, Column.VARIANCE - MEASURED.start
+        return [float((rows[:, mean].square() + rows[:, variance]).mean()) for rows in self.health]
+
+    def row(self, row: int) -> list[float]:
+        """A telemetry row of a seed: what was measured last, and the rest as it is now."""
+        registry, table = self.registry, self.registry.table
+        measured = self.health[registry.site_of(row)][registry.seed_of(row)].tolist()
+        alphas = [float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row]
+        known = [float(table.ages(slice(row, row + 1), self.tick())), float(table.generation[row]), float(table.score[row])]
+        return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]
+
+    def site_cards(self) -> list[dict[str, Any]]:
+        """What the bus is told of each site when the run starts."""
+        host = sum(parameter.numel() for parameter in host_parameters(self.registry.model).values())
+        return [self._card(number, host) for number in range(len(self.registry.sites))]
+
+    def _card(self, number: int, host: int) -> dict[str, Any]:
+        site = self.registry.sites[number]
+        fitting: dict[str, dict[str, int]] = {}
+        for name, blueprint in self.registry.blueprints.items():
+            if self.registry.misfit(self.registry.first_row[number], name) is None:
+                if isinstance(blueprint, Block):
+                    parameters, macs = sum(p.numel() for p in self._site_parameters(number)), 0
+                else:
+                    assert isinstance(blueprint, Blueprint)
+                    parameters, macs = blueprint.parameters(site.geometry), blueprint.macs(site.geometry)
+                fitting[name] = {"parameters": parameters, "macs": macs}
+        return {
+            "name": site.name,
+            "kind": type(site.module).__name__,
+            "width": site.geometry.width,
+            "seeds": site.geometry.seeds,
+            "blueprint": self.registry.default_blueprint,
+            "blueprints": fitting,
+            "host_parameters": host,
+            "telemetry_every": self.config.every,
+        }
+
+    def branch_cards(self) -> list[dict[str, Any]]:
+        """One dict a branch: where it is, what it is, its path, its worth."""
+        cards = []
+        for branch in self.registry.branches.entries:
+            cards.append(
+                {
+                    "site": self.registry.sites[branch.site].name,
+                    "seed": branch.seed,
+                    "branch": branch.id,
+                    "generation": branch.generation,
+                    "blueprint": branch.blueprint,
+                    "strategy": branch.strategy,
+                    "stage": branch.stage.name,
+                    "path": [[name, tick] for name, tick in branch.path],
+                    "alpha": float(self.registry.branches.alpha[branch.id]),
+                    "gain": branch.gain,
+                    "gain_bound": branch.bound,
+                    "parameters": branch.parameters,
+                }
+            )
+        return cards
+
+    def _site_parameters(self, number: int) -> list[torch.nn.Parameter]:
+        return list(host_parameters(self.registry.sites[number].module).values())
+
+
+def _dot(gradients: list[Tensor]) -> Tensor:
+    """Sum of squares over these tensors."""
+    return torch.stack([torch.dot(flat, flat) for flat in (present_values(gradient).float().reshape(-1) for gradient in gradients)]).sum()

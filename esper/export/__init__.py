@@ -1,0 +1,1 @@
+"""Grown models for other programs: saved and loaded again, and traced as programs."""

@@ -1,0 +1,133 @@
+"""Keeping a run so that it can go on: checkpoints when they are due, and one on SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from esper import messages
+from esper.bus.trainer.bus_port import ControllerSilent
+from esper.checkpoint import store
+from esper.checkpoint.background_saver import Retention, Saver
+from esper.checkpoint.store import Checkpoint, Copy
+from esper.config import RootConfig
+from esper.engine.state import trainer_state
+from esper.errors import Preempted
+from esper.lifecycle.duration import parse
+from esper.running.provenance import origin
+from esper.trainer.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+SETTLING_S = 120.0
+SKIPPED = (
+    "the checkpoint due at step %d is skipped, and so is every other that comes due while the one before is still being written; "
+    "a longer trainer.checkpoint_every leaves none out"
+)
+
+
+class Keeper:
+    """Called between two steps of a life that begins after step ``since`` (−1: anew).
+
+    ``port`` and ``runner`` are saved with the trainer; ``trackers`` must have kept what was said before a checkpoint counts.
+    """
+
+    def __init__(self, config: RootConfig, folder: Path, port: Any, runner: Any, trackers: Any, since: int) -> None:
+        settings = config.trainer
+        self.every = settings.checkpoint_every
+        self.folder, self.port, self.runner, self.trackers = folder, port, runner, trackers
+        port.safe.hold = bool(self.every)
+        retention = Retention(settings.checkpoint_keep, settings.checkpoint_best, settings.checkpoint_hours)
+        self.saver = Saver(folder / store.FOLDER, retention, self._settled, self._written)
+        self.asked = self._due = False
+        self._finished: list[Checkpoint] = []
+        store.sweep_out(folder / store.FOLDER)
+        store.forget_after(folder / store.FOLDER, since)
+
+    def __call__(self, trainer: Trainer) -> None:
+        """Save what is due. Raises Preempted when SIGTERM came, ControllerSilent when the controller did not; all is saved."""
+        while self._finished:
+            done = self._finished.pop(0)
+            self.port.emit(messages.Checkpoint(tick=trainer.grow.tick_number, path=str(done.path), digest=done.manifest["sha256"]))
+        if self.port.silent is not None:
+            self._stop(trainer, self.port.silent)
+        if not self.every:
+            return
+        steps, grow = trainer.outcome.steps, trainer.grow
+        interval = max(1, parse(self.every).ticks(trainer.total, trainer.steps_per_epoch))
+        over = steps == trainer.total
+        self._due = self._due or steps % interval == 0 or over or self.asked
+        if not self._due or not (over or grow.steps % grow.settings.steps_per_tick == 0):
+            return  # inside a tick things are said that a resumed run would say again under the same tick
+        self._due = False
+        if not self.saver.save(lambda: self._copy(trainer), wait=over or self.asked) and self.saver.skipped == 1:
+            log.info(SKIPPED, steps)
+        if self.asked:
+            raise Preempted(f"esper resume={self.folder}")
+
+    def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
+        """The controller in another process missed its deadline; what a resumed run needs is saved first."""
+        self.saver.save(lambda: self._copy(trainer), wait=True)
+        raise ControllerSilent(f"{silent}: esper resume={self.folder} and esper control {self.folder}.") from silent
+
+    def _copy(self, trainer: Trainer) -> Copy:
+        self.runner.hear()
+        if self.port.external:
+            self.port.emit(
+                messages.Checkpoint(tick=trainer.grow.tick_number, path="", digest="")
+            )  # for the controller to keep its own state here
+        state: dict[str, Any] = {
+            "trainer": trainer_state(trainer),
+            "controller": json.dumps(self.runner.state()),
+            "port": json.dumps(self.port.state()),
+            "alerts": json.dumps(self.port.alerts),
+            **origin(trainer.task, trainer.device),
+        }
+        sites = state["trainer"]["grow"]["topology"]
+        return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
+
+    def _settled(self) -> bool:
+        self.port.barrier()
+        kept = bool(self.trackers.settle(SETTLING_S))
+        if not kept:
+            log.warning("a checkpoint does not count, for what was said before it is not kept: the trackers failed or took too long")
+        return kept
+
+    def _written(self, checkpoint: Checkpoint) -> None:
+        self._finished.append(checkpoint)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within: the first SIGTERM waits for the end of the step; a second one does what it did before."""
+        if not self.every:
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM)
+
+        def ask(signum: int, frame: object) -> None:
+            self.asked = True
+            signal.signal(signal.SIGTERM, before)
+
+        try:
+            signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not the main thread: whoever runs us there has the signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _score(trainer: Trainer) -> float | None:
+    """The last validation value of the primary metric, however long ago, turned so that larger is better; None for none or no number."""
+    name = f"validation/{trainer.task.primary}"
+    value = next((value for _, key, value in reversed(trainer.outcome.history) if key == name), None)
+    if value is None or value != value:
+        return None
+    return value if trainer.task.metrics[trainer.task.primary].direction == "max" else -value

@@ -1,0 +1,217 @@
+"""What a run's bus is connected to: parts in this process, or nothing where they live in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from esper.bus.config import EmbeddedConfig, MemoryConfig
+from esper.bus.discovery import invite
+from esper.bus.programs.tracker import GROUP as TRACKER
+from esper.bus.protocol import Bus
+from esper.bus.server.payloads import RELEASED, keep_all, released
+from esper.bus.trainer.bus_port import BusPort, ControllerSilent
+from esper.bus.trainer.command_inbox import CONTROLLER
+from esper.config import RootConfig
+from esper.controllers import ControllerRunner
+from esper.engine.state import fitting
+from esper.errors import UserError
+from esper.messages import COLUMNS, Alert, Message
+from esper.running.builders import build_controller
+from esper.tasks.base import Task
+from esper.tracking import MlflowConfig, RunRecord, Tracker, prepared_trackers
+from esper.tracking.store_check import check_store
+from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
+
+log = logging.getLogger(__name__)
+
+EXTERNAL = "external"
+CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for those who read it
+
+
+class Watched(BusPort):
+    """The trainer's port, remembering the alerts for the summary and, until the step is whole, that the controller is silent."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.alerts: list[dict[str, Any]] = []
+        self.silent: ControllerSilent | None = None
+
+    def emit(self, event: Message) -> None:
+        """Say it, and keep it if it is an alert."""
+        if isinstance(event, Alert):
+            self.alerts.append(asdict(event))
+        super().emit(event)
+
+    def end_tick(self, tick: int) -> None:
+        """As the bus's; that the controller is silent is raised by the ``Keeper``, which can save before it."""
+        try:
+            super().end_tick(tick)
+        except ControllerSilent as error:
+            self.silent = error
+
+
+class ControlledElsewhere:
+    """In place of a ControllerRunner: the controller's memory is its own process's to keep."""
+
+    def hear(self) -> None:
+        """Nobody listens here."""
+
+    def state(self) -> None:
+        """Nothing for the trainer's checkpoint."""
+
+    def load_state(self, state: None) -> None:
+        """Nothing to go on from."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+class TrackedElsewhere:
+    """In place of the trackers: says only whether they will look for the final model in the run's folder."""
+
+    called = "storing the final model"
+
+    def __init__(self, wants_model: bool) -> None:
+        self.wants_model = wants_model
+
+    def open(self, record: RunRecord) -> None:
+        """Nothing to prepare."""
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Another process reads them."""
+
+    def flush(self) -> None:
+        """The bus keeps what was said."""
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Nothing was opened."""
+
+
+def refuse_alone(config: RootConfig) -> None:
+    """Raise UserError for a part in another process on a bus that no other process can reach."""
+    for group in ("controller", "tracking"):
+        if getattr(config, group).process == EXTERNAL and config.bus.name == MemoryConfig.name:
+            raise UserError(
+                f"{group}.process=external needs a bus that another process can reach, and bus=memory lives in this one:"
+                " add bus=embedded or bus=redis."
+            )
+
+
+def refuse_untrackable(config: RootConfig, folder: Path) -> None:
+    """Raise UserError for a run made longer whose first part `esper track` can no longer read."""
+    if config.tracking.process == EXTERNAL and released(folder / "bus" / "payloads"):
+        raise UserError(RELEASED.format(run=f"in {folder}"))
+
+
+def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, quiet: bool) -> None:
+    """Let other processes find the run's bus, and tell the user what to start."""
+    if bus.local is not bus:
+        invite(folder, record.run, config.bus, msgspec.to_builtins(record))
+        if config.tracking.process == EXTERNAL:
+            keep_all(folder / "bus" / "payloads")
+    for group, program in (("controller", "control"), ("tracking", "track")):
+        if getattr(config, group).process == EXTERNAL and not quiet:
+            print(f"{group}.process=external: start  esper {program} {folder}", file=sys.stderr, flush=True)
+
+
+def connect_controller(
+    config: RootConfig, task: Task, bus: Bus, record: RunRecord
+) -> tuple[ControllerRunner | ControlledElsewhere, Watched]:
+    """Who decides, and the trainer's port. Raises UserError for settings that no controller can be built from."""
+    settings, controller = config.controller, build_controller(config, task)  # where it decides elsewhere, refused here all the same
+    if settings.process == EXTERNAL:
+        port = Watched(bus, record.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
+        return ControlledElsewhere(), port
+    runner = ControllerRunner(bus.local, record.run, controller, debug=config.trainer.debug)
+    return runner, Watched(bus, record.run, COLUMNS, runner, settings.timing)
+
+
+@contextmanager
+def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
+    """Who keeps the run's story; raises UserError for a store that cannot be there. MLflow is tried while the run is prepared."""
+    if config.tracking.process == EXTERNAL:
+        yield [TrackedElsewhere(getattr(config.tracking, "model", False))]
+        return
+    if isinstance(config.tracking, MlflowConfig):
+        check_store(config.tracking, config.output)
+    with prepared_trackers(config.tracking, folder, Path(config.output)) as trackers:
+        yield trackers
+
+
+def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: bool) -> bool:
+    """Before a server of the run's own ends with it: those in other processes read what was said last.
+
+    Whether the trackers have; those of a server that stays may have more time.
+    """
+    if not isinstance(config.bus, EmbeddedConfig):
+        return config.tracking.process != EXTERNAL
+    tracked = True
+    waited_for = {"controller": 0.0 if port.silent else CONTROLLER_S, "tracking": TRACKER_S}
+    began = time.monotonic()
+    for group, prefix, streams in (("controller", CONTROLLER, ("events",)), ("tracking", TRACKER, READ_BY_TRACKERS)):
+        if getattr(config, group).process != EXTERNAL:
+            continue
+        while not (read := _has_read(bus, run, prefix, streams)) and time.monotonic() - began < waited_for[group]:
+            time.sleep(0.05)
+        tracked = read if group == "tracking" else tracked
+        if not read and group == "tracking" and not quiet:
+            print(f"tracking.process=external: nobody read the end of {run}, and its server ends with it", file=sys.stderr, flush=True)
+    return tracked
+
+
+def let_payloads_go(bus: Bus, run: str, port: Watched, tracked: bool) -> None:
+    """After the end of a finished run that was ``tracked`` nobody reads it anew; of one that is not, `esper track` does this at its end.
+
+    What has not reached the server yet stays for the next start, and its payload with it.
+    """
+    import redis
+
+    from esper.bus.server.bus import ServerBus
+
+    if not isinstance(bus, ServerBus) or not (port.finished and tracked) or bus.counts()["waiting"]:
+        return
+    try:
+        bus.payloads(run).release()
+    except redis.RedisError as error:
+        log.warning("the large messages of %s stay in %s, since the bus server does not answer: %s", run, bus.folder / "payloads", error)
+
+
+def _has_read(bus: Bus, run: str, prefix: str, names: Sequence[str]) -> bool:
+    """Whether there is such a group, and it has acknowledged all on these streams; True when the server cannot be asked."""
+    import redis
+
+    from esper.bus.server.bus import ServerBus
+    from esper.bus.server.status import status
+
+    assert isinstance(bus, ServerBus)
+    try:
+        streams = [stream for stream in status(bus, run).streams if stream.stream in names]
+    except redis.RedisError:
+        return True
+    groups = [group for stream in streams for group in stream.groups if group.name.startswith(prefix)]
+    return bool(groups) and not any(group.pending or group.behind for group in groups)
+
+
+def load(state: Mapping[str, str], runner: ControllerRunner | ControlledElsewhere, port: Watched) -> None:
+    """Go on from a checkpoint. Raises UserError when the controller's memory is not where the controller is now."""
+    with fitting():
+        memory = json.loads(state["controller"])
+        if (memory is None) != isinstance(runner, ControlledElsewhere):
+            before, now = (EXTERNAL, "internal") if memory is None else ("internal", EXTERNAL)
+            raise UserError(
+                f"This checkpoint was taken with controller.process={before}, so a controller with process={now} would go on"
+                f" without its memory: go on with controller.process={before}."
+            )
+        runner.load_state(memory)
+        port.load_state(json.loads(state["port"]))
+        port.alerts = list(json.loads(state["alerts"]))

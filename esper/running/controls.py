@@ -1,0 +1,139 @@
+"""The control: the host alone on the same data, at the same steps and at the same training MACs.
+
+A control depends on less than the run it serves, so it is kept by the hash of what it depends on and made only once. A config
+names files and code without their contents: the hash takes in the data, the host's initial weights and the source of custom parts too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+import esper
+from esper.config import RootConfig, plain
+from esper.custom import source_digest
+from esper.report.summary_file import plain as as_json
+from esper.running.builders import build_host, build_trainer
+from esper.running.control_keys import DEPENDS_ON, UNUSED
+from esper.tasks.base import Task
+from esper.trainer.fingerprint import fingerprint
+
+CURVE_POINTS = 50  # of a control's curve that are kept
+
+
+def control(config: RootConfig, task: Task, device: torch.device, steps: int, folder: Path, weights: bool = False) -> dict[str, Any]:
+    """Final and best metrics, curves, MACs and steps of the host alone after ``steps``; read from ``folder`` where it was made before.
+
+    With ``weights`` its tensors are kept too, for ``trained_host``; a control that was kept without them is made again.
+    """
+    key = _key(config, task, device, steps)
+    path = folder / f"{key}.json"
+    known = _kept(path, weights)
+    if known is not None:
+        return known
+    trainer = build_trainer(_alone(config), task, device, steps=steps)
+    outcome = trainer.fit()
+    result = {"steps": steps, "macs": trainer.grow.meter.total, "metrics": outcome.final, "best": outcome.best, "key": key}
+    result["curves"] = _curves(outcome.history)
+    folder.mkdir(parents=True, exist_ok=True)
+    if weights:
+        result["weights"] = _keep_weights(trainer.grow.export(), folder, key)
+    _keep(path, result)
+    return result
+
+
+def trained_host(config: RootConfig, task: Task, known: dict[str, Any], folder: Path) -> nn.Module:
+    """The host of a control that was made with ``weights``, on the CPU."""
+    host = build_host(config, task)
+    host.load_state_dict(load_file(folder / known["weights"]))
+    return host
+
+
+def _kept(path: Path, weights: bool) -> dict[str, Any] | None:
+    """What was kept there; None where nothing was, or what no longer reads or lacks ``weights`` that are asked for: it is made again."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return None if "curves" not in known or (weights and not _whole(path.parent, known)) else known
+
+
+def _curves(history: list[tuple[int, str, float]]) -> dict[str, list[list[float]]]:
+    """By validation metric its points as ``[tick, training MACs, value]``, of many every so many-th and the last."""
+    macs = {tick: value for tick, name, value in history if name == "cost/macs"}
+    found: dict[str, list[list[float]]] = {}
+    for tick, name, value in history:
+        if name.startswith("validation/"):
+            found.setdefault(name, []).append([tick, macs[tick], value])
+    return {name: [points[i] for i in _some(len(points))] for name, points in found.items()}
+
+
+def _some(number: int) -> list[int]:
+    """Places of at most ``CURVE_POINTS`` points and the last."""
+    return sorted({*range(0, number, -(-number // CURVE_POINTS)), number - 1})
+
+
+def _whole(folder: Path, known: dict[str, Any]) -> bool:
+    """Whether the tensors of a kept control are there, byte for byte: their file is named after its contents."""
+    name = str(known.get("weights", ""))
+    return bool(name) and (folder / name).is_file() and name.split(".")[1] == _digest((folder / name).read_bytes())
+
+
+def _keep_weights(host: nn.Module, folder: Path, key: str) -> str:
+    """Write the tensors of a control beside it; the name of their file."""
+    data = save({name: value.detach().cpu().contiguous().clone() for name, value in host.state_dict().items()})
+    path = folder / f"{key}.{_digest(data)}.safetensors"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
+    return path.name
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _keep(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all; a sweep's workers may make the same control at the same time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(as_json(result), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def equal_macs_steps(macs: int, control_at_steps: dict[str, Any]) -> int:
+    """Steps in which the host alone spends ``macs``, at the price a step had in a control already made."""
+    price = control_at_steps["macs"] / control_at_steps["steps"]
+    return max(1, round(macs / price))
+
+
+def one_step(config: RootConfig, task: Task, device: torch.device) -> dict[str, Any]:
+    """MACs and steps of the host alone after one step, for where no control at the same steps tells the price."""
+    trainer = build_trainer(_alone(config), task, device)
+    try:
+        trainer.advance()
+    finally:
+        trainer.batches.close()
+    return {"macs": trainer.grow.meter.total, "steps": 1}
+
+
+def _alone(config: RootConfig) -> RootConfig:
+    """The same run with nothing that could germinate and next to no telemetry."""
+    return dataclasses.replace(config, telemetry=dataclasses.replace(config.telemetry, every=100))
+
+
+def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> str:
+    tree = plain(config)
+    relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}
+    relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in UNUSED and not k.startswith("checkpoint_")}
+    relevant |= {"steps": steps, "device": device.type, "torch": torch.__version__, "esper": esper.__version__}
+    relevant |= {"data": task.digest, "weights": fingerprint(build_host(config, task).state_dict(), ())}
+    relevant["sources"] = [source_digest(part.target) for part in (config.model, config.task) if part.name == "custom"]
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:32]

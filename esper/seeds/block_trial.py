@@ -1,0 +1,56 @@
+"""Trying out, before anything grows, whether a host's blocks can be called a second time on what they gave."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from esper.blueprints.block_call import Call, first_tensor
+from esper.errors import UserError
+from esper.seeds.sites import Forward, Site, quiet_evaluation
+
+
+def refuse_unanswering(model: nn.Module, sites: list[Site], forward: Forward) -> None:
+    """Run the model once; a copy of one block of each kind is called as the host called it, on what the block gave.
+
+    Raises:
+        UserError: the copy does not answer, or with another shape, so that no block could grow there.
+    """
+    tried: set[type[nn.Module]] = set()
+    handles = []
+    for site in sites:
+        if site.geometry.residual and type(site.module) not in tried:
+            tried.add(type(site.module))
+            handles.append(site.module.register_forward_hook(_trial(site.name), with_kwargs=True))
+    try:
+        with quiet_evaluation(model):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trial(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+        hooks, kind = dict(module._forward_hooks), type(module).__name__
+        module._forward_hooks.clear()
+        try:
+            twin = copy.deepcopy(module)
+        finally:
+            module._forward_hooks.update(hooks)
+        x = first_tensor(output)
+        if x is None:
+            raise UserError(f"blueprint 'block' cannot grow at '{name}': {kind} gives no tensor.")
+        try:
+            y = Call.of(inputs, named).answer(twin, x)
+        except Exception as error:  # whatever a host's own code raises
+            why = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"blueprint 'block' cannot grow at '{name}': a second {kind} behind it fails: {why}.") from error
+        if y.shape != x.shape:
+            shapes = f"{list(x.shape)} into {list(y.shape)}"
+            raise UserError(f"blueprint 'block' cannot grow at '{name}': a second {kind} behind it turns {shapes}.")
+
+    return hook

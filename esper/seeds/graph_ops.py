@@ -1,0 +1,176 @@
+"""What a compiled host's graph holds of a site: tensors that stay where they are, and registered ops over them.
+
+α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps; what a forward and
+backward found is written to tensors that the engine reads. So the graph is left for nobody, and of all that happens in the
+life of a seed nothing compiles it anew. Asleep a site is not in it at all, unless telemetry is due: those are the four
+graphs that there may be of a host.
+
+A compiled graph must reach all this through ``SITES``: sizes of what hangs on torch's own modules are compiled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import Geometry
+from esper.kernels.geometry import as_rows, gather_chunks
+from esper.kernels.torch_ops import branches as reference_branches
+from esper.kernels.torch_ops import reference_telemetry
+
+SITES: dict[int, GraphSite] = {}
+"""By the number of the seed layer; an entry goes with its layer."""
+
+_BEGIN: dict[int, Callable[[], None]] = {}
+_numbers = count()
+
+
+@dataclass(eq=False)
+class GraphSite:
+    """One site's tensors, ``[S]`` float32 unless said otherwise.
+
+    In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``leaves``, the stacks of the banks that ``kinds`` names.
+    Out: ``tally``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
+    ``power``, Σ(αδ)² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
+    gradient at every chunk.
+    """
+
+    geometry: Geometry
+    near_zero: float
+    alpha: Tensor
+    route: Tensor
+    triton: bool
+    kinds: str = ""
+    leaves: list[Tensor] = field(default_factory=list)
+    tally: Tensor = field(init=False)
+    forwards: Tensor = field(init=False)
+    health: Tensor = field(init=False)
+    power: Tensor = field(init=False)
+    rows: Tensor = field(init=False)
+    probe: Tensor = field(init=False)
+    squares: Tensor | None = None
+    _stacks: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        seeds, device = self.geometry.seeds, self.alpha.device
+        self.tally, self.power = torch.zeros(seeds, device=device), torch.zeros(seeds, device=device)
+        self.forwards, self.rows = torch.zeros(1, device=device), torch.zeros(1, device=device)
+        self.health = torch.full((seeds, 4), float("nan"), device=device)
+        self.probe = torch.zeros(seeds, device=device, requires_grad=True)
+        self.probe.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, probe: Tensor) -> None:
+        self.squares, probe.grad = probe.grad, None
+
+    def hold(self, kinds: str, stacks: list[Tensor]) -> None:
+        """Hand these stacks to the graph, whose slots may double without compiling anything."""
+        known = {id(stack): leaf for stack, leaf in zip(self._stacks, self.leaves, strict=True) if stack.data_ptr() == leaf.data_ptr()}
+        leaves = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in stacks]
+        self.kinds, self.leaves, self._stacks = kinds, leaves, stacks
+
+
+def _leaf(stack: Tensor) -> Tensor:
+    """The same memory as a tensor whose first size is free for the compiler; its gradients go to the stack."""
+    from torch._dynamo import maybe_mark_dynamic  # a compiler is at work, so it is there
+
+    leaf = stack.detach().requires_grad_()
+    maybe_mark_dynamic(leaf, 0)
+
+    def hand_over(of: Tensor) -> None:
+        stack.grad = of.grad if stack.grad is None or of.grad is None else stack.grad + of.grad
+        of.grad = None
+
+    leaf.register_post_accumulate_grad_hook(hand_over)
+    return leaf
+
+
+def number_of(begin: Callable[[], None]) -> int:
+    """A number for a seed layer; ``begin`` is called when a graph with the layer awake is about to be made."""
+    number = next(_numbers)
+    _BEGIN[number] = begin
+    return number
+
+
+def forget(number: int) -> None:
+    """The layer is gone."""
+    _BEGIN.pop(number, None)
+    SITES.pop(number, None)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ready(number: int) -> bool:
+    """Called by the compiler itself, once a graph: from here on the site's tensors are kept up to date."""
+    if number not in SITES:
+        _BEGIN[number]()
+    return True
+
+
+def grown_in_graph(x: Tensor, number: int, awake: bool, due: bool, rooted: bool) -> Tensor:
+    """What the seed layer of this number makes of ``x``, for the compiler to look into."""
+    _ready(number)
+    site = SITES[number]
+    dim = site.geometry.dim
+    last = x if dim == -1 else x.movedim(dim, -1)
+    y = last
+    if awake and site.kinds:
+        y = _blended(last, site, due)
+    elif due:
+        site.health.copy_(_health(last, site))
+    if (due and x.requires_grad) or rooted:
+        y = Watched.apply(y, site.probe)
+    return y if dim == -1 else y.movedim(-1, dim)
+
+
+def _takes(x: Tensor, site: GraphSite) -> bool:
+    return site.triton and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
+    if _takes(x, site):
+        from esper.kernels.branches import branches
+
+        rows = as_rows(x)
+        y, live, power, health = branches(rows, site.alpha, site.route, None, site.kinds, site.leaves, due, site.near_zero)
+        y = y.view(x.shape)
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.leaves)
+        y, health = y.view(x.shape), reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero) if due else power
+    with torch.no_grad():
+        site.tally.add_((site.alpha > 0) & (live.detach() == 0))
+        site.forwards.add_(1.0)
+        if due:
+            site.health.copy_(health.detach())
+            site.power.copy_(power.detach() * site.alpha.square())  # α of this forward: the next one's may be there when it is read
+            site.rows.fill_(x.numel() // x.shape[-1])
+    return y
+
+
+def _health(x: Tensor, site: GraphSite) -> Tensor:
+    if not _takes(x, site):
+        return reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero)
+    from esper.kernels.telemetry import telemetry
+
+    return telemetry(x, site.geometry.seeds, site.near_zero)
+
+
+class Watched(torch.autograd.Function):
+    """``x`` itself; backward gives ``probe`` the sum of squares of every chunk's gradient, and lets the gradient pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probe: Tensor) -> Tensor:
+        """``x [..., W]`` and ``probe [S]``. A copy, because the host may go on in place; a compiler reads ``x`` in its stead."""
+        ctx.seeds = probe.shape[0]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient, and ``[S]``."""
+        (gradient,) = gradients
+        squares = gradient.float().square().sum(tuple(range(gradient.dim() - 1)))
+        return gradient, gather_chunks(squares[None], ctx.seeds).sum((0, 2))

@@ -1,0 +1,174 @@
+"""Keeping what a compiled host's graph reads up to date with the table of branches: see ``esper.seeds.graph_ops``."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from esper.blueprints import Block, SlotBank
+from esper.kernels.branch_kinds import KINDS
+from esper.kernels.dispatch import chosen_by_hash
+from esper.seeds import graph_ops as graph
+from esper.seeds.device_copy import on_device
+from esper.seeds.fused import FROZEN, SUBTRACT, bank_fits, kind_of
+from esper.seeds.graph_ops import GraphSite
+
+if TYPE_CHECKING:
+    from esper.seeds.registry import SeedRegistry
+
+
+class CompiledSites:
+    """The graph's side of every site of a registry. It costs nothing until a compiled host asks for it: ``sites`` is empty before.
+
+    From then on every blueprint that the graph can hold and that grew anywhere has a bank of at least two slots at every site that it
+    fits, so that the next site at which it germinates compiles nothing.
+    """
+
+    def __init__(self, registry: SeedRegistry) -> None:
+        self._registry = weakref.ref(registry)
+        self.sites: list[GraphSite] = []
+        self._alphas = torch.zeros(0)
+        self._members: list[dict[int, int]] = []
+        self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        begin = weakref.WeakMethod(self._begin)
+        self.near_zero = 0.0
+        self.outside = False
+        for layer in registry.layers:
+            layer.number = graph.number_of(lambda: (begin() or _gone)())
+            weakref.finalize(layer, graph.forget, layer.number)
+
+    @property
+    def registry(self) -> SeedRegistry:
+        """Whose sites they are."""
+        registry = self._registry()
+        assert registry is not None
+        return registry
+
+    def refresh(self, numbers: Iterable[int]) -> None:
+        """The plans of these sites have changed.
+
+        Whether the graph is left is one state of the whole host, so that it is compiled once for it and not site by site.
+        """
+        numbers = sorted(numbers)
+        if not numbers:
+            return
+        registry, outside = self.registry, self._outside()
+        changed = numbers if outside == self.outside else list(range(len(registry.layers)))
+        self.outside = outside
+        for layer in registry.layers:
+            layer.outside = outside
+        if self.sites:
+            for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
+                self._hold(number)
+            for number in changed:
+                self._route(number)
+            first = self.registry.first_row
+            rows = [first[number] + seed for number, members in enumerate(self._members) for seed in members]
+            branches = [branch for members in self._members for branch in members.values()]
+            self._where = torch.tensor(rows, dtype=torch.int64), torch.tensor(branches, dtype=torch.int64)
+            self.set_alphas()
+
+    def set_alphas(self) -> None:
+        """Copy the table's alphas of all branches in the graph, in one copy."""
+        if not self.sites:
+            return
+        rows, branches = self._where
+        values = torch.zeros(self.registry.table.rows).index_copy_(0, rows, self.registry.branches.alpha[branches])
+        self._alphas.copy_(on_device(values, self._alphas.device), non_blocking=True)
+
+    def tallies(self) -> list[Tensor]:
+        """Of every site, how often each seed's branch was contained, and then, of every site, in how many forwards."""
+        return [site.tally for site in self.sites] + [site.forwards for site in self.sites]
+
+    def members(self, number: int) -> dict[int, int]:
+        """The branches of a site that are in the graph, by seed."""
+        return self._members[number]
+
+    def forget_tallies(self) -> None:
+        """Count contained forwards anew."""
+        if self.sites:
+            torch._foreach_zero_([tensor for site in self.sites for tensor in (site.tally, site.forwards)])
+
+    # --- the start ---
+
+    def _begin(self) -> None:
+        registry = self.registry
+        device = registry.device
+        self._alphas = torch.zeros(registry.table.rows, device=device)
+        self._members = [{} for _ in registry.layers]
+        with torch.no_grad():
+            for number, layer in enumerate(registry.layers):
+                first, seeds = registry.first_row[number], layer.geometry.seeds
+                route = torch.full((seeds, 3), -1, dtype=torch.int32, device=device)
+                alpha = self._alphas[first : first + seeds]
+                site = GraphSite(layer.geometry, self.near_zero, alpha, route, self._by_kernel(number))
+                self.sites.append(site)
+                graph.SITES[layer.number] = site
+        self.refresh(range(len(self.sites)))
+
+    def _by_kernel(self, number: int) -> bool:
+        kernels, name = self.registry.kernels, self.registry.sites[number].name
+        if kernels is None or kernels.tripped or not kernels.takes(self.registry.device) or self.registry.device.type == "cpu":
+            return False
+        return chosen_by_hash("kernel", name, kernels.config.rollout)
+
+    # --- one site ---
+
+    def _outside(self) -> bool:
+        """Whether something lives that cannot be in the graph: a branch of another kind, a second one on a chunk, or a canary."""
+        registry, kernels = self.registry, self.registry.kernels
+        if kernels is not None and kernels.possible and kernels.config.canary > 0.0:
+            return True
+        for number in range(len(registry.layers)):
+            living = registry.living_at(number)
+            if not all(self._capable(blueprint) for blueprint in {branch.blueprint for branch in living}):
+                return True
+            blended = [branch.row for branch in living if registry.adds(branch)] if len(living) > 1 else []
+            if len(set(blended)) != len(blended):
+                return True
+        return False
+
+    def _capable(self, blueprint: str) -> bool:
+        config = self.registry.blueprints[blueprint]
+        return not isinstance(config, Block) and kind_of(config) is not None
+
+    def _hold(self, number: int) -> None:
+        stacks: list[Tensor] = []
+        kinds: list[str] = []
+        fits = True
+        for blueprint in self._names(number):
+            bank = self.registry.bank(number, blueprint)
+            assert isinstance(bank, SlotBank)
+            bank.reserve(2)  # sizes 0 and 1 are compiled in
+            kinds.append(str(kind_of(bank.blueprint)))
+            stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].order]
+            fits = fits and bank_fits(bank, self.registry.layers[number].geometry)
+        self.sites[number].triton = fits and self._by_kernel(number)
+        self.sites[number].hold(",".join(kinds), stacks)
+
+    def _names(self, number: int) -> list[str]:
+        """Blueprints that grew anywhere and that the graph can hold here."""
+        registry = self.registry
+        grown = [name for name in registry.blueprints if any(name in layer.banks for layer in registry.layers)]
+        return [name for name in grown if self._capable(name) and registry.misfit(registry.first_row[number], name) is None]
+
+    def _route(self, number: int) -> None:
+        registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
+        names, inside = self._names(number), [] if self.outside else registry.blended(number)
+        route = torch.full((seeds, 3), -1, dtype=torch.int32)
+        entries = []
+        self._members[number] = {branch.seed: branch.id for branch in inside}
+        for branch in inside:
+            bits = (SUBTRACT if branch.residual else 0) | (0 if registry.learns(branch) else FROZEN)
+            entries.append([names.index(branch.blueprint), branch.slot, bits])
+        if entries:
+            route[[branch.seed for branch in inside]] = torch.tensor(entries, dtype=torch.int32)
+        self.sites[number].route.copy_(on_device(route, registry.device), non_blocking=True)
+
+
+def _gone() -> None:
+    raise AssertionError("a compiled host outlived its seeds")

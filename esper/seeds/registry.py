@@ -1,0 +1,309 @@
+"""The registry of a model: its sites, the table of their seeds, the branches that grew, and the plans its forwards follow."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from esper.blueprints import CONFIGS, Block, BlockBank, Blueprint, SlotBank
+from esper.kernels import Kernels
+from esper.lifecycle import SeedTable, Stage
+from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
+from esper.randomness import generator
+from esper.seeds.branches import Branch, BranchTable
+from esper.seeds.device_copy import on_device
+from esper.seeds.fused import fuse
+from esper.seeds.graph_state import CompiledSites
+from esper.seeds.layer import SeedLayer, device_of
+from esper.seeds.plan import BlockGroup, Injection, Part, Plan, build
+from esper.seeds.sites import Site
+
+AnyBlueprint = Blueprint | Block
+
+
+class SeedRegistry:
+    """Owns what is attached to ``model``. Rows of ``table`` are numbered site by site, seed by seed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: list[Site],
+        blueprint: AnyBlueprint,
+        seed: int,
+        silent: bool = True,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.model = model
+        self.sites = sites
+        self.blueprints: dict[str, AnyBlueprint] = {name: config() for name, config in CONFIGS.items()}
+        self.blueprints[blueprint.name] = blueprint
+        self.default_blueprint = blueprint.name
+        self.seed = seed
+        self.silent = silent
+        self.kernels = kernels
+        self.first_row: list[int] = []
+        rows = 0
+        for site in sites:
+            self.first_row.append(rows)
+            rows += site.geometry.seeds
+        self.table = SeedTable(rows)
+        self.branches = BranchTable()
+        self.layers = [SeedLayer(site) for site in sites]
+        self.by_name = {site.name: number for number, site in enumerate(sites)}
+        self.device = device_of(model)
+        self._changed: set[int] = set()
+        self._found: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
+        self.released: list[Branch] = []
+        self._main: list[Plan] = [[] for _ in sites]
+        self.compiled = CompiledSites(self)
+        for site, layer in zip(sites, self.layers, strict=True):
+            layer.to(self.device)
+            layer.kernels = kernels
+            layer.attach(site.module)
+
+    # --- addresses ---
+
+    def site_of(self, row: int) -> int:
+        """Number of the site to which a row belongs."""
+        return bisect_right(self.first_row, row) - 1
+
+    def seed_of(self, row: int) -> int:
+        """Number of the seed within its site."""
+        return row - self.first_row[self.site_of(row)]
+
+    def row(self, site: str, seed: int) -> int | None:
+        """Row of a seed, or None where there is none."""
+        number = self.by_name.get(site)
+        if number is None or not 0 <= seed < self.sites[number].geometry.seeds:
+            return None
+        return self.first_row[number] + seed
+
+    def branch_at(self, row: int) -> Branch | None:
+        """The branch that a seed owns now."""
+        branch = int(self.table.branch[row])
+        return None if branch < 0 else self.branches[branch]
+
+    # --- growing ---
+
+    def misfit(self, row: int, blueprint: str) -> str | None:
+        """Why this blueprint cannot grow from this seed, or None."""
+        if blueprint not in self.blueprints:
+            return f"there is no blueprint '{blueprint}'; there are {', '.join(self.blueprints)}"
+        site, config = self.sites[self.site_of(row)], self.blueprints[blueprint]
+        geometry = site.geometry
+        reason = config.fits(geometry)
+        if reason is None and isinstance(config, Block):
+            reason = config.unsilenced(site.module)
+        if reason is None and blueprint == "block" and geometry.seeds != 1:
+            reason = f"block fills its site, but {geometry.seeds} seeds share this one (sites.per_site=1 is needed)"
+        return reason
+
+    def germinate(self, row: int, blueprint: str, strategy: str) -> Branch:
+        """Allocate a branch for a seed (its stage is the machine's business). Draws from a generator of this seed's own."""
+        number, seed = self.site_of(row), self.seed_of(row)
+        site, layer = self.sites[number], self.layers[number]
+        bank = self.bank(number, blueprint)
+        generation = int(self.table.generation[row])
+        draws = generator(self.seed, "blueprint", site.name, seed, generation)
+        slot = bank.allocate(seed, draws, self.silent)
+        config = self.blueprints[blueprint]
+        if isinstance(bank, BlockBank):
+            parameters, macs = bank.parameters_of(slot), 0
+        else:
+            assert isinstance(config, Blueprint)
+            parameters, macs = config.parameters(layer.geometry, seed), config.macs(layer.geometry, seed)
+        branch = Branch(
+            id=len(self.branches),
+            site=number,
+            row=row,
+            seed=seed,
+            blueprint=blueprint,
+            slot=slot,
+            generation=generation,
+            strategy=strategy,
+            parameters=parameters,
+            macs=macs,
+            residual=not self.silent and not isinstance(bank, BlockBank),
+        )
+        self.table.branch[row] = branch.id
+        self.branches.add(branch)
+        self.touch(number)
+        return branch
+
+    def release(self, branch: Branch) -> None:
+        """End a branch; it stays in the table as a record. Its slot is freed with the next ``refresh``, when no plan has it."""
+        branch.alive = False
+        self.released.append(branch)
+        self.touch(branch.site)
+
+    def bank(self, number: int, blueprint: str) -> SlotBank | BlockBank:
+        """The bank of a blueprint at a site, made where there is none yet."""
+        layer = self.layers[number]
+        if blueprint not in layer.banks:
+            config = self.blueprints[blueprint]
+            if isinstance(config, Block):
+                layer.banks[blueprint] = BlockBank(config, self.sites[number].module, self.device)
+            else:
+                layer.banks[blueprint] = SlotBank(config, layer.geometry, self.device)
+        return layer.bank(blueprint)
+
+    # --- checkpoints ---
+
+    def topology(self) -> dict[str, Any]:
+        """What a saved state must agree with before a tensor of it is looked at (JSON-able)."""
+        sites = [
+            {"name": site.name, "width": site.geometry.width, "seeds": site.geometry.seeds, "dim": site.geometry.dim} for site in self.sites
+        ]
+        return {"sites": sites, "blueprint": self.default_blueprint, "silent": self.silent}
+
+    def state(self) -> dict[str, Any]:
+        """The table of seeds, the branches and the banks they lie in, by reference."""
+        banks = {layer.name: {name: bank.state() for name, bank in self.banks(n).items()} for n, layer in enumerate(self.layers)}
+        return {"table": self.table.state(), "branches": self.branches.state(), "banks": banks}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state of a registry of the same topology. Raises ValueError where it does not fit."""
+        self.table.load(state["table"])
+        self.branches.load(state["branches"])
+        for number, layer in enumerate(self.layers):
+            for blueprint, saved in state["banks"][layer.name].items():
+                self.bank(number, blueprint).load(saved)
+        for branch in self.branches.living():
+            bank = self.layers[branch.site].bank(branch.blueprint)
+            held = (
+                bank.used[branch.slot]
+                if isinstance(bank, SlotBank) and branch.slot >= 0
+                else str(branch.slot) in getattr(bank, "blocks", ())
+            )
+            if not held or self.site_of(branch.row) != branch.site or self.seed_of(branch.row) != branch.seed:
+                raise ValueError(f"branch {branch.id} has no parameters where it should")
+        for number in range(len(self.sites)):
+            self.touch(number)
+        self.refresh()
+
+    # --- plans ---
+
+    def touch(self, site: int) -> None:
+        """Say that the plan of a site must be made again (a stage changed, or a branch came or went)."""
+        self._changed.add(site)
+        self._found.clear()
+
+    def refresh(self) -> None:
+        """Bring every forward's plan and alphas up to date, and free the slots of ended branches; called once a tick."""
+        for branch in self.released:
+            self.layers[branch.site].bank(branch.blueprint).free(branch.slot)
+        self.released = []
+        for number in sorted(self._changed):  # the plans of other sites are what their forwards follow already
+            parts = [self._part(branch, self.learns(branch)) for branch in self.blended(number)]
+            self._main[number] = self._built(parts, number)
+            self.layers[number].plan = self._main[number]
+        self.compiled.refresh(self._changed)
+        self._changed.clear()
+
+    def set_alphas(self, sites: set[int]) -> None:
+        """Copy the table's alphas into the plans of these sites."""
+        for number in sites:
+            for group in self._main[number]:
+                assert not isinstance(group, Injection)
+                group.alpha.copy_(on_device(self.branches.alpha[group.branches], self.device))
+        self.compiled.set_alphas()
+
+    def blended(self, site: int) -> list[Branch]:
+        """Living branches of a site that its forward adds: blended, fossilized, or fading out."""
+        return [branch for branch in self.living_at(site) if self.adds(branch)]
+
+    def living_at(self, site: int) -> list[Branch]:
+        """Living branches of a site, by id."""
+        if site not in self._found:
+            for number in range(len(self.sites)):
+                self._found[number] = []
+            for branch in self.branches.living():
+                self._found[branch.site].append(branch)
+        return self._found[site]
+
+    def learns(self, branch: Branch) -> bool:
+        """Whether the task's gradient reaches a branch's parameters."""
+        return branch.stage in LEARNS_FROM_TASK
+
+    def adds(self, branch: Branch) -> bool:
+        """Whether its site's forward adds a living branch."""
+        fading = branch.stage is Stage.CULLED and float(self.branches.alpha[branch.id]) > 0.0
+        return branch.stage in BLENDED or fading
+
+    def in_stage(self, *stages: Stage) -> list[Branch]:
+        """Living branches in one of these stages, by id."""
+        if stages not in self._found:
+            self._found[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
+        return list(self._found[stages])
+
+    def structure(self) -> tuple[tuple[str, int, bool], ...]:
+        """What the present plans compute, as a key: two gardens' forwards of equal structure cost the same MACs."""
+        return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.plan)
+
+    @contextmanager
+    def shadow(self) -> Iterator[Plan]:
+        """Within: forwards with the TRAINING branches on (α = 1) and alone learning; yields their groups."""
+        groups: Plan = []
+        with self._plans():
+            for number, layer in enumerate(self.layers):
+                blended = [self._part(branch, learning=False) for branch in self.blended(number)]
+                training = [Part(branch, 1.0, True) for branch in self.in_stage(Stage.TRAINING) if branch.site == number]
+                layer.plan = self._built(blended, number)
+                mine = self._built(training, number)
+                for group in mine:
+                    assert not isinstance(group, Injection)
+                    if isinstance(group, BlockGroup):
+                        group.aside = True
+                    groups.append(group)
+                layer.plan = [*layer.plan, *mine]
+            yield groups
+
+    @contextmanager
+    def without(self, *branches: Branch) -> Iterator[None]:
+        """Within: forwards in which these branches are off."""
+        off = {branch.id for branch in branches}
+        with self._plans():
+            for number in sorted({branch.site for branch in branches}):
+                layer = self.layers[number]
+                parts = [self._part(b, learning=False) for b in self.blended(number) if b.id not in off]
+                layer.plan = self._built(parts, number)
+            yield
+
+    @contextmanager
+    def injecting(self, injections: dict[int, Injection]) -> Iterator[None]:
+        """Within: forwards that add the given tensors at the given sites."""
+        with self._plans():
+            for number, injection in injections.items():
+                self.layers[number].plan = [*self.layers[number].plan, injection]
+            yield
+
+    @contextmanager
+    def _plans(self) -> Iterator[None]:
+        before = [(layer.plan, layer.recording) for layer in self.layers]
+        for layer in self.layers:
+            layer.recording = None
+        try:
+            yield
+        finally:
+            for layer, (plan, recording) in zip(self.layers, before, strict=True):
+                layer.plan, layer.recording = plan, recording
+
+    def _built(self, parts: list[Part], number: int) -> Plan:
+        """The plan of a site: what the kernels can take in one pass, the rest group by group."""
+        geometry = self.layers[number].geometry
+        plan = build(parts, self.banks(number), geometry, self.device)
+        return fuse(
+            plan, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device
+        )
+
+    def _part(self, branch: Branch, learning: bool) -> Part:
+        return Part(branch, float(self.branches.alpha[branch.id]), learning)
+
+    def banks(self, number: int) -> dict[str, SlotBank | BlockBank]:
+        """The banks of a site, by blueprint."""
+        layer = self.layers[number]
+        return {name: layer.bank(name) for name in layer.banks}

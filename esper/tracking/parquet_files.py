@@ -1,0 +1,197 @@
+"""The Parquet files of a run's folder, written whatever the tracking: seeds, transitions, gates and metrics.
+
+While the run lives its rows are small complete files under ``.parts``; a run that is killed loses at most what was not
+flushed. At the end they are streamed into one file each, which appears under its name only when it is whole.
+A resumed run says again what came after its checkpoint: of the earlier parts only rows up to that tick are kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esper.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
+from esper.tracking.arrow_tables import TABLES
+from esper.tracking.run_info import RunRecord
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+GROUP_ROWS = 1 << 16
+BUFFER_BYTES = 32 << 20
+PARTS = ".parts"
+SINCE = b"esper.since"
+ONCE = {"metrics": ["tick", "name"]}
+"""Tables whose rows are told apart by these columns: of what was said twice, the last word stands."""
+
+
+@dataclass
+class Life:
+    """One start of the run, as one of its streams tells it: ``since`` is the tick that it went on from."""
+
+    number: int
+    since: int = 0
+
+
+class ParquetFiles:
+    """``seeds``, ``transitions``, ``gates`` and ``metrics`` as Parquet in the run's folder; memory is bounded."""
+
+    wants_model = False
+    called = "writing the Parquet files"
+
+    def __init__(self) -> None:
+        """Import the library here, before training begins: in the tracker's thread that would hold up the steps."""
+        import pyarrow.parquet  # noqa: F401
+
+    def open(self, record: RunRecord) -> None:
+        """Find out which life of the run this is; finished files of an earlier one become its parts."""
+        self._folder = Path(record.folder)
+        self._parts = self._folder / PARTS
+        self._parts.mkdir(parents=True, exist_ok=True)
+        for name in TABLES:
+            whole = self._folder / f"{name}.parquet"
+            if whole.exists():
+                for part in self._parts.glob(f"{name}.*"):  # killed while closing: the whole file holds them already
+                    part.unlink()
+                os.replace(whole, self._parts / f"{name}.0000.000000.parquet")
+        life = max(map(_life, self._parts.glob("*.*.*.parquet")), default=-1) + 1
+        self._lives = {"telemetry": Life(life), "events": Life(life)}
+        self._part, self._bytes, self._heard = 0, 0, False
+        self._said: dict[str, int] = {}
+        self._end: int | None = None
+        self._waiting: dict[str, list[Message]] = {name: [] for name in TABLES}
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Sort messages by the table they go to."""
+        waiting = self._waiting
+        for message in messages:
+            match message:
+                case Telemetry():
+                    self._follow(message)
+                    waiting["seeds"].append(message)
+                    self._bytes += len(message.data)
+                case Metrics():
+                    waiting["metrics"].append(message)
+                case Transition():
+                    waiting["transitions"].append(message)
+                case GateResult():
+                    waiting["gates"].append(message)
+                case RunStarted():
+                    self._started(message.tick)
+                case RunEnded():
+                    self._end = message.tick
+        if self._bytes > BUFFER_BYTES:
+            self.flush()
+
+    def _started(self, tick: int) -> None:
+        """A tracker in a process of its own may hear a run end, or die, and go on: there the events begin a new life."""
+        self._end = None
+        if self._heard:
+            self._begin_life("events", tick)
+        else:
+            for life in self._lives.values():
+                life.since = tick
+        self._heard = True
+
+    def _follow(self, message: Telemetry) -> None:
+        """Telemetry is read beside the events, not in step with them: where its own ticks go back is its new life."""
+        if message.ticks[0] <= self._said.get(message.site, -1):
+            self._begin_life("telemetry", message.ticks[0] - 1)
+            self._said.clear()
+        self._said[message.site] = message.ticks[-1]
+
+    def _begin_life(self, stream: str, since: int) -> None:
+        self.flush()
+        self._lives[stream] = Life(self._lives[stream].number + 1, since)
+
+    def flush(self) -> None:
+        """Write what waits as one more part."""
+        import pyarrow.parquet as pq
+
+        for name, messages in self._waiting.items():
+            if messages:
+                life = self._lives[_stream(name)]
+                table = TABLES[name](messages)
+                table = table.replace_schema_metadata({SINCE: str(life.since).encode()})
+                part = self._parts / f"{name}.{life.number:04d}.{self._part:06d}.parquet"
+                pq.write_table(table, part.with_suffix(".tmp"))
+                os.replace(part.with_suffix(".tmp"), part)
+                messages.clear()
+        self._part, self._bytes = self._part + 1, 0
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Make the parts one file a table."""
+        self.flush()
+        limits = {stream: self._limits(stream) for stream in self._lives}
+        for name, make in TABLES.items():
+            parts = sorted(self._parts.glob(f"{name}.*.parquet"))
+            _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[_stream(name)], ONCE.get(name))
+        for left in self._parts.iterdir():
+            left.unlink()
+        self._parts.rmdir()
+
+    def _limits(self, stream: str) -> dict[int, int | None]:
+        """By life, the last tick that counts: where the earliest later life took over, or the run ended; None for all.
+
+        A life counts in every table of its stream, also where it said nothing: then what it replaced was not said again.
+        """
+        import pyarrow.parquet as pq
+
+        parts = [part for name in TABLES if _stream(name) == stream for part in self._parts.glob(f"{name}.*.parquet")]
+        since = {_life(part): int((pq.read_schema(part).metadata or {}).get(SINCE, b"0")) for part in parts}
+        if self._heard:
+            since[self._lives[stream].number] = self._lives[stream].since
+        ends = [] if self._end is None else [self._end]
+        return {life: min([*ends, *(tick for later, tick in since.items() if later > life)], default=None) for life in since}
+
+
+def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[int, int | None], once: list[str] | None) -> None:
+    """Stream ``parts`` into ``target``, dropping rows of earlier lives that a later life said again; ``once`` as in ONCE."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if parts:
+        schema = pq.read_schema(parts[-1]).remove_metadata()
+    waiting: list[pa.Table] = []
+    temporary = target.with_suffix(".tmp")
+    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for part in parts:
+            table = pq.read_table(part).replace_schema_metadata(None)
+            limit = limits[_life(part)]
+            if limit is not None:
+                table = table.filter(pc.field("tick") <= limit)
+            waiting.append(table.select(schema.names))
+            if sum(map(len, waiting)) >= GROUP_ROWS:
+                whole = _last_words(waiting, once)
+                last = pc.max(whole["tick"]) if once else None  # the next part may say this tick's values again
+                waiting = [whole.filter(pc.field("tick") == last)] if once else []
+                writer.write_table(whole.filter(pc.field("tick") != last) if once else whole, row_group_size=GROUP_ROWS)
+        if waiting:
+            writer.write_table(_last_words(waiting, once), row_group_size=GROUP_ROWS)
+    os.replace(temporary, target)
+
+
+def _last_words(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
+    """The tables as one, of rows that agree in the columns ``once`` the last alone."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    whole = pa.concat_tables(tables).unify_dictionaries()
+    if not once:
+        return whole
+    numbered = whole.select(once).append_column("row", pa.array(np.arange(len(whole))))
+    rows = numbered.group_by(once, use_threads=False).aggregate([("row", "max")])["row_max"]
+    return whole if len(rows) == len(whole) else whole.take(rows.take(pc.sort_indices(rows)))
+
+
+def _life(part: Path) -> int:
+    return int(part.name.split(".")[1])
+
+
+def _stream(table: str) -> str:
+    """Where a table's messages come from."""
+    return "telemetry" if table == "seeds" else "events"

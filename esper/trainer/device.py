@@ -1,0 +1,77 @@
+"""Where a run computes and in what precision, decided once and said in words."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils import deterministic as filling
+
+from esper.errors import UserError
+from esper.trainer.config import NO_GPU, NO_HALF, TrainerConfig
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(config: TrainerConfig) -> torch.device:
+    """The device that ``trainer.device`` names; raises UserError for a GPU that is not there."""
+    present = torch.cuda.is_available()
+    if config.device == "cuda" and not present:
+        raise UserError(NO_GPU)
+    device = torch.device("cuda", torch.cuda.current_device()) if present and config.device != "cpu" else torch.device("cpu")
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UserError(NO_HALF)
+    return device
+
+
+def describe(device: torch.device, config: TrainerConfig) -> str:
+    """One line for a person: what is computed on, and a GPU that is left unused."""
+    if device.type == "cuda":
+        return f"device: {torch.cuda.get_device_name(device)} (cuda:{device.index}), {config.precision}"
+    threads = config.threads or torch.get_num_threads()
+    unused = f"; a GPU is present but unused ({torch.cuda.get_device_name(0)})" if torch.cuda.is_available() else ""
+    return f"device: cpu, {threads} thread{'s' if threads > 1 else ''}, {config.precision}{unused}"
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's or the CPU's memory could not be had; torch has a class of its own for the former alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def numerics(config: TrainerConfig) -> Iterator[None]:
+    """Within: the determinism and the number of threads that the config asks for; put back afterwards.
+
+    Memory that is about to be written is not filled with NaN first, as torch would do to show a read of it: that is one more
+    kernel for nearly every tensor made.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), filling.fill_uninitialized_memory
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it first starts
+    torch.use_deterministic_algorithms(config.deterministic)
+    filling.fill_uninitialized_memory = False
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        with torch.autograd.set_detect_anomaly(config.detect_anomaly):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.set_num_threads(before[1])
+        filling.fill_uninitialized_memory = before[2]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what one step frees for the next one, instead of giving it back to the system in between.
+
+    Every page given back is faulted in again, zeroed, at its next use: with the C library's own thresholds
+    (``mallopt(3)``, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD) thousands of times a step. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the top before they are given back
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: bytes from which a block gets a mapping of its own

@@ -1,0 +1,257 @@
+"""The governor: keeps the host from harm. It watches loss, gradient, activations and updates, and rolls back what goes wrong.
+
+Before each optimizer step it asks whether this step's forward and backward look healthy. If they do, the weights they ran
+on are verified, and from time to time a snapshot of them is taken. If not, the step is not made: the branch that caused the
+anomaly is looked for by switching branches off on the same batch, and host, optimizer and the other branches return to the
+last good snapshot. Neither the tick count nor the data order goes back, so the run goes on behind the fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.checkpoint.tree import Still
+from esper.engine.extra_passes import untouched_buffers
+from esper.engine.grow import Grow
+from esper.engine.snapshot import Snapshot
+from esper.errors import UserError
+from esper.lifecycle import Stage
+from esper.lifecycle.transitions import refusal
+from esper.messages import Alert
+from esper.seeds import Branch
+from esper.trainer.culprit_search import fewest
+from esper.trainer.robust_bands import Band
+
+JUMP = 100.0
+"""Between two snapshots the largest weight may grow by this factor; a host whose weights were all zero may grow from TINY."""
+TINY = 1e-2
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How the governor watches, in steps: snapshots every ``every``; ``patience`` bad steps in a row are an anomaly; more than
+
+    ``failures`` rollbacks within ``span`` stop the run.
+    """
+
+    every: int
+    patience: int = 3
+    failures: int = 5
+    span: int = 200
+
+
+@dataclass
+class Anomaly:
+    """What went wrong, when, and the branches that did it."""
+
+    step: int
+    what: str
+    culprits: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        by = f", caused by {' and '.join(self.culprits)}" if self.culprits else ""
+        return f"step {self.step}: {self.what}{by}"
+
+
+class Governor:
+    """Guards one ``Grow`` and its host's optimizer."""
+
+    def __init__(self, grow: Grow, watch: Watch) -> None:
+        self.grow, self.watch = grow, watch
+        self.bands = _bands()
+        self.bad = dict.fromkeys(self.bands, 0)
+        self.anomalies: list[Anomaly] = []
+        self.rollbacks: list[int] = []
+        self.snapshot: Snapshot | None = None
+        self._signal = grow.signal.state()
+        self._largest = math.inf
+        self._before: list[Tensor] = []
+        self._measured: dict[str, float] = {}
+        grow.guard.on_return = self.restart
+
+    def restart(self) -> None:
+        """The host is in an earlier state: what was usual of late tells nothing of it, and the last snapshot is not that of this path."""
+        self.bands, self._before, self._measured = _bands(), [], {}
+        self.bad = dict.fromkeys(self.bands, 0)
+        self._largest, self.snapshot = math.inf, None
+        self._take()
+
+    @property
+    def measures_update(self) -> bool:
+        """Whether the size of the coming update is measured: at the ticks at which the seeds' health is read too."""
+        return self.grow.observer.due
+
+    def admit(self, step: int, loss: float, gradient: float | None) -> Anomaly | None:
+        """Whether the optimizer may make ``step`` after this loss and gradient norm; an anomaly is returned, not raised.
+
+        ``gradient`` None: a gradient scaler looks after it.
+        """
+        values = {"loss": loss, **self._measured} | ({} if gradient is None else {"gradient": gradient})
+        self._measured = {}
+        what = self._what(values)
+        if what is not None:
+            return Anomaly(step, what)
+        for name, value in values.items():
+            if not self.bands[name].out(value):
+                self.bands[name].accept(value)
+        if not any(self.bad.values()) and (self.snapshot is None or step % self.watch.every == 0):
+            what = self._take()
+            if what is not None:
+                return Anomaly(step, what)
+        if self.measures_update:
+            self._before = [p.detach().clone() for p in self._parameters()]
+        return None
+
+    def measure(self) -> None:
+        """After the optimizer's step and the tick: how large the update was, and the activations, for the next step to judge."""
+        if not self._before:
+            return
+        with torch.no_grad():
+            change = [now.detach() - then for now, then in zip(self._parameters(), self._before, strict=True)]
+            self._measured["update"] = float(torch.stack(torch._foreach_norm(change)).float().norm()) if change else 0.0
+        self._before = []
+        squares = self.grow.observer.mean_squares()
+        self._measured["activation"] = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+
+    def recover(self, anomaly: Anomaly, batch: Any) -> None:
+        """Remove whoever caused the anomaly and return everything else to the last good snapshot.
+
+        Raises UserError, with a report, when this happens again and again.
+        """
+        grow = self.grow
+        tick = grow.life.tick = grow.tick_number + 1
+        for branch in self._culprits(batch):
+            anomaly.culprits.append(self._remove(branch, anomaly))
+        if self.snapshot is not None:
+            self.snapshot.restore(grow.registry.model, grow.optimizer, grow.registry)
+            grow.signal.load(self._signal)
+            grow.life.leaving.clear()
+            grow.guard.returned(self.snapshot.tick)
+        grow.forget_step()  # the forwards that looked for a culprit too
+        self.bad = dict.fromkeys(self.bands, 0)
+        self.anomalies.append(anomaly)
+        self.rollbacks = [step for step in self.rollbacks if anomaly.step - step < self.watch.span] + [anomaly.step]
+        where = "nothing to go back to" if self.snapshot is None else f"back to the state of tick {self.snapshot.tick}"
+        grow.port.emit(Alert(tick=tick, level="error", code="rolled_back", text=f"{anomaly}; {where}"))
+        if self.snapshot is None or len(self.rollbacks) > self.watch.failures:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        story = "; ".join(map(str, self.anomalies[-len(self.rollbacks) :]))
+        if self.snapshot is None:
+            raise UserError(
+                f"The run is stopped before it had a healthy state to go back to: {story}. Look at the data of these steps, "
+                "the weights it began with, and optimizer.lr."
+            )
+        raise UserError(
+            f"The run was rolled back {len(self.rollbacks)} times within {self.watch.span} steps, so it is stopped: {story}. "
+            "Look at the data of these steps, lower optimizer.lr, or resume from an earlier checkpoint."
+        )
+
+    def _what(self, values: dict[str, float]) -> str | None:
+        """The anomaly in words, or None; counts how long a signal has been out of band."""
+        for name, value in values.items():
+            band = self.bands[name]
+            if not math.isfinite(value):
+                return f"the {name} is {value}"
+            self.bad[name] = self.bad[name] + 1 if band.out(value) else 0
+            patience = 1 if name in ("update", "activation") else self.watch.patience
+            if self.bad[name] >= patience:
+                return f"the {name} is {value:.3g}, and up to {band.limit:.3g} would be usual"
+        return None
+
+    def _take(self) -> str | None:
+        """A snapshot of weights that this step's forward has verified; or why they are not healthy, in words.
+
+        A flipped bit may hide in a weight that no activation of this batch has felt: the largest magnitude tells.
+        """
+        grow, parameters = self.grow, self._parameters()
+        with torch.no_grad():
+            norms = torch._foreach_norm(parameters, float("inf")) if parameters else [torch.zeros(())]
+            largest = float(torch.stack([norm.float() for norm in norms]).max())
+        if not math.isfinite(largest) or largest > JUMP * max(self._largest, TINY):
+            return f"the largest weight is {largest:.3g}, and was {self._largest:.3g} at the snapshot before"
+        taken = Snapshot(grow.registry.model, grow.optimizer, grow.registry, grow.tick_number)
+        if not taken.healthy:
+            return "the optimizer's state or the norm statistics are not finite"
+        self.snapshot, self._signal, self._largest = taken, grow.signal.state(), largest
+        return None
+
+    def _parameters(self) -> list[Tensor]:
+        optimizer = self.grow.optimizer
+        return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+
+    # --- who did it ---
+
+    def _culprits(self, batch: Any) -> list[Branch]:
+        """The fewest branches without which this batch's loss is usual again; where several single ones would do, a younger one."""
+        registry = self.grow.registry
+        blended = [branch for number in range(len(registry.sites)) for branch in registry.blended(number)]
+        if not blended or self._usual(self._loss(batch, [])) or not self._usual(self._loss(batch, blended)):
+            return []
+        youngest_first = sorted(blended, key=lambda branch: -branch.id)
+        return fewest(youngest_first, lambda off: self._usual(self._loss(batch, off)))
+
+    def _usual(self, loss: float) -> bool:
+        return not self.bands["loss"].out(loss)
+
+    def _loss(self, batch: Any, without: Iterable[Branch]) -> float:
+        """The loss of a batch with some branches off; leaves no trace."""
+        grow = self.grow
+        model = grow.registry.model
+        with torch.no_grad(), untouched_buffers(model), grow.observer.silent(), grow.replay.again(), grow.registry.without(*without):
+            return float(grow.loss(model, batch).mean())
+
+    def _remove(self, branch: Branch, anomaly: Anomaly) -> str:
+        grow = self.grow
+        site = grow.registry.sites[branch.site].name
+        name = f"branch {branch.id} ({branch.blueprint}) of seed {branch.seed} at {site}"
+        if branch.stage is Stage.CULLED:
+            grow.life.drop(branch)
+        elif refusal(branch.stage, Stage.ROLLED_BACK) is None:
+            grow.life.move(branch.row, Stage.ROLLED_BACK, f"governor: {anomaly.what}")
+        else:
+            name += f", which stays because it is {branch.stage.name}"
+        grow.registry.touch(branch.site)
+        grow.registry.refresh()
+        return name
+
+    def state(self) -> dict[str, Any]:
+        """Everything, by reference, for a checkpoint."""
+        return {
+            "bands": {name: band.state() for name, band in self.bands.items()},
+            "bad": dict(self.bad),
+            "anomalies": [[anomaly.step, anomaly.what, anomaly.culprits] for anomaly in self.anomalies],
+            "rollbacks": list(self.rollbacks),
+            "snapshot": None if self.snapshot is None else Still(self.snapshot.state()),
+            "signal": dict(self._signal),
+            "largest": self._largest,
+            "measured": dict(self._measured),
+        }
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over a saved state."""
+        for name, band in self.bands.items():
+            band.load(state["bands"][name])
+        self.bad = {name: int(state["bad"][name]) for name in self.bad}
+        self.anomalies = [Anomaly(int(step), str(what), list(culprits)) for step, what, culprits in state["anomalies"]]
+        self.rollbacks = [int(step) for step in state["rollbacks"]]
+        self.snapshot = None if state["snapshot"] is None else Snapshot.from_state(state["snapshot"], device)
+        self._largest = float(state["largest"])
+        self._signal = {name: float(value) for name, value in state["signal"].items()}
+        self._measured = {name: float(value) for name, value in state["measured"].items()}
+
+
+def _bands() -> dict[str, Band]:
+    return {
+        "loss": Band(spreads=8.0, factor=3.0),
+        "gradient": Band(spreads=10.0, factor=100.0),
+        "update": Band(spreads=10.0, factor=30.0),
+        "activation": Band(spreads=10.0, factor=30.0),
+    }

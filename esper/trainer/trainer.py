@@ -1,0 +1,335 @@
+"""The training loop. There is one: a host without growth is a host whose seeds stay dormant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from esper.blueprints import Block, Blueprint
+from esper.engine.attach import attach
+from esper.engine.extra_passes import freeze_statistics
+from esper.engine.grow import Grow
+from esper.engine.judging.judge import RECENT
+from esper.engine.learning.branch_optimizer import BranchLearning
+from esper.engine.port import NullPort, Port
+from esper.engine.state import load_trainer
+from esper.errors import UserError
+from esper.grafting import GraftingConfig
+from esper.kernels import KernelConfig
+from esper.lifecycle import LifecycleConfig
+from esper.lifecycle.duration import parse
+from esper.messages import Alert
+from esper.randomness import seed_for, seed_global_draws
+from esper.seeds import SitesConfig, TelemetryConfig
+from esper.tasks.base import Task
+from esper.tasks.loading import Batches
+from esper.trainer.config import OptimizerConfig, TrainerConfig
+from esper.trainer.device import TYPES, is_out_of_memory
+from esper.trainer.evaluate import Repeated, evaluate, held_out
+from esper.trainer.governor import Governor, Watch
+from esper.trainer.schedule import Schedule
+
+
+@dataclass
+class Growth:
+    """How the host may grow."""
+
+    sites: SitesConfig
+    blueprint: Blueprint | Block
+    lifecycle: LifecycleConfig
+    grafting: GraftingConfig
+    telemetry: TelemetryConfig
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    decided: bool = True
+    """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
+
+
+@dataclass
+class Outcome:
+    """What a training left: held-out measurements (``test/…`` only once it is finished), history, cost."""
+
+    final: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    history: list[tuple[int, str, float]] = field(default_factory=list)
+    steps: int = 0
+
+
+class Trainer:
+    """Trains ``host`` on ``task`` for ``steps`` optimizer steps while its seeds live; ``fit`` may be interrupted anywhere."""
+
+    def __init__(
+        self,
+        host: nn.Module,
+        task: Task,
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        scheduler: Schedule,
+        growth: Growth,
+        seed: int,
+        device: torch.device,
+        port: Port | None = None,
+        steps: int | None = None,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.task = task
+        self.device = device
+        _refuse_sparse(host)
+        self.scheduler = scheduler
+        self.model = host.to(device).requires_grad_(not config.freeze_host)
+        self.port: Port = port or NullPort()
+        self.port.decided = growth.decided
+        size, workers = config.batch_size, config.num_workers
+        self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device)
+        self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
+        self.total = steps or config.total_steps(self.batches.length)
+        self.validation = held_out(task, "validation", device)
+        self.optimizer = _optimizer(optimizer, self.model)
+        self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
+        self.compiled: Callable[[Any], Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.average = _average(config.ema, self.model)
+        self.measured = self.model if self.average is None else self.average
+        self.outcome = Outcome()
+        self.said: set[str] = set()  # alerts that are given once a run
+        seed_global_draws(seed_for(seed, "dropout"))  # dropout layers of a host, and what else is in it, know no other generator
+        self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
+        if self.average is not None:
+            self.grow.follow(self.average, keep=True)
+        self.governor = Governor(self.grow, self._watch()) if config.governor else None
+        if state is not None:
+            load_trainer(self, state)
+        self._publish_every = growth.telemetry.every
+        self._validate_every = max(1, parse(config.validate_every).ticks(self.total, self.steps_per_epoch))
+
+    def _attach(self, growth: Growth, optimizer: OptimizerConfig, seed: int, state: dict[str, Any] | None) -> Grow:
+        learning = BranchLearning(optimizer.branch_lr, optimizer.weight_decay, clip=self.config.clip)
+        return attach(
+            self.model,
+            loss=self.loss,
+            total_steps=self.total,
+            optimizer=self.optimizer,
+            sites=growth.sites.match,
+            per_site=growth.sites.per_site,
+            judge=Repeated(held_out(self.task, "judge", self.device)),
+            blueprint=growth.blueprint,
+            grafting=growth.grafting,
+            lifecycle=growth.lifecycle,
+            telemetry=growth.telemetry,
+            kernel=growth.kernel,
+            learning=learning,
+            warmup=optimizer.branch_warmup,
+            steps_per_epoch=self.steps_per_epoch,
+            accumulate=self.config.accumulate,
+            scaler=self.scaler,
+            port=self.port,
+            seed=seed,
+            debug=self.config.debug,
+            state=state,
+        )
+
+    def _watch(self) -> Watch:
+        every = max(1, parse(self.config.governor_snapshot).ticks(self.total, self.steps_per_epoch))
+        return Watch(every, self.config.governor_patience, self.config.governor_failures, max(100, self.total // 10))
+
+    def remember_batches(self) -> None:
+        """Give the judge the training batches it would remember at this step (norm statistics are recalibrated on them)."""
+        if self.grow.judge is not None:
+            number = self.outcome.steps * self.config.accumulate
+            for earlier in range(max(0, number - RECENT), number):
+                self.grow.judge.remember(self._batch(earlier))
+
+    def _batch(self, number: int) -> Any:
+        """Micro-batch ``number`` of the run."""
+        return self.batches.at(number % self.config.overfit if self.config.overfit else number)
+
+    def loss(self, model: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        """Loss of every sample, ``[N]`` float32, in the run's precision."""
+        with self._autocast():
+            return self.task.sample_loss(model(batch[0]), batch)
+
+    def fit(self, between: Callable[[Trainer], None] | None = None) -> Outcome:
+        """Train to the end, then measure validation and, once, test; ``between`` is called after every step."""
+        self.model.train()
+        if self.config.freeze_host:
+            freeze_statistics(self.model)
+        while self.outcome.steps < self.total:
+            try:
+                self.advance()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                grown = len(self.grow.registry.branches.living())
+                whose = "GPU" if self.device.type == "cuda" else "machine"
+                raise UserError(
+                    f"The {whose}'s memory is full at step {self.outcome.steps + 1}, with {grown} branches grown; lower "
+                    "trainer.batch_size, let fewer or smaller branches grow, or resume from the last checkpoint where more memory is free."
+                ) from error
+            if between is not None:
+                between(self)
+        final = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
+        test = evaluate(self.measured, self.task, held_out(self.task, "test", self.device))
+        self.outcome.final = final | {f"test/{name}": value for name, value in test.items()}
+        self._check_finite("test", test["loss"])
+        self.batches.close()
+        return self.outcome
+
+    def advance(self) -> None:
+        """One optimizer step, and what is due after it. Between two calls the state is whole."""
+        step = self.outcome.steps
+        values, primary = self._step(step), None
+        self.outcome.steps = step + 1
+        if self.validates(step + 1):
+            values, primary = values | self._validate(), f"validation/{self.task.primary}"
+        if values:  # once a step: a name has one value at a tick
+            self._record(values, primary)
+
+    def validates(self, steps: int) -> bool:
+        """Whether the validation set is looked at after so many steps."""
+        return steps % self._validate_every == 0 or steps == self.total
+
+    def _step(self, step: int) -> dict[str, float]:
+        """One step; what is to be said of it, empty where nothing is due."""
+        rate = self.scheduler.factor(step, self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        losses = []
+        for micro in range(self.config.accumulate):
+            number = step * self.config.accumulate + micro
+            batch = self._batch(number)
+            loss = self.loss(self.compiled, batch).mean()
+            self._scaled(loss / self.config.accumulate).backward()
+            losses.append(loss.detach())
+            self.grow.after_backward(batch, losses[-1])
+        norm = self._gradient_norm()
+        mean = torch.stack(losses).mean()
+        anomaly = None if self.governor is None else self.governor.admit(step, *self._seen(mean, norm))
+        if self.governor is not None and anomaly is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.governor.recover(anomaly, batch)
+            self.grow.tick(None)
+        else:
+            if self.average is not None:  # weights with which this step's forward and backward were healthy
+                self.average.update_parameters(self.model)
+            self._apply()
+            self.grow.tick(mean)
+        if self.governor is not None:
+            self.governor.measure()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._said_of(step, float(mean), rate) if (step + 1) % self._publish_every == 0 else {}
+
+    def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
+        """Loss and gradient norm as numbers; waits for the device once. A scaler itself skips steps that overflow."""
+        if norm is None or self.scaler is not None:
+            return float(loss), None
+        values = torch.stack([loss.float(), norm.float()]).tolist()
+        return values[0], values[1]
+
+    def _gradient_norm(self) -> Tensor | None:
+        """The norm of the host's gradient, which is clipped; None where nobody asks for it."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.config.clip <= 0.0 and self.governor is None:
+            return None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, self.config.clip if self.config.clip > 0.0 else math.inf)
+
+    def _apply(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def _said_of(self, step: int, loss: float, rate: float) -> dict[str, float]:
+        if not math.isfinite(loss) and self.scaler is None and self.governor is None:
+            raise UserError(
+                f"The training loss is {loss} after step {step + 1}; lower optimizer.lr, check the data, or run with debug=nan, "
+                "which names the operation."
+            )
+        return {"train/loss": loss, "train/lr_factor": rate}
+
+    def _validate(self) -> dict[str, float]:
+        values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
+        for name, value in values.items():
+            best = self.outcome.best.get(name)
+            if best is None or math.isnan(best) or (value > best if self._maximize(name) else value < best):
+                self.outcome.best[name] = value
+        self._check_finite("validation", values["validation/loss"])
+        return values
+
+    def _check_finite(self, which: str, loss: float) -> None:
+        """Say, once a set, that its loss is no number; where training goes on well that is the data's doing."""
+        if not math.isfinite(loss) and which not in self.said:
+            self.said.add(which)
+            text = f"the {which} loss is {loss}; if the training loss is not, look for NaN or infinities in the {which} data"
+            self.port.emit(Alert(tick=self.grow.tick_number, level="error", code=f"{which}_not_finite", text=text))
+
+    def _maximize(self, name: str) -> bool:
+        metric = self.task.metrics.get(name.split("/", 1)[1])
+        return metric is not None and metric.direction == "max"
+
+    def _record(self, values: dict[str, float], primary: str | None = None) -> None:
+        tick = self.grow.tick_number
+        values = values | {"cost/macs": float(self.grow.meter.total), "params/total": float(self.parameters)}
+        self.outcome.history += [(tick, name, value) for name, value in values.items()]
+        clock = self.grow.clock
+        timed = {
+            "cost/steps": float(self.outcome.steps),
+            "cost/seconds": clock.total,
+            "cost/shadow_seconds": clock.seconds.get("shadow", 0.0),
+            "cost/judge_seconds": clock.seconds.get("judge", 0.0),
+        }
+        self.grow.observe(values | timed, primary, primary is None or self._maximize(primary))
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the host and of the branches that are blended in."""
+        registry = self.grow.registry
+        return self.host_parameters + sum(branch.parameters for number in range(len(registry.sites)) for branch in registry.blended(number))
+
+    @property
+    def host_parameters(self) -> int:
+        """Parameters of the host alone."""
+        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, TYPES[self.config.precision])
+
+
+def _refuse_sparse(host: nn.Module) -> None:
+    """Neither AdamW nor clipping takes sparse gradients, and both would say so only in the midst of the first step."""
+    for name, module in host.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise UserError(
+                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it with "
+                "sparse=False, or grow it in a loop of your own with esper.attach."
+            )
+
+
+def _average(decay: float, model: nn.Module) -> AveragedModel | None:
+    """An exponential moving average of weights and norm statistics, none for a decay of 0."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+
+
+def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    made: torch.optim.Optimizer
+    if config.name == "sgd":
+        made = torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    else:
+        made = torch.optim.AdamW(parameters, config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
+    for group in made.param_groups:
+        group["initial_lr"] = config.lr
+    return made
