@@ -11,9 +11,8 @@ from torch.library import triton_op, wrap_triton
 from esper.kernels import inactive_chunks as passing
 from esper.kernels import launch
 from esper.kernels import telemetry_kernels as measure
+from esper.kernels.active_list import roster_kernel
 from esper.kernels.geometry import as_rows, chunk_width
-from esper.kernels.roster import roster_kernel
-
 
 NARROW = 16
 """Places below which a chunk is no longer copied by itself: at 3 of them that took six times as long as a plain copy."""
