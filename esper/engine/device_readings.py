@@ -58,7 +58,3 @@ class Readings:
         values = iter(self._there.split(sizes) if sizes else ())
         for shapes, read in sent:
             read([next(values).view(shape) for shape in shapes])
-
-    def forget(self) -> None:
-        """Drop what has not been sent: the step is not counted."""
-        self._posted = []

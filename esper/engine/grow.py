@@ -201,7 +201,6 @@ class Grow:
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
         self._losses.clear()
-        self.readings.forget()
         self._learn_nothing()
 
     def _learn_nothing(self) -> None:

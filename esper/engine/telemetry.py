@@ -196,14 +196,14 @@ class Observer:
         if not self.registry.compiled.sites:
             return [], lambda rows, values: None
         site, members = self.registry.compiled.sites[number], self.registry.compiled.members(number)
-        chunks, alphas = list(members), self.registry.branches.alpha[list(members.values())]
+        chunks = list(members)
         sizes = torch.tensor([end - start for start, end in (site.geometry.bounds(seed) for seed in chunks)])
 
         def in_graph(rows: Tensor, values: list[Tensor]) -> None:
             rows[:, STATISTICS], power, count = values
             if chunks:
                 below = rows[chunks, Column.VARIANCE] + rows[chunks, Column.MEAN].square()
-                rows[chunks, Column.BRANCH_RMS_RATIO] = alphas * (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
+                rows[chunks, Column.BRANCH_RMS_RATIO] = (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
 
         return [site.health, site.power, site.rows], in_graph
 

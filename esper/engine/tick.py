@@ -128,7 +128,8 @@ class Advance:
         n = len(branches)
         configs = [self.life.strategies[branch.strategy] for branch in branches]
         rows = [branch.row for branch in branches]
-        asks_drift = [b for b in branches if "drift" in signals_of(self.life.strategies[b.strategy])]
+        drifting = {name for name in {b.strategy for b in branches} if "drift" in signals_of(self.life.strategies[name])}
+        asks_drift = [b for b in branches if b.strategy in drifting] if drifting else []
         drift = torch.zeros(n)
         if asks_drift:
             values = self.weights.drift(self.registry, asks_drift)
@@ -154,7 +155,9 @@ class Advance:
     # --- leaving a stage ---
 
     def _remove_failing(self) -> None:
-        for branch in (branch for branch in self.registry.branches.living() if branch.replaces < 0 or not branch.aside):
+        suspects = {branch for branch, rate in self.error_rates.items() if not rate <= self.config.error_rate} | self.trouble.keys()
+        living = [branch for branch in self.registry.branches.living() if branch.id in suspects] if suspects else []
+        for branch in [branch for branch in living if branch.replaces < 0 or not branch.aside]:
             rate = self.error_rates.get(branch.id, 0.0)
             cause = self.trouble.pop(branch.id, None)
             if cause is None and not rate <= self.config.error_rate:
@@ -175,7 +178,9 @@ class Advance:
 
     def _open_gates(self, tick: int) -> None:
         table = self.registry.table
-        due = [b for b in self.registry.in_stage(*FORWARD) if not b.aside and int(table.age[b.row]) >= self.ages.minimum[b.stage]]
+        candidates = [branch for branch in self.registry.in_stage(*FORWARD) if not branch.aside]
+        ages = table.age[[branch.row for branch in candidates]].tolist() if candidates else []
+        due = [b for b, age in zip(candidates, ages, strict=True) if age >= self.ages.minimum[b.stage]]
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
         for branch in due:
             if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):

@@ -31,3 +31,9 @@ def write_roster(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, 
         tl.store(order + bank * (seeds + 1), count)
         active_in_all += count
     tl.store(rank + seeds, active_in_all)
+
+
+@triton.jit
+def roster_kernel(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
+    """:func:`write_roster` alone, where another copies what passes."""
+    write_roster(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, SB)

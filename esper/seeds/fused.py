@@ -12,6 +12,7 @@ from esper.blueprints.unique_scatter import each_once
 from esper.kernels import Kernels
 from esper.kernels.branch_kinds import KINDS
 from esper.kernels.dispatch import fits
+from esper.seeds.device_copy import made_on
 from esper.seeds.plan import Group, Plan
 
 SUBTRACT, FROZEN = 1, 2
@@ -100,15 +101,16 @@ def fuse(plan: Plan, site: str, geometry: Geometry, seed_of: dict[int, int], ker
 
 def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels) -> Fused:
     device = groups[0].alpha.device
-    route = torch.full((geometry.seeds, 3), -1, dtype=torch.int32)
+    route = torch.full((geometry.seeds, 3), -1, dtype=torch.int32, device=device)
     for number, group in enumerate(groups):
-        seeds = torch.tensor([seed_of[branch] for branch in group.branches])
-        slots, bits = group.slots.cpu().int(), torch.zeros(len(seeds), dtype=torch.int32)
+        bits = torch.zeros_like(group.slots)
         if group.residual is not None:
-            bits += group.residual.cpu().int() * SUBTRACT
+            bits += group.residual.to(bits.dtype) * SUBTRACT
         if group.learning is not None:
-            bits += (~group.learning.cpu()).int() * FROZEN
-        route[seeds] = torch.stack([torch.full_like(slots, number), slots, bits], 1)
+            bits += (~group.learning).to(bits.dtype) * FROZEN
+        entries = torch.stack([torch.full_like(bits, number), group.slots, bits], 1).int()
+        with each_once(device):
+            route.index_copy_(0, made_on([seed_of[branch] for branch in group.branches], device), entries)
     branches = [branch for group in groups for branch in group.branches]
     return Fused(
         site=site,
@@ -118,8 +120,8 @@ def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int
         banks=[group.bank for group in groups],
         kinds=",".join(str(kind_of(group.bank.blueprint)) for group in groups),
         branches=branches,
-        seeds=torch.tensor([seed_of[branch] for branch in branches], device=device),
-        route=route.to(device),
+        seeds=made_on([seed_of[branch] for branch in branches], device),
+        route=route,
         alpha=torch.cat([group.alpha for group in groups]),
         failures=torch.zeros(len(branches), device=device),
         key=(

@@ -36,7 +36,7 @@ class GraphSite:
 
     In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``leaves``, the stacks of the banks that ``kinds`` names.
     Out: ``tally``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
-    ``power``, Σδ² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
+    ``power``, Σ(αδ)² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
     gradient at every chunk.
     """
 
@@ -146,7 +146,7 @@ def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
         site.forwards.add_(1.0)
         if due:
             site.health.copy_(health.detach())
-            site.power.copy_(power.detach())
+            site.power.copy_(power.detach() * site.alpha.square())  # α of this forward: the next one's may be there when it is read
             site.rows.fill_(x.numel() // x.shape[-1])
     return y
 

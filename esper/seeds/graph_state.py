@@ -13,7 +13,6 @@ from esper.blueprints import Block, SlotBank
 from esper.kernels.branch_kinds import KINDS
 from esper.kernels.dispatch import chosen_by_hash
 from esper.seeds import graph_ops as graph
-from esper.seeds.branches import Branch
 from esper.seeds.device_copy import on_device
 from esper.seeds.fused import FROZEN, SUBTRACT, bank_fits, kind_of
 from esper.seeds.graph_ops import GraphSite
@@ -30,12 +29,14 @@ class CompiledSites:
     """
 
     def __init__(self, registry: SeedRegistry) -> None:
-        self._garden = weakref.ref(registry)
+        self._registry = weakref.ref(registry)
         self.sites: list[GraphSite] = []
         self._alphas = torch.zeros(0)
-        self._rows: dict[int, int] = {}
+        self._members: list[dict[int, int]] = []
+        self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         begin = weakref.WeakMethod(self._begin)
         self.near_zero = 0.0
+        self.outside = False
         for layer in registry.layers:
             layer.number = graph.number_of(lambda: (begin() or _gone)())
             weakref.finalize(layer, graph.forget, layer.number)
@@ -43,30 +44,40 @@ class CompiledSites:
     @property
     def registry(self) -> SeedRegistry:
         """Whose sites they are."""
-        registry = self._garden()
+        registry = self._registry()
         assert registry is not None
         return registry
 
     def refresh(self, numbers: Iterable[int]) -> None:
-        """The plans of these sites have changed."""
-        changed = sorted(numbers)
-        for number in changed:
-            self.registry.layers[number].outside = bool(self._split(number)[1])
-        if self.sites and changed:
+        """The plans of these sites have changed.
+
+        Whether the graph is left is one state of the whole host, so that it is compiled once for it and not site by site.
+        """
+        numbers = sorted(numbers)
+        if not numbers:
+            return
+        registry, outside = self.registry, self._outside()
+        changed = numbers if outside == self.outside else list(range(len(registry.layers)))
+        self.outside = outside
+        for layer in registry.layers:
+            layer.outside = outside
+        if self.sites:
             for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
                 self._hold(number)
             for number in changed:
                 self._route(number)
+            first = self.registry.first_row
+            rows = [first[number] + seed for number, members in enumerate(self._members) for seed in members]
+            branches = [branch for members in self._members for branch in members.values()]
+            self._where = torch.tensor(rows, dtype=torch.int64), torch.tensor(branches, dtype=torch.int64)
             self.set_alphas()
 
     def set_alphas(self) -> None:
         """Copy the table's alphas of all branches in the graph, in one copy."""
         if not self.sites:
             return
-        values = torch.zeros(self.registry.table.rows)
-        if self._rows:
-            rows, branches = torch.tensor(list(self._rows)), torch.tensor(list(self._rows.values()))
-            values[rows] = self.registry.branches.alpha[branches]
+        rows, branches = self._where
+        values = torch.zeros(self.registry.table.rows).index_copy_(0, rows, self.registry.branches.alpha[branches])
         self._alphas.copy_(on_device(values, self._alphas.device), non_blocking=True)
 
     def tallies(self) -> list[Tensor]:
@@ -75,17 +86,12 @@ class CompiledSites:
 
     def members(self, number: int) -> dict[int, int]:
         """The branches of a site that are in the graph, by seed."""
-        first = self.registry.first_row[number]
-        return {row - first: self._rows[row] for row in self._mine(number)}
+        return self._members[number]
 
     def forget_tallies(self) -> None:
         """Count contained forwards anew."""
         if self.sites:
             torch._foreach_zero_([tensor for site in self.sites for tensor in (site.tally, site.forwards)])
-
-    def _mine(self, number: int) -> list[int]:
-        first = self.registry.first_row[number]
-        return [row for row in self._rows if first <= row < first + self.registry.layers[number].geometry.seeds]
 
     # --- the start ---
 
@@ -93,6 +99,7 @@ class CompiledSites:
         registry = self.registry
         device = registry.device
         self._alphas = torch.zeros(registry.table.rows, device=device)
+        self._members = [{} for _ in registry.layers]
         with torch.no_grad():
             for number, layer in enumerate(registry.layers):
                 first, seeds = registry.first_row[number], layer.geometry.seeds
@@ -111,16 +118,21 @@ class CompiledSites:
 
     # --- one site ---
 
-    def _split(self, number: int) -> tuple[list[Branch], list[Branch]]:
-        """The branches that a site adds, in the graph and outside: all of them, where there is one that cannot be in it."""
-        registry = self.registry
-        blended = registry.blended(number)
-        capable = all(self._capable(number, branch.blueprint) for branch in blended)
-        alone = len({branch.row for branch in blended}) == len(blended)
-        checked = registry.kernels is not None and registry.kernels.possible and registry.kernels.config.canary > 0.0
-        return (blended, []) if capable and alone and not checked else ([], blended)
+    def _outside(self) -> bool:
+        """Whether something lives that cannot be in the graph: a branch of another kind, a second one on a chunk, or a canary."""
+        registry, kernels = self.registry, self.registry.kernels
+        if kernels is not None and kernels.possible and kernels.config.canary > 0.0:
+            return True
+        for number in range(len(registry.layers)):
+            living = registry.living_at(number)
+            if not all(self._capable(blueprint) for blueprint in {branch.blueprint for branch in living}):
+                return True
+            blended = [branch.row for branch in living if registry.adds(branch)] if len(living) > 1 else []
+            if len(set(blended)) != len(blended):
+                return True
+        return False
 
-    def _capable(self, number: int, blueprint: str) -> bool:
+    def _capable(self, blueprint: str) -> bool:
         config = self.registry.blueprints[blueprint]
         return not isinstance(config, Block) and kind_of(config) is not None
 
@@ -142,17 +154,15 @@ class CompiledSites:
         """Blueprints that grew anywhere and that the graph can hold here."""
         registry = self.registry
         grown = [name for name in registry.blueprints if any(name in layer.banks for layer in registry.layers)]
-        return [name for name in grown if self._capable(number, name) and registry.misfit(registry.first_row[number], name) is None]
+        return [name for name in grown if self._capable(name) and registry.misfit(registry.first_row[number], name) is None]
 
     def _route(self, number: int) -> None:
         registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
-        for row in self._mine(number):
-            del self._rows[row]
-        names, (inside, _) = self._names(number), self._split(number)
+        names, inside = self._names(number), [] if self.outside else registry.blended(number)
         route = torch.full((seeds, 3), -1, dtype=torch.int32)
         entries = []
+        self._members[number] = {branch.seed: branch.id for branch in inside}
         for branch in inside:
-            self._rows[branch.row] = branch.id
             bits = (SUBTRACT if branch.residual else 0) | (0 if registry.learns(branch) else FROZEN)
             entries.append([names.index(branch.blueprint), branch.slot, bits])
         if entries:

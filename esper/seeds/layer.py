@@ -62,8 +62,8 @@ class SeedLayer(nn.Module, Hidden):
     def forward(self, x: Tensor) -> Tensor:
         """``[…, width]`` (or channels first) → the same shape and dtype."""
         recording = self.recording
-        if self.plan or recording is not None:
-            self._refuse_width(x)
+        if (self.plan or recording is not None) and not self._fits(x):
+            self._refuse(x)
         if recording is not None:
             recording.read(x, self.name, self.kernels)
         y = blend(x, self.plan, self.geometry, recording) if self.plan else x
@@ -79,14 +79,16 @@ class SeedLayer(nn.Module, Hidden):
             y = y.detach().requires_grad_().clone()  # a clone, since the host may go on in place
         return y
 
-    def _refuse_width(self, x: Tensor) -> None:
+    def _fits(self, x: Tensor) -> bool:
+        return x.dim() > max(self.geometry.dim, 0) and x.shape[self.geometry.dim] == self.geometry.width
+
+    def _refuse(self, x: Tensor) -> None:
         width, dim = self.geometry.width, self.geometry.dim
-        if x.dim() <= max(dim, 0) or x.shape[dim] != width:
-            where = "last axis" if dim < 0 else f"axis {dim}"
-            raise UserError(
-                f"The site '{self.name}' gave {list(x.shape)}, but its seeds were attached where its {where} had {width} features, and keep "
-                "to these; attach to a module whose width stays the same."
-            )
+        where = "last axis" if dim < 0 else f"axis {dim}"
+        raise UserError(
+            f"The site '{self.name}' gave {list(x.shape)}, but its seeds were attached where its {where} had {width} features, and keep "
+            "to these; attach to a module whose width stays the same."
+        )
 
     def bank(self, blueprint: str) -> SlotBank | BlockBank:
         """The bank of one blueprint's branches here."""
@@ -110,6 +112,8 @@ class SeedLayer(nn.Module, Hidden):
         return on_first(output, self._in_graph)
 
     def _in_graph(self, x: Tensor) -> Tensor:
+        if not self._fits(x):
+            _refuse_outside(self, x)
         return grown_in_graph(x, self.number, not self.asleep, self.due, self.rooted)
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
@@ -142,6 +146,11 @@ def unmark(module: nn.Module) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_the_graph(layer: SeedLayer, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
     return layer.grown(inputs, named, output)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_outside(layer: SeedLayer, x: Tensor) -> None:
+    layer._refuse(x)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, Geometry, SlotBank
 from esper.seeds.branches import Branch
+from esper.seeds.device_copy import made_on, on_device
 
 
 @dataclass
@@ -107,7 +108,7 @@ def build(parts: list[Part], banks: dict[str, SlotBank | BlockBank], geometry: G
     for part in parts:
         bank = banks[part.branch.blueprint]
         if isinstance(bank, BlockBank):
-            alpha = torch.tensor([part.alpha], device=device)
+            alpha = made_on([part.alpha], device)
             plan.append(BlockGroup(bank, [part.branch.id], part.branch.slot, alpha, part.learning, _zeros(1, device)))
             continue
         layer = 0
@@ -129,16 +130,16 @@ def _group(parts: list[Part], bank: SlotBank | BlockBank, geometry: Geometry, de
     return Group(
         bank=bank,
         branches=[part.branch.id for part in parts],
-        slots=torch.tensor([part.branch.slot for part in parts], device=device),
-        index=index.flatten().to(device),
-        mask=mask.to(device) if padded else None,
-        real=real.to(device) if padded else None,
-        target=index.flatten()[real].to(device),
-        alpha=torch.tensor([part.alpha for part in parts], device=device),
-        learning=None if bool(learning.all()) else learning.to(device),
-        residual=residual.to(device) if bool(residual.any()) else None,
+        slots=made_on([part.branch.slot for part in parts], device),
+        index=on_device(index.flatten(), device),
+        mask=on_device(mask, device) if padded else None,
+        real=on_device(real, device) if padded else None,
+        target=on_device(index.flatten()[real], device),
+        alpha=made_on([part.alpha for part in parts], device),
+        learning=None if bool(learning.all()) else on_device(learning, device),
+        residual=on_device(residual, device) if bool(residual.any()) else None,
         failures=_zeros(len(parts), device),
-        seeds=torch.tensor(seeds, device=device) if geometry.width % geometry.seeds == 0 else None,
+        seeds=made_on(seeds, device) if geometry.width % geometry.seeds == 0 else None,
         learns=bool(learning.any()),
     )
 

@@ -230,7 +230,7 @@ class SeedRegistry:
 
     def blended(self, site: int) -> list[Branch]:
         """Living branches of a site that its forward adds: blended, fossilized, or fading out."""
-        return [branch for branch in self.living_at(site) if self._adds(branch)]
+        return [branch for branch in self.living_at(site) if self.adds(branch)]
 
     def living_at(self, site: int) -> list[Branch]:
         """Living branches of a site, by id."""
@@ -245,7 +245,8 @@ class SeedRegistry:
         """Whether the task's gradient reaches a branch's parameters."""
         return branch.stage in LEARNS_FROM_TASK
 
-    def _adds(self, branch: Branch) -> bool:
+    def adds(self, branch: Branch) -> bool:
+        """Whether its site's forward adds a living branch."""
         fading = branch.stage is Stage.CULLED and float(self.branches.alpha[branch.id]) > 0.0
         return (branch.stage in BLENDED or fading) and not branch.held
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,21 +17,9 @@ from torch import Tensor
 from esper.blueprints import SlotBank
 from esper.engine.device_readings import Readings
 from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows
+from esper.engine.learning.branch_rows import BranchLearning as BranchLearning
 from esper.engine.signals import by_bank
 from esper.seeds import Branch, SeedRegistry
-
-
-@dataclass(frozen=True)
-class BranchLearning:
-    """Settings of AdamW (Loshchilov & Hutter 2019) for branches; ``warmup`` in a branch's own steps, ``clip`` 0 is off."""
-
-    lr: float
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup: int = 1
-    clip: float = 0.0
-
 
 PATIENCE = 10
 """Steps in a row for which a branch's gradient may overflow under a loss scale. The scale may still fall, as it does while it
@@ -52,6 +39,8 @@ class BranchOptimizer:
         self.registry = registry
         self.learning = learning
         self.readings = Readings(registry.device) if readings is None else readings
+        self._overflown = True  # nobody knows yet
+        self._groups: tuple[list[Branch], dict[tuple[int, str], list[Branch]]] = [], {}
         self._masks: dict[tuple[int, str], tuple[SlotBank, list[int], Tensor]] = {}
         self.failures: dict[int, int] = {}
         self.norms: dict[int, float] = {}
@@ -78,17 +67,26 @@ class BranchOptimizer:
         self.clear()
 
     def _step_on_device(self, branches: list[Branch], factor: float) -> None:
-        """Whole banks at once; who may move is a mask."""
+        """Whole banks at once, each in one launch where Triton is; who may move is a mask."""
+        self.readings.post([], lambda _: self.norms.clear())
         found: list[BankRows | BlockRows] = []
-        for key, group in by_bank(branches).items():
+        if branches != self._groups[0]:
+            self._groups = branches, by_bank(branches)
+        for key, group in self._groups[1].items():
             bank = self.registry.layers[key[0]].bank(key[1])
             if isinstance(bank, SlotBank):
                 found.append(BankRows(bank, group, self._mask(key, bank, group)))
             else:
                 found += [BlockRows(bank, branch) for branch in group]
-        rows = [part for part in found if part.gradients]
-        if not rows:
+        found = [part for part in found if part.gradients]
+        if not found:
             self.norms = {}
+        kernels = self.registry.kernels
+        fused = kernels is not None and kernels.takes(self.registry.device) and not kernels.tripped
+        alone = [part for part in found if fused and isinstance(part, BankRows) and part.for_kernel]
+        self.readings.post([part.step(self.learning, factor) for part in alone], partial(self._noted, alone, self.scaled))
+        rows = [part for part in found if part not in alone]
+        if not rows:
             return
         squares = [_squares(part) for part in rows]
         moving = [part.learning & torch.isfinite(square) for part, square in zip(rows, squares, strict=True)]
@@ -105,10 +103,13 @@ class BranchOptimizer:
             known = self._masks[key] = (bank, slots, BankRows.learning_slots(bank, branches))
         return known[2]
 
-    def _noted(self, rows: list[BankRows | BlockRows], scaled: frozenset[int], norms: list[Tensor]) -> None:
-        self.norms = {}
+    def _noted(self, rows: Sequence[BankRows | BlockRows], scaled: frozenset[int], norms: list[Tensor]) -> None:
+        clean, self._overflown = not self._overflown, False
         for part, found in zip(rows, norms, strict=True):
             values = found.tolist()
+            if clean and bool(torch.isfinite(found).all()):
+                self.norms.update((branch.id, values[place]) for branch, place in zip(part.branches, part.places, strict=True))
+                continue
             for branch, place in zip(part.branches, part.places, strict=True):
                 if self._note_one(branch, values[place], scaled):
                     part.take_back(branch)
@@ -174,6 +175,7 @@ class BranchOptimizer:
         if math.isfinite(norm):
             self.norms[branch.id], branch.overflows = norm, 0
             return False
+        self._overflown = True
         if branch.id in scaled:
             branch.overflows += 1
         else:

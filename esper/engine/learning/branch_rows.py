@@ -6,6 +6,8 @@ the other slots cost work, and ``learning`` says which rows may move.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,18 @@ from esper.blueprints import BlockBank, SlotBank
 from esper.blueprints.unique_scatter import each_once
 from esper.seeds import Branch
 from esper.seeds.device_copy import made_on
+
+
+@dataclass(frozen=True)
+class BranchLearning:
+    """Settings of AdamW (Loshchilov & Hutter 2019) for branches; ``warmup`` in a branch's own steps, ``clip`` 0 is off."""
+
+    lr: float
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    warmup: int = 1
+    clip: float = 0.0
 
 
 class SlotRows:
@@ -64,6 +78,21 @@ class BankRows:
         self.places = [branch.slot for branch in branches]
         self.values, self.gradients = [row[0].detach() for row in held], [row[1] for row in held]
         self.first, self.second = [row[2] for row in held], [row[3] for row in held]
+
+    @property
+    def for_kernel(self) -> bool:
+        """Whether ``esper.kernels.adamw`` takes these tensors."""
+        tensors = [*self.values, *self.gradients]
+        return len(self.values) <= 6 and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors)
+
+    def step(self, learning: BranchLearning, factor: float) -> Tensor:
+        """One launch for all of it; the gradients' norms ``[capacity]``."""
+        from esper.kernels.adamw import Settings, adamw
+
+        rate, (beta1, beta2) = learning.lr * factor, learning.betas
+        settings = Settings(rate, float(learning.warmup), beta1, beta2, learning.eps, learning.weight_decay, learning.clip)
+        held = list(zip(self.values, self.gradients, self.first, self.second, strict=True))
+        return adamw(held, self.learning, self._bank.steps, settings)
 
     @staticmethod
     def learning_slots(bank: SlotBank, branches: list[Branch]) -> Tensor:
