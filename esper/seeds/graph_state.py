@@ -11,7 +11,6 @@ from torch import Tensor
 
 from esper.blueprints import Block, SlotBank
 from esper.kernels.branch_kinds import KINDS
-from esper.kernels.dispatch import chosen_by_hash
 from esper.seeds import graph_ops as graph
 from esper.seeds.device_copy import on_device
 from esper.seeds.fused import FROZEN, SUBTRACT, bank_fits, kind_of
@@ -112,9 +111,9 @@ class CompiledSites:
 
     def _by_kernel(self, number: int) -> bool:
         kernels, name = self.registry.kernels, self.registry.sites[number].name
-        if kernels is None or kernels.tripped or not kernels.takes(self.registry.device) or self.registry.device.type == "cpu":
+        if kernels is None or not kernels.takes(self.registry.device) or self.registry.device.type == "cpu":
             return False
-        return chosen_by_hash("kernel", name, kernels.config.rollout)
+        return kernels.flags.on("kernels", name)
 
     # --- one site ---
 
