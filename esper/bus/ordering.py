@@ -123,13 +123,17 @@ class GlobalOrder:
 
 
 class CausalOrder:
-    """Stream order, and no message before those its sender named in ``after`` (``producer/epoch-sequence``)."""
+    """Stream order, and no message before those its sender named in ``after`` (``producer/epoch-sequence``).
+
+    A cause that its own stream has passed over was waited for already: its effects do not wait for it again, and count as ``late``.
+    """
 
     def __init__(self, hold_s: float, counts: Counts) -> None:
         self._stream = StreamOrder(hold_s, counts)
         self._hold_s, self._counts = hold_s, counts
         self._queues: dict[str, deque[tuple[Delivery, float]]] = {}
-        self._released: dict[str, Id] = {}
+        self._released: dict[str, Id] = {}  # by producer, the highest id so far
+        self._passed: dict[str, list[tuple[Id, Id]]] = {}  # by producer, pairs of released ids with nothing released between them
 
     def begin(self, producer: str, handled: Id) -> None:
         """Go on behind what was handled before, which is also a cause that has come."""
@@ -153,20 +157,32 @@ class CausalOrder:
                 while queue and self._may_go(queue[0][0], overdue[producer] > 0):
                     delivery, since = queue.popleft()
                     overdue[producer] -= since + self._hold_s <= now
-                    self._released[producer] = max(self._released.get(producer, (0, 0)), parse(delivery.id))
+                    self._note(producer, parse(delivery.id))
                     found.append(delivery)
                     progress = True
         return found
 
     def _may_go(self, delivery: Delivery, overdue: bool) -> bool:
-        for name in delivery.after:
-            producer, _, id = name.rpartition("/")
-            if self._released.get(producer, (0, 0)) < parse(id):
-                if not overdue:
-                    return False
-                self._counts.add("late")
-                break
+        """Whether the message may be released; one that goes before a cause of its own is counted."""
+        causes = [(producer, parse(id)) for producer, _, id in (name.rpartition("/") for name in delivery.after)]
+        awaited = any(id > self._released.get(producer, (0, 0)) for producer, id in causes)
+        if awaited and not overdue:
+            return False
+        if awaited or any(first < id < last for producer, id in causes for first, last in self._passed.get(producer, ())):
+            self._counts.add("late")
         return True
+
+    def _note(self, producer: str, id: Id) -> None:
+        """A message is released: note which numbers it passes over, or that it was one of those."""
+        highest = self._released.get(producer, (0, 0))
+        passed = self._passed.setdefault(producer, [])
+        if id <= highest:
+            parts = [((first, id), (id, last)) if first < id < last else ((first, last),) for first, last in passed]
+            self._passed[producer] = [pair for pairs in parts for pair in pairs]
+            return
+        if id != (highest[0], highest[1] + 1):
+            passed.append((highest, id))
+        self._released[producer] = id
 
 
 class OrderedConsumer:

@@ -118,6 +118,39 @@ def test_an_effect_whose_cause_never_comes_is_held_for_a_bounded_time():
     assert counts.snapshot()["late"] == 1
 
 
+@pytest.mark.parametrize("effects", ["a", "b"])
+def test_an_effect_of_a_cause_that_was_passed_over_is_counted_and_does_not_wait_again(effects):
+    counts = Counts()
+    order = CausalOrder(10.0, counts)
+    sent = {number: Delivery(f"1-{number}", TickEnded(tick=number), 1, "a") for number in (1, 2, 3)}
+    first = (4, 5) if effects == "a" else (1, 2)
+    early = [Delivery(f"1-{number}", TickEnded(tick=number), 1, effects, 0.0, ("a/1-2",)) for number in first]
+    for delivery in (sent[1], sent[3]):
+        order.push(delivery, 0.0)
+    assert order.ready(0.0) == [sent[1]]
+    for delivery in early:
+        order.push(delivery, 11.0)
+    assert order.ready(11.0) == [sent[3], *early]
+    assert counts.snapshot()["late"] == 2
+    order.push(sent[2], 11.0)
+    assert order.ready(11.0) == [sent[2]]
+    assert counts.snapshot()["late"] == 3
+    after = Delivery(f"1-{first[-1] + 1}", TickEnded(tick=9), 1, effects, 0.0, ("a/1-2",))
+    order.push(after, 11.0)
+    assert order.ready(11.0) == [after]
+    assert counts.snapshot()["late"] == 3
+
+
+def test_a_cause_that_never_came_in_an_earlier_start_of_its_producer_is_no_cause_that_came():
+    counts = Counts()
+    order = CausalOrder(10.0, counts)
+    for id in ("1-1", "2-1"):
+        order.push(Delivery(id, TickEnded(tick=0), 1, "a"), 0.0)
+    order.push(Delivery("1-1", TickEnded(tick=0), 1, "b", 0.0, ("a/1-2",)), 0.0)
+    assert len(order.ready(0.0)) == 3
+    assert counts.snapshot()["late"] == 1
+
+
 @pytest.mark.parametrize("kind", [StreamOrder, GlobalOrder, CausalOrder])
 @given(traffic=traffic(), data=st.data())
 @settings(max_examples=30, deadline=None)
