@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import secrets
 import signal
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -18,6 +21,7 @@ from esper.bus.server.connection import Address, connect
 from esper.errors import UserError
 
 START_S = 10.0
+LOCK = "lock"  # held by the server process itself, so that a folder has one server however its owner died; its process id is in it
 
 #: Commands that esper has no use for, and that the stored commands of a folder from elsewhere could run when the server reads them.
 REMOVED = ("MODULE", "REPLICAOF", "SLAVEOF", "MIGRATE", "DEBUG")
@@ -31,12 +35,16 @@ class Note(msgspec.Struct):
 
 
 class EmbeddedServer:
-    """Starts the server of ``folder``, which keeps its data over restarts."""
+    """Starts the server of ``folder``, which keeps its data over restarts.
+
+    Raises UserError where it does not come up, or where another server of this folder is at work.
+    """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
+        self._lock: IO[bytes] | None = _locked(folder)
         before = _read_note(folder)
         wanted = port or (before.port if before is not None else 0)
         self.note = Note(_free_port(wanted, exact=bool(port)), before.password if before else secrets.token_urlsafe(32))
@@ -49,14 +57,18 @@ class EmbeddedServer:
         """Start it (again) on its port; raises UserError when it does not come up."""
         configuration = self.folder / "valkey.conf"
         _write_private(configuration, self._configuration().encode())
-        with (self.folder / "server.log").open("ab") as log:
+        with self._lock or _locked(self.folder) as lock, (self.folder / "server.log").open("ab") as log:
+            self._lock = None  # from here on it is the server's
             self.process = subprocess.Popen(
                 [str(_binary()), str(configuration)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=[lock.fileno()],
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
+            lock.truncate(0)
+            lock.write(str(self.process.pid).encode())
         self._wait()
 
     def _configuration(self) -> str:
@@ -112,6 +124,33 @@ def address_in(folder: Path) -> Address:
 def _read_note(folder: Path) -> Note | None:
     path = folder / "address.json"
     return msgspec.json.decode(path.read_bytes(), type=Note) if path.exists() else None
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """The lock on a server's folder; raises UserError where another server holds it.
+
+    A server whose owner was killed ends by itself, which may take it a moment. One that was stopped meanwhile cannot: it is made to
+    go on, so that it sees the signal that waits for it.
+    """
+    file = (folder / LOCK).open("a+b", buffering=0)
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            file.seek(0)
+            process = int(file.read() or 0)
+            if time.monotonic() > deadline:
+                file.close()
+                raise UserError(
+                    f"the embedded bus server of {folder} is at work already (process {process}): the run in this folder is not over;"
+                    " wait for it, or end that process"
+                ) from None
+        if process:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGCONT)
+        time.sleep(0.05)
 
 
 def _quoted(text: str) -> str:
