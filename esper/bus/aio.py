@@ -17,8 +17,7 @@ from typing import Any
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
-from esper.bus.ids import Id
-from esper.bus.protocol import Bus, Consumer, DeadLetter, Delivery, Producer
+from esper.bus.protocol import Bus, Consumer, DeadLetter, Delivery, Id, Producer
 from esper.messages import Message
 
 

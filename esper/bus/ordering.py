@@ -11,9 +11,7 @@ import time
 from collections import deque
 from typing import Protocol
 
-from esper.bus.counters import Counts
-from esper.bus.ids import Id, parse
-from esper.bus.protocol import ORDERS, Consumer, Delivery
+from esper.bus.protocol import ORDERS, Consumer, Counts, Delivery, Id, parse_id
 
 
 class Order(Protocol):
@@ -43,7 +41,7 @@ class StreamOrder:
 
     def push(self, delivery: Delivery, now: float) -> None:
         """One arrived."""
-        self._held.setdefault(delivery.producer, {}).setdefault(parse(delivery.id), (delivery, now))
+        self._held.setdefault(delivery.producer, {}).setdefault(parse_id(delivery.id), (delivery, now))
 
     def ready(self, now: float) -> list[Delivery]:
         """What may be handled now, each producer's in order."""
@@ -119,7 +117,7 @@ class GlobalOrder:
 
     @staticmethod
     def _key(delivery: Delivery) -> tuple[float, str, Id]:
-        return delivery.time, delivery.producer, parse(delivery.id)
+        return delivery.time, delivery.producer, parse_id(delivery.id)
 
 
 class CausalOrder:
@@ -157,14 +155,14 @@ class CausalOrder:
                 while queue and self._may_go(queue[0][0], overdue[producer] > 0):
                     delivery, since = queue.popleft()
                     overdue[producer] -= since + self._hold_s <= now
-                    self._note(producer, parse(delivery.id))
+                    self._note(producer, parse_id(delivery.id))
                     found.append(delivery)
                     progress = True
         return found
 
     def _may_go(self, delivery: Delivery, overdue: bool) -> bool:
         """Whether the message may be released; one that goes before a cause of its own is counted."""
-        causes = [(producer, parse(id)) for producer, _, id in (name.rpartition("/") for name in delivery.after)]
+        causes = [(producer, parse_id(id)) for producer, _, id in (name.rpartition("/") for name in delivery.after)]
         awaited = any(id > self._released.get(producer, (0, 0)) for producer, id in causes)
         if awaited and not overdue:
             return False

@@ -6,19 +6,76 @@ is new with every start of that producer, the sequence counts from 1 without a h
 
 from __future__ import annotations
 
+import re
+import threading
 from collections import deque
 from typing import Protocol
 
 import msgspec
 
 from esper.bus.config import MemoryConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id
 from esper.errors import UserError
 from esper.messages import Message
 
 STREAMS = ("telemetry", "events", "commands", "acks")
 ORDERS = ("none", "stream", "global", "causal")
+Id = tuple[int, int]  # epoch and sequence of a stream entry, written ``<epoch>-<sequence>``
+LARGEST = (1 << 64) - 1  # either of them
+_ID = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
+COUNTERS = (
+    "sent",  # messages stored by the backend
+    "received",  # messages handed to consumers, redeliveries included
+    "acknowledged",
+    "dropped",  # messages given up because memory and spool were full
+    "gaps",  # sequence numbers a consumer found missing
+    "duplicates",  # messages seen before and not handed out again
+    "refused",  # corrupt, malformed, oversized, newer, or of another run
+    "dead_letters",
+    "retries",  # attempts to reach the server that failed
+    "late",  # messages released out of order because the bounded hold ran out
+)
+"""What a bus counts: nothing is lost, refused or repeated without a number that says so."""
+
+
+def parse_id(id: str | bytes) -> Id:
+    """``"3-14"`` as ``(3, 14)``."""
+    epoch, _, sequence = (id.decode() if isinstance(id, bytes) else id).partition("-")
+    return int(epoch), int(sequence)
+
+
+def read_id(value: object) -> Id | None:
+    """An id that came from a server, where anybody may have written; None for what is none (epoch and sequence are 64 bits each)."""
+    found = _ID.fullmatch(value) if isinstance(value, bytes) else None
+    id = (int(found[1]), int(found[2])) if found else (LARGEST + 1, 0)
+    return id if max(id) <= LARGEST else None
+
+
+def id_text(id: Id) -> str:
+    """``(3, 14)`` as ``"3-14"``."""
+    return f"{id[0]}-{id[1]}"
+
+
+class Counts:
+    """Counters shared by the threads of one bus."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values = dict.fromkeys(COUNTERS, 0)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Add to one of COUNTERS."""
+        with self._lock:
+            self._values[name] += amount
+
+    def snapshot(self) -> dict[str, int]:
+        """All counters at this moment."""
+        with self._lock:
+            return dict(self._values)
+
+
+def counts_in_words(counts: dict[str, int]) -> str:
+    """``3 sent, 12 received, …``, by COUNTERS."""
+    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in COUNTERS)
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False):
@@ -128,7 +185,7 @@ class Bus(Protocol):
         """Forget dead letters with these ids; how many there were."""
 
     def counts(self) -> dict[str, int]:
-        """What this process sent, received, dropped …, by the names of ``esper.bus.counters``."""
+        """What this process sent, received, dropped …, by the names of ``esper.bus.protocol``."""
 
     def close(self) -> None:
         """Release everything; servers started by this bus are stopped."""

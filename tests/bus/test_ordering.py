@@ -6,10 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.bus.counters import Counts
-from esper.bus.ids import parse
 from esper.bus.ordering import CausalOrder, GlobalOrder, StreamOrder
-from esper.bus.protocol import Delivery
+from esper.bus.protocol import Counts, Delivery, parse_id
 from esper.messages import TickEnded
 
 
@@ -41,8 +39,8 @@ def arrive(order, messages, gap_s=0.0):
 def keep_stream_order(released):
     last = {}
     for delivery in released:
-        assert parse(delivery.id) > last.get(delivery.producer, (0, 0))
-        last[delivery.producer] = parse(delivery.id)
+        assert parse_id(delivery.id) > last.get(delivery.producer, (0, 0))
+        last[delivery.producer] = parse_id(delivery.id)
 
 
 @given(traffic())
@@ -62,7 +60,7 @@ def test_a_missing_message_holds_its_stream_for_a_bounded_time_and_is_counted(tr
     counts = Counts()
     order = StreamOrder(10.0, counts)
     released, now = arrive(order, [message for message in arrival if message is not missing])
-    after = [m for m in sent if m.producer == missing.producer and parse(m.id) > parse(missing.id)]
+    after = [m for m in sent if m.producer == missing.producer and parse_id(m.id) > parse_id(missing.id)]
     assert not any(message in released for message in after)
     released += order.ready(now + 10.0)
     keep_stream_order(released)
@@ -81,7 +79,7 @@ def test_global_order_is_the_merge_by_the_senders_clocks(traffic):
     released, now = arrive(order, arrival)
     released += order.ready(now + 30.0)
     released += order.ready(now + 60.0)
-    assert released == sorted(sent, key=lambda m: (m.time, m.producer, parse(m.id)))
+    assert released == sorted(sent, key=lambda m: (m.time, m.producer, parse_id(m.id)))
 
 
 @given(traffic())
@@ -171,8 +169,8 @@ def test_whatever_is_missing_or_delayed_the_rest_comes_once_and_disorder_is_coun
     assert sorted(map(id, released)) == sorted(id(message) for message in sent if not any(message is gone for gone in missing))
     late, last, passed = counts.snapshot()["late"], {}, 0
     for delivery in released:
-        passed += parse(delivery.id) < last.get(delivery.producer, (0, 0))
-        last[delivery.producer] = max(last.get(delivery.producer, (0, 0)), parse(delivery.id))
+        passed += parse_id(delivery.id) < last.get(delivery.producer, (0, 0))
+        last[delivery.producer] = max(last.get(delivery.producer, (0, 0)), parse_id(delivery.id))
     assert passed <= late
     if kind is CausalOrder:
         position = {f"{delivery.producer}/{delivery.id}": index for index, delivery in enumerate(released)}

@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from esper.bus.counters import Counts
 from esper.bus.ordering import in_order
-from esper.bus.protocol import Fenced
+from esper.bus.protocol import Counts, Fenced
 from esper.messages import Metrics, Telemetry, TickEnded
 
 

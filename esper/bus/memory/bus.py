@@ -12,11 +12,9 @@ from collections import deque
 from pathlib import Path
 
 from esper.bus.config import MemoryConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id
 from esper.bus.memory.groups import Entry, Group, Log, Pending
 from esper.bus.memory.overflow import Overflow
-from esper.bus.protocol import STREAMS, DeadLetter, Delivery, Fenced
+from esper.bus.protocol import STREAMS, Counts, DeadLetter, Delivery, Fenced, Id
 from esper.messages import Message
 
 _Key = tuple[str, str]  # stream, run

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from esper.bus.ids import Id
+from esper.bus.protocol import Id
 from esper.messages import Message
 
 Extent = tuple[int, int]  # offset and bytes of a piece of the overflow file

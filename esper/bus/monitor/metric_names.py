@@ -48,7 +48,7 @@ COUNTED = {
     "retries": _counted("retries", "Attempts to reach the server that failed."),
     "late": _counted("late", "Messages released out of order because the bounded hold ran out."),
 }
-"""What every process counts for itself, by the names of ``esper.bus.counters``."""
+"""What every process counts for itself, by the names of ``esper.bus.protocol``."""
 
 UP = Metric("esper_bus_up", "gauge", "1", "1 while the bus answers.")
 SPOOL = Metric("esper_bus_spool_bytes", "gauge", "By", "Bytes waiting on disk.")

@@ -12,10 +12,8 @@ from typing import Any, Protocol
 import msgspec
 
 from esper.bus.codec import decode_body, encode_body
-from esper.bus.counters import in_words
 from esper.bus.discovery import joined
-from esper.bus.ids import parse
-from esper.bus.protocol import Bus, Delivery
+from esper.bus.protocol import Bus, Delivery, counts_in_words, parse_id
 from esper.bus.trainer.command_inbox import CONTROLLER
 from esper.errors import UserError
 from esper.messages import Checkpoint, Command, Decided, Message, RunEnded, RunStarted, TickEnded
@@ -104,7 +102,7 @@ class Control:
         """Observe a message that was not observed before, in this life of the process or an earlier one."""
         self._handled[stream].append(delivery)
         name = f"{stream}/{delivery.producer}"
-        if parse(delivery.id) <= parse(self._memory.heard.get(name, "0-0")):
+        if parse_id(delivery.id) <= parse_id(self._memory.heard.get(name, "0-0")):
             return
         self._memory.heard[name] = delivery.id
         if isinstance(delivery.message, RunStarted):
@@ -195,5 +193,5 @@ def main(argv: Sequence[str]) -> int:
             status = control.serve()
         finally:
             control.close()
-        print(f"the run ended: {status}; {in_words(bus.counts())}", file=sys.stderr)
+        print(f"the run ended: {status}; {counts_in_words(bus.counts())}", file=sys.stderr)
     return 0 if status == "FINISHED" else 1

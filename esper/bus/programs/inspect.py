@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 
 from esper.bus.codec import to_plain
-from esper.bus.counters import in_words
 from esper.bus.discovery import joined
 from esper.bus.programs import flush
-from esper.bus.protocol import STREAMS, DeadLetter
+from esper.bus.protocol import STREAMS, DeadLetter, counts_in_words
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.status import status
 from esper.errors import UserError
@@ -82,7 +81,7 @@ def _status(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
     _table(f"run {run}: {found.dead_letters} dead letters, server {found.server}", columns, rows)
     for process, counts in found.counts.items():
         if any(counts.values()):
-            print(f"{process}: {in_words(counts)}")
+            print(f"{process}: {counts_in_words(counts)}")
     return 0
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from esper.bus.counters import in_words
 from esper.bus.discovery import joined
-from esper.bus.ids import parse
+from esper.bus.protocol import counts_in_words, parse_id
 from esper.bus.server import keys
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.payloads import RELEASED, kept, released
@@ -40,7 +39,7 @@ def fresh_group(bus: ServerBus, run: str, streams: Sequence[str]) -> str:
     for stream in streams:
         for key in filter(bus.is_stream, bus.streams(run, stream)):
             first = bus.client.xrange(key, count=1) if key == keys.entries(run, stream, "main") else []  # the trainer's
-            if first and parse(first[0][0])[1] > 1:
+            if first and parse_id(first[0][0])[1] > 1:
                 raise UserError(
                     f"the server let go of the beginning of run {run} (bus.keep_mb={bus.config.keep_mb}), so what was"
                     " tracked cannot be written anew: the parts kept so far stay in the run's folder"
@@ -118,5 +117,5 @@ def main(argv: Sequence[str]) -> int:
         runner.close(ending.status)
         if ending.status == "FINISHED":
             _let_go(bus, found.run)
-        print(f"the run ended: {ending.status}; {in_words(bus.counts())}", file=sys.stderr)
+        print(f"the run ended: {ending.status}; {counts_in_words(bus.counts())}", file=sys.stderr)
     return 0

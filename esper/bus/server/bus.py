@@ -14,9 +14,8 @@ from urllib.parse import quote
 
 from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import EmbeddedConfig, ServerConfig
-from esper.bus.counters import Counts
 from esper.bus.memory.bus import MemoryBus
-from esper.bus.protocol import STREAMS, DeadLetter
+from esper.bus.protocol import STREAMS, Counts, DeadLetter
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import check_in, check_out
 from esper.bus.server.connection import Address, connect, readable, unless_other_type

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.bus.codec import Envelope, Refused, decode
 from esper.bus.config import ServerConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id, parse
-from esper.bus.protocol import Delivery
+from esper.bus.protocol import Counts, Delivery, Id, parse_id
 from esper.bus.server import keys, scripts
 from esper.bus.server.claim_check import Gone, check_out
 from esper.bus.server.connection import is_other_type
@@ -218,7 +216,7 @@ class ServerConsumer:
             for count_now in sorted(set(times.values())):  # the number is said, so that asking again changes nothing
                 ids = [id for id in times if times[id] == count_now]
                 claimed += self._client.xclaim(key, self.group, self.name, 0, ids, retrycount=count_now)
-            entries = sorted(((id, fields) for id, fields in claimed if id is not None), key=lambda entry: parse(entry[0]))
+            entries = sorted(((id, fields) for id, fields in claimed if id is not None), key=lambda entry: parse_id(entry[0]))
             found += self._deliver(key, entries, times)
         return found
 
@@ -279,7 +277,7 @@ class ServerConsumer:
         if not self._keys[key]:
             return
         for id, _ in entries:
-            epoch, sequence = parse(id)
+            epoch, sequence = parse_id(id)
             before = self._position[key]
             missing = sequence - 1 - (before[1] if before[0] == epoch else 0)
             self._position[key] = (epoch, sequence)

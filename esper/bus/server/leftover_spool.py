@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from esper.bus.codec import Refused, decode
-from esper.bus.ids import Id, parse
-from esper.bus.protocol import STREAMS, Fenced
+from esper.bus.protocol import STREAMS, Fenced, Id, parse_id
 from esper.bus.server import keys
 from esper.bus.server.spool import left_in
 
@@ -61,7 +60,7 @@ def _named(folder: Path, wire: bytes) -> tuple[str, str, str] | None:
 
 def missing(bus: ServerBus, left: Leftover) -> int:
     """How many of these the server does not have yet: among them are those that it confirmed last."""
-    last = parse(bus.client.get(keys.last(left.run, left.stream, left.producer)) or b"0-0")
+    last = parse_id(bus.client.get(keys.last(left.run, left.stream, left.producer)) or b"0-0")
     return sum(id > last for id in left.ids)
 
 

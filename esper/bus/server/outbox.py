@@ -9,9 +9,7 @@ from collections.abc import Callable
 
 from esper.bus.codec import Envelope, encode
 from esper.bus.config import ServerConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id
-from esper.bus.protocol import Fenced
+from esper.bus.protocol import Counts, Fenced, Id
 from esper.bus.server.spool import Spool
 from esper.bus.telemetry_codec import pack
 from esper.messages import Message, Telemetry

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esper.bus.codec import Envelope, Refused, decode
-from esper.bus.ids import parse
-from esper.bus.protocol import STREAMS
+from esper.bus.protocol import STREAMS, parse_id
 from esper.bus.server import keys
 from esper.bus.server.claim_check import LIMIT, path_of
 from esper.messages import ClaimCheck
@@ -103,7 +102,7 @@ class Payloads:
 
     def _waits(self, key: str, group: dict[str, bytes], id: str) -> bool:
         """Whether a group was not given an entry, or has not acknowledged it."""
-        if parse(group["last-delivered-id"]) < parse(id):
+        if parse_id(group["last-delivered-id"]) < parse_id(id):
             return True
         return bool(self._client.xpending_range(key, group["name"], id, id, 1))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from esper.bus.counters import NAMES
+from esper.bus.protocol import COUNTERS
 from esper.bus.server import keys
 from esper.bus.server.connection import connect, unless_other_type
 
@@ -23,13 +23,13 @@ EVERY_S = 1.0
 
 
 def counted(client: redis.Redis, run: str, process: str) -> dict[str, int]:
-    """What a process has last said, by NAMES: zeros where it has said nothing, or nothing readable."""
+    """What a process has last said, by COUNTERS: zeros where it has said nothing, or nothing readable."""
     lying = unless_other_type(lambda: client.get(keys.counts(run, process)), None)
     try:
         said = msgspec.json.decode(lying or b"{}", type=dict[str, int])
     except (msgspec.DecodeError, UnicodeDecodeError):
         said = {}
-    return {name: said.get(name, 0) for name in NAMES}
+    return {name: said.get(name, 0) for name in COUNTERS}
 
 
 class Report:
@@ -56,7 +56,7 @@ class Report:
     def say(self) -> None:
         """Say it now, if it changed; raises redis errors."""
         mine = self._bus.counters.snapshot()
-        counts = {name: mine[name] + self._since.get(name, 0) for name in NAMES}
+        counts = {name: mine[name] + self._since.get(name, 0) for name in COUNTERS}
         if counts != self._said:
             self._client.set(self._key, msgspec.json.encode(counts))
             self._said = counts

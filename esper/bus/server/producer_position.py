@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from esper.bus.codec import Refused, decode
-from esper.bus.ids import Id, parse, read, text
+from esper.bus.protocol import Id, id_text, parse_id, read_id
 from esper.bus.server import keys, scripts
 from esper.bus.server.connection import unless_other_type
 from esper.bus.server.outbox import Outbox
@@ -41,12 +41,12 @@ class Standing:
         if any(stored not in (None, wire) for stored, wire in self._read_back(outbox, stream, stands)):
             return None
         names = [keys.last(outbox.run, stream, outbox.name), keys.epoch(outbox.run, stream, outbox.name)]
-        self._note(keys=names, args=[outbox.epoch, text(stands)])
+        self._note(keys=names, args=[outbox.epoch, id_text(stands)])
         return stands
 
     def _noted(self, outbox: Outbox, stream: str) -> Id | None:
         note = unless_other_type(lambda: self._client.get(keys.last(outbox.run, stream, outbox.name)), b"of another type")
-        return read(b"0-0" if note is None else note)
+        return read_id(b"0-0" if note is None else note)
 
     def _read_back(self, outbox: Outbox, stream: str, last: Id) -> list[tuple[bytes | None, bytes]]:
         """Of each message that was handed to the server and may be there: what is stored under its id (None: nothing), and its bytes."""
@@ -54,8 +54,8 @@ class Standing:
         if not doubtful:
             return []
         key = keys.entries(outbox.run, stream, outbox.name)
-        stored = dict(self._client.xrange(key, text(doubtful[0][0]), text(doubtful[-1][0])))
-        return [(stored.get(text(id).encode(), {}).get(b"m"), wire) for id, wire in doubtful]
+        stored = dict(self._client.xrange(key, id_text(doubtful[0][0]), id_text(doubtful[-1][0])))
+        return [(stored.get(id_text(id).encode(), {}).get(b"m"), wire) for id, wire in doubtful]
 
     def _ask(self, outbox: Outbox, stream: str) -> Id:
         import redis
@@ -63,12 +63,12 @@ class Standing:
         key = keys.entries(outbox.run, stream, outbox.name)
         if not self._client.exists(key):
             return 0, 0
-        start = text(outbox.confirmed if outbox.confirmed > (0, 0) else outbox.first)
+        start = id_text(outbox.confirmed if outbox.confirmed > (0, 0) else outbox.first)
         while entries := self._client.xrange(key, start, "+", PAGE):
             if any(not _own(outbox, id, fields) for id, fields in entries):
                 raise redis.ResponseError(OCCUPIED.format(key=key))
             start = f"({entries[-1][0].decode()}"
-        return parse(self._client.xinfo_stream(key)["last-generated-id"])
+        return parse_id(self._client.xinfo_stream(key)["last-generated-id"])
 
 
 def _own(outbox: Outbox, id: bytes, fields: dict[bytes, bytes]) -> bool:

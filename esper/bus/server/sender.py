@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from esper.bus.config import ServerConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id, parse, text
+from esper.bus.protocol import Counts, Id, id_text, parse_id
 from esper.bus.server import keys, scripts
 from esper.bus.server.outbox import LARGE, Outbox
 from esper.bus.server.producer_position import Standing
@@ -205,7 +204,7 @@ class Writer:
         """A batch by the script; raises redis errors."""
         arguments: list[bytes | str | int] = [outbox.epoch, outbox.last or "0-0"]
         for id, wire in batch:
-            arguments += (text(id), wire)
+            arguments += (id_text(id), wire)
         return self._append(keys=names[:3], args=arguments)
 
     def _add(self, outbox: Outbox, names: list[str], id: Id, wire: bytes) -> Answer | None:
@@ -216,7 +215,7 @@ class Writer:
         """
         import redis
 
-        before, now = (outbox.last or "0-0").encode(), text(id)
+        before, now = (outbox.last or "0-0").encode(), id_text(id)
         try:
             with self._client.pipeline() as transaction:
                 transaction.watch(*names[1:3])
@@ -235,7 +234,7 @@ class Writer:
 
     def _settle(self, outbox: Outbox, last: str) -> None:
         outbox.last = last
-        outbox.confirm(parse(last))
+        outbox.confirm(parse_id(last))
 
     def _refused(self, outbox: Outbox, stream: str, names: list[str], error: str) -> None:
         """The server said no to an entry: nothing after it was sent; say so and try again later."""
@@ -271,7 +270,7 @@ class Writer:
                 "bus_lost_tail",
                 f"the server lost {missing} confirmed messages more than the bus.replay={self._config.replay} kept",
             )
-        self._settle(outbox, text(stands))
+        self._settle(outbox, id_text(stands))
 
 
 class _Listener:

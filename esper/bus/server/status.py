@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from esper.bus.codec import Refused, decode
-from esper.bus.ids import LARGEST, Id, parse, read, text
-from esper.bus.protocol import STREAMS
+from esper.bus.protocol import LARGEST, STREAMS, Id, id_text, parse_id, read_id
 from esper.bus.server import keys
 from esper.bus.server.connection import unless_other_type
 from esper.bus.server.process_counts import PROCESSES, counted
@@ -73,31 +72,31 @@ def _stream(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatu
 def _entries(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatus:
     key = keys.entries(run, stream, producer)
     if not bus.client.exists(key):
-        note = read(unless_other_type(lambda: bus.client.get(keys.last(run, stream, producer)), b""))
-        return StreamStatus(stream, producer, 0, text(note or (0, 0)), [])
-    last = parse(bus.client.xinfo_stream(key)["last-generated-id"])
+        note = read_id(unless_other_type(lambda: bus.client.get(keys.last(run, stream, producer)), b""))
+        return StreamStatus(stream, producer, 0, id_text(note or (0, 0)), [])
+    last = parse_id(bus.client.xinfo_stream(key)["last-generated-id"])
     groups = []
     for group in bus.client.xinfo_groups(key):
-        behind = _behind(bus, key, parse(group["last-delivered-id"]), last)
+        behind = _behind(bus, key, parse_id(group["last-delivered-id"]), last)
         name = group["name"].decode(errors="backslashreplace")
         groups.append(GroupStatus(name, group["pending"], behind, _oldest(bus, key, group["name"])))
-    return StreamStatus(stream, producer, bus.client.xlen(key), text(last), groups)
+    return StreamStatus(stream, producer, bus.client.xlen(key), id_text(last), groups)
 
 
 def _behind(bus: ServerBus, key: str, delivered: Id, last: Id) -> int:
     """Messages not yet delivered, from their numbers (XINFO's own lag cannot be relied on), over all epochs since."""
     first = bus.client.xrange(key, count=1)
     if first:  # what was trimmed before it will never be delivered
-        epoch, sequence = parse(first[0][0])
+        epoch, sequence = parse_id(first[0][0])
         delivered = max(delivered, (epoch, sequence - 1))
     if delivered >= last:
         return 0
     behind, epoch = last[1], delivered[0]
     while epoch < last[0]:  # every start of the producer counted from 1 up to some last number
         final = bus.client.xrevrange(key, f"{epoch}-{LARGEST}", f"{epoch}-0", count=1)
-        behind += parse(final[0][0])[1] if final else 0
+        behind += parse_id(final[0][0])[1] if final else 0
         following = bus.client.xrange(key, f"({epoch}-{LARGEST}", "+", count=1)
-        epoch = parse(following[0][0])[0] if following else last[0]
+        epoch = parse_id(following[0][0])[0] if following else last[0]
     return behind - delivered[1]
 
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from esper.bus.config import ServerConfig
-from esper.bus.ids import parse
+from esper.bus.protocol import parse_id
 
 if TYPE_CHECKING:
     import redis
@@ -49,9 +49,9 @@ class Trimmer:
         for group in self._client.xinfo_groups(key):
             pending = self._client.xpending(key, group["name"])
             if pending["pending"]:
-                floors.append(parse(pending["min"]))
+                floors.append(parse_id(pending["min"]))
             else:
-                floors.append(parse(group["last-delivered-id"]))
+                floors.append(parse_id(group["last-delivered-id"]))
         if floors and min(floors) > (0, 0):
             epoch, sequence = min(floors)
             self._client.xtrim(key, minid=f"{epoch}-{sequence}", approximate=False)
