@@ -22,7 +22,7 @@ def open_bus(config: MemoryConfig, output_folder: str | Path) -> Bus:
 
         return ServerBus(config, address_of(config), folder)
     if isinstance(config, EmbeddedConfig):
-        from esper.bus.server.bus import EmbeddedBus
+        from esper.bus.server.embedded import EmbeddedBus
 
         return EmbeddedBus(config, folder)
     from esper.bus.memory.bus import MemoryBus

@@ -64,7 +64,7 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
 
     from esper.bus.server.bus import ServerBus
     from esper.bus.server.embedded import address_in
-    from esper.bus.server.process_counts import report
+    from esper.bus.server.status import report
 
     found = invitation(folder)
     if part:
@@ -72,7 +72,7 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     config = KINDS[found.bus["name"]](**found.bus)
     if part == "controller":
         config = dataclasses.replace(config, deliveries=sys.maxsize)
-    address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
+    address = address_of(config) if isinstance(config, RedisConfig) else address_in(folder / "bus" / "server")
     try:
         bus = ServerBus(config, address, folder / "bus")
     except NoAnswer as error:

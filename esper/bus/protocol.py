@@ -1,7 +1,11 @@
-"""The one contract every bus backend keeps; ``tests/contract`` runs the same suite over each of them.
+"""The contract that every bus backend keeps.
 
-A stream is written by named producers, each the single writer of its own numbering ``<epoch>-<sequence>``: the epoch
-is new with every start of that producer, the sequence counts from 1 without a hole.
+A stream has named producers. Each numbers its own messages ``<epoch>-<sequence>``: the epoch is new with every start of that
+producer, the sequence counts from 1 without a hole. Only one process at a time may be a producer.
+
+A backend implements ``Bus``, ``Producer`` and ``Consumer``. One that lives in the training process alone is a ``LocalBus`` and its own
+``local``; one that sends messages to another process is a ``RemoteBus``, and has a bus in memory as its ``local``. The suite that every
+backend passes is ``esper.bus.conformance``.
 """
 
 from __future__ import annotations
@@ -9,7 +13,8 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import msgspec
 
@@ -111,7 +116,7 @@ class Fenced(UserError):
 
 
 class Producer(Protocol):
-    """The single writer of one stream of one run."""
+    """The only one that writes its numbering of one stream of one run."""
 
     epoch: int
 
@@ -161,16 +166,19 @@ class Bus(Protocol):
     ``incidents`` collects what happens to the bus itself, as (code, sentence): the server gone, back, refusing.
     """
 
-    config: MemoryConfig
     incidents: deque[tuple[str, str]]
     counters: Counts
 
     @property
-    def local(self) -> Bus:
+    def config(self) -> MemoryConfig:
+        """Its settings."""
+
+    @property
+    def local(self) -> LocalBus:
         """The in-process bus on which parts of the training process meet: itself where there is no server."""
 
     def producer(self, stream: str, run: str, name: str = "main") -> Producer:
-        """The writer ``name`` of ``stream`` (one of STREAMS) of ``run``, in a new epoch."""
+        """The producer ``name`` of ``stream`` (one of STREAMS) of ``run``, in a new epoch."""
 
     def consumer(self, stream: str, run: str, group: str, name: str) -> Consumer:
         """Member ``name`` of consumer group ``group``, reading ``stream`` of ``run`` from its beginning."""
@@ -189,3 +197,42 @@ class Bus(Protocol):
 
     def close(self) -> None:
         """Release everything; servers started by this bus are stopped."""
+
+
+class LocalBus(Bus, Protocol):
+    """A bus inside one process, on which nothing is kept that nobody reads."""
+
+    def has_readers(self, stream: str, run: str) -> bool:
+        """Whether any consumer group reads this stream."""
+
+
+class RemoteProducer(Producer, Protocol):
+    """A producer whose messages leave the process."""
+
+    def send(self, message: Message, timeout_s: float) -> bool:
+        """Publish and wait until it is stored, at most ``timeout_s`` seconds; whether it is."""
+
+    def barrier(self, timeout_s: float) -> bool:
+        """Make everything published survive this process; whether the other side has it after ``timeout_s`` seconds."""
+
+
+class RemoteBus(Bus, Protocol):
+    """A bus whose messages leave the process, sent by a thread of its own so that no training step waits."""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the other side answers, as far as is known without asking it."""
+
+    def producer(self, stream: str, run: str, name: str = "main") -> RemoteProducer:
+        """As ``Bus.producer``."""
+
+    def each_round(self, chore: Callable[[], None]) -> None:
+        """Call ``chore`` from the thread that sends, several times a second, before anything is sent."""
+
+    def send_now(self) -> None:
+        """Send what waits from the calling thread."""
+
+
+def remote(bus: Bus) -> RemoteBus | None:
+    """The bus itself where its messages leave the process, None where they do not."""
+    return None if bus.local is bus else cast("RemoteBus", bus)

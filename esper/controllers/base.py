@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from esper.messages import Command, Message
-
-#: The producer name under which the trainer knows a controller's commands.
-PRODUCER = "controller"
+from esper.messages import CONTROLLER, Command, Message
 
 
 class Controller(Protocol):
@@ -31,4 +28,4 @@ class Controller(Protocol):
 
 def command_id(tick: int, n: int) -> str:
     """Id of the ``n``-th command decided at ``tick``: the same when a resumed run decides it again."""
-    return f"{PRODUCER}-{tick}-{n}"
+    return f"{CONTROLLER}-{tick}-{n}"

@@ -140,8 +140,8 @@ class HeuristicController:
 
     def _germinate(self, tick: int, n: int, place: Seed) -> Germinate:
         site, seed = place
-        names = {"blueprint": self.config.blueprint, "strategy": self.config.strategy}
-        command = Germinate(id=command_id(tick, n), site=site, seed=seed, **names)
+        blueprint, strategy = self.config.blueprint, self.config.strategy
+        command = Germinate(id=command_id(tick, n), site=site, seed=seed, blueprint=blueprint, strategy=strategy)
         self.attempts.sent(command)
         return command
 

@@ -7,9 +7,9 @@ import threading
 from typing import Any
 
 from esper.bus.protocol import Bus, Delivery
-from esper.controllers.base import PRODUCER, Controller
+from esper.controllers.base import Controller
 from esper.controllers.exceptions import Contained
-from esper.messages import Decided, RunEnded, TickEnded
+from esper.messages import CONTROLLER, Decided, RunEnded, TickEnded
 
 #: Events first: they say which sites there are, before anything is said about them.
 _HEARD = ("events", "acks", "telemetry")
@@ -24,8 +24,8 @@ class ControllerRunner:
     def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller", debug: bool = False) -> None:
         self.controller = controller
         self._contained = Contained(controller, debug)
-        self._consumers = {stream: bus.consumer(stream, run, PRODUCER, name) for stream in _HEARD}
-        self._producer = bus.producer("commands", run, PRODUCER)
+        self._consumers = {stream: bus.consumer(stream, run, CONTROLLER, name) for stream in _HEARD}
+        self._producer = bus.producer("commands", run, CONTROLLER)
         self._last = TickEnded(tick=-1)
         self._lock = threading.Lock()  # a checkpoint asks for the state from another thread than ``serve``
         self._serving = False
@@ -83,7 +83,7 @@ class ControllerRunner:
     def _decide(self, ended: TickEnded) -> None:
         for command in self._contained.decide(ended.tick):
             self._producer.publish(command)
-        mark = f"{PRODUCER}-{ended.tick}-decided"
+        mark = f"{CONTROLLER}-{ended.tick}-decided"
         self._producer.publish(Decided(id=mark, tick=ended.tick, epoch=ended.epoch))
 
     def state(self) -> dict[str, Any]:

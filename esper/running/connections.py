@@ -20,12 +20,11 @@ from esper.bus.programs.tracker import GROUP as TRACKER
 from esper.bus.protocol import Bus
 from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.bus.trainer.bus_port import BusPort, ControllerSilent
-from esper.bus.trainer.command_inbox import CONTROLLER
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
 from esper.engine.state import fitting
 from esper.errors import UserError
-from esper.messages import COLUMNS, Alert, Message
+from esper.messages import COLUMNS, CONTROLLER, Alert, Message
 from esper.running.builders import build_controller
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, RunRecord, Tracker, prepared_trackers

@@ -20,9 +20,9 @@ from esper.bus.aio import AsyncBus, AsyncConsumer, AsyncProducer
 from esper.bus.config import EmbeddedConfig, MemoryConfig, RedisConfig
 from esper.bus.memory.bus import MemoryBus
 from esper.bus.protocol import Bus, Consumer, Delivery
-from esper.bus.server.bus import EmbeddedBus, ServerBus
+from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import Address
-from esper.bus.server.embedded import EmbeddedServer, address_in
+from esper.bus.server.embedded import EmbeddedBus, EmbeddedServer, address_in
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bus"))
 

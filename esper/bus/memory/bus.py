@@ -12,8 +12,7 @@ from collections import deque
 from pathlib import Path
 
 from esper.bus.config import MemoryConfig
-from esper.bus.memory.groups import Entry, Group, Log, Pending
-from esper.bus.memory.overflow import Overflow
+from esper.bus.memory.log import Entry, Group, Log, Overflow, Pending
 from esper.bus.protocol import STREAMS, Counts, DeadLetter, Delivery, Fenced, Id
 from esper.messages import Message
 
@@ -43,7 +42,7 @@ class MemoryBus:
         return self
 
     def producer(self, stream: str, run: str, name: str = "main") -> MemoryProducer:
-        """The writer ``name`` of a stream, fencing whoever had the name before."""
+        """The producer ``name`` of a stream, which fences an earlier one of this name."""
         assert stream in STREAMS, stream
         with self.lock:
             logs = self._logs.setdefault((stream, run), {})
@@ -148,7 +147,7 @@ class MemoryBus:
 
 
 class MemoryProducer:
-    """The single writer of one stream; ``publish`` appends to a list."""
+    """A producer of one stream; ``publish`` appends to a list."""
 
     def __init__(self, bus: MemoryBus, log: Log) -> None:
         self._bus = bus

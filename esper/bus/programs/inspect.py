@@ -70,14 +70,12 @@ def _status(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
         _write(found)
         return 0
     columns = ("stream", "producer", "entries", "last id", "group", "pending", "oldest", "behind")
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for stream in found.streams:
-        groups = stream.groups or [None]
-        for group in groups:
-            about = ("–",) * 4
-            if group is not None:
-                about = (group.name, group.pending, f"{group.oldest_s:.1f} s" if group.pending else "–", group.behind)
-            rows.append((stream.stream, stream.producer, stream.entries, stream.last, *about))
+        groups: list[tuple[object, ...]] = [
+            (group.name, group.pending, f"{group.oldest_s:.1f} s" if group.pending else "–", group.behind) for group in stream.groups
+        ]
+        rows += [(stream.stream, stream.producer, stream.entries, stream.last, *group) for group in groups or [("–",) * 4]]
     _table(f"run {run}: {found.dead_letters} dead letters, server {found.server}", columns, rows)
     for process, counts in found.counts.items():
         if any(counts.values()):

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import msgspec
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         record = msgspec.convert(found.record, RunRecord)
         settings = record.config["tracking"]
         kind = CONFIGS[settings["name"]]
-        names = set(kind.__dataclass_fields__)
+        names = {field.name for field in fields(kind)}
         config = kind(**{key: value for key, value in settings.items() if key in names})
         ending = _Ending()
         group = fresh_group(bus, found.run, STREAMS)

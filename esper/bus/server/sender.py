@@ -6,16 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from esper.bus.config import ServerConfig
 from esper.bus.protocol import Counts, Id, id_text, parse_id
-from esper.bus.server import keys, scripts
-from esper.bus.server.outbox import LARGE, Outbox
-from esper.bus.server.producer_position import Standing
-
-if TYPE_CHECKING:
-    import redis
+from esper.bus.server import keys
+from esper.bus.server.connection import Client
+from esper.bus.server.outbox import LARGE, Outbox, StreamPositions
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +24,21 @@ Incident = Callable[[str, str], None]  # code, sentence
 Answer = tuple[bytes, bytes, bytes]  # stored, stopped, fenced or elsewhere; last id (of fenced: the newer epoch); error
 
 
-class Writer:
+class Sender:
     """Sends what the outboxes hold, in order, each batch by one atomic script that stops at its first refusal.
 
     A batch that is one large entry goes as a transaction of plain commands, under the same conditions: carrying it into a
     script and out again keeps the server from everybody else for several times as long.
     """
 
-    def __init__(self, client: redis.Redis, config: ServerConfig, counts: Counts, incident: Incident) -> None:
+    def __init__(self, client: Client, config: ServerConfig, counts: Counts, incident: Incident) -> None:
         import pybreaker
         import redis
 
         self._client, self._config, self._counts, self._incident = client, config, counts, incident
-        self._append = client.register_script(scripts.APPEND)
-        self._note = client.register_script(scripts.NOTE)
-        self._standing = Standing(client)
+        self._append = client.register_script(keys.APPEND)
+        self._note = client.register_script(keys.NOTE)
+        self._positions = StreamPositions(client)
         self._outboxes: list[tuple[Outbox, str]] = []
         self._before: list[Callable[[], None]] = []
         self._after: list[Callable[[], None]] = []
@@ -50,14 +47,15 @@ class Writer:
         self._stopping = False
         self._sending = threading.Lock()
         self._listener = _Listener(incident)
+        listener: Any = self._listener  # no subclass of pybreaker's, which is imported late
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=3,
             reset_timeout=config.retry_s,
             exclude=[redis.ResponseError],
-            listeners=[self._listener],
+            listeners=[listener],
             name="bus",
         )
-        self._thread = threading.Thread(target=self._run, name="esper-bus-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="esper-bus-sender", daemon=True)
         self._thread.start()
 
     def add(self, outbox: Outbox, stream: str) -> None:
@@ -69,11 +67,11 @@ class Writer:
         self._outboxes = [pair for pair in self._outboxes if pair[0] is not outbox]
 
     def each_round(self, chore: Callable[[], None]) -> None:
-        """Call ``chore`` from the writer thread, several times a second, before anything is sent."""
+        """Call ``chore`` from the sender thread, several times a second, before anything is sent."""
         self._before.append(chore)
 
     def after_round(self, chore: Callable[[], None]) -> None:
-        """Call ``chore`` from the writer thread, several times a second, while nobody who wants to send waits for it."""
+        """Call ``chore`` from the sender thread, several times a second, while nobody who wants to send waits for it."""
         self._after.append(chore)
 
     def wake(self, urgent: bool) -> None:
@@ -205,7 +203,8 @@ class Writer:
         arguments: list[bytes | str | int] = [outbox.epoch, outbox.last or "0-0"]
         for id, wire in batch:
             arguments += (id_text(id), wire)
-        return self._append(keys=names[:3], args=arguments)
+        answer: Answer = self._append(keys=names[:3], args=arguments)
+        return answer
 
     def _add(self, outbox: Outbox, names: list[str], id: Id, wire: bytes) -> Answer | None:
         """One large entry by XADD; None, with nothing done, where the server is not as we think. Raises redis errors.
@@ -259,7 +258,7 @@ class Writer:
             self._client.sadd(members, outbox.name)
         except redis.ResponseError as error:  # somebody else has the key: readers may miss the producer, and it goes on
             log.debug("bus: %s", error)
-        stands = self._standing.find(outbox, stream)
+        stands = self._positions.find(outbox, stream)
         if stands is None:
             outbox.fenced = f"another process writes to the bus as {outbox.name!r} of run {outbox.run!r}"
             self._incident("bus_fenced", outbox.fenced)

@@ -1,21 +1,82 @@
-"""What a server holds of a run: streams, groups, how far behind they are, and the health of it all."""
+"""What a server holds of a run: streams, groups, how far behind they are, and what the processes of the run have counted."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from esper.bus.codec import Refused, decode
-from esper.bus.protocol import LARGEST, STREAMS, Id, id_text, parse_id, read_id
+from esper.bus.protocol import COUNTERS, LARGEST, STREAMS, Id, id_text, parse_id, read_id
 from esper.bus.server import keys
-from esper.bus.server.connection import unless_other_type
-from esper.bus.server.process_counts import PROCESSES, counted
+from esper.bus.server.connection import Client, connect, unless_other_type
 
 if TYPE_CHECKING:
     from esper.bus.server.bus import ServerBus
+
+
+PROCESSES = {"controller": "controller", "tracking": "tracker"}  # group of settings -> what its process is called
+EVERY_S = 1.0
+
+
+def counted(client: Client, run: str, process: str) -> dict[str, int]:
+    """What a process has last said, by COUNTERS: zeros where it has said nothing, or nothing readable."""
+    lying = unless_other_type(lambda: client.get(keys.counts(run, process)), None)
+    try:
+        said = msgspec.json.decode(lying or b"{}", type=dict[str, int])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        said = {}
+    return {name: said.get(name, 0) for name in COUNTERS}
+
+
+class Report:
+    """Says what ``bus`` counts, on top of ``since``, at once and then every EVERY_S seconds if it changed."""
+
+    def __init__(self, bus: ServerBus, key: str, since: dict[str, int]) -> None:
+        self._bus, self._key, self._since = bus, key, since
+        self._client = connect(bus.address, bus.config.timeout_s)
+        self._said: dict[str, int] = {}
+        self._next = 0.0
+
+    def work(self, last: bool = False) -> None:
+        """Called from the sender thread; a server that is away is told when it is back, if that is before the ``last`` time."""
+        import redis
+
+        if time.monotonic() < self._next and not last:
+            return
+        self._next = time.monotonic() + EVERY_S
+        try:
+            self.say()
+        except redis.RedisError:  # the writer itself notices and reports a server that is gone
+            self._said = {}
+
+    def say(self) -> None:
+        """Say it now, if it changed; raises redis errors."""
+        mine = self._bus.counters.snapshot()
+        counts = {name: mine[name] + self._since.get(name, 0) for name in COUNTERS}
+        if counts != self._said:
+            self._client.set(self._key, msgspec.json.encode(counts))
+            self._said = counts
+
+
+@contextmanager
+def report(bus: ServerBus, run: str, part: str) -> Iterator[None]:
+    """Within: what ``bus`` counts is on the server for ``part`` of ``run``, from the bus's sender thread.
+
+    A controller goes on with the counts of its earlier lives, as with their work; a tracker reads and counts all anew.
+    """
+    process = PROCESSES[part]
+    since = counted(bus.client, run, process) if process == "controller" else {}
+    saying = Report(bus, keys.counts(run, process), since)
+    saying.say()
+    bus.sender.each_round(saying.work)
+    try:
+        yield
+    finally:
+        saying.work(last=True)
 
 
 NO_STREAM = "no stream"  # in place of the last id, where somebody else uses the key
@@ -58,8 +119,7 @@ def status(bus: ServerBus, run: str) -> RunStatus:
     version = server.get("valkey_version") or server["redis_version"]
     streams = []
     for stream in STREAMS:
-        members = unless_other_type(partial(client.smembers, keys.producers(run, stream)), set())
-        streams += [_stream(bus, run, stream, producer) for producer in keys.names(members)]
+        streams += [_stream(bus, run, stream, producer) for producer in bus.producers(run, stream)]
     counts = {process: counted(client, run, process) for process in PROCESSES.values()}
     dead = unless_other_type(lambda: client.xlen(keys.dead(run)), 0)
     return RunStatus(run, f"{name} {version} at {bus.address!r}", dead, streams, counts)
@@ -72,7 +132,7 @@ def _stream(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatu
 def _entries(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStatus:
     key = keys.entries(run, stream, producer)
     if not bus.client.exists(key):
-        note = read_id(unless_other_type(lambda: bus.client.get(keys.last(run, stream, producer)), b""))
+        note = read_id(unless_other_type(lambda: bus.client.get(keys.last(run, stream, producer)), None))
         return StreamStatus(stream, producer, 0, id_text(note or (0, 0)), [])
     last = parse_id(bus.client.xinfo_stream(key)["last-generated-id"])
     groups = []

@@ -48,7 +48,7 @@ class SiteRing:
 class TelemetryRing:
     """Rows that wait, by site; full messages, and on ``drain`` all rows, are made into messages handed to ``emit``.
 
-    ``slot`` and ``put`` are for one thread, the trainer's. With ``deferred`` it leaves full messages to a writer thread that
+    ``slot`` and ``put`` are for one thread, the trainer's. With ``deferred`` it leaves full messages to a sender thread that
     calls ``send_full``. Messages of a site leave in the order of their ticks whoever makes them.
     """
 
@@ -95,7 +95,7 @@ class TelemetryRing:
                 self._emit_upto(site, ring, ring.written)
 
     def send_full(self) -> None:
-        """Emit the messages that are full, for the writer thread."""
+        """Emit the messages that are full, for the sender thread."""
         for site, ring in list(self._sites.items()):
             if ring.written - ring.read >= ring.flush:
                 with self._emitting:
