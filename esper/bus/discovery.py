@@ -23,19 +23,19 @@ KINDS: dict[str, type[ServerConfig]] = {"embedded": EmbeddedConfig, "redis": Red
 
 
 class Invitation(msgspec.Struct):
-    """What a run says to those who may join; ``record`` describes the run (see ``esper.tracking.run_info``)."""
+    """The note for processes that may join a run; ``info`` describes the run (see ``esper.tracking.run_info``)."""
 
     run: str
     bus: dict[str, Any]
-    record: dict[str, Any]
+    info: dict[str, Any] = msgspec.field(name="record")
 
 
-def invite(folder: Path, run: str, config: ServerConfig, record: dict[str, Any]) -> None:
+def invite(folder: Path, run: str, config: ServerConfig, info: dict[str, Any]) -> None:
     """Write the note; credentials are not in it."""
     path = folder / "bus" / NOTE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.encode(Invitation(run, dataclasses.asdict(config), record)))
+    partial.write_bytes(msgspec.json.encode(Invitation(run, dataclasses.asdict(config), info)))
     partial.replace(path)
 
 
@@ -101,7 +101,7 @@ def _over(folder: Path, error: NoAnswer) -> UserError:
 
 def _refuse_second(folder: Path, found: Invitation, part: str) -> None:
     """Two of a kind would both command the run, or both write its files."""
-    process = found.record["config"][part].get("process")
+    process = found.info["config"][part].get("process")
     if process != "external":
         raise UserError(
             f"the run in {folder} has {part}.process={process}: its own process does this work, and a second one would"

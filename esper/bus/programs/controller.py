@@ -174,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
 
     folder = options.folder.resolve()
     with joined(folder, "controller") as (bus, found):
-        settings, seed = found.record["config"]["controller"], found.record["config"]["seed"]
+        settings, seed = found.info["config"]["controller"], found.info["config"]["seed"]
         kind = options_of("controller")[settings["name"]]
         names = {field.name for field in fields(kind)}
         controller = kind(**{key: value for key, value in settings.items() if key in names}).build(seed)

@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     from esper.tracking.tracker_thread import STREAMS
 
     with joined(options.folder.resolve(), "tracking") as (bus, found):
-        record = msgspec.convert(found.record, RunRecord)
+        record = msgspec.convert(found.info, RunRecord)
         settings = record.config["tracking"]
         kind = CONFIGS[settings["name"]]
         names = {field.name for field in fields(kind)}

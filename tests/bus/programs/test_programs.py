@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from trainer import COLUMNS, ScriptedTrainer
+from scripted_trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, MemoryConfig
@@ -24,7 +24,7 @@ from esper.controllers.random import RandomConfig
 from esper.errors import UserError
 from esper.messages import Germinate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECORD = {
     "config": {
         "seed": 3,

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from faults import wait_until
-from trainer import COLUMNS, ScriptedTrainer
+from scripted_trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus.config import RedisConfig
 from esper.bus.discovery import invite, joined

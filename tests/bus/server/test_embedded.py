@@ -34,7 +34,7 @@ def gone(process: int) -> bool:
 
 
 def test_a_server_that_was_stopped_when_its_owner_was_killed_makes_room_for_the_next(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     with subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
         first, port = map(int, owner.stdout.readline().split())
         os.kill(first, signal.SIGSTOP)
