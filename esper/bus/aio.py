@@ -79,7 +79,7 @@ class AsyncConsumer:
                 yield delivery
 
     async def close(self) -> None:
-        """Release; what was not acknowledged stays pending."""
+        """Release; messages that were not acknowledged stay pending."""
         await self._call(self._consumer.close)
         self._thread.shutdown(wait=False)
 
@@ -110,7 +110,7 @@ class AsyncBus:
         return AsyncConsumer(await asyncio.to_thread(self.bus.consumer, stream, run, group, name))
 
     async def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
         return await asyncio.to_thread(self.bus.dead_letters, run)
 
     async def replay(self, run: str, ids: list[str]) -> int:

@@ -10,7 +10,7 @@ offset    bytes   meaning
 8         …       msgpack array: run, producer, epoch, sequence, time, after, body
 ========  ======  ===========================================================================================
 
-The checksum is verified before anything is parsed, so a corrupted message is refused as corrupted whatever it says.
+The checksum is verified before anything is parsed, so a corrupted message is refused before its contents count.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Refused(ValueError):
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """Who says what, and where it stands in its stream.
+    """A message with its sender and its position in the stream.
 
     ``time`` is the sender's clock in seconds, never falling within a producer: it orders producers among one another
     and measures latency, and no result depends on it. ``after`` names messages (``producer/epoch-sequence``) that must
@@ -125,7 +125,7 @@ def encode(envelope: Envelope) -> bytes:
 
 
 def decode(wire: bytes | memoryview, limit: int = MAX_BYTES) -> Envelope:
-    """The envelope in ``wire``; raises Refused (with a reason) for whatever is not exactly one well-formed message."""
+    """The envelope in ``wire``; raises Refused (with a reason) for bytes that are not exactly one well-formed message."""
     if len(wire) > limit:
         raise Refused("oversized", f"a message of {len(wire)} bytes is larger than the limit of {limit} bytes")
     view = memoryview(wire)

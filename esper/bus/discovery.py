@@ -1,4 +1,4 @@
-"""How other processes find a run's bus: a note in the run's folder says which bus, which run, and what the run is."""
+"""How other processes find the bus of a run: by a note in the run's folder with the bus, the run and its description."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def invitation(folder: Path) -> Invitation:
 def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation]]:
     """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached, or no longer.
 
-    ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own,
-    and otherwise its counts are said on the server while the caller is at work. No message is given up on for having been
-    in the hands of a controller that died, however often: without it the next would decide otherwise, and nobody would see.
+    ``part`` (``controller`` or ``tracking``) is the part of the run that the caller takes over: refused where the run has its own.
+    Otherwise the counters of the caller are on the server while it is at work. A message that was in the hands of a controller that
+    died never becomes a dead letter, however often that happens: without it the next controller would decide differently, unnoticed.
     """
     import redis
 
     from esper.bus.server.bus import ServerBus
     from esper.bus.server.embedded import address_in
-    from esper.bus.server.status import report
+    from esper.bus.server.status import reporting_counts
 
     found = invitation(folder)
     if part:
@@ -79,7 +79,7 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
         raise (_over(folder, error) if isinstance(config, EmbeddedConfig) else error) from None
     try:
         if part:
-            with report(bus, found.run, part):
+            with reporting_counts(bus, found.run, part):
                 yield bus, found
         else:
             yield bus, found

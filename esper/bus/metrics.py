@@ -41,7 +41,7 @@ class Metric:
 
     @property
     def otel_name(self) -> str:
-        """What an OpenTelemetry collector knows it as."""
+        """The name in OpenTelemetry."""
         return self.otel or self.name.removesuffix("_total").replace("_", ".")
 
 
@@ -63,7 +63,7 @@ COUNTED = {
     "retries": _counted("retries", "Attempts to reach the server that failed."),
     "late": _counted("late", "Messages released out of order because the bounded hold ran out."),
 }
-"""What every process counts for itself, by the names of ``esper.bus.protocol``."""
+"""The counters of every process, by their names in ``esper.bus.protocol``."""
 
 UP = Metric("esper_bus_up", "gauge", "1", "1 while the bus answers.")
 SPOOL = Metric("esper_bus_spool_bytes", "gauge", "By", "Bytes waiting on disk.")
@@ -83,7 +83,7 @@ TICK = Metric("esper_tick", "gauge", "{tick}", "The tick the trainer is at.")
 METRICS = (*COUNTED.values(), UP, SPOOL, WAITING, DEAD_LETTERS, STATUS, ENTRIES, PENDING, BEHIND, OLDEST, COMMANDS, SEEDS, TICK)
 
 
-TRAINER = "trainer"  # the process that exports; what others count lies on the server
+TRAINER = "trainer"  # the process that exports; the counters of other processes are on the server
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class TrainerState:
 
 
 def readings(bus: Bus, run: str, state: TrainerState) -> list[Reading]:
-    """Everything at this moment; what only the server knows is left out while it does not answer."""
+    """Everything at this moment; while the server does not answer, its readings are left out."""
     counts = bus.counts()
     found = _counters_of(TRAINER, counts)
     found.append(Reading(SPOOL, counts["spool_bytes"]))
@@ -260,7 +260,7 @@ class OtlpExporter:
         self._instruments(self._provider.get_meter("esper.bus"), state)
 
     def _instruments(self, meter: Any, state: TrainerState) -> None:
-        """One for every metric there is: what has no value yet (no group reads, the server is away) may have one later."""
+        """An instrument for every metric, also for one without a value yet (no group reads, the server is away)."""
         for metric in METRICS:
             if metric.kind == "histogram":
                 bounds = {"explicit_bucket_boundaries_advisory": BUCKETS_S}

@@ -39,7 +39,7 @@ COUNTERS = (
     "retries",  # attempts to reach the server that failed
     "late",  # messages released out of order because the bounded hold ran out
 )
-"""What a bus counts: nothing is lost, refused or repeated without a number that says so."""
+"""The counters of a bus: no message is lost, refused or repeated without being counted."""
 
 
 def parse_id(id: str | bytes) -> Id:
@@ -49,7 +49,7 @@ def parse_id(id: str | bytes) -> Id:
 
 
 def read_id(value: object) -> Id | None:
-    """An id that came from a server, where anybody may have written; None for what is none (epoch and sequence are 64 bits each)."""
+    """An id read from a server, where anybody may have written; None for other bytes (epoch and sequence have 64 bits each)."""
     found = _ID.fullmatch(value) if isinstance(value, bytes) else None
     id = (int(found[1]), int(found[2])) if found else (LARGEST + 1, 0)
     return id if max(id) <= LARGEST else None
@@ -135,12 +135,12 @@ class Consumer(Protocol):
 
     @property
     def answered(self) -> bool:
-        """Whether the last read reached the bus: nothing found by one that did not says nothing of what is there."""
+        """Whether the last read reached the bus; where it did not, an empty result does not mean that there are no messages."""
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first.
 
-        First what this name left unacknowledged in an earlier life, then what dead members left, then what is new.
+        First come the messages that this name left unacknowledged in an earlier life, then those of dead members, then new ones.
         """
 
     def ack(self, deliveries: list[Delivery]) -> None:
@@ -157,13 +157,13 @@ class Consumer(Protocol):
         """By producer, up to where the group had acknowledged all when this member first looked; complete once a read gave something."""
 
     def close(self) -> None:
-        """Release; what was not acknowledged stays pending for another member to claim."""
+        """Release; messages that were not acknowledged stay pending for another member to claim."""
 
 
 class Bus(Protocol):
     """Streams of runs, written by producers and read by consumer groups.
 
-    ``incidents`` collects what happens to the bus itself, as (code, sentence): the server gone, back, refusing.
+    ``incidents`` collects events of the bus itself, as (code, sentence): the server is gone, is back, refuses.
     """
 
     incidents: deque[tuple[str, str]]
@@ -184,7 +184,7 @@ class Bus(Protocol):
         """Member ``name`` of consumer group ``group``, reading ``stream`` of ``run`` from its beginning."""
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
 
     def replay(self, run: str, ids: list[str]) -> int:
         """Hand dead letters with these ids to their group once more; how many there were."""
@@ -193,7 +193,7 @@ class Bus(Protocol):
         """Forget dead letters with these ids; how many there were."""
 
     def counts(self) -> dict[str, int]:
-        """What this process sent, received, dropped …, by the names of ``esper.bus.protocol``."""
+        """The counters of this process by COUNTERS, and ``spool_bytes``."""
 
     def close(self) -> None:
         """Release everything; servers started by this bus are stopped."""
@@ -230,7 +230,7 @@ class RemoteBus(Bus, Protocol):
         """Call ``chore`` from the thread that sends, several times a second, before anything is sent."""
 
     def send_now(self) -> None:
-        """Send what waits from the calling thread."""
+        """Send waiting messages from the calling thread."""
 
 
 def remote(bus: Bus) -> RemoteBus | None:

@@ -76,7 +76,7 @@ def unpacked(message: Telemetry) -> Telemetry:
 
 
 def round_mantissa(bits: np.ndarray) -> np.ndarray:
-    """Float32 bits with 10 bits of mantissa (relative error at most 2⁻¹¹); infinities and NaN stay what they are."""
+    """Float32 bits with 10 bits of mantissa (relative error at most 2⁻¹¹); infinities and NaN are unchanged."""
     half = np.uint32(1 << (_MANTISSA_DROPPED - 1))
     mask = np.uint32(0xFFFFFFFF << _MANTISSA_DROPPED & 0xFFFFFFFF)
     special = (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)

@@ -1,4 +1,4 @@
-"""Germinations that a controller asked for: what is still open, what came of it, and which seeds rest."""
+"""Germinations that a controller asked for: those still open, their outcome, and the seeds that rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a controller is: it hears every message of a run and answers each tick with commands."""
+"""The interface of a controller, which hears every message of a run and answers each tick with commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from esper.messages import CONTROLLER, Command, Message
 
 
 class Controller(Protocol):
-    """Decides which seed germinates what, when it advances, when it goes.
+    """Decides which seeds germinate, with which blueprint, and when.
 
     It knows the bus's messages alone. The same messages in the same order lead to the same commands: runs repeat.
     """

@@ -15,7 +15,7 @@ class Budget:
     """Parameters of the branches under way and kept, against a limit.
 
     Reads of each site's dict in RunStarted: ``blueprints`` ({name: {"parameters": …}}), ``blueprint`` (the run's own,
-    what an empty name in a command means) and ``host_parameters``.
+    for which an empty name in a command stands) and ``host_parameters``.
     """
 
     def __init__(self, blueprint: str, max_parameters: int, max_growth: float) -> None:

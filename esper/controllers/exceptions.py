@@ -1,4 +1,4 @@
-"""A controller whose exceptions do not end the run: counted, said once with the traceback in the log, dismissed when they repeat."""
+"""A controller whose exceptions do not end the run: each is counted, the first is logged, and after three it is asked no more."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 class Contained:
-    """The controller itself, but for what it raises. A UserError is a sentence for the user, and ends the run as ever.
+    """The controller itself, without its exceptions. A UserError is a sentence for the user, and ends the run as ever.
 
-    With ``debug`` nothing is contained. What there is to say on the bus waits in ``complaints``.
+    With ``debug`` nothing is contained. Sentences for the bus wait in ``complaints``.
     """
 
     def __init__(self, controller: Controller, debug: bool = False) -> None:

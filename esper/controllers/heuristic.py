@@ -66,7 +66,7 @@ class HeuristicController:
         self.goal = 0  # germinations of all waves so far, counted when they are applied
 
     def observe(self, message: Message) -> None:
-        """Take note of whatever bears on when, where and how much to grow."""
+        """Take note of messages that bear on when, where and how much to grow."""
         self.view.observe(message)
         self.attempts.observe(message)
         self.budget.observe(message)
@@ -80,7 +80,7 @@ class HeuristicController:
             self.plateau.observe(message.tick, message.values[self.config.metric])
 
     def _check_times(self, started: RunStarted) -> None:
-        """Raise UserError where whatever starts a wave, or the first telemetry, would come when nothing germinates any more."""
+        """Raise UserError where the start of every wave, or the first telemetry, would come after the last germination."""
         config, ticks = self.config, self.view.ticks
         last = min(ticks(config.until), self.view.last_decision)
         end = f"nothing germinates after tick {last} of {started.total_ticks} (controller.until={config.until}), so nothing ever would"
@@ -115,7 +115,7 @@ class HeuristicController:
             self.first_done = True
         elif not self.config.plateau or self.plateau.lasts(tick) < self.view.ticks(self.config.plateau):
             return
-        # What an earlier wave could not place is not added to this one: the seeds it lacked are the same.
+        # Germinations that an earlier wave could not place are not added to this one: the seeds it lacked are the same.
         self.goal = self.attempts.applied + len(self.attempts.open) + self.config.count
         self.plateau.restart(tick)
 

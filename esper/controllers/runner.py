@@ -11,12 +11,12 @@ from esper.controllers.base import Controller
 from esper.controllers.exceptions import Contained
 from esper.messages import CONTROLLER, Decided, RunEnded, TickEnded
 
-#: Events first: they say which sites there are, before anything is said about them.
+#: Events first: they name the sites to which the other messages refer.
 _HEARD = ("events", "acks", "telemetry")
 
 
 class ControllerRunner:
-    """Feeds a controller what the run says, and sends its commands, each tick's followed by Decided.
+    """Feeds a controller the messages of the run, and sends its commands, each tick's followed by Decided.
 
     Make it before the run starts: a stream that nobody listens to is not kept.
     """
@@ -31,13 +31,13 @@ class ControllerRunner:
         self._serving = False
 
     def step(self, tick: int) -> None:
-        """In the training process: decide on everything said up to ``tick``, which the trainer has just ended."""
+        """In the training process: decide on all messages up to ``tick``, which the trainer has just ended."""
         self.hear()
         assert self._last.tick == tick, f"asked to decide on tick {tick}, but the last that ended is {self._last.tick}"
         self._decide(self._last)
 
     def hear(self) -> None:
-        """Feed the controller everything said so far, which its state then holds; nothing to do where ``serve`` does."""
+        """Feed the controller all messages so far, so that its state holds them; does nothing while ``serve`` reads."""
         if self._serving:
             return
         for stream in _HEARD:
@@ -96,12 +96,12 @@ class ControllerRunner:
         self._contained.load_state(state)
 
     def complaints(self) -> list[str]:
-        """What the controller raised since this was last asked, for the run's alerts."""
+        """Sentences about exceptions of the controller since the last call, for alerts."""
         said, self._contained.complaints = self._contained.complaints, []
         return said
 
     def close(self) -> None:
-        """Send what is left and release the streams."""
+        """Send the remaining commands and release the streams."""
         self._producer.close()
         for consumer in self._consumers.values():
             consumer.close()

@@ -23,7 +23,7 @@ from esper.messages import (
 )
 
 _SELECTING = {"cancel": Cancel, "pause": PauseGrafting, "resume": ResumeGrafting}
-#: What may stand beside ``at`` and ``command``, by command.
+#: Keys that may stand beside ``at`` and ``command``, by command.
 _ACCEPTED = {
     "germinate": ("site", "seeds", "count", "blueprint", "strategy"),
     **dict.fromkeys(_SELECTING, ("site", "seeds", "stage")),
@@ -100,7 +100,7 @@ def _seeds(where: str, given: Any) -> tuple[int, ...]:
 
 
 def expand(entry: Entry, view: RunView) -> list[Callable[[str], Command]]:
-    """What the entry sends in this run: functions from a command's id to the command."""
+    """The commands of the entry in this run, as functions from a command's id to the command."""
     select = Selector(site=entry.site, seeds=list(entry.seeds) if entry.seeds is not None else None, stage=entry.stage)
     if entry.command == "germinate":
         return [_germinate(entry, site, seed) for site, seed in _places(entry, view)]
@@ -116,7 +116,7 @@ def expand(entry: Entry, view: RunView) -> list[Callable[[str], Command]]:
 
 
 def _places(entry: Entry, view: RunView) -> list[tuple[str, int]]:
-    """Seeds to germinate. What is named one by one is asked for even when it is not there: the trainer says why not."""
+    """Seeds to germinate. Seeds that the entry names are asked for even if they do not exist: the trainer gives the reason."""
     sites = [entry.site] if not entry.is_glob else list(dict.fromkeys(site for site, _ in view.seeds(entry.site)))
     if entry.seeds is not None:
         places = [(site, seed) for site in sites for seed in entry.seeds]

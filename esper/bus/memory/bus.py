@@ -55,7 +55,7 @@ class MemoryBus:
             return MemoryProducer(self, log)
 
     def consumer(self, stream: str, run: str, group: str, name: str) -> MemoryConsumer:
-        """A member of a consumer group; the group is made when new and then reads what is still held, oldest first."""
+        """A member of a consumer group; a new group is made, and reads the messages that are still held, oldest first."""
         assert stream in STREAMS, stream
         with self.lock:
             logs = self._logs.setdefault((stream, run), {})
@@ -69,7 +69,7 @@ class MemoryBus:
         return bool(self._groups.get((stream, run)))
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
         with self.lock:
             return list(self._dead.get(run, ()))
 
@@ -121,7 +121,7 @@ class MemoryBus:
         return entry.message if entry.message is not None else self.overflow.read(entry.place)
 
     def make_room(self) -> None:
-        """Let go of what every group has read, and on disk of what none has pending; the caller holds the lock."""
+        """Let go of entries that every group has read, on disk of those that none has pending; the caller holds the lock."""
         for logs in self._logs.values():
             for log in logs.values():
                 for entry in log.trim():
@@ -249,7 +249,7 @@ class MemoryConsumer:
         group.next = last
 
     def _claim(self, found: list[Delivery], count: int, now: float) -> None:
-        """Take over what any member has held for too long, and go on holding what this one keeps."""
+        """Take over messages that any member has held for too long, and renew those that this one keeps."""
         claim_s = self._bus.config.claim_s
         for held in self._kept.values():
             if held.owner == self.name:
@@ -303,4 +303,4 @@ class MemoryConsumer:
         return self._handled
 
     def close(self) -> None:
-        """What was not acknowledged stays pending."""
+        """Messages that were not acknowledged stay pending."""

@@ -73,7 +73,7 @@ class Group:
 
 @dataclass
 class Log:
-    """What one producer published; ``base`` is the index of the first entry still held."""
+    """The messages of one producer; ``base`` is the index of the first entry still held."""
 
     name: str
     epoch: int = 0
@@ -127,7 +127,7 @@ class Log:
 class Overflow:
     """An anonymous temporary file in ``folder``, made when first needed, of at most ``limit`` bytes.
 
-    What is let go makes room: a message is written into the holes that others left, in pieces where none is large enough,
+    Released messages make room: a new one is written into the holes that they left, in pieces where none is large enough,
     and the file only grows when there are none. So it is full when it holds ``limit`` bytes of messages, and not before.
     """
 

@@ -77,7 +77,7 @@ class ExternalRunner:
     def _tick(self, ended: TickEnded) -> None:
         for stream in HEARD:
             consumer = self._consumers[stream]
-            # What was said before the tick's end is there; without an answer from the bus nobody knows that there is no more.
+            # All messages of the tick are on the server by now; only a bus that answers can say that there are no more.
             while (deliveries := consumer.read(1000, 0.0 if consumer.answered else 0.05)) or not consumer.answered:
                 for delivery in deliveries:
                     self._hear(stream, delivery)
@@ -106,7 +106,7 @@ class ExternalRunner:
             self._keep(delivery.message)
 
     def _keep(self, checkpoint: Checkpoint) -> None:
-        """Remember what we know where the trainer's state was taken; that it is on its disk is said later."""
+        """Save our state where the trainer's was taken; a later Checkpoint says that the trainer's is on its disk."""
         name = f"tick-{checkpoint.tick}.json"
         if not checkpoint.path or (checkpoint.tick == self._saved.tick and not (self._folder / name).exists()):
             self._saved.state = self._controller.state()
@@ -153,14 +153,14 @@ class ExternalRunner:
         return msgspec.json.decode((self._folder / name).read_bytes(), type=SavedState)
 
     def close(self) -> None:
-        """Release the streams; what was not acknowledged comes again."""
+        """Release the streams; messages that were not acknowledged come again."""
         self._producer.close()
         for consumer in self._consumers.values():
             consumer.close()
 
 
 def _without_stages(started: RunStarted) -> RunStarted:
-    """Stages said at the start of the run are older than those in a controller's state."""
+    """The event without stages: those of the start are older than those in a controller's state."""
     sites = [{key: value for key, value in site.items() if key != "stages"} for site in started.sites]
     return replace(started, sites=sites)
 

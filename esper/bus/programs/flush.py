@@ -1,4 +1,4 @@
-"""``esper bus flush <run folder>``: send what ended processes of a run left on disk, once its server answers again."""
+"""``esper bus flush <run folder>``: send the messages that ended processes of a run left on disk, once its server answers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from esper.bus.server.bus import ServerBus
 
 
-IN_TURN = ("telemetry", "acks", "commands", "events")  # who sees the end of a tick finds what was said before it
+IN_TURN = ("telemetry", "acks", "commands", "events")  # a reader that sees the end of a tick must find the messages before it
 LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """What one producer left: its stream, run and name, the ids of its messages, and the folder they lie in."""
+    """The messages that one producer left: its stream, run and name, the ids of its messages, and the folder they lie in."""
 
     stream: str
     run: str
@@ -45,13 +45,13 @@ class Leftover:
 
 
 def leftovers(spool: Path) -> list[Leftover]:
-    """What waits under a bus's spool folder, in the order in which it is to be sent; nothing is changed there."""
+    """The messages under a bus's spool folder, in the order in which they must be sent; nothing is changed there."""
     found = [left for folder in sorted(spool.glob("*")) if folder.is_dir() and (left := _left(folder))]
     return sorted(found, key=lambda left: IN_TURN.index(left.stream))
 
 
 def _left(folder: Path) -> Leftover | None:
-    """Whose messages these are is said by the messages: a name may have dots in it. None where none can be read."""
+    """The messages in ``folder``, which name their producer themselves, since a name may have dots in it. None where none is readable."""
     ids, named = [], None
     for epoch, sequence, wire in left_in(folder):
         ids.append((epoch, sequence))
@@ -76,10 +76,10 @@ def missing(bus: ServerBus, left: Leftover) -> int:
     return sum(id > last for id in left.ids)
 
 
-def send(bus: ServerBus, left: Leftover, patience_s: float, said: Callable[[int], None] = lambda waiting: None) -> int:
-    """Send it under its own ids, so that what is there already is not doubled; how many wait when this returns.
+def send(bus: ServerBus, left: Leftover, patience_s: float, progress: Callable[[int], None] = lambda waiting: None) -> int:
+    """Send them under their own ids, so that none is doubled; how many still wait afterwards.
 
-    Gives up when the server has taken nothing for ``patience_s`` seconds; ``said`` is told now and then how many wait.
+    Gives up when the server has taken nothing for ``patience_s`` seconds; ``progress`` is told now and then how many wait.
     Raises UserError where a process is at work under this name, Fenced when one has started meanwhile.
     """
     producer = bus.producer(left.stream, left.run, left.producer, alone=True)
@@ -90,7 +90,7 @@ def send(bus: ServerBus, left: Leftover, patience_s: float, said: Callable[[int]
         now = producer.waiting
         if now != waiting:
             waiting, since = now, time.monotonic()
-            said(waiting)
+            progress(waiting)
         elif time.monotonic() - since > patience_s:
             return now
     return 0

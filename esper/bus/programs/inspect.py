@@ -136,7 +136,7 @@ def _write(value: Any) -> None:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as what is in them: no name or number is cut, however narrow the terminal or the pipe."""
+    """Columns as wide as their contents: no name or number is cut, however narrow the terminal or the pipe."""
     lines = [columns, *(tuple(shown(str(cell)) for cell in row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(title)

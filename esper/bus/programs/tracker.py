@@ -1,8 +1,7 @@
 """``esper track <run folder>``: the run's trackers in a process of their own, which may be killed and started again.
 
-Every start reads the run from its beginning in a consumer group of its own and writes what the sinks hold anew (they
-replace what an earlier life wrote), so that a kill leaves neither hole nor double. The server therefore has to hold the
-run's messages: ``bus.keep_mb`` says how many.
+Every start reads the run from its beginning in a consumer group of its own and writes all sinks anew, replacing the work of an earlier
+life, so that a kill leaves neither hole nor double. The server therefore has to hold all messages of the run (``bus.keep_mb``).
 """
 
 from __future__ import annotations

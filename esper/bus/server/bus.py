@@ -27,8 +27,8 @@ from esper.messages import ClaimCheck, Message
 log = logging.getLogger(__name__)
 
 FOLLOW_S = 0.1
-SPOOL = "spool"  # where what waits lies, in the bus's folder
-LOST = ("dropped", "gaps", "duplicates", "dead_letters", "spool_bytes")  # what readers in this process lost counts as well
+SPOOL = "spool"  # folder of waiting messages, in the bus's folder
+LOST = ("dropped", "gaps", "duplicates", "dead_letters", "spool_bytes")  # losses of readers in this process count as well
 UNSENT = (
     "{count} messages did not reach the bus server at {address!r}: they wait in {spool}, and `esper bus flush {folder}` sends them"
     " when the server answers, as does the run when it goes on"
@@ -79,11 +79,11 @@ class ServerBus:
         self.sender.each_round(chore)
 
     def send_now(self) -> None:
-        """Send what waits from the calling thread."""
+        """Send waiting messages from the calling thread."""
         self.sender.send_now()
 
     def producer(self, stream: str, run: str, name: str = "main", alone: bool = False) -> ServerProducer:
-        """The producer ``name`` of a stream in a new epoch; what an earlier process left on disk is sent first.
+        """The producer ``name`` of a stream in a new epoch; messages that an earlier process left on disk are sent first.
 
         Raises UserError where ``alone`` is asked for and another process writes under this name, or has asked for it.
         """
@@ -123,7 +123,7 @@ class ServerBus:
         )
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
         return [self._letter(id.decode(), fields) for id, fields in self._dead(run)]
 
     def _dead(self, run: str) -> list[Entry]:
@@ -155,7 +155,7 @@ class ServerBus:
     def replay(self, run: str, ids: list[str]) -> int:
         """Hand dead letters to their group once more, with a fresh delivery count; each moves atomically.
 
-        What names no group of a stream, since it was never handed out or is nothing that we wrote, stays where it is.
+        A letter that names no group of a stream, since it was never handed out or is not ours, stays.
         """
         moved = 0
         for id, fields in self._dead(run):
@@ -198,7 +198,7 @@ class ServerBus:
         return unless_other_type(lambda: bool(self.client.exists(key)) and self.client.xlen(key) >= 0, False)
 
     def newest(self, stream: str, run: str, count: int, follow: bool) -> Iterator[tuple[str, str, Envelope]]:
-        """The newest ``count`` messages of every producer, then, with ``follow``, what comes; no group takes part."""
+        """The newest ``count`` messages of every producer and, with ``follow``, all later ones; no group takes part."""
         stands: dict[str, str] = {}
         while True:
             for name in self.producers(run, stream):
@@ -222,8 +222,8 @@ class ServerBus:
     def counts(self) -> dict[str, int]:
         """Counters of this process, with ``spool_bytes`` and ``waiting`` (published, not confirmed).
 
-        What the bus in memory beside the server lost, and what it holds on disk, is in them: a message that was dropped
-        on its way to the server and on its way to a reader in this process counts twice.
+        They include the losses and the disk space of the bus in memory beside the server: a message that was dropped on its way to
+        the server and on its way to a reader in this process counts twice.
         """
         counts = self.counters.snapshot() | {
             "spool_bytes": sum(outbox.spool_bytes for outbox in self._outboxes),
@@ -235,7 +235,7 @@ class ServerBus:
         return counts
 
     def close(self) -> None:
-        """Send what waits, for at most CLOSE_S seconds; the rest goes to disk, which is said, and is sent by the next start."""
+        """Send waiting messages for at most CLOSE_S seconds; a warning counts the rest, which the next start sends from disk."""
         if self._closed:
             return
         self._closed = True

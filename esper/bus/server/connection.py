@@ -24,7 +24,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class NoAnswer(UserError):
-    """No server is there: ``finding`` says where and how that shows."""
+    """No server answers; ``finding`` is the sentence with address and error."""
 
     def __init__(self, finding: str) -> None:
         super().__init__(f"{finding}: start the server or correct bus.url, or use bus=embedded, which starts its own")
@@ -68,7 +68,7 @@ class PendingEntry(TypedDict):
 
 
 class Client(Protocol):
-    """What esper asks of ``redis.Redis``, with the types of a client that decodes nothing and speaks protocol 2.
+    """The methods of ``redis.Redis`` that esper calls, with the types of a client that decodes nothing and speaks protocol 2.
 
     redis-py declares the union of all its settings. ``connect`` knows the settings, so it narrows the types once, here.
     """
@@ -165,7 +165,7 @@ def address_of(config: RedisConfig) -> Address:
 def connect(address: Address, timeout_s: float, retries: int = 0) -> Client:
     """A client of one server, not yet connected.
 
-    ``retries`` is 0 for whatever must know that a reply was lost (producers, group reads); commands that may be
+    ``retries`` is 0 for callers that must know of a lost reply (producers, group reads); commands that may be
     repeated get redis-py's own Retry with exponential backoff.
     """
     import redis
@@ -198,7 +198,7 @@ def connect(address: Address, timeout_s: float, retries: int = 0) -> Client:
 
 
 def unless_other_type(ask: Callable[[], T], otherwise: T) -> T:
-    """What ``ask`` gives, or ``otherwise`` where somebody has put a value of another type under the key that it reads."""
+    """The result of ``ask``, or ``otherwise`` where the key that it reads holds a value of another type, put there by a stranger."""
     import redis
 
     try:
@@ -210,12 +210,12 @@ def unless_other_type(ask: Callable[[], T], otherwise: T) -> T:
 
 
 def is_other_type(error: Exception) -> bool:
-    """Whether a server refused a request for the type of what lies under the key."""
+    """Whether a server refused a request because of the type of the value under the key."""
     return "WRONGTYPE" in str(error)
 
 
 def readable(address: Address, error: Exception) -> UserError:
-    """What went wrong with a request, as a sentence without credentials."""
+    """The failure of a request as a sentence without credentials."""
     import redis
 
     if isinstance(error, redis.AuthenticationError):

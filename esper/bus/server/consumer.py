@@ -44,7 +44,7 @@ class ServerConsumer:
         self._keys: dict[str, str] = {}  # key -> producer
         self._not_streams: set[str] = set()
         self._recover: dict[str, str] = {}  # key -> where reading of our own pending entries stands
-        self._recovered: set[str] = set()  # keys read through so once: what is pending there now was handed to this life
+        self._recovered: set[str] = set()  # keys read through once: pending entries there were handed to this life
         self._owed: dict[tuple[str, bytes], int] = {}  # key and entry -> which delivery it is, kept until a read went well
         self._position: dict[str, Id] = {}
         self._handled: dict[str, Id] = {}  # by producer
@@ -81,7 +81,7 @@ class ServerConsumer:
                 return found
 
     def ack(self, deliveries: list[Delivery]) -> None:
-        """Acknowledge after handling; what the server does not take now is sent with the next read."""
+        """Acknowledge after handling; acknowledgements that the server does not take now are sent with the next read."""
         self._deliveries.acknowledge(deliveries)
         self._deliveries.send_acknowledgements()
         if deliveries:
@@ -147,8 +147,9 @@ class ServerConsumer:
     def _own(self, count: int) -> list[Delivery]:
         """Entries pending under our name that are not in somebody's hands in this process.
 
-        What is in hands is left alone, or every broken connection would count as one more delivery of it. What an earlier life
-        left has one delivery more than it says. What this life was given in a reply that got lost has none: nobody saw it.
+        Entries in somebody's hands are left alone, or every broken connection would count as one more delivery. An entry that an
+        earlier life left counts one delivery more than the server says. One that this life was given in a lost reply counts none,
+        since nobody saw it.
         """
         found: list[Delivery] = []
         for key in list(self._recover):
@@ -166,7 +167,7 @@ class ServerConsumer:
                 if entry["message_id"] not in in_hands
             }
             claimed: list[tuple[bytes | None, Fields]] = []
-            for count_now in sorted(set(times.values())):  # the number is said, so that asking again changes nothing
+            for count_now in sorted(set(times.values())):  # with the number given, a repeated request changes nothing
                 ids = [id for id in times if times[id] == count_now]
                 claimed += self._client.xclaim(key, self.group, self.name, 0, ids, retrycount=count_now)
             entries = sorted(((id, fields) for id, fields in claimed if id is not None), key=lambda entry: parse_id(entry[0]))
@@ -174,7 +175,7 @@ class ServerConsumer:
         return found
 
     def _claim(self, count: int) -> list[Delivery]:
-        """Take over what any member has held longer than ``claim_s``, and go on holding what this one keeps."""
+        """Take over entries that any member has held longer than ``claim_s``, and renew those that this one keeps."""
         idle = int(self._config.claim_s * 1000)
         self._go_on_keeping()
         found: list[Delivery] = []
@@ -220,7 +221,7 @@ class ServerConsumer:
         if isinstance(reply, Exception):
             raise reply
         found = self._handed_out(reply)
-        self._join(producers if isinstance(producers, set) else set())  # no set: it is somebody else's, and who is known is read on
+        self._join(producers if isinstance(producers, set) else set())  # no set: the key is a stranger's, and known producers are read on
         return found or self._read(count, block_s)
 
     def _handed_out(self, reply: StreamEntries | None) -> list[Delivery]:
@@ -240,7 +241,7 @@ class ServerConsumer:
             before = self._position[key]
             missing = sequence - 1 - (before[1] if before[0] == epoch else 0)
             self._position[key] = (epoch, sequence)
-            if missing > 0:  # other members of the group may have been given what we did not see
+            if missing > 0:  # other members of the group may have been given these
                 others = self._between(keys=[key], args=[f"{before[0]}-{before[1]}", id])
                 self._counts.add("gaps", max(0, missing - others) if others >= 0 else 0)
 

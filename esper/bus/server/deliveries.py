@@ -72,7 +72,7 @@ class Deliveries:
         self._fresh.clear()
 
     def abandon_read(self) -> None:
-        """The read broke off: what it had taken is in nobody's hands."""
+        """The read broke off: the entries that it had taken are in nobody's hands."""
         for name in self._fresh:
             self._held.pop(name, None)
 
@@ -127,7 +127,7 @@ class Deliveries:
         return envelope
 
     def _pass_over(self, key: str, id: bytes, name: tuple[str, str]) -> None:
-        """A large message that all had acknowledged before this group came: as gone as one that was trimmed, and said."""
+        """Skip a large message that all others had acknowledged before this group came, as a gap; the first one is reported."""
         self._counts.add("gaps")
         self._done[name] = None
         self._unsent.setdefault(key, []).append(id)
@@ -178,7 +178,7 @@ class Deliveries:
         return found
 
     def acknowledge(self, deliveries: list[Delivery]) -> None:
-        """Acknowledge these after handling; ``send_acknowledgements`` says so to the server."""
+        """Note these as handled; ``send_acknowledgements`` tells the server."""
         with self._lock:
             for delivery in deliveries:
                 name = (delivery.producer, delivery.id)

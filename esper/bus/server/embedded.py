@@ -30,7 +30,7 @@ REMOVED = ("MODULE", "REPLICAOF", "SLAVEOF", "MIGRATE", "DEBUG")
 
 
 class Note(msgspec.Struct):
-    """What other processes of the same user need to reach the server; kept in a file only that user may read."""
+    """Port and password, for other processes of the same user; kept in a file that only this user may read."""
 
     port: int
     password: str
@@ -156,7 +156,7 @@ def _locked(folder: Path) -> IO[bytes]:
 
 
 def _quoted(text: str) -> str:
-    """One value in the server's configuration whatever is in it: a line's end would begin a directive, and one of them loads code."""
+    """One value of the server's configuration, escaped: a line's end in it would begin a directive, and one of them loads code."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'
 
 

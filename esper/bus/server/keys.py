@@ -1,4 +1,4 @@
-"""What lies on a server: the names of its keys, and the scripts that change more than one of them at once."""
+"""The keys on a server: their names, and the scripts that change more than one of them at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ RUNS = "esper:runs"
 
 
 def names(members: Iterable[bytes]) -> list[str]:
-    """Names in a set on a server, sorted; anybody may have written there, and what is no text names nothing of ours."""
+    """Names in a set on a server, sorted; anybody may have written there, and bytes that are no text are no name of ours."""
     found = []
     for member in members:
         try:
@@ -19,7 +19,7 @@ def names(members: Iterable[bytes]) -> list[str]:
 
 
 def prefix(run: str) -> str:
-    """What every key of a run starts with."""
+    """The prefix of all keys of a run."""
     return f"esper:{{{run}}}"
 
 
@@ -54,7 +54,7 @@ def replays(run: str, stream: str, group: str) -> str:
 
 
 def counts(run: str, process: str) -> str:
-    """What a process beside the trainer has counted."""
+    """Counters of a process beside the trainer."""
     return f"{prefix(run)}:counts:{process}"
 
 

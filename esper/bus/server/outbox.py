@@ -1,4 +1,4 @@
-"""What one producer has published and the server has not confirmed, and how far the server has come with it."""
+"""The messages of one producer that the server has not confirmed, and the position of its stream on the server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Outbox:
         self._config, self._spool, self._counts, self._seal = config, spool, counts, seal
         self._memory: deque[tuple[int, float, tuple[str, ...], Message, int]] = deque()
         self._lock = threading.Lock()  # held for moments: where each message is; no packing, no disk
-        self._spool_lock = threading.Lock()  # taken before _lock; spool and the order of what enters it
+        self._spool_lock = threading.Lock()  # taken before _lock; the spool and the order of messages in it
         self._limit = config.memory_mb << 20
         self._held = 0
         self._time = 0.0
@@ -114,7 +114,7 @@ class Outbox:
             self._counts.add("dropped", dropped)
 
     def batch(self) -> list[tuple[Id, bytes]]:
-        """What to send next; the same again until it is confirmed."""
+        """The messages to send next; the same ones until they are confirmed."""
         if not self.sending:
             self._fill()
         found: list[tuple[Id, bytes]] = []
@@ -179,7 +179,7 @@ class Outbox:
             self.settled.notify_all()
 
     def rewind(self, last: Id) -> int:
-        """The server lost its tail after ``last``: send again what the window still has; how many it has not."""
+        """The server lost its tail after ``last``: send again the messages that the window still has; how many it has not."""
         again = [(id, wire) for id, wire in self.window if id > last]
         if not again:
             return 0
@@ -208,7 +208,7 @@ class Outbox:
             self._spool.sync()
 
     def close(self) -> None:
-        """Close the files of the spool; what is confirmed is left to the server from here on."""
+        """Close the files of the spool; confirmed messages are left to the server from here on."""
         with self._spool_lock:
             if not self._unconfirmed():
                 self._spool.forget_in_flight()
@@ -231,9 +231,9 @@ class StreamPositions:
     def find(self, outbox: Outbox, stream: str) -> Id | None:
         """The last id of the stream, all of which is the producer's; None where another process writes in its name.
 
-        What the server has noted of it is believed where it says what the producer knows, or what it has just sent and finds
-        there; otherwise the stream itself is asked. Raises redis.ResponseError for entries that are not the producer's and keep out
-        what it sends next.
+        The server's note of the last id is believed if it is the last one that the producer knows to be stored, or one that it has just
+        sent and finds stored. Otherwise the stream itself is asked. Raises redis.ResponseError for entries of a stranger that keep out
+        the producer's next messages.
         """
         noted = self._noted(outbox, stream)
         known = {outbox.confirmed, *(id for id, _, _ in outbox.sending)}
@@ -252,7 +252,7 @@ class StreamPositions:
         return read_id(b"0-0" if note is None else note)
 
     def _read_back(self, outbox: Outbox, stream: str, last: Id) -> list[tuple[bytes | None, bytes]]:
-        """Of each message that was handed to the server and may be there: what is stored under its id (None: nothing), and its bytes."""
+        """Of each message that was handed to the server and may be there: the bytes stored under its id (or None), and its own bytes."""
         doubtful = [(id, wire) for id, wire in outbox.batch() if id <= last]
         if not doubtful:
             return []

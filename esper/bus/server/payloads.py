@@ -68,7 +68,7 @@ def load_payload(folder: Path, envelope: Envelope) -> Envelope:
 
 
 def path_of(folder: Path, digest: str) -> Path:
-    """Where a payload lies; raises Refused for what is no digest."""
+    """The file of a payload; raises Refused for a text that is no digest."""
     if not _DIGEST.fullmatch(digest):
         raise Refused("malformed", "a claim check does not name a SHA-256")
     return folder / digest
@@ -97,7 +97,7 @@ def kept(folder: Path) -> bool:
 
 
 def released(folder: Path) -> bool:
-    """Whether ``release`` has removed any: who now reads the run from its beginning does not find all of it."""
+    """Whether ``release`` has removed any, so that a reader who starts at the beginning of the run does not find all of it."""
     return (folder.parent / REMOVED).exists()
 
 
@@ -113,7 +113,7 @@ class Payloads:
             path_of(self.folder, digest).unlink(missing_ok=True)
 
     def discard_letter(self, letter: dict[bytes, bytes]) -> None:
-        """The same for a dead letter that was purged; a file of which it only says that it is its own stays."""
+        """The same for a dead letter that was purged; a file stays if the letter only claims that it is its own."""
         found = _claim_in(letter.get(b"m", b""))
         if found is None or not self._own(*found):
             return
@@ -121,16 +121,18 @@ class Payloads:
         self.discard(stream, producer, origin, found[1].digest)
 
     def release(self) -> None:
-        """The run is finished, and whoever reads it from its beginning has: remove all but what a group or a dead letter waits for.
+        """The run is finished and was read from its beginning: remove all payloads but those that a group or a dead letter needs.
 
-        What is acknowledged later goes then.
+        These are removed when they are acknowledged.
         """
         import redis
 
         if not self.folder.is_dir():
             return
         held = kept(self.folder)
-        (self.folder / KEPT).unlink(missing_ok=True)  # before the groups are asked: what is acknowledged meanwhile is removed there
+        (self.folder / KEPT).unlink(
+            missing_ok=True
+        )  # before the groups are asked: a message acknowledged meanwhile has its payload removed there
         try:
             waited_for = self._waited_for()
         except redis.RedisError:
@@ -217,7 +219,7 @@ class Payloads:
 
 
 class PendingDiscards:
-    """Payloads of messages that a consumer has handled, until its acknowledgements are sent and the server says who needs them."""
+    """Payloads of handled messages that wait until the acknowledgements are sent and the server says which groups need them."""
 
     def __init__(self, payloads: Payloads, stream: str) -> None:
         self._payloads, self._stream = payloads, stream
@@ -231,7 +233,7 @@ class PendingDiscards:
         self._waiting.append((producer, id, digest))
 
     def discard(self) -> None:
-        """Remove what nobody needs; where the server does not answer it is tried again."""
+        """Remove those that no reader needs; if the server does not answer, they wait for the next call."""
         import redis
 
         waiting, self._waiting = self._waiting, []

@@ -16,7 +16,7 @@ from esper.bus.server.sender import Sender
 from esper.errors import UserError
 from esper.messages import Message
 
-CLOSE_S = 5.0  # how long closing waits for the server before what is left goes to disk
+CLOSE_S = 5.0  # how long closing waits for the server before the rest goes to disk
 TRIM_S = 2.0
 UNANNOUNCED = "somebody else uses a key of the bus, so readers do not learn of {name!r} of the {stream}: {problem}"
 
@@ -52,8 +52,8 @@ class ServerProducer:
     def barrier(self, timeout_s: float) -> bool:
         """Make everything published survive this process and a server that then loses its tail; whether it is there.
 
-        What the server has not confirmed after ``timeout_s`` seconds, or at once where it counts as gone, is put on disk, and so is
-        what it confirmed last.
+        Messages that the server has not confirmed after ``timeout_s`` seconds are put on disk (at once if it counts as gone), and so
+        are those that it confirmed last.
         """
         stored = self.flush(timeout_s if not self._sender.open else 0.0)
         self._outbox.to_disk()
@@ -133,13 +133,13 @@ class Trimmer:
             for key in self._keys:
                 if (self._client.memory_usage(key) or 0) > self._limit:
                     self.trim(key)
-        except redis.RedisError:  # not needed now; the writer itself notices and reports a server that is gone
+        except redis.RedisError:  # not needed now; the sender itself notices and reports a server that is gone
             return
 
     def trim(self, key: str) -> None:
-        """Remove what every group has acknowledged; a stream without groups is kept whole.
+        """Remove the entries that every group has acknowledged; a stream without groups is kept whole.
 
-        The last entry stays, as a sign that there were others: who reads from the beginning must notice that it is gone.
+        The last entry stays, as a sign that there were others: a reader must notice that the beginning is gone.
         """
         floors = []
         for group in self._client.xinfo_groups(key):

@@ -25,7 +25,7 @@ Answer = tuple[bytes, bytes, bytes]  # stored, stopped, fenced or elsewhere; las
 
 
 class Sender:
-    """Sends what the outboxes hold, in order, each batch by one atomic script that stops at its first refusal.
+    """Sends the messages of the outboxes in order, each batch by one atomic script that stops at its first refusal.
 
     A batch that is one large entry goes as a transaction of plain commands, under the same conditions: carrying it into a
     script and out again keeps the server from everybody else for several times as long.
@@ -59,7 +59,7 @@ class Sender:
         self._thread.start()
 
     def add(self, outbox: Outbox, stream: str) -> None:
-        """Send what this outbox holds, to ``stream``."""
+        """Send the messages of this outbox to ``stream``."""
         self._outboxes.append((outbox, stream))
 
     def remove(self, outbox: Outbox) -> None:
@@ -71,7 +71,7 @@ class Sender:
         self._before.append(chore)
 
     def after_round(self, chore: Callable[[], None]) -> None:
-        """Call ``chore`` from the sender thread, several times a second, while nobody who wants to send waits for it."""
+        """Call ``chore`` from the sender thread, several times a second, after all sending, so that no message waits for it."""
         self._after.append(chore)
 
     def wake(self, urgent: bool) -> None:
@@ -83,7 +83,7 @@ class Sender:
 
     @property
     def open(self) -> bool:
-        """Whether the server counts as gone: from the failures that say so until one attempt succeeds."""
+        """Whether the server counts as gone: from repeated failures until one attempt succeeds."""
         return self._listener.down
 
     def stop(self) -> None:
@@ -113,7 +113,7 @@ class Sender:
                 chore()
 
     def send_now(self) -> None:
-        """Send what waits from the calling thread: without the writer's thread being woken first, and without its chores."""
+        """Send waiting messages from the calling thread, without waking the sender thread and without its chores."""
         with self._sending:
             self._round(())
 
@@ -125,7 +125,7 @@ class Sender:
         busy = True
         while busy and not self._stopping:
             busy = False
-            # What was said before an event must be on the server before it: the events' batch is put together first
+            # Messages from before an event must be on the server before it: the events' batch is put together first
             # and sent last, so that a reader who sees TickEnded finds that tick's telemetry.
             for outbox, stream in self._outboxes:
                 outbox.spill()

@@ -43,7 +43,7 @@ def frames_in(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def left_in(folder: Path) -> Iterator[tuple[int, int, bytes]]:
-    """What waits in a spool's folder for the next process, oldest first; nothing is changed there."""
+    """The messages in a spool's folder that wait for the next process, oldest first; nothing is changed there."""
     for path in (folder / IN_FLIGHT, *sorted(folder.glob("*.spool"))):
         if path.exists():
             yield from frames_in(path)
@@ -71,7 +71,7 @@ def lock_folder(folder: Path, alone: bool) -> IO[bytes]:
 class Spool:
     """A first-in-first-out queue of wire messages in ``folder``, at most ``limit`` bytes.
 
-    ``drop`` says what goes when it is full: the ``newest`` message (the one that comes) or the ``oldest`` segment.
+    ``drop`` says which messages go when it is full: the ``newest`` message (the one that comes) or the ``oldest`` segment.
     Not thread-safe: its owner holds a lock.
     """
 
@@ -146,7 +146,7 @@ class Spool:
             os.fsync(self._tail.fileno())
 
     def close(self) -> None:
-        """Close the files; what waits is found again by the next Spool of this folder."""
+        """Close the files; the next Spool of this folder finds the messages again."""
         for file in (self._tail, self._head):
             if file is not None:
                 file.close()
@@ -209,7 +209,7 @@ class Spool:
         self._in_flight.unlink(missing_ok=True)
 
     def _recover(self) -> None:
-        """Find what an earlier process left; a frame cut off by its death is cut off for good."""
+        """Find the messages of an earlier process; a frame that its death cut off is removed."""
         if self._in_flight.exists():
             first = self._folder / f"{0:08d}.spool"  # segments count from 1: this one comes before them all
             older = first.read_bytes() if first.exists() else b""

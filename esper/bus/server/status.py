@@ -1,4 +1,4 @@
-"""What a server holds of a run: streams, groups, how far behind they are, and what the processes of the run have counted."""
+"""The status of a run on a server: streams, groups, how far behind they are, and the counters of its processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EVERY_S = 1.0
 
 
 def counted(client: Client, run: str, process: str) -> dict[str, int]:
-    """What a process has last said, by COUNTERS: zeros where it has said nothing, or nothing readable."""
+    """The last counters of a process, by COUNTERS: zeros where there are none, or none that can be read."""
     lying = unless_other_type(lambda: client.get(keys.counts(run, process)), None)
     try:
         said = msgspec.json.decode(lying or b"{}", type=dict[str, int])
@@ -32,13 +32,13 @@ def counted(client: Client, run: str, process: str) -> dict[str, int]:
     return {name: said.get(name, 0) for name in COUNTERS}
 
 
-class Report:
-    """Says what ``bus`` counts, on top of ``since``, at once and then every EVERY_S seconds if it changed."""
+class CountsReport:
+    """Writes the counters of ``bus``, on top of ``since``, to the server, at once and then every EVERY_S seconds if it changed."""
 
     def __init__(self, bus: ServerBus, key: str, since: dict[str, int]) -> None:
         self._bus, self._key, self._since = bus, key, since
         self._client = connect(bus.address, bus.config.timeout_s)
-        self._said: dict[str, int] = {}
+        self._written: dict[str, int] = {}
         self._next = 0.0
 
     def work(self, last: bool = False) -> None:
@@ -49,34 +49,34 @@ class Report:
             return
         self._next = time.monotonic() + EVERY_S
         try:
-            self.say()
-        except redis.RedisError:  # the writer itself notices and reports a server that is gone
-            self._said = {}
+            self.write()
+        except redis.RedisError:  # the sender itself notices and reports a server that is gone
+            self._written = {}
 
-    def say(self) -> None:
-        """Say it now, if it changed; raises redis errors."""
+    def write(self) -> None:
+        """Write them now, if they changed; raises redis errors."""
         mine = self._bus.counters.snapshot()
         counts = {name: mine[name] + self._since.get(name, 0) for name in COUNTERS}
-        if counts != self._said:
+        if counts != self._written:
             self._client.set(self._key, msgspec.json.encode(counts))
-            self._said = counts
+            self._written = counts
 
 
 @contextmanager
-def report(bus: ServerBus, run: str, part: str) -> Iterator[None]:
-    """Within: what ``bus`` counts is on the server for ``part`` of ``run``, from the bus's sender thread.
+def reporting_counts(bus: ServerBus, run: str, part: str) -> Iterator[None]:
+    """Within: the counters of ``bus`` are on the server for ``part`` of ``run``, written by the bus's sender thread.
 
     A controller goes on with the counts of its earlier lives, as with their work; a tracker reads and counts all anew.
     """
     process = PROCESSES[part]
     since = counted(bus.client, run, process) if process == "controller" else {}
-    saying = Report(bus, keys.counts(run, process), since)
-    saying.say()
-    bus.sender.each_round(saying.work)
+    reported = CountsReport(bus, keys.counts(run, process), since)
+    reported.write()
+    bus.sender.each_round(reported.work)
     try:
         yield
     finally:
-        saying.work(last=True)
+        reported.work(last=True)
 
 
 NO_STREAM = "no stream"  # in place of the last id, where somebody else uses the key
@@ -146,7 +146,7 @@ def _entries(bus: ServerBus, run: str, stream: str, producer: str) -> StreamStat
 def _behind(bus: ServerBus, key: str, delivered: Id, last: Id) -> int:
     """Messages not yet delivered, from their numbers (XINFO's own lag cannot be relied on), over all epochs since."""
     first = bus.client.xrange(key, count=1)
-    if first:  # what was trimmed before it will never be delivered
+    if first:  # entries that were trimmed before it will never be delivered
         epoch, sequence = parse_id(first[0][0])
         delivered = max(delivered, (epoch, sequence - 1))
     if delivered >= last:

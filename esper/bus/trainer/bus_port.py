@@ -1,4 +1,4 @@
-"""The trainer's side of the bus: what happened goes out, commands come in, and a step never waits for a server."""
+"""The trainer's side of the bus: events and telemetry go out, commands come in, and a step never waits for a server."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Runner(Protocol):
     """A controller in the training process."""
 
     def step(self, tick: int) -> None:
-        """Decide on everything said up to ``tick``, and send the commands."""
+        """Decide on all messages up to ``tick``, and send the commands."""
 
     def serve(self) -> str | None:
         """Decide on every tick that ends until the run does."""
 
     def complaints(self) -> list[str]:
-        """What the controller raised since this was last asked."""
+        """Exceptions of the controller since the last call, as sentences."""
 
 
 class BackgroundThread:
@@ -65,7 +65,7 @@ class BackgroundThread:
             self._failure = error
 
     def check(self) -> None:
-        """Raise what ended the thread, if something did."""
+        """Raise the exception that ended the thread, if there is one."""
         if self._failure is not None:
             raise self._failure
 
@@ -86,7 +86,7 @@ class BusPort:
         run: name of the run.
         columns: names of the telemetry columns.
         runner: the in-process controller, None when there is none or it is external.
-        timing: ``lockstep`` (what a tick leads to is applied at the next) or ``free`` (applied when it comes).
+        timing: ``lockstep`` (the commands of a tick are applied at the next) or ``free`` (applied when it comes).
         external: a controller in another process decides; in lockstep it is waited for at every tick boundary.
         deadline_s: how long, before ControllerSilent is raised.
     """
@@ -119,10 +119,10 @@ class BusPort:
         self._exporters: list[PrometheusEndpoint | OtlpExporter] = []
         self._limit = AlertLimit()
 
-    # --- what the trainer says ---
+    # --- from the trainer ---
 
     def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None:
-        """Open the streams and say that the run begins (or goes on) at ``tick``.
+        """Open the streams and publish that the run begins (or goes on) at ``tick``.
 
         A run that stopped because its controller was silent waits here for that decision; raises ControllerSilent.
         """
@@ -149,16 +149,16 @@ class BusPort:
             self._wait(self._inbox.owed[0])
 
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
-        """Say that the run is over, after everything else has been said."""
+        """Publish that the run is over, after everything else."""
         self._ring.drain()
         self._incidents(tick, end=True)
         self.emit(RunEnded(tick=tick, status=status, summary=summary))
         self._over, self.finished = True, status == "FINISHED"
 
     def emit(self, event: Message) -> None:
-        """Say what happened.
+        """Publish an event.
 
-        A Checkpoint was written and verified; one with an empty ``path`` says that its state was taken, and is on its way to the disk.
+        A Checkpoint with a ``path`` was written and verified; one with an empty ``path`` is on its way to the disk.
         """
         match event:
             case Transition():
@@ -175,10 +175,10 @@ class BusPort:
         """Publish rows (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, others by copying them into the ring."""
         self._ring.put(tick, site, rows)
 
-    # --- what it is told ---
+    # --- to the trainer ---
 
     def commands(self, tick: int) -> list[Command]:
-        """What is to be applied now, emergency stops first."""
+        """The commands to apply now, emergency stops first."""
         self._intake.receive()
         return self._inbox.due(tick)
 
@@ -187,7 +187,7 @@ class BusPort:
         self._inbox.finish(command_id, status, reason, tick)
 
     def end_tick(self, tick: int) -> None:
-        """All about this tick has been said: in lockstep the controller decides now, and is waited for.
+        """Everything about this tick is published: in lockstep the controller decides now, and the trainer waits for it.
 
         Raises ControllerSilent when an external one does not answer within ``deadline_s`` seconds.
         """
@@ -195,7 +195,7 @@ class BusPort:
         controlled = self.external or self.runner is not None
         if controlled:
             self._ring.drain()
-        elif self.bus.local is self.bus:  # no sender thread looks for what has waited long enough
+        elif self.bus.local is self.bus:  # no sender thread looks for rows that have waited long enough
             self._ring.drain(self.bus.config.flush_s)
         self._incidents(tick)
         self.emit(TickEnded(tick=tick, epoch=self._inbox.epoch))
@@ -225,13 +225,13 @@ class BusPort:
             self._intake.receive()
 
     def barrier(self, timeout_s: float = 5.0) -> None:
-        """Before a checkpoint counts: all that was said is on the server, or after ``timeout_s`` seconds on disk."""
+        """Before a checkpoint counts: put all messages on the server, or after ``timeout_s`` seconds on disk."""
         self._ring.drain()
         for producer in self._remote:
             producer.barrier(timeout_s)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint taken after ``end_tick`` needs to give the same commands at the next tick (JSON-able)."""
+        """The state for a checkpoint after ``end_tick``, JSON-able, with which the next tick has the same commands."""
         self._intake.receive()
         self.safe.copied()
         return self._inbox.state()
@@ -248,11 +248,11 @@ class BusPort:
         }
 
     def close(self) -> None:
-        """Flush and release the streams; the bus itself is closed by whoever opened it."""
+        """Flush and release the streams; the caller that opened the bus closes it."""
         self._ring.drain()
         if self._thread is not None and self._over:
             self._thread.join()
-        if self.finished:  # what is killed or fails may go on later, and its commands with it
+        if self.finished:  # a run that is killed or fails may go on later, and its commands with it
             self._intake.receive()
             self._inbox.refuse_rest("the run ended before it could be applied", self.watched.tick)
             self.safe.release()
@@ -266,7 +266,7 @@ class BusPort:
     # --- inside ---
 
     def _export(self) -> None:
-        """Start what ``bus.metrics_port`` and ``bus.otlp`` ask for."""
+        """Start the exporters that ``bus.metrics_port`` and ``bus.otlp`` ask for."""
         config = self.bus.config
 
         def source() -> list[Reading]:
@@ -283,7 +283,7 @@ class BusPort:
         self._out["acks"][-1].publish(refusal)
 
     def _incidents(self, tick: int, end: bool = False) -> None:
-        """What happened to the bus itself, said from the trainer's thread so that the order of events is its own."""
+        """Publish the incidents of the bus as alerts, from the trainer's thread, so that the order of events is its own."""
         held_back = self._limit.over()
         incidents = self.bus.incidents
         while incidents:

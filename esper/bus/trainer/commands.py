@@ -57,7 +57,7 @@ class Inbox:
         return command_id in self._open or command_id in self._finished
 
     def _decide(self, mark: Decided) -> None:
-        """What a controller sent counts from its mark on; what it decided for an earlier start of the trainer never."""
+        """Commands of a controller count from its mark on; those for an earlier start of the trainer never do."""
         if mark.epoch == self.epoch or (mark.tick, mark.epoch) == self.owed:
             self._due += self._undecided
             self.decided = mark.tick
@@ -69,7 +69,7 @@ class Inbox:
         self._undecided = []
 
     def due(self, tick: int) -> list[Command]:
-        """What is to be applied now: emergency stops, then by priority, then as they came; too late ones expire."""
+        """The commands to apply now: emergency stops, then by priority, then in order of arrival; late ones expire."""
         if not self._due:
             return []
         commands, self._due = self._due, []
@@ -96,7 +96,7 @@ class Inbox:
         self._ended(command_id)
 
     def refuse_rest(self, reason: str, tick: int) -> None:
-        """End whatever has not been handed out: nothing will be applied any more."""
+        """Refuse all commands that were not handed out: none will be applied any more."""
         commands = self._due + self._undecided
         self._due, self._undecided = [], []
         for command in commands:
@@ -104,7 +104,7 @@ class Inbox:
             self.finish(command.id, "refused", reason, tick)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs (JSON-able): commands not yet handed out and ids already seen."""
+        """The state for a checkpoint, JSON-able: commands not yet handed out and ids already seen."""
         return {
             "due": [base64.b64encode(encode_body(command)).decode() for command in self._due],
             "finished": list(self._finished),
@@ -132,9 +132,9 @@ SECOND_CONTROLLER = (
 
 
 class Receiver:
-    """Reads a consumer until closed; ``taken`` gives what came in, ``wait`` waits for more.
+    """Reads a consumer until closed; ``taken`` gives the messages that came in, ``wait`` waits for more.
 
-    Whatever the server answers, the trainer goes on: errors become incidents (code, sentence); it tries again.
+    The trainer goes on after any answer of the server: errors become incidents (code, sentence), and the read is tried again.
     """
 
     def __init__(self, consumer: Consumer, incident: Callable[[str, str], None]) -> None:
@@ -147,7 +147,7 @@ class Receiver:
         self._thread.start()
 
     def taken(self) -> list[Delivery]:
-        """What has arrived since the last call."""
+        """The messages that have arrived since the last call."""
         self._something.clear()
         return [self._arrived.popleft() for _ in range(len(self._arrived))]
 
@@ -185,9 +185,9 @@ class Receiver:
 
 
 class Safekeeping:
-    """Commands that have ended, until nothing can undo what came of them; only then does the server forget them.
+    """Commands that have ended, until nothing can undo their effects; only then does the server forget them.
 
-    A run that is killed goes on from its last checkpoint, which knows nothing of what was applied after it. With ``hold`` a
+    A run that is killed goes on from its last checkpoint, which knows nothing of commands that were applied after it. With ``hold`` a
     command is therefore acknowledged when a checkpoint that was taken after its end is on disk, and at once without it.
     """
 
