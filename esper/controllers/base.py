@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from esper.messages import CONTROLLER, Command, Message
+from esper.messages import CONTROLLER, Command, Decided, Message, TickEnded
 
 
 class Controller(Protocol):
@@ -24,6 +24,11 @@ class Controller(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
+
+
+def decision(ended: TickEnded) -> Decided:
+    """The mark that follows the commands of a tick: with it they count."""
+    return Decided(id=f"{CONTROLLER}-{ended.tick}-decided", tick=ended.tick, epoch=ended.epoch)
 
 
 def command_id(tick: int, n: int) -> str:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from esper.controllers.attempts import Attempts
 from esper.controllers.base import command_id
-from esper.controllers.budget import Budget
-from esper.controllers.health import Health
-from esper.controllers.plateau import Plateau
+from esper.controllers.bookkeeping import Attempts, Budget, Health, Plateau
 from esper.controllers.view import RunView, Seed, check_duration
 from esper.errors import UserError
 from esper.fields import setting

@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from esper.controllers.attempts import Attempts
 from esper.controllers.base import command_id
+from esper.controllers.bookkeeping import Attempts
 from esper.controllers.view import RunView, check_duration, refuse_unfitting
 from esper.errors import UserError
 from esper.fields import setting

@@ -14,10 +14,10 @@ import msgspec
 from esper.bus.codec import decode_body, encode_body
 from esper.bus.discovery import joined
 from esper.bus.protocol import Delivery, RemoteBus, counts_in_words, parse_id
-from esper.controllers.base import Controller
-from esper.controllers.exceptions import Contained
+from esper.controllers.base import Controller, decision
+from esper.controllers.runner import Contained
 from esper.errors import UserError
-from esper.messages import CONTROLLER, Checkpoint, Command, Decided, RunEnded, RunStarted, TickEnded
+from esper.messages import CONTROLLER, Checkpoint, Command, RunEnded, RunStarted, TickEnded
 
 HEARD = ("acks", "telemetry")  # beside the events; read when a tick has ended
 SEND_S = 10.0
@@ -83,7 +83,7 @@ class ExternalRunner:
                     self._hear(stream, delivery)
         if ended.tick > self._saved.tick:
             commands: list[Command] = self._controller.decide(ended.tick)
-            commands.append(Decided(id=f"{CONTROLLER}-{ended.tick}-decided", tick=ended.tick, epoch=ended.epoch))
+            commands.append(decision(ended))
             self._saved.tick, self._saved.state = ended.tick, self._controller.state()
             self._saved.said = [encode_body(command) for command in commands]
             self._save("now.json")
