@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from esper.bus.config import MemoryConfig
 from esper.errors import UserError
 from esper.fields import setting
 from esper.processes import ControllerPlace
@@ -291,6 +292,35 @@ class CustomController(ControllerPlace):
         return made
 
 
+@dataclass
+class CustomBus(MemoryConfig):
+    """A message bus of the user's own: ``target(config, folder, **args)`` keeps the contract of ``esper.bus.protocol``."""
+
+    name: str = "custom"
+    target: str = setting("", help="package.module:Name of a bus")
+    args: dict[str, Any] = setting({}, help="its keyword arguments, beside config (these settings) and folder")
+
+    def build(self, folder: Path) -> Any:
+        """The bus, which may write into ``folder``."""
+        made = make(self.target, {**self.args, "config": self, "folder": folder}, "bus")
+        for name in (
+            "config",
+            "incidents",
+            "counters",
+            "local",
+            "producer",
+            "consumer",
+            "dead_letters",
+            "replay",
+            "purge",
+            "counts",
+            "close",
+        ):
+            if not hasattr(made, name):
+                raise UserError(f"bus.target={self.target} has no '{name}'; a bus has all that esper.bus.protocol.Bus names.")
+        return made
+
+
 #: Group -> the dataclass of its option ``custom``.
 OPTIONS: dict[str, type] = {
     "model": CustomModel,
@@ -298,4 +328,5 @@ OPTIONS: dict[str, type] = {
     "blueprint": CustomBlueprint,
     "grafting": CustomGrafting,
     "controller": CustomController,
+    "bus": CustomBus,
 }

@@ -42,6 +42,10 @@ COLUMNS = tuple(column.name.lower() for column in Column)
 """The columns' names, as messages, files and predicates spell them."""
 
 
+CONTROLLER = "controller"
+"""The producer whose commands take effect only with the Decided that follows them."""
+
+
 class Message:
     """Base of everything that travels on the bus."""
 

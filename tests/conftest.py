@@ -28,7 +28,7 @@ LONGEST = (
     "e2e/test_external.py",
     "e2e/test_recipes.py",
     "repro/test_fingerprints.py",
-    "bus/test_programs.py",
+    "bus/programs/test_programs.py",
     "custom/test_user.py",
     "bus/test_chaos.py",
     "resume/test_chaos.py",

@@ -10,20 +10,21 @@ async with AsyncBus.open(config, folder) as bus:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig
-from esper.bus.ids import Id
-from esper.bus.protocol import Bus, Consumer, DeadLetter, Delivery, Producer
+from esper.bus.protocol import Bus, Consumer, DeadLetter, Delivery, Id, Producer
 from esper.messages import Message
+
+T = TypeVar("T")
 
 
 class AsyncProducer:
-    """The single writer of one stream."""
+    """The only one that writes its numbering of one stream."""
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
@@ -53,7 +54,7 @@ class AsyncConsumer:
         self._consumer = consumer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="esper-bus-consumer")
 
-    async def _call(self, function: Any, *arguments: Any) -> Any:
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
@@ -78,7 +79,7 @@ class AsyncConsumer:
                 yield delivery
 
     async def close(self) -> None:
-        """Release; what was not acknowledged stays pending."""
+        """Release; messages that were not acknowledged stay pending."""
         await self._call(self._consumer.close)
         self._thread.shutdown(wait=False)
 
@@ -101,7 +102,7 @@ class AsyncBus:
         await self.close()
 
     async def producer(self, stream: str, run: str, name: str = "main") -> AsyncProducer:
-        """The writer ``name`` of a stream, in a new epoch."""
+        """The producer ``name`` of a stream, in a new epoch."""
         return AsyncProducer(await asyncio.to_thread(self.bus.producer, stream, run, name))
 
     async def consumer(self, stream: str, run: str, group: str, name: str) -> AsyncConsumer:
@@ -109,7 +110,7 @@ class AsyncBus:
         return AsyncConsumer(await asyncio.to_thread(self.bus.consumer, stream, run, group, name))
 
     async def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
         return await asyncio.to_thread(self.bus.dead_letters, run)
 
     async def replay(self, run: str, ids: list[str]) -> int:

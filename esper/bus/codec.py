@@ -10,7 +10,7 @@ offset    bytes   meaning
 8         …       msgpack array: run, producer, epoch, sequence, time, after, body
 ========  ======  ===========================================================================================
 
-The checksum is verified before anything is parsed, so a corrupted message is refused as corrupted whatever it says.
+The checksum is verified before anything is parsed, so a corrupted message is refused before its contents count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ HEADER_BYTES = 8
 MAX_BYTES = 8 << 20  # larger payloads travel by claim check, so nothing honest comes near this
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in MESSAGES}
-_FIELDS = {kind: tuple(one.name for one in fields(kind)) for kind in (*MESSAGES, Selector, Predicate)}
+_FIELDS: dict[type[Any], tuple[str, ...]] = {kind: tuple(one.name for one in fields(kind)) for kind in (*MESSAGES, Selector, Predicate)}
 _Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]  # nobody counts further, and no reader need be able to
 _Time = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]  # seconds; every clock there is shows less
 _Cause = Annotated[str, msgspec.Meta(pattern=r"(?s)^.*/[0-9]{1,20}-[0-9]{1,20}\Z")]
@@ -44,7 +44,7 @@ class Refused(ValueError):
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """Who says what, and where it stands in its stream.
+    """A message with its sender and its position in the stream.
 
     ``time`` is the sender's clock in seconds, never falling within a producer: it orders producers among one another
     and measures latency, and no result depends on it. ``after`` names messages (``producer/epoch-sequence``) that must
@@ -81,10 +81,13 @@ def from_plain(plain: Any) -> Message:
     _refuse_unknown_parts(plain.get("select"))
     if kind in (ApplyTogether, ApplyEach) and isinstance(plain.get("commands"), list):
         parts = [from_plain(part) for part in plain["commands"]]
-        if not all(isinstance(part, Command) for part in parts):
+        commands = [part for part in parts if isinstance(part, Command)]
+        if len(commands) < len(parts):
             raise msgspec.ValidationError(f"{kind.__name__} holds something that is no command")
-        return replace(msgspec.convert(plain | {"commands": []}, kind), commands=parts)
-    return msgspec.convert(plain, kind)  # type: ignore[no-any-return]
+        together: ApplyTogether | ApplyEach = msgspec.convert(plain | {"commands": []}, kind)
+        return replace(together, commands=commands)
+    message: Message = msgspec.convert(plain, kind)
+    return message
 
 
 def _refuse_unknown_parts(select: Any) -> None:
@@ -122,7 +125,7 @@ def encode(envelope: Envelope) -> bytes:
 
 
 def decode(wire: bytes | memoryview, limit: int = MAX_BYTES) -> Envelope:
-    """The envelope in ``wire``; raises Refused (with a reason) for whatever is not exactly one well-formed message."""
+    """The envelope in ``wire``; raises Refused (with a reason) for bytes that are not exactly one well-formed message."""
     if len(wire) > limit:
         raise Refused("oversized", f"a message of {len(wire)} bytes is larger than the limit of {limit} bytes")
     view = memoryview(wire)

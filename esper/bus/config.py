@@ -25,7 +25,7 @@ class MemoryConfig:
 
 @dataclass
 class ServerConfig(MemoryConfig):
-    """What both buses with a server share."""
+    """The settings that both buses with a server share."""
 
     drop: str = setting("newest", choices=("newest", "oldest"), help="which waiting messages go when the disk space is used up")
     codec: str = setting("delta", choices=("raw", "delta", "rounded"), help="how telemetry is packed; rounded keeps 10 bits of mantissa")

@@ -1,4 +1,4 @@
-"""How other processes find a run's bus: a note in the run's folder says which bus, which run, and what the run is."""
+"""How other processes find the bus of a run: by a note in the run's folder with the bus, the run and its description."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ KINDS: dict[str, type[ServerConfig]] = {"embedded": EmbeddedConfig, "redis": Red
 
 
 class Invitation(msgspec.Struct):
-    """What a run says to those who may join; ``record`` describes the run (see ``esper.tracking.run_info``)."""
+    """The note for processes that may join a run; ``info`` describes the run (see ``esper.tracking.run_info``)."""
 
     run: str
     bus: dict[str, Any]
-    record: dict[str, Any]
+    info: dict[str, Any] = msgspec.field(name="record")
 
 
-def invite(folder: Path, run: str, config: ServerConfig, record: dict[str, Any]) -> None:
+def invite(folder: Path, run: str, config: ServerConfig, info: dict[str, Any]) -> None:
     """Write the note; credentials are not in it."""
     path = folder / "bus" / NOTE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.encode(Invitation(run, dataclasses.asdict(config), record)))
+    partial.write_bytes(msgspec.json.encode(Invitation(run, dataclasses.asdict(config), info)))
     partial.replace(path)
 
 
@@ -56,15 +56,15 @@ def invitation(folder: Path) -> Invitation:
 def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation]]:
     """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached, or no longer.
 
-    ``part`` (``controller`` or ``tracking``) is what the caller wants to be of the run: refused where the run has its own,
-    and otherwise its counts are said on the server while the caller is at work. No message is given up on for having been
-    in the hands of a controller that died, however often: without it the next would decide otherwise, and nobody would see.
+    ``part`` (``controller`` or ``tracking``) is the part of the run that the caller takes over: refused where the run has its own.
+    Otherwise the counters of the caller are on the server while it is at work. A message that was in the hands of a controller that
+    died never becomes a dead letter, however often that happens: without it the next controller would decide differently, unnoticed.
     """
     import redis
 
     from esper.bus.server.bus import ServerBus
     from esper.bus.server.embedded import address_in
-    from esper.bus.server.process_counts import report
+    from esper.bus.server.status import reporting_counts
 
     found = invitation(folder)
     if part:
@@ -72,14 +72,14 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     config = KINDS[found.bus["name"]](**found.bus)
     if part == "controller":
         config = dataclasses.replace(config, deliveries=sys.maxsize)
-    address = address_in(folder / "bus" / "server") if isinstance(config, EmbeddedConfig) else address_of(config)
+    address = address_of(config) if isinstance(config, RedisConfig) else address_in(folder / "bus" / "server")
     try:
         bus = ServerBus(config, address, folder / "bus")
     except NoAnswer as error:
         raise (_over(folder, error) if isinstance(config, EmbeddedConfig) else error) from None
     try:
         if part:
-            with report(bus, found.run, part):
+            with reporting_counts(bus, found.run, part):
                 yield bus, found
         else:
             yield bus, found
@@ -101,7 +101,7 @@ def _over(folder: Path, error: NoAnswer) -> UserError:
 
 def _refuse_second(folder: Path, found: Invitation, part: str) -> None:
     """Two of a kind would both command the run, or both write its files."""
-    process = found.record["config"][part].get("process")
+    process = found.info["config"][part].get("process")
     if process != "external":
         raise UserError(
             f"the run in {folder} has {part}.process={process}: its own process does this work, and a second one would"

@@ -1,8 +1,8 @@
-"""Orders in which a consumer can have its messages, whatever order they arrive in.
+"""Orders in which a consumer can have its messages, independent of the order in which they arrive.
 
-Waiting is bounded: ``hold_s`` seconds after it arrived a message is released although something before it is missing, and so
-is all that came in meanwhile and goes before it, however late that was. What then still comes is released as it comes; both
-are counted as ``late`` (and sequence numbers passed over as ``gaps``).
+Waiting is bounded: ``hold_s`` seconds after its arrival a message is released although a message before it is missing, together with
+all messages before it that have come by then. A missing message that still comes is released at once. Both are counted as ``late``, and
+the sequence numbers that were passed over as ``gaps``.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ import time
 from collections import deque
 from typing import Protocol
 
-from esper.bus.counters import Counts
-from esper.bus.ids import Id, parse
-from esper.bus.protocol import ORDERS, Consumer, Delivery
+from esper.bus.protocol import ORDERS, Consumer, Counts, Delivery, Id, parse_id
 
 
 class Order(Protocol):
     """Takes deliveries as they arrive and releases them in order; ``now`` is monotonic seconds."""
 
     def begin(self, producer: str, handled: Id) -> None:
-        """Before its first delivery: what ``producer`` said up to here was handled before, and is not waited for."""
+        """Before the first delivery of ``producer``: its messages up to ``handled`` were handled before, and are not waited for."""
 
     def push(self, delivery: Delivery, now: float) -> None:
         """One arrived."""
 
     def ready(self, now: float) -> list[Delivery]:
-        """What may be handled now."""
+        """The messages that may be handled now."""
 
 
 class StreamOrder:
@@ -38,15 +36,15 @@ class StreamOrder:
         self._released: dict[str, Id] = {}
 
     def begin(self, producer: str, handled: Id) -> None:
-        """Go on behind what was handled before."""
+        """Start behind the messages that were handled before."""
         self._released.setdefault(producer, handled)
 
     def push(self, delivery: Delivery, now: float) -> None:
         """One arrived."""
-        self._held.setdefault(delivery.producer, {}).setdefault(parse(delivery.id), (delivery, now))
+        self._held.setdefault(delivery.producer, {}).setdefault(parse_id(delivery.id), (delivery, now))
 
     def ready(self, now: float) -> list[Delivery]:
-        """What may be handled now, each producer's in order."""
+        """The messages that may be handled now, those of each producer in order."""
         return [delivery for delivery, _ in self.timed(now)]
 
     def timed(self, now: float) -> list[tuple[Delivery, float]]:
@@ -77,7 +75,7 @@ class StreamOrder:
 class GlobalOrder:
     """All producers' messages merged by the senders' clocks (ties by name and number).
 
-    A message waits until every producer heard of so far has said something later: that is the watermark. A producer
+    A message waits until every known producer has sent a later one: that is the watermark. A producer
     that is silent longer than ``hold_s`` is not waited for.
     """
 
@@ -89,7 +87,7 @@ class GlobalOrder:
         self._last: tuple[float, str, Id] = (float("-inf"), "", (0, 0))
 
     def begin(self, producer: str, handled: Id) -> None:
-        """Go on behind what was handled before."""
+        """Start behind the messages that were handled before."""
         self._stream.begin(producer, handled)
 
     def push(self, delivery: Delivery, now: float) -> None:
@@ -97,7 +95,7 @@ class GlobalOrder:
         self._stream.push(delivery, now)
 
     def ready(self, now: float) -> list[Delivery]:
-        """What may be handled now, in global order."""
+        """The messages that may be handled now, in global order."""
         for delivery, arrived in self._stream.timed(now):
             self._queues.setdefault(delivery.producer, deque()).append((delivery, arrived))
             known = self._frontier.get(delivery.producer, float("-inf"))
@@ -119,20 +117,24 @@ class GlobalOrder:
 
     @staticmethod
     def _key(delivery: Delivery) -> tuple[float, str, Id]:
-        return delivery.time, delivery.producer, parse(delivery.id)
+        return delivery.time, delivery.producer, parse_id(delivery.id)
 
 
 class CausalOrder:
-    """Stream order, and no message before those its sender named in ``after`` (``producer/epoch-sequence``)."""
+    """Stream order, and no message before those its sender named in ``after`` (``producer/epoch-sequence``).
+
+    A cause that its own stream has passed over was waited for already: its effects do not wait for it again, and count as ``late``.
+    """
 
     def __init__(self, hold_s: float, counts: Counts) -> None:
         self._stream = StreamOrder(hold_s, counts)
         self._hold_s, self._counts = hold_s, counts
         self._queues: dict[str, deque[tuple[Delivery, float]]] = {}
-        self._released: dict[str, Id] = {}
+        self._released: dict[str, Id] = {}  # by producer, the highest id so far
+        self._passed: dict[str, list[tuple[Id, Id]]] = {}  # by producer, pairs of released ids with nothing released between them
 
     def begin(self, producer: str, handled: Id) -> None:
-        """Go on behind what was handled before, which is also a cause that has come."""
+        """Start behind the messages that were handled before; as causes they have come."""
         self._stream.begin(producer, handled)
         self._released.setdefault(producer, handled)
 
@@ -141,7 +143,7 @@ class CausalOrder:
         self._stream.push(delivery, now)
 
     def ready(self, now: float) -> list[Delivery]:
-        """What may be handled now, causes before effects."""
+        """The messages that may be handled now, causes before effects."""
         for timed in self._stream.timed(now):
             self._queues.setdefault(timed[0].producer, deque()).append(timed)
         overdue = {name: sum(since + self._hold_s <= now for _, since in queue) for name, queue in self._queues.items()}
@@ -153,20 +155,32 @@ class CausalOrder:
                 while queue and self._may_go(queue[0][0], overdue[producer] > 0):
                     delivery, since = queue.popleft()
                     overdue[producer] -= since + self._hold_s <= now
-                    self._released[producer] = max(self._released.get(producer, (0, 0)), parse(delivery.id))
+                    self._note(producer, parse_id(delivery.id))
                     found.append(delivery)
                     progress = True
         return found
 
     def _may_go(self, delivery: Delivery, overdue: bool) -> bool:
-        for name in delivery.after:
-            producer, _, id = name.rpartition("/")
-            if self._released.get(producer, (0, 0)) < parse(id):
-                if not overdue:
-                    return False
-                self._counts.add("late")
-                break
+        """Whether the message may be released; one that goes before a cause of its own is counted."""
+        causes = [(producer, parse_id(id)) for producer, _, id in (name.rpartition("/") for name in delivery.after)]
+        awaited = any(id > self._released.get(producer, (0, 0)) for producer, id in causes)
+        if awaited and not overdue:
+            return False
+        if awaited or any(first < id < last for producer, id in causes for first, last in self._passed.get(producer, ())):
+            self._counts.add("late")
         return True
+
+    def _note(self, producer: str, id: Id) -> None:
+        """A message is released: note which numbers it passes over, or that it was one of those."""
+        highest = self._released.get(producer, (0, 0))
+        passed = self._passed.setdefault(producer, [])
+        if id <= highest:
+            parts = [((first, id), (id, last)) if first < id < last else ((first, last),) for first, last in passed]
+            self._passed[producer] = [pair for pairs in parts for pair in pairs]
+            return
+        if id != (highest[0], highest[1] + 1):
+            passed.append((highest, id))
+        self._released[producer] = id
 
 
 class OrderedConsumer:
@@ -212,14 +226,14 @@ class OrderedConsumer:
         return self._consumer.handled()
 
     def close(self) -> None:
-        """Release; what is held stays pending."""
+        """Release; messages that are held stay pending."""
         self._consumer.close()
 
 
 def in_order(consumer: Consumer, order: str, hold_s: float, counts: Counts, producers: tuple[str, ...] = ()) -> Consumer:
     """``consumer`` read in one of ``none | stream | global | causal`` order, from where its group stands.
 
-    It is the only one at work in its group: what others of it were given would be waited for.
+    It must be the only member at work in its group, since it would wait for messages that other members were given.
     Global order waits for all ``producers`` from the start; one that is not named counts from its first message on.
     """
     assert order in ORDERS, order

@@ -1,24 +1,86 @@
-"""The one contract every bus backend keeps; ``tests/contract`` runs the same suite over each of them.
+"""The contract that every bus backend keeps.
 
-A stream is written by named producers, each the single writer of its own numbering ``<epoch>-<sequence>``: the epoch
-is new with every start of that producer, the sequence counts from 1 without a hole.
+A stream has named producers. Each numbers its own messages ``<epoch>-<sequence>``: the epoch is new with every start of that
+producer, the sequence counts from 1 without a hole. Only one process at a time may be a producer.
+
+A backend implements ``Bus``, ``Producer`` and ``Consumer``. One that lives in the training process alone is a ``LocalBus`` and its own
+``local``; one that sends messages to another process is a ``RemoteBus``, and has a bus in memory as its ``local``. The suite that every
+backend passes is ``esper.bus.conformance``.
 """
 
 from __future__ import annotations
 
+import re
+import threading
 from collections import deque
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import msgspec
 
 from esper.bus.config import MemoryConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id
 from esper.errors import UserError
 from esper.messages import Message
 
 STREAMS = ("telemetry", "events", "commands", "acks")
 ORDERS = ("none", "stream", "global", "causal")
+Id = tuple[int, int]  # epoch and sequence of a stream entry, written ``<epoch>-<sequence>``
+LARGEST = (1 << 64) - 1  # either of them
+_ID = re.compile(rb"([0-9]{1,20})-([0-9]{1,20})")
+COUNTERS = (
+    "sent",  # messages stored by the backend
+    "received",  # messages handed to consumers, redeliveries included
+    "acknowledged",
+    "dropped",  # messages given up because memory and spool were full
+    "gaps",  # sequence numbers a consumer found missing
+    "duplicates",  # messages seen before and not handed out again
+    "refused",  # corrupt, malformed, oversized, newer, or of another run
+    "dead_letters",
+    "retries",  # attempts to reach the server that failed
+    "late",  # messages released out of order because the bounded hold ran out
+)
+"""The counters of a bus: no message is lost, refused or repeated without being counted."""
+
+
+def parse_id(id: str | bytes) -> Id:
+    """``"3-14"`` as ``(3, 14)``."""
+    epoch, _, sequence = (id.decode() if isinstance(id, bytes) else id).partition("-")
+    return int(epoch), int(sequence)
+
+
+def read_id(value: object) -> Id | None:
+    """An id read from a server, where anybody may have written; None for other bytes (epoch and sequence have 64 bits each)."""
+    found = _ID.fullmatch(value) if isinstance(value, bytes) else None
+    id = (int(found[1]), int(found[2])) if found else (LARGEST + 1, 0)
+    return id if max(id) <= LARGEST else None
+
+
+def id_text(id: Id) -> str:
+    """``(3, 14)`` as ``"3-14"``."""
+    return f"{id[0]}-{id[1]}"
+
+
+class Counts:
+    """Counters shared by the threads of one bus."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values = dict.fromkeys(COUNTERS, 0)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Add to one of COUNTERS."""
+        with self._lock:
+            self._values[name] += amount
+
+    def snapshot(self) -> dict[str, int]:
+        """All counters at this moment."""
+        with self._lock:
+            return dict(self._values)
+
+
+def counts_in_words(counts: dict[str, int]) -> str:
+    """``3 sent, 12 received, …``, by COUNTERS."""
+    return ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in COUNTERS)
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False):
@@ -54,7 +116,7 @@ class Fenced(UserError):
 
 
 class Producer(Protocol):
-    """The single writer of one stream of one run."""
+    """The only one that writes its numbering of one stream of one run."""
 
     epoch: int
 
@@ -73,12 +135,12 @@ class Consumer(Protocol):
 
     @property
     def answered(self) -> bool:
-        """Whether the last read reached the bus: nothing found by one that did not says nothing of what is there."""
+        """Whether the last read reached the bus; where it did not, an empty result does not mean that there are no messages."""
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first.
 
-        First what this name left unacknowledged in an earlier life, then what dead members left, then what is new.
+        First come the messages that this name left unacknowledged in an earlier life, then those of dead members, then new ones.
         """
 
     def ack(self, deliveries: list[Delivery]) -> None:
@@ -95,31 +157,34 @@ class Consumer(Protocol):
         """By producer, up to where the group had acknowledged all when this member first looked; complete once a read gave something."""
 
     def close(self) -> None:
-        """Release; what was not acknowledged stays pending for another member to claim."""
+        """Release; messages that were not acknowledged stay pending for another member to claim."""
 
 
 class Bus(Protocol):
     """Streams of runs, written by producers and read by consumer groups.
 
-    ``incidents`` collects what happens to the bus itself, as (code, sentence): the server gone, back, refusing.
+    ``incidents`` collects events of the bus itself, as (code, sentence): the server is gone, is back, refuses.
     """
 
-    config: MemoryConfig
     incidents: deque[tuple[str, str]]
     counters: Counts
 
     @property
-    def local(self) -> Bus:
+    def config(self) -> MemoryConfig:
+        """Its settings."""
+
+    @property
+    def local(self) -> LocalBus:
         """The in-process bus on which parts of the training process meet: itself where there is no server."""
 
     def producer(self, stream: str, run: str, name: str = "main") -> Producer:
-        """The writer ``name`` of ``stream`` (one of STREAMS) of ``run``, in a new epoch."""
+        """The producer ``name`` of ``stream`` (one of STREAMS) of ``run``, in a new epoch."""
 
     def consumer(self, stream: str, run: str, group: str, name: str) -> Consumer:
         """Member ``name`` of consumer group ``group``, reading ``stream`` of ``run`` from its beginning."""
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
 
     def replay(self, run: str, ids: list[str]) -> int:
         """Hand dead letters with these ids to their group once more; how many there were."""
@@ -128,7 +193,46 @@ class Bus(Protocol):
         """Forget dead letters with these ids; how many there were."""
 
     def counts(self) -> dict[str, int]:
-        """What this process sent, received, dropped …, by the names of ``esper.bus.counters``."""
+        """The counters of this process by COUNTERS, and ``spool_bytes``."""
 
     def close(self) -> None:
         """Release everything; servers started by this bus are stopped."""
+
+
+class LocalBus(Bus, Protocol):
+    """A bus inside one process, on which nothing is kept that nobody reads."""
+
+    def has_readers(self, stream: str, run: str) -> bool:
+        """Whether any consumer group reads this stream."""
+
+
+class RemoteProducer(Producer, Protocol):
+    """A producer whose messages leave the process."""
+
+    def send(self, message: Message, timeout_s: float) -> bool:
+        """Publish and wait until it is stored, at most ``timeout_s`` seconds; whether it is."""
+
+    def barrier(self, timeout_s: float) -> bool:
+        """Make everything published survive this process; whether the other side has it after ``timeout_s`` seconds."""
+
+
+class RemoteBus(Bus, Protocol):
+    """A bus whose messages leave the process, sent by a thread of its own so that no training step waits."""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the other side answers, as far as is known without asking it."""
+
+    def producer(self, stream: str, run: str, name: str = "main") -> RemoteProducer:
+        """As ``Bus.producer``."""
+
+    def each_round(self, chore: Callable[[], None]) -> None:
+        """Call ``chore`` from the thread that sends, several times a second, before anything is sent."""
+
+    def send_now(self) -> None:
+        """Send waiting messages from the calling thread."""
+
+
+def remote(bus: Bus) -> RemoteBus | None:
+    """The bus itself where its messages leave the process, None where they do not."""
+    return None if bus.local is bus else cast("RemoteBus", bus)

@@ -46,7 +46,7 @@ def pack(message: Telemetry, codec: str) -> Telemetry:
     delta = by_column.copy()
     delta[:, 1:] -= by_column[:, :-1]
     shuffled = np.ascontiguousarray(delta.reshape(-1).view(np.uint8).reshape(-1, 4).T)
-    data = _compressor().compress(shuffled)
+    data = _compressor().compress(shuffled.data)
     return replace(message, codec=codec, data=data)
 
 
@@ -76,7 +76,7 @@ def unpacked(message: Telemetry) -> Telemetry:
 
 
 def round_mantissa(bits: np.ndarray) -> np.ndarray:
-    """Float32 bits with 10 bits of mantissa (relative error at most 2⁻¹¹); infinities and NaN stay what they are."""
+    """Float32 bits with 10 bits of mantissa (relative error at most 2⁻¹¹); infinities and NaN are unchanged."""
     half = np.uint32(1 << (_MANTISSA_DROPPED - 1))
     mask = np.uint32(0xFFFFFFFF << _MANTISSA_DROPPED & 0xFFFFFFFF)
     special = (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
@@ -92,7 +92,8 @@ def _decompress(data: bytes, size: int) -> bytes:
     try:
         if zstandard.frame_content_size(data) != size:
             raise Refused("malformed", f"packed telemetry does not say that it unpacks to {size} bytes")
-        return _local.decompressor.decompress(data, max_output_size=size)
+        decompressor: zstandard.ZstdDecompressor = _local.decompressor
+        return decompressor.decompress(data, max_output_size=size)
     except zstandard.ZstdError as error:
         raise Refused("malformed", f"packed telemetry cannot be unpacked: {error}") from error
 
@@ -102,4 +103,5 @@ def _compressor() -> zstandard.ZstdCompressor:
 
     if not hasattr(_local, "compressor"):
         _local.compressor = zstandard.ZstdCompressor(level=1)
-    return _local.compressor
+    compressor: zstandard.ZstdCompressor = _local.compressor
+    return compressor

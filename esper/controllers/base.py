@@ -1,17 +1,14 @@
-"""What a controller is: it hears every message of a run and answers each tick with commands."""
+"""The interface of a controller, which hears every message of a run and answers each tick with commands."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from esper.messages import Command, Message
-
-#: The producer name under which the trainer knows a controller's commands.
-PRODUCER = "controller"
+from esper.messages import CONTROLLER, Command, Decided, Message, TickEnded
 
 
 class Controller(Protocol):
-    """Decides which seed germinates what, when it advances, when it goes.
+    """Decides which seeds germinate, with which blueprint, and when.
 
     It knows the bus's messages alone. The same messages in the same order lead to the same commands: runs repeat.
     """
@@ -29,6 +26,11 @@ class Controller(Protocol):
         """Go on from ``state``."""
 
 
+def decision(ended: TickEnded) -> Decided:
+    """The mark that follows the commands of a tick: with it they count."""
+    return Decided(id=f"{CONTROLLER}-{ended.tick}-decided", tick=ended.tick, epoch=ended.epoch)
+
+
 def command_id(tick: int, n: int) -> str:
     """Id of the ``n``-th command decided at ``tick``: the same when a resumed run decides it again."""
-    return f"{PRODUCER}-{tick}-{n}"
+    return f"{CONTROLLER}-{tick}-{n}"

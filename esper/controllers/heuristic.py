@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from esper.controllers.attempts import Attempts
 from esper.controllers.base import command_id
-from esper.controllers.budget import Budget
-from esper.controllers.health import Health
-from esper.controllers.plateau import Plateau
+from esper.controllers.bookkeeping import Attempts, Budget, Health, Plateau
 from esper.controllers.view import RunView, Seed, check_duration
 from esper.errors import UserError
 from esper.fields import setting
@@ -66,7 +63,7 @@ class HeuristicController:
         self.goal = 0  # germinations of all waves so far, counted when they are applied
 
     def observe(self, message: Message) -> None:
-        """Take note of whatever bears on when, where and how much to grow."""
+        """Take note of messages that bear on when, where and how much to grow."""
         self.view.observe(message)
         self.attempts.observe(message)
         self.budget.observe(message)
@@ -80,7 +77,7 @@ class HeuristicController:
             self.plateau.observe(message.tick, message.values[self.config.metric])
 
     def _check_times(self, started: RunStarted) -> None:
-        """Raise UserError where whatever starts a wave, or the first telemetry, would come when nothing germinates any more."""
+        """Raise UserError where the start of every wave, or the first telemetry, would come after the last germination."""
         config, ticks = self.config, self.view.ticks
         last = min(ticks(config.until), self.view.last_decision)
         end = f"nothing germinates after tick {last} of {started.total_ticks} (controller.until={config.until}), so nothing ever would"
@@ -115,7 +112,7 @@ class HeuristicController:
             self.first_done = True
         elif not self.config.plateau or self.plateau.lasts(tick) < self.view.ticks(self.config.plateau):
             return
-        # What an earlier wave could not place is not added to this one: the seeds it lacked are the same.
+        # Germinations that an earlier wave could not place are not added to this one: the seeds it lacked are the same.
         self.goal = self.attempts.applied + len(self.attempts.open) + self.config.count
         self.plateau.restart(tick)
 
@@ -140,8 +137,8 @@ class HeuristicController:
 
     def _germinate(self, tick: int, n: int, place: Seed) -> Germinate:
         site, seed = place
-        names = {"blueprint": self.config.blueprint, "strategy": self.config.strategy}
-        command = Germinate(id=command_id(tick, n), site=site, seed=seed, **names)
+        blueprint, strategy = self.config.blueprint, self.config.strategy
+        command = Germinate(id=command_id(tick, n), site=site, seed=seed, blueprint=blueprint, strategy=strategy)
         self.attempts.sent(command)
         return command
 

@@ -7,13 +7,13 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from esper.controllers.attempts import Attempts
-from esper.controllers.base import PRODUCER, command_id
+from esper.controllers.base import command_id
+from esper.controllers.bookkeeping import Attempts
 from esper.controllers.view import RunView, check_duration, refuse_unfitting
 from esper.errors import UserError
 from esper.fields import setting
 from esper.lifecycle.stages import Stage
-from esper.messages import Command, Germinate, Message, RunStarted
+from esper.messages import CONTROLLER, Command, Germinate, Message, RunStarted
 from esper.processes import ControllerPlace
 
 
@@ -77,7 +77,7 @@ class RandomController:
 
     def _lot(self, *purpose: str | int) -> random.Random:
         """A generator of its own for one purpose, so that all that a checkpoint needs is how many draws there were."""
-        text = "\x1f".join(map(str, (self.seed, PRODUCER, *purpose)))
+        text = "\x1f".join(map(str, (self.seed, CONTROLLER, *purpose)))
         return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big"))
 
     def decide(self, tick: int) -> list[Command]:

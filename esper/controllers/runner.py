@@ -1,22 +1,88 @@
-"""Connects a controller to a run's bus, in the training process or in its own."""
+"""Connects a controller to a run's bus, and keeps its exceptions from ending the run."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 from typing import Any
 
 from esper.bus.protocol import Bus, Delivery
-from esper.controllers.base import PRODUCER, Controller
-from esper.controllers.exceptions import Contained
-from esper.messages import Decided, RunEnded, TickEnded
+from esper.controllers.base import Controller, decision
+from esper.errors import UserError
+from esper.messages import CONTROLLER, Command, Message, RunEnded, TickEnded
 
-#: Events first: they say which sites there are, before anything is said about them.
+REPEATED = 3
+"""Exceptions in all after which a controller is asked no more."""
+_COUNT = "esper: exceptions raised"
+
+log = logging.getLogger(__name__)
+
+
+class Contained:
+    """The controller itself, without its exceptions. A UserError is a sentence for the user, and ends the run as ever.
+
+    With ``debug`` nothing is contained. Sentences for the bus wait in ``complaints``.
+    """
+
+    def __init__(self, controller: Controller, debug: bool = False) -> None:
+        self.own = controller
+        self.debug = debug
+        self.raised = 0
+        self.complaints: list[str] = []
+
+    @property
+    def dismissed(self) -> bool:
+        """Whether it is asked no more."""
+        return self.raised >= REPEATED
+
+    def observe(self, message: Message) -> None:
+        """Let the controller take note of a message."""
+        if not self.dismissed:
+            try:
+                self.own.observe(message)
+            except Exception as error:
+                self._contain(error, f"a {type(message).__name__}")
+
+    def decide(self, tick: int) -> list[Command]:
+        """Its commands; none where it raised, or is dismissed."""
+        if not self.dismissed:
+            try:
+                return list(self.own.decide(tick))
+            except Exception as error:
+                self._contain(error, f"tick {tick}")
+        return []
+
+    def _contain(self, error: Exception, at: str) -> None:
+        if self.debug or isinstance(error, UserError):
+            raise error
+        self.raised += 1
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if self.raised == 1:
+            text = f"the controller {type(self.own).__name__} raised {what} at {at}; training goes on without that decision"
+            log.error("%s", text, exc_info=error)
+            self.complaints.append(text)
+        if self.dismissed:
+            text = f"the controller {type(self.own).__name__} has raised {self.raised} exceptions, last {what}, and is asked no more"
+            log.error("%s", text)
+            self.complaints.append(text)
+
+    def state(self) -> dict[str, Any]:
+        """The controller's own, and how often it has raised, if it has."""
+        return {**self.own.state(), **({_COUNT: self.raised} if self.raised else {})}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.raised = int(state.get(_COUNT, 0))
+        self.own.load_state({name: value for name, value in state.items() if name != _COUNT})
+
+
+#: Events first: they name the sites to which the other messages refer.
 _HEARD = ("events", "acks", "telemetry")
 
 
 class ControllerRunner:
-    """Feeds a controller what the run says, and sends its commands, each tick's followed by Decided.
+    """Feeds a controller the messages of the run, and sends its commands, each tick's followed by Decided.
 
     Make it before the run starts: a stream that nobody listens to is not kept.
     """
@@ -24,20 +90,20 @@ class ControllerRunner:
     def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller", debug: bool = False) -> None:
         self.controller = controller
         self._contained = Contained(controller, debug)
-        self._consumers = {stream: bus.consumer(stream, run, PRODUCER, name) for stream in _HEARD}
-        self._producer = bus.producer("commands", run, PRODUCER)
+        self._consumers = {stream: bus.consumer(stream, run, CONTROLLER, name) for stream in _HEARD}
+        self._producer = bus.producer("commands", run, CONTROLLER)
         self._last = TickEnded(tick=-1)
         self._lock = threading.Lock()  # a checkpoint asks for the state from another thread than ``serve``
         self._serving = False
 
     def step(self, tick: int) -> None:
-        """In the training process: decide on everything said up to ``tick``, which the trainer has just ended."""
+        """In the training process: decide on all messages up to ``tick``, which the trainer has just ended."""
         self.hear()
         assert self._last.tick == tick, f"asked to decide on tick {tick}, but the last that ended is {self._last.tick}"
         self._decide(self._last)
 
     def hear(self) -> None:
-        """Feed the controller everything said so far, which its state then holds; nothing to do where ``serve`` does."""
+        """Feed the controller all messages so far, so that its state holds them; does nothing while ``serve`` reads."""
         if self._serving:
             return
         for stream in _HEARD:
@@ -83,8 +149,7 @@ class ControllerRunner:
     def _decide(self, ended: TickEnded) -> None:
         for command in self._contained.decide(ended.tick):
             self._producer.publish(command)
-        mark = f"{PRODUCER}-{ended.tick}-decided"
-        self._producer.publish(Decided(id=mark, tick=ended.tick, epoch=ended.epoch))
+        self._producer.publish(decision(ended))
 
     def state(self) -> dict[str, Any]:
         """The controller's state, JSON-able, for a checkpoint."""
@@ -96,12 +161,12 @@ class ControllerRunner:
         self._contained.load_state(state)
 
     def complaints(self) -> list[str]:
-        """What the controller raised since this was last asked, for the run's alerts."""
+        """Sentences about exceptions of the controller since the last call, for alerts."""
         said, self._contained.complaints = self._contained.complaints, []
         return said
 
     def close(self) -> None:
-        """Send what is left and release the streams."""
+        """Send the remaining commands and release the streams."""
         self._producer.close()
         for consumer in self._consumers.values():
             consumer.close()

@@ -1,4 +1,4 @@
-"""What a controller knows of a run, gathered from messages alone."""
+"""A controller's view of a run, gathered from messages alone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class RunView:
         ]
 
     def matching(self, site: str) -> list[dict[str, Any]]:
-        """What was said of the sites that the glob of ``controller.site`` matches; raises UserError when it matches none."""
+        """The descriptions of the sites that the glob of ``controller.site`` matches; raises UserError when it matches none."""
         found = [described for name, described in self.sites.items() if fnmatchcase(name, site)]
         if not found:
             raise UserError(f"controller.site={site} matches no site; there are: {', '.join(self.sites) or 'none'}.")

@@ -14,18 +14,17 @@ from typing import Any
 
 import msgspec
 
-from esper.bus.config import EmbeddedConfig, MemoryConfig
+from esper.bus.config import EmbeddedConfig, ServerConfig
 from esper.bus.discovery import invite
 from esper.bus.programs.tracker import GROUP as TRACKER
 from esper.bus.protocol import Bus
 from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.bus.trainer.bus_port import BusPort, ControllerSilent
-from esper.bus.trainer.command_inbox import CONTROLLER
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
 from esper.engine.state import fitting
 from esper.errors import UserError
-from esper.messages import COLUMNS, Alert, Message
+from esper.messages import COLUMNS, CONTROLLER, Alert, Message
 from esper.running.builders import build_controller
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, RunRecord, Tracker, prepared_trackers
@@ -100,9 +99,9 @@ class TrackedElsewhere:
 def refuse_alone(config: RootConfig) -> None:
     """Raise UserError for a part in another process on a bus that no other process can reach."""
     for group in ("controller", "tracking"):
-        if getattr(config, group).process == EXTERNAL and config.bus.name == MemoryConfig.name:
+        if getattr(config, group).process == EXTERNAL and not isinstance(config.bus, ServerConfig):
             raise UserError(
-                f"{group}.process=external needs a bus that another process can reach, and bus=memory lives in this one:"
+                f"{group}.process=external needs a bus that another process can reach, and bus={config.bus.name} lives in this one:"
                 " add bus=embedded or bus=redis."
             )
 
@@ -115,7 +114,7 @@ def refuse_untrackable(config: RootConfig, folder: Path) -> None:
 
 def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, quiet: bool) -> None:
     """Let other processes find the run's bus, and tell the user what to start."""
-    if bus.local is not bus:
+    if isinstance(config.bus, ServerConfig):
         invite(folder, record.run, config.bus, msgspec.to_builtins(record))
         if config.tracking.process == EXTERNAL:
             keep_all(folder / "bus" / "payloads")

@@ -15,7 +15,7 @@ import yaml
 
 from esper import secrets
 from esper.app import main
-from esper.bus.monitor.exporters import OtlpExporter
+from esper.bus.metrics import OtlpExporter
 from esper.config import build
 from esper.errors import UserError
 from esper.tracking.mlflow_store import quiet_client

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import msgspec
 from chaos import RUN, SETTINGS, Episode, write
 from faults import wait_until
-from trainer import COLUMNS, ScriptedTrainer
+from scripted_trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus import open_bus
 from esper.bus.config import MemoryConfig, RedisConfig

@@ -51,7 +51,7 @@ def flood(run, server, megabytes):
 def bus_down(run, server):
     server.kill()
     run.port.end_tick(2)
-    assert wait_until(lambda: run.bus.writer.open)
+    assert wait_until(lambda: run.bus.sender.open)
 
 
 def dropping(run, server):

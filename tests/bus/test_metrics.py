@@ -11,7 +11,7 @@ from faults import FragileServer, wait_until
 from scraping import Run
 
 from esper.bus.discovery import joined
-from esper.bus.monitor.metric_names import BUCKETS_S, METRICS
+from esper.bus.metrics import BUCKETS_S, METRICS
 from esper.bus.programs import inspect
 from esper.errors import UserError
 

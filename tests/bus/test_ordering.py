@@ -6,10 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.bus.counters import Counts
-from esper.bus.ids import parse
 from esper.bus.ordering import CausalOrder, GlobalOrder, StreamOrder
-from esper.bus.protocol import Delivery
+from esper.bus.protocol import Counts, Delivery, parse_id
 from esper.messages import TickEnded
 
 
@@ -41,8 +39,8 @@ def arrive(order, messages, gap_s=0.0):
 def keep_stream_order(released):
     last = {}
     for delivery in released:
-        assert parse(delivery.id) > last.get(delivery.producer, (0, 0))
-        last[delivery.producer] = parse(delivery.id)
+        assert parse_id(delivery.id) > last.get(delivery.producer, (0, 0))
+        last[delivery.producer] = parse_id(delivery.id)
 
 
 @given(traffic())
@@ -62,7 +60,7 @@ def test_a_missing_message_holds_its_stream_for_a_bounded_time_and_is_counted(tr
     counts = Counts()
     order = StreamOrder(10.0, counts)
     released, now = arrive(order, [message for message in arrival if message is not missing])
-    after = [m for m in sent if m.producer == missing.producer and parse(m.id) > parse(missing.id)]
+    after = [m for m in sent if m.producer == missing.producer and parse_id(m.id) > parse_id(missing.id)]
     assert not any(message in released for message in after)
     released += order.ready(now + 10.0)
     keep_stream_order(released)
@@ -81,7 +79,7 @@ def test_global_order_is_the_merge_by_the_senders_clocks(traffic):
     released, now = arrive(order, arrival)
     released += order.ready(now + 30.0)
     released += order.ready(now + 60.0)
-    assert released == sorted(sent, key=lambda m: (m.time, m.producer, parse(m.id)))
+    assert released == sorted(sent, key=lambda m: (m.time, m.producer, parse_id(m.id)))
 
 
 @given(traffic())
@@ -118,6 +116,39 @@ def test_an_effect_whose_cause_never_comes_is_held_for_a_bounded_time():
     assert counts.snapshot()["late"] == 1
 
 
+@pytest.mark.parametrize("effects", ["a", "b"])
+def test_an_effect_of_a_cause_that_was_passed_over_is_counted_and_does_not_wait_again(effects):
+    counts = Counts()
+    order = CausalOrder(10.0, counts)
+    sent = {number: Delivery(f"1-{number}", TickEnded(tick=number), 1, "a") for number in (1, 2, 3)}
+    first = (4, 5) if effects == "a" else (1, 2)
+    early = [Delivery(f"1-{number}", TickEnded(tick=number), 1, effects, 0.0, ("a/1-2",)) for number in first]
+    for delivery in (sent[1], sent[3]):
+        order.push(delivery, 0.0)
+    assert order.ready(0.0) == [sent[1]]
+    for delivery in early:
+        order.push(delivery, 11.0)
+    assert order.ready(11.0) == [sent[3], *early]
+    assert counts.snapshot()["late"] == 2
+    order.push(sent[2], 11.0)
+    assert order.ready(11.0) == [sent[2]]
+    assert counts.snapshot()["late"] == 3
+    after = Delivery(f"1-{first[-1] + 1}", TickEnded(tick=9), 1, effects, 0.0, ("a/1-2",))
+    order.push(after, 11.0)
+    assert order.ready(11.0) == [after]
+    assert counts.snapshot()["late"] == 3
+
+
+def test_a_cause_that_never_came_in_an_earlier_start_of_its_producer_is_no_cause_that_came():
+    counts = Counts()
+    order = CausalOrder(10.0, counts)
+    for id in ("1-1", "2-1"):
+        order.push(Delivery(id, TickEnded(tick=0), 1, "a"), 0.0)
+    order.push(Delivery("1-1", TickEnded(tick=0), 1, "b", 0.0, ("a/1-2",)), 0.0)
+    assert len(order.ready(0.0)) == 3
+    assert counts.snapshot()["late"] == 1
+
+
 @pytest.mark.parametrize("kind", [StreamOrder, GlobalOrder, CausalOrder])
 @given(traffic=traffic(), data=st.data())
 @settings(max_examples=30, deadline=None)
@@ -138,8 +169,8 @@ def test_whatever_is_missing_or_delayed_the_rest_comes_once_and_disorder_is_coun
     assert sorted(map(id, released)) == sorted(id(message) for message in sent if not any(message is gone for gone in missing))
     late, last, passed = counts.snapshot()["late"], {}, 0
     for delivery in released:
-        passed += parse(delivery.id) < last.get(delivery.producer, (0, 0))
-        last[delivery.producer] = max(last.get(delivery.producer, (0, 0)), parse(delivery.id))
+        passed += parse_id(delivery.id) < last.get(delivery.producer, (0, 0))
+        last[delivery.producer] = max(last.get(delivery.producer, (0, 0)), parse_id(delivery.id))
     assert passed <= late
     if kind is CausalOrder:
         position = {f"{delivery.producer}/{delivery.id}": index for index, delivery in enumerate(released)}
@@ -158,7 +189,7 @@ def test_nothing_waits_longer_than_the_hold_whatever_comes_before_it_and_when(ki
     due, released, now = {}, set(), 0.0
 
     def look(until):
-        for moment in sorted({moment for moment in due.values() if now < moment <= until}) + [until]:
+        for moment in [*sorted({moment for moment in due.values() if now < moment <= until}), until]:
             released.update(map(id, order.ready(moment)))
             assert {number for number, last in due.items() if last <= moment} <= released
 

@@ -1,297 +1,74 @@
-"""What every bus does, whatever carries the messages."""
+"""Every backend of esper, and that of the documentation, keeps the contract of a bus."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+from backends import Awaited, Embedded, InMemory, OnServer
 
-from esper.bus.counters import Counts
-from esper.bus.ordering import in_order
-from esper.bus.protocol import Fenced
-from esper.messages import Metrics, Telemetry, TickEnded
+from esper.app import main
+from esper.bus.config import MemoryConfig
+from esper.bus.conformance import Backend, BusConformance
+from esper.bus.memory.bus import MemoryBus
+from esper.bus.protocol import Bus
+from esper.custom import CustomBus
+from esper.errors import UserError
+from esper.messages import Telemetry
 
-
-def ticks(deliveries):
-    return [delivery.message.tick for delivery in deliveries]
-
-
-def publish(producer, numbers):
-    for number in numbers:
-        producer.publish(TickEnded(tick=number))
-    assert producer.flush(60)
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 
-def test_messages_arrive_once_and_in_order(backend, run, collect):
-    bus = backend.open()
-    consumer = bus.consumer("events", run, "group", "one")
-    publish(bus.producer("events", run), range(500))
-    assert ticks(collect(consumer, 500)) == list(range(500))
-    assert consumer.read(10, 0.05) == []
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setenv("ESPER_ALLOW", "my_pkg,esper")
 
 
-def test_ids_count_from_one_without_a_hole_and_each_start_is_a_new_epoch(backend, run, collect):
-    bus = backend.open()
-    consumer = bus.consumer("events", run, "group", "one")
-    for _ in range(2):
-        publish(bus.producer("events", run), range(3))
-    assert [delivery.id for delivery in collect(consumer, 6)] == ["1-1", "1-2", "1-3", "2-1", "2-2", "2-3"]
-    assert bus.counts()["gaps"] == 0
+class Journal(Backend):
+    """The bus of the documentation."""
+
+    def make(self, settings: dict[str, Any]) -> Bus:
+        return CustomBus(target="my_pkg.buses:JournalBus", **settings).build(self.folder)
 
 
-def test_a_newer_start_fences_the_old_producer(backend, run, collect):
-    bus = backend.open()
-    old = bus.producer("events", run)
-    publish(old, [1])
-    new = backend.open().producer("events", run)
-    publish(new, [2])
-    with pytest.raises(Fenced):
-        for _ in range(100):
-            old.publish(TickEnded(tick=1000))
-            old.flush(0.5)
-    consumer = bus.consumer("events", run, "group", "one")
-    assert ticks(collect(consumer, 2)) == [1, 2]
-    assert consumer.read(10, 0.1) == []
+class TestMemory(BusConformance):
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> Iterator[Backend]:
+        with closing(InMemory(tmp_path)) as backend:
+            yield backend
 
 
-def test_a_group_that_comes_late_reads_from_the_beginning(backend, run, collect):
-    bus = backend.open()
-    publish(bus.producer("events", run), range(10))
-    assert ticks(collect(bus.consumer("events", run, "late", "one"), 10)) == list(range(10))
+class TestOwn(BusConformance):
+    @pytest.fixture
+    def backend(self, tmp_path: Path, allowed: None) -> Iterator[Backend]:
+        with closing(Journal(tmp_path)) as backend:
+            yield backend
 
 
-def test_one_look_finds_what_a_producer_unknown_before_has_said(backend, run):
-    bus = backend.open(claim_s=30.0)
-    consumer = bus.consumer("events", run, "group", "one")
-    publish(bus.producer("events", run, "known"), [1])
-    assert ticks(consumer.read(10, 1)) == [1]
-    publish(bus.producer("events", run, "new"), [2])
-    time.sleep(0.25)
-    assert ticks(consumer.read(10)) == [2]
+class TestServer(BusConformance):
+    @pytest.fixture(params=["embedded", "redis", "tls", "asyncio"])
+    def backend(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
+        if request.param == "embedded":
+            made: Backend = Embedded(tmp_path)
+        else:
+            address = request.getfixturevalue("tls") if request.param == "tls" else request.getfixturevalue("server").address
+            made = (Awaited if request.param == "asyncio" else OnServer)(tmp_path, address)
+        with closing(made) as backend:
+            yield backend
+
+    @pytest.fixture(params=["raw", "delta"])
+    def codec(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
 
 
-def test_every_group_gets_everything_and_within_a_group_one_member_does(backend, run, collect):
-    bus = backend.open()
-    members = [bus.consumer("events", run, "shared", name) for name in "ab"]
-    alone = bus.consumer("events", run, "alone", "one")
-    publish(bus.producer("events", run), range(200))
-    shared = []
-    while len(shared) < 200:
-        for member in members:
-            got = member.read(5)
-            member.ack(got)
-            shared += ticks(got)
-    assert sorted(shared) == list(range(200))
-    assert ticks(collect(alone, 200)) == list(range(200))
-    assert bus.counts()["gaps"] == 0
-
-
-def test_what_was_not_acknowledged_comes_again_to_the_same_name_at_once(backend, run, collect):
-    bus = backend.open(claim_s=3600.0)
-    publish(bus.producer("events", run), range(5))
-    first = bus.consumer("events", run, "group", "one")
-    got = collect(first, 5, ack=False)
-    assert len(got) == 5
-    first.ack(got[:2])
-    first.close()
-    again = collect(backend.open(claim_s=3600.0).consumer("events", run, "group", "one"), 3)
-    assert ticks(again) == [2, 3, 4]
-    assert [delivery.deliveries for delivery in again] == [2, 2, 2]
-
-
-def test_a_killed_members_messages_are_claimed_after_its_claim_time(backend, run, collect):
-    bus = backend.open()
-    publish(bus.producer("events", run), range(5))
-    died = backend.kill_one_that_holds(run, 5)
-    alive = bus.consumer("events", run, "group", "alive")
-    found = collect(alive, 5)
-    assert time.monotonic() - died > bus.config.claim_s / 2  # it has held them for a moment before it died
-    assert ticks(found) == list(range(5))
-    assert {delivery.deliveries for delivery in found} == {2}
-
-
-def test_a_message_never_acknowledged_becomes_a_dead_letter_after_n_deliveries(backend, run):
-    bus = backend.open(claim_s=0.05)
-    publish(bus.producer("events", run), [7])
-    consumer = bus.consumer("events", run, "group", "one")
-    seen = []
-    deadline = time.monotonic() + 60
-    while not bus.dead_letters(run) and time.monotonic() < deadline:
-        seen += [delivery.deliveries for delivery in consumer.read(10, 0.02)]
-    assert seen == [1, 2, 3]
-    (letter,) = bus.dead_letters(run)
-    assert letter.message == TickEnded(tick=7)
-    assert (letter.stream, letter.origin, letter.group, letter.deliveries) == ("events", "1-1", "group", 3)
-    assert "3 times" in letter.reason
-    assert consumer.read(10, 0.2) == []
-    assert bus.counts()["dead_letters"] == 1
-
-
-def test_what_a_consumer_keeps_is_given_to_nobody_while_it_reads_and_counts_as_delivered_once(backend, run):
-    bus = backend.open(deliveries=2, claim_s=0.8)
-    publish(bus.producer("events", run), [7, 8])
-    keeper = bus.consumer("events", run, "group", "keeper")
-    other = backend.open(deliveries=2, claim_s=0.8).consumer("events", run, "group", "other")
-    got = keeper.read(10, 1)
-    keeper.keep(got)
-    began = time.monotonic()
-    while time.monotonic() - began < 3 * bus.config.claim_s:
-        assert keeper.read(10, 0.01) == other.read(10, 0.01) == []
-    assert bus.dead_letters(run) == []
-    keeper.ack(got[:1])
-    found = []
-    while not found and time.monotonic() - began < 60:  # the keeper reads no more
-        found = other.read(10, 0.05)
-    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(8, 2)]
-    assert keeper.read(10, 0.05) == []
-
-
-def test_a_dead_letter_can_be_replayed_and_purged(backend, run, collect):
-    bus = backend.open(claim_s=0.05)
-    publish(bus.producer("events", run), [7, 8])
-    consumer = bus.consumer("events", run, "group", "one")
-    deadline = time.monotonic() + 60
-    while len(bus.dead_letters(run)) < 2 and time.monotonic() < deadline:
-        consumer.read(10, 0.02)
-    first, second = bus.dead_letters(run)
-    assert bus.replay(run, [first.id]) == 1
-    (again,) = collect(consumer, 1)
-    assert (again.message, again.deliveries) == (TickEnded(tick=7), 1)
-    assert bus.purge(run, [second.id]) == 1
-    assert bus.dead_letters(run) == []
-    assert consumer.read(10, 0.1) == []
-
-
-def test_acknowledging_twice_is_harmless(backend, run):
-    bus = backend.open()
-    publish(bus.producer("events", run), [1])
-    consumer = bus.consumer("events", run, "group", "one")
-    got = consumer.read(1, 1)
-    consumer.ack(got)
-    consumer.ack(got)
-    assert consumer.read(1, 0.05) == []
-
-
-def test_several_producers_of_a_stream_keep_their_own_numbering(backend, run, collect):
-    bus = backend.open()
-    for name in ("controller", "operator"):
-        publish(bus.producer("commands", run, name), range(4))
-    found = collect(bus.consumer("commands", run, "group", "one"), 8)
-    for name in ("controller", "operator"):
-        own = [delivery for delivery in found if delivery.producer == name]
-        assert [delivery.id for delivery in own] == ["1-1", "1-2", "1-3", "1-4"]
-        assert ticks(own) == list(range(4))
-
-
-@pytest.mark.parametrize("order", ["none", "stream", "global", "causal"])
-def test_any_order_can_be_had_of_any_bus(backend, run, order):
-    bus = backend.open(claim_s=30.0)
-    producers = {name: bus.producer("events", run, name) for name in ("trainer", "observer")}
-    plain = bus.consumer("events", run, "group", "one")
-    consumer = in_order(plain, order, 0.2, Counts(), tuple(producers))
-    for number in range(20):
-        cause = (f"trainer/1-{number + 1}",)
-        producers["observer"].publish(TickEnded(tick=number), cause)
-        time.sleep(0.001)
-        producers["trainer"].publish(TickEnded(tick=number))
-    assert all(producer.flush(60) for producer in producers.values())
-    found, deadline = [], time.monotonic() + 60
-    while len(found) < 40 and time.monotonic() < deadline:
-        got = consumer.read(7, 0.05)
-        consumer.ack(got)
-        found += got
-    assert len(found) == 40
-    for name in producers:
-        assert ticks([delivery for delivery in found if delivery.producer == name]) == list(range(20))
-    names = [(delivery.producer, delivery.message.tick) for delivery in found]
-    if order == "global":
-        assert [delivery.time for delivery in found] == sorted(delivery.time for delivery in found)
-    if order == "causal":
-        assert all(names.index(("trainer", n)) < names.index(("observer", n)) for n in range(20))
-    consumer.close()
-
-
-def test_what_an_order_holds_longer_than_the_claim_time_is_not_delivered_again(backend, run):
-    bus = backend.open(deliveries=1)
-    counts = Counts()
-    consumer = in_order(bus.consumer("events", run, "group", "one"), "causal", 1.5, counts)
-    effect = bus.producer("events", run)
-    effect.publish(TickEnded(tick=1), ("somebody/1-1",))
-    assert effect.flush(60)
-    found, deadline = [], time.monotonic() + 60
-    while not found and time.monotonic() < deadline:
-        found += consumer.read(10, 0.1)
-    assert [(delivery.message.tick, delivery.deliveries) for delivery in found] == [(1, 1)]
-    assert counts.snapshot()["late"] == 1
-    assert bus.dead_letters(run) == []
-    while not bus.dead_letters(run) and time.monotonic() < deadline:  # handed out, it has its claim time like any other
-        assert consumer.read(10, 0.05) == []
-    assert len(bus.dead_letters(run)) == 1
-    consumer.close()
-
-
-@pytest.mark.parametrize("order", ["stream", "global", "causal"])
-def test_an_order_goes_on_after_a_restart_where_its_group_stands(backend, run, order, collect):
-    bus = backend.open()
-    trainer, observer = (bus.producer("events", run, name) for name in ("trainer", "observer"))
-
-    def start():
-        counts = Counts()
-        return in_order(backend.open().consumer("events", run, "group", "one"), order, 60.0, counts), counts
-
-    consumer, _ = start()
-    publish(trainer, range(5))
-    consumer.ack(collect(consumer, 5, ack=False)[:3])
-    consumer.close()
-    consumer, counts = start()
-    observer.publish(TickEnded(tick=5), (f"trainer/{trainer.epoch}-2",))
-    for producer, tick in ((observer, 6), (trainer, 7), (observer, 8), (trainer, 9)):  # global order keeps back the last
-        publish(producer, [tick])
-    assert {3, 4, 5, 6, 7} <= set(ticks(collect(consumer, 6)))
-    assert counts.snapshot()["gaps"] == counts.snapshot()["late"] == 0
-    consumer.close()
-
-
-def test_runs_do_not_see_each_other(backend, run, collect):
-    bus = backend.open()
-    publish(bus.producer("events", run + "/a"), [1])
-    publish(bus.producer("events", run + "/b"), [2])
-    consumer = bus.consumer("events", run + "/a", "group", "one")
-    assert ticks(collect(consumer, 1)) == [1]
-    assert consumer.read(10, 0.1) == []
-
-
-def test_reading_waits_for_the_first_message_and_no_longer(backend, run):
-    bus = backend.open()
-    consumer = bus.consumer("events", run, "group", "one")
-    producer = bus.producer("events", run)
-    start = time.monotonic()
-    assert consumer.read(1, 0.3) == []
-    assert time.monotonic() - start > 0.25
-    publish(producer, [1])
-    assert ticks(consumer.read(10, 3600.0)) == [1]
-
-
-def test_messages_beyond_memory_wait_on_disk_and_come_back_in_order(backend, run, collect):
-    bus = backend.open(memory_mb=1, spool_mb=64, claim_s=60.0)
-    consumer = bus.consumer("events", run, "group", "one")
-    producer = bus.producer("events", run)
-    big = {f"metric/{i}": float(i) for i in range(200)}
-    for number in range(12_000):
-        producer.publish(Metrics(tick=number, values=big) if number % 1000 == 0 else TickEnded(tick=number))
-    assert producer.flush(60)
-    assert ticks(collect(consumer, 12_000, seconds=60)) == list(range(12_000))
-    assert bus.counts()["dropped"] == 0
-
-
-def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(run, tmp_path, server):
-    from esper.bus.config import MemoryConfig
-    from esper.bus.memory.bus import MemoryBus
-
+def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(tmp_path):
     bus = MemoryBus(MemoryConfig(memory_mb=1, spool_mb=1), tmp_path)
-    consumer = bus.consumer("telemetry", run, "group", "one")
-    producer = bus.producer("telemetry", run)
+    consumer = bus.consumer("telemetry", "run", "group", "one")
+    producer = bus.producer("telemetry", "run")
     for number in range(60):
         producer.publish(Telemetry(site="a", ticks=[number], seeds=1, columns=["x"], data=bytes(50_000)))
     producer.publish(Telemetry(site="a", ticks=[60], seeds=1, columns=["x"], data=b""))
@@ -300,29 +77,31 @@ def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(run, 
     bus.close()
 
 
-def test_what_was_read_and_acknowledged_makes_room_on_disk(backend, run, collect):
-    bus = backend.open(memory_mb=1, spool_mb=1)
-    consumer = bus.consumer("telemetry", run, "group", "one")
-    producer = bus.producer("telemetry", run)
-    for _ in range(4):
-        for number in range(38):
-            data = np.full((1, 12_500), number, np.float32).tobytes()
-            producer.publish(Telemetry(site="a", ticks=[number], seeds=12_500, columns=["x"], data=data))
-        assert producer.flush(60)
-        found = collect(consumer, 38)
-        assert [np.frombuffer(delivery.message.data, np.float32)[-1] for delivery in found] == list(range(38))
-        counts = bus.counts()
-        assert counts["dropped"] == counts["gaps"] == counts["spool_bytes"] == 0
+def test_a_run_goes_over_an_own_bus(tmp_path: Path, allowed: None) -> None:
+    words = ["bus=custom", "bus.target=my_pkg.buses:JournalBus", "bus.args.file=said.txt", "trainer.steps=20", "tracking=none"]
+    assert main([*words, f"hydra.run.dir={tmp_path}"]) == 0
+    said = (tmp_path / "bus" / "said.txt").read_text(encoding="utf-8").splitlines()
+    assert said[0].startswith("events/main {'kind': 'RunStarted'")
+    assert "'kind': 'RunEnded'" in said[-1]
 
 
-@pytest.mark.parametrize("codec", ["raw", "delta"])
-def test_telemetry_comes_out_as_it_went_in(backend, run, codec, collect):
-    bus = backend.open() if backend.name == "memory" else backend.open(codec=codec)
-    rows = np.random.default_rng(0).normal(size=(4, 50, 12)).astype(np.float32)
-    rows[0, 0, :3] = (np.nan, np.inf, -0.0)
-    sent = Telemetry(site="a", ticks=[0, 1, 2, 3], seeds=50, columns=list("abcdefghijkl"), data=rows.tobytes())
-    producer = bus.producer("telemetry", run)
-    producer.publish(sent)
-    assert producer.flush(60)
-    (delivery,) = collect(bus.consumer("telemetry", run, "group", "one"), 1)
-    assert delivery.message == sent
+@pytest.mark.parametrize(
+    ("target", "args", "sentence"),
+    [
+        ("my_pkg.buses:JournalBus", {"fiel": "a"}, "unexpected keyword argument 'fiel'; it takes config, folder, file, streams"),
+        ("my_pkg.buses:JournalProducer", {}, "it takes producer, journal, source"),
+        ("esper.custom:CustomBus", {}, "bus.args does not fit"),
+    ],
+)
+def test_an_own_bus_that_cannot_be_one_is_refused(tmp_path: Path, allowed: None, target: str, args: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        CustomBus(target=target, args=args).build(tmp_path)
+
+
+@pytest.mark.parametrize("group", ["controller", "tracking"])
+def test_no_other_process_joins_an_own_bus(tmp_path: Path, allowed: None, group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bus=custom", "bus.target=my_pkg.buses:JournalBus", f"{group}.process=external", f"hydra.run.dir={tmp_path}"]
+    assert main(words) == 2
+    assert (
+        f"{group}.process=external needs a bus that another process can reach, and bus=custom lives in this one" in capsys.readouterr().err
+    )

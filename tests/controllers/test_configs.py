@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from esper.bus.trainer.command_inbox import CONTROLLER
 from esper.controllers import CONFIGS, Controller
-from esper.controllers.base import PRODUCER, command_id
+from esper.controllers.base import command_id
 from esper.errors import UserError
 from esper.messages import Message
 
@@ -50,8 +49,7 @@ def test_settings_that_mean_nothing_are_refused_when_it_is_built(config, text):
         config.build(0)
 
 
-def test_commands_count_only_with_the_decision_that_the_trainer_waits_for():
-    assert PRODUCER == CONTROLLER
+def test_a_commands_id_is_the_same_when_it_is_decided_again():
     assert command_id(7, 2) == "controller-7-2"
 
 

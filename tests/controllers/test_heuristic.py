@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esper.controllers.health import Health
+from esper.controllers.bookkeeping import Health, Plateau
 from esper.controllers.heuristic import HeuristicConfig
-from esper.controllers.plateau import Plateau
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage
 from esper.messages import RunStarted, Telemetry

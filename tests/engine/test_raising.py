@@ -12,7 +12,7 @@ import torch
 from growing import Loop, batch, build, germinate, same, sample_loss, short
 
 from esper.blueprints import MLP, Block
-from esper.controllers.exceptions import Contained
+from esper.controllers.runner import Contained
 from esper.engine.attach import attach
 from esper.engine.exceptions import REPEATED
 from esper.grafting import Plan

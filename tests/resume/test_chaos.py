@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from esper.bus.server.sender import Writer
+from esper.bus.server.sender import Sender
 from esper.bus.trainer.telemetry_ring import TelemetryRing
 from esper.engine.transition_effects import Life
 from esper.tracking import csv_files
@@ -67,7 +67,7 @@ def test_killed_there_and_resumed_it_ends_as_an_undisturbed_run(configure: Confi
 def test_killed_when_the_server_has_a_batch_and_the_writer_does_not_know_it_yet(
     configure: Configure, finished: Path, tmp_path: Path
 ) -> None:
-    (other,) = killed_there(configure, finished, tmp_path, [Place(Writer, "_settle", 9)], "bus=embedded")
+    (other,) = killed_there(configure, finished, tmp_path, [Place(Sender, "_settle", 9)], "bus=embedded")
     assert other.startswith("summary config_hash")  # the undisturbed run had its bus in memory
 
 

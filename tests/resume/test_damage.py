@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from esper.app import main
-from esper.bus.server.bus import _epoch_in
+from esper.bus.server.producer import _epoch_in
 from esper.cli.system_errors import say_anything
 from esper.errors import UserError
 from esper.running.checkpointing import Keeper

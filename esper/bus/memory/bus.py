@@ -12,11 +12,8 @@ from collections import deque
 from pathlib import Path
 
 from esper.bus.config import MemoryConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id
-from esper.bus.memory.groups import Entry, Group, Log, Pending
-from esper.bus.memory.overflow import Overflow
-from esper.bus.protocol import STREAMS, DeadLetter, Delivery, Fenced
+from esper.bus.memory.log import Entry, Group, Log, Overflow, Pending
+from esper.bus.protocol import STREAMS, Counts, DeadLetter, Delivery, Fenced, Id
 from esper.messages import Message
 
 _Key = tuple[str, str]  # stream, run
@@ -45,7 +42,7 @@ class MemoryBus:
         return self
 
     def producer(self, stream: str, run: str, name: str = "main") -> MemoryProducer:
-        """The writer ``name`` of a stream, fencing whoever had the name before."""
+        """The producer ``name`` of a stream, which fences an earlier one of this name."""
         assert stream in STREAMS, stream
         with self.lock:
             logs = self._logs.setdefault((stream, run), {})
@@ -58,7 +55,7 @@ class MemoryBus:
             return MemoryProducer(self, log)
 
     def consumer(self, stream: str, run: str, group: str, name: str) -> MemoryConsumer:
-        """A member of a consumer group; the group is made when new and then reads what is still held, oldest first."""
+        """A member of a consumer group; a new group is made, and reads the messages that are still held, oldest first."""
         assert stream in STREAMS, stream
         with self.lock:
             logs = self._logs.setdefault((stream, run), {})
@@ -72,7 +69,7 @@ class MemoryBus:
         return bool(self._groups.get((stream, run)))
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
         with self.lock:
             return list(self._dead.get(run, ()))
 
@@ -124,7 +121,7 @@ class MemoryBus:
         return entry.message if entry.message is not None else self.overflow.read(entry.place)
 
     def make_room(self) -> None:
-        """Let go of what every group has read, and on disk of what none has pending; the caller holds the lock."""
+        """Let go of entries that every group has read, on disk of those that none has pending; the caller holds the lock."""
         for logs in self._logs.values():
             for log in logs.values():
                 for entry in log.trim():
@@ -150,7 +147,7 @@ class MemoryBus:
 
 
 class MemoryProducer:
-    """The single writer of one stream; ``publish`` appends to a list."""
+    """A producer of one stream; ``publish`` appends to a list."""
 
     def __init__(self, bus: MemoryBus, log: Log) -> None:
         self._bus = bus
@@ -252,7 +249,7 @@ class MemoryConsumer:
         group.next = last
 
     def _claim(self, found: list[Delivery], count: int, now: float) -> None:
-        """Take over what any member has held for too long, and go on holding what this one keeps."""
+        """Take over messages that any member has held for too long, and renew those that this one keeps."""
         claim_s = self._bus.config.claim_s
         for held in self._kept.values():
             if held.owner == self.name:
@@ -306,4 +303,4 @@ class MemoryConsumer:
         return self._handled
 
     def close(self) -> None:
-        """What was not acknowledged stays pending."""
+        """Messages that were not acknowledged stay pending."""

@@ -5,36 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from esper.bus.codec import decode_body, encode_body
-from esper.bus.counters import in_words
 from esper.bus.discovery import joined
-from esper.bus.ids import parse
-from esper.bus.protocol import Bus, Delivery
-from esper.bus.trainer.command_inbox import CONTROLLER
+from esper.bus.protocol import Delivery, RemoteBus, counts_in_words, parse_id
+from esper.controllers.base import Controller, decision
+from esper.controllers.runner import Contained
 from esper.errors import UserError
-from esper.messages import Checkpoint, Command, Decided, Message, RunEnded, RunStarted, TickEnded
+from esper.messages import CONTROLLER, Checkpoint, Command, RunEnded, RunStarted, TickEnded
 
 HEARD = ("acks", "telemetry")  # beside the events; read when a tick has ended
 SEND_S = 10.0
 
 
-class Controller(Protocol):
-    """What is needed of ``esper.controllers.Controller``."""
-
-    def observe(self, message: Message) -> None: ...
-    def decide(self, tick: int) -> list[Command]: ...
-    def state(self) -> dict[str, Any]: ...
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
-class Memory(msgspec.Struct):
-    """What a controller process must remember to go on after a kill as if nothing had happened.
+class SavedState(msgspec.Struct):
+    """The memory of a controller process, with which it goes on after a kill as if nothing had happened.
 
     ``started`` is the run's RunStarted, which a controller hears again after ``load_state``, as in a resumed run.
     ``heard`` is the last message of every stream and producer that ``state`` has seen; ``said`` are the commands of
@@ -48,21 +38,21 @@ class Memory(msgspec.Struct):
     started: bytes = b""
 
 
-class Control:
-    """Feeds a controller what a run says and answers every tick; its memory is on disk before a word leaves."""
+class ExternalRunner:
+    """Feeds a controller what a run says and answers every tick; its state is on disk before a command leaves."""
 
-    def __init__(self, bus: Bus, run: str, controller: Controller, folder: Path) -> None:
+    def __init__(self, bus: RemoteBus, run: str, controller: Controller, folder: Path) -> None:
         self._controller, self._folder = controller, folder
         folder.mkdir(parents=True, exist_ok=True)
         self._consumers = {stream: bus.consumer(stream, run, CONTROLLER, "external") for stream in ("events", *HEARD)}
         self._producer = bus.producer("commands", run, CONTROLLER)
         self._handled: dict[str, list[Delivery]] = {stream: [] for stream in self._consumers}
         self._initial = controller.state()
-        self._memory = Memory(state=self._initial)
+        self._saved = SavedState(state=self._initial)
         if (folder / "now.json").exists():
-            self._memory = self._load("now.json")
+            self._saved = self._load("now.json")
             self._restore()
-            self._say([decode_body(command) for command in self._memory.said])
+            self._say([decode_body(command) for command in self._saved.said])
 
     def serve(self, idle_s: float | None = None) -> str | None:
         """Answer until the run ends and is not resumed; its status, or None after ``idle_s`` seconds without a word."""
@@ -87,15 +77,15 @@ class Control:
     def _tick(self, ended: TickEnded) -> None:
         for stream in HEARD:
             consumer = self._consumers[stream]
-            # What was said before the tick's end is there; without an answer from the bus nobody knows that there is no more.
+            # All messages of the tick are on the server by now; only a bus that answers can say that there are no more.
             while (deliveries := consumer.read(1000, 0.0 if consumer.answered else 0.05)) or not consumer.answered:
                 for delivery in deliveries:
                     self._hear(stream, delivery)
-        if ended.tick > self._memory.tick:
+        if ended.tick > self._saved.tick:
             commands: list[Command] = self._controller.decide(ended.tick)
-            commands.append(Decided(id=f"{CONTROLLER}-{ended.tick}-decided", tick=ended.tick, epoch=ended.epoch))
-            self._memory.tick, self._memory.state = ended.tick, self._controller.state()
-            self._memory.said = [encode_body(command) for command in commands]
+            commands.append(decision(ended))
+            self._saved.tick, self._saved.state = ended.tick, self._controller.state()
+            self._saved.said = [encode_body(command) for command in commands]
             self._save("now.json")
             self._say(commands)
         self._acknowledge()
@@ -104,44 +94,44 @@ class Control:
         """Observe a message that was not observed before, in this life of the process or an earlier one."""
         self._handled[stream].append(delivery)
         name = f"{stream}/{delivery.producer}"
-        if parse(delivery.id) <= parse(self._memory.heard.get(name, "0-0")):
+        if parse_id(delivery.id) <= parse_id(self._saved.heard.get(name, "0-0")):
             return
-        self._memory.heard[name] = delivery.id
+        self._saved.heard[name] = delivery.id
         if isinstance(delivery.message, RunStarted):
-            if self._memory.tick >= 0 or delivery.message.tick > 0:
+            if self._saved.tick >= 0 or delivery.message.tick > 0:
                 self._rewind(delivery.message.tick)
-            self._memory.started = encode_body(_without_stages(delivery.message))
+            self._saved.started = encode_body(_without_stages(delivery.message))
         self._controller.observe(delivery.message)
         if isinstance(delivery.message, Checkpoint):
             self._keep(delivery.message)
 
     def _keep(self, checkpoint: Checkpoint) -> None:
-        """Remember what we know where the trainer's state was taken; that it is on its disk is said later."""
+        """Save our state where the trainer's was taken; a later Checkpoint says that the trainer's is on its disk."""
         name = f"tick-{checkpoint.tick}.json"
-        if not checkpoint.path or (checkpoint.tick == self._memory.tick and not (self._folder / name).exists()):
-            self._memory.state = self._controller.state()
+        if not checkpoint.path or (checkpoint.tick == self._saved.tick and not (self._folder / name).exists()):
+            self._saved.state = self._controller.state()
             self._save(name)
 
     def _rewind(self, tick: int) -> None:
         """The trainer goes on from its checkpoint of ``tick``: so do we."""
-        heard = self._memory.heard
+        heard = self._saved.heard
         name = f"tick-{tick}.json"
         if (self._folder / name).exists():
-            self._memory = self._load(name)
+            self._saved = self._load(name)
         elif tick == 0:
-            self._memory = Memory(state=self._initial)
+            self._saved = SavedState(state=self._initial)
         else:
             raise UserError(
                 f"the run goes on from tick {tick}, but this controller kept nothing at that tick: resume from a"
                 " checkpoint that was taken while it was listening"
             )
-        self._memory.heard = heard
-        self._controller.load_state(self._memory.state)
+        self._saved.heard = heard
+        self._controller.load_state(self._saved.state)
 
     def _restore(self) -> None:
-        self._controller.load_state(self._memory.state)
-        if self._memory.started:
-            self._controller.observe(decode_body(self._memory.started))
+        self._controller.load_state(self._saved.state)
+        if self._saved.started:
+            self._controller.observe(decode_body(self._saved.started))
 
     def _say(self, commands: list[Any]) -> None:
         for command in commands[:-1]:
@@ -156,21 +146,21 @@ class Control:
 
     def _save(self, name: str) -> None:
         partial = self._folder / f"{name}.partial"
-        partial.write_bytes(msgspec.json.encode(self._memory))
+        partial.write_bytes(msgspec.json.encode(self._saved))
         partial.replace(self._folder / name)
 
-    def _load(self, name: str) -> Memory:
-        return msgspec.json.decode((self._folder / name).read_bytes(), type=Memory)
+    def _load(self, name: str) -> SavedState:
+        return msgspec.json.decode((self._folder / name).read_bytes(), type=SavedState)
 
     def close(self) -> None:
-        """Release the streams; what was not acknowledged comes again."""
+        """Release the streams; messages that were not acknowledged come again."""
         self._producer.close()
         for consumer in self._consumers.values():
             consumer.close()
 
 
 def _without_stages(started: RunStarted) -> RunStarted:
-    """Stages said at the start of the run are older than those in a controller's state."""
+    """The event without stages: those of the start are older than those in a controller's state."""
     sites = [{key: value for key, value in site.items() if key != "stages"} for site in started.sites]
     return replace(started, sites=sites)
 
@@ -181,19 +171,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="output folder of a run with controller.process=external")
     options = parser.parse_args(list(argv))
     from esper.config import options as options_of
-    from esper.controllers.exceptions import Contained
 
     folder = options.folder.resolve()
     with joined(folder, "controller") as (bus, found):
-        settings, seed = found.record["config"]["controller"], found.record["config"]["seed"]
+        settings, seed = found.info["config"]["controller"], found.info["config"]["seed"]
         kind = options_of("controller")[settings["name"]]
-        names = set(kind.__dataclass_fields__)
+        names = {field.name for field in fields(kind)}
         controller = kind(**{key: value for key, value in settings.items() if key in names}).build(seed)
-        control = Control(bus, found.run, Contained(controller), folder / "bus" / "controller")
+        runner = ExternalRunner(bus, found.run, Contained(controller), folder / "bus" / "controller")
         print(f"controlling {found.run} with controller={settings['name']}", file=sys.stderr, flush=True)
         try:
-            status = control.serve()
+            status = runner.serve()
         finally:
-            control.close()
-        print(f"the run ended: {status}; {in_words(bus.counts())}", file=sys.stderr)
+            runner.close()
+        print(f"the run ended: {status}; {counts_in_words(bus.counts())}", file=sys.stderr)
     return 0 if status == "FINISHED" else 1

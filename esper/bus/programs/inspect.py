@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 
 from esper.bus.codec import to_plain
-from esper.bus.counters import in_words
 from esper.bus.discovery import joined
 from esper.bus.programs import flush
-from esper.bus.protocol import STREAMS, DeadLetter
+from esper.bus.protocol import STREAMS, DeadLetter, counts_in_words
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.status import status
 from esper.errors import UserError
@@ -71,18 +70,16 @@ def _status(bus: ServerBus, run: str, options: argparse.Namespace) -> int:
         _write(found)
         return 0
     columns = ("stream", "producer", "entries", "last id", "group", "pending", "oldest", "behind")
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for stream in found.streams:
-        groups = stream.groups or [None]
-        for group in groups:
-            about = ("–",) * 4
-            if group is not None:
-                about = (group.name, group.pending, f"{group.oldest_s:.1f} s" if group.pending else "–", group.behind)
-            rows.append((stream.stream, stream.producer, stream.entries, stream.last, *about))
+        groups: list[tuple[object, ...]] = [
+            (group.name, group.pending, f"{group.oldest_s:.1f} s" if group.pending else "–", group.behind) for group in stream.groups
+        ]
+        rows += [(stream.stream, stream.producer, stream.entries, stream.last, *group) for group in groups or [("–",) * 4]]
     _table(f"run {run}: {found.dead_letters} dead letters, server {found.server}", columns, rows)
     for process, counts in found.counts.items():
         if any(counts.values()):
-            print(f"{process}: {in_words(counts)}")
+            print(f"{process}: {counts_in_words(counts)}")
     return 0
 
 
@@ -139,7 +136,7 @@ def _write(value: Any) -> None:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns as wide as what is in them: no name or number is cut, however narrow the terminal or the pipe."""
+    """Columns as wide as their contents: no name or number is cut, however narrow the terminal or the pipe."""
     lines = [columns, *(tuple(shown(str(cell)) for cell in row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(title)

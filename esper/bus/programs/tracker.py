@@ -1,8 +1,7 @@
 """``esper track <run folder>``: the run's trackers in a process of their own, which may be killed and started again.
 
-Every start reads the run from its beginning in a consumer group of its own and writes what the sinks hold anew (they
-replace what an earlier life wrote), so that a kill leaves neither hole nor double. The server therefore has to hold the
-run's messages: ``bus.keep_mb`` says how many.
+Every start reads the run from its beginning in a consumer group of its own and writes all sinks anew, replacing the work of an earlier
+life, so that a kill leaves neither hole nor double. The server therefore has to hold all messages of the run (``bus.keep_mb``).
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import msgspec
 
-from esper.bus.counters import in_words
 from esper.bus.discovery import joined
-from esper.bus.ids import parse
+from esper.bus.protocol import counts_in_words, parse_id
 from esper.bus.server import keys
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.payloads import RELEASED, kept, released
@@ -40,7 +39,7 @@ def fresh_group(bus: ServerBus, run: str, streams: Sequence[str]) -> str:
     for stream in streams:
         for key in filter(bus.is_stream, bus.streams(run, stream)):
             first = bus.client.xrange(key, count=1) if key == keys.entries(run, stream, "main") else []  # the trainer's
-            if first and parse(first[0][0])[1] > 1:
+            if first and parse_id(first[0][0])[1] > 1:
                 raise UserError(
                     f"the server let go of the beginning of run {run} (bus.keep_mb={bus.config.keep_mb}), so what was"
                     " tracked cannot be written anew: the parts kept so far stay in the run's folder"
@@ -102,10 +101,10 @@ def main(argv: Sequence[str]) -> int:
     from esper.tracking.tracker_thread import STREAMS
 
     with joined(options.folder.resolve(), "tracking") as (bus, found):
-        record = msgspec.convert(found.record, RunRecord)
+        record = msgspec.convert(found.info, RunRecord)
         settings = record.config["tracking"]
         kind = CONFIGS[settings["name"]]
-        names = set(kind.__dataclass_fields__)
+        names = {field.name for field in fields(kind)}
         config = kind(**{key: value for key, value in settings.items() if key in names})
         ending = _Ending()
         group = fresh_group(bus, found.run, STREAMS)
@@ -118,5 +117,5 @@ def main(argv: Sequence[str]) -> int:
         runner.close(ending.status)
         if ending.status == "FINISHED":
             _let_go(bus, found.run)
-        print(f"the run ended: {ending.status}; {in_words(bus.counts())}", file=sys.stderr)
+        print(f"the run ended: {ending.status}; {counts_in_words(bus.counts())}", file=sys.stderr)
     return 0

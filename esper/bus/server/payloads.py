@@ -1,22 +1,78 @@
-"""When the stored payload of a large message goes: once nobody can need it any more."""
+"""Large messages: their bytes lie in a file named by their SHA-256, only a claim check travels, and the file is removed when no reader
+can need it any more.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from esper.bus.codec import Envelope, Refused, decode
-from esper.bus.ids import parse
-from esper.bus.protocol import STREAMS
+import msgspec
+
+from esper.bus.codec import Envelope, Refused, decode, encode
+from esper.bus.protocol import STREAMS, parse_id
 from esper.bus.server import keys
-from esper.bus.server.claim_check import LIMIT, path_of
+from esper.bus.server.connection import Client, Group
 from esper.messages import ClaimCheck
 
-if TYPE_CHECKING:
-    import redis
+THRESHOLD = 1 << 20
+LIMIT = 1 << 30
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class PayloadGone(Refused):
+    """The payload a claim check names is not there."""
+
+
+def store_if_large(folder: Path, wire: bytes, envelope: Envelope) -> bytes:
+    """``wire`` itself when small, otherwise the wire bytes of its claim check, its own being stored."""
+    if len(wire) <= THRESHOLD:
+        return wire
+    digest = hashlib.sha256(wire).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / digest
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(wire)
+        partial.replace(path)
+    return encode(msgspec.structs.replace(envelope, body=ClaimCheck(digest=digest, size=len(wire))))
+
+
+def load_payload(folder: Path, envelope: Envelope) -> Envelope:
+    """The message a claim check stands for, its hash verified; raises Refused when it is gone or was changed."""
+    claim = envelope.body
+    assert isinstance(claim, ClaimCheck)
+    path = path_of(folder, claim.digest)
+    if not 0 < claim.size <= LIMIT:
+        raise Refused("oversized", f"a payload of {claim.size} bytes is not between 1 and {LIMIT} bytes")
+    try:
+        if path.stat().st_size != claim.size:
+            raise Refused("corrupt", f"stored payload {claim.digest[:12]}… does not have its stated size")
+        wire = path.read_bytes()
+    except FileNotFoundError as error:
+        raise PayloadGone("malformed", f"the stored payload {claim.digest[:12]}… is not there") from error
+    except OSError as error:
+        raise Refused("malformed", f"the stored payload {claim.digest[:12]}… cannot be read: {error.strerror}") from error
+    if hashlib.sha256(wire).hexdigest() != claim.digest:
+        raise Refused("corrupt", f"the stored payload {claim.digest[:12]}… does not have its hash")
+    inner = decode(wire, LIMIT)
+    if (inner.run, inner.producer, inner.id) != (envelope.run, envelope.producer, envelope.id):
+        raise Refused("malformed", f"the stored payload {claim.digest[:12]}… belongs to another message")
+    if isinstance(inner.body, ClaimCheck):
+        raise Refused("malformed", "a claim check stands for a claim check")
+    return inner
+
+
+def path_of(folder: Path, digest: str) -> Path:
+    """The file of a payload; raises Refused for a text that is no digest."""
+    if not _DIGEST.fullmatch(digest):
+        raise Refused("malformed", "a claim check does not name a SHA-256")
+    return folder / digest
+
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +97,14 @@ def kept(folder: Path) -> bool:
 
 
 def released(folder: Path) -> bool:
-    """Whether ``release`` has removed any: who now reads the run from its beginning does not find all of it."""
+    """Whether ``release`` has removed any, so that a reader who starts at the beginning of the run does not find all of it."""
     return (folder.parent / REMOVED).exists()
 
 
 class Payloads:
     """The stored payloads of one run; methods that ask the server raise its errors."""
 
-    def __init__(self, client: redis.Redis, folder: Path, run: str) -> None:
+    def __init__(self, client: Client, folder: Path, run: str) -> None:
         self._client, self.folder, self._run = client, folder, run
 
     def discard(self, stream: str, producer: str, id: str, digest: str) -> None:
@@ -57,24 +113,26 @@ class Payloads:
             path_of(self.folder, digest).unlink(missing_ok=True)
 
     def discard_letter(self, letter: dict[bytes, bytes]) -> None:
-        """The same for a dead letter that was purged; a file of which it only says that it is its own stays."""
-        claim = _claim(letter.get(b"m", b""))
-        if claim is None or not self._own(claim):
+        """The same for a dead letter that was purged; a file stays if the letter only claims that it is its own."""
+        found = _claim_in(letter.get(b"m", b""))
+        if found is None or not self._own(*found):
             return
         stream, producer, origin = (letter.get(name, b"").decode(errors="replace") for name in (b"stream", b"producer", b"origin"))
-        self.discard(stream, producer, origin, claim.body.digest)
+        self.discard(stream, producer, origin, found[1].digest)
 
     def release(self) -> None:
-        """The run is finished, and whoever reads it from its beginning has: remove all but what a group or a dead letter waits for.
+        """The run is finished and was read from its beginning: remove all payloads but those that a group or a dead letter needs.
 
-        What is acknowledged later goes then.
+        These are removed when they are acknowledged.
         """
         import redis
 
         if not self.folder.is_dir():
             return
         held = kept(self.folder)
-        (self.folder / KEPT).unlink(missing_ok=True)  # before the groups are asked: what is acknowledged meanwhile is removed there
+        (self.folder / KEPT).unlink(
+            missing_ok=True
+        )  # before the groups are asked: a message acknowledged meanwhile has its payload removed there
         try:
             waited_for = self._waited_for()
         except redis.RedisError:
@@ -97,13 +155,12 @@ class Payloads:
 
     # --- inside ---
 
-    def _groups(self, key: str) -> list[dict[str, bytes]]:
-        found: list[dict[str, bytes]] = self._client.xinfo_groups(key) if self._client.exists(key) else []
-        return found
+    def _groups(self, key: str) -> list[Group]:
+        return self._client.xinfo_groups(key) if self._client.exists(key) else []
 
-    def _waits(self, key: str, group: dict[str, bytes], id: str) -> bool:
+    def _waits(self, key: str, group: Group, id: str) -> bool:
         """Whether a group was not given an entry, or has not acknowledged it."""
-        if parse(group["last-delivered-id"]) < parse(id):
+        if parse_id(group["last-delivered-id"]) < parse_id(id):
             return True
         return bool(self._client.xpending_range(key, group["name"], id, id, 1))
 
@@ -149,20 +206,20 @@ class Payloads:
             yield from (fields.get(b"m", b"") for _, fields in entries)
             last = entries[-1][0]
 
-    def _own(self, claim: Envelope) -> bool:
+    def _own(self, envelope: Envelope, claim: ClaimCheck) -> bool:
         """Whether the file that a claim check names is that message's own, or no use to anybody."""
         try:
-            wire = path_of(self.folder, claim.body.digest).read_bytes()
-            if hashlib.sha256(wire).hexdigest() != claim.body.digest:
+            wire = path_of(self.folder, claim.digest).read_bytes()
+            if hashlib.sha256(wire).hexdigest() != claim.digest:
                 return True
             inner = decode(wire, LIMIT)
         except (OSError, Refused):
             return False
-        return (inner.run, inner.producer, inner.id) == (claim.run, claim.producer, claim.id)
+        return (inner.run, inner.producer, inner.id) == (envelope.run, envelope.producer, envelope.id)
 
 
-class Leaving:
-    """Payloads of messages that a consumer has handled, until its acknowledgements are sent and the server says who needs them."""
+class PendingDiscards:
+    """Payloads of handled messages that wait until the acknowledgements are sent and the server says which groups need them."""
 
     def __init__(self, payloads: Payloads, stream: str) -> None:
         self._payloads, self._stream = payloads, stream
@@ -176,7 +233,7 @@ class Leaving:
         self._waiting.append((producer, id, digest))
 
     def discard(self) -> None:
-        """Remove what nobody needs; where the server does not answer it is tried again."""
+        """Remove those that no reader needs; if the server does not answer, they wait for the next call."""
         import redis
 
         waiting, self._waiting = self._waiting, []
@@ -191,18 +248,18 @@ class Leaving:
             waiting.pop(0)
 
 
-def _claim(wire: bytes) -> Envelope | None:
-    """The claim check in these wire bytes, if they are one that names a file."""
+def _claim_in(wire: bytes) -> tuple[Envelope, ClaimCheck] | None:
+    """The claim check in these wire bytes and its envelope, if it names a file."""
     try:
         envelope = decode(wire)
         if isinstance(envelope.body, ClaimCheck):
             path_of(Path(), envelope.body.digest)
-            return envelope
+            return envelope, envelope.body
     except Refused:
         pass
     return None
 
 
 def _digest(wire: bytes) -> str:
-    claim = _claim(wire)
-    return claim.body.digest if claim is not None else ""
+    found = _claim_in(wire)
+    return found[1].digest if found is not None else ""

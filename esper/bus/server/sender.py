@@ -6,17 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
 from esper.bus.config import ServerConfig
-from esper.bus.counters import Counts
-from esper.bus.ids import Id, parse, text
-from esper.bus.server import keys, scripts
-from esper.bus.server.outbox import LARGE, Outbox
-from esper.bus.server.producer_position import Standing
-
-if TYPE_CHECKING:
-    import redis
+from esper.bus.protocol import Counts, Id, id_text, parse_id
+from esper.bus.server import keys
+from esper.bus.server.connection import Client
+from esper.bus.server.outbox import LARGE, Outbox, StreamPositions
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +24,21 @@ Incident = Callable[[str, str], None]  # code, sentence
 Answer = tuple[bytes, bytes, bytes]  # stored, stopped, fenced or elsewhere; last id (of fenced: the newer epoch); error
 
 
-class Writer:
-    """Sends what the outboxes hold, in order, each batch by one atomic script that stops at its first refusal.
+class Sender:
+    """Sends the messages of the outboxes in order, each batch by one atomic script that stops at its first refusal.
 
     A batch that is one large entry goes as a transaction of plain commands, under the same conditions: carrying it into a
     script and out again keeps the server from everybody else for several times as long.
     """
 
-    def __init__(self, client: redis.Redis, config: ServerConfig, counts: Counts, incident: Incident) -> None:
+    def __init__(self, client: Client, config: ServerConfig, counts: Counts, incident: Incident) -> None:
         import pybreaker
         import redis
 
         self._client, self._config, self._counts, self._incident = client, config, counts, incident
-        self._append = client.register_script(scripts.APPEND)
-        self._note = client.register_script(scripts.NOTE)
-        self._standing = Standing(client)
+        self._append = client.register_script(keys.APPEND)
+        self._note = client.register_script(keys.NOTE)
+        self._positions = StreamPositions(client)
         self._outboxes: list[tuple[Outbox, str]] = []
         self._before: list[Callable[[], None]] = []
         self._after: list[Callable[[], None]] = []
@@ -51,18 +47,19 @@ class Writer:
         self._stopping = False
         self._sending = threading.Lock()
         self._listener = _Listener(incident)
+        listener: Any = self._listener  # no subclass of pybreaker's, which is imported late
         self._breaker = pybreaker.CircuitBreaker(
             fail_max=3,
             reset_timeout=config.retry_s,
             exclude=[redis.ResponseError],
-            listeners=[self._listener],
+            listeners=[listener],
             name="bus",
         )
-        self._thread = threading.Thread(target=self._run, name="esper-bus-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="esper-bus-sender", daemon=True)
         self._thread.start()
 
     def add(self, outbox: Outbox, stream: str) -> None:
-        """Send what this outbox holds, to ``stream``."""
+        """Send the messages of this outbox to ``stream``."""
         self._outboxes.append((outbox, stream))
 
     def remove(self, outbox: Outbox) -> None:
@@ -70,11 +67,11 @@ class Writer:
         self._outboxes = [pair for pair in self._outboxes if pair[0] is not outbox]
 
     def each_round(self, chore: Callable[[], None]) -> None:
-        """Call ``chore`` from the writer thread, several times a second, before anything is sent."""
+        """Call ``chore`` from the sender thread, several times a second, before anything is sent."""
         self._before.append(chore)
 
     def after_round(self, chore: Callable[[], None]) -> None:
-        """Call ``chore`` from the writer thread, several times a second, while nobody who wants to send waits for it."""
+        """Call ``chore`` from the sender thread, several times a second, after all sending, so that no message waits for it."""
         self._after.append(chore)
 
     def wake(self, urgent: bool) -> None:
@@ -86,7 +83,7 @@ class Writer:
 
     @property
     def open(self) -> bool:
-        """Whether the server counts as gone: from the failures that say so until one attempt succeeds."""
+        """Whether the server counts as gone: from repeated failures until one attempt succeeds."""
         return self._listener.down
 
     def stop(self) -> None:
@@ -116,7 +113,7 @@ class Writer:
                 chore()
 
     def send_now(self) -> None:
-        """Send what waits from the calling thread: without the writer's thread being woken first, and without its chores."""
+        """Send waiting messages from the calling thread, without waking the sender thread and without its chores."""
         with self._sending:
             self._round(())
 
@@ -128,7 +125,7 @@ class Writer:
         busy = True
         while busy and not self._stopping:
             busy = False
-            # What was said before an event must be on the server before it: the events' batch is put together first
+            # Messages from before an event must be on the server before it: the events' batch is put together first
             # and sent last, so that a reader who sees TickEnded finds that tick's telemetry.
             for outbox, stream in self._outboxes:
                 outbox.spill()
@@ -205,8 +202,9 @@ class Writer:
         """A batch by the script; raises redis errors."""
         arguments: list[bytes | str | int] = [outbox.epoch, outbox.last or "0-0"]
         for id, wire in batch:
-            arguments += (text(id), wire)
-        return self._append(keys=names[:3], args=arguments)
+            arguments += (id_text(id), wire)
+        answer: Answer = self._append(keys=names[:3], args=arguments)
+        return answer
 
     def _add(self, outbox: Outbox, names: list[str], id: Id, wire: bytes) -> Answer | None:
         """One large entry by XADD; None, with nothing done, where the server is not as we think. Raises redis errors.
@@ -216,7 +214,7 @@ class Writer:
         """
         import redis
 
-        before, now = (outbox.last or "0-0").encode(), text(id)
+        before, now = (outbox.last or "0-0").encode(), id_text(id)
         try:
             with self._client.pipeline() as transaction:
                 transaction.watch(*names[1:3])
@@ -235,7 +233,7 @@ class Writer:
 
     def _settle(self, outbox: Outbox, last: str) -> None:
         outbox.last = last
-        outbox.confirm(parse(last))
+        outbox.confirm(parse_id(last))
 
     def _refused(self, outbox: Outbox, stream: str, names: list[str], error: str) -> None:
         """The server said no to an entry: nothing after it was sent; say so and try again later."""
@@ -260,7 +258,7 @@ class Writer:
             self._client.sadd(members, outbox.name)
         except redis.ResponseError as error:  # somebody else has the key: readers may miss the producer, and it goes on
             log.debug("bus: %s", error)
-        stands = self._standing.find(outbox, stream)
+        stands = self._positions.find(outbox, stream)
         if stands is None:
             outbox.fenced = f"another process writes to the bus as {outbox.name!r} of run {outbox.run!r}"
             self._incident("bus_fenced", outbox.fenced)
@@ -271,7 +269,7 @@ class Writer:
                 "bus_lost_tail",
                 f"the server lost {missing} confirmed messages more than the bus.replay={self._config.replay} kept",
             )
-        self._settle(outbox, text(stands))
+        self._settle(outbox, id_text(stands))
 
 
 class _Listener:

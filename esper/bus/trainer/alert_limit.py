@@ -27,7 +27,7 @@ class _Shut:
 
 
 class AlertLimit:
-    """At most A_MINUTE of every code in any WINDOW_S seconds; then none for as long, which is said first and counted at its end.
+    """At most A_MINUTE of every code in any WINDOW_S seconds; then none for as long, with an alert at the beginning and a count at the end.
 
     ``held_back`` counts all that were not published.
     """
@@ -39,7 +39,7 @@ class AlertLimit:
         self._limiter: Any = None
 
     def offer(self, code: str, sentence: str, tick: int) -> tuple[str, str] | None:
-        """Code and sentence to publish for an alert: itself, that it and what follows is held back, or nothing."""
+        """Code and sentence to publish for an alert: its own, those of the alert that such alerts are held back now, or None."""
         if code not in self._shut:
             if self._hit(code):
                 return code, sentence
@@ -50,7 +50,7 @@ class AlertLimit:
         return (CODE, SHUT.format(most=A_MINUTE, code=code, window=self._window_s)) if shut.count == 1 else None
 
     def over(self, end: bool = False) -> list[str]:
-        """What is to be said of codes that are published again; at the ``end`` of the run of all that are held back."""
+        """Sentences about codes that are published again; at the ``end`` of the run about all codes that are held back."""
         now = time.monotonic()
         found = []
         for code, shut in list(self._shut.items()):

@@ -1,19 +1,18 @@
-"""The trainer's side of the bus: what happened goes out, commands come in, and a step never waits for a server."""
+"""The trainer's side of the bus: events and telemetry go out, commands come in, and a step never waits for a server."""
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from esper.bus.monitor.exporters import OtlpExporter, PrometheusEndpoint
-from esper.bus.monitor.readings import PortState, Reading, readings
-from esper.bus.protocol import Bus, Delivery, Producer
+from esper.bus.metrics import OtlpExporter, PrometheusEndpoint, Reading, TrainerState, readings
+from esper.bus.protocol import Bus, Producer, RemoteProducer, remote
 from esper.bus.trainer.alert_limit import CODE, AlertLimit
-from esper.bus.trainer.background_thread import Background
-from esper.bus.trainer.command_inbox import CONTROLLER, Inbox
-from esper.bus.trainer.receiver import Receiver, Safekeeping
+from esper.bus.trainer.commands import SECOND_CONTROLLER, CommandIntake
 from esper.bus.trainer.telemetry_ring import TelemetryRing
 from esper.errors import UserError
 from esper.messages import (
@@ -21,7 +20,6 @@ from esper.messages import (
     Alert,
     Checkpoint,
     Command,
-    Decided,
     Message,
     RunEnded,
     RunStarted,
@@ -29,13 +27,9 @@ from esper.messages import (
     TickEnded,
     Transition,
 )
+from esper.processes import TIMINGS
 
-TIMINGS = ("lockstep", "free")
 ALERTS = {"bus_up": "info"}  # level of an incident of the bus; the others are warnings
-SECOND_CONTROLLER = (
-    "a command came over the server in the name of the controller, but this run's own process decides, so it is not applied:"
-    " give commands under another name, or start the run with controller.process=external"
-)
 
 
 class ControllerSilent(UserError):
@@ -46,13 +40,39 @@ class Runner(Protocol):
     """A controller in the training process."""
 
     def step(self, tick: int) -> None:
-        """Decide on everything said up to ``tick``, and send the commands."""
+        """Decide on all messages up to ``tick``, and send the commands."""
 
     def serve(self) -> str | None:
         """Decide on every tick that ends until the run does."""
 
     def complaints(self) -> list[str]:
-        """What the controller raised since this was last asked."""
+        """Exceptions of the controller since the last call, as sentences."""
+
+
+class BackgroundThread:
+    """Runs ``work`` in a daemon thread; ``check`` and ``join`` raise what ended it."""
+
+    def __init__(self, work: Callable[[], object], name: str) -> None:
+        self._work = work
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._failure = error
+
+    def check(self) -> None:
+        """Raise the exception that ended the thread, if there is one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def join(self) -> None:
+        """Wait for the work to end."""
+        self._thread.join()
+        self.check()
 
 
 class BusPort:
@@ -66,7 +86,7 @@ class BusPort:
         run: name of the run.
         columns: names of the telemetry columns.
         runner: the in-process controller, None when there is none or it is external.
-        timing: ``lockstep`` (what a tick leads to is applied at the next) or ``free`` (applied when it comes).
+        timing: ``lockstep`` (the commands of a tick are applied at the next) or ``free`` (applied when it comes).
         external: a controller in another process decides; in lockstep it is waited for at every tick boundary.
         deadline_s: how long, before ControllerSilent is raised.
     """
@@ -89,45 +109,39 @@ class BusPort:
         config = bus.config
         self._ring = TelemetryRing(columns, config.flush_ticks, config.flush_kb << 10, self._telemetry)
         self._out: dict[str, list[Producer]] = {"telemetry": [], "acks": [], "events": []}
-        self._remote: list[Producer] = []
-        self._commands = bus.local.consumer("commands", run, "trainer", "trainer")
-        self._receiver: Receiver | None = None
-        self._unfinished: dict[str, Delivery] = {}
-        self.safe = Safekeeping(lambda delivery: self._receiver.done(delivery))
-        self._inbox = Inbox(self._acknowledge, self._ended)
-        self._thread: Background | None = None
+        self._remote: list[RemoteProducer] = []
+        self._intake = CommandIntake(bus, run, external, self._acknowledge, self._refuse)
+        self._inbox, self.safe = self._intake.inbox, self._intake.safe
+        self._thread: BackgroundThread | None = None
         self._over = self.finished = False
-        self.watched = PortState()
+        self.watched = TrainerState()
         self._inbox.measure = self.watched.finished
         self._exporters: list[PrometheusEndpoint | OtlpExporter] = []
         self._limit = AlertLimit()
 
-    # --- what the trainer says ---
+    # --- from the trainer ---
 
     def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None:
-        """Open the streams and say that the run begins (or goes on) at ``tick``.
+        """Open the streams and publish that the run begins (or goes on) at ``tick``.
 
         A run that stopped because its controller was silent waits here for that decision; raises ControllerSilent.
         """
-        served = self.bus.local is not self.bus
+        away = remote(self.bus)
         for stream, producers in self._out.items():
             if self.bus.local.has_readers(stream, self.run):
                 producers.append(self.bus.local.producer(stream, self.run))
-            if served:
-                self._remote.append(self.bus.producer(stream, self.run))
+            if away is not None:
+                self._remote.append(away.producer(stream, self.run))
                 producers.append(self._remote[-1])
-        if served:
-            self._receiver = Receiver(
-                self.bus.consumer("commands", self.run, "trainer", "trainer"),
-                lambda code, sentence: self.bus.incidents.append((code, sentence)),
-            )
+        if away is not None:
+            self._intake.open()
             self._ring.deferred = not self._out["telemetry"][:-1]  # nobody in this process reads it at the tick's end
-            self.bus.writer.each_round(self._ring.send_full)
-            self.bus.writer.each_round(lambda: self._ring.drain(self.bus.config.flush_s))
+            away.each_round(self._ring.send_full)
+            away.each_round(lambda: self._ring.drain(self.bus.config.flush_s))
         if self.external:
             self._inbox.epoch = self._remote[-1].epoch
         if self.runner is not None and self.timing == "free":
-            self._thread = Background(self.runner.serve, "esper-controller")
+            self._thread = BackgroundThread(self.runner.serve, "esper-controller")
         self.watched.started(tick, sites)
         self._export()
         self.emit(RunStarted(tick=tick, total_ticks=total_ticks, sites=sites))
@@ -135,16 +149,16 @@ class BusPort:
             self._wait(self._inbox.owed[0])
 
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
-        """Say that the run is over, after everything else has been said."""
+        """Publish that the run is over, after everything else."""
         self._ring.drain()
         self._incidents(tick, end=True)
         self.emit(RunEnded(tick=tick, status=status, summary=summary))
         self._over, self.finished = True, status == "FINISHED"
 
     def emit(self, event: Message) -> None:
-        """Say what happened.
+        """Publish an event.
 
-        A Checkpoint was written and verified; one with an empty ``path`` says that its state was taken, and is on its way to the disk.
+        A Checkpoint with a ``path`` was written and verified; one with an empty ``path`` is on its way to the disk.
         """
         match event:
             case Transition():
@@ -161,11 +175,11 @@ class BusPort:
         """Publish rows (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, others by copying them into the ring."""
         self._ring.put(tick, site, rows)
 
-    # --- what it is told ---
+    # --- to the trainer ---
 
     def commands(self, tick: int) -> list[Command]:
-        """What is to be applied now, emergency stops first."""
-        self._receive()
+        """The commands to apply now, emergency stops first."""
+        self._intake.receive()
         return self._inbox.due(tick)
 
     def acknowledge(self, command_id: str, status: str, reason: str, tick: int) -> None:
@@ -173,7 +187,7 @@ class BusPort:
         self._inbox.finish(command_id, status, reason, tick)
 
     def end_tick(self, tick: int) -> None:
-        """All about this tick has been said: in lockstep the controller decides now, and is waited for.
+        """Everything about this tick is published: in lockstep the controller decides now, and the trainer waits for it.
 
         Raises ControllerSilent when an external one does not answer within ``deadline_s`` seconds.
         """
@@ -181,7 +195,7 @@ class BusPort:
         controlled = self.external or self.runner is not None
         if controlled:
             self._ring.drain()
-        elif self.bus.local is self.bus:  # no writer thread looks for what has waited long enough
+        elif self.bus.local is self.bus:  # no sender thread looks for rows that have waited long enough
             self._ring.drain(self.bus.config.flush_s)
         self._incidents(tick)
         self.emit(TickEnded(tick=tick, epoch=self._inbox.epoch))
@@ -196,9 +210,10 @@ class BusPort:
             self.emit(Alert(tick=tick, level="error", code="controller_raised", text=text))
 
     def _wait(self, tick: int) -> None:
-        self.bus.writer.send_now()
+        if (away := remote(self.bus)) is not None:
+            away.send_now()
         deadline = time.monotonic() + self.deadline_s
-        self._receive()
+        self._intake.receive()
         while self._inbox.decided < tick:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -206,18 +221,18 @@ class BusPort:
                     f"the external controller did not decide on tick {tick} within {self.deadline_s:g} s, and going on"
                     " without it would change the run: resume it with `esper control` beside it"
                 )
-            self._receiver.wait(left)
-            self._receive()
+            self._intake.wait(left)
+            self._intake.receive()
 
     def barrier(self, timeout_s: float = 5.0) -> None:
-        """Before a checkpoint counts: all that was said is on the server, or after ``timeout_s`` seconds on disk."""
+        """Before a checkpoint counts: put all messages on the server, or after ``timeout_s`` seconds on disk."""
         self._ring.drain()
         for producer in self._remote:
             producer.barrier(timeout_s)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint taken after ``end_tick`` needs to give the same commands at the next tick (JSON-able)."""
-        self._receive()
+        """The state for a checkpoint after ``end_tick``, JSON-able, with which the next tick has the same commands."""
+        self._intake.receive()
         self.safe.copied()
         return self._inbox.state()
 
@@ -233,27 +248,25 @@ class BusPort:
         }
 
     def close(self) -> None:
-        """Flush and release the streams; the bus itself is closed by whoever opened it."""
+        """Flush and release the streams; the caller that opened the bus closes it."""
         self._ring.drain()
         if self._thread is not None and self._over:
             self._thread.join()
-        if self.finished:  # what is killed or fails may go on later, and its commands with it
-            self._receive()
+        if self.finished:  # a run that is killed or fails may go on later, and its commands with it
+            self._intake.receive()
             self._inbox.refuse_rest("the run ended before it could be applied", self.watched.tick)
             self.safe.release()
         for producers in self._out.values():
             for producer in producers:
                 producer.close()
-        self._commands.close()
         for exporter in self._exporters:
             exporter.close()
-        if self._receiver is not None:
-            self._receiver.close()
+        self._intake.close()
 
     # --- inside ---
 
     def _export(self) -> None:
-        """Start what ``bus.metrics_port`` and ``bus.otlp`` ask for."""
+        """Start the exporters that ``bus.metrics_port`` and ``bus.otlp`` ask for."""
         config = self.bus.config
 
         def source() -> list[Reading]:
@@ -264,53 +277,13 @@ class BusPort:
         if config.otlp:
             self._exporters.append(OtlpExporter(config.otlp, self.run, config.name, source, self.watched))
 
-    def _receive(self) -> None:
-        while deliveries := self._commands.read(1000):
-            for delivery in deliveries:
-                self._take(delivery)
-            self._commands.ack(deliveries)
-        if self._receiver is None:
-            return
-        for delivery in self._receiver.taken():
-            command = delivery.message
-            if delivery.producer == CONTROLLER and not self.external:
-                self._receiver.done(delivery)
-                self._refuse(command)
-                continue
-            if isinstance(command, Command) and not isinstance(command, Decided):
-                self._unfinished[command.id] = delivery  # acknowledged on the server when it has ended
-            else:
-                self._receiver.done(delivery)
-            self._take(delivery)
-
-    def _take(self, delivery: Delivery) -> None:
-        if isinstance(delivery.message, Command):
-            self._inbox.arrive(delivery.producer, delivery.message, delivery.time)
-        else:  # whoever may write there can send anything: nothing to obey
-            self.bus.counters.add("refused")
-
-    def _refuse(self, message: Message) -> None:
-        """What a second controller says is said in an alert and counted; only the server, where it reads, is told of its end.
-
-        A twin of our own controller uses the same ids: those that are known here end by themselves, once.
-        """
-        self.bus.counters.add("refused")
-        self.bus.incidents.append(("bus_second_controller", SECOND_CONTROLLER))
-        if isinstance(message, Command) and not isinstance(message, Decided) and not self._inbox.knows(message.id):
-            refusal = Acknowledgement(command_id=message.id, status="refused", reason=SECOND_CONTROLLER, tick=self.watched.tick)
-            self._out["acks"][-1].publish(refusal)
-
-    def _ended(self, command_id: str) -> None:
-        delivery = self._unfinished.pop(command_id, None)
-        if delivery is None:
-            return
-        if delivery.producer == CONTROLLER:  # of a run that goes on from a checkpoint, it decides again
-            self._receiver.done(delivery)
-        else:
-            self.safe.ended(delivery)
+    def _refuse(self, command_id: str) -> None:
+        """Say on the server that a command of a second controller was refused."""
+        refusal = Acknowledgement(command_id=command_id, status="refused", reason=SECOND_CONTROLLER, tick=self.watched.tick)
+        self._out["acks"][-1].publish(refusal)
 
     def _incidents(self, tick: int, end: bool = False) -> None:
-        """What happened to the bus itself, said from the trainer's thread so that the order of events is its own."""
+        """Publish the incidents of the bus as alerts, from the trainer's thread, so that the order of events is its own."""
         held_back = self._limit.over()
         incidents = self.bus.incidents
         while incidents:

@@ -19,8 +19,8 @@ ROOM = 4  # messages' worth of rows a site has place for; when all of it waits, 
 class SiteRing:
     """Rows of one site: number ``n`` lies at ``n % len(rows)``, and those from ``read`` up to ``written`` wait.
 
-    One thread writes: it fills a row that does not wait, and then counts it in ``written``. Whoever reads counts in ``read``
-    what it has copied away. Neither needs a lock against the other, and a row that is being filled is nobody else's.
+    One thread writes: it fills a row that does not wait, and then counts it in ``written``. The reader counts in ``read``
+    the rows that it has copied. Neither needs a lock against the other, and a row that is being filled is nobody else's.
     """
 
     buffer: Tensor  # float32 [rows, seeds, columns]
@@ -48,8 +48,8 @@ class SiteRing:
 class TelemetryRing:
     """Rows that wait, by site; full messages, and on ``drain`` all rows, are made into messages handed to ``emit``.
 
-    ``slot`` and ``put`` are for one thread, the trainer's. With ``deferred`` it leaves full messages to a writer thread that
-    calls ``send_full``. Messages of a site leave in the order of their ticks whoever makes them.
+    ``slot`` and ``put`` are for one thread, the trainer's. With ``deferred`` it leaves full messages to a sender thread that
+    calls ``send_full``. Messages of a site leave in the order of their ticks, whichever thread makes them.
     """
 
     def __init__(self, columns: tuple[str, ...], flush_ticks: int, flush_bytes: int, emit: Callable[[Telemetry], None]) -> None:
@@ -95,7 +95,7 @@ class TelemetryRing:
                 self._emit_upto(site, ring, ring.written)
 
     def send_full(self) -> None:
-        """Emit the messages that are full, for the writer thread."""
+        """Emit the messages that are full, for the sender thread."""
         for site, ring in list(self._sites.items()):
             if ring.written - ring.read >= ring.flush:
                 with self._emitting:

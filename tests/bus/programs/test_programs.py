@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from trainer import COLUMNS, ScriptedTrainer
+from scripted_trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, MemoryConfig
@@ -24,7 +24,7 @@ from esper.controllers.random import RandomConfig
 from esper.errors import UserError
 from esper.messages import Germinate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECORD = {
     "config": {
         "seed": 3,
@@ -64,14 +64,14 @@ def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_
     bus = open_bus(EmbeddedConfig(claim_s=1.0), tmp_path)
     invite(tmp_path, "run", bus.config, RECORD)
     trainer = ScriptedTrainer(BusPort(bus, "run", COLUMNS, external=True, deadline_s=30), TICKS, step_s=0.01 if kills else 0)
-    control = started("control", tmp_path)
+    control = started("controller", tmp_path)
     trainer.start()
     when = set(random.Random(0).sample(range(5, TICKS), kills))
     for tick in range(TICKS):
         if tick in when:
             control.kill()
             control.wait()
-            control = started("control", tmp_path)
+            control = started("controller", tmp_path)
         trainer.step()
     trainer.end()
     assert control.wait(60) == 0
@@ -130,7 +130,7 @@ def train_tracked(folder: Path, kills: int, tracking: dict) -> dict[str, list[di
     port = BusPort(bus, "run", COLUMNS)
     trainer = ScriptedTrainer(port, TICKS, step_s=0.01)
     operator = bus.producer("commands", "run", "operator")
-    track = started("track", folder)
+    track = started("tracker", folder)
     trainer.start()
     for tick in range(TICKS):
         operator.publish(Germinate(id=f"g{tick}", site="fc1", seed=tick % 6))
@@ -141,7 +141,7 @@ def train_tracked(folder: Path, kills: int, tracking: dict) -> dict[str, list[di
             time.sleep(3)  # long enough that it has written something
             track.kill()
             track.wait()
-            track = started("track", folder)
+            track = started("tracker", folder)
         trainer.step()
     trainer.end()
     assert track.wait(90) == 0, track.stderr.read()

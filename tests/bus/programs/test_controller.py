@@ -6,11 +6,11 @@ import threading
 
 import pytest
 from faults import wait_until
-from trainer import COLUMNS, ScriptedTrainer
+from scripted_trainer import COLUMNS, ScriptedTrainer
 
 from esper.bus.config import RedisConfig
 from esper.bus.discovery import invite, joined
-from esper.bus.programs.controller import Control
+from esper.bus.programs.controller import ExternalRunner
 from esper.bus.server.bus import ServerBus
 from esper.bus.trainer.bus_port import BusPort, ControllerSilent
 from esper.errors import UserError
@@ -70,7 +70,7 @@ def train(bus, run, first, last, state=None, checkpoint=-1):
 
 def test_a_resumed_trainer_gets_the_decisions_it_would_have_got(open_bus, tmp_path):
     run = "rewound"
-    control = Control(open_bus("control"), run, Counting(), tmp_path / "memory")
+    control = ExternalRunner(open_bus("control"), run, Counting(), tmp_path / "memory")
     thread = threading.Thread(target=control.serve, daemon=True)
     thread.start()
     port, before, state = train(open_bus("trainer"), run, 0, 10, checkpoint=6)
@@ -88,7 +88,7 @@ def test_a_resumed_trainer_gets_the_decisions_it_would_have_got(open_bus, tmp_pa
 
 def test_a_trainer_that_goes_back_to_where_the_controller_was_not_is_refused(open_bus, tmp_path):
     run = "elsewhere"
-    control = Control(open_bus("control"), run, Counting(), tmp_path / "memory")
+    control = ExternalRunner(open_bus("control"), run, Counting(), tmp_path / "memory")
     failures = []
 
     def serve():
@@ -119,7 +119,7 @@ def test_a_controller_killed_often_before_it_could_decide_still_knows_the_run(se
     for _ in range(4):  # nothing is acknowledged before the first tick has ended
         with joined(tmp_path, "controller") as (bus, found):
             controller = Counting()
-            Control(bus, found.run, controller, tmp_path / "memory").serve(idle_s=0.5)
+            ExternalRunner(bus, found.run, controller, tmp_path / "memory").serve(idle_s=0.5)
         assert controller.heard == ["RunStarted"]
     assert trainer.dead_letters("often") == []
     trainer.close()
@@ -141,7 +141,7 @@ def test_a_connection_that_breaks_while_a_tick_is_read_hides_none_of_its_telemet
     config, watching = RedisConfig(timeout_s=0.5), Watching()
     near, far = ServerBus(config, fragile.address, tmp_path / "near"), ServerBus(config, proxy.address, tmp_path / "far")
     events, telemetry = near.producer("events", "run"), near.producer("telemetry", "run")
-    control = Control(far, "run", watching, tmp_path / "memory")
+    control = ExternalRunner(far, "run", watching, tmp_path / "memory")
     threading.Thread(target=control.serve, daemon=True).start()
     for tick in range(1, 25):
         telemetry.publish(Telemetry(site="a", ticks=[tick], seeds=1, columns=["x"], data=bytes(4)))
@@ -172,7 +172,7 @@ def test_a_trainer_that_stopped_without_a_decision_gets_it_when_it_is_resumed(op
     with pytest.raises(ControllerSilent, match="tick 1 "):
         port.started(1, 20, [])
     port.close()
-    control = Control(open_bus("control"), run, Counting(), tmp_path / "memory")
+    control = ExternalRunner(open_bus("control"), run, Counting(), tmp_path / "memory")
     thread = threading.Thread(target=control.serve, daemon=True)
     thread.start()
     port, applied, _ = train(open_bus("trainer"), run, 1, 5, state=state)

@@ -81,7 +81,7 @@ def test_a_frozen_server_never_makes_publishing_wait_and_nothing_is_lost(fragile
         producer.publish(Telemetry(site="a", ticks=[number], seeds=1000, columns=columns, data=rows))
         time.sleep(0.002)
     assert wait_until(lambda: bus.counts()["spool_bytes"] > 0, 60)
-    assert {thread.name for thread in asking} == {"esper-bus-writer"}  # who publishes asks the server for nothing, and so waits for nothing
+    assert {thread.name for thread in asking} == {"esper-bus-sender"}  # who publishes asks the server for nothing, and so waits for nothing
     monkeypatch.undo()
     fragile.thaw()
     assert producer.flush(60)
@@ -151,13 +151,13 @@ def test_sending_at_once_waits_for_none_of_the_writers_chores(fragile, open_bus)
         began.set()
         ended.append(go_on.wait(10))
 
-    bus.writer.each_round(lambda: threads.add(threading.current_thread().name))
-    bus.writer.after_round(chore)
+    bus.sender.each_round(lambda: threads.add(threading.current_thread().name))
+    bus.sender.after_round(chore)
     assert began.wait(5)
     assert producer.send(TickEnded(tick=1), 5)
     assert ended == []
     go_on.set()
-    assert threads == {"esper-bus-writer"}
+    assert threads == {"esper-bus-sender"}
 
 
 @pytest.mark.parametrize("before", [0, 1])  # deliveries in an earlier life

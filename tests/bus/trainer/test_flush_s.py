@@ -25,10 +25,10 @@ def test_rows_that_nobody_decides_on_are_sent_when_they_are_old_enough_in_memory
     bus.close()
 
 
-def test_an_idle_writer_looks_as_often_as_telemetry_may_wait(server, tmp_path, monkeypatch):
+def test_an_idle_sender_looks_as_often_as_telemetry_may_wait(server, tmp_path, monkeypatch):
     bus = ServerBus(RedisConfig(flush_s=0.01), server.address, tmp_path / "bus")
-    waits, wait = [], bus.writer._wake.wait
-    monkeypatch.setattr(bus.writer._wake, "wait", lambda timeout: waits.append(timeout) or wait(timeout))
+    waits, wait = [], bus.sender._wake.wait
+    monkeypatch.setattr(bus.sender._wake, "wait", lambda timeout: waits.append(timeout) or wait(timeout))
     assert wait_until(lambda: len(waits) >= 3)
     bus.close()
     assert set(waits) == {0.01}

@@ -12,9 +12,9 @@ from esper.bus import open_bus as opened_as
 from esper.bus.config import EmbeddedConfig, RedisConfig
 from esper.bus.discovery import invite
 from esper.bus.programs import inspect
+from esper.bus.programs.flush import leftovers, missing, send
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.embedded import address_in
-from esper.bus.server.leftover_spool import leftovers, missing, send
 from esper.errors import UserError
 from esper.messages import Alert, TickEnded
 
@@ -35,7 +35,7 @@ def left(fragile, open_bus):
     assert producer.flush(60)
     fragile.kill()
     say(producer, 10, 40)
-    assert wait_until(lambda: bus.writer.open, 60)
+    assert wait_until(lambda: bus.sender.open, 60)
     bus.close()
     fragile.start()
     return bus.folder / "spool"
@@ -98,7 +98,7 @@ def test_the_end_says_what_is_left_and_what_was_dropped(fragile, open_bus, caplo
     producer = bus.producer("events", "run")
     fragile.freeze()
     producer.publish(Alert(tick=1, level="info", code="x", text="y"))
-    assert wait_until(lambda: bus.writer.open, 60)
+    assert wait_until(lambda: bus.sender.open, 60)
     with caplog.at_level(logging.WARNING, "esper.bus"):
         bus.close()
     said = [record.getMessage() for record in caplog.records]
@@ -118,7 +118,7 @@ def test_a_server_that_ended_with_its_run_is_started_for_what_it_did_not_get(tmp
     bus.server.process.kill()
     bus.server.process.wait()
     say(producer, 0, 5)
-    assert wait_until(lambda: bus.writer.open, 60)
+    assert wait_until(lambda: bus.sender.open, 60)
     producer.barrier(0)
     with pytest.raises(UserError, match="belong to a process that is at work"):
         inspect.main(["flush", str(tmp_path)])

@@ -23,7 +23,7 @@ from esper.messages import Metrics, TickEnded
 SECRET = "correct-horse-battery"
 RIGHTS = next(
     line.strip()
-    for line in (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text().splitlines()
+    for line in (Path(__file__).resolve().parents[3] / "docs" / "operations.md").read_text().splitlines()
     if line.strip().startswith("~esper:*")
 )
 

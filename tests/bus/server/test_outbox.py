@@ -9,7 +9,7 @@ import pytest
 from faults import wait_until
 
 from esper.bus.config import RedisConfig
-from esper.bus.counters import Counts
+from esper.bus.protocol import Counts
 from esper.bus.server.outbox import Outbox
 from esper.bus.server.spool import Spool
 from esper.messages import TickEnded

@@ -11,8 +11,7 @@ import torch
 from esper.bus.codec import encode_body
 from esper.bus.config import MemoryConfig, RedisConfig
 from esper.bus.memory.bus import MemoryBus
-from esper.bus.memory.groups import Entry
-from esper.bus.memory.overflow import Overflow
+from esper.bus.memory.log import Entry, Overflow
 from esper.bus.server.bus import ServerBus
 from esper.bus.trainer.bus_port import BusPort
 from esper.messages import Telemetry

@@ -1,1 +1,0 @@
-"""Readings of a run's bus for Prometheus and OpenTelemetry."""
