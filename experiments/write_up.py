@@ -18,8 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from esper.compare.results.tuning_choice import named
-from esper.compare.results.wording import confidence
+from esper.compare.results.comparison import named
+from esper.compare.results.sentences import confidence
 
 TEXT = """# {title}
 

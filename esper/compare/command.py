@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from esper.compare.config import CompareConfig
-from esper.compare.results.analysis import analyse, with_tuned
-from esper.compare.results.mlflow_records import SWEEP, children, find_sweep, plan_of, plan_untouched, reading, run_of_store, tuned_of
+from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import with_tuned
+from esper.compare.results.mlflow_sweep import SWEEP, children, find_sweep, plan_of, plan_untouched, reading, run_of_store, tuned_of
 from esper.compare.results.plan import Plan
 from esper.compare.results.report import show, write_results
 from esper.config import listing, nearest, structure

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlflow
 
-from esper.compare.results.mlflow_records import ARM, BLOCK, KIND, SEED, SWEEP, pieces
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, pieces
 from esper.compare.results.plan import Plan
 from esper.compare.statistics.random_draws import generator
 from esper.tracking.mlflow_store import experiment_id, quiet_client

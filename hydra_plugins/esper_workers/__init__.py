@@ -32,7 +32,7 @@ class WorkersLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
-        from esper.compare.sweep.job_configs import lean
+        from esper.compare.sweep.launch import lean
 
         lean(hydra_context.config_loader)
         self.context, self.config = hydra_context, config

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from esper.compare.config import CompareConfig
 from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import as_dict, write_json
 from esper.compare.results.figures import _lines, draw
 from esper.compare.results.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
-from esper.compare.results.report import as_dict, show, write_json, write_results
+from esper.compare.results.report import show, write_results
 from esper.compare.results.runs import Run
-from esper.compare.statistics.gap_recovery import gap_recovery
+from esper.compare.statistics.estimates import gap_recovery
 from esper.compare.statistics.random_draws import generator
 from esper.errors import UserError
 

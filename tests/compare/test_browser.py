@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from esper.compare.results.mlflow_records import children, find_sweep
+from esper.compare.results.mlflow_sweep import children, find_sweep
 from esper.tracking.mlflow_store import quiet_client
 
 pytestmark = pytest.mark.browser

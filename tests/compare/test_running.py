@@ -19,18 +19,18 @@ from rich.console import Console
 
 from esper.cli.compose import check_jobs, compose
 from esper.compare.config import CompareConfig
-from esper.compare.results import mlflow_page as page
+from esper.compare.results import mlflow_sweep as page
+from esper.compare.results.comparison import Tried, parse, text
 from esper.compare.results.plan import make_plan
 from esper.compare.results.report import show
-from esper.compare.results.tuning_choice import Tried, parse, text
 from esper.compare.sweep.arms import lay_out
 from esper.compare.sweep.dependencies import waves
-from esper.compare.sweep.job_process import describe
-from esper.compare.sweep.jobs import Prepared
-from esper.compare.sweep.planning import arm_settings, plan_sweep
-from esper.compare.sweep.store_process import Store
-from esper.compare.sweep.sweep import Sweep, _judge, _run_jobs
+from esper.compare.sweep.mlflow_process import Store
+from esper.compare.sweep.plan_sweep import arm_settings, plan_sweep
+from esper.compare.sweep.run_sweep import _judge, _run_jobs
+from esper.compare.sweep.sweep import Prepared, Sweep
 from esper.compare.sweep.tuning import trials
+from esper.compare.sweep.worker import describe
 from esper.config import RootConfig, build, config_hash
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from esper.compare.statistics.corrections import holm
 from esper.compare.statistics.random_draws import generator
 from esper.compare.statistics.sequential import crossing_look, look_pairs, sequential_holm, sequential_p, spent
 from esper.compare.statistics.sign_flip import sign_flip
+from esper.compare.statistics.verdicts import holm
 
 
 def test_looks_are_even_and_never_before_a_decision_is_possible() -> None:

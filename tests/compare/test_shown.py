@@ -13,11 +13,10 @@ from esper.cli.compose import compose
 from esper.compare.results.analysis import analyse
 from esper.compare.results.plan import Plan
 from esper.compare.results.report import show
-from esper.compare.sweep import job_process as worker
+from esper.compare.sweep import worker as worker
 from esper.compare.sweep.arms import Job
-from esper.compare.sweep.control_choice import shown
-from esper.compare.sweep.jobs import Prepared, runs_of
-from esper.compare.sweep.tuning import TuningJob
+from esper.compare.sweep.dependencies import shown
+from esper.compare.sweep.sweep import Prepared, TuningJob, runs_of
 
 BRIEF = ["tracking=none", "trainer.steps=20", "trainer.validate_every=50%", "trainer.checkpoint_every=", "trainer.save=false"]
 BOTH = ["same_steps", "same_macs"]

@@ -5,10 +5,11 @@ import pytest
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from esper.compare.statistics.corrections import holm, holm_levels, iqm, probability_of_improvement
-from esper.compare.statistics.power import centred, detectable, fewest_pairs, lattice, needed_pairs, power
-from esper.compare.statistics.random_draws import generator
+from esper.compare.statistics.estimates import iqm, probability_of_improvement
+from esper.compare.statistics.power import detectable, fewest_pairs, needed_pairs, power
+from esper.compare.statistics.random_draws import centred, generator, lattice
 from esper.compare.statistics.sequential import crossing_look, look_pairs
+from esper.compare.statistics.verdicts import holm, holm_levels
 
 
 def test_holm_equals_statsmodels_also_side_by_side() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from esper.compare.command import main as compare
 from esper.compare.results.analysis import analyse
-from esper.compare.results.mlflow_records import (
+from esper.compare.results.mlflow_sweep import (
     ARM,
     BLOCK,
     KIND,

@@ -16,11 +16,11 @@ import yaml
 
 from esper.cli import conf
 from esper.cli.compose import compose
-from esper.compare.results.analysis import analyse, with_tuned
+from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import Tried, Tuned, with_tuned
 from esper.compare.results.plan import Plan, save_plan
 from esper.compare.results.report import write_results
 from esper.compare.results.runs import Run
-from esper.compare.results.tuning_choice import Tried, Tuned
 from esper.running.run import run
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from esper.compare.results.runs import Run, pair, pool
-from esper.compare.results.verdict import Verdict, classify, verdicts
 from esper.compare.statistics.random_draws import generator
+from esper.compare.statistics.verdicts import Verdict, classify, verdicts
 from esper.errors import UserError
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from esper.compare.results.analysis import Judged, analyse
+from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import Judged
 from esper.compare.results.figures import draw
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import Run
-from esper.compare.statistics.pairs_needed import spread_interval
-from esper.compare.statistics.power import needed_pairs
+from esper.compare.statistics.power import needed_pairs, spread_interval
 from esper.compare.statistics.random_draws import generator
 
 DIGITS = {"task": "digits", "model": "mlp", "samples": 360}

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from esper.compare.sweep import launch
-from esper.compare.sweep import process_pool as workers
-from esper.compare.sweep import store_process as tracking
-from esper.compare.sweep.process_pool import Worker, Workers, _gpus, environments
+from esper.compare.sweep import mlflow_process as tracking
+from esper.compare.sweep import worker_pool as workers
+from esper.compare.sweep.worker_pool import Worker, Workers, _gpus, environments
 from esper.errors import Terminated
 
 CORES = len(os.sched_getaffinity(0))

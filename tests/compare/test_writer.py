@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from esper.compare.results.mlflow_records import ARM, SEED
-from esper.compare.sweep.store_process import Store
-from esper.compare.sweep.store_writer import Writer, labels, serve_run
+from esper.compare.results.mlflow_sweep import ARM, SEED
+from esper.compare.sweep.mlflow_process import Store
+from esper.compare.sweep.mlflow_writer import Writer, labels, serve_run
 from esper.errors import UserError
 from esper.tracking import MlflowConfig, RunRecord, frames
 
@@ -54,7 +54,7 @@ def test_a_sweep_whose_parent_run_was_deleted_says_how_to_go_on(tmp_path: Path) 
     with pytest.raises(UserError, match=rf"run {never} is no longer in sqlite:.*hydra\.sweep\.dir="):
         Writer(opening | {"parent": never})
     writer.client.delete_run(writer.parent)
-    command = [sys.executable, "-m", "esper.compare.sweep.store_writer", str(tmp_path / "w")]
+    command = [sys.executable, "-m", "esper.compare.sweep.mlflow_writer", str(tmp_path / "w")]
     request = json.dumps(opening | {"parent": writer.parent}) + "\n"
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     answer = json.loads(done.stdout)["refused"]

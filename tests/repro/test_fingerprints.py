@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from esper.cli.compose import compose
 from esper.compare.sweep.arms import lay_out
 from esper.compare.sweep.dependencies import derive, waves
-from esper.compare.sweep.jobs import Prepared
+from esper.compare.sweep.sweep import Prepared
 from esper.running.run import run
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"

@@ -3,92 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.controls_verdict import conclude
-from esper.compare.results.plan import Plan, changes
+from esper.compare.results.comparison import ArmSummary, Comparison, Judged
+from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED, Pairs, Run, by_seed, pair, pool
-from esper.compare.results.tuning_choice import Tuned
-from esper.compare.results.verdict import Verdict, classify, equivalence_of
-from esper.compare.results.wording import sentence
-from esper.compare.statistics.corrections import holm, holm_levels, iqm, probability_of_improvement
-from esper.compare.statistics.pairs_needed import Needs, needs_of
-from esper.compare.statistics.power import fewest_pairs
+from esper.compare.results.sentences import conclude, exploratory_reasons, notes, sentence
+from esper.compare.statistics.estimates import iqm, probability_of_improvement, resolution
+from esper.compare.statistics.power import PairsNeeded, fewest_pairs, pairs_needed
 from esper.compare.statistics.sequential import look_pairs, sequential_holm, sequential_p
-from esper.compare.statistics.sign_flip import equivalence_interval, flips_for, interval, sign_flip
+from esper.compare.statistics.sign_flip import FLIPS, equivalence, equivalence_interval, flips_for, interval, sign_flip
+from esper.compare.statistics.verdicts import Verdict, classify, holm, holm_levels
 from esper.errors import UserError
 
 Array = NDArray[np.float64]
-COUNTED = 1e-4  # how near whole numbers the values times the samples are where the metric counts samples; float32 may hold them
-
-
-@dataclass(frozen=True)
-class ArmSummary:
-    """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones)."""
-
-    arm: str
-    block: str
-    runs: int
-    failed: int
-    mean: float
-    iqm: float
-    spread: float
-    costs: dict[str, float]
-    growth: dict[str, float]
-    alone: dict[str, float]
-    points: dict[int, float]
-    macs: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One comparison. Differences are positive where ``arm`` (B) is better than ``reference`` (A).
-
-    ``interval`` is that of the test for a difference and has the confidence ``level`` that Holm's correction leaves it: it excludes 0
-    exactly where the difference is sure. ``equivalence_interval`` lies within the margin exactly where the arms are equivalent; it is
-    NaN where a run that failed keeps them from it. ``resolution`` is the smallest change of the metric that the test set can show,
-    NaN where the metric does not count samples; ``needs`` is None where the verdict lacks nothing.
-    """
-
-    arm: str
-    reference: str
-    block: str
-    verdict: str
-    sentence: str
-    difference: float
-    difference_finished: float
-    p: float
-    p_holm: float
-    p_equivalent: float
-    interval: tuple[float, float]
-    level: float
-    equivalence_interval: tuple[float, float]
-    equivalence_level: float
-    probability: float
-    pairs: int
-    failed: tuple[int, int]
-    costs: dict[str, float]
-    resolution: float
-    needs: Needs | None
-    seeds: tuple[int, ...]
-    points: tuple[float, ...]
-    finished: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What ``comparison.json`` holds besides the plan."""
-
-    arms: list[ArmSummary]
-    verdicts: list[Judged]
-    exploratory: list[str]
-    notes: list[str]
-    ranking: list[Judged] = field(default_factory=list)
-    conclusion: list[str] = field(default_factory=list)
-    tuned: list[Tuned] = field(default_factory=list)
 
 
 def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Comparison:
@@ -115,16 +46,11 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
     return Comparison(
         arms=[summarize(runs, arm, block) for block in plan.blocks for arm in plan.arms],
         verdicts=verdicts,
-        exploratory=_exploratory(families, plan, planned or plan),
-        notes=_notes(runs, plan),
+        exploratory=exploratory_reasons(families, plan, planned or plan),
+        notes=notes(runs, plan),
         ranking=_ranking(runs, plan) if plan.ranking else [],
         conclusion=conclude(verdicts, runs, plan),
     )
-
-
-def with_tuned(comparison: Comparison, tuned: Sequence[Tuned]) -> Comparison:
-    """The comparison with what tuning chose beforehand, and a note on every tuning run that failed."""
-    return replace(comparison, tuned=list(tuned), notes=[*comparison.notes, *(line for one in tuned for line in one.warning())])
 
 
 def summarize(runs: Sequence[Run], arm: str, block: str) -> ArmSummary:
@@ -224,13 +150,17 @@ def _judged(
         pairs=len(one.seeds),
         failed=(len(ours) - len(good), len(theirs) - len(base)),
         costs=_cost_ratios(good, base),
-        resolution=resolution([run.value for run in (*good, *base)], plan, one.block),
-        needs=needs_of(one, plan) if verdict is Verdict.INCONCLUSIVE else None,
+        resolution=resolution([run.value for run in (*good, *base)], plan.samples(one.block)),
+        needs=_pairs_needed(one, plan) if verdict is Verdict.INCONCLUSIVE else None,
         seeds=one.seeds,
         points=tuple(one.tested.tolist()),
         finished=tuple(one.finished.tolist()),
     )
     return replace(judged, sentence=sentence(judged, plan))
+
+
+def _pairs_needed(one: Pairs, plan: Plan) -> PairsNeeded:
+    return pairs_needed(one.tested, one.error, plan.minimum_effect, plan.power, plan.alpha, plan.comparisons, plan.early)
 
 
 def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
@@ -241,18 +171,6 @@ def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
         if theirs > 0:
             ratios[name] = ours / theirs
     return ratios
-
-
-def resolution(values: Sequence[float], plan: Plan, block: str) -> float:
-    """The smallest change of the metric that the block's test set can show: 1/n where every value is a count of its n samples.
-
-    NaN where it is not, as for a loss, and where n is not known.
-    """
-    samples = plan.about.get(block, {}).get("samples", 0)
-    if not samples or not len(values):
-        return float("nan")
-    counts = np.array(values) * samples
-    return 1 / samples if np.abs(counts - np.round(counts)).max() < COUNTED else float("nan")
 
 
 def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judged]:
@@ -267,65 +185,15 @@ def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judged]:
     return judge(couples, runs, plan) if couples else []
 
 
-def _exploratory(families: Sequence[Pairs], plan: Plan, planned: Plan) -> list[str]:
-    """Why the analysis is not the planned one; empty where it is."""
-    reasons = [f"{name} was {getattr(planned, name)!r} in the plan and is {getattr(plan, name)!r} now" for name in changes(planned, plan)]
-    fewest = min(len(set(one.seeds) & set(plan.seeds)) for one in families)
-    if fewest < len(plan.seeds) and not plan.sequential:
-        reasons.append(f"{fewest} of {len(plan.seeds)} planned pairs are there")
-    return reasons
+def equivalence_of(pairs: Pairs, margin: float, flips: int = FLIPS) -> float:
+    """P-value of "the arms differ by ``margin`` or more", by TOST over the pairs in which both runs finished.
 
-
-def _notes(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """What a reader must know besides the verdicts."""
-    notes = []
-    failed = [run for run in runs if run.failed]
-    if failed:
-        arms = {arm: sum(run.arm == arm for run in failed) for arm in plan.arms}
-        told = ", ".join(f"{arm} {count}" for arm, count in arms.items() if count)
-        counted = "a pair that one arm lost counts as the largest difference seen, and with it no two arms can be equivalent"
-        notes.append(f"{len(failed)} of {len(runs)} runs failed ({told}); {counted}.")
-    for name, settings in plan.arms.items():
-        if name != plan.reference and settings == plan.arms[plan.reference]:
-            notes.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")
-    notes += [*_same_numbers(runs, plan), *_alone(runs, plan)]
-    if plan.sequential:
-        notes.append(
-            "The p-values count the looks: each is the smallest α at which the looks so far would have decided. "
-            "The intervals are those of one look at all pairs that are there, and may disagree with them."
-        )
-    for block in plan.blocks:
-        step = resolution([run.value for run in runs if run.block == block and not run.failed], plan, block)
-        if plan.minimum_effect < step:
-            place, samples = f" in {block}" if block else "", plan.about[block]["samples"]
-            notes.append(f"The {plan.minimum_effect:g} worth having is less than one of the {samples:,} test samples{place}.")
-    if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
-        fewest = fewest_pairs(plan.alpha, plan.comparisons)
-        notes.append(f"With fewer than {fewest} pairs no arm can be called better, however clear the difference.")
-    return notes
-
-
-def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """A note on every arm whose runs gave just what those of the reference gave."""
-    notes = []
-    for name, settings in plan.arms.items():
-        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
-        if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
-            told = "what differs had no effect."
-            if settings == plan.arms[plan.reference]:
-                told = "with the same seeds they are the same runs; compare.fresh_seeds gives an arm seeds of its own."
-            notes.append(f"{name} and {plan.reference} gave the same number in every pair: {told}")
-    return notes
-
-
-def _alone(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """A note on the seeds that an arm or the reference has not run, block by block."""
-    notes = []
-    pooled = ", here and over all blocks" if len(plan.blocks) > 1 else ""
-    for block in plan.blocks:
-        reference = by_seed(runs, plan.reference, block)
-        for arm in plan.arms:
-            if seeds := sorted(by_seed(runs, arm, block).keys() ^ reference.keys()):
-                where = f" in {block}" if block else ""
-                notes.append(f"Seeds {seeds} of {arm} or {plan.reference} have no partner{where} and are left out{pooled}.")
-    return notes
+    1 as soon as one arm alone failed in a pair. A failed run has no metric that could be shown to be near the other's:
+    it is worse than any value, as in worst-rank analysis (Lachin 1999, Controlled Clinical Trials 20:408) and the
+    composite strategy of ICH E9(R1), so its pair lies outside every margin. With such losses growing without bound the
+    larger of the two one-sided p-values stays at 1/4 or above, however many other pairs there are. Pairs in which both
+    runs failed show nothing and are left out here.
+    """
+    if pairs.lost.any():
+        return 1.0
+    return float(equivalence(pairs.tested[pairs.finished], margin, error=pairs.error[pairs.finished], flips=flips))

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from esper.compare.results.comparison import ArmSummary, Comparison, Judged
+from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED
-from esper.compare.results.wording import confidence, short, where
+from esper.compare.results.sentences import confidence, short, where
 from esper.compare.statistics.random_draws import generator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from esper.compare.results.analysis import ArmSummary, Comparison, Judged
-    from esper.compare.results.plan import Plan
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")  # Okabe & Ito
 SIDES = {"B better": "#009E73", "A better": "#D55E00", "equivalent": "#0072B2", "inconclusive": "#777777"}
@@ -117,6 +117,6 @@ def _lines(name: str) -> str:
     return fill(name, 24, break_long_words=False, break_on_hyphens=False)
 
 
-def _save(figure: object, path: Path) -> Path:
-    figure.savefig(path, dpi=140, metadata={"Software": None})  # type: ignore[attr-defined]
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=140, metadata={"Software": None})
     return path

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from esper.compare.config import CompareConfig
-from esper.compare.statistics.power import MOST_PAIRS, PILOT_PAIRS, centred, detectable, fewest_pairs, needed_pairs
+from esper.compare.statistics.power import MOST_PAIRS, PILOT_PAIRS, detectable, fewest_pairs, needed_pairs
+from esper.compare.statistics.random_draws import centred
 from esper.compare.statistics.sequential import look_pairs
 from esper.compare.statistics.sign_flip import finest_level
 from esper.config import listing
@@ -86,6 +87,10 @@ class Plan:
         """+1 where larger values of the metric are better, −1 where smaller ones are."""
         return 1.0 if self.direction == "max" else -1.0
 
+    def samples(self, block: str) -> int:
+        """Size of the block's test set; 0 where it is not known, or not the same for all jobs."""
+        return int(self.about.get(block, {}).get("samples", 0))
+
     @property
     def early(self) -> int:
         """How often a sequential sweep looks; 0 for one that is judged at its end alone."""
@@ -107,7 +112,7 @@ class Plan:
             words = f"Too few pairs: below {fewest} no difference, however clear, can reach α; none can be detected"
             lines.append(f"{words} with {pairs}.")
         else:
-            looked = f", looked at after {listing(look_pairs(pairs, self.looks, fewest))}," if self.sequential else ""
+            looked = f", looked at after {listing(map(str, look_pairs(pairs, self.looks, fewest)))}," if self.sequential else ""
             lines.append(self._found(pairs, looked))
         return [*lines, *(self._needed(pairs) if self.spread > 0 else self._assumed(pairs, fewest))]
 

@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.markup import escape
+from rich.text import Text
 
-from esper.compare.results.analysis import Comparison, Judged
+from esper.compare.results.comparison import Comparison, Judged, write_json
+from esper.compare.results.comparison import named as listed
 from esper.compare.results.plan import Plan
-from esper.compare.results.table_layout import fit
-from esper.compare.results.tuning_choice import named as listed
-from esper.compare.results.wording import confidence, short, where
+from esper.compare.results.sentences import confidence, short, where
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SCHEMA = 1
 WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
 CONTROLS = {"same_steps": "host alone, same steps", "same_macs": "host alone, same MACs"}
 HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
-
-
-def as_dict(comparison: Comparison, plan: Plan) -> dict[str, Any]:
-    """Everything, with ``null`` for numbers that do not exist: JSON knows neither NaN nor infinity."""
-    return _plain(
-        {
-            "schema": SCHEMA,
-            "plan": dataclasses.asdict(plan),
-            **dataclasses.asdict(comparison),
-        }
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_json(comparison: Comparison, plan: Plan, path: Path) -> Path:
-    """``comparison.json``, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(as_dict(comparison, plan), indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
-    return path
+AROUND, EDGE = 3, 1  # the frame's part of a column, and its left edge
+LEAST = 6  # a name is not broken into pieces smaller than this
 
 
 def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: bool) -> list[Path]:
@@ -202,3 +172,36 @@ def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
+def fit(table: Table, width: int) -> Table:
+    """Give every column its width where the table is wider than ``width``.
+
+    All columns are as narrow as their longest word, the first of them as wide as what is left allows; only where the
+    words themselves are too wide, those of the widest column that may fold are broken.
+    """
+    cells = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    whole, words = ([_longest(texts, apart) for texts in cells] for apart in (False, True))
+    room = width - EDGE - AROUND * len(cells)
+    if sum(whole) <= room:
+        return table
+    left = room - sum(words)
+    for at, column in enumerate(table.columns):
+        more = min(max(left, 0), whole[at] - words[at])
+        words[at], left = words[at] + more, left - more
+        column.no_wrap = False
+    foldable = [at for at, column in enumerate(table.columns) if column.overflow == "fold"]
+    while left < 0 and foldable:
+        widest = max(foldable, key=lambda at: words[at])
+        if words[widest] <= LEAST:
+            break
+        words[widest], left = words[widest] - 1, left + 1
+    for column, wide in zip(table.columns, words, strict=True):
+        column.width = wide
+    return table
+
+
+def _longest(texts: Sequence[str], words: bool) -> int:
+    """The widest of the texts, or of the words in them."""
+    plain = [Text.from_markup(text).plain for text in texts]
+    return max(cell_len(part) for text in plain for part in (text.split() if words else [text]) or [""])

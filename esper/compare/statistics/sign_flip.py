@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from esper.compare.statistics.random_draws import generator
 
+OPERATIONS = 4  # roundings that a metric may have gone through: a mean, a percentage
 EXACT_PAIRS = 15
 FLIPS = 9_999
 MOST_FLIPS = 999_999
@@ -30,7 +31,6 @@ SURE = 2.0**-40  # twelve digits: the part of a difference that may be off where
 CHUNK = 4_000_000  # floats held at once (32 MB)
 PARTS = 64  # floats that comparing one pattern part by part holds at once, for a dozen pairs
 PATTERNS = 64_000_000  # signs held at once, a byte each
-
 Array = NDArray[np.float64]
 Signs = NDArray[np.int8]
 Indices = NDArray[np.intp]
@@ -229,3 +229,9 @@ def invert(p_value: Callable[[float, int], float], centre: float, reach: float, 
         return outside
 
     return end(-1), end(+1)
+
+
+def rounding(*values: Array) -> Array:
+    """How far rounding may have moved a sum or difference of these values, each of which a few operations gave."""
+    found: Array = OPERATIONS * EPSILON * np.sum([np.abs(value) for value in values], axis=0)
+    return found

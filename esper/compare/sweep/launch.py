@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from esper.cli import conf
 from esper.cli.compose import from_hydra
 from esper.compare.sweep.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
-from esper.compare.sweep.job_configs import composed
-from esper.compare.sweep.jobs import Prepared
-from esper.compare.sweep.process_pool import environments
 from esper.compare.sweep.resume import taken_up
-from esper.compare.sweep.sweep import Sweep, resume_command, run_sweep
+from esper.compare.sweep.run_sweep import run_sweep
+from esper.compare.sweep.sweep import Prepared, Sweep, resume_command
+from esper.compare.sweep.worker_pool import environments
 from esper.config import plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
@@ -113,3 +114,38 @@ def _returned(one: Prepared) -> JobReturn:
     returned = JobReturn(overrides=one.job.overrides, status=JobStatus.COMPLETED)
     returned.return_value = math.nan if value is None else value
     return returned
+
+
+def lean(loader: Any) -> None:
+    """Let Hydra's loader find the options for runs of a sweep before those of single runs with the same name.
+
+    They are defaults like these: what the user states, in a file or on the command line, has the last word.
+    """
+    path = loader.get_search_path()
+    path.prepend("sweep", f"file://{conf.folder() / 'sweep'}")
+    loader.repository.initialize_sources(path)
+
+
+def composed(launcher: WorkersLauncher, overrides: Sequence[str], number: int) -> DictConfig:
+    """The tree of job ``number``, ``hydra`` included. A composition takes a tenth of a second, a sweep may have a thousand."""
+    seeds = [text.removeprefix("seed=") for text in overrides if text.startswith("seed=")]
+    rest = tuple(text for text in overrides if not text.startswith("seed="))
+    plain = len(seeds) == 1 and seeds[0].isdecimal() and "override_dirname" not in _subdir(launcher)
+    if plain and rest in launcher.composed:
+        config = copy.deepcopy(launcher.composed[rest])
+    else:
+        config = launcher.context.config_loader.load_sweep_config(launcher.config, list(overrides))
+        if plain:
+            launcher.composed[rest] = copy.deepcopy(config)
+    with open_dict(config):
+        config.hydra.job.id = config.hydra.job.num = number
+        if plain:
+            config.seed = int(seeds[0])
+    return config
+
+
+def _subdir(launcher: WorkersLauncher) -> str:
+    """The pattern of the jobs' folders; one that spells out the overrides needs each job's own."""
+    sweep = OmegaConf.to_container(launcher.config.hydra.sweep, resolve=False)
+    assert isinstance(sweep, dict)
+    return str(sweep["subdir"])

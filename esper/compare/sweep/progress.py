@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from esper.compare.sweep.arms import Job
+from esper.compare.sweep.arms import Job
 
 STATES = ("done", "running", "waiting", "failed", "kept")
 COLOURS = {"done": "green", "running": "yellow", "waiting": "dim", "failed": "red", "kept": "cyan"}

@@ -7,33 +7,19 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from esper.compare.config import CompareConfig
-from esper.compare.results.tuning_choice import Tried, Tuned, Values, named
-from esper.compare.sweep.arms import Job
-from esper.compare.sweep.jobs import Prepared
+from esper.compare.results.comparison import Tried, Tuned, Values, named
+from esper.compare.sweep.sweep import Prepared, TuningJob, values_of
 from esper.config import RootConfig, build, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
 
 FIRST_SEED = 1_000_000  # far from the seeds that people give
-
-
-@dataclass(frozen=True)
-class TuningJob(Job):
-    """A job that tries ``values`` for its arm; it is no part of the comparison."""
-
-    values: Values = dataclasses.field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """A name that a person can read, like ``tuning linear optimizer.lr=0.003 seed=1000000``."""
-        return " ".join(part for part in ("tuning", self.arm, self.block, named(self.values), f"seed={self.seed}") if part)
 
 
 def grid(compare: CompareConfig) -> list[Values]:
@@ -105,12 +91,6 @@ def trials(jobs: Sequence[Prepared], seeds: int, folder: Path) -> list[Prepared]
     return found
 
 
-def values_of(one: Prepared) -> Values:
-    """What a tuning job tries."""
-    assert isinstance(one.job, TuningJob)
-    return one.job.values
-
-
 def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
     """The combination with the best mean validation metric over its seeds, of those in which no run failed.
 
@@ -144,5 +124,6 @@ def _validated(one: Prepared, metric: str) -> float:
     """The final validation metric of a tuning job, NaN where it failed."""
     summary = one.summary
     value = ((summary.get("metrics") or {}).get("final") or {}).get(f"validation/{metric}")
-    sound = not one.error and summary.get("status") == "FINISHED" and value is not None and math.isfinite(value)
-    return float(value) if sound else math.nan
+    if one.error or summary.get("status") != "FINISHED" or value is None or not math.isfinite(value):
+        return math.nan
+    return float(value)

@@ -1,4 +1,4 @@
-"""``python -m esper.compare.sweep.store_writer``: the one process that writes a sweep to the MLflow store.
+"""``python -m esper.compare.sweep.mlflow_writer``: the one process that writes a sweep to the MLflow store.
 
 Jobs send the frames of ``esper.tracking.frames`` over a Unix socket, a connection a run; the sweep itself asks over
 standard input, a JSON line a request. Every access to the store happens under one lock, so that jobs that run at the
@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from esper.compare.results.mlflow_records import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
 from esper.errors import UserError
 from esper.tracking import frames
 from esper.tracking.mlflow_run import LONGEST_TAG, NAMES, MlflowRun, fitted, legal
@@ -75,7 +75,7 @@ class Writer:
         tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"]}
         started = int(time.time() * 1000)
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=opening["name"])
-        return run.info.run_id
+        return str(run.info.run_id)
 
     def tags(self, folder: str) -> dict[str, str]:
         """What the interface groups a job's run by."""
@@ -121,7 +121,7 @@ class Writer:
     def _create_failed(self, folder: str) -> str:
         tags = dict(self.tags(folder)) | {"mlflow.parentRunId": self.parent, "esper.folder": folder}
         name = tags.pop("name", Path(folder).name)
-        return self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
+        return str(self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id)
 
     def lost(self, folder: str) -> str:
         """How a run ended whose job has gone without a word: its process broke, or the sweep was stopped."""

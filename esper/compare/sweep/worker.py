@@ -1,4 +1,4 @@
-"""``python -m esper.compare.sweep.job_process <process id of the sweep>``: a process that runs one job of a sweep after another.
+"""``python -m esper.compare.sweep.worker <process id of the sweep>``: a process that runs one job of a sweep after another.
 
 It reads a JSON line a request from standard input and answers with one on what was standard output. What a job prints
 goes to ``job.log`` in its own folder. Torch is imported once, so later jobs start at once.
@@ -70,7 +70,7 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         return {"error": str(error)}
     directions = {name: metric.direction for name, metric in task.metrics.items()}
-    return {"primary": task.primary, "directions": {"loss": "min", **directions}, "samples": len(task.test)}  # type: ignore[arg-type]
+    return {"primary": task.primary, "directions": {"loss": "min", **directions}, "samples": len(task.test)}
 
 
 def run_job(request: dict[str, Any]) -> dict[str, Any]:

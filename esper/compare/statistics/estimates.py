@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.runs import rounding
-from esper.compare.statistics.sign_flip import flips_for, interval, invert, sign_flip
+from esper.compare.statistics.sign_flip import flips_for, interval, invert, rounding, sign_flip
 
 Array = NDArray[np.float64]
+COUNTED = 1e-4  # how near whole numbers the values times the samples are where the metric counts samples; float32 may hold them
+
+
+def iqm(values: Array) -> float:
+    """Interquartile mean: the mean of the middle half (Agarwal et al. 2021)."""
+    from scipy import stats
+
+    return float(stats.trim_mean(np.asarray(values, dtype=np.float64), 0.25))
+
+
+def probability_of_improvement(differences: Array, error: Array) -> float:
+    """Chance that an arm beats the other with the same seed: the share of pairs in which it does, equal ones counting half.
+
+    Args:
+        differences: ``[pairs]``, positive where the arm is better.
+        error: how far rounding may have moved each.
+    """
+    sure = np.where(np.abs(differences) > error, np.sign(differences), 0.0)
+    return float(np.mean(sure + 1) / 2)
+
+
+def resolution(values: Sequence[float], samples: int) -> float:
+    """The smallest change of the metric that the block's test set can show: 1/n where every value is a count of its n samples.
+
+    NaN where it is not, as for a loss, and where n is not known.
+    """
+    if not samples or not len(values):
+        return float("nan")
+    counts = np.array(values) * samples
+    return 1 / samples if np.abs(counts - np.round(counts)).max() < COUNTED else float("nan")
 
 
 @dataclass(frozen=True)

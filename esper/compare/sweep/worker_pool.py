@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import esper
-from esper.compare.sweep.job_process import SAVED
+from esper.compare.sweep.worker import SAVED
 from esper.errors import Terminated
 
 DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
 SAVE_S = 25.0  # how long all jobs together may take to save what they did, after a scheduler's SIGTERM, which leaves 30 s
 LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: what is killed then goes on from its newest checkpoint
-
 Request = dict[str, Any]
 Answer = dict[str, Any]
 
@@ -44,7 +43,7 @@ class Worker:
         root = str(Path(esper.__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         return subprocess.Popen(
-            [sys.executable, "-m", "esper.compare.sweep.job_process", str(os.getpid())],
+            [sys.executable, "-m", "esper.compare.sweep.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -61,7 +60,8 @@ class Worker:
             process.stdin.flush()
         line = process.stdout.readline()
         if line:
-            return json.loads(line)
+            answer: Answer = json.loads(line)
+            return answer
         code = process.wait()
         with self._lock:
             if not self._over:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esper.compare.results.plan import Plan, make_plan, save_plan
 from esper.compare.statistics.power import PILOT_PAIRS
+from esper.compare.sweep.sweep import Prepared, Sweep
+from esper.compare.sweep.worker_pool import Workers
 from esper.config import listing, nearest, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
 
-if TYPE_CHECKING:
-    from esper.compare.sweep.jobs import Prepared
-    from esper.compare.sweep.process_pool import Workers
-    from esper.compare.sweep.sweep import Sweep
-
 #: A task's config, where in the sweep it is, in words, and what it answered.
 Described = tuple[Any, str, dict[str, Any]]
+
+
 #: Settings in which the jobs of one sweep may differ without being other arms.
 BESIDE = ("name", "tags", "output", "tracking", "compare", "experiment", "arm", "debug", "seed")
 
@@ -103,7 +102,7 @@ def primary(asked: str, tasks: Sequence[Described]) -> tuple[str, str]:
     Raises:
         UserError: a task without the metric, or two that mean it in opposite directions.
     """
-    metric, directions = asked, {}
+    metric, directions = asked, dict[str, str]()
     for _, where, known in tasks:
         metric = metric or known["primary"]
         if metric not in known["directions"]:

@@ -11,22 +11,18 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import esper
-from esper.compare.results.mlflow_records import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, pieces
+from esper.compare.results.comparison import text
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, pieces
 from esper.compare.results.plan import saved_text
-from esper.compare.results.tuning_choice import text
-from esper.compare.sweep.process_pool import by_hand
-from esper.compare.sweep.tuning import TuningJob
+from esper.compare.sweep.sweep import Prepared, Sweep, TuningJob
+from esper.compare.sweep.worker_pool import by_hand
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
 from esper.tracking.shared import SOCKET
 from esper.tracking.store_check import check_store
-
-if TYPE_CHECKING:
-    from esper.compare.sweep.jobs import Prepared
-    from esper.compare.sweep.sweep import Sweep
 
 LOG = "tracker.log"
 STOP_S = 30.0  # how long its process may take to end once everything is written
@@ -65,7 +61,7 @@ class Store:
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         with (self.sweep.folder / LOG).open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "esper.compare.sweep.store_writer", path],
+                [sys.executable, "-m", "esper.compare.sweep.mlflow_writer", path],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
