@@ -1,4 +1,4 @@
-"""What a comparison promises before its first run; every key is written down in the sweep's plan."""
+"""Settings of a comparison, which the sweep's plan records before its first run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CompareConfig:
 
 @dataclass
 class LauncherConfig:
-    """``hydra.launcher``, as far as it is ours."""
+    """The keys of ``hydra.launcher`` that esper defines."""
 
     workers: int = setting(0, low=0, help="processes at once; 0: one per GPU, or per core where there is no GPU")
     threads: int = setting(1, low=1, help="CPU threads of numerical libraries in each")

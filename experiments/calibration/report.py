@@ -121,8 +121,8 @@ def _again(rows: Sequence[Row], sweeps: int) -> str:
     return (
         f"All {len(rates)} that did were simulated again on {10 * sweeps:,} fresh sweeps each: {min(rates):.2f} to {max(rates):.2f} %,\n"
         f"{sum(rates) / len(rates):.2f} % in the mean, where three standard errors of one are {error:.2f} points. That the test itself\n"
-        "rejects in no more than α of all sign patterns of any data is no matter of simulation: `tests/compare/test_sequential.py` and\n"
-        "`test_signflip.py` count the patterns."
+        "rejects in no more than α of all sign patterns of any data is no matter of simulation: `test_sequential.py` and\n"
+        "`test_sign_flip.py` in `tests/compare/statistics` count the patterns."
     )
 
 

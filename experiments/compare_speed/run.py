@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlflow
 
-from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, pieces
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, split_text
 from esper.compare.results.plan import Plan
 from esper.compare.statistics.random_draws import generator
 from esper.tracking.mlflow_store import experiment_id, quiet_client
@@ -50,7 +50,7 @@ def fill(folder: Path, runs: int) -> None:
     seeds = tuple(range(runs // ARMS))
     arms = {f"arm{i}": {"x": i} for i in range(ARMS)}
     plan = Plan("accuracy", "max", 0.01, 0.05, 0.8, 0.0, "arm0", arms, seeds)
-    parent = client.create_run(experiment, tags={KIND: "sweep", SWEEP: "speed", **pieces(plan.text())}, run_name="speed")
+    parent = client.create_run(experiment, tags={KIND: "sweep", SWEEP: "speed", **split_text(plan.text())}, run_name="speed")
     for arm in arms:
         for seed in seeds:
             tags = {SWEEP: "speed", ARM: arm, BLOCK: "", SEED: str(seed), "mlflow.parentRunId": parent.info.run_id}

@@ -32,9 +32,9 @@ class WorkersLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
-        from esper.compare.sweep.launch import lean
+        from esper.compare.sweep.launch import prefer_sweep_options
 
-        lean(hydra_context.config_loader)
+        prefer_sweep_options(hydra_context.config_loader)
         self.context, self.config = hydra_context, config
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 

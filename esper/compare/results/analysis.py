@@ -1,4 +1,4 @@
-"""The analysis of one sweep: its runs and its plan in, verdicts with everything that belongs beside them out."""
+"""The analysis of one sweep: from its runs and its plan to the comparison of its arms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.comparison import ArmSummary, Comparison, Judged
+from esper.compare.results.comparison import ArmSummary, Comparison, Judgement
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED, Pairs, Run, by_seed, pair, pool
 from esper.compare.results.sentences import conclude, exploratory_reasons, notes, sentence
@@ -38,15 +38,15 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
         raise UserError(f"All {len(runs)} runs of the sweep failed or gave no finite {plan.metric}; the log of each job says why.")
     others = [arm for arm in plan.arms if arm != plan.reference]
     blocks = [[pair(runs, arm, plan.reference, block, plan.sign, plan.minimum_effect) for arm in others] for block in plan.blocks]
-    families = [one for block in blocks for one in block]
+    compared = [one for block in blocks for one in block]
     if len(plan.blocks) > 1:
         pooled = [pool(list(column)) for column in zip(*blocks, strict=True)]
-        families += [one for one in pooled if one is not None]
-    verdicts = judge(families, runs, plan)
+        compared += [one for one in pooled if one is not None]
+    verdicts = judge(compared, runs, plan)
     return Comparison(
         arms=[summarize(runs, arm, block) for block in plan.blocks for arm in plan.arms],
         verdicts=verdicts,
-        exploratory=exploratory_reasons(families, plan, planned or plan),
+        exploratory=exploratory_reasons(compared, plan, planned or plan),
         notes=notes(runs, plan),
         ranking=_ranking(runs, plan) if plan.ranking else [],
         conclusion=conclude(verdicts, runs, plan),
@@ -54,7 +54,7 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
 
 
 def summarize(runs: Sequence[Run], arm: str, block: str) -> ArmSummary:
-    """The runs of one arm in one block in a line."""
+    """Summary of one arm's runs in one block."""
     mine = by_seed(runs, arm, block)
     good = {seed: run for seed, run in sorted(mine.items()) if not run.failed}
     values = np.array([run.value for run in good.values()])
@@ -80,40 +80,40 @@ def _means(reported: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([numbers[name] for numbers in reported if name in numbers])) for name in names}
 
 
-def judge(families: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Judged]:
+def judge(compared: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Judgement]:
     """One verdict for every comparison, corrected together."""
-    level = plan.alpha / len(families)
-    flips = [flips_for(level, len(one.tested)) for one in families]
-    p_each = np.array([equivalence_of(one, plan.minimum_effect, number) for one, number in zip(families, flips, strict=True)])
+    level = plan.alpha / len(compared)
+    flips = [flips_for(level, len(one.tested)) for one in compared]
+    p_each = np.array([equivalence_of(one, plan.minimum_effect, number) for one, number in zip(compared, flips, strict=True)])
     p_same = holm(p_each)
-    means = np.array([one.tested.mean() for one in families])
+    means = np.array([one.tested.mean() for one in compared])
     if plan.sequential:
-        p, p_holm, complete = _looked(families, plan)
+        p, p_holm, complete = _looked(compared, plan)
         p_same = p_same if complete else np.ones_like(p_same)
     else:
-        p = np.array([float(sign_flip(one.tested, error=one.error, flips=number)) for one, number in zip(families, flips, strict=True)])
+        p = np.array([float(sign_flip(one.tested, error=one.error, flips=number)) for one, number in zip(compared, flips, strict=True)])
         p_holm = holm(p)
     codes = classify(means, p_holm, p_same, plan.alpha)
     levels = zip(holm_levels(p, p_holm, plan.alpha), holm_levels(p_each, p_same, plan.alpha), strict=True)
     return [
         _judged(one, runs, plan, Verdict(code), (float(a), float(b), float(c)), (float(level), float(same)))
-        for one, code, a, b, c, (level, same) in zip(families, codes, p, p_holm, p_same, levels, strict=True)
+        for one, code, a, b, c, (level, same) in zip(compared, codes, p, p_holm, p_same, levels, strict=True)
     ]
 
 
-def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
+def _looked(compared: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
     """P-values that count the looks, before and after Holm, and whether all planned pairs are there."""
-    have = set.intersection(*(set(one.seeds) for one in families))
+    have = set.intersection(*(set(one.seeds) for one in compared))
     seeds = []
     for seed in plan.seeds:  # looks count pairs in the planned order, without gaps
         if seed not in have:
             break
         seeds.append(seed)
-    places = [[one.seeds.index(seed) for seed in seeds] for one in families]
-    rows = np.stack([one.tested[place] for one, place in zip(families, places, strict=True)], axis=1)
-    error = np.stack([one.error[place] for one, place in zip(families, places, strict=True)], axis=1)
-    looks = look_pairs(len(plan.seeds), plan.looks, fewest_pairs(plan.alpha, len(families)))
-    flips = flips_for(plan.alpha / len(families), len(plan.seeds))
+    places = [[one.seeds.index(seed) for seed in seeds] for one in compared]
+    rows = np.stack([one.tested[place] for one, place in zip(compared, places, strict=True)], axis=1)
+    error = np.stack([one.error[place] for one, place in zip(compared, places, strict=True)], axis=1)
+    looks = look_pairs(len(plan.seeds), plan.looks, fewest_pairs(plan.alpha, len(compared)))
+    flips = flips_for(plan.alpha / len(compared), len(plan.seeds))
     rejected = sequential_holm(rows[:, :, None], looks, len(plan.seeds), plan.alpha, error=error, flips=flips)[:, 0]
     p = sequential_p(rows, looks, len(plan.seeds), error=error, flips=flips)
     # the smallest level is found nearly: what the looks decide at α stays on its side of it
@@ -123,7 +123,7 @@ def _looked(families: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
 
 def _judged(
     one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float], levels: tuple[float, float]
-) -> Judged:
+) -> Judgement:
     """``levels`` are those at which Holm's correction tests this comparison for a difference and for equivalence."""
     blocks = plan.blocks if one.block == POOLED else (one.block,)
     ours = [run for block in blocks for run in by_seed(runs, one.arm, block).values()]
@@ -131,7 +131,7 @@ def _judged(
     good, base = ([run for run in side if not run.failed] for side in (ours, theirs))
     kept, unsure = one.tested[one.finished], one.error[one.finished]
     nowhere = (float("nan"), float("nan"))
-    judged = Judged(
+    judged = Judgement(
         arm=one.arm,
         reference=one.reference,
         block=one.block,
@@ -173,8 +173,8 @@ def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
     return ratios
 
 
-def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judged]:
-    """Every arm against every other, the better of each couple first, corrected together; blocks are pooled."""
+def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judgement]:
+    """Every arm against every other, pooled over the blocks and corrected together."""
     names, couples = list(plan.arms), []
     for i, first in enumerate(names):
         for second in names[i + 1 :]:

@@ -1,4 +1,4 @@
-"""What tuning chose for every arm, and what the choice cost: part of a comparison, kept with it."""
+"""The comparison of a sweep as data: the tuning, the arms and the judgements; ``comparison.json`` holds it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Tried:
+class TuningCandidate:
     """One combination of values: its mean validation metric over the tuning seeds, NaN where one of its runs failed."""
 
     values: Values
@@ -29,17 +29,17 @@ class Tried:
     @property
     def named(self) -> str:
         """The values as a person would type them."""
-        return named(self.values)
+        return format_values(self.values)
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What one arm chose in one block; ``macs`` is what all of its tuning runs spent, failed ones as far as they came."""
+class TuningResult:
+    """The values that one arm chose in one block; ``macs`` are those of all its tuning runs, failed ones as far as they came."""
 
     arm: str
     block: str
     values: Values
-    tried: tuple[Tried, ...]
+    tried: tuple[TuningCandidate, ...]
     macs: float
 
     @property
@@ -49,12 +49,12 @@ class Tuned:
 
     @property
     def runs(self) -> int:
-        """How many runs it took."""
+        """How many tuning runs there were."""
         return sum(one.runs for one in self.tried)
 
     @property
     def failed(self) -> int:
-        """How many of them gave no validation metric."""
+        """How many tuning runs gave no validation metric."""
         return sum(one.failed for one in self.tried)
 
     @property
@@ -63,9 +63,9 @@ class Tuned:
         return next(one.mean for one in self.tried if one.values == self.values)
 
     def sentence(self, metric: str) -> str:
-        """What was chosen, for the person who watches the sweep."""
+        """The choice in a sentence, for the person who watches the sweep."""
         cost = f"{self.runs} runs, {self.failed} failed, {self.macs:.3g} MACs"
-        return f"tuned {self.where}: {named(self.values)}, validation {metric} {self.mean:.4g} ({cost})"
+        return f"tuned {self.where}: {format_values(self.values)}, validation {metric} {self.mean:.4g} ({cost})"
 
     def warning(self) -> list[str]:
         """A note where tuning runs failed; empty where none did."""
@@ -75,7 +75,7 @@ class Tuned:
         return [f"{self.failed} of {self.runs} tuning runs of {self.where} failed ({told}); values with a failed run are not chosen."]
 
     def numbers(self) -> dict[str, float]:
-        """What the sweep's parent run gets as metrics."""
+        """The metrics that the sweep's parent run gets."""
         found = {"runs": float(self.runs), "failed": float(self.failed), "macs": self.macs, "validation": self.mean}
         return {f"tuning/{self.where}/{name}": value for name, value in found.items()}
 
@@ -99,7 +99,7 @@ class ArmSummary:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judgement:
     """One comparison. Differences are positive where ``arm`` (B) is better than ``reference`` (A).
 
     ``interval`` is that of the test for a difference and has the confidence ``level`` that Holm's correction leaves it: it excludes 0
@@ -135,24 +135,24 @@ class Judged:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``comparison.json`` holds besides the plan."""
+    """The content of ``comparison.json`` besides the plan."""
 
     arms: list[ArmSummary]
-    verdicts: list[Judged]
+    verdicts: list[Judgement]
     exploratory: list[str]
     notes: list[str]
-    ranking: list[Judged] = field(default_factory=list)
+    ranking: list[Judgement] = field(default_factory=list)
     conclusion: list[str] = field(default_factory=list)
-    tuned: list[Tuned] = field(default_factory=list)
+    tuned: list[TuningResult] = field(default_factory=list)
 
 
-def with_tuned(comparison: Comparison, tuned: Sequence[Tuned]) -> Comparison:
-    """The comparison with what tuning chose beforehand, and a note on every tuning run that failed."""
+def with_tuned(comparison: Comparison, tuned: Sequence[TuningResult]) -> Comparison:
+    """The comparison with the results of the tuning, and a note on every tuning run that failed."""
     return replace(comparison, tuned=list(tuned), notes=[*comparison.notes, *(line for one in tuned for line in one.warning())])
 
 
 def as_dict(comparison: Comparison, plan: Plan) -> dict[str, Any]:
-    """Everything, with ``null`` for numbers that do not exist: JSON knows neither NaN nor infinity."""
+    """The comparison and its plan, with ``null`` for NaN and infinity, which JSON does not have."""
     tree = {"schema": SCHEMA, "plan": dataclasses.asdict(plan), **dataclasses.asdict(comparison)}
     return {key: _plain(value) for key, value in tree.items()}
 
@@ -176,13 +176,13 @@ def write_json(comparison: Comparison, plan: Plan, path: Path) -> Path:
     return path
 
 
-def named(values: Mapping[str, Any]) -> str:
+def format_values(values: Mapping[str, Any]) -> str:
     """``optimizer.lr=0.003 grafting.ramp=5%``."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def text(tuned: Iterable[Tuned]) -> str:
-    """The records as JSON, ``null`` for a mean that there is not."""
+def tuning_text(tuned: Iterable[TuningResult]) -> str:
+    """The results as JSON, with ``null`` for a mean that does not exist."""
     rows = [dataclasses.asdict(one) for one in tuned]
     for row in rows:
         for tried in row["tried"]:
@@ -190,9 +190,11 @@ def text(tuned: Iterable[Tuned]) -> str:
     return json.dumps(rows, allow_nan=False)
 
 
-def parse(written: str) -> list[Tuned]:
-    """The inverse of :func:`text`."""
-    return [
-        Tuned(**{**row, "tried": tuple(Tried(**{**one, "mean": math.nan if one["mean"] is None else one["mean"]}) for one in row["tried"])})
-        for row in json.loads(written)
-    ]
+def parse_tuning(written: str) -> list[TuningResult]:
+    """The inverse of :func:`tuning_text`."""
+    rows = json.loads(written)
+    for row in rows:
+        for tried in row["tried"]:
+            tried["mean"] = math.nan if tried["mean"] is None else tried["mean"]
+        row["tried"] = tuple(TuningCandidate(**tried) for tried in row["tried"])
+    return [TuningResult(**row) for row in rows]

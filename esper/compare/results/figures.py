@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from esper.compare.results.comparison import ArmSummary, Comparison, Judged
+from esper.compare.results.comparison import ArmSummary, Comparison, Judgement
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED
-from esper.compare.results.sentences import confidence, short, where
+from esper.compare.results.sentences import confidence, task_and_model, verdict_word
 from esper.compare.statistics.random_draws import generator
 
 if TYPE_CHECKING:
@@ -61,17 +61,17 @@ def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
     return _save(figure, path)
 
 
-def _row(axes: Axes, row: Judged, at: int) -> None:
+def _row(axes: Axes, row: Judgement, at: int) -> None:
     """The points of one comparison, its intervals, and in words its verdict, pairs and level."""
     colour, spread = SIDES[row.verdict], generator("jitter", at).uniform(-0.18, 0.18, len(row.points))
     points, done = np.array(row.points), np.array(row.finished)
     axes.scatter(points[done], at + spread[done], s=18, color=colour, alpha=0.55, lw=0)
     failed = "a run failed" if (~done).any() else None
     axes.scatter(points[~done], at + spread[~done], s=26, marker="x", color="#B00020", label=failed)
-    told = f"{short(row)}, {row.pairs} pairs, no interval"
+    told = f"{verdict_word(row)}, {row.pairs} pairs, no interval"
     if np.isfinite(row.interval).all():
         axes.plot(row.interval, (at, at), color=colour, lw=1.4, label="thin: test for a difference, sure where it leaves out 0")
-        told = f"{short(row)}, {row.pairs} pairs, {confidence(row.level)}"
+        told = f"{verdict_word(row)}, {row.pairs} pairs, {confidence(row.level)}"
     if np.isfinite(row.equivalence_interval).all():
         label = "thick: test for equivalence, sure where it stays within the band"
         axes.plot(row.equivalence_interval, (at, at), color=colour, lw=4.0, alpha=0.55, solid_capstyle="butt", label=label)
@@ -80,8 +80,8 @@ def _row(axes: Axes, row: Judged, at: int) -> None:
 
 
 def _title(plan: Plan, block: str) -> str:
-    """What was measured, on which task with which model."""
-    return fill(f"{plan.metric}{where(block, plan)}", 90)
+    """The metric, the task and the model."""
+    return fill(f"{plan.metric}{task_and_model(block, plan)}", 90)
 
 
 def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A comparison as JSON and as tables in the terminal."""
+"""The report of a comparison: tables in the terminal, and the files of the results."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.text import Text
 
-from esper.compare.results.comparison import Comparison, Judged, write_json
-from esper.compare.results.comparison import named as listed
+from esper.compare.results.comparison import Comparison, Judgement, write_json
+from esper.compare.results.comparison import format_values as listed
 from esper.compare.results.plan import Plan
-from esper.compare.results.sentences import confidence, short, where
+from esper.compare.results.sentences import confidence, task_and_model, verdict_word
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ def show(comparison: Comparison, plan: Plan, console: Console) -> None:
     if comparison.exploratory:
         console.print(f"[bold red]exploratory[/]: {'; '.join(comparison.exploratory)}", highlight=False)
     for table in _tables(comparison, plan):
-        console.print(fit(table, console.width))
+        console.print(fit_width(table, console.width))
     for line in [*comparison.notes, *(row.sentence for row in comparison.verdicts)]:
         console.print(f"• {line}", highlight=False, markup=False)
     for line in comparison.conclusion:
@@ -68,7 +68,7 @@ def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
 
 def arm_table(comparison: Comparison, plan: Plan) -> Table:
     """Quality and failures of every arm, and the means of its controls where its runs trained them."""
-    place = where(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
+    place = task_and_model(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
     table = _table(f"{plan.metric}, {plan.direction}{place}; reference {plan.reference}", comparison)
     controls = {name: heading for name, heading in CONTROLS.items() if any(name in arm.alone for arm in comparison.arms)}
     for name in ("runs", "failed", "mean", "IQM", "spread", *controls.values()):
@@ -82,7 +82,7 @@ def arm_table(comparison: Comparison, plan: Plan) -> Table:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """What every arm cost and how it grew, means over its finished runs."""
+    """Cost and growth of every arm, means over its finished runs."""
     table = _table("cost and growth of a run", comparison)
     parts = [(part, name) for part in ("costs", "growth") for name in _names(comparison, part)]
     for _, name in parts:
@@ -94,7 +94,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def tuning_table(comparison: Comparison, plan: Plan) -> Table:
-    """What every arm chose beforehand, and what choosing cost."""
+    """The values that every arm chose in tuning, and the cost of the choice."""
     table = _table("tuned on validation, with seeds of their own", comparison)
     for name in ("chosen", plan.metric, "runs", "failed", "MACs"):
         table.add_column(name, justify="left" if name == "chosen" else "right", overflow="fold")
@@ -133,7 +133,7 @@ def verdict_table(comparison: Comparison, plan: Plan) -> Table:
         table.add_row(
             *_where(row.block, comparison),
             escape(row.arm),
-            f"[{colours[row.verdict]}]{short(row)}[/]",
+            f"[{colours[row.verdict]}]{verdict_word(row)}[/]",
             f"{row.difference:+.3g}",
             _interval(row),
             f"{row.p_holm:.2g}",
@@ -143,7 +143,7 @@ def verdict_table(comparison: Comparison, plan: Plan) -> Table:
     return table
 
 
-def _interval(row: Judged) -> str:
+def _interval(row: Judgement) -> str:
     """The interval and its level, "none" where so few pairs have none."""
     low, high = row.interval
     return f"{low:+.2g} … {high:+.2g} ({confidence(row.level)})" if math.isfinite(low) and math.isfinite(high) else "none"
@@ -174,7 +174,7 @@ def _number(value: float | None) -> str:
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
-def fit(table: Table, width: int) -> Table:
+def fit_width(table: Table, width: int) -> Table:
     """Give every column its width where the table is wider than ``width``.
 
     All columns are as narrow as their longest word, the first of them as wide as what is left allows; only where the

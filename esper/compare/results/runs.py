@@ -1,4 +1,4 @@
-"""The finished and failed runs of a sweep as plain records, and how they pair up."""
+"""The finished and failed runs of a sweep as plain data, and how they pair up by seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROWTH = {"germinations": "germinated", "fossils": "fossilized", "culls": "culle
 class Run:
     """One job of a sweep. ``value`` is the metric as the task reports it, NaN where the run gave none.
 
-    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported, ``alone`` the
+    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) are those that the run reported, ``alone`` the
     metric of its controls (``same_steps``, ``same_macs``) where it trained any.
     """
 

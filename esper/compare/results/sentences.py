@@ -1,4 +1,4 @@
-"""Verdicts as sentences."""
+"""The comparison in sentences: verdicts, notes, and whether growing paid."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from esper.compare.results.comparison import Judged
-from esper.compare.results.plan import Plan, changes
+from esper.compare.results.comparison import Judgement
+from esper.compare.results.plan import Plan, changes, pair_count
 from esper.compare.results.runs import POOLED, Pairs, Run, by_seed
 from esper.compare.statistics.estimates import gap_recovery, resolution
-from esper.compare.statistics.power import MOST_PAIRS, MorePairs, fewest_pairs
+from esper.compare.statistics.power import MorePairs, fewest_pairs
 
 GROWN, HOST, FINAL, EQUAL = "grown", "host", "scratch", "scratch_macs"
 COSTS = {"macs": "MACs", "seconds": "time", "parameters": "parameters"}
 NOTICED = {"macs": 0.01, "parameters": 0.01, "seconds": 0.1}  # relative difference in cost that a verdict mentions
 
 
-def short(judged: Judged) -> str:
+def verdict_word(judged: Judgement) -> str:
     """The verdict in a word, for a place beside the arm's name."""
     return {"B better": "better", "A better": "worse"}.get(judged.verdict, judged.verdict)
 
 
-def where(block: str, plan: Plan) -> str:
+def task_and_model(block: str, plan: Plan) -> str:
     """The task and the model, as ``" on digits with mlp"``, and the block where these do not name it."""
     if block == POOLED:
         shared = [about for name in plan.blocks if (about := plan.about.get(name, {}))]
@@ -45,8 +45,8 @@ def confidence(level: float) -> str:
     return f"{100 * level:.3g}%" if level < 0.995 else f"{100 * level:.6g}%"
 
 
-def sentence(judged: Judged, plan: Plan) -> str:
-    """One sentence: who, by how much, how sure, at what cost, and what is missing where nothing can be told."""
+def sentence(judged: Judgement, plan: Plan) -> str:
+    """One sentence: the arms, the difference, its certainty, its cost, and the pairs that are missing for a verdict."""
     low, high = judged.interval
     counted = " with failed runs counted as lost" if any(judged.failed) else ""
     shown = f"{plan.metric} {judged.difference:+.3g}{counted}" + (
@@ -54,42 +54,42 @@ def sentence(judged: Judged, plan: Plan) -> str:
     )
     chance = judged.p_equivalent if judged.verdict == "equivalent" else judged.p_holm
     shown += f", {judged.pairs} pairs, p = {chance:.2g} after Holm"
-    two, place = f"{judged.arm} and {judged.reference}", where(judged.block, plan)
+    two, place = f"{judged.arm} and {judged.reference}", task_and_model(judged.block, plan)
     heads = {
         "B better": f"{judged.arm} is better than {judged.reference}{place}: {shown}",
         "A better": f"{judged.arm} is worse than {judged.reference}{place}: {shown}",
         "equivalent": f"{two} are equivalent{place}, closer than {plan.minimum_effect:g}: {shown}",
         "inconclusive": f"Cannot tell {judged.arm} from {judged.reference}{place}: {shown}",
     }
-    asides = [_failures(judged), _small(judged, plan), _finer(judged), lacking(judged, plan)]
+    asides = [_failures(judged), _small(judged, plan), _finer(judged), missing_pairs(judged, plan)]
     return "; ".join([heads[judged.verdict] + _cost(judged), *filter(None, asides)]) + "."
 
 
-def _cost(judged: Judged) -> str:
+def _cost(judged: Judgement) -> str:
     told = [f"{ratio:.2f} × the {COSTS[name]}" for name, ratio in judged.costs.items() if name in COSTS and abs(ratio - 1) > NOTICED[name]]
     return f", at {', '.join(told)}" if told else ""
 
 
-def _failures(judged: Judged) -> str:
+def _failures(judged: Judgement) -> str:
     names = (judged.arm, judged.reference)
     told = [f"{count} of {name}" for count, name in zip(judged.failed, names, strict=True) if count]
     return f"failed runs: {', '.join(told)}" if told else ""
 
 
-def _small(judged: Judged, plan: Plan) -> str:
+def _small(judged: Judgement, plan: Plan) -> str:
     if judged.verdict in ("B better", "A better") and abs(judged.difference) < plan.minimum_effect and not any(judged.failed):
         return f"the difference seen is below the {plan.minimum_effect:g} worth having"
     return ""
 
 
-def _finer(judged: Judged) -> str:
-    """Said of a difference that one test sample more or less would make."""
+def _finer(judged: Judgement) -> str:
+    """An aside on a difference that one test sample more or less would make."""
     if 0 < abs(judged.difference) < judged.resolution:
         return f"the difference seen is smaller than one of {round(1 / judged.resolution):,} test samples ({judged.resolution:.2g})"
     return ""
 
 
-def lacking(judged: Judged, plan: Plan) -> str:
+def missing_pairs(judged: Judgement, plan: Plan) -> str:
     """How many more pairs would find which difference with which power, and how unsure that is; empty where nothing is missing."""
     needs = judged.needs
     if needs is None:
@@ -108,27 +108,23 @@ def lacking(judged: Judged, plan: Plan) -> str:
 def _need(need: MorePairs, pairs: int, plan: Plan) -> str:
     difference = f"{need.difference:g}" if need.difference == plan.minimum_effect else f"the {need.difference:.2g} seen"
     if need.more:
-        least, most = (_count(more) for more in need.between)
-        return f"about {_count(need.more)} more pairs find {difference} ({least} to {most})"
-    more = f" ({_count(need.between[1])} more at most)" if need.between[1] else ""
+        least, most = (pair_count(more) for more in need.between)
+        return f"about {pair_count(need.more)} more pairs find {difference} ({least} to {most})"
+    more = f" ({pair_count(need.between[1])} more at most)" if need.between[1] else ""
     return f"these {pairs} find {difference} already{more}"
 
 
-def _count(pairs: int) -> str:
-    return f"{pairs:,}" if pairs < MOST_PAIRS else f"more than {MOST_PAIRS:,}"
-
-
-def exploratory_reasons(families: Sequence[Pairs], plan: Plan, planned: Plan) -> list[str]:
+def exploratory_reasons(compared: Sequence[Pairs], plan: Plan, planned: Plan) -> list[str]:
     """Why the analysis is not the planned one; empty where it is."""
     reasons = [f"{name} was {getattr(planned, name)!r} in the plan and is {getattr(plan, name)!r} now" for name in changes(planned, plan)]
-    fewest = min(len(set(one.seeds) & set(plan.seeds)) for one in families)
+    fewest = min(len(set(one.seeds) & set(plan.seeds)) for one in compared)
     if fewest < len(plan.seeds) and not plan.sequential:
         reasons.append(f"{fewest} of {len(plan.seeds)} planned pairs are there")
     return reasons
 
 
 def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """What a reader must know besides the verdicts."""
+    """Notes that a reader needs besides the verdicts."""
     lines = []
     failed = [run for run in runs if run.failed]
     if failed:
@@ -182,7 +178,7 @@ def _unpaired(runs: Sequence[Run], plan: Plan) -> list[str]:
     return lines
 
 
-def conclude(verdicts: Sequence[Judged], runs: Sequence[Run], plan: Plan) -> list[str]:
+def conclude(verdicts: Sequence[Judgement], runs: Sequence[Run], plan: Plan) -> list[str]:
     """Whether growing paid, and how much of the gap it closed; nothing for sweeps without these arms.
 
     It paid where the grown net is better than the host alone and than its own final net trained from scratch at equal
@@ -197,28 +193,28 @@ def conclude(verdicts: Sequence[Judged], runs: Sequence[Run], plan: Plan) -> lis
     return [_paid(row[HOST], row[EQUAL], plan), *(_gap(runs, plan, name) for name in plan.blocks)]
 
 
-def _paid(host: Judged, equal: Judged, plan: Plan) -> str:
+def _paid(host: Judgement, equal: Judgement, plan: Plan) -> str:
     """Differences are control − grown, so ``A better`` speaks for growing."""
     numbers = (
         f"{plan.metric} {-equal.difference:+.3g} against the final net from scratch at equal MACs, "
         f"{-host.difference:+.3g} against the host alone, {min(host.pairs, equal.pairs)} pairs, α = {plan.alpha:g} after Holm"
     )
-    place = where(host.block, plan)
+    place = task_and_model(host.block, plan)
     if host.verdict == equal.verdict == "A better":
         return f"Growing paid{place}: {numbers}."
     lost = [name for one, name in ((equal, "the final net at equal MACs"), (host, "the host alone")) if _lost(one)]
     if lost:
         return f"Growing did not pay{place}: it is not better than {' or '.join(lost)}; {numbers}."
-    lacks = [f"{name}: {lacking(one, plan)}" for one, name in ((equal, EQUAL), (host, HOST)) if one.needs is not None]
+    lacks = [f"{name}: {missing_pairs(one, plan)}" for one, name in ((equal, EQUAL), (host, HOST)) if one.needs is not None]
     return f"Cannot tell whether growing paid{place}: {numbers}. {'; '.join(lacks)}."
 
 
-def _lost(one: Judged) -> bool:
+def _lost(one: Judgement) -> bool:
     return one.verdict in ("B better", "equivalent")
 
 
 def _gap(runs: Sequence[Run], plan: Plan, block: str) -> str:
-    place = where(block, plan)
+    place = task_and_model(block, plan)
     sides = [by_seed(runs, arm, block) for arm in (HOST, FINAL, GROWN)]
     seeds = sorted(set.intersection(*({seed for seed, run in side.items() if not run.failed} for side in sides)))
     if len(seeds) < 2:

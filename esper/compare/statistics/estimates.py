@@ -1,4 +1,4 @@
-"""Gap recovery: how much of the way from the small net to the final one from scratch the grown net went."""
+"""Single numbers about runs and pairs: interquartile mean, probability of improvement, resolution of a metric, gap recovery."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.statistics.sign_flip import flips_for, interval, invert, rounding, sign_flip
+from esper.compare.statistics.sign_flip import flips_for, interval, invert_test, rounding, sign_flip
 
 Array = NDArray[np.float64]
 COUNTED = 1e-4  # how near whole numbers the values times the samples are where the metric counts samples; float32 may hold them
@@ -45,7 +45,7 @@ def resolution(values: Sequence[float], samples: int) -> float:
 
 @dataclass(frozen=True)
 class Recovery:
-    """``gap`` is in the metric; ``value`` (1 = all of it) and its interval are NaN where the gap may be 0."""
+    """``gap`` is in units of the metric; ``value`` (1 is the whole gap) and its interval are NaN where the gap may be 0."""
 
     gap: float
     gap_interval: tuple[float, float]
@@ -59,7 +59,9 @@ class Recovery:
 
 
 def gap_recovery(small: Array, final: Array, grown: Array, alpha: float = 0.05) -> Recovery:
-    """(grown − small) / (final − small) over pairs; all ``[pairs]``, larger is better.
+    """The share of the gap between a small net and the final one that a grown net closes: (grown − small) / (final − small).
+
+    All arrays are ``[pairs]``; larger is better.
 
     Given only where the interval of final − small lies above 0: dividing by a gap that may be nothing gives any
     number. The interval of the share holds the r for which grown − small − r·(final − small) may have mean 0
@@ -77,5 +79,5 @@ def gap_recovery(small: Array, final: Array, grown: Array, alpha: float = 0.05) 
     def p_value(r: float, _side: int) -> float:
         return float(sign_flip(gain - r * gap, error=rounding(small, grown, r * small, r * final), flips=flips))
 
-    share_ends = invert(p_value, share, 1.0, alpha)
+    share_ends = invert_test(p_value, share, 1.0, alpha)
     return Recovery(float(gap.mean()), ends, share, share_ends)

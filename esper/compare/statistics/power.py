@@ -59,7 +59,7 @@ def power(pairs: int, effect: float, alpha: float, comparisons: int = 1, noise: 
 
 @lru_cache(maxsize=64)
 def retained_effect(pairs: int, alpha: float, comparisons: int, looks: int) -> float:
-    """What is left of an effect when looks spend α on the way: they find ``e`` as often as one look finds this share of it.
+    """The share of an effect that is left when looks spend α on the way: the looks find ``e`` as often as one look finds this share of it.
 
     Both tests see the same normal draws, at an effect that one look finds with 80 % power, so that the difference
     between them is known to half a point.

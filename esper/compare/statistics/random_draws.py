@@ -27,7 +27,7 @@ def simulated_differences(pairs: int, effect: float, noise: Noise, count: int) -
         normal: Array = rng.standard_normal(shape) + effect
         return normal
     values = centred(np.asarray(noise))
-    spread, step = float(values.std()), lattice(values)
+    spread, step = float(values.std()), common_step(values)
     if not step:
         smooth: Array = (rng.choice(values, shape) * rng.choice((-1.0, 1.0), shape) + effect * spread) / spread
         return smooth
@@ -38,12 +38,12 @@ def simulated_differences(pairs: int, effect: float, noise: Noise, count: int) -
 
 def centred(values: Array) -> Array:
     """The values around their mean; around the step next to it where they are multiples of one."""
-    step = lattice(values)
+    step = common_step(values)
     mean = float(values.mean())
     return values - (step * round(mean / step) if step else mean)
 
 
-def lattice(values: Array) -> float:
+def common_step(values: Array) -> float:
     """The step of which all values are multiples, 0.0 where there is none."""
     sizes = np.unique(np.abs(values)) if len(values) else np.zeros(1)
     gaps = np.diff(sizes, prepend=0.0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.statistics.sign_flip import FLIPS, Signs, blur, sign_patterns, sums
+from esper.compare.statistics.sign_flip import FLIPS, Signs, sign_patterns, sum_error, sums
 
 Array = NDArray[np.float64]
 NEARLY = 1e-9  # how near below a whole number of patterns still is that number
@@ -25,7 +25,7 @@ def look_pairs(pairs: int, looks: int, fewest: int) -> list[int]:
     return sorted(planned | {pairs})
 
 
-def spent(fraction: float, level: float) -> float:
+def spent_alpha(fraction: float, level: float) -> float:
     """α spent by this fraction of the pairs, of the kind of O'Brien and Fleming: little early, all of it at 1."""
     from scipy import stats
 
@@ -50,7 +50,7 @@ def crossing_look(
     """
     data = np.asarray(differences, dtype=np.float64)
     data = data.reshape(len(data), -1)
-    off = np.broadcast_to(blur(data, error), data.shape)
+    off = np.broadcast_to(sum_error(data, error), data.shape)
     signs = sign_patterns(pairs, flips, rng)
     step = max(2_000_000 // len(signs), 1)
     pieces = [slice(at, at + step) for at in range(0, data.shape[1], step)]
@@ -63,7 +63,7 @@ def _crossings(data: Array, off: Array, looks: list[int], pairs: int, level: flo
     for look, count in enumerate(looks):
         if count > len(data):
             break
-        allowed = int(np.floor(spent(count / pairs, level) * len(signs) + NEARLY))
+        allowed = int(np.floor(spent_alpha(count / pairs, level) * len(signs) + NEARLY))
         if allowed < 1:
             continue
         far = np.abs(sums(signs[:, :count], data[:count]))

@@ -1,4 +1,4 @@
-"""The paired sign-flip test, exact where that is cheap, and the interval that belongs to it.
+"""The paired sign-flip test, exact where that is cheap, its interval, and the equivalence test made of it.
 
 If the two arms of a pair are exchangeable, every difference could as well have had the other sign. The test compares
 the observed sum with the sums under all sign patterns (Fisher 1935), so its error rate holds for any distribution.
@@ -92,7 +92,7 @@ def sums(signs: Signs, data: Array) -> Array:
     return found
 
 
-def blur(data: Array, error: Array | None) -> Array:
+def sum_error(data: Array, error: Array | None) -> Array:
     """How far each number may be off once it is part of a sum of all: its own error, and that of adding; shaped as ``data``.
 
     ``error`` has the shape of ``data`` or ``[pairs]``; None stands for numbers of which twelve digits are sure.
@@ -128,7 +128,7 @@ def sign_flip(
         return np.ones(data.shape[1:])
     columns = data.reshape(len(data), -1)
     columns = -columns if alternative == "less" else columns
-    off = np.broadcast_to(blur(columns, error), columns.shape)
+    off = np.broadcast_to(sum_error(columns, error), columns.shape)
     signs = sign_patterns(len(columns), flips, rng)
     step = max(CHUNK // len(signs), 1)
     pieces = [slice(at, at + step) for at in range(0, columns.shape[1], step)]
@@ -199,17 +199,17 @@ def _unrejected(differences: Array, sides: float, alpha: float, error: Array | N
     data = np.asarray(differences, dtype=np.float64)
     flips = max(flips_for(10 * alpha, len(data)), min(flips_for(alpha, len(data)), FLIPS_OF_ENDS))
     centre, reach = float(data.mean()), float(np.ptp(data))
-    if reach <= 2 * float(blur(data[:, None], error).max()):  # equal differences: any other shift is rejected, if anything can be
+    if reach <= 2 * float(sum_error(data[:, None], error).max()):  # equal differences: any other shift is rejected, if anything can be
         return (centre, centre) if sides * 2.0 ** -len(data) <= alpha else (-np.inf, np.inf)
 
     def p_value(shift: float, side: int) -> float:
         moved, wrong = shifted(data, -shift, error)
         return float(sign_flip(moved, tests[side > 0], error=wrong, flips=flips))
 
-    return invert(p_value, centre, reach, alpha)
+    return invert_test(p_value, centre, reach, alpha)
 
 
-def invert(p_value: Callable[[float, int], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
+def invert_test(p_value: Callable[[float, int], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
     """The ends of the set of values around ``centre`` whose p-value exceeds ``alpha``; ±inf where it has no end.
 
     ``p_value(value, side)`` is asked with −1 for the lower end and +1 for the upper one.
@@ -232,6 +232,6 @@ def invert(p_value: Callable[[float, int], float], centre: float, reach: float, 
 
 
 def rounding(*values: Array) -> Array:
-    """How far rounding may have moved a sum or difference of these values, each of which a few operations gave."""
+    """How far rounding may have moved a sum or difference of these values, each the result of a few operations."""
     found: Array = OPERATIONS * EPSILON * np.sum([np.abs(value) for value in values], axis=0)
     return found

@@ -1,4 +1,4 @@
-"""From paired differences to one of four verdicts."""
+"""From p-values to one of four verdicts: Holm's correction, and the rule that combines both tests."""
 
 from __future__ import annotations
 

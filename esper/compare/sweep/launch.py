@@ -1,4 +1,4 @@
-"""From what Hydra's sweeper asks for to a sweep: compose every job, sort them into arms, run, judge."""
+"""From the jobs of Hydra's sweeper to a sweep: compose every job, sort them into arms, run and judge them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from rich.console import Console
 from esper.cli import conf
 from esper.cli.compose import from_hydra
 from esper.compare.sweep.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
-from esper.compare.sweep.resume import taken_up
+from esper.compare.sweep.resume import sweep_to_resume
 from esper.compare.sweep.run_sweep import run_sweep
-from esper.compare.sweep.sweep import Prepared, Sweep, resume_command
-from esper.compare.sweep.worker_pool import environments
+from esper.compare.sweep.sweep import PreparedJob, Sweep, resume_command
+from esper.compare.sweep.worker_pool import worker_environments
 from esper.config import plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
@@ -42,7 +42,7 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     folder = Path(str(launcher.config.hydra.sweep.dir)).resolve()
     prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
     config = prepared[0].config
-    if config.resume == "auto" and (before := taken_up(folder, sys.argv[1:], Path(config.output))) != folder:
+    if config.resume == "auto" and (before := sweep_to_resume(folder, sys.argv[1:], Path(config.output))) != folder:
         folder = before
         prepared = [_prepare(launcher, one, first + number, folder) for number, one in enumerate(overrides)]
     refuse_unknown_blocks(config.compare.block, _settings(prepared))
@@ -53,13 +53,13 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
             refuse_own_seed(job, one.config.seed)
     else:  # another sweeper proposes as it learns: nothing is paired
         layout = Layout(tuple(Job(job.number, job.overrides, "", "", job.seed) for job in layout.jobs), ("",), ("",), layout.seeds)
-    jobs = [Prepared(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
+    jobs = [PreparedJob(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
     if len({one.folder for one in jobs}) < len(jobs):
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
     sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, proposed=not whole)
     gpu = any(one.config.trainer.device != "cpu" for one in jobs)
     try:
-        run_sweep(sweep, environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
+        run_sweep(sweep, worker_environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
     except UserError as error:
         if not sweep.failures:
             raise
@@ -73,21 +73,21 @@ def launch(launcher: WorkersLauncher, job_overrides: Sequence[Sequence[str]], fi
     return [_returned(one) for one in jobs]
 
 
-def _settings(jobs: Sequence[Prepared]) -> set[str]:
+def _settings(jobs: Sequence[PreparedJob]) -> set[str]:
     """The dotted keys of all configurations; jobs that differ in their seed alone have the same."""
     unlike = {tuple(text for text in one.job.overrides if not text.startswith("seed=")): one.config for one in jobs}
     return {key for config in unlike.values() for key in flatten(plain(config))}
 
 
-def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int, sweep: Path) -> Prepared:
+def _prepare(launcher: WorkersLauncher, overrides: Sequence[str], number: int, sweep: Path) -> PreparedJob:
     """The job's checked config, and its folder below the sweep's."""
-    config = composed(launcher, overrides, number)
+    config = compose_job(launcher, overrides, number)
     HydraConfig.instance().set_config(config)
     choices = {key: str(value) for key, value in config.hydra.runtime.choices.items() if value is not None}
     unique = hashlib.sha256(str(sweep).encode()).hexdigest()[:6]  # the folder's name is the run's name on the bus
     folder = sweep / f"{config.hydra.sweep.subdir}-{unique}"
     checked = from_hydra(config, choices)
-    return Prepared(Job(number, tuple(overrides), "", "", checked.seed), checked, choices, folder)
+    return PreparedJob(Job(number, tuple(overrides), "", "", checked.seed), checked, choices, folder)
 
 
 def _whole(launcher: WorkersLauncher) -> bool:
@@ -107,8 +107,8 @@ def _whole(launcher: WorkersLauncher) -> bool:
     return basic
 
 
-def _returned(one: Prepared) -> JobReturn:
-    """What a sweeper learns from: the primary validation metric, NaN where a job has none."""
+def _returned(one: PreparedJob) -> JobReturn:
+    """The value that a sweeper learns from: the primary validation metric, NaN where a job has none."""
     summary = one.summary
     value = ((summary.get("metrics") or {}).get("final") or {}).get(summary.get("primary", ""))
     returned = JobReturn(overrides=one.job.overrides, status=JobStatus.COMPLETED)
@@ -116,7 +116,7 @@ def _returned(one: Prepared) -> JobReturn:
     return returned
 
 
-def lean(loader: Any) -> None:
+def prefer_sweep_options(loader: Any) -> None:
     """Let Hydra's loader find the options for runs of a sweep before those of single runs with the same name.
 
     They are defaults like these: what the user states, in a file or on the command line, has the last word.
@@ -126,7 +126,7 @@ def lean(loader: Any) -> None:
     loader.repository.initialize_sources(path)
 
 
-def composed(launcher: WorkersLauncher, overrides: Sequence[str], number: int) -> DictConfig:
+def compose_job(launcher: WorkersLauncher, overrides: Sequence[str], number: int) -> DictConfig:
     """The tree of job ``number``, ``hydra`` included. A composition takes a tenth of a second, a sweep may have a thousand."""
     seeds = [text.removeprefix("seed=") for text in overrides if text.startswith("seed=")]
     rest = tuple(text for text in overrides if not text.startswith("seed="))

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import msgspec
 
@@ -34,7 +34,7 @@ SHOWN = 10  # characters of a name that MLflow's parallel coordinates show
 LONGEST = 250  # characters of a setting that is worth an axis
 
 
-def labels(arms: Sequence[str]) -> dict[str, str]:
+def axis_labels(arms: Sequence[str]) -> dict[str, str]:
     """The arms' names, or, where these begin alike, their values alone; numbered where nothing else keeps them apart."""
     values = [re.sub(r"(^| )[^ =]+=", r"\1", arm) for arm in arms]
     for names in (list(arms), values):
@@ -43,13 +43,13 @@ def labels(arms: Sequence[str]) -> dict[str, str]:
     return {arm: f"{number} {value}" for number, (arm, value) in enumerate(zip(arms, values, strict=True), 1)}
 
 
-class Writer:
+class SweepWriter:
     """The parent run and the children of one sweep."""
 
     def __init__(self, opening: Mapping[str, Any]) -> None:
         self.lock = threading.Lock()
         self.jobs: dict[str, dict[str, str]] = opening["jobs"]
-        self.labels = labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
+        self.labels = axis_labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
         arms = json.loads(opening["plan"])["arms"] if opening["plan"] else {}
         self.differing = sorted(set.intersection(*map(set, arms.values()))) if arms else []  # an axis needs a value of every arm
         self.uri: str = opening["uri"]
@@ -63,7 +63,7 @@ class Writer:
             self.client.set_tag(self.parent, name, piece)
 
     def _begin(self) -> None:
-        """The parent run is RUNNING, also one that ended before.
+        """Mark the parent run RUNNING, also one that ended before.
 
         Raises:
             UserError: it was deleted, in MLflow's pages or for good.
@@ -78,7 +78,7 @@ class Writer:
         return str(run.info.run_id)
 
     def tags(self, folder: str) -> dict[str, str]:
-        """What the interface groups a job's run by."""
+        """The tags by which MLflow's pages group a job's run."""
         return self.jobs.get(str(Path(folder).resolve()), {})
 
     def child(self, frame: frames.Open) -> MlflowRun:
@@ -111,7 +111,7 @@ class Writer:
             self.client.log_batch(run_id, params=new[start : start + NAMES])
 
     def failed(self, request: Mapping[str, Any]) -> None:
-        """A job that failed: its run says so, also where it never came to open one."""
+        """Mark the run of a job that failed; a job that never opened one gets one."""
         folder = str(Path(request["folder"]).resolve())
         self.broken.add(folder)
         known = self.opened.get(folder) or self._create_failed(folder)
@@ -124,11 +124,11 @@ class Writer:
         return str(self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id)
 
     def lost(self, folder: str) -> str:
-        """How a run ended whose job has gone without a word: its process broke, or the sweep was stopped."""
+        """The status of a run whose job went away without closing it: its process broke, or the sweep was stopped."""
         return "FAILED" if folder in self.broken else "KILLED"
 
     def close(self, request: Mapping[str, Any]) -> None:
-        """Log the comparison's files and numbers, and end the parent run, whatever comes; no child is left RUNNING."""
+        """Log the comparison's files and numbers, and end the parent run even if that fails; no child is left RUNNING."""
         status = "FAILED"
         try:
             for path in request["artifacts"]:
@@ -146,14 +146,14 @@ class Writer:
 
 
 def end(run: MlflowRun, status: str, summary: Mapping[str, Any]) -> None:
-    """Close a job's run. One that was interrupted goes on later: figures and model are for its end, and somebody waits for this one."""
+    """Close a job's run. An interrupted one is resumed later, so its figures and model are left out: somebody waits for this end."""
     if status == "KILLED":
         run.config = dataclasses.replace(run.config, figures=False, model=False)
     run.close(status, summary)
 
 
-def serve_run(writer: Writer, stream: BinaryIO) -> None:
-    """One job's frames until it closes; a job that goes without a word is marked KILLED, or FAILED where the sweep says so."""
+def serve_run(writer: SweepWriter, stream: BinaryIO) -> None:
+    """One job's frames until it closes; a job that goes away before is marked KILLED, or FAILED where the sweep says so."""
     run: MlflowRun | None = None
     folder = ""
     try:
@@ -195,12 +195,12 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
                 end(run, "FAILED", {})
 
 
-def listen(writer: Writer, server: socket.socket) -> None:
-    """A thread a job, until the process ends."""
+def listen(writer: SweepWriter, server: socket.socket) -> None:
+    """Serve every job in a thread of its own, until the process ends."""
 
     def serve(connection: socket.socket) -> None:
         with connection, connection.makefile("rwb") as stream:
-            serve_run(writer, stream)  # type: ignore[arg-type]
+            serve_run(writer, cast(BinaryIO, stream))  # a socket's file is one in all but name
 
     while True:
         connection, _ = server.accept()
@@ -216,12 +216,12 @@ def main() -> int:
     Path(sys.argv[1]).unlink(missing_ok=True)  # of one that was killed
     server.bind(sys.argv[1])
     server.listen(64)
-    writer: Writer | None = None
+    writer: SweepWriter | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["ask"] == "open":
-                writer = Writer(request)
+                writer = SweepWriter(request)
                 threading.Thread(target=listen, args=(writer, server), daemon=True).start()
             else:
                 assert writer is not None

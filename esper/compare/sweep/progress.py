@@ -18,9 +18,9 @@ COLOURS = {"done": "green", "running": "yellow", "waiting": "dim", "failed": "re
 
 
 class Progress:
-    """Counts by row (an arm, or its tuning), refreshed in place in a terminal; a line a job elsewhere.
+    """Counts by row (an arm, or its tuning), refreshed in place in a terminal; elsewhere one line for each job.
 
-    Failures are said when they happen.
+    Failures are printed when they happen.
     """
 
     def __init__(self, rows: Mapping[str, Sequence[Job]], console: Console) -> None:

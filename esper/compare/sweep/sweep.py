@@ -1,4 +1,4 @@
-"""The jobs of a sweep on disk: config, folder, what an earlier start left there."""
+"""A sweep and its jobs: configs, folders, the outcome of each job, and the state of one start of the sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from esper.compare.config import CompareConfig
-from esper.compare.results.comparison import Tuned, Values, named
+from esper.compare.results.comparison import TuningResult, Values, format_values
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import Run, run_of_summary
 from esper.compare.sweep.arms import Job, Layout
@@ -35,11 +35,11 @@ class TuningJob(Job):
     @property
     def label(self) -> str:
         """A name that a person can read, like ``tuning linear optimizer.lr=0.003 seed=1000000``."""
-        return " ".join(part for part in ("tuning", self.arm, self.block, named(self.values), f"seed={self.seed}") if part)
+        return " ".join(part for part in ("tuning", self.arm, self.block, format_values(self.values), f"seed={self.seed}") if part)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedJob:
     """A job with its checked config and its own folder."""
 
     job: Job
@@ -48,12 +48,12 @@ class Prepared:
     folder: Path
 
     def request(self, ask: str) -> dict[str, Any]:
-        """What a worker is told."""
+        """The request for a worker."""
         return {"ask": ask, "config": _tree(self.config), "choices": self.choices, "folder": str(self.folder)}
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What the job left, empty where it left nothing or was another config's."""
+        """The summary that the job left, empty where there is none or it is another config's."""
         if not (self.folder / SUMMARY).exists():
             return {}
         found = read_summary(self.folder)
@@ -81,13 +81,14 @@ def set_aside(folder: Path) -> None:
         folder.rename(aside)
 
 
-def note(one: Prepared, answer: Mapping[str, Any]) -> None:
+def save_outcome(one: PreparedJob, answer: Mapping[str, Any]) -> None:
+    """Write the worker's answer into the job's folder."""
     note = {"config_hash": config_hash(one.config), **answer}
     one.folder.mkdir(parents=True, exist_ok=True)
     (one.folder / JOB).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def runs_of(jobs: Sequence[Prepared], metric: str) -> list[Run]:
+def runs_of(jobs: Sequence[PreparedJob], metric: str) -> list[Run]:
     """The jobs that have ended, finished or failed."""
     found = []
     for one in jobs:
@@ -100,8 +101,8 @@ def runs_of(jobs: Sequence[Prepared], metric: str) -> list[Run]:
     return found
 
 
-def values_of(one: Prepared) -> Values:
-    """What a tuning job tries."""
+def values_of(one: PreparedJob) -> Values:
+    """The values that a tuning job tries."""
     assert isinstance(one.job, TuningJob)
     return one.job.values
 
@@ -110,13 +111,13 @@ def values_of(one: Prepared) -> Values:
 class Sweep:
     """Everything that one start of a sweep knows.
 
-    ``command`` is what the user typed, for the sentence that says how to go on; ``retry`` runs failed jobs again;
-    ``proposed`` jobs are a learning sweeper's, which pairs nothing. ``trials`` are the jobs that tune the arms, ``tuned`` is what
-    they led to, by arm and block.
+    ``command`` has the user's words, for the sentence that says how to resume; ``retry`` runs failed jobs again;
+    ``proposed`` jobs are a learning sweeper's, which pairs nothing. ``tuning_jobs`` are the jobs that tune the arms, ``tuned``
+    has the results by arm and block.
     """
 
     layout: Layout
-    jobs: list[Prepared]
+    jobs: list[PreparedJob]
     folder: Path
     command: list[str]
     console: Console
@@ -125,32 +126,32 @@ class Sweep:
     id: str = ""
     parent: str = ""
     plan: Plan | None = None
-    failures: list[Prepared] = field(default_factory=list)
-    trials: list[Prepared] = field(default_factory=list)
-    tuned: dict[tuple[str, str], Tuned] = field(default_factory=dict)
+    failures: list[PreparedJob] = field(default_factory=list)
+    tuning_jobs: list[PreparedJob] = field(default_factory=list)
+    tuned: dict[tuple[str, str], TuningResult] = field(default_factory=dict)
 
     def finished(self, arm: str, block: str, seed: int) -> dict[str, Any]:
         """The summary of a job, or of a tuning job with the values that were chosen; empty where it did not finish."""
         chosen = self.tuned.get((arm, block))
-        for one in (*self.jobs, *(one for one in self.trials if chosen and values_of(one) == chosen.values)):
+        for one in (*self.jobs, *(one for one in self.tuning_jobs if chosen and values_of(one) == chosen.values)):
             if (one.job.arm, one.job.block, one.job.seed) == (arm, block, seed):
                 return one.summary if one.summary.get("status") == "FINISHED" else {}
         return {}
 
     @property
     def compare(self) -> CompareConfig:
-        """How the sweep is judged."""
+        """The settings of the comparison."""
         compare: CompareConfig = self.jobs[0].config.compare
         return compare
 
     @property
     def name(self) -> str:
-        """What the parent run is called: what runs, and which arms."""
+        """The name of the parent run: the name of its runs, and the arms."""
         arms = ", ".join(self.layout.arms[:4]) + (", …" if len(self.layout.arms) > 4 else "")
         return f"{self.jobs[0].config.name} sweep: {arms}" if self.layout.arms != ("",) else f"{self.jobs[0].config.name} sweep"
 
 
 def resume_command(sweep: Sweep) -> str:
-    """What to type to go on with a stopped sweep."""
+    """The command that resumes a stopped sweep."""
     words = [word for word in sweep.command if not word.startswith("hydra.sweep.dir=")]
     return shlex.join(["esper", *words, f"hydra.sweep.dir={sweep.folder}"])

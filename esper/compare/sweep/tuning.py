@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from esper.compare.config import CompareConfig
-from esper.compare.results.comparison import Tried, Tuned, Values, named
-from esper.compare.sweep.sweep import Prepared, TuningJob, values_of
+from esper.compare.results.comparison import TuningCandidate, TuningResult, Values, format_values
+from esper.compare.sweep.sweep import PreparedJob, TuningJob, values_of
 from esper.config import RootConfig, build, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
@@ -27,8 +27,8 @@ def grid(compare: CompareConfig) -> list[Values]:
     return [dict(zip(compare.tune, one, strict=True)) for one in itertools.product(*compare.tune.values())]
 
 
-def refuse_varied(jobs: Sequence[Prepared]) -> None:
-    """Refuse to tune what makes the arms or the blocks: each would lose its own value.
+def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
+    """Refuse to tune a key that makes the arms or the blocks: each would lose its own value.
 
     Raises:
         UserError: naming the key and what it is in which arm.
@@ -44,9 +44,9 @@ def refuse_varied(jobs: Sequence[Prepared]) -> None:
             )
 
 
-def _first(jobs: Sequence[Prepared]) -> dict[tuple[str, str], Prepared]:
+def _first(jobs: Sequence[PreparedJob]) -> dict[tuple[str, str], PreparedJob]:
     """The first job of every arm in every block."""
-    found: dict[tuple[str, str], Prepared] = {}
+    found: dict[tuple[str, str], PreparedJob] = {}
     for one in jobs:
         found.setdefault((one.job.arm, one.job.block), one)
     return found
@@ -71,7 +71,7 @@ def with_values(config: RootConfig, values: Mapping[str, Any], choices: Mapping[
     return build(tree, presets)
 
 
-def trials(jobs: Sequence[Prepared], seeds: int, folder: Path) -> list[Prepared]:
+def tuning_jobs(jobs: Sequence[PreparedJob], seeds: int, folder: Path) -> list[PreparedJob]:
     """The tuning jobs: for every arm in every block each combination with each tuning seed; none where nothing is tuned.
 
     Raises:
@@ -80,18 +80,18 @@ def trials(jobs: Sequence[Prepared], seeds: int, folder: Path) -> list[Prepared]
     if not jobs[0].config.compare.tune:
         return []
     refuse_varied(jobs)
-    found: list[Prepared] = []
+    found: list[PreparedJob] = []
     for one in _first(jobs).values():
         for number, values in enumerate(grid(one.config.compare)):
             for seed in range(FIRST_SEED, FIRST_SEED + seeds):
                 config = dataclasses.replace(with_values(one.config, values, one.choices), seed=seed)
                 job = TuningJob(len(jobs) + len(found), one.job.overrides, one.job.arm, one.job.block, seed, values)
                 place = folder / f"tune-{one.folder.name}-{number}-{seed - FIRST_SEED}"
-                found.append(Prepared(job, config, one.choices, place))
+                found.append(PreparedJob(job, config, one.choices, place))
     return found
 
 
-def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
+def choose(tried: Sequence[PreparedJob], metric: str, sign: float) -> TuningResult:
     """The combination with the best mean validation metric over its seeds, of those in which no run failed.
 
     Args:
@@ -101,9 +101,9 @@ def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
         UserError: there is none.
     """
     job = tried[0].job
-    groups: dict[str, list[Prepared]] = {}
+    groups: dict[str, list[PreparedJob]] = {}
     for one in tried:
-        groups.setdefault(named(values_of(one)), []).append(one)
+        groups.setdefault(format_values(values_of(one)), []).append(one)
     rows = tuple(_row(group, metric) for group in groups.values())
     sound = [row for row in rows if not row.failed]
     if not sound:
@@ -112,15 +112,15 @@ def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
             "chosen; the log of each run says why."
         )
     macs = sum(float(one.summary.get("macs") or 0.0) for one in tried)
-    return Tuned(job.arm, job.block, max(sound, key=lambda row: sign * row.mean).values, rows, macs)
+    return TuningResult(job.arm, job.block, max(sound, key=lambda row: sign * row.mean).values, rows, macs)
 
 
-def _row(group: Sequence[Prepared], metric: str) -> Tried:
+def _row(group: Sequence[PreparedJob], metric: str) -> TuningCandidate:
     found = [_validated(one, metric) for one in group]
-    return Tried(values_of(group[0]), float(np.mean(found)), len(found), sum(math.isnan(value) for value in found))
+    return TuningCandidate(values_of(group[0]), float(np.mean(found)), len(found), sum(math.isnan(value) for value in found))
 
 
-def _validated(one: Prepared, metric: str) -> float:
+def _validated(one: PreparedJob, metric: str) -> float:
     """The final validation metric of a tuning job, NaN where it failed."""
     summary = one.summary
     value = ((summary.get("metrics") or {}).get("final") or {}).get(f"validation/{metric}")

@@ -16,7 +16,6 @@ from esper.compare.results.figures import _lines, draw
 from esper.compare.results.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
 from esper.compare.results.report import show, write_results
 from esper.compare.results.runs import Run
-from esper.compare.statistics.estimates import gap_recovery
 from esper.compare.statistics.random_draws import generator
 from esper.errors import UserError
 
@@ -335,16 +334,3 @@ def test_a_saved_plan_comes_back_and_is_never_replaced(tmp_path: Path) -> None:
 def test_plans_that_cannot_be_judged_are_refused(changed: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         plan_of(("host", "up"), **changed)
-
-
-def test_gap_recovery_is_given_only_where_there_is_a_gap() -> None:
-    rng = generator("gap")
-    small = rng.normal(0.6, 0.02, 12)
-    final, grown = small + 0.1 + rng.normal(0, 0.01, 12), small + 0.08 + rng.normal(0, 0.01, 12)
-    found = gap_recovery(small, final, grown)
-    assert found.known
-    assert found.value_interval[0] < found.value == pytest.approx(0.8, abs=0.1)
-    assert found.value < found.value_interval[1]
-    none = gap_recovery(small, small + rng.normal(0, 0.01, 12), grown)
-    assert not none.known
-    assert none.gap_interval[0] < 0 < none.gap_interval[1]
