@@ -97,7 +97,7 @@ def _read(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_there(uri: str) -> None:
-    """Refuse what is no store yet: analysing must not make one, neither a new file nor tables in another program's.
+    """Refuse an address without a store: analysing must not make one, neither a new file nor tables in another program's.
 
     Raises:
         UserError: there is no store at ``uri``.

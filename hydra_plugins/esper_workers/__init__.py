@@ -31,7 +31,7 @@ class WorkersLauncher(Launcher):
         self.workers, self.threads, self.retry = workers, threads, retry
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
+        """Keep the context and the config for composing the jobs; the task function is not used, the workers run the jobs themselves."""
         from esper.compare.sweep.launch import prefer_sweep_options
 
         prefer_sweep_options(hydra_context.config_loader)

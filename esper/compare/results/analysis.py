@@ -27,7 +27,7 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
 
     Args:
         runs: all jobs of the sweep, failed ones included.
-        plan: what to judge by; ``planned`` is what was saved before the first run, where that was another one.
+        plan: the plan to judge by; ``planned`` is the one that was saved before the first run, where that is another.
 
     Raises:
         UserError: no runs, all failed, or an arm that shares no seed with the reference.
@@ -116,7 +116,7 @@ def _looked(compared: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
     flips = flips_for(plan.alpha / len(compared), len(plan.seeds))
     rejected = sequential_holm(rows[:, :, None], looks, len(plan.seeds), plan.alpha, error=error, flips=flips)[:, 0]
     p = sequential_p(rows, looks, len(plan.seeds), error=error, flips=flips)
-    # the smallest level is found nearly: what the looks decide at α stays on its side of it
+    # the smallest level is found approximately: a decision of the looks at α stays on its side of it
     p_holm = np.where(rejected, holm(p).clip(max=plan.alpha), holm(p).clip(min=np.nextafter(plan.alpha, 1)))
     return p, p_holm, len(seeds) == len(plan.seeds)
 

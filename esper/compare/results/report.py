@@ -177,7 +177,7 @@ def _number(value: float | None) -> str:
 def fit_width(table: Table, width: int) -> Table:
     """Give every column its width where the table is wider than ``width``.
 
-    All columns are as narrow as their longest word, the first of them as wide as what is left allows; only where the
+    All columns are as narrow as their longest word, the first of them as wide as the remaining space allows; only where the
     words themselves are too wide, those of the widest column that may fold are broken.
     """
     cells = [[str(column.header), *map(str, column.cells)] for column in table.columns]

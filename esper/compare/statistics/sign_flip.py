@@ -39,7 +39,7 @@ Indices = NDArray[np.intp]
 def flips_for(level: float, pairs: int) -> int:
     """How many random patterns a decision at ``level`` needs: a hundred for every 1/level, the smallest p being 1/(flips + 1).
 
-    At least 9,999; at most 999,999 and what 64 MB hold.
+    At least 9,999; at most 999,999, and at most as many as 64 MB hold.
     """
     return max(FLIPS, min(int(np.ceil(100 / level)) - 1, MOST_FLIPS, PATTERNS // max(pairs, 1)))
 
@@ -148,7 +148,7 @@ def _tail(signs: Signs, columns: Array, off: Array, alternative: str) -> Array:
 
 
 def _share(beyond: Array, slack: Array, decide: Callable[[Indices, Indices], NDArray[np.bool_]]) -> Array:
-    """How often ``beyond`` ``[patterns, sets]`` is not negative; what lies within the slack is decided by (pattern, set)."""
+    """How often ``beyond`` ``[patterns, sets]`` is not negative; values within the slack are decided by (pattern, set)."""
     found = beyond > slack
     rows, sets = np.nonzero(np.abs(beyond) <= slack)
     step = max(CHUNK // PARTS, 1)

@@ -28,7 +28,7 @@ def holm(p_values: Array) -> Array:
 def holm_levels(p_values: Array, adjusted: Array, alpha: float) -> Array:
     """The level at which Holm's procedure tests each comparison, ``[comparisons]``, from its p-values and the adjusted ones.
 
-    The first is tested at α/k, and every rejection leaves the others its share. What is not rejected stays at the level at which the
+    The first is tested at α/k, and every rejection leaves the others its share. The others stay at the level at which the
     procedure stopped. An interval of confidence 1 − level excludes 0 exactly where the comparison is rejected.
     """
     order = np.lexsort((p_values, adjusted))
@@ -38,7 +38,7 @@ def holm_levels(p_values: Array, adjusted: Array, alpha: float) -> Array:
 
 
 class Verdict(IntEnum):
-    """What a comparison of B with the reference A ends in."""
+    """The outcome of a comparison of B with the reference A."""
 
     INCONCLUSIVE = 0
     B_BETTER = 1

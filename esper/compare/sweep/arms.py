@@ -14,9 +14,7 @@ from esper.config import listing, nearest
 from esper.errors import UserError
 
 SEED = "seed"
-
-
-#: What belongs to a sweep as a whole; groups and keys with all that is below them.
+#: Groups and keys that belong to a sweep as a whole, with all keys below them.
 WHOLE = ("compare", "tracking", "output", "resume", "name", "tags")
 _HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 

@@ -119,7 +119,7 @@ def _returned(one: PreparedJob) -> JobReturn:
 def prefer_sweep_options(loader: Any) -> None:
     """Let Hydra's loader find the options for runs of a sweep before those of single runs with the same name.
 
-    They are defaults like these: what the user states, in a file or on the command line, has the last word.
+    They are defaults like these: settings of the user, in a file or on the command line, have the last word.
     """
     path = loader.get_search_path()
     path.prepend("sweep", f"file://{conf.folder() / 'sweep'}")

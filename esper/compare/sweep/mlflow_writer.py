@@ -97,9 +97,9 @@ class SweepWriter:
         return run
 
     def _describe(self, run_id: str, tags: Mapping[str, str], config: Mapping[str, Any]) -> None:
-        """Parameters that make readable axes in parallel coordinates: the arm, and what arms differ in, defaults included.
+        """Parameters that make readable axes in parallel coordinates: the arm, and the settings in which arms differ, defaults included.
 
-        A run's own parameters leave out what is as by default, which MLflow would show as unknown.
+        A run's own parameters leave out defaults, which MLflow would show as unknown.
         """
         from mlflow.entities import Param
 
@@ -211,7 +211,7 @@ def main() -> int:
     """``main(path)``: serve the sweep until its close, or until its end without one, which is recorded as KILLED."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # the output of libraries goes to the log
     server = socket.socket(socket.AF_UNIX)
     Path(sys.argv[1]).unlink(missing_ok=True)  # of one that was killed
     server.bind(sys.argv[1])

@@ -15,7 +15,7 @@ from esper.config import listing, nearest, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
 
-#: A task's config, where in the sweep it is, in words, and what it answered.
+#: A task's config, its place in the sweep in words, and its answer.
 Described = tuple[Any, str, dict[str, Any]]
 
 

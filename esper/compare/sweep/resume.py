@@ -16,7 +16,7 @@ from esper.running.run_folder import hash_of, locked, refuse_occupied, status
 
 NOTE, LOCK = "sweep.json", "sweep.lock"
 DEEPEST = 4  # folders between the outputs and a sweep's note; the store beside them may hold thousands
-ORPHAN_S = 60.0  # how long a job of a killed sweep may take to save what it has
+ORPHAN_S = 60.0  # how long a job of a killed sweep may take to save its state
 
 
 @contextmanager

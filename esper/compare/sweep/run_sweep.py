@@ -119,7 +119,7 @@ class _JobRunner:
             self.progress.finished(one.job, answer["seconds"], answer["error"], str(one.folder / LOG))
 
     def _prepare(self, jobs: list[PreparedJob], index: int) -> PreparedJob | None:
-        """The job with what it takes over from others, ready to run; None where there is nothing to run."""
+        """The job, ready to run, with the settings that it takes over from others; None where there is nothing to run."""
         try:
             one = jobs[index] = derive(jobs[index], self.sweep.finished)
         except MissingSource as missing:

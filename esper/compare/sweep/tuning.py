@@ -31,7 +31,7 @@ def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
     """Refuse to tune a key that makes the arms or the blocks: each would lose its own value.
 
     Raises:
-        UserError: naming the key and what it is in which arm.
+        UserError: naming the key and its value in every arm.
     """
     settings = {" ".join(filter(None, place)): flatten(plain(one.config)) for place, one in _first(jobs).items()}
     for key in jobs[0].config.compare.tune:

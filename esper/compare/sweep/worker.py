@@ -1,6 +1,6 @@
 """``python -m esper.compare.sweep.worker <process id of the sweep>``: a process that runs one job of a sweep after another.
 
-It reads a JSON line a request from standard input and answers with one on what was standard output. What a job prints
+It reads a JSON line a request from standard input and answers with one on its first standard output. The output of a job
 goes to ``job.log`` in its own folder. Torch is imported once, so later jobs start at once.
 """
 
@@ -51,7 +51,7 @@ def main() -> int:
         return SAVED
     except KeyboardInterrupt:
         return LOST if busy else SAVED
-    except BrokenPipeError:  # the sweep was killed, and finds what the job left
+    except BrokenPipeError:  # the sweep was killed; its next start finds the job's folder
         return LOST
     return 0
 

@@ -24,8 +24,8 @@ from esper.errors import Terminated
 
 DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
-SAVE_S = 25.0  # how long all jobs together may take to save what they did, after a scheduler's SIGTERM, which leaves 30 s
-LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: what is killed then goes on from its newest checkpoint
+SAVE_S = 25.0  # how long all jobs together may take to save their state after a scheduler's SIGTERM, which leaves 30 s
+LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: a job that is killed then resumes from its newest checkpoint
 Request = dict[str, Any]
 Answer = dict[str, Any]
 
@@ -126,7 +126,7 @@ class WorkerPool:
     def run(self, requests: Sequence[Request], started: Callable[[int], None] = lambda index: None) -> Iterator[tuple[int, Answer]]:
         """Run all requests, as many at once as there are workers; yields (index, answer) as they come in.
 
-        Ending the iteration early leaves what has not begun undone and waits for what has.
+        Ending the iteration early drops the requests that have not begun and waits for those that have.
         """
         waiting = deque(enumerate(requests))
         answers: queue.SimpleQueue[tuple[WorkerProcess, int, Answer]] = queue.SimpleQueue()
@@ -183,7 +183,7 @@ def worker_environments(workers: int, threads: int, gpu: bool = True) -> list[di
 def _gpus() -> list[str]:
     """The GPUs that this process may use, without importing torch where there is no NVIDIA driver.
 
-    As CUDA reads ``CUDA_VISIBLE_DEVICES``: what follows the first word that names no device (``-1``, ``NoDevFiles``) is hidden.
+    As CUDA reads ``CUDA_VISIBLE_DEVICES``: the first word that names no device (``-1``, ``NoDevFiles``) and all after it are hidden.
     """
     if not DRIVER.exists():
         return []

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -334,3 +336,12 @@ def test_a_saved_plan_comes_back_and_is_never_replaced(tmp_path: Path) -> None:
 def test_plans_that_cannot_be_judged_are_refused(changed: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         plan_of(("host", "up"), **changed)
+
+
+def test_planning_and_judging_a_sweep_leave_scipy_stats_alone_which_takes_longer_to_import_than_they_take() -> None:
+    program = (
+        "import sys; from tests.compare.results.test_analysis import analyse, plan_of, runs_of\n"
+        "plan = plan_of(('a', 'b'), 15, sequential=True); plan.statement(); analyse(runs_of({'a': 0.5, 'b': 0.501}, 15), plan)\n"
+        "sys.exit('scipy.stats' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])

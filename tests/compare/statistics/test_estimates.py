@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import trim_mean
 
 from esper.compare.statistics.estimates import gap_recovery, iqm, probability_of_improvement
 from esper.compare.statistics.random_draws import generator
@@ -9,6 +10,9 @@ from esper.compare.statistics.random_draws import generator
 
 def test_interquartile_mean_ignores_the_outer_quarters() -> None:
     assert iqm(np.array([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0])) == pytest.approx(3.5)
+    for count in range(1, 20):
+        values = generator("iqm", count).standard_normal(count)
+        assert iqm(values) == pytest.approx(trim_mean(values, 0.25), rel=1e-12)
 
 
 def test_probability_of_improvement_is_that_of_pairs_and_counts_ties_half() -> None:
