@@ -32,8 +32,8 @@ smallest difference worth having {minimum:g}; α = {alpha:g} after Holm.
 
 {table}
 
-Difference and interval are to the reference, positive is better; p-values and the levels of the intervals after Holm; cost is
-the mean of a run, seconds are wall time in its step loop.
+Differences and intervals are against the reference; positive is better. P-values and the levels of the intervals are after Holm. Costs
+are means over the runs; seconds are wall time in the step loop.
 
 ![every pair](pairs.png)
 {cost_figure}

@@ -28,13 +28,13 @@ METRICS, PARAMS, TAGS = 55, 6, 15  # of a child of `esper -m seed=0,1 grafting=l
 TEXT = """# How long does `esper compare` take on a large store?
 
 **Question.** A sweep of {arms} arms in a sqlite store of its own, every run with the {metrics} metrics, {params} parameters and {tags} tags
-that a run of the default sweep has: how long from the command to the written figures?
+that a run of the default sweep has: how long does it take from the command to the written figures?
 
 **Command.** `python experiments/compare_speed/run.py --runs {counts}` (Python {python}, MLflow {mlflow}, {cores} cores;
 load average of the last minute {before:.1f} when it began and {after:.1f} when it ended: the cores were shared with other
 programs as far as this exceeds 1). This file is written by it.
 
-| runs in the store | seconds, whole command | of them processor time | limit |
+| runs in the store | seconds, whole command | processor time of it | limit |
 |---|---|---|---|
 {rows}
 """
