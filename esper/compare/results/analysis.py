@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.comparison import ArmSummary, Comparison, Judgement
+from esper.compare.results.comparison import ArmResult, Comparison, Judgement
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED, Pairs, Run, by_seed, pair, pool
 from esper.compare.results.sentences import conclude, exploratory_reasons, notes, sentence
@@ -44,7 +44,7 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
         compared += [one for one in pooled if one is not None]
     verdicts = judge(compared, runs, plan)
     return Comparison(
-        arms=[summarize(runs, arm, block) for block in plan.blocks for arm in plan.arms],
+        arms=[arm_result(runs, arm, block) for block in plan.blocks for arm in plan.arms],
         verdicts=verdicts,
         exploratory=exploratory_reasons(compared, plan, planned or plan),
         notes=notes(runs, plan),
@@ -53,12 +53,12 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
     )
 
 
-def summarize(runs: Sequence[Run], arm: str, block: str) -> ArmSummary:
-    """Summary of one arm's runs in one block."""
+def arm_result(runs: Sequence[Run], arm: str, block: str) -> ArmResult:
+    """The result of one arm in one block."""
     mine = by_seed(runs, arm, block)
     good = {seed: run for seed, run in sorted(mine.items()) if not run.failed}
     values = np.array([run.value for run in good.values()])
-    return ArmSummary(
+    return ArmResult(
         arm=arm,
         block=block,
         runs=len(mine),

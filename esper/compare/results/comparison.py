@@ -81,7 +81,7 @@ class TuningResult:
 
 
 @dataclass(frozen=True)
-class ArmSummary:
+class ArmResult:
     """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones)."""
 
     arm: str
@@ -137,7 +137,7 @@ class Judgement:
 class Comparison:
     """The content of ``comparison.json`` besides the plan."""
 
-    arms: list[ArmSummary]
+    arms: list[ArmResult]
     verdicts: list[Judgement]
     exploratory: list[str]
     notes: list[str]

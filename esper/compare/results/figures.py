@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from esper.compare.results.comparison import ArmSummary, Comparison, Judgement
+from esper.compare.results.comparison import ArmResult, Comparison, Judgement
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED
 from esper.compare.results.sentences import confidence, task_and_model, verdict_word
@@ -103,7 +103,7 @@ def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Pat
     return _save(figure, path)
 
 
-def _cloud(axes: Axes, arm: ArmSummary, colour: str, aside: float) -> None:
+def _cloud(axes: Axes, arm: ArmResult, colour: str, aside: float) -> None:
     """One arm: every seed's point and the mean, moved a little aside so that arms of equal cost stay apart."""
     at = np.array([arm.macs[seed] for seed in arm.macs]) + aside
     values = np.array([arm.points[seed] for seed in arm.macs])
