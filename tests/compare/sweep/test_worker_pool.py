@@ -44,7 +44,7 @@ def test_a_sweep_on_the_cpu_leaves_the_gpus_alone(device: str, gpu: bool, tmp_pa
     from esper.app import main
 
     asked: list[Any] = []
-    monkeypatch.setattr(launch, "environments", lambda *given: asked.append(given) or [{}])
+    monkeypatch.setattr(launch, "worker_environments", lambda *given: asked.append(given) or [{}])
     monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: None)
     monkeypatch.chdir(tmp_path)
     main(["-m", "seed=0,1", "tracking=none", f"trainer.device={device}", "hydra.launcher.workers=5", "hydra.launcher.threads=2"])
