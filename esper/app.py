@@ -120,9 +120,9 @@ def _in_its_place(asked: Composed) -> Start | None:
         UserError: another run or sweep has the folder, or runs with this very configuration.
     """
     if asked.multirun:
-        from esper.compare.sweep.resume import refuse_taken
+        from esper.compare.sweep.resume import refuse_taken_folder
 
-        refuse_taken(asked.folder)
+        refuse_taken_folder(asked.folder)
         return None
     from esper.running.run_folder import refuse_occupied
 

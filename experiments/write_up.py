@@ -18,8 +18,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from esper.compare.results.tuning_choice import named
-from esper.compare.results.wording import confidence
+from esper.compare.results.comparison import format_values
+from esper.compare.results.sentences import confidence
 
 TEXT = """# {title}
 
@@ -32,8 +32,8 @@ smallest difference worth having {minimum:g}; α = {alpha:g} after Holm.
 
 {table}
 
-Difference and interval are to the reference, positive is better; p-values and the levels of the intervals after Holm; cost is
-the mean of a run, seconds are wall time in its step loop.
+Differences and intervals are against the reference; positive is better. P-values and the levels of the intervals are after Holm. Costs
+are means over the runs; seconds are wall time in the step loop.
 
 ![every pair](pairs.png)
 {cost_figure}
@@ -98,8 +98,9 @@ def _sentences(result: dict[str, Any]) -> list[str]:
 def _tuned(one: dict[str, Any], metric: str) -> str:
     """What an arm chose before the comparison, and what choosing cost."""
     name = " ".join(part for part in (one["arm"], one["block"]) if part)
-    tried = "; ".join(f"{named(row['values'])}: {_mean(row['mean'])}, {row['failed']} of {row['runs']} failed" for row in one["tried"])
-    return f"{name} was tuned to {named(one['values'])} for {one['macs']:.3g} MACs (validation {metric} by values: {tried})."
+    rows = [(format_values(row["values"]), _mean(row["mean"]), row["failed"], row["runs"]) for row in one["tried"]]
+    tried = "; ".join(f"{values}: {mean}, {failed} of {runs} failed" for values, mean, failed, runs in rows)
+    return f"{name} was tuned to {format_values(one['values'])} for {one['macs']:.3g} MACs (validation {metric} by values: {tried})."
 
 
 def _ranking(result: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 #: The files that take longest, the longest first: begun last, they would leave the other processes of ``scripts/test`` without work.
 LONGEST = (
     "compare/test_sweep.py",
-    "compare/test_going_on.py",
+    "compare/sweep/test_resume.py",
     "e2e/test_sweep_recipes.py",
     "e2e/test_external.py",
     "e2e/test_recipes.py",

@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from esper.compare.config import CompareConfig
-from esper.compare.results.analysis import analyse, with_tuned
-from esper.compare.results.mlflow_records import SWEEP, children, find_sweep, plan_of, plan_untouched, reading, run_of_store, tuned_of
+from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import with_tuned
+from esper.compare.results.mlflow_sweep import SWEEP, find_sweep, job_runs, plan_of, plan_untouched, reading, run_of_store, tuned_of
 from esper.compare.results.plan import Plan
 from esper.compare.results.report import show, write_results
 from esper.config import listing, nearest, structure
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     with reading(uri) as client:
         parent = find_sweep(client, given.pop("sweep"))
         folder = _writable(Path(output) / "compare" / parent.data.tags[SWEEP])
-        stored = children(client, parent)
+        stored = job_runs(client, parent)
     planned = plan_of(parent)
     figures = given.pop("figures", True)
     plan = _changed(planned, given)
@@ -96,7 +97,7 @@ def _read(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_there(uri: str) -> None:
-    """Refuse what is no store yet: analysing must not make one, neither a new file nor tables in another program's.
+    """Refuse an address without a store: analysing must not make one, neither a new file nor tables in another program's.
 
     Raises:
         UserError: there is no store at ``uri``.

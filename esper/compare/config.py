@@ -1,4 +1,4 @@
-"""What a comparison promises before its first run; every key is written down in the sweep's plan."""
+"""Settings of a comparison, which the sweep's plan records before its first run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CompareConfig:
     alpha: float = setting(0.05, low=1e-6, high=0.5, help="chance of one false 'better' in the whole sweep")
     power: float = setting(0.8, low=0.05, high=0.999, help="chance of finding a difference of minimum_effect")
     spread: float = setting(0.0, low=0.0, unit="of the metric", help="expected standard deviation of the paired differences; 0: unknown")
-    pilot: str = setting("", help="comparison.json of an earlier sweep, whose paired differences power is stated from")
+    pilot: str = setting("", help="comparison.json of an earlier sweep; its paired differences are the noise that power is stated for")
     reference: str = setting("", help="arm that the others are compared with; empty means the first")
     block: list[str] = setting(["task", "model"], help="keys whose values are judged apart and then pooled")
     sequential: bool = setting(False, help="look at the results on the way and stop once every comparison is decided")
@@ -30,14 +30,14 @@ class CompareConfig:
     figures: bool = setting(True, help="draw the figures")
     tune: dict[str, Any] = setting({}, help="key: list of values that every arm may choose from on validation")
     tune_seeds: int = setting(3, low=1, help="seeds of their own that the tuning of each arm uses")
-    final_of: dict[str, str] = setting({}, help="arm: arm whose kept branches it starts with, seed by seed")
+    final_of: dict[str, str] = setting({}, help="arm: arm with whose kept branches it starts, seed by seed")
     fresh_seeds: dict[str, int] = setting({}, low=0, help="arm: number added to its seeds, for an A/A test")
     equal_macs: dict[str, str] = setting({}, help="arm: a/b, it spends the MACs of arm a at the price a step has in arm b")
 
 
 @dataclass
 class LauncherConfig:
-    """``hydra.launcher``, as far as it is ours."""
+    """The keys of ``hydra.launcher`` that esper defines."""
 
     workers: int = setting(0, low=0, help="processes at once; 0: one per GPU, or per core where there is no GPU")
     threads: int = setting(1, low=1, help="CPU threads of numerical libraries in each")

@@ -1,4 +1,4 @@
-"""``esper compare fingerprint A B``: are two runs the same bits, and if not, what is the first thing that differs."""
+"""``esper compare fingerprint A B``: say whether two runs have the same bits, and if not, where they first differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Difference:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what ``explain`` finds; exit code 0 for the same bits, 1 for others."""
+    """Print the differences that ``explain`` finds; exit code 0 for the same bits, 1 for different ones."""
     if len(arguments) != 2 or {"--help", "-h"} & set(arguments):
         print(USAGE, flush=True)
         return 0 if {"--help", "-h"} & set(arguments) else 2
@@ -54,12 +54,12 @@ def same_bits(first: Path, second: Path) -> bool:
 
 
 def explain(first: Path, second: Path) -> Iterator[Difference]:
-    """What differs, causes first: config, data, environment; then the first tick and weights at which it shows."""
+    """The differences of two runs, causes first: config, data, environment; then the first tick and the first weights that differ."""
     a, b = read_summary(_run(first)), read_summary(_run(second))
     yield from _values("config", _config(first), _config(second))
     if a.get("data") != b.get("data"):
         yield Difference("data", f"digest {a.get('data')} and {b.get('data')}")
-    yield from _environments(_lives(a), _lives(b))
+    yield from _environments(_environments_of(a), _environments_of(b))
     if a["fingerprint"] != b["fingerprint"]:
         yield from _first_metric(first, second)
         yield from _first_noted(first, second)
@@ -83,13 +83,13 @@ def _values(kind: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[D
             yield Difference(kind, f"{key} is {a.get(key)} and {b.get(key)}")
 
 
-def _lives(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The environments of a run, each since a step; a summary of before there was a list of them knows one."""
+def _environments_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The environments of a run, each with its first step; an old summary has a single one."""
     return summary.get("environments") or [{"since": 0, "environment": summary["environment"]}]
 
 
 def _environments(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Difference]:
-    """In what the environments differ, step by step from which one of the runs had another; what was said already is not said again."""
+    """Differences of the environments, for every step from which one of the runs had another one; each is told once."""
     said: set[str] = set()
     for step in sorted({life["since"] for life in (*a, *b)}):
         here, there = (_at(step, lives) for lives in (a, b))
@@ -105,13 +105,13 @@ def _environments(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[
 
 
 def _at(step: int, lives: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The environment that computed what comes after ``step``; a fork knows none before its first life, which stands for it."""
+    """The environment that computed the steps after ``step``; before its first environment a fork has that one."""
     found: dict[str, Any] | None = [life for life in lives if life["since"] <= step or life is lives[0]][-1]["environment"]
     return found
 
 
 def _first_metric(first: Path, second: Path) -> Iterator[Difference]:
-    """The first tick at which a recorded value that no clock gave differs."""
+    """The first tick at which a recorded value differs; values of a clock are left out."""
     try:
         a, b = _metrics(first), _metrics(second)
     except UserError as error:
@@ -128,7 +128,7 @@ def _first_metric(first: Path, second: Path) -> Iterator[Difference]:
 
 
 def _metrics(folder: Path) -> dict[tuple[int, str], float | str]:
-    """Value by (tick, name) but for those of a clock; not a number is a text, since it does not equal itself. Raises UserError."""
+    """Recorded values by (tick, name), without those of a clock; NaN becomes a text, because it does not equal itself. Raises UserError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -144,7 +144,7 @@ def _metrics(folder: Path) -> dict[tuple[int, str], float | str]:
 
 
 def _first_noted(first: Path, second: Path) -> Iterator[Difference]:
-    """The first look at the validation set by which the weights, noted then, differ."""
+    """The first look at the validation set whose recorded weights differ."""
     a, b = noted(first), noted(second)
     common = sorted(a.keys() & b.keys())
     apart = next((place for place, step in enumerate(common) if a[step] != b[step]), None)

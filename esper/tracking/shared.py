@@ -15,7 +15,7 @@ SOCKET = "ESPER_TRACKER"
 
 
 class MlflowShared(Framed):
-    """Hands everything to the sweep's store process (``esper.compare.sweep.store_writer``) over a Unix socket."""
+    """Hands everything to the sweep's store process (``esper.compare.sweep.mlflow_writer``) over a Unix socket."""
 
     def __init__(self, config: MlflowConfig, path: str) -> None:
         super().__init__(config)

@@ -7,21 +7,21 @@ from math import sqrt
 
 Row = Mapping[str, object]
 
-TEXT = """# Is the verdict of a sweep as rarely wrong as it says?
+TEXT = """# How often is the verdict of a sweep wrong?
 
-**Question.** Over whole sweeps with two to six arms and 6–30 pairs: how often is one of identical arms called better,
-how often is an arm that differs by exactly the margin called equivalent, and is a difference of the stated size found
-as often as the plan states, within three points?
+**Question.** Take whole sweeps with two to six arms and 6–30 pairs. How often is one of identical arms called better? How often is an
+arm that differs by exactly the margin called equivalent? Is a difference of the stated size found as often as the plan states, within
+three points?
 
 **Command.** `python experiments/calibration/run.py` ({sweeps:,} simulated sweeps per setting, {first} s on one core; then the second
 part, which `--again` repeats alone: {second} s of processor time; {versions}). Every row is in
 `results.csv`; this file is written by the same command.
 
-**How.** Runs of a pair share their seed's effect; on top of it the noise of a run is normal, heavy-tailed (Student's t,
-3 degrees of freedom), skewed (lognormal) or that of accuracies near 1 on 360 test samples (ties, a ceiling). The sweeps
-are decided by the functions that `esper compare` uses: paired sign-flip test against the first arm, Holm over the arms,
-α = 0.05. An error is counted once per sweep, however many arms it has. For power one arm differs by the effect that the
-plan states for 80 % (in standard deviations of a paired difference) and the others do not differ.
+**How.** Runs of a pair share the effect of their seed. The noise of a run is added to it and is normal, heavy-tailed (Student's t,
+3 degrees of freedom), skewed (lognormal) or that of accuracies near 1 on 360 test samples (ties, a ceiling). The
+functions of `esper compare` decide the sweeps: paired sign-flip test against the first arm, Holm over the arms,
+α = 0.05. An error is counted once per sweep, however many arms it has. To measure power, one arm differs by the
+effect that the plan states for 80 % (in standard deviations of a paired difference), and the others do not differ.
 {resolution}
 
 ## False "better" in percent, worst of 2–6 arms (limit 5)
@@ -36,8 +36,9 @@ plan states for 80 % (in standard deviations of a paired difference) and the oth
 
 {power}
 
-Without a pilot the plan states the power for normal noise and says so; where tails are heavy there is more. Stated from the differences
-of a pilot (`compare.pilot`; here 20,000 of them, so that the pilot itself is no source of error), power minus stated power in points:
+Without a pilot the plan states the power for normal noise and says so; heavy tails give more power. The next table shows power minus
+stated power, in points, when the plan states it from the differences of a pilot (`compare.pilot`; 20,000 of them here, so that the
+pilot itself is no source of error):
 
 {pilot}
 
@@ -121,8 +122,8 @@ def _again(rows: Sequence[Row], sweeps: int) -> str:
     return (
         f"All {len(rates)} that did were simulated again on {10 * sweeps:,} fresh sweeps each: {min(rates):.2f} to {max(rates):.2f} %,\n"
         f"{sum(rates) / len(rates):.2f} % in the mean, where three standard errors of one are {error:.2f} points. That the test itself\n"
-        "rejects in no more than α of all sign patterns of any data is no matter of simulation: `tests/compare/test_sequential.py` and\n"
-        "`test_signflip.py` count the patterns."
+        "rejects in no more than α of all sign patterns of any data is no matter of simulation: `test_sequential.py` and\n"
+        "`test_sign_flip.py` in `tests/compare/statistics` count the patterns."
     )
 
 

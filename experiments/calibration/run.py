@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.verdict import Verdict, classify, verdicts
-from esper.compare.statistics.corrections import holm
 from esper.compare.statistics.power import detectable, fewest_pairs, power
 from esper.compare.statistics.random_draws import generator
 from esper.compare.statistics.sequential import look_pairs, sequential_holm
 from esper.compare.statistics.sign_flip import equivalence, sign_flip
+from esper.compare.statistics.verdicts import Verdict, classify, holm, verdicts
 
 Array = NDArray[np.float64]
 PAIRS = (6, 8, 10, 15, 20, 30)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlflow
 
-from esper.compare.results.mlflow_records import ARM, BLOCK, KIND, SEED, SWEEP, pieces
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, split_text
 from esper.compare.results.plan import Plan
 from esper.compare.statistics.random_draws import generator
 from esper.tracking.mlflow_store import experiment_id, quiet_client
@@ -28,13 +28,13 @@ METRICS, PARAMS, TAGS = 55, 6, 15  # of a child of `esper -m seed=0,1 grafting=l
 TEXT = """# How long does `esper compare` take on a large store?
 
 **Question.** A sweep of {arms} arms in a sqlite store of its own, every run with the {metrics} metrics, {params} parameters and {tags} tags
-that a run of the default sweep has: how long from the command to the written figures?
+that a run of the default sweep has: how long does it take from the command to the written figures?
 
 **Command.** `python experiments/compare_speed/run.py --runs {counts}` (Python {python}, MLflow {mlflow}, {cores} cores;
 load average of the last minute {before:.1f} when it began and {after:.1f} when it ended: the cores were shared with other
 programs as far as this exceeds 1). This file is written by it.
 
-| runs in the store | seconds, whole command | of them processor time | limit |
+| runs in the store | seconds, whole command | processor time of it | limit |
 |---|---|---|---|
 {rows}
 """
@@ -50,7 +50,7 @@ def fill(folder: Path, runs: int) -> None:
     seeds = tuple(range(runs // ARMS))
     arms = {f"arm{i}": {"x": i} for i in range(ARMS)}
     plan = Plan("accuracy", "max", 0.01, 0.05, 0.8, 0.0, "arm0", arms, seeds)
-    parent = client.create_run(experiment, tags={KIND: "sweep", SWEEP: "speed", **pieces(plan.text())}, run_name="speed")
+    parent = client.create_run(experiment, tags={KIND: "sweep", SWEEP: "speed", **split_text(plan.text())}, run_name="speed")
     for arm in arms:
         for seed in seeds:
             tags = {SWEEP: "speed", ARM: arm, BLOCK: "", SEED: str(seed), "mlflow.parentRunId": parent.info.run_id}

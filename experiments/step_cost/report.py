@@ -11,21 +11,21 @@ Row = Mapping[str, str]
 
 TEXT = """# What do seeds cost in a training step?
 
-**Question.** How much longer is a step of a host whose seeds are dormant, or partly growing, than one of the bare host?
-The limits: dormant at most 1.05 × bare, with 10 % of the seeds blending chunk-wide branches at most 1.25 × (on a CPU).
+**Question.** How much longer is a step of a host whose seeds are dormant, or partly growing, than a step of the bare host?
+The limits on a CPU are 1.05 × bare for dormant seeds, and 1.25 × with 10 % of the seeds blending chunk-wide branches.
 
 **Command.** `scripts/bench step --out experiments/step_cost/results/cpu.csv` (`--hosts`, `--arms` for a part, `--device cuda` for
 the GPU's rows), `scripts/bench million --out experiments/step_cost/results/million.csv`, then
 `python experiments/step_cost/report.py`, which writes this file. The limits are judged on the first table's machine, which did
-nothing else. The other tables are of an earlier engine: since then a site's activation and its gradient are copied once for all its
-branches, the branches of all sites are stepped together, and memory that a step frees is kept for the next one.
+nothing else. The other tables are of an earlier engine. Since then the engine copies a site's activation and its gradient once for all
+its branches, steps the branches of all sites together, and keeps the memory of a step for the next one.
 
-**How.** Two copies of one host run in one process, with and without seeds, in blocks of ten steps that take turns; a ratio is the
-median over the pairs of blocks (in brackets its 20th and 80th percentile), so what else the machine does falls on both sides. The
+**How.** Two copies of one host run in one process, with and without seeds, in blocks of ten steps that take turns, so that
+other load of the machine meets both. A ratio is the median over the pairs of blocks, with its 20th and 80th percentile in brackets. The
 ratio of processor time stands beside it for the same reason. `mlp` is 784–1024–1024–10 with batches of 256 and 64 seeds a
 site, `cnn` a residual net of 32 and 64 channels on 28×28 images with batches of 64 and 8 seeds at each of five convolutions,
-`wide cnn` the same with 64 and 128 channels on 32×32 images, `small` 64–6–6–10 with batches of 64: what that shows is the time of
-the interpreter, as do the GPU's rows, for which all are small. Branches are `mlp` with {hidden} hidden units.
+`wide cnn` the same with 64 and 128 channels on 32×32 images, `small` 64–6–6–10 with batches of 64. `small` shows the time of
+the interpreter, and so do the rows of the GPU, for which all hosts are small. Branches are `mlp` with {hidden} hidden units.
 
 {tables}
 
@@ -34,7 +34,7 @@ the interpreter, as do the GPU's rows, for which all are small. Branches are `ml
 {million}
 
 A control tick is everything between two steps: ages, gates, commands, plans. Bytes are those of the table of seeds and of the last
-health that was measured of each.
+health measurement of each seed.
 
 ## Verdict
 

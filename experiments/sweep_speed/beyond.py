@@ -23,7 +23,7 @@ from run import first_step
 LIMIT = 0.15
 TEXT = """# What do a sweep's jobs cost beyond their step loops?
 
-**Question.** The {jobs} jobs of `{sweep}` on {workers} workers: what share of the time is not spent in step loops, and on what?
+**Question.** The {jobs} jobs of `{sweep}` on {workers} workers: what share of the time is not spent in step loops, and where does it go?
 
 **Command.** `{command}` (Python {python}; load average of the last minute {loads} when it began and ended, of which the sweep
 itself makes about {workers}). This file is written by it.
@@ -32,9 +32,9 @@ itself makes about {workers}). This file is written by it.
 |---|---|---|
 {rows}
 
-A job is {before:.2f} s from its start to its first step and {after:.2f} s from its last step to its end; its step loop takes
-{loop:.1f} s. Jobs wait where an arm depends on another one (`scratch` on `grown`, `scratch_macs` on both) and where fewer jobs are left
-than workers.
+A job takes {before:.2f} s from its start to its first step, {loop:.1f} s in its step loop, and {after:.2f} s from its last step to its end.
+Jobs wait if an arm depends on another one (`scratch` on `grown`, `scratch_macs` on both), and at the end, when fewer jobs than workers
+are left.
 """
 
 

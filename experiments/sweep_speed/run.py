@@ -20,11 +20,11 @@ from pathlib import Path
 
 TEXT = """# What does a sweep cost beside its runs?
 
-**Question.** {jobs} jobs of the default run{steps} on {cores} cores: how long as a sweep, against one after another as single
-runs, and how long does a job take from its start to its first step?
+**Question.** {jobs} jobs of the default run{steps} on {cores} cores: how long do they take as a sweep, and how long
+one after another as single runs? How long does a job take from its start to its first step?
 
-**Command.** `{command}` (Python {python}; half of the single runs before the sweep and half after it, so that
-what else the machine does meets both; load average of the last minute {loads} when the single runs, the sweep and
+**Command.** `{command}` (Python {python}; half of the single runs come before the sweep and half after it, so that
+other load of the machine meets both; load average of the last minute {loads} when the single runs, the sweep and
 the other single runs began and at the end; a single run alone makes about 1, the sweep about {cores}, what exceeds that were other
 programs on the same cores). This file is written by it.
 
@@ -38,9 +38,9 @@ programs on the same cores). This file is written by it.
 | before and after the steps, single run, mean | {around_single:.1f} | |
 | before and after the steps, job of the sweep, mean | {around_job:.1f} | |
 
-A single run starts Python, Hydra and its own tracker, and at its end logs its model and draws its figures; in a sweep workers and
-tracker are started once, and models and figures are left out unless asked for ([comparing](../../docs/comparing.md)).
-`python experiments/sweep_speed/beyond.py --seeds 6` says of 42 jobs what share of the time goes beyond their step loops, and to what.
+A single run starts Python, Hydra and its own tracker. At its end it logs its model and draws its figures. A sweep starts its workers and
+its tracker once, and leaves out models and figures unless you ask for them ([comparing](../../docs/comparing.md)).
+`python experiments/sweep_speed/beyond.py --seeds 6` runs 42 jobs and measures the share of the time outside their step loops, by cause.
 """
 
 

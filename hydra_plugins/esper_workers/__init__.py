@@ -10,6 +10,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from esper.compare.config import LauncherConfig
+
 
 class BasicSweeper(basic_sweeper.BasicSweeper):
     """``hydra/sweeper=once``: Hydra's own, without composing every job only to see whether it can be composed."""
@@ -28,18 +30,16 @@ class WorkersLauncher(Launcher):
     """
 
     def __init__(self, workers: int = 0, threads: int = 1, retry: bool = False) -> None:
-        self.workers, self.threads, self.retry = workers, threads, retry
+        self.settings = LauncherConfig(workers, threads, retry)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what composing the jobs needs; the task function is not used, the workers run the job themselves."""
-        from esper.compare.sweep.job_configs import lean
+        """Prepare to compose the jobs; the task function is not used, because the workers run the jobs themselves."""
+        from esper.compare.sweep.launch import JobComposer
 
-        lean(hydra_context.config_loader)
-        self.context, self.config = hydra_context, config
-        self.composed: dict[tuple[str, ...], DictConfig] = {}
+        self.composer = JobComposer(hydra_context, config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs and judge the arms."""
         from esper.compare.sweep.launch import launch
 
-        return launch(self, job_overrides, initial_job_idx)
+        return launch(self.composer, self.settings, job_overrides, initial_job_idx)

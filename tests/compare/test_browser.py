@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from esper.compare.results.mlflow_records import children, find_sweep
+from esper.compare.results.mlflow_sweep import find_sweep, job_runs
 from esper.tracking.mlflow_store import quiet_client
 
 pytestmark = pytest.mark.browser
@@ -126,7 +126,7 @@ def test_the_sweep_is_one_run_that_names_its_arms(sweep: Path, server: str) -> N
 def test_the_page_of_a_sweep_of_a_thousand_runs_opens_and_so_does_the_list_of_runs(large: Path) -> None:
     client = quiet_client(f"sqlite:///{large}/mlflow.db")
     parent = find_sweep(client, "speed")
-    assert len(children(client, parent)) == 1_000
+    assert len(job_runs(client, parent)) == 1_000
     place = f"#/experiments/{parent.info.experiment_id}/runs"
     with serving(large) as url:
         text = page(f"{url}/{place}/{parent.info.run_id}", "large-sweep")

@@ -16,11 +16,11 @@ import yaml
 
 from esper.cli import conf
 from esper.cli.compose import compose
-from esper.compare.results.analysis import analyse, with_tuned
+from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import TuningCandidate, TuningResult, with_tuned
 from esper.compare.results.plan import Plan, save_plan
 from esper.compare.results.report import write_results
 from esper.compare.results.runs import Run
-from esper.compare.results.tuning_choice import Tried, Tuned
 from esper.running.run import run
 
 
@@ -56,8 +56,8 @@ def test_a_study_is_written_up_with_its_cost_in_seconds_and_its_ranking(tmp_path
     ]
     settings = {arm: {"arm": arm} for arm in arms}
     plan = Plan("accuracy", "max", 0.01, 0.05, 0.8, 0.0, "host", settings, tuple(range(15)), ranking=True)
-    tried = (Tried({"optimizer.lr": 0.1}, 0.7, 3, 0), Tried({"optimizer.lr": 9.0}, math.nan, 3, 1))
-    comparison = with_tuned(analyse(runs, plan), [Tuned("grown", "", {"optimizer.lr": 0.1}, tried, 5000.0)])
+    tried = (TuningCandidate({"optimizer.lr": 0.1}, 0.7, 3, 0), TuningCandidate({"optimizer.lr": 9.0}, math.nan, 3, 1))
+    comparison = with_tuned(analyse(runs, plan), [TuningResult("grown", "", {"optimizer.lr": 0.1}, tried, 5000.0)])
     write_results(comparison, plan, sweep, figures=False)
     save_plan(plan, sweep)
     (sweep / "sweep.json").write_text(json.dumps({"command": ["-m", "arm=host,grown,naive", f"output={tmp_path}"]}))

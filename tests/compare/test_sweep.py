@@ -225,7 +225,7 @@ def test_a_store_process_that_is_killed_leaves_no_run_running(tmp_path: Path) ->
     process = begun([*words, f"hydra.sweep.dir={tmp_path}/s"])
     assert process.stdout is not None
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    (writer,) = [int(pid) for pid in children if b"esper.compare.sweep.store_writer" in _read(Path(f"/proc/{pid}/cmdline"))]
+    (writer,) = [int(pid) for pid in children if b"esper.compare.sweep.mlflow_writer" in _read(Path(f"/proc/{pid}/cmdline"))]
     os.kill(writer, signal.SIGKILL)
     said = " ".join(process.stdout.read().split())
     assert process.wait() in (1, 2)  # 1: a job that was under way has failed with it

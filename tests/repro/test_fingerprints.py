@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from esper.cli.compose import compose
 from esper.compare.sweep.arms import lay_out
-from esper.compare.sweep.dependencies import derive, waves
-from esper.compare.sweep.jobs import Prepared
+from esper.compare.sweep.dependencies import derive, run_order
+from esper.compare.sweep.sweep import PreparedJob
 from esper.running.run import run
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
@@ -28,20 +28,20 @@ def summary(words: list[str], folder: Path) -> dict[str, Any]:
     return dict(run(config, folder / "run", quiet=True).summary)
 
 
-def arms_of(experiment: str, folder: Path) -> list[Prepared]:
+def arms_of(experiment: str, folder: Path) -> list[PreparedJob]:
     """One job of every arm that the file sweeps over, composed as the command line would."""
     swept = OmegaConf.select(OmegaConf.load(FOLDER / f"{experiment}.yaml"), "hydra.sweeper.params")
     values = [[f"{key}={value}" for value in str(values).split(",")] for key, values in swept.items() if key != "seed"]
     layout = lay_out([[*words, "seed=0"] for words in itertools.product(*values)], [])
     folders = [folder / str(job.number) for job in layout.jobs]
     configs = [compose([f"experiment={experiment}", *job.overrides, *BRIEFER, f"output={folder}"]) for job in layout.jobs]
-    return [Prepared(*one) for one in zip(layout.jobs, configs, itertools.repeat({}), folders)]
+    return [PreparedJob(*one) for one in zip(layout.jobs, configs, itertools.repeat({}), folders)]
 
 
-def all_arms(jobs: list[Prepared], name: str) -> dict[str, dict[str, Any]]:
+def all_arms(jobs: list[PreparedJob], name: str) -> dict[str, dict[str, Any]]:
     """The summary of every arm, run in the order in which they take over from each other."""
     done: dict[str, dict[str, Any]] = {}
-    for wave in waves([one.job.arm for one in jobs], jobs[0].config.compare):
+    for wave in run_order([one.job.arm for one in jobs], jobs[0].config.compare):
         for one in (derive(one, lambda arm, block, seed: done[arm]) for one in jobs if one.job.arm in wave):
             done[one.job.arm] = dict(run(one.config, one.folder / name, quiet=True).summary)
     return done

@@ -15,7 +15,7 @@ import pytest
 from esper.app import main
 from esper.cli.compose import compose
 from esper.compare.sweep.resume import NOTE
-from esper.compare.sweep.resume import alone as sweeping
+from esper.compare.sweep.resume import sweep_lock as sweeping
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
 from esper.running import run as running

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from esper.compare.sweep.jobs import set_aside
+from esper.compare.sweep.sweep import set_aside
 from esper.errors import UserError
 from esper.messages import Alert, Metrics, RunStarted, Telemetry
 from esper.tracking import (

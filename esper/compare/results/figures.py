@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from esper.compare.results.comparison import ArmResult, Comparison, Judgement
+from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED
-from esper.compare.results.wording import confidence, short, where
+from esper.compare.results.sentences import confidence, task_and_model, verdict_word
 from esper.compare.statistics.random_draws import generator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from esper.compare.results.analysis import ArmSummary, Comparison, Judged
-    from esper.compare.results.plan import Plan
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#555555")  # Okabe & Ito
 SIDES = {"B better": "#009E73", "A better": "#D55E00", "equivalent": "#0072B2", "inconclusive": "#777777"}
@@ -61,17 +61,17 @@ def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
     return _save(figure, path)
 
 
-def _row(axes: Axes, row: Judged, at: int) -> None:
+def _row(axes: Axes, row: Judgement, at: int) -> None:
     """The points of one comparison, its intervals, and in words its verdict, pairs and level."""
     colour, spread = SIDES[row.verdict], generator("jitter", at).uniform(-0.18, 0.18, len(row.points))
     points, done = np.array(row.points), np.array(row.finished)
     axes.scatter(points[done], at + spread[done], s=18, color=colour, alpha=0.55, lw=0)
     failed = "a run failed" if (~done).any() else None
     axes.scatter(points[~done], at + spread[~done], s=26, marker="x", color="#B00020", label=failed)
-    told = f"{short(row)}, {row.pairs} pairs, no interval"
+    told = f"{verdict_word(row)}, {row.pairs} pairs, no interval"
     if np.isfinite(row.interval).all():
         axes.plot(row.interval, (at, at), color=colour, lw=1.4, label="thin: test for a difference, sure where it leaves out 0")
-        told = f"{short(row)}, {row.pairs} pairs, {confidence(row.level)}"
+        told = f"{verdict_word(row)}, {row.pairs} pairs, {confidence(row.level)}"
     if np.isfinite(row.equivalence_interval).all():
         label = "thick: test for equivalence, sure where it stays within the band"
         axes.plot(row.equivalence_interval, (at, at), color=colour, lw=4.0, alpha=0.55, solid_capstyle="butt", label=label)
@@ -80,8 +80,8 @@ def _row(axes: Axes, row: Judged, at: int) -> None:
 
 
 def _title(plan: Plan, block: str) -> str:
-    """What was measured, on which task with which model."""
-    return fill(f"{plan.metric}{where(block, plan)}", 90)
+    """The metric, the task and the model."""
+    return fill(f"{plan.metric}{task_and_model(block, plan)}", 90)
 
 
 def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Path:
@@ -103,7 +103,7 @@ def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Pat
     return _save(figure, path)
 
 
-def _cloud(axes: Axes, arm: ArmSummary, colour: str, aside: float) -> None:
+def _cloud(axes: Axes, arm: ArmResult, colour: str, aside: float) -> None:
     """One arm: every seed's point and the mean, moved a little aside so that arms of equal cost stay apart."""
     at = np.array([arm.macs[seed] for seed in arm.macs]) + aside
     values = np.array([arm.points[seed] for seed in arm.macs])
@@ -117,6 +117,6 @@ def _lines(name: str) -> str:
     return fill(name, 24, break_long_words=False, break_on_hyphens=False)
 
 
-def _save(figure: object, path: Path) -> Path:
-    figure.savefig(path, dpi=140, metadata={"Software": None})  # type: ignore[attr-defined]
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=140, metadata={"Software": None})
     return path

@@ -1,4 +1,4 @@
-"""The plan of a sweep: what will be compared, by which metric and how surely, written down before the first run."""
+"""The plan of a sweep, saved before its first run: the arms, the metric, the margin and the error rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from esper.compare.config import CompareConfig
-from esper.compare.statistics.power import MOST_PAIRS, PILOT_PAIRS, centred, detectable, fewest_pairs, needed_pairs
+from esper.compare.statistics.power import MOST_PAIRS, PILOT_PAIRS, detectable, fewest_pairs, needed_pairs
+from esper.compare.statistics.random_draws import centred
 from esper.compare.statistics.sequential import look_pairs
 from esper.compare.statistics.sign_flip import finest_level
 from esper.config import listing
@@ -24,11 +25,11 @@ ASSUMED = (1, 2, 5)  # multiples of the minimum effect that the spread of paired
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the verdict depends on besides the runs. Changing any of it later makes the analysis exploratory.
+    """Everything that the verdict depends on besides the runs. A later change of it makes the analysis exploratory.
 
     ``arms`` maps each arm's readable name to the settings that make it; ``blocks`` are the names of the blocks;
-    ``noise`` holds a pilot's paired differences around their means, from which power is stated. ``about`` says for every block
-    what it is about: ``task``, ``model`` and the ``samples`` of its test set, as far as all its jobs share them.
+    ``noise`` holds a pilot's paired differences around their means, from which power is stated. ``about`` has for every block
+    its ``task``, its ``model`` and the ``samples`` of its test set, as far as all its jobs share them.
     """
 
     metric: str
@@ -86,6 +87,10 @@ class Plan:
         """+1 where larger values of the metric are better, −1 where smaller ones are."""
         return 1.0 if self.direction == "max" else -1.0
 
+    def samples(self, block: str) -> int:
+        """Size of the block's test set; 0 where it is not known, or not the same for all jobs."""
+        return int(self.about.get(block, {}).get("samples", 0))
+
     @property
     def early(self) -> int:
         """How often a sequential sweep looks; 0 for one that is judged at its end alone."""
@@ -96,7 +101,7 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def statement(self) -> list[str]:
-        """What these pairs can show, in sentences for the person who is about to spend them."""
+        """The differences that these pairs can show, in sentences for the person who is about to spend them."""
         pairs, fewest, others = len(self.seeds), fewest_pairs(self.alpha, self.comparisons), len(self.arms) - 1
         lines = [
             f"{self.metric} ({self.direction}), {others} arm{'s' * (others > 1)} against {self.reference}, {pairs} pairs, "
@@ -107,7 +112,7 @@ class Plan:
             words = f"Too few pairs: below {fewest} no difference, however clear, can reach α; none can be detected"
             lines.append(f"{words} with {pairs}.")
         else:
-            looked = f", looked at after {listing(look_pairs(pairs, self.looks, fewest))}," if self.sequential else ""
+            looked = f", looked at after {listing(map(str, look_pairs(pairs, self.looks, fewest)))}," if self.sequential else ""
             lines.append(self._found(pairs, looked))
         return [*lines, *(self._needed(pairs) if self.spread > 0 else self._assumed(pairs, fewest))]
 
@@ -127,17 +132,17 @@ class Plan:
             return []
         needed = self._pairs_for(self.spread)
         verdict = ", so this sweep has too few" if needed > pairs else ""
-        return [f"A difference of {self.minimum_effect:g} needs {_count(needed)} pairs{verdict}."]
+        return [f"A difference of {self.minimum_effect:g} needs {pair_count(needed)} pairs{verdict}."]
 
     def _assumed(self, pairs: int, fewest: int) -> list[str]:
-        """The same for spreads that it might have, where none is known: what is worth having and multiples of it."""
+        """The same for several spreads, where none is known: the minimum effect and multiples of it."""
         if self.minimum_effect <= 0:
             return []
         words = "depends on the standard deviation of the paired differences, which is not known"
         lines = [f"How many pairs a difference of {self.minimum_effect:g} needs {words}:"]
         for spread in (times * self.minimum_effect for times in ASSUMED):
             found = f"; {pairs} find {self._detectable(pairs) * spread:.2g}" if pairs >= fewest else ""
-            lines.append(f"  if it is {spread:g}: {_count(self._pairs_for(spread))} pairs{found}")
+            lines.append(f"  if it is {spread:g}: {pair_count(self._pairs_for(spread))} pairs{found}")
         return lines
 
     def _detectable(self, pairs: int) -> float:
@@ -147,7 +152,8 @@ class Plan:
         return needed_pairs(self.minimum_effect / spread, self.power, self.alpha, self.comparisons, self.noise, self.early)
 
 
-def _count(pairs: int) -> str:
+def pair_count(pairs: int) -> str:
+    """A number of pairs for a sentence, like ``1,024``; beyond a million only that it is more."""
     return f"{pairs:,}" if pairs < MOST_PAIRS else f"more than {MOST_PAIRS:,}"
 
 

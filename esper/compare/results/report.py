@@ -1,60 +1,30 @@
-"""A comparison as JSON and as tables in the terminal."""
+"""The report of a comparison: tables in the terminal, and the files of the results."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.markup import escape
+from rich.text import Text
 
-from esper.compare.results.analysis import Comparison, Judged
+from esper.compare.results.comparison import Comparison, Judgement, write_json
+from esper.compare.results.comparison import format_values as listed
 from esper.compare.results.plan import Plan
-from esper.compare.results.table_layout import fit
-from esper.compare.results.tuning_choice import named as listed
-from esper.compare.results.wording import confidence, short, where
+from esper.compare.results.sentences import confidence, task_and_model, verdict_word
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-SCHEMA = 1
 WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
 CONTROLS = {"same_steps": "host alone, same steps", "same_macs": "host alone, same MACs"}
 HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
-
-
-def as_dict(comparison: Comparison, plan: Plan) -> dict[str, Any]:
-    """Everything, with ``null`` for numbers that do not exist: JSON knows neither NaN nor infinity."""
-    return _plain(
-        {
-            "schema": SCHEMA,
-            "plan": dataclasses.asdict(plan),
-            **dataclasses.asdict(comparison),
-        }
-    )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def write_json(comparison: Comparison, plan: Plan, path: Path) -> Path:
-    """``comparison.json``, written whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(as_dict(comparison, plan), indent=2, allow_nan=False) + "\n")
-    partial.replace(path)
-    return path
+AROUND, EDGE = 3, 1  # the frame's part of a column, and its left edge
+LEAST = 6  # a name is not broken into pieces smaller than this
 
 
 def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: bool) -> list[Path]:
@@ -78,7 +48,7 @@ def show(comparison: Comparison, plan: Plan, console: Console) -> None:
     if comparison.exploratory:
         console.print(f"[bold red]exploratory[/]: {'; '.join(comparison.exploratory)}", highlight=False)
     for table in _tables(comparison, plan):
-        console.print(fit(table, console.width))
+        console.print(fit_width(table, console.width))
     for line in [*comparison.notes, *(row.sentence for row in comparison.verdicts)]:
         console.print(f"• {line}", highlight=False, markup=False)
     for line in comparison.conclusion:
@@ -98,7 +68,7 @@ def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
 
 def arm_table(comparison: Comparison, plan: Plan) -> Table:
     """Quality and failures of every arm, and the means of its controls where its runs trained them."""
-    place = where(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
+    place = task_and_model(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
     table = _table(f"{plan.metric}, {plan.direction}{place}; reference {plan.reference}", comparison)
     controls = {name: heading for name, heading in CONTROLS.items() if any(name in arm.alone for arm in comparison.arms)}
     for name in ("runs", "failed", "mean", "IQM", "spread", *controls.values()):
@@ -112,7 +82,7 @@ def arm_table(comparison: Comparison, plan: Plan) -> Table:
 
 
 def cost_table(comparison: Comparison) -> Table:
-    """What every arm cost and how it grew, means over its finished runs."""
+    """Cost and growth of every arm, means over its finished runs."""
     table = _table("cost and growth of a run", comparison)
     parts = [(part, name) for part in ("costs", "growth") for name in _names(comparison, part)]
     for _, name in parts:
@@ -124,7 +94,7 @@ def cost_table(comparison: Comparison) -> Table:
 
 
 def tuning_table(comparison: Comparison, plan: Plan) -> Table:
-    """What every arm chose beforehand, and what choosing cost."""
+    """The values that every arm chose in tuning, and the cost of the choice."""
     table = _table("tuned on validation, with seeds of their own", comparison)
     for name in ("chosen", plan.metric, "runs", "failed", "MACs"):
         table.add_column(name, justify="left" if name == "chosen" else "right", overflow="fold")
@@ -163,7 +133,7 @@ def verdict_table(comparison: Comparison, plan: Plan) -> Table:
         table.add_row(
             *_where(row.block, comparison),
             escape(row.arm),
-            f"[{colours[row.verdict]}]{short(row)}[/]",
+            f"[{colours[row.verdict]}]{verdict_word(row)}[/]",
             f"{row.difference:+.3g}",
             _interval(row),
             f"{row.p_holm:.2g}",
@@ -173,7 +143,7 @@ def verdict_table(comparison: Comparison, plan: Plan) -> Table:
     return table
 
 
-def _interval(row: Judged) -> str:
+def _interval(row: Judgement) -> str:
     """The interval and its level, "none" where so few pairs have none."""
     low, high = row.interval
     return f"{low:+.2g} … {high:+.2g} ({confidence(row.level)})" if math.isfinite(low) and math.isfinite(high) else "none"
@@ -202,3 +172,36 @@ def _number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
+def fit_width(table: Table, width: int) -> Table:
+    """Give every column its width where the table is wider than ``width``.
+
+    All columns are as narrow as their longest word, the first of them as wide as the remaining space allows; only where the
+    words themselves are too wide, those of the widest column that may fold are broken.
+    """
+    cells = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    whole, words = ([_longest(texts, apart) for texts in cells] for apart in (False, True))
+    room = width - EDGE - AROUND * len(cells)
+    if sum(whole) <= room:
+        return table
+    left = room - sum(words)
+    for at, column in enumerate(table.columns):
+        more = min(max(left, 0), whole[at] - words[at])
+        words[at], left = words[at] + more, left - more
+        column.no_wrap = False
+    foldable = [at for at, column in enumerate(table.columns) if column.overflow == "fold"]
+    while left < 0 and foldable:
+        widest = max(foldable, key=lambda at: words[at])
+        if words[widest] <= LEAST:
+            break
+        words[widest], left = words[widest] - 1, left + 1
+    for column, wide in zip(table.columns, words, strict=True):
+        column.width = wide
+    return table
+
+
+def _longest(texts: Sequence[str], words: bool) -> int:
+    """The widest of the texts, or of the words in them."""
+    plain = [Text.from_markup(text).plain for text in texts]
+    return max(cell_len(part) for text in plain for part in (text.split() if words else [text]) or [""])

@@ -1,26 +1,29 @@
-"""The finished and failed runs of a sweep as plain records, and how they pair up."""
+"""The finished and failed runs of a sweep as plain data, and how they pair up by seed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.statistics.sign_flip import EPSILON
+from esper.compare.statistics.sign_flip import rounding
 from esper.errors import UserError
+from esper.running.control_keys import CONTROLS
 
-OPERATIONS = 4  # roundings that a metric may have gone through: a mean, a percentage
 Array = NDArray[np.float64]
+POOLED = "pooled"
+GROWTH = {"germinations": "germinated", "fossils": "fossilized", "culls": "culled"}
 
 
 @dataclass(frozen=True)
 class Run:
     """One job of a sweep. ``value`` is the metric as the task reports it, NaN where the run gave none.
 
-    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) hold what the run reported, ``alone`` the
+    ``costs`` (macs, seconds, parameters) and ``growth`` (germinations, fossils, culls) are those that the run reported, ``alone`` the
     metric of its controls (``same_steps``, ``same_macs``) where it trained any.
     """
 
@@ -103,12 +106,6 @@ def pair(runs: Sequence[Run], arm: str, reference: str, block: str, sign: float,
     return Pairs(arm, reference, block, seeds, tested, finished, failed[:, 0] != failed[:, 1], error)
 
 
-def rounding(*values: Array) -> Array:
-    """How far rounding may have moved a sum or difference of these values, each of which a few operations gave."""
-    found: Array = OPERATIONS * EPSILON * np.sum([np.abs(value) for value in values], axis=0)
-    return found
-
-
 def pool(blocks: Sequence[Pairs]) -> Pairs | None:
     """The mean difference over the blocks for every seed that all blocks have; None where there is no such seed.
 
@@ -125,4 +122,34 @@ def pool(blocks: Sequence[Pairs]) -> Pairs | None:
     return Pairs(blocks[0].arm, blocks[0].reference, POOLED, tuple(shared), tested, finished, lost, error)
 
 
-POOLED = "pooled"
+def costs_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """MACs, seconds and parameters from a run's summary, as far as they are there."""
+    found = {
+        "macs": summary.get("macs"),
+        "seconds": (summary.get("seconds") or {}).get("total"),
+        "parameters": (summary.get("parameters") or {}).get("after"),
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def run_of_summary(summary: Mapping[str, Any], metric: str, arm: str, block: str, seed: int, id: str) -> Run:
+    """A job's ``summary.json`` as a run; its value is the metric on the test set, NaN where it is missing."""
+    final = (summary.get("metrics") or {}).get("final") or {}
+    value = final.get(f"test/{metric}", final.get(metric))
+    counts = summary.get("seeds") or {}
+    return Run(
+        arm=arm,
+        block=block,
+        seed=seed,
+        value=float("nan") if value is None else float(value),
+        status=str(summary.get("status", "FAILED")),
+        costs=costs_of(summary),
+        growth={name: float(counts[key]) for name, key in GROWTH.items() if key in counts},
+        alone=_alone(summary.get("control") or {}, metric),
+        id=id,
+    )
+
+
+def _alone(control: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The metric of the controls that were trained, on the test set."""
+    return {when: float(value) for when in CONTROLS if (value := (control.get(when) or {}).get(f"test/{metric}")) is not None}

@@ -1,4 +1,4 @@
-"""How many pairs a difference needs, and what a number of pairs can find, after Holm's correction.
+"""The pairs that a difference needs, and the difference that a number of pairs finds, after Holm's correction.
 
 Effects are in standard deviations of the paired differences. The level of one comparison among ``k`` is α/k, Holm's
 first and strictest step, so the stated power is that of a single real difference among ``k``. ``looks`` says how often
@@ -7,12 +7,13 @@ a sequential sweep looks, 0 that it is judged once, at its end.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.statistics.random_draws import generator
+from esper.compare.statistics.random_draws import Noise, simulated_differences
 from esper.compare.statistics.sequential import crossing_look, look_pairs
 from esper.compare.statistics.sign_flip import EXACT_PAIRS, flips_for, sign_flip
 
@@ -21,10 +22,10 @@ SHAPED_PAIRS = 30  # beyond, the mean of any noise is near enough to normal
 PILOT_PAIRS = 15  # fewer differences do not tell the shape of their noise
 DRAWS, LOOKED_DRAWS = 6_000, 1_000
 SUMS = 100_000_000  # sums in one simulation: of many patterns fewer draws are taken
-LOOKED_PAIRS = 30  # what looking early costs is simulated up to here, and hardly changes beyond
+LOOKED_PAIRS = 30  # the cost of looking early is simulated up to here, and hardly changes beyond
 ANCHOR = 0.8  # power at which it is simulated
 MOST_PAIRS = 1_000_000
-Noise = tuple[float, ...]
+Array = NDArray[np.float64]
 
 
 def fewest_pairs(alpha: float, comparisons: int = 1) -> int:
@@ -44,30 +45,30 @@ def power(pairs: int, effect: float, alpha: float, comparisons: int = 1, noise: 
     if pairs < fewest:
         return 0.0
     if looks:
-        effect *= kept(pairs, alpha, comparisons, looks)
+        effect *= retained_effect(pairs, alpha, comparisons, looks)
     if pairs <= max(SIMULATED_PAIRS, 2 * fewest - 4) or (noise and pairs <= SHAPED_PAIRS):
         flips = _flips(level, pairs)
         count = min(DRAWS, SUMS // (2 ** (pairs - 1) if pairs <= EXACT_PAIRS else flips + 1))
-        return float(np.mean(sign_flip(_draws(pairs, effect, noise, count), flips=flips) <= level))
-    from scipy import stats
+        return float(np.mean(sign_flip(simulated_differences(pairs, effect, noise, count), flips=flips) <= level))
+    from scipy import special  # scipy.stats has the same functions, and importing it takes half a second longer
 
-    bound, shift = stats.t.isf(level / 2, pairs - 1), effect * np.sqrt(pairs)
-    wrong_side = np.nan_to_num(stats.nct.cdf(-bound, pairs - 1, shift))  # scipy gives NaN where it is next to nothing
-    return float(stats.nct.sf(bound, pairs - 1, shift) + wrong_side)
+    bound, shift = -special.stdtrit(pairs - 1, level / 2), effect * np.sqrt(pairs)
+    below, wrong_side = np.nan_to_num(special.nctdtr(pairs - 1, shift, np.array([bound, -bound])))  # NaN where it is next to nothing
+    return float(1 - below + wrong_side)
 
 
 @lru_cache(maxsize=64)
-def kept(pairs: int, alpha: float, comparisons: int, looks: int) -> float:
-    """What is left of an effect when looks spend α on the way: they find ``e`` as often as one look finds ``kept · e``.
+def retained_effect(pairs: int, alpha: float, comparisons: int, looks: int) -> float:
+    """The share of an effect that is left when looks spend α on the way: the looks find ``e`` as often as one look finds this share of it.
 
     Both tests see the same normal draws, at an effect that one look finds with 80 % power, so that the difference
     between them is known to half a point.
     """
     if pairs > LOOKED_PAIRS:
-        return kept(LOOKED_PAIRS, alpha, comparisons, looks)
+        return retained_effect(LOOKED_PAIRS, alpha, comparisons, looks)
     level, fewest = alpha / max(comparisons, 1), fewest_pairs(alpha, comparisons)
     whole, flips = detectable(pairs, ANCHOR, alpha, comparisons), _flips(level, pairs)
-    data = _draws(pairs, whole, (), LOOKED_DRAWS)
+    data = simulated_differences(pairs, whole, (), LOOKED_DRAWS)
     once = np.mean(sign_flip(data, flips=flips) <= level)
     looked = np.mean(crossing_look(data, look_pairs(pairs, looks, fewest), pairs, level, flips=flips) >= 0)
     return min(detectable(pairs, ANCHOR - float(once - looked), alpha, comparisons) / whole, 1.0)
@@ -76,41 +77,6 @@ def kept(pairs: int, alpha: float, comparisons: int, looks: int) -> float:
 def _flips(level: float, pairs: int) -> int:
     """Random patterns of a simulation: fewer than a verdict takes, as no single p-value matters."""
     return min(max(1_999, int(10 / level)), flips_for(level, pairs))
-
-
-def _draws(pairs: int, effect: float, noise: Noise, count: int) -> NDArray[np.float64]:
-    """Differences of mean ``effect`` and unit spread, ``[pairs, count]``: normal, or the pilot's with random signs.
-
-    A pilot's accuracies on n samples differ by multiples of 1/n, and so do those of the sweep that it stands for: equal
-    differences and zeros make the test weaker, so they are kept and the effect is rounded up or down by lot.
-    """
-    rng, shape = generator("power", pairs), (pairs, count)
-    if not noise:
-        return rng.standard_normal(shape) + effect
-    values = centred(np.asarray(noise))
-    spread, step = values.std(), lattice(values)
-    if not step:
-        return np.divide(rng.choice(values, shape) * rng.choice((-1.0, 1.0), shape) + effect * spread, spread)
-    shift = np.floor(effect * spread / step + rng.random(shape))
-    whole = np.round(rng.choice(values, shape) / step) * rng.choice((-1.0, 1.0), shape) + shift  # so that ties stay ties
-    return np.multiply(whole, step / spread)
-
-
-def centred(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The values around their mean; around the step next to it where they are multiples of one."""
-    step = lattice(values)
-    return values - (step * np.round(values.mean() / step) if step else values.mean())
-
-
-def lattice(values: NDArray[np.float64]) -> float:
-    """The step of which all values are multiples, 0.0 where there is none."""
-    sizes = np.unique(np.abs(values)) if len(values) else np.zeros(1)
-    gaps = np.diff(sizes, prepend=0.0)
-    real = gaps[gaps > 1e-6 * sizes[-1]]
-    if not len(real):
-        return 0.0
-    parts = values / real.min()
-    return float(real.min()) if np.abs(parts - np.round(parts)).max() < 1e-3 else 0.0
 
 
 def needed_pairs(effect: float, wanted: float, alpha: float, comparisons: int = 1, noise: Noise = (), looks: int = 0) -> int:
@@ -138,3 +104,73 @@ def detectable(pairs: int, wanted: float, alpha: float, comparisons: int = 1, no
         middle = (low + high) / 2
         low, high = (low, middle) if power(pairs, middle, alpha, comparisons, noise, looks) >= wanted else (middle, high)
     return high
+
+
+@dataclass(frozen=True)
+class MorePairs:
+    """``more`` pairs find ``difference`` with the planned power if its spread is the one seen.
+
+    ``between`` has the numbers at the two ends of the spread's interval. ``MOST_PAIRS`` stands for "no number of pairs does".
+    """
+
+    difference: float
+    more: int
+    between: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PairsNeeded:
+    """The spread (standard deviation) of the paired differences with its interval, and the pairs that it makes necessary.
+
+    Below ``fewest`` pairs no comparison can be decided. There are no ``rows`` then, because the spread of so few pairs says next to
+    nothing.
+    """
+
+    fewest: int
+    spread: float
+    spread_interval: tuple[float, float]
+    rows: tuple[MorePairs, ...]
+
+
+def pairs_needed(
+    differences: Array, error: Array, minimum_effect: float, wanted: float, alpha: float, comparisons: int = 1, looks: int = 0
+) -> PairsNeeded:
+    """How many more pairs an undecided comparison needs, for the smallest difference worth having and for the one seen.
+
+    The difference seen has a row where it is larger than the smallest one, and where the pairs have the power for the smallest one already.
+
+    Args:
+        differences: ``[pairs]``, with the ``error`` by which rounding may have moved each.
+        minimum_effect: the smallest difference worth having, in the metric; 0 for none.
+        wanted: the power that is asked for. ``alpha``, ``comparisons`` and ``looks`` are those of :func:`power`.
+    """
+    pairs, fewest, slack = len(differences), fewest_pairs(alpha, comparisons), 2 * float(error.max())
+    spread = float(differences.std(ddof=1)) if pairs > 1 else float("nan")
+    if pairs < fewest or not spread > slack:
+        return PairsNeeded(fewest, spread, (float("nan"), float("nan")), ())
+    ends = spread_interval(spread, pairs, alpha)
+    shape = tuple(differences.tolist()) if pairs >= PILOT_PAIRS else ()
+
+    def more(difference: float, spread: float, noise: Noise = ()) -> int:
+        needed = needed_pairs(difference / spread, wanted, alpha, comparisons, noise, looks)
+        return MOST_PAIRS if needed >= MOST_PAIRS else max(needed - pairs, 0)
+
+    def row(difference: float) -> MorePairs:
+        found = more(difference, spread, shape)
+        least, most = (more(difference, end) for end in ends)  # of normal noise, as these ends are
+        return MorePairs(difference, found, (min(least, found), max(most, found)))
+
+    seen, rows = abs(float(differences.mean())), []
+    if minimum_effect > 0:
+        rows.append(row(minimum_effect))
+    if seen > max(minimum_effect, slack) or (seen > 0 and not (rows and rows[0].more)):
+        rows.append(row(seen))
+    return PairsNeeded(fewest, spread, ends, tuple(rows))
+
+
+def spread_interval(spread: float, pairs: int, alpha: float) -> tuple[float, float]:
+    """The 1 − α interval of a standard deviation seen in so many pairs, by χ² with one degree of freedom less; exact for normal noise."""
+    from scipy import special
+
+    low, high = (spread * float(np.sqrt((pairs - 1) / special.chdtri(pairs - 1, tail))) for tail in (alpha / 2, 1 - alpha / 2))
+    return low, high

@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.statistics.sign_flip import FLIPS, Signs, blur, sign_patterns, sums
+from esper.compare.statistics.sign_flip import FLIPS, Signs, sign_patterns, sum_error, sums
 
 Array = NDArray[np.float64]
 NEARLY = 1e-9  # how near below a whole number of patterns still is that number
-LEVELS, HALVINGS = 16, 10  # levels tried from below, and how often what lies between two of them is halved
+LEVELS, HALVINGS = 16, 10  # levels tried from below, and how often the interval between two of them is halved
 
 
 def look_pairs(pairs: int, looks: int, fewest: int) -> list[int]:
@@ -25,11 +25,11 @@ def look_pairs(pairs: int, looks: int, fewest: int) -> list[int]:
     return sorted(planned | {pairs})
 
 
-def spent(fraction: float, level: float) -> float:
+def spent_alpha(fraction: float, level: float) -> float:
     """α spent by this fraction of the pairs, of the kind of O'Brien and Fleming: little early, all of it at 1."""
-    from scipy import stats
+    from scipy import special
 
-    return float(2 * stats.norm.sf(stats.norm.isf(level / 2) / np.sqrt(fraction)))
+    return float(2 * special.ndtr(special.ndtri(level / 2) / np.sqrt(fraction)))
 
 
 def crossing_look(
@@ -50,7 +50,7 @@ def crossing_look(
     """
     data = np.asarray(differences, dtype=np.float64)
     data = data.reshape(len(data), -1)
-    off = np.broadcast_to(blur(data, error), data.shape)
+    off = np.broadcast_to(sum_error(data, error), data.shape)
     signs = sign_patterns(pairs, flips, rng)
     step = max(2_000_000 // len(signs), 1)
     pieces = [slice(at, at + step) for at in range(0, data.shape[1], step)]
@@ -63,7 +63,7 @@ def _crossings(data: Array, off: Array, looks: list[int], pairs: int, level: flo
     for look, count in enumerate(looks):
         if count > len(data):
             break
-        allowed = int(np.floor(spent(count / pairs, level) * len(signs) + NEARLY))
+        allowed = int(np.floor(spent_alpha(count / pairs, level) * len(signs) + NEARLY))
         if allowed < 1:
             continue
         far = np.abs(sums(signs[:, :count], data[:count]))
@@ -78,7 +78,7 @@ def _crossings(data: Array, off: Array, looks: list[int], pairs: int, level: flo
 def sequential_p(differences: Array, looks: list[int], pairs: int, *, error: Array | None = None, flips: int = FLIPS) -> Array:
     """P-values that count the looks, shape ``[sets]``: the smallest level at which a set has crossed by now, 1 where none is.
 
-    They stand in the place of p-values of one look, which may contradict what the looks decide (Liu & Anderson 2008). For
+    They stand in the place of p-values of one look, which may contradict the decision of the looks (Liu & Anderson 2008). For
     reading, not for deciding: as only whole patterns can be allowed, a look may allow one to a smaller level and not to a
     slightly larger one, so they are exact to a pattern a look.
     """

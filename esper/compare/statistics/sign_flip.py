@@ -1,4 +1,4 @@
-"""The paired sign-flip test, exact where that is cheap, and the interval that belongs to it.
+"""The paired sign-flip test, exact where that is cheap, its interval, and the equivalence test made of it.
 
 If the two arms of a pair are exchangeable, every difference could as well have had the other sign. The test compares
 the observed sum with the sums under all sign patterns (Fisher 1935), so its error rate holds for any distribution.
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from esper.compare.statistics.random_draws import generator
 
+OPERATIONS = 4  # roundings that a metric may have gone through: a mean, a percentage
 EXACT_PAIRS = 15
 FLIPS = 9_999
 MOST_FLIPS = 999_999
@@ -30,7 +31,6 @@ SURE = 2.0**-40  # twelve digits: the part of a difference that may be off where
 CHUNK = 4_000_000  # floats held at once (32 MB)
 PARTS = 64  # floats that comparing one pattern part by part holds at once, for a dozen pairs
 PATTERNS = 64_000_000  # signs held at once, a byte each
-
 Array = NDArray[np.float64]
 Signs = NDArray[np.int8]
 Indices = NDArray[np.intp]
@@ -39,7 +39,7 @@ Indices = NDArray[np.intp]
 def flips_for(level: float, pairs: int) -> int:
     """How many random patterns a decision at ``level`` needs: a hundred for every 1/level, the smallest p being 1/(flips + 1).
 
-    At least 9,999; at most 999,999 and what 64 MB hold.
+    At least 9,999; at most 999,999, and at most as many as 64 MB hold.
     """
     return max(FLIPS, min(int(np.ceil(100 / level)) - 1, MOST_FLIPS, PATTERNS // max(pairs, 1)))
 
@@ -92,7 +92,7 @@ def sums(signs: Signs, data: Array) -> Array:
     return found
 
 
-def blur(data: Array, error: Array | None) -> Array:
+def sum_error(data: Array, error: Array | None) -> Array:
     """How far each number may be off once it is part of a sum of all: its own error, and that of adding; shaped as ``data``.
 
     ``error`` has the shape of ``data`` or ``[pairs]``; None stands for numbers of which twelve digits are sure.
@@ -128,7 +128,7 @@ def sign_flip(
         return np.ones(data.shape[1:])
     columns = data.reshape(len(data), -1)
     columns = -columns if alternative == "less" else columns
-    off = np.broadcast_to(blur(columns, error), columns.shape)
+    off = np.broadcast_to(sum_error(columns, error), columns.shape)
     signs = sign_patterns(len(columns), flips, rng)
     step = max(CHUNK // len(signs), 1)
     pieces = [slice(at, at + step) for at in range(0, columns.shape[1], step)]
@@ -148,7 +148,7 @@ def _tail(signs: Signs, columns: Array, off: Array, alternative: str) -> Array:
 
 
 def _share(beyond: Array, slack: Array, decide: Callable[[Indices, Indices], NDArray[np.bool_]]) -> Array:
-    """How often ``beyond`` ``[patterns, sets]`` is not negative; what lies within the slack is decided by (pattern, set)."""
+    """How often ``beyond`` ``[patterns, sets]`` is not negative; values within the slack are decided by (pattern, set)."""
     found = beyond > slack
     rows, sets = np.nonzero(np.abs(beyond) <= slack)
     step = max(CHUNK // PARTS, 1)
@@ -199,17 +199,17 @@ def _unrejected(differences: Array, sides: float, alpha: float, error: Array | N
     data = np.asarray(differences, dtype=np.float64)
     flips = max(flips_for(10 * alpha, len(data)), min(flips_for(alpha, len(data)), FLIPS_OF_ENDS))
     centre, reach = float(data.mean()), float(np.ptp(data))
-    if reach <= 2 * float(blur(data[:, None], error).max()):  # equal differences: any other shift is rejected, if anything can be
+    if reach <= 2 * float(sum_error(data[:, None], error).max()):  # equal differences: any other shift is rejected, if anything can be
         return (centre, centre) if sides * 2.0 ** -len(data) <= alpha else (-np.inf, np.inf)
 
     def p_value(shift: float, side: int) -> float:
         moved, wrong = shifted(data, -shift, error)
         return float(sign_flip(moved, tests[side > 0], error=wrong, flips=flips))
 
-    return invert(p_value, centre, reach, alpha)
+    return invert_test(p_value, centre, reach, alpha)
 
 
-def invert(p_value: Callable[[float, int], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
+def invert_test(p_value: Callable[[float, int], float], centre: float, reach: float, alpha: float) -> tuple[float, float]:
     """The ends of the set of values around ``centre`` whose p-value exceeds ``alpha``; ±inf where it has no end.
 
     ``p_value(value, side)`` is asked with −1 for the lower end and +1 for the upper one.
@@ -229,3 +229,9 @@ def invert(p_value: Callable[[float, int], float], centre: float, reach: float, 
         return outside
 
     return end(-1), end(+1)
+
+
+def rounding(*values: Array) -> Array:
+    """How far rounding may have moved a sum or difference of these values, each the result of a few operations."""
+    found: Array = OPERATIONS * EPSILON * np.sum([np.abs(value) for value in values], axis=0)
+    return found

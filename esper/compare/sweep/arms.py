@@ -1,4 +1,4 @@
-"""What varies in a sweep: seeds pair, ``task`` and ``model`` are blocks, everything else makes the arms."""
+"""The settings that vary in a sweep: seeds make pairs, ``task`` and ``model`` make blocks, everything else makes arms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esper.config import listing, nearest
 from esper.errors import UserError
 
 SEED = "seed"
-#: What belongs to a sweep as a whole; groups and keys with all that is below them.
+#: Groups and keys that belong to a sweep as a whole, with all keys below them.
 WHOLE = ("compare", "tracking", "output", "resume", "name", "tags")
 _HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 
@@ -80,7 +80,7 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
 
 
 def refuse_unknown_blocks(blocks: Sequence[str], settings: Iterable[str]) -> None:
-    """Refuse a name in ``compare.block`` that is no key of any job: what it was meant for would make arms instead.
+    """Refuse a name in ``compare.block`` that is no key of any job: the key that was meant would make arms instead.
 
     Args:
         blocks: ``compare.block``.
@@ -145,7 +145,7 @@ def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
 
 
 def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path]) -> None:
-    """Refuse an override of what an arm's file sets: Hydra would silently let the override win.
+    """Refuse an override of a key that an arm's file sets: Hydra would silently let the override win.
 
     The option of a group may be chosen where the arm sets only some of its keys; there the arm has the last word.
 

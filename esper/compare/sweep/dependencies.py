@@ -1,4 +1,4 @@
-"""Arms that depend on what other arms did: the final net from scratch, and runs of equal training MACs."""
+"""Jobs that depend on other arms: the final net from scratch, runs of equal training MACs, and controls that are arms already."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from esper.compare.config import CompareConfig
-from esper.compare.sweep.jobs import Prepared
+from esper.compare.sweep.sweep import PreparedJob, TuningJob
+from esper.config import plain
 from esper.controllers.scheduled import ScheduledConfig
 from esper.errors import UserError
+from esper.running.control_keys import DEPENDS_ON, SAME_MACS, SAME_STEPS, UNUSED, controls_of
 
 #: The summary of the run of (arm, block, seed), empty where it did not finish.
-Finished = Callable[[str, str, int], Mapping[str, Any]]
+FindSummary = Callable[[str, str, int], Mapping[str, Any]]
 
 
-class Missing(Exception):
-    """A job that cannot be run because the run it depends on did not finish; the reason in words."""
+class MissingSource(Exception):
+    """A job cannot run because a run that it depends on did not finish; the text says which."""
 
 
 def sources(arm: str, compare: CompareConfig) -> list[str]:
@@ -33,8 +35,8 @@ def _budget(arm: str, compare: CompareConfig) -> tuple[str, str]:
     return budget, price
 
 
-def waves(arms: Sequence[str], compare: CompareConfig) -> list[list[str]]:
-    """The arms in the order in which they can run, those of one wave side by side.
+def run_order(arms: Sequence[str], compare: CompareConfig) -> list[list[str]]:
+    """The arms in the order in which they can run, those of one list side by side.
 
     Raises:
         UserError: an arm depends on one that the sweep has not, or on itself in a circle.
@@ -55,8 +57,8 @@ def waves(arms: Sequence[str], compare: CompareConfig) -> list[list[str]]:
     return order
 
 
-def derive(one: Prepared, finished: Finished) -> Prepared:
-    """The job with what it takes over from the arms it depends on; unchanged where it depends on none.
+def derive(one: PreparedJob, finished: FindSummary) -> PreparedJob:
+    """The job with the settings that it takes over from other arms; unchanged where it depends on none.
 
     Raises:
         Missing: one of those runs did not finish.
@@ -66,7 +68,7 @@ def derive(one: Prepared, finished: Finished) -> Prepared:
     def of(source: str) -> Mapping[str, Any]:
         found = finished(source, one.job.block, one.job.seed)
         if not found:
-            raise Missing(f"it depends on arm {source}, whose run with seed {one.job.seed} did not finish")
+            raise MissingSource(f"it depends on arm {source}, whose run with seed {one.job.seed} did not finish")
         return found
 
     if arm in compare.fresh_seeds:
@@ -94,3 +96,42 @@ def germinate_kept(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for branch in kept
     ]
+
+
+def controls_to_train(one: PreparedJob, jobs: Sequence[PreparedJob]) -> list[str]:
+    """The controls that this job trains.
+
+    The report compares arms. It shows the host alone beside them where ``trainer.control=true`` asks for it; the default is for single
+    runs. ``trainer.keep=better`` needs the control at the same steps, with its weights. Nobody reads the controls of a tuning job.
+    """
+    trainer = one.config.trainer
+    if isinstance(one.job, TuningJob):
+        asked: list[str] = []
+    else:
+        arms = _arms(one, jobs) if trainer.control else []
+        asked = [name for name in (SAME_STEPS, SAME_MACS) if trainer.control and name not in arms]
+    needed = [SAME_STEPS] if trainer.keep == "better" and SAME_STEPS not in asked else []
+    return [name for name in (*needed, *asked) if name in controls_of(one.config)]
+
+
+def _arms(one: PreparedJob, jobs: Sequence[PreparedJob]) -> list[str]:
+    """The controls of this job that are arms: a host alone that differs in nothing else, at as many steps or at as many MACs."""
+    found, compare = [], one.config.compare
+    place, settings = (one.job.block, one.job.seed), _settings(one)
+    for other in jobs:
+        arm = other.job.arm
+        if controls_of(other.config) or (other.job.block, other.job.seed) != place or _settings(other) != settings:
+            continue
+        budget = compare.equal_macs.get(arm, "").partition("/")[0]
+        if budget == one.job.arm:
+            found.append(SAME_MACS)
+        elif not budget and arm not in compare.fresh_seeds and one.job.arm not in (*compare.equal_macs, *compare.fresh_seeds):
+            found.append(SAME_STEPS)
+    return found
+
+
+def _settings(one: PreparedJob) -> dict[str, Any]:
+    """The settings that a control depends on."""
+    tree = plain(one.config)
+    trainer = {key: value for key, value in tree["trainer"].items() if key not in UNUSED}
+    return {key: tree[key] for key in DEPENDS_ON} | {"trainer": trainer}

@@ -5,24 +5,22 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from esper.compare.sweep.arms import Job
+from esper.compare.sweep.arms import Job
 
 STATES = ("done", "running", "waiting", "failed", "kept")
 COLOURS = {"done": "green", "running": "yellow", "waiting": "dim", "failed": "red", "kept": "cyan"}
 
 
 class Progress:
-    """Counts by row (an arm, or its tuning), refreshed in place in a terminal; a line a job elsewhere.
+    """Counts by row (an arm, or its tuning), refreshed in place in a terminal; elsewhere one line for each job.
 
-    Failures are said when they happen.
+    Failures are printed when they happen.
     """
 
     def __init__(self, rows: Mapping[str, Sequence[Job]], console: Console) -> None:

@@ -1,11 +1,11 @@
-"""A sweep that ended before its end goes on: finished jobs are skipped, an interrupted one goes on from its own newest checkpoint."""
+"""Resuming a sweep: its note and its lock, the sweep that ``resume=auto`` finds, and the jobs that continue from a checkpoint."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from esper.running.run_folder import hash_of, locked, refuse_occupied, status
 
 NOTE, LOCK = "sweep.json", "sweep.lock"
 DEEPEST = 4  # folders between the outputs and a sweep's note; the store beside them may hold thousands
-ORPHAN_S = 60.0  # how long a job of a killed sweep may take to save what it has
+ORPHAN_S = 60.0  # how long a job of a killed sweep may take to save its state
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Within: no other process runs the sweep in ``folder``. Raises UserError where one does."""
+def sweep_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of the sweep in ``folder``. Raises UserError where another process runs it."""
     with (folder / LOCK).open("a") as file:
         if not locked(file):
             raise _running(folder)
@@ -32,15 +32,15 @@ def _running(folder: Path) -> UserError:
     return UserError(f"The sweep in {folder} is running in another process; wait for it, or end it first.")
 
 
-def refuse_taken(folder: Path) -> None:
-    """Raise UserError where ``folder`` is a run's, or that of a sweep under way; one that is not goes on there."""
+def refuse_taken_folder(folder: Path) -> None:
+    """Raise UserError where ``folder`` belongs to a run, or to a sweep under way; a sweep that has ended can be resumed there."""
     if (folder / LOCK).exists() and _runs(folder):
         raise _running(folder)
     if not (folder / NOTE).exists():
         refuse_occupied(folder)
 
 
-def known(folder: Path) -> dict[str, Any]:
+def read_note(folder: Path) -> dict[str, Any]:
     """The note of the sweep in ``folder``, empty where none was begun. Raises UserError for one that is damaged."""
     path = folder / NOTE
     if not path.exists():
@@ -54,10 +54,17 @@ def known(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def taken_up(folder: Path, command: Sequence[str], output: Path) -> Path:
-    """Where ``resume=auto`` lets a sweep of this command run: in the newest that did not end, else in ``folder``, which is new.
+def write_note(folder: Path, note: Mapping[str, Any]) -> None:
+    """Write the note of the sweep in ``folder``, whole or not at all."""
+    partial = folder / f".{NOTE}"
+    partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / NOTE)
 
-    A note of which that cannot be told is passed over, and said. Raises UserError where a sweep of this command is under way.
+
+def sweep_to_resume(folder: Path, command: Sequence[str], output: Path) -> Path:
+    """The folder in which ``resume=auto`` runs a sweep of this command: that of the newest that did not end, else ``folder``, a new one.
+
+    A note that cannot be read is passed over with a warning. Raises UserError where a sweep of this command is under way.
     """
     if (folder / NOTE).exists():  # named by the user
         return folder
@@ -65,7 +72,7 @@ def taken_up(folder: Path, command: Sequence[str], output: Path) -> Path:
     found: list[Path] = []
     for path in sorted(notes, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            note = known(path.parent)
+            note = read_note(path.parent)
         except UserError as error:
             print(f"esper: {error}", file=sys.stderr)
             continue
@@ -84,13 +91,13 @@ def taken_up(folder: Path, command: Sequence[str], output: Path) -> Path:
     return found[0]
 
 
-def goes_on(config: RootConfig, folder: Path) -> bool:
-    """Whether ``folder`` holds a run of this configuration that did not end, or that the worker of a killed sweep still runs."""
+def can_resume(config: RootConfig, folder: Path) -> bool:
+    """Whether ``folder`` has a run of this configuration that did not end, or that the worker of a killed sweep still runs."""
     return status(folder) in ("KILLED", "DIED", "RUNNING") and hash_of(folder) == config_hash(config)
 
 
 def wait_for_orphan(folder: Path) -> str:
-    """How the run in ``folder`` ended. A worker whose sweep was killed saves what it has: it is waited for.
+    """The status with which the run in ``folder`` ended. It waits for the worker of a killed sweep, which saves its state.
 
     Raises UserError when it does not end.
     """
@@ -103,7 +110,7 @@ def wait_for_orphan(folder: Path) -> str:
 
 
 def _words(command: Sequence[str]) -> list[str]:
-    """What makes the sweep: the words but for where it lies and that it goes on."""
+    """The words that make the sweep, without those on its folder, resuming and the launcher."""
     return sorted(word for word in command if not word.startswith(("hydra.sweep.dir=", "resume=", "hydra.launcher.")))
 
 
@@ -116,7 +123,7 @@ def _runs(folder: Path) -> bool:
 
 
 def _discard_new(folder: Path) -> None:
-    """The folder that Hydra has made for a new sweep, with nothing of ours in it."""
+    """Remove the folder that Hydra has made for a new sweep, if nothing else is in it."""
     (folder / "multirun.yaml").unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -1,54 +1,123 @@
-"""A sweep from its jobs to its verdict: plan, run, analyse, keep."""
+"""A sweep and its jobs: configs, folders, the outcome of each job, and the state of one start of the sweep."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import secrets
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from esper.compare.config import CompareConfig
-from esper.compare.results import mlflow_page as page
-from esper.compare.results.analysis import Comparison, analyse, with_tuned
+from esper.compare.results.comparison import TuningResult, Values, format_values
 from esper.compare.results.plan import Plan
-from esper.compare.results.report import show, write_results
-from esper.compare.results.tuning_choice import Tuned
-from esper.compare.statistics.power import fewest_pairs
-from esper.compare.statistics.sequential import look_pairs
+from esper.compare.results.runs import Run, run_of_summary
 from esper.compare.sweep.arms import Job, Layout
-from esper.compare.sweep.control_choice import shown
-from esper.compare.sweep.dependencies import Missing, derive, waves
-from esper.compare.sweep.job_process import LOG
-from esper.compare.sweep.jobs import Prepared, note, runs_of, set_aside
-from esper.compare.sweep.planning import plan_sweep
-from esper.compare.sweep.process_pool import Workers
-from esper.compare.sweep.progress import Progress
-from esper.compare.sweep.resume import NOTE, alone, goes_on, known
-from esper.compare.sweep.store_process import Store
-from esper.compare.sweep.tuning import choose, trials, values_of, with_values
-from esper.errors import Preempted, Terminated
-from esper.tracking.config import MlflowConfig
+from esper.config import PRESETS, RootConfig, config_hash, plain
+from esper.report.summary_file import NAME as SUMMARY
+from esper.report.summary_file import read_summary
+from esper.tracking.mlflow_run import ASIDE
 
+JOB = "job.json"
 OUTPUT = "outputs"  # where esper compare looks unless it is told
+
+
+@dataclass(frozen=True)
+class TuningJob(Job):
+    """A job that tries ``values`` for its arm; it is no part of the comparison."""
+
+    values: Values = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """A name that a person can read, like ``tuning linear optimizer.lr=0.003 seed=1000000``."""
+        return " ".join(part for part in ("tuning", self.arm, self.block, format_values(self.values), f"seed={self.seed}") if part)
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A job with its checked config and its own folder."""
+
+    job: Job
+    config: RootConfig
+    choices: dict[str, str]
+    folder: Path
+
+    def request(self, ask: str) -> dict[str, Any]:
+        """The request for a worker."""
+        return {"ask": ask, "config": _tree(self.config), "choices": self.choices, "folder": str(self.folder)}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The summary that the job left, empty where there is none or it is another config's."""
+        if not (self.folder / SUMMARY).exists():
+            return {}
+        found = read_summary(self.folder)
+        return found if found.get("config_hash") == config_hash(self.config) else {}
+
+    @property
+    def error(self) -> str:
+        """Why an earlier attempt failed; empty where none did."""
+        path = self.folder / JOB
+        note = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return note.get("error", "") if note.get("config_hash") == config_hash(self.config) else ""
+
+
+def _tree(config: RootConfig) -> dict[str, Any]:
+    """The config as a worker builds it again: preset names are no settings, and some groups have no options yet."""
+    return {key: value for key, value in plain(config).items() if value is not None and key not in PRESETS}
+
+
+def set_aside(folder: Path) -> None:
+    """Keep what an unfinished attempt left, under another name: a retry starts in an empty folder."""
+    if folder.exists():
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}{ASIDE}{number}")).exists():
+            number += 1
+        folder.rename(aside)
+
+
+def save_outcome(one: PreparedJob, answer: Mapping[str, Any]) -> None:
+    """Write the worker's answer into the job's folder."""
+    note = {"config_hash": config_hash(one.config), **answer}
+    one.folder.mkdir(parents=True, exist_ok=True)
+    (one.folder / JOB).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def runs_of(jobs: Sequence[PreparedJob], metric: str) -> list[Run]:
+    """The jobs that have ended, finished or failed."""
+    found = []
+    for one in jobs:
+        summary, error = one.summary, one.error
+        if not summary and not error:
+            continue
+        status = "FAILED" if error else summary.get("status", "FAILED")
+        job = one.job
+        found.append(run_of_summary({**summary, "status": status}, metric, job.arm, job.block, job.seed, str(one.folder)))
+    return found
+
+
+def values_of(one: PreparedJob) -> Values:
+    """The values that a tuning job tries."""
+    assert isinstance(one.job, TuningJob)
+    return one.job.values
 
 
 @dataclass
 class Sweep:
     """Everything that one start of a sweep knows.
 
-    ``command`` is what the user typed, for the sentence that says how to go on; ``retry`` runs failed jobs again;
-    ``proposed`` jobs are a learning sweeper's, which pairs nothing. ``trials`` are the jobs that tune the arms, ``tuned`` is what
-    they led to, by arm and block.
+    ``command`` has the user's words, for the sentence that says how to resume; ``retry`` runs failed jobs again;
+    ``proposed`` jobs are a learning sweeper's, which pairs nothing. ``tuning_jobs`` are the jobs that tune the arms, ``tuned``
+    has the results by arm and block.
     """
 
     layout: Layout
-    jobs: list[Prepared]
+    jobs: list[PreparedJob]
     folder: Path
     command: list[str]
     console: Console
@@ -57,212 +126,32 @@ class Sweep:
     id: str = ""
     parent: str = ""
     plan: Plan | None = None
-    failures: list[Prepared] = field(default_factory=list)
-    trials: list[Prepared] = field(default_factory=list)
-    tuned: dict[tuple[str, str], Tuned] = field(default_factory=dict)
+    failures: list[PreparedJob] = field(default_factory=list)
+    tuning_jobs: list[PreparedJob] = field(default_factory=list)
+    tuned: dict[tuple[str, str], TuningResult] = field(default_factory=dict)
 
     def finished(self, arm: str, block: str, seed: int) -> dict[str, Any]:
         """The summary of a job, or of a tuning job with the values that were chosen; empty where it did not finish."""
         chosen = self.tuned.get((arm, block))
-        for one in (*self.jobs, *(one for one in self.trials if chosen and values_of(one) == chosen.values)):
+        for one in (*self.jobs, *(one for one in self.tuning_jobs if chosen and values_of(one) == chosen.values)):
             if (one.job.arm, one.job.block, one.job.seed) == (arm, block, seed):
                 return one.summary if one.summary.get("status") == "FINISHED" else {}
         return {}
 
     @property
     def compare(self) -> CompareConfig:
-        """How the sweep is judged."""
-        return self.jobs[0].config.compare
+        """The settings of the comparison."""
+        compare: CompareConfig = self.jobs[0].config.compare
+        return compare
 
     @property
     def name(self) -> str:
-        """What the parent run is called: what runs, and which arms."""
+        """The name of the parent run: the name of its runs, and the arms."""
         arms = ", ".join(self.layout.arms[:4]) + (", …" if len(self.layout.arms) > 4 else "")
         return f"{self.jobs[0].config.name} sweep: {arms}" if self.layout.arms != ("",) else f"{self.jobs[0].config.name} sweep"
 
 
-def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
-    """Run what is not done yet, and judge; None where there is only one arm.
-
-    Raises:
-        UserError: no plan can be made, or all runs failed.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, when everything has been stopped and the way on has been said;
-            Preempted after a SIGTERM where every job that was under way has saved what it did.
-    """
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    with alone(sweep.folder):
-        begun = _recall(sweep)
-        with Store(sweep) as store:
-            workers = Workers([{**e, **store.environment} for e in environments])
-            try:
-                return _run(sweep, store, workers, begun)
-            except Terminated as stop:
-                if workers.saved:
-                    raise Preempted(resume_command(sweep)) from stop
-                raise
-
-
-def _run(sweep: Sweep, store: Store, workers: Workers, begun: bool) -> Comparison | None:
-    with workers:
-        sweep.plan = plan_sweep(sweep, workers)
-        if sweep.plan is not None:
-            sweep.trials = trials(sweep.jobs, sweep.plan.tune_seeds, sweep.folder)
-        store.open()
-        if begun:  # not before everything that may refuse it
-            sweep.console.print(f"Going on with the sweep in {sweep.folder}", highlight=False, soft_wrap=True)
-        _remember(sweep)
-        try:
-            _run_jobs(sweep, workers, store)
-        except KeyboardInterrupt:
-            store.status = "KILLED"
-            sweep.console.print(f"Stopped; what is done is kept. Go on with:\n  {resume_command(sweep)}", soft_wrap=True)
-            raise
-        comparison = _judge(sweep)
-        if comparison is not None:
-            assert sweep.plan is not None
-            store.files = write_results(comparison, sweep.plan, sweep.folder, sweep.compare.figures)
-            store.numbers, store.tags = page.numbers(comparison, sweep.plan), page.tags(comparison, sweep.plan)
-            show(comparison, sweep.plan, sweep.console)
-            _say_how_to_judge_again(sweep)
-        store.status = "FINISHED"
-        _remember(sweep, ended=not sweep.failures)  # resume=auto finds one whose jobs failed, over a full disk for instance
-        return comparison
-
-
-def _recall(sweep: Sweep) -> bool:
-    """Identity of a sweep that was begun before in this folder, or a new one; whether it was."""
-    note = known(sweep.folder)
-    sweep.id = note.get("id") or secrets.token_hex(4)
-    sweep.parent = note.get("parent", "")
-    return bool(note)
-
-
-def _remember(sweep: Sweep, ended: bool = False) -> None:
-    card = {"id": sweep.id, "parent": sweep.parent, "name": sweep.name, "command": sweep.command, "ended": ended}
-    beside = sweep.folder / f".{NOTE}"
-    beside.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    beside.replace(sweep.folder / NOTE)
-
-
-def _run_jobs(sweep: Sweep, workers: Workers, store: Store) -> None:
-    """All that is left to do: look by look, within it the arms in the order in which they depend on each other."""
-    order = waves(sweep.layout.arms, sweep.compare)
-    with Progress(_rows(sweep), sweep.console) as progress:
-        for seeds in _looks(sweep):
-            for arms in order:
-                _tune(sweep, arms, workers, store, progress)
-                chosen = [i for i, one in enumerate(sweep.jobs) if one.job.arm in arms and one.job.seed in seeds]
-                chosen.sort(key=lambda i: sweep.layout.seeds.index(sweep.jobs[i].job.seed))  # pairs complete early
-                _run_some(sweep, sweep.jobs, chosen, workers, store, progress)
-            if _decided(sweep):
-                sweep.console.print("Every comparison is decided: the sweep stops here, as planned.")
-                break
-
-
-def _rows(sweep: Sweep) -> dict[str, list[Job]]:
-    """What the progress table shows: a row an arm, and one for the tuning of each."""
-    rows: dict[str, list[Job]] = {}
-    for one in sweep.trials:
-        rows.setdefault(f"{one.job.arm}, tuning", []).append(one.job)
-    for one in sweep.jobs:
-        rows.setdefault(one.job.arm, []).append(one.job)
-    return rows
-
-
-def _looks(sweep: Sweep) -> list[set[int]]:
-    """The seeds up to each look of a sequential sweep; all at once otherwise."""
-    seeds, plan = sweep.layout.seeds, sweep.plan
-    if plan is None or not plan.sequential:
-        return [set(seeds)]
-    looks = look_pairs(len(seeds), plan.looks, fewest_pairs(plan.alpha, plan.comparisons))
-    return [set(seeds[a:b]) for a, b in pairwise([0, *looks])]
-
-
-def _run_some(sweep: Sweep, jobs: list[Prepared], chosen: Sequence[int], workers: Workers, store: Store, progress: Progress) -> None:
-    """Run those of the chosen ``jobs`` (the sweep's own, or its tuning jobs) that no earlier start has done."""
-    left: list[Prepared] = []
-    for index in chosen:
-        try:
-            one = jobs[index] = derive(jobs[index], sweep.finished)
-        except Missing as missing:
-            one = jobs[index]
-            note(one, {"status": "FAILED", "error": str(missing)})
-            _failed(sweep, one, str(missing), store)
-            progress.finished(one.job, 0.0, str(missing), "none, it did not run")
-            continue
-        if one.summary.get("status") == "FINISHED":
-            progress.kept(one.job, "kept")
-        elif one.error and not sweep.retry:
-            progress.kept(one.job, "failed")
-            sweep.failures.append(one)
-        else:
-            _make_room(sweep, one)
-            left.append(one)
-    requests = [one.request("run") | {"controls": shown(one, sweep.jobs)} for one in left]
-    for index, answer in workers.run(requests, lambda i: progress.started(left[i].job)):
-        one = left[index]
-        note(one, answer)
-        if answer["error"]:
-            _failed(sweep, one, answer["error"], store)
-        progress.finished(one.job, answer["seconds"], answer["error"], str(one.folder / LOG))
-
-
-def _make_room(sweep: Sweep, one: Prepared) -> None:
-    """A job that was interrupted goes on where it was; any other begins in an empty folder, a failed one too."""
-    if not one.error and goes_on(one.config, one.folder):
-        sweep.console.print(f"{one.job.label} goes on from its newest checkpoint", highlight=False, soft_wrap=True)
-    else:
-        set_aside(one.folder)
-
-
-def _failed(sweep: Sweep, one: Prepared, error: str, store: Store) -> None:
-    sweep.failures.append(one)
-    store.failed(one, error)
-
-
-def _tune(sweep: Sweep, arms: Sequence[str], workers: Workers, store: Store, progress: Progress) -> None:
-    """Let each of these arms choose its values on validation, in every block; runs once, also when resumed."""
-    places = [(one.job.arm, one.job.block) for one in sweep.trials]
-    new = [i for i, place in enumerate(places) if place[0] in arms and place not in sweep.tuned]
-    _run_some(sweep, sweep.trials, new, workers, store, progress)
-    for place in dict.fromkeys(places[i] for i in new):
-        assert sweep.plan is not None
-        tried = [one for one, its in zip(sweep.trials, places, strict=True) if its == place]
-        found = sweep.tuned[place] = choose(tried, sweep.plan.metric, sweep.plan.sign)
-        sweep.console.print(found.sentence(sweep.plan.metric), highlight=False, soft_wrap=True, markup=False)
-        for i, one in enumerate(sweep.jobs):
-            if (one.job.arm, one.job.block) == place:
-                sweep.jobs[i] = replace(one, config=with_values(one.config, found.values, one.choices))
-
-
-def _decided(sweep: Sweep) -> bool:
-    """Whether a sequential sweep may stop: no comparison is left without a verdict."""
-    if sweep.plan is None or not sweep.plan.sequential:
-        return False
-    runs = runs_of(sweep.jobs, sweep.plan.metric)
-    if all(run.failed for run in runs):
-        return False
-    return all(row.verdict in ("B better", "A better") for row in analyse(runs, sweep.plan).verdicts)
-
-
-def _judge(sweep: Sweep) -> Comparison | None:
-    if sweep.plan is None:
-        return None
-    return with_tuned(analyse(runs_of(sweep.jobs, sweep.plan.metric), sweep.plan), list(sweep.tuned.values()))
-
-
-def _say_how_to_judge_again(sweep: Sweep) -> None:
-    """The sweep's id, in the command that takes it; nothing where no store keeps the runs."""
-    config = sweep.jobs[0].config
-    if not isinstance(config.tracking, MlflowConfig):
-        return
-    words = ["esper", "compare", f"sweep={sweep.id}"]
-    words += [f"uri={config.tracking.uri}"] if config.tracking.uri else []
-    words += [f"output={config.output}"] if config.output != OUTPUT else []
-    sweep.console.print(f"To judge this sweep again from the store:\n  {shlex.join(words)}", soft_wrap=True, highlight=False, markup=False)
-
-
 def resume_command(sweep: Sweep) -> str:
-    """What to type to go on with a stopped sweep."""
+    """The command that resumes a stopped sweep."""
     words = [word for word in sweep.command if not word.startswith("hydra.sweep.dir=")]
     return shlex.join(["esper", *words, f"hydra.sweep.dir={sweep.folder}"])

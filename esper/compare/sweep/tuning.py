@@ -7,16 +7,14 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from esper.compare.config import CompareConfig
-from esper.compare.results.tuning_choice import Tried, Tuned, Values, named
-from esper.compare.sweep.arms import Job
-from esper.compare.sweep.jobs import Prepared
+from esper.compare.results.comparison import TuningCandidate, TuningResult, Values, format_values
+from esper.compare.sweep.sweep import PreparedJob, TuningJob, values_of
 from esper.config import RootConfig, build, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
@@ -24,28 +22,16 @@ from esper.tracking.run_info import flatten
 FIRST_SEED = 1_000_000  # far from the seeds that people give
 
 
-@dataclass(frozen=True)
-class TuningJob(Job):
-    """A job that tries ``values`` for its arm; it is no part of the comparison."""
-
-    values: Values = dataclasses.field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        """A name that a person can read, like ``tuning linear optimizer.lr=0.003 seed=1000000``."""
-        return " ".join(part for part in ("tuning", self.arm, self.block, named(self.values), f"seed={self.seed}") if part)
-
-
 def grid(compare: CompareConfig) -> list[Values]:
     """Every combination of the values that ``compare.tune`` lists."""
     return [dict(zip(compare.tune, one, strict=True)) for one in itertools.product(*compare.tune.values())]
 
 
-def refuse_varied(jobs: Sequence[Prepared]) -> None:
-    """Refuse to tune what makes the arms or the blocks: each would lose its own value.
+def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
+    """Refuse to tune a key that makes the arms or the blocks: each would lose its own value.
 
     Raises:
-        UserError: naming the key and what it is in which arm.
+        UserError: naming the key and its value in every arm.
     """
     settings = {" ".join(filter(None, place)): flatten(plain(one.config)) for place, one in _first(jobs).items()}
     for key in jobs[0].config.compare.tune:
@@ -58,9 +44,9 @@ def refuse_varied(jobs: Sequence[Prepared]) -> None:
             )
 
 
-def _first(jobs: Sequence[Prepared]) -> dict[tuple[str, str], Prepared]:
+def _first(jobs: Sequence[PreparedJob]) -> dict[tuple[str, str], PreparedJob]:
     """The first job of every arm in every block."""
-    found: dict[tuple[str, str], Prepared] = {}
+    found: dict[tuple[str, str], PreparedJob] = {}
     for one in jobs:
         found.setdefault((one.job.arm, one.job.block), one)
     return found
@@ -85,7 +71,7 @@ def with_values(config: RootConfig, values: Mapping[str, Any], choices: Mapping[
     return build(tree, presets)
 
 
-def trials(jobs: Sequence[Prepared], seeds: int, folder: Path) -> list[Prepared]:
+def tuning_jobs(jobs: Sequence[PreparedJob], seeds: int, folder: Path) -> list[PreparedJob]:
     """The tuning jobs: for every arm in every block each combination with each tuning seed; none where nothing is tuned.
 
     Raises:
@@ -94,24 +80,18 @@ def trials(jobs: Sequence[Prepared], seeds: int, folder: Path) -> list[Prepared]
     if not jobs[0].config.compare.tune:
         return []
     refuse_varied(jobs)
-    found: list[Prepared] = []
+    found: list[PreparedJob] = []
     for one in _first(jobs).values():
         for number, values in enumerate(grid(one.config.compare)):
             for seed in range(FIRST_SEED, FIRST_SEED + seeds):
                 config = dataclasses.replace(with_values(one.config, values, one.choices), seed=seed)
                 job = TuningJob(len(jobs) + len(found), one.job.overrides, one.job.arm, one.job.block, seed, values)
                 place = folder / f"tune-{one.folder.name}-{number}-{seed - FIRST_SEED}"
-                found.append(Prepared(job, config, one.choices, place))
+                found.append(PreparedJob(job, config, one.choices, place))
     return found
 
 
-def values_of(one: Prepared) -> Values:
-    """What a tuning job tries."""
-    assert isinstance(one.job, TuningJob)
-    return one.job.values
-
-
-def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
+def choose(tried: Sequence[PreparedJob], metric: str, sign: float) -> TuningResult:
     """The combination with the best mean validation metric over its seeds, of those in which no run failed.
 
     Args:
@@ -121,9 +101,9 @@ def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
         UserError: there is none.
     """
     job = tried[0].job
-    groups: dict[str, list[Prepared]] = {}
+    groups: dict[str, list[PreparedJob]] = {}
     for one in tried:
-        groups.setdefault(named(values_of(one)), []).append(one)
+        groups.setdefault(format_values(values_of(one)), []).append(one)
     rows = tuple(_row(group, metric) for group in groups.values())
     sound = [row for row in rows if not row.failed]
     if not sound:
@@ -132,17 +112,18 @@ def choose(tried: Sequence[Prepared], metric: str, sign: float) -> Tuned:
             "chosen; the log of each run says why."
         )
     macs = sum(float(one.summary.get("macs") or 0.0) for one in tried)
-    return Tuned(job.arm, job.block, max(sound, key=lambda row: sign * row.mean).values, rows, macs)
+    return TuningResult(job.arm, job.block, max(sound, key=lambda row: sign * row.mean).values, rows, macs)
 
 
-def _row(group: Sequence[Prepared], metric: str) -> Tried:
+def _row(group: Sequence[PreparedJob], metric: str) -> TuningCandidate:
     found = [_validated(one, metric) for one in group]
-    return Tried(values_of(group[0]), float(np.mean(found)), len(found), sum(math.isnan(value) for value in found))
+    return TuningCandidate(values_of(group[0]), float(np.mean(found)), len(found), sum(math.isnan(value) for value in found))
 
 
-def _validated(one: Prepared, metric: str) -> float:
+def _validated(one: PreparedJob, metric: str) -> float:
     """The final validation metric of a tuning job, NaN where it failed."""
     summary = one.summary
     value = ((summary.get("metrics") or {}).get("final") or {}).get(f"validation/{metric}")
-    sound = not one.error and summary.get("status") == "FINISHED" and value is not None and math.isfinite(value)
-    return float(value) if sound else math.nan
+    if one.error or summary.get("status") != "FINISHED" or value is None or not math.isfinite(value):
+        return math.nan
+    return float(value)

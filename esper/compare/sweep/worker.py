@@ -1,6 +1,6 @@
-"""``python -m esper.compare.sweep.job_process <process id of the sweep>``: a process that runs one job of a sweep after another.
+"""``python -m esper.compare.sweep.worker <process id of the sweep>``: a process that runs one job of a sweep after another.
 
-It reads a JSON line a request from standard input and answers with one on what was standard output. What a job prints
+It reads a JSON line a request from standard input and answers with one on its first standard output. The output of a job
 goes to ``job.log`` in its own folder. Torch is imported once, so later jobs start at once.
 """
 
@@ -28,7 +28,7 @@ ORPHANED_S = 0.5  # time between two looks at whether the sweep lives
 
 
 SAVED, LOST = 75, 143
-"""Exit codes after SIGTERM: the job under way, if there was one, has saved what it did, or it has not."""
+"""Exit codes after SIGTERM: the job under way, if there was one, has saved its state, or it has not."""
 
 
 def main() -> int:
@@ -51,7 +51,7 @@ def main() -> int:
         return SAVED
     except KeyboardInterrupt:
         return LOST if busy else SAVED
-    except BrokenPipeError:  # the sweep was killed, and finds what the job left
+    except BrokenPipeError:  # the sweep was killed; its next start finds the job's folder
         return LOST
     return 0
 
@@ -70,11 +70,11 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         return {"error": str(error)}
     directions = {name: metric.direction for name, metric in task.metrics.items()}
-    return {"primary": task.primary, "directions": {"loss": "min", **directions}, "samples": len(task.test)}  # type: ignore[arg-type]
+    return {"primary": task.primary, "directions": {"loss": "min", **directions}, "samples": len(task.test)}
 
 
 def run_job(request: dict[str, Any]) -> dict[str, Any]:
-    """Run one job; whatever it raises becomes its status and its log's last lines."""
+    """Run one job; an exception becomes its status and the last lines of its log."""
     started = time.perf_counter()
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,14 +105,14 @@ def run_job(request: dict[str, Any]) -> dict[str, Any]:
 def _train(request: dict[str, Any], folder: Path) -> None:
     import yaml
 
-    from esper.compare.sweep.resume import goes_on, wait_for_orphan
+    from esper.compare.sweep.resume import can_resume, wait_for_orphan
     from esper.running.resume import state_in
     from esper.running.run import run
 
     config = build(request["config"], request["choices"])
     if wait_for_orphan(folder) == "FINISHED":
         return  # by the worker of a sweep that was killed
-    state = state_in(folder) if goes_on(config, folder) else None
+    state = state_in(folder) if can_resume(config, folder) else None
     if state is not None:
         print(f"going on after step {state['trainer']['steps']}", file=sys.stderr, flush=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
@@ -124,7 +124,7 @@ def _stop(signum: int, frame: object) -> NoReturn:
 
 
 def _follow(sweep: int) -> None:
-    """End as if told to when the sweep's process is gone: nobody waits for the answer any more."""
+    """Send SIGTERM to this process when the sweep's is gone: nobody waits for the answer any more."""
     while os.getppid() == sweep:
         time.sleep(ORPHANED_S)
     os.kill(os.getpid(), signal.SIGTERM)

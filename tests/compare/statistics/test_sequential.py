@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from esper.compare.statistics.corrections import holm
 from esper.compare.statistics.random_draws import generator
-from esper.compare.statistics.sequential import crossing_look, look_pairs, sequential_holm, sequential_p, spent
+from esper.compare.statistics.sequential import crossing_look, look_pairs, sequential_holm, sequential_p, spent_alpha
 from esper.compare.statistics.sign_flip import sign_flip
+from esper.compare.statistics.verdicts import holm
 
 
 def test_looks_are_even_and_never_before_a_decision_is_possible() -> None:
@@ -16,7 +16,7 @@ def test_looks_are_even_and_never_before_a_decision_is_possible() -> None:
 
 
 def test_spending_is_slow_at_first_and_complete_at_the_end() -> None:
-    amounts = [spent(f, 0.05) for f in (0.33, 0.67, 1.0)]
+    amounts = [spent_alpha(f, 0.05) for f in (0.33, 0.67, 1.0)]
     assert amounts == sorted(amounts)
     assert amounts[0] < 0.001
     assert amounts[-1] == pytest.approx(0.05)

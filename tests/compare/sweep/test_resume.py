@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from esper.cli.compose import compose
-from esper.compare.sweep.resume import alone, taken_up
+from esper.compare.sweep.resume import sweep_lock, sweep_to_resume
 from esper.report.summary_file import read_summary
 from esper.running.run import run
 from tests.resume.killing import differences
@@ -129,15 +129,13 @@ def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_tak
     new = tmp_path / "sweeps" / "new"
     new.mkdir()
     (new / "multirun.yaml").write_text("")
-    with alone(tmp_path / "sweeps" / "0"):
-        probe = (
-            "import sys; from pathlib import Path; from esper.compare.sweep import resume as going_on; a = Path(sys.argv[1]) / 'sweeps'\n"
-        )
+    with sweep_lock(tmp_path / "sweeps" / "0"):
+        probe = "import sys; from pathlib import Path; from esper.compare.sweep import resume; a = Path(sys.argv[1]) / 'sweeps'\n"
         same = "a / 'new', ['-m', 'seed=0,1', 'grafting=drift', 'resume=auto'], a.parent"
         asks = {
-            f"on.taken_up({same})": "A sweep of these very words is under way",
-            "on.alone(a / '0').__enter__()": "is running in another process",
-            "on.refuse_taken(a / '0')": "is running in another process",
+            f"resume.sweep_to_resume({same})": "A sweep of these very words is under way",
+            "resume.sweep_lock(a / '0').__enter__()": "is running in another process",
+            "resume.refuse_taken_folder(a / '0')": "is running in another process",
         }
         for ask, sentence in asks.items():
             refused = subprocess.run([sys.executable, "-c", probe + ask, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -145,9 +143,9 @@ def test_only_a_sweep_of_the_same_words_that_did_not_end_and_runs_nowhere_is_tak
         assert not new.exists(), "what Hydra had made for it is gone"
     new.mkdir()
     (new / "multirun.yaml").write_text("")
-    assert taken_up(new, [*words, "resume=auto"], tmp_path) == tmp_path / "sweeps" / "0"
+    assert sweep_to_resume(new, [*words, "resume=auto"], tmp_path) == tmp_path / "sweeps" / "0"
     assert not new.exists()
-    assert taken_up(new, ["-m", "seed=7"], tmp_path) == new
+    assert sweep_to_resume(new, ["-m", "seed=7"], tmp_path) == new
     (tmp_path / "sweeps" / "0" / "sweep.json").write_text("")
-    assert taken_up(new, words, tmp_path) == new
+    assert sweep_to_resume(new, words, tmp_path) == new
     assert f"{tmp_path / 'sweeps' / '0' / 'sweep.json'} cannot be read" in capsys.readouterr().err

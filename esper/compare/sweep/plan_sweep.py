@@ -1,31 +1,30 @@
-"""The plan of a sweep from its jobs: every task is asked for its metrics, and what the pairs can show is said, before the first run."""
+"""Making the plan of a sweep from its jobs: every task is asked for its metrics, and the terminal says what the pairs can show."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esper.compare.results.plan import Plan, make_plan, save_plan
 from esper.compare.statistics.power import PILOT_PAIRS
+from esper.compare.sweep.sweep import PreparedJob, Sweep
+from esper.compare.sweep.worker_pool import WorkerPool
 from esper.config import listing, nearest, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
 
-if TYPE_CHECKING:
-    from esper.compare.sweep.jobs import Prepared
-    from esper.compare.sweep.process_pool import Workers
-    from esper.compare.sweep.sweep import Sweep
-
-#: A task's config, where in the sweep it is, in words, and what it answered.
+#: A task's config, its place in the sweep in words, and its answer.
 Described = tuple[Any, str, dict[str, Any]]
+
+
 #: Settings in which the jobs of one sweep may differ without being other arms.
 BESIDE = ("name", "tags", "output", "tracking", "compare", "experiment", "arm", "debug", "seed")
 
 
-def plan_sweep(sweep: Sweep, workers: Workers) -> Plan | None:
-    """Make the plan, say what it can show, and save it; None where there is nothing to compare.
+def plan_sweep(sweep: Sweep, workers: WorkerPool) -> Plan | None:
+    """Make the plan, print what its pairs can show, and save it; None where there is nothing to compare.
 
     Raises:
         UserError: jobs that ask for different plans, or no metric that every task has and means in the same direction.
@@ -39,7 +38,7 @@ def plan_sweep(sweep: Sweep, workers: Workers) -> Plan | None:
             "take compare out of the arms' files and give it on the command line."
         )
     tasks = list(_tasks(sweep, workers))
-    metric, direction = primary(sweep.compare.metric, tasks)
+    metric, direction = common_metric(sweep.compare.metric, tasks)
     plan = make_plan(
         sweep.compare,
         arms=arm_settings(sweep.jobs),
@@ -77,33 +76,33 @@ def _why_alone(sweep: Sweep) -> str:
     return f"One arm: {'its values make blocks (compare.block)' if len(sweep.layout.blocks) > 1 else 'only the seed varies'}"
 
 
-def _about(jobs: Sequence[Prepared], tasks: Sequence[Described]) -> dict[str, Any]:
+def _about(jobs: Sequence[PreparedJob], tasks: Sequence[Described]) -> dict[str, Any]:
     """Task, model and samples of the test set of one block, as far as all its jobs share them."""
     told = [{"task": _called(one, "task"), "model": _called(one, "model"), "samples": _samples(one, tasks)} for one in jobs]
     return {key: value for key, value in told[0].items() if value and all(one[key] == value for one in told)}
 
 
-def _called(one: Prepared, group: str) -> str:
-    """The option that was chosen, which says more than the name of its kind; what is loaded where it is the user's own."""
+def _called(one: PreparedJob, group: str) -> str:
+    """The option that was chosen, which says more than the name of its kind; the target of a part of the user's own."""
     part = getattr(one.config, group)
     return str(part.target if part.name == "custom" else one.choices.get(group, part.name))
 
 
-def _samples(one: Prepared, tasks: Sequence[Described]) -> int:
+def _samples(one: PreparedJob, tasks: Sequence[Described]) -> int:
     return next((int(known.get("samples", 0)) for task, _, known in tasks if task == one.config.task), 0)
 
 
-def primary(asked: str, tasks: Sequence[Described]) -> tuple[str, str]:
+def common_metric(asked: str, tasks: Sequence[Described]) -> tuple[str, str]:
     """The metric that a sweep is judged by and which way is better, as all of its tasks have it.
 
     Args:
         asked: ``compare.metric``; empty for the primary metric of the first task.
-        tasks: what the tasks answered.
+        tasks: the answers of the tasks.
 
     Raises:
         UserError: a task without the metric, or two that mean it in opposite directions.
     """
-    metric, directions = asked, {}
+    metric, directions = asked, dict[str, str]()
     for _, where, known in tasks:
         metric = metric or known["primary"]
         if metric not in known["directions"]:
@@ -120,8 +119,8 @@ def primary(asked: str, tasks: Sequence[Described]) -> tuple[str, str]:
     return metric, next(iter(directions))
 
 
-def _tasks(sweep: Sweep, workers: Workers) -> Iterator[Described]:
-    """What each distinct task of the sweep answers, asked of the first job of every arm and block."""
+def _tasks(sweep: Sweep, workers: WorkerPool) -> Iterator[Described]:
+    """The answer of each distinct task of the sweep, asked of the first job of every arm and block."""
     asked: list[Any] = []
     seen: set[tuple[str, str]] = set()
     for one in sweep.jobs:
@@ -137,7 +136,7 @@ def _tasks(sweep: Sweep, workers: Workers) -> Iterator[Described]:
         yield one.config.task, f" of {where}" if where else "", known
 
 
-def arm_settings(jobs: Sequence[Prepared]) -> dict[str, dict[str, Any]]:
+def arm_settings(jobs: Sequence[PreparedJob]) -> dict[str, dict[str, Any]]:
     """For every arm the settings, flattened, in which the arms' first jobs differ."""
     first: dict[str, dict[str, Any]] = {}
     for one in jobs:

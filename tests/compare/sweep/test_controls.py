@@ -13,11 +13,10 @@ from esper.cli.compose import compose
 from esper.compare.results.analysis import analyse
 from esper.compare.results.plan import Plan
 from esper.compare.results.report import show
-from esper.compare.sweep import job_process as worker
+from esper.compare.sweep import worker as worker
 from esper.compare.sweep.arms import Job
-from esper.compare.sweep.control_choice import shown
-from esper.compare.sweep.jobs import Prepared, runs_of
-from esper.compare.sweep.tuning import TuningJob
+from esper.compare.sweep.dependencies import controls_to_train
+from esper.compare.sweep.sweep import PreparedJob, TuningJob, runs_of
 
 BRIEF = ["tracking=none", "trainer.steps=20", "trainer.validate_every=50%", "trainer.checkpoint_every=", "trainer.save=false"]
 BOTH = ["same_steps", "same_macs"]
@@ -28,17 +27,17 @@ composed = cache(lambda *words: compose([*BRIEF, *words]))
 
 def jobs_of(
     arms: dict[str, list[str]], *words: str, folder: Path = Path("nowhere"), seeds: int = 1, kind: type[Job] = Job
-) -> list[Prepared]:
+) -> list[PreparedJob]:
     found = []
     for arm, own in arms.items():
         for seed in range(seeds):
             config = dataclasses.replace(composed(*words, *own), seed=seed, output=str(folder))
-            found.append(Prepared(kind(len(found), (), arm, "", seed), config, {}, folder / f"{arm}-{seed}"))
+            found.append(PreparedJob(kind(len(found), (), arm, "", seed), config, {}, folder / f"{arm}-{seed}"))
     return found
 
 
-def trained(jobs: list[Prepared]) -> list[list[str]]:
-    return [shown(one, jobs) for one in jobs]
+def trained(jobs: list[PreparedJob]) -> list[list[str]]:
+    return [controls_to_train(one, jobs) for one in jobs]
 
 
 ARMS = {"grown": [], "drift": ["grafting=drift"]}
@@ -80,7 +79,7 @@ def test_a_host_alone_is_its_own_control(tmp_path: Path) -> None:
     assert trained([one]) == [[]]
 
 
-def job(one: Prepared, controls: list[str]) -> None:
+def job(one: PreparedJob, controls: list[str]) -> None:
     request = one.request("run") | {"controls": controls}
     one.folder.mkdir(parents=True, exist_ok=True)
     worker._train(request, one.folder)
@@ -89,7 +88,7 @@ def job(one: Prepared, controls: list[str]) -> None:
 def test_the_report_shows_the_controls_that_were_trained(tmp_path: Path) -> None:
     jobs = jobs_of({**ARMS, "host": ["controller=none"]}, "trainer.control=true", folder=tmp_path, seeds=1)
     for one in jobs:
-        job(one, shown(one, jobs))
+        job(one, controls_to_train(one, jobs))
     assert [list(one.summary.get("control", {})) for one in jobs] == [["same_macs"], ["same_macs"], []]
     kept = [json.loads(path.read_text()) for path in (tmp_path / "controls").glob("*.json")]
     price = jobs[2].summary["macs"] / 20  # of a step of the host alone, which is an arm
@@ -109,5 +108,5 @@ def test_a_job_without_shown_controls_trains_none(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(running, "control", lambda *_: pytest.fail("a control was trained"))
     (one,) = jobs_of({"grown": []}, folder=tmp_path)
-    job(one, shown(one, [one]))
+    job(one, controls_to_train(one, [one]))
     assert one.summary["status"] == "FINISHED" and "control" not in one.summary

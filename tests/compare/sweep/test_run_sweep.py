@@ -19,18 +19,18 @@ from rich.console import Console
 
 from esper.cli.compose import check_jobs, compose
 from esper.compare.config import CompareConfig
-from esper.compare.results import mlflow_page as page
+from esper.compare.results import mlflow_sweep as page
+from esper.compare.results.comparison import TuningCandidate, parse_tuning, tuning_text
 from esper.compare.results.plan import make_plan
 from esper.compare.results.report import show
-from esper.compare.results.tuning_choice import Tried, parse, text
 from esper.compare.sweep.arms import lay_out
-from esper.compare.sweep.dependencies import waves
-from esper.compare.sweep.job_process import describe
-from esper.compare.sweep.jobs import Prepared
-from esper.compare.sweep.planning import arm_settings, plan_sweep
-from esper.compare.sweep.store_process import Store
-from esper.compare.sweep.sweep import Sweep, _judge, _run_jobs
-from esper.compare.sweep.tuning import trials
+from esper.compare.sweep.dependencies import run_order
+from esper.compare.sweep.mlflow_process import MlflowProcess
+from esper.compare.sweep.plan_sweep import arm_settings, plan_sweep
+from esper.compare.sweep.run_sweep import judge_sweep, run_jobs
+from esper.compare.sweep.sweep import PreparedJob, Sweep
+from esper.compare.sweep.tuning import tuning_jobs
+from esper.compare.sweep.worker import describe
 from esper.config import RootConfig, build, config_hash
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig
@@ -73,17 +73,17 @@ def sweep_of(folder: Path, arms: dict[str, list[str]], seeds: int, **compare: An
     for job in layout.jobs:
         base = bare[job.arm]
         config = dataclasses.replace(base, seed=job.seed, compare=dataclasses.replace(base.compare, **compare))
-        jobs.append(Prepared(job, config, {}, folder / str(job.number)))
+        jobs.append(PreparedJob(job, config, {}, folder / str(job.number)))
     sweep = Sweep(layout, jobs, folder, [], Console(file=StringIO()))
     if len(layout.arms) > 1:
         sweep.plan = make_plan(sweep.compare, arms=arm_settings(jobs), seeds=layout.seeds, blocks=[""], metric="accuracy", direction="max")
-        sweep.trials = trials(jobs, sweep.plan.tune_seeds, folder)
+        sweep.tuning_jobs = tuning_jobs(jobs, sweep.plan.tune_seeds, folder)
     return sweep
 
 
 def go(sweep: Sweep, outcome: Outcome) -> InstantWorkers:
     workers = InstantWorkers(outcome)
-    _run_jobs(sweep, workers, Store(sweep))  # type: ignore[arg-type]
+    run_jobs(sweep, workers, MlflowProcess(sweep))  # type: ignore[arg-type]
     return workers
 
 
@@ -101,7 +101,8 @@ def planned(folder: Path, told: dict[str, dict[str, str]], **compare: Any) -> st
     base = compose(["tracking=none"])
     base = dataclasses.replace(base, compare=dataclasses.replace(base.compare, **compare))
     tasks = [dataclasses.replace(base.task, name=list(told)[job.number % len(told)]) for job in layout.jobs]
-    jobs = [Prepared(job, dataclasses.replace(base, task=task), {}, folder / "job") for job, task in zip(layout.jobs, tasks, strict=True)]
+    configs = [dataclasses.replace(base, task=task) for task in tasks]
+    jobs = [PreparedJob(job, config, {}, folder / "job") for job, config in zip(layout.jobs, configs, strict=True)]
 
     class Told(InstantWorkers):
         def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def test_a_store_that_cannot_be_is_refused_before_a_process_is_started_for_it(tm
     sweep.jobs[0] = dataclasses.replace(
         sweep.jobs[0], config=dataclasses.replace(sweep.jobs[0].config, tracking=MlflowConfig(uri="foo://x"))
     )
-    with pytest.raises(UserError, match=r"^tracking.uri=foo://x is of no kind that MLflow knows"), Store(sweep):
+    with pytest.raises(UserError, match=r"^tracking.uri=foo://x is of no kind that MLflow knows"), MlflowProcess(sweep):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -244,11 +245,11 @@ def test_a_job_that_depends_on_a_failed_one_is_counted_as_failed(tmp_path: Path)
 def test_arms_that_wait_for_each_other_or_for_nobody_are_refused() -> None:
     compare = compose(["tracking=none"]).compare
     with pytest.raises(UserError, match="wait for each other"):
-        waves(["a", "b"], dataclasses.replace(compare, final_of={"a": "b", "b": "a"}))
+        run_order(["a", "b"], dataclasses.replace(compare, final_of={"a": "b", "b": "a"}))
     with pytest.raises(UserError, match="names the arm 'c'"):
-        waves(["a", "b"], dataclasses.replace(compare, final_of={"a": "c"}))
+        run_order(["a", "b"], dataclasses.replace(compare, final_of={"a": "c"}))
     with pytest.raises(UserError, match="write a/b"):
-        waves(["a", "b"], dataclasses.replace(compare, equal_macs={"a": "b"}))
+        run_order(["a", "b"], dataclasses.replace(compare, equal_macs={"a": "b"}))
 
 
 def test_fresh_seeds_change_the_run_and_not_the_pair(tmp_path: Path) -> None:
@@ -282,13 +283,13 @@ def test_what_tuning_chose_and_cost_is_kept_and_its_failures_are_said_and_counte
     found = sweep.tuned[("b", "")]
     assert (found.values, found.runs, found.failed, found.macs) == ({"optimizer.lr": 0.01}, 6, 2, 6 * 50_000)
     assert [(one.runs, one.failed) for one in found.tried] == [(2, 2), (2, 0), (2, 0)]
-    assert found.tried[2] == Tried({"optimizer.lr": 0.01}, 1.0, 2, 0)
-    assert parse(text(sweep.tuned.values()))[1].tried[1:] == found.tried[1:]
+    assert found.tried[2] == TuningCandidate({"optimizer.lr": 0.01}, 1.0, 2, 0)
+    assert parse_tuning(tuning_text(sweep.tuned.values()))[1].tried[1:] == found.tried[1:]
     said = " ".join(sweep.console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "failed tuning b optimizer.lr=1e+30 seed=1000001: it broke" in said
     assert "tuned b: optimizer.lr=0.01, validation accuracy 1 (6 runs, 2 failed, 3e+05 MACs)" in said
     assert [one.job.label for one in sweep.failures][:2] == [f"tuning a optimizer.lr=1e+30 seed={s}" for s in (1_000_000, 1_000_001)]
-    comparison = _judge(sweep)
+    comparison = judge_sweep(sweep)
     assert comparison is not None and comparison.tuned == list(sweep.tuned.values())
     assert any("2 of 6 tuning runs of b failed (optimizer.lr=1e+30 2 of 2)" in line for line in comparison.notes)
     show(comparison, sweep.plan, sweep.console)  # type: ignore[arg-type]
@@ -299,9 +300,9 @@ def test_the_parent_runs_metrics_have_names_that_mlflow_takes(tmp_path: Path) ->
     arms = {"optimizer.lr=1 sites=[fc1]": [], "optimizer.lr=2 sites=[fc1]": ["grafting=drift"]}
     sweep = sweep_of(tmp_path, arms, 1, tune={"optimizer.lr": [0.1]}, tune_seeds=1, figures=False)
     go(sweep, good)
-    comparison = _judge(sweep)
+    comparison = judge_sweep(sweep)
     assert comparison is not None and sweep.plan is not None
-    numbers = page.numbers(comparison, sweep.plan)
+    numbers = page.verdict_metrics(comparison, sweep.plan)
     assert numbers["arm/optimizer.lr_1 sites__fc1_/accuracy"] == numbers["tuning/optimizer.lr_2 sites__fc1_/validation"] == 0.5
     assert numbers["0_main/optimizer.lr_2 sites__fc1_ pairs"] == 1.0
     assert all(re.fullmatch(r"[\w\-. :/]+", name) for name in numbers)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -11,11 +13,11 @@ from rich.console import Console
 
 from esper.compare.config import CompareConfig
 from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import as_dict, write_json
 from esper.compare.results.figures import _lines, draw
 from esper.compare.results.plan import Plan, changes, load_plan, make_plan, parse_plan, save_plan
-from esper.compare.results.report import as_dict, show, write_json, write_results
+from esper.compare.results.report import show, write_results
 from esper.compare.results.runs import Run
-from esper.compare.statistics.gap_recovery import gap_recovery
 from esper.compare.statistics.random_draws import generator
 from esper.errors import UserError
 
@@ -336,14 +338,10 @@ def test_plans_that_cannot_be_judged_are_refused(changed: dict[str, object], wor
         plan_of(("host", "up"), **changed)
 
 
-def test_gap_recovery_is_given_only_where_there_is_a_gap() -> None:
-    rng = generator("gap")
-    small = rng.normal(0.6, 0.02, 12)
-    final, grown = small + 0.1 + rng.normal(0, 0.01, 12), small + 0.08 + rng.normal(0, 0.01, 12)
-    found = gap_recovery(small, final, grown)
-    assert found.known
-    assert found.value_interval[0] < found.value == pytest.approx(0.8, abs=0.1)
-    assert found.value < found.value_interval[1]
-    none = gap_recovery(small, small + rng.normal(0, 0.01, 12), grown)
-    assert not none.known
-    assert none.gap_interval[0] < 0 < none.gap_interval[1]
+def test_planning_and_judging_a_sweep_leave_scipy_stats_alone_which_takes_longer_to_import_than_they_take() -> None:
+    program = (
+        "import sys; from tests.compare.results.test_analysis import analyse, plan_of, runs_of\n"
+        "plan = plan_of(('a', 'b'), 15, sequential=True); plan.statement(); analyse(runs_of({'a': 0.5, 'b': 0.501}, 15), plan)\n"
+        "sys.exit('scipy.stats' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[3])

@@ -1,4 +1,4 @@
-"""A sweep as the MLflow store has it: names of tags and metrics, and reading it back."""
+"""A sweep in the MLflow store: the names of its tags and metrics, the page that shows its verdict, and reading it back."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from esper.compare.results.comparison import Comparison, Judgement, TuningResult, parse_tuning
 from esper.compare.results.plan import Plan, parse_plan
-from esper.compare.results.runs import Run
-from esper.compare.results.tuning_choice import Tuned, parse
+from esper.compare.results.runs import GROWTH, Run, costs_of
 from esper.errors import UserError
 from esper.messages import Metrics
 from esper.running.control_keys import CONTROLS
+from esper.tracking.mlflow_run import LONGEST_TAG, MAIN, NOTE_TAG, fitted, legal
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
@@ -25,23 +26,23 @@ PLAN, PLAN_DIGEST, TUNED, JOB_ERROR = "esper.plan", "esper.plan_digest", "esper.
 TUNING = "tuning"  # KIND of a run that tuned an arm
 PIECE = 4_000  # characters of such a text in one tag; the store takes 5,000
 PAGE = 1_000
-GROWTH = {"germinations": "germinated", "fossils": "fossilized", "culls": "culled"}
+VERDICT = "verdict"
 
 
-def pieces(text: str, name: str) -> dict[str, str]:
+def split_text(text: str, name: str) -> dict[str, str]:
     """A long text as tags, so that a store without its files is enough; nothing for no text."""
     return {f"{name}.{i // PIECE}": text[i : i + PIECE] for i in range(0, len(text), PIECE)}
 
 
-def joined(tags: Mapping[str, str], name: str) -> str:
-    """The text that :func:`pieces` cut; empty where there is none."""
+def join_text(tags: Mapping[str, str], name: str) -> str:
+    """The text that :func:`split_text` cut; empty where there is none."""
     numbers = sorted(int(tag.removeprefix(f"{name}.")) for tag in tags if tag.startswith(f"{name}."))
     return "".join(tags[f"{name}.{number}"] for number in numbers)
 
 
 def plan_tags(plan: str) -> dict[str, str]:
     """The plan's text and its SHA-256 as tags; nothing for no plan."""
-    return pieces(plan, PLAN) | ({PLAN_DIGEST: _digest(plan)} if plan else {})
+    return split_text(plan, PLAN) | ({PLAN_DIGEST: _digest(plan)} if plan else {})
 
 
 def _digest(text: str) -> str:
@@ -49,46 +50,13 @@ def _digest(text: str) -> str:
 
 
 def cost_values(summary: Mapping[str, Any]) -> Metrics:
-    """What a run cost, as last metrics of its MLflow run."""
+    """The cost of a run, as last metrics of its MLflow run."""
     values = {f"final/cost/{name}": value for name, value in costs_of(summary).items()}
     return Metrics(tick=int(summary.get("ticks") or 0), values=values)
 
 
-def costs_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """MACs, seconds and parameters from a run's summary, as far as they are there."""
-    found = {
-        "macs": summary.get("macs"),
-        "seconds": (summary.get("seconds") or {}).get("total"),
-        "parameters": (summary.get("parameters") or {}).get("after"),
-    }
-    return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def run_of_summary(summary: Mapping[str, Any], metric: str, arm: str, block: str, seed: int, id: str) -> Run:
-    """A job's ``summary.json`` as a run; its value is the metric on the test set, NaN where it is missing."""
-    final = (summary.get("metrics") or {}).get("final") or {}
-    value = final.get(f"test/{metric}", final.get(metric))
-    counts = summary.get("seeds") or {}
-    return Run(
-        arm=arm,
-        block=block,
-        seed=seed,
-        value=float("nan") if value is None else float(value),
-        status=str(summary.get("status", "FAILED")),
-        costs=costs_of(summary),
-        growth={name: float(counts[key]) for name, key in GROWTH.items() if key in counts},
-        alone=_alone(summary.get("control") or {}, metric),
-        id=id,
-    )
-
-
-def _alone(control: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The metric of the controls that were trained, on the test set."""
-    return {when: float(value) for when in CONTROLS if (value := (control.get(when) or {}).get(f"test/{metric}")) is not None}
-
-
 def run_of_store(stored: StoredRun, metric: str) -> Run:
-    """A child run as a run; the inverse of what :func:`cost_values` and the tracker wrote."""
+    """A run from the child run that :func:`cost_values` and the tracker wrote."""
     metrics, tags = stored.data.metrics, stored.data.tags
     value = metrics.get(f"final/test/{metric}", metrics.get(f"final/{metric}", math.nan))
     prefix = "final/cost/"
@@ -107,7 +75,7 @@ def run_of_store(stored: StoredRun, metric: str) -> Run:
 
 @contextmanager
 def reading(uri: str) -> Iterator[MlflowClient]:
-    """A client of the store at ``uri``; what breaks while it is used becomes a sentence.
+    """A client of the store at ``uri``; an error while it is used becomes a sentence.
 
     A server that is there but does not answer is given up after a minute, where MLflow would try for a quarter of an
     hour; its own environment variables win.
@@ -151,7 +119,7 @@ def find_sweep(client: MlflowClient, sweep: str) -> StoredRun:
     return found[0]
 
 
-def children(client: MlflowClient, parent: StoredRun) -> list[StoredRun]:
+def job_runs(client: MlflowClient, parent: StoredRun) -> list[StoredRun]:
     """Child runs of a sweep, the newest attempt of every job; deleted ones are not among them."""
     found = _search(client, [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     newest: dict[tuple[str, str, str], StoredRun] = {}
@@ -168,7 +136,7 @@ def plan_of(parent: StoredRun) -> Plan:
     Raises:
         UserError: the sweep has none (one arm only), or it cannot be read any more.
     """
-    text, sweep = joined(parent.data.tags, PLAN), parent.data.tags[SWEEP]
+    text, sweep = join_text(parent.data.tags, PLAN), parent.data.tags[SWEEP]
     if not text:
         raise UserError(f"Sweep {sweep} has no plan: it had one arm only, so there is nothing to compare.")
     try:
@@ -179,20 +147,68 @@ def plan_of(parent: StoredRun) -> Plan:
 
 def plan_untouched(parent: StoredRun) -> bool:
     """Whether the plan in the store is still the text that was saved before the sweep's first run."""
-    return parent.data.tags.get(PLAN_DIGEST) == _digest(joined(parent.data.tags, PLAN))
+    return parent.data.tags.get(PLAN_DIGEST) == _digest(join_text(parent.data.tags, PLAN))
 
 
-def tuned_of(parent: StoredRun) -> list[Tuned]:
-    """What tuning chose for every arm; empty where nothing was tuned."""
-    written = joined(parent.data.tags, TUNED)
-    return parse(written) if written else []
+def tuned_of(parent: StoredRun) -> list[TuningResult]:
+    """The results of the tuning; empty where nothing was tuned."""
+    written = join_text(parent.data.tags, TUNED)
+    return parse_tuning(written) if written else []
 
 
 def _search(client: MlflowClient, experiments: list[str], query: str) -> list[StoredRun]:
-    found, token = [], None
+    found: list[StoredRun] = []
+    token = None
     while True:
         page = client.search_runs(experiments, query, max_results=PAGE, page_token=token)
         found += page
         token = page.token
         if not token:
             return found
+
+
+def verdict_description(comparison: Comparison, plan: Plan) -> str:
+    """The sentences, the verdicts as a table, and the notes, in Markdown."""
+    parts = [f"**Exploratory:** {'; '.join(comparison.exploratory)}."] if comparison.exploratory else []
+    parts += [f"**{line}**" for line in comparison.conclusion]
+    parts.append("\n".join(f"- {row.sentence}" for row in comparison.verdicts))
+    lines = [f"| arm | verdict | {plan.metric}, better by | interval | p | pairs |", "|---|---|---|---|---|---|"]
+    for row in comparison.verdicts:
+        low, high = row.interval
+        cells = (_called(row), row.verdict, f"{row.difference:+.3g}", f"{low:+.2g} … {high:+.2g}", f"{_p(row):.2g}", row.pairs)
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    parts.append("\n".join(lines))
+    parts += [f"- {note}" for note in comparison.notes]
+    return fitted("\n\n".join(parts), LONGEST_TAG)
+
+
+def verdict_tags(comparison: Comparison, plan: Plan) -> dict[str, str]:
+    """The description, and ``verdict`` in a word an arm, so that a list of sweeps can be filtered by it."""
+    words = [f"{_called(row)}: {row.verdict}" for row in comparison.verdicts]
+    said = words[0].rpartition(": ")[2] if len(words) == 1 else "; ".join(words)
+    return {NOTE_TAG: verdict_description(comparison, plan), VERDICT: fitted(said, LONGEST_TAG), "reference": plan.reference}
+
+
+def verdict_metrics(comparison: Comparison, plan: Plan) -> dict[str, float]:
+    """``0_main/<arm> effect``, ``… interval_low``, ``… interval_high``, ``… p`` and ``… pairs``; the mean of every arm below ``arm/``.
+
+    The effect is positive where the arm is better than the reference. Numbers that do not exist are left out.
+    """
+    found: dict[str, float] = {}
+    for row in comparison.verdicts:
+        values = {"effect": row.difference, "interval_low": row.interval[0], "interval_high": row.interval[1], "p": _p(row)}
+        found |= {f"{MAIN}/{_called(row)} {name}": value for name, value in (values | {"pairs": float(row.pairs)}).items()}
+    for arm in comparison.arms:
+        found[f"arm/{' '.join(filter(None, (arm.arm, arm.block)))}/{plan.metric}"] = arm.mean
+    for one in comparison.tuned:
+        found |= one.numbers()
+    return {legal(name): value for name, value in found.items() if math.isfinite(value)}
+
+
+def _called(row: Judgement) -> str:
+    return " ".join(filter(None, (row.arm, row.block)))
+
+
+def _p(row: Judgement) -> float:
+    """The p-value, after Holm, that the verdict rests on."""
+    return row.p_equivalent if row.verdict == "equivalent" else row.p_holm

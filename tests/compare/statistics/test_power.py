@@ -1,43 +1,12 @@
-"""Corrections and summaries against the libraries that define them."""
+"""Statements of power against the library that defines it, and against the test itself."""
 
 import numpy as np
 import pytest
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from esper.compare.statistics.corrections import holm, holm_levels, iqm, probability_of_improvement
-from esper.compare.statistics.power import centred, detectable, fewest_pairs, lattice, needed_pairs, power
-from esper.compare.statistics.random_draws import generator
+from esper.compare.statistics.power import detectable, fewest_pairs, needed_pairs, power
+from esper.compare.statistics.random_draws import centred, common_step, generator
 from esper.compare.statistics.sequential import crossing_look, look_pairs
-
-
-def test_holm_equals_statsmodels_also_side_by_side() -> None:
-    p = generator("test").uniform(0, 0.2, (5, 20))
-    expected = np.stack([multipletests(column, method="holm")[1] for column in p.T], axis=1)
-    np.testing.assert_allclose(holm(p), expected)
-
-
-def test_a_comparison_is_rejected_by_holm_exactly_where_its_p_reaches_the_level_that_holm_leaves_it() -> None:
-    def levels(*p: float) -> list[float]:
-        return holm_levels(np.array(p), holm(np.array(p)), 0.05).tolist()
-
-    assert levels(0.001, 0.03, 0.02) == [0.05 / 3, 0.05, 0.05 / 2]
-    assert levels(*[1e-6] * 4) == [0.05 / 4, 0.05 / 3, 0.05 / 2, 0.05]
-    assert levels(0.4, 0.001, 0.3, 0.5) == [0.05 / 3, 0.05 / 4, 0.05 / 3, 0.05 / 3]
-    for p in generator("levels").choice([0.0001, 0.004, 0.01, 0.02, 0.03, 0.05, 0.3], (200, 5)):
-        np.testing.assert_array_equal(holm(p) <= 0.05, p <= levels(*p))
-
-
-def test_interquartile_mean_ignores_the_outer_quarters() -> None:
-    assert iqm(np.array([-100.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 900.0])) == pytest.approx(3.5)
-
-
-def test_probability_of_improvement_is_that_of_pairs_and_counts_ties_half() -> None:
-    levels = np.array([0.1, 0.5, 0.9, 0.3])  # far apart between the seeds, and the arm is better within each but one
-    better = levels + np.array([0.01, 0.01, 0.01, 0.0])
-    assert probability_of_improvement(better - levels, np.full(4, 1e-12)) == 7 / 8
-    assert probability_of_improvement(levels - better, np.full(4, 1e-12)) == 1 / 8
-    assert probability_of_improvement(np.array([0.3 - 0.2 - 0.1]), np.array([1e-15])) == 1 / 2
 
 
 def test_fifteen_pairs_find_eight_tenths_with_eighty_percent() -> None:
@@ -83,9 +52,9 @@ def test_a_pilots_ties_are_kept_when_power_is_stated_from_it() -> None:
     rng = generator("test")
     counts = rng.binomial(360, 0.95, (2, 400)) / 360
     tied, smooth = counts[1] - counts[0], rng.normal(0.0, 0.016, 400)
-    assert lattice(tied) == pytest.approx(1 / 360)
-    assert lattice(smooth) == 0.0
-    assert lattice(np.zeros(0)) == lattice(np.zeros(3)) == 0.0
+    assert common_step(tied) == pytest.approx(1 / 360)
+    assert common_step(smooth) == 0.0
+    assert common_step(np.zeros(0)) == common_step(np.zeros(3)) == 0.0
     np.testing.assert_allclose(np.round(centred(tied + 0.0123) * 360, 6) % 1, np.round((centred(tied + 0.0123) * 360)[0] % 1, 6))
     coarse = tuple((np.round(tied * 360 / 12) * 12 / 360).tolist())
     effect = detectable(8, 0.8, 0.05, 2)

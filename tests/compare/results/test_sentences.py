@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from esper.compare.results.analysis import Judged, analyse
+from esper.compare.results.analysis import analyse
+from esper.compare.results.comparison import Judgement
 from esper.compare.results.figures import draw
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import Run
-from esper.compare.statistics.pairs_needed import spread_interval
-from esper.compare.statistics.power import needed_pairs
+from esper.compare.statistics.power import needed_pairs, spread_interval
 from esper.compare.statistics.random_draws import generator
 
 DIGITS = {"task": "digits", "model": "mlp", "samples": 360}
@@ -30,7 +30,7 @@ def runs_of(differences: dict[str, list[float]], block: str = "") -> list[Run]:
     return runs + [Run(arm, seed, 0.5 + value, block) for arm, values in differences.items() for seed, value in enumerate(values)]
 
 
-def judged(differences: list[float], **changed: object) -> Judged:
+def judged(differences: list[float], **changed: object) -> Judgement:
     return analyse(runs_of({"up": differences}), plan_of(len(differences), **changed)).verdicts[0]
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from esper.compare.results.mlflow_records import ARM, SEED
-from esper.compare.sweep.store_process import Store
-from esper.compare.sweep.store_writer import Writer, labels, serve_run
+from esper.compare.results.mlflow_sweep import ARM, SEED
+from esper.compare.sweep.mlflow_process import MlflowProcess
+from esper.compare.sweep.mlflow_writer import SweepWriter, axis_labels, serve_run
 from esper.errors import UserError
 from esper.tracking import MlflowConfig, RunRecord, frames
 
@@ -27,7 +27,7 @@ def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(sai
     folder = tmp_path / "0"
     folder.mkdir()
     opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
-    writer = Writer({**opening, "sweep": "s", "folder": str(tmp_path), "plan": "", "jobs": {str(folder): {"arm": "a", "seed": "0"}}})
+    writer = SweepWriter({**opening, "sweep": "s", "folder": str(tmp_path), "plan": "", "jobs": {str(folder): {"arm": "a", "seed": "0"}}})
     ours, theirs = socket.socketpair()
     with theirs, theirs.makefile("rwb") as end:
         serving = threading.Thread(target=serve_run, args=(writer, end))
@@ -50,16 +50,16 @@ def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(sai
 def test_a_sweep_whose_parent_run_was_deleted_says_how_to_go_on(tmp_path: Path) -> None:
     opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
     opening |= {"ask": "open", "sweep": "s", "folder": str(tmp_path), "plan": "", "jobs": {}}
-    writer, never = Writer(opening), "0" * 32
+    writer, never = SweepWriter(opening), "0" * 32
     with pytest.raises(UserError, match=rf"run {never} is no longer in sqlite:.*hydra\.sweep\.dir="):
-        Writer(opening | {"parent": never})
+        SweepWriter(opening | {"parent": never})
     writer.client.delete_run(writer.parent)
-    command = [sys.executable, "-m", "esper.compare.sweep.store_writer", str(tmp_path / "w")]
+    command = [sys.executable, "-m", "esper.compare.sweep.mlflow_writer", str(tmp_path / "w")]
     request = json.dumps(opening | {"parent": writer.parent}) + "\n"
     done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
     answer = json.loads(done.stdout)["refused"]
     assert f"mlflow runs restore --run-id {writer.parent}" in answer and "hydra.sweep.dir=" in answer and "Mlflow" not in answer
-    asked: Any = Store.__new__(Store)
+    asked: Any = MlflowProcess.__new__(MlflowProcess)
     asked._process = SimpleNamespace(stdin=StringIO(), stdout=StringIO(done.stdout))
     with pytest.raises(UserError) as refused:
         asked._ask({})
@@ -76,14 +76,14 @@ def test_a_sweep_whose_parent_run_was_deleted_says_how_to_go_on(tmp_path: Path) 
     ],
 )
 def test_arms_can_be_told_apart_by_the_ten_letters_that_parallel_coordinates_show(arms: list[str], shown: list[str]) -> None:
-    assert [label[:10] for label in labels(arms).values()] == shown and list(labels(arms)) == arms
+    assert [label[:10] for label in axis_labels(arms).values()] == shown and list(axis_labels(arms)) == arms
 
 
 def test_a_run_has_what_the_arms_differ_in_as_parameters_also_where_it_is_the_default(tmp_path: Path) -> None:
     both = {"controller.script": [], "optimizer.lr": 0.003}
     plan = json.dumps({"arms": {"a": {**both, "grafting.max_hold": 2.0}, "b": both}})
     opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
-    writer = Writer(opening | {"sweep": "s", "folder": str(tmp_path), "plan": plan, "jobs": {str(tmp_path): {ARM: "a"}}})
+    writer = SweepWriter(opening | {"sweep": "s", "folder": str(tmp_path), "plan": plan, "jobs": {str(tmp_path): {ARM: "a"}}})
     run = writer.client.create_run(writer.experiment).info.run_id
     config = {"seed": 3, "optimizer": {"lr": 0.003, "name": "adamw"}, "controller": {"script": ["x" * 300]}, "grafting": {"max_hold": 2.0}}
     for _ in range(2):  # a run that goes on is described again

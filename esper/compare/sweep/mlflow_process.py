@@ -1,4 +1,4 @@
-"""The sweep's side of its store process: starting it, asking it, ending it."""
+"""The sweep's side of the process that writes to MLflow: starting it, asking it, ending it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import esper
-from esper.compare.results.mlflow_records import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, pieces
+from esper.compare.results.comparison import tuning_text
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, split_text
 from esper.compare.results.plan import saved_text
-from esper.compare.results.tuning_choice import text
-from esper.compare.sweep.process_pool import by_hand
-from esper.compare.sweep.tuning import TuningJob
+from esper.compare.sweep.sweep import PreparedJob, Sweep, TuningJob
+from esper.compare.sweep.worker_pool import interrupted_by_user
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
 from esper.tracking.shared import SOCKET
 from esper.tracking.store_check import check_store
-
-if TYPE_CHECKING:
-    from esper.compare.sweep.jobs import Prepared
-    from esper.compare.sweep.sweep import Sweep
 
 LOG = "tracker.log"
 STOP_S = 30.0  # how long its process may take to end once everything is written
 CLOSE_S = 4.0  # how long ending the sweep's runs in the store may take after Ctrl-C
 
 
-class Store:
+class MlflowProcess:
     """The MLflow process of a sweep; does nothing where ``tracking`` is not MLflow.
 
     Use as a context: leaving it ends the parent run with ``status``, so that none stays RUNNING.
@@ -43,14 +39,14 @@ class Store:
         self.sweep = sweep
         self.status = "FAILED"
         self.files: list[Path] = []
-        self.numbers: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         self.tags: dict[str, str] = {}
         self._config = sweep.jobs[0].config.tracking
         self._process: subprocess.Popen[str] | None = None
         self._opened = False
         self.environment: dict[str, str] = {}
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> MlflowProcess:
         if not isinstance(self._config, MlflowConfig):
             return self
         check_store(self._config, self.sweep.jobs[0].config.output)
@@ -65,7 +61,7 @@ class Store:
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         with (self.sweep.folder / LOG).open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "esper.compare.sweep.store_writer", path],
+                [sys.executable, "-m", "esper.compare.sweep.mlflow_writer", path],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
@@ -82,13 +78,13 @@ class Store:
             if kind is None:
                 raise
         finally:
-            self._stop(self._process, 0.0 if by_hand(kind) else STOP_S)
+            self._stop(self._process, 0.0 if interrupted_by_user(kind) else STOP_S)
             self._home.cleanup()
 
     @contextlib.contextmanager
     def _in_time(self, kind: type[BaseException] | None) -> Iterator[None]:
-        """Within, after Ctrl-C: the process is ended when it takes long; what it has not written is brought when the sweep goes on."""
-        if not by_hand(kind):
+        """After Ctrl-C the process is killed if it takes long; the sweep writes the rest when it is resumed."""
+        if not interrupted_by_user(kind):
             yield
             return
         assert self._process is not None
@@ -102,11 +98,11 @@ class Store:
             timer.cancel()
 
     def _end_parent(self) -> None:
-        """A process of its own ends the parent run that one that was killed has left RUNNING."""
+        """A new process ends the parent run that a killed one has left RUNNING."""
         assert self._process is not None
         self._stop(self._process, STOP_S)
         self._process = self._start(self.environment[SOCKET])
-        self.status, self.files, self.numbers, self.tags = "FAILED", [], {}, {}
+        self.status, self.files, self.metrics, self.tags = "FAILED", [], {}, {}
         self.open()
         self._close()
 
@@ -136,25 +132,25 @@ class Store:
                 "name": sweep.name,
                 "folder": str(sweep.folder.resolve()),
                 "plan": saved_text(sweep.folder) if sweep.plan else "",
-                "jobs": {str(one.folder.resolve()): self._tags(one) for one in (*sweep.jobs, *sweep.trials)},
+                "jobs": {str(one.folder.resolve()): self._tags(one) for one in (*sweep.jobs, *sweep.tuning_jobs)},
             }
         )
         sweep.parent, self._opened = answer["parent"], True
 
-    def _tags(self, one: Prepared) -> dict[str, str]:
+    def _tags(self, one: PreparedJob) -> dict[str, str]:
         job = one.job
         kind = {KIND: TUNING} if isinstance(job, TuningJob) else {}
         return kind | {"name": job.label, SWEEP: self.sweep.id, ARM: job.arm, BLOCK: job.block, SEED: str(job.seed)}
 
-    def failed(self, one: Prepared, error: str) -> None:
+    def failed(self, one: PreparedJob, error: str) -> None:
         """Record a job that failed, also one that never reached the store itself."""
         if self._process is not None:
             self._ask({"ask": "failed", "folder": str(one.folder), "error": error})
 
     def _close(self) -> None:
-        tags = self.tags | {"esper.failed_jobs": str(len(self.sweep.failures))} | pieces(text(self.sweep.tuned.values()), TUNED)
+        tags = self.tags | {"esper.failed_jobs": str(len(self.sweep.failures))} | split_text(tuning_text(self.sweep.tuned.values()), TUNED)
         files = [str(path) for path in self.files]
-        self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.numbers, "tags": tags})
+        self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.metrics, "tags": tags})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         process = self._process

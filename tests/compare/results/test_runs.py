@@ -1,36 +1,10 @@
-"""Whole sweeps, and what the verdict may never do."""
+"""How the runs of a sweep pair up by seed."""
 
 import numpy as np
 import pytest
 
 from esper.compare.results.runs import Run, pair, pool
-from esper.compare.results.verdict import Verdict, classify, verdicts
-from esper.compare.statistics.random_draws import generator
 from esper.errors import UserError
-
-
-def test_identical_arms_are_called_better_in_five_of_a_hundred_sweeps_at_most() -> None:
-    runs = generator("test").lognormal(0.0, 1.0, (8, 4, 3_000))
-    codes = verdicts(runs[:, 1:] - runs[:, :1], 0.01, 0.05)
-    wrong = np.isin(codes, (Verdict.A_BETTER, Verdict.B_BETTER)).any(axis=0).mean()
-    assert wrong < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 3_000)
-
-
-def test_arms_apart_by_the_margin_are_called_equivalent_in_five_of_a_hundred_at_most() -> None:
-    runs = generator("test").normal(0.0, 1.0, (10, 3, 3_000))
-    codes = verdicts(runs[:, 1:] - runs[:, :1] + 2.0, 2.0, 0.05)
-    assert (codes == Verdict.EQUIVALENT).any(axis=0).mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 3_000)
-
-
-def test_a_sure_difference_too_small_to_matter_is_equivalent() -> None:
-    sure_and_small = np.full((10, 1, 1), 0.001) + generator("test").normal(0, 1e-4, (10, 1, 1))
-    assert verdicts(sure_and_small, 0.01, 0.05)[0, 0] == Verdict.EQUIVALENT
-    assert verdicts(sure_and_small, 0.0001, 0.05)[0, 0] == Verdict.B_BETTER
-    assert verdicts(-sure_and_small, 0.0001, 0.05)[0, 0] == Verdict.A_BETTER
-
-
-def test_nothing_sure_is_inconclusive() -> None:
-    assert classify(np.array([1.0]), np.array([0.2]), np.array([0.2]), 0.05)[0] == Verdict.INCONCLUSIVE
 
 
 def runs_of(arm: str, values: list[float], block: str = "", status: str = "FINISHED") -> list[Run]:

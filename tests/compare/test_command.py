@@ -14,15 +14,15 @@ import pytest
 
 from esper.compare.command import main as compare
 from esper.compare.results.analysis import analyse
-from esper.compare.results.mlflow_records import (
+from esper.compare.results.mlflow_sweep import (
     ARM,
     BLOCK,
     KIND,
     PLAN,
     SEED,
     SWEEP,
-    children,
     find_sweep,
+    job_runs,
     plan_of,
     plan_tags,
     plan_untouched,
@@ -76,7 +76,7 @@ def test_a_sweep_comes_back_with_its_plan_however_long(client: Any, fill: Fill) 
     parent = find_sweep(client, "s1")
     assert sum(name.startswith(PLAN) for name in parent.data.tags) > 1
     assert plan_of(parent).arms == ARMS
-    runs = [run_of_store(run, "accuracy") for run in children(client, parent)]
+    runs = [run_of_store(run, "accuracy") for run in job_runs(client, parent)]
     assert len(runs) == 12
     assert (runs[0].costs, runs[0].growth) == ({"macs": 1000.0}, {"germinations": 4.0})
     assert analyse(runs, plan_of(parent)).verdicts[0].verdict == "B better"
@@ -110,9 +110,9 @@ def test_a_plan_that_an_earlier_version_wrote_is_not_taken_for_an_edited_one(cli
 def test_a_deleted_run_is_missed_and_said(client: Any, fill: Fill) -> None:
     fill("s2", "second", pairs=7)
     parent = find_sweep(client, "second")
-    gone = next(run for run in children(client, parent) if run.data.tags[SEED] == "3")
+    gone = next(run for run in job_runs(client, parent) if run.data.tags[SEED] == "3")
     client.delete_run(gone.info.run_id)
-    result = analyse([run_of_store(run, "accuracy") for run in children(client, parent)], plan_of(parent))
+    result = analyse([run_of_store(run, "accuracy") for run in job_runs(client, parent)], plan_of(parent))
     assert result.exploratory == ["6 of 7 planned pairs are there"]
     assert any("[3]" in note for note in result.notes)
 
@@ -123,7 +123,7 @@ def test_a_second_attempt_replaces_the_first_and_a_failed_run_counts(client: Any
     tags = {SWEEP: "s3", ARM: "grown", BLOCK: "", SEED: "0", "mlflow.parentRunId": parent_id}
     late = client.create_run(parent.info.experiment_id, tags=tags, start_time=2**42)
     client.set_terminated(late.info.run_id, "FAILED")
-    runs = [run_of_store(run, "accuracy") for run in children(client, parent)]
+    runs = [run_of_store(run, "accuracy") for run in job_runs(client, parent)]
     assert len(runs) == 12
     assert [run.id for run in runs if run.failed] == [late.info.run_id]
 
@@ -132,7 +132,7 @@ def test_an_interrupted_run_is_no_failed_one(
     client: Any, fill: Fill, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fill("s10", "tenth", pairs=7)
-    (stopped,) = (run for run in children(client, find_sweep(client, "s10")) if (run.data.tags[ARM], run.data.tags[SEED]) == ("host", "6"))
+    (stopped,) = (run for run in job_runs(client, find_sweep(client, "s10")) if (run.data.tags[ARM], run.data.tags[SEED]) == ("host", "6"))
     client.set_terminated(stopped.info.run_id, "KILLED")
     assert compare(["sweep=s10", f"uri=sqlite:///{folder}/mlflow.db", f"output={tmp_path}", "figures=false"]) == 0
     said = " ".join(capsys.readouterr().out.split())

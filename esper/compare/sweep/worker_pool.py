@@ -1,4 +1,4 @@
-"""Worker processes that are kept for the whole sweep, one job at a time each."""
+"""The worker processes of a sweep, each of which runs one job after another."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import esper
-from esper.compare.sweep.job_process import SAVED
+from esper.compare.sweep.worker import SAVED
 from esper.errors import Terminated
 
 DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
-SAVE_S = 25.0  # how long all jobs together may take to save what they did, after a scheduler's SIGTERM, which leaves 30 s
-LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: what is killed then goes on from its newest checkpoint
-
+SAVE_S = 25.0  # how long all jobs together may take to save their state after a scheduler's SIGTERM, which leaves 30 s
+LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: a job that is killed then resumes from its newest checkpoint
 Request = dict[str, Any]
 Answer = dict[str, Any]
 
 
-class Worker:
+class WorkerProcess:
     """One process; ``ask`` blocks its caller until the answer is there."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -44,7 +43,7 @@ class Worker:
         root = str(Path(esper.__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         return subprocess.Popen(
-            [sys.executable, "-m", "esper.compare.sweep.job_process", str(os.getpid())],
+            [sys.executable, "-m", "esper.compare.sweep.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -61,7 +60,8 @@ class Worker:
             process.stdin.flush()
         line = process.stdout.readline()
         if line:
-            return json.loads(line)
+            answer: Answer = json.loads(line)
+            return answer
         code = process.wait()
         with self._lock:
             if not self._over:
@@ -70,47 +70,47 @@ class Worker:
         return {"status": "FAILED", "error": f"the worker process {how}", "seconds": 0.0}
 
     def stop(self) -> None:
-        """End the process, and with SIGTERM the run that it is at; none takes its place."""
+        """Send SIGTERM, which ends the run under way; no other process takes its place."""
         with self._lock:
             self._over = True
             self._process.terminate()
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the end; kill what does not come to one. Whether what its job did is saved."""
+        """Wait for the process to end, and kill it after ``seconds``; whether its job has saved its state."""
         try:
             code = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
             code = self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in filter(None, (self._process.stdin, self._process.stdout)):
             with contextlib.suppress(BrokenPipeError):
-                pipe.close()  # type: ignore[union-attr]
+                pipe.close()
         return code in (0, SAVED, -signal.SIGTERM)  # the last one had not even begun to listen
 
     def kill(self) -> None:
-        """End the process whatever it is at."""
+        """Kill the process at once."""
         self._process.kill()
 
 
-class Workers:
+class WorkerPool:
     """As many workers as there are environments. Use as a context: leaving it ends the processes.
 
-    ``saved`` tells afterwards whether every job that was under way then has saved what it did.
+    ``saved`` tells afterwards whether every job that was under way has saved its state.
     """
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
-        self._workers = [Worker(environment) for environment in environments]
+        self._workers = [WorkerProcess(environment) for environment in environments]
         self._stopping = False
         self.saved = False
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stopping = True
         for worker in self._workers:
             worker.stop()
-        deadline = time.monotonic() + (LEAVE_S if by_hand(kind) else SAVE_S)
+        deadline = time.monotonic() + (LEAVE_S if interrupted_by_user(kind) else SAVE_S)
         try:
             saved = [worker.wait(max(0.0, deadline - time.monotonic())) for worker in self._workers]
         except KeyboardInterrupt:  # a second one
@@ -126,13 +126,13 @@ class Workers:
     def run(self, requests: Sequence[Request], started: Callable[[int], None] = lambda index: None) -> Iterator[tuple[int, Answer]]:
         """Run all requests, as many at once as there are workers; yields (index, answer) as they come in.
 
-        Ending the iteration early leaves what has not begun undone and waits for what has.
+        Ending the iteration early drops the requests that have not begun and waits for those that have.
         """
         waiting = deque(enumerate(requests))
-        answers: queue.SimpleQueue[tuple[Worker, int, Answer]] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[WorkerProcess, int, Answer]] = queue.SimpleQueue()
         busy = 0
 
-        def begin(worker: Worker) -> int:
+        def begin(worker: WorkerProcess) -> int:
             if not waiting:
                 return 0
             index, request = waiting.popleft()
@@ -154,19 +154,19 @@ class Workers:
             raise
 
 
-def by_hand(kind: type[BaseException] | None) -> bool:
-    """Whether it was Ctrl-C that ended it."""
+def interrupted_by_user(kind: type[BaseException] | None) -> bool:
+    """Whether this exception is that of Ctrl-C."""
     return kind is not None and issubclass(kind, KeyboardInterrupt) and not issubclass(kind, Terminated)
 
 
-def _next(answers: queue.SimpleQueue[tuple[Worker, int, Answer]]) -> tuple[Worker, int, Answer]:
+def _next(answers: queue.SimpleQueue[tuple[WorkerProcess, int, Answer]]) -> tuple[WorkerProcess, int, Answer]:
     """The next answer; wakes up now and then so that Ctrl-C is seen while waiting."""
     while True:
         with contextlib.suppress(queue.Empty):
             return answers.get(timeout=0.5)
 
 
-def environments(workers: int, threads: int, gpu: bool = True) -> list[dict[str, str]]:
+def worker_environments(workers: int, threads: int, gpu: bool = True) -> list[dict[str, str]]:
     """One environment a worker: one worker per GPU where there are any, else one per core.
 
     Args:
@@ -183,7 +183,7 @@ def environments(workers: int, threads: int, gpu: bool = True) -> list[dict[str,
 def _gpus() -> list[str]:
     """The GPUs that this process may use, without importing torch where there is no NVIDIA driver.
 
-    As CUDA reads ``CUDA_VISIBLE_DEVICES``: what follows the first word that names no device (``-1``, ``NoDevFiles``) is hidden.
+    As CUDA reads ``CUDA_VISIBLE_DEVICES``: the first word that names no device (``-1``, ``NoDevFiles``) and all after it are hidden.
     """
     if not DRIVER.exists():
         return []

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from esper.compare.sweep import launch
-from esper.compare.sweep import process_pool as workers
-from esper.compare.sweep import store_process as tracking
-from esper.compare.sweep.process_pool import Worker, Workers, _gpus, environments
+from esper.compare.sweep import mlflow_process as tracking
+from esper.compare.sweep import worker_pool as workers
+from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, worker_environments
 from esper.errors import Terminated
 
 CORES = len(os.sched_getaffinity(0))
@@ -25,18 +25,18 @@ CORES = len(os.sched_getaffinity(0))
 )
 def test_workers_take_the_gpus_in_turn_and_by_default_one_each(asked: int, seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_gpus", lambda: ["0", "1"])
-    found = environments(asked, threads=3)
+    found = worker_environments(asked, threads=3)
     assert [one["CUDA_VISIBLE_DEVICES"] for one in found] == seen
     assert all(one["OMP_NUM_THREADS"] == one["MKL_NUM_THREADS"] == one["OPENBLAS_NUM_THREADS"] == "3" for one in found)
 
 
 def test_without_a_gpu_or_without_use_for_one_there_is_a_worker_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_gpus", lambda: ["0", "1", "2"])
-    assert len(environments(0, 1, gpu=False)) == CORES
-    assert not any("CUDA_VISIBLE_DEVICES" in one for one in environments(7, 1, gpu=False))
+    assert len(worker_environments(0, 1, gpu=False)) == CORES
+    assert not any("CUDA_VISIBLE_DEVICES" in one for one in worker_environments(7, 1, gpu=False))
     monkeypatch.setattr(workers, "_gpus", list)
-    assert len(environments(0, 1)) == CORES
-    assert not any("CUDA_VISIBLE_DEVICES" in one for one in environments(7, 1))
+    assert len(worker_environments(0, 1)) == CORES
+    assert not any("CUDA_VISIBLE_DEVICES" in one for one in worker_environments(7, 1))
 
 
 @pytest.mark.parametrize(("device", "gpu"), [("cpu", False), ("auto", True)])
@@ -44,7 +44,7 @@ def test_a_sweep_on_the_cpu_leaves_the_gpus_alone(device: str, gpu: bool, tmp_pa
     from esper.app import main
 
     asked: list[Any] = []
-    monkeypatch.setattr(launch, "environments", lambda *given: asked.append(given) or [{}])
+    monkeypatch.setattr(launch, "worker_environments", lambda *given: asked.append(given) or [{}])
     monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: None)
     monkeypatch.chdir(tmp_path)
     main(["-m", "seed=0,1", "tracking=none", f"trainer.device={device}", "hydra.launcher.workers=5", "hydra.launcher.threads=2"])
@@ -60,7 +60,7 @@ def environment_of(process: int) -> list[bytes]:
 
 def test_every_worker_process_sees_the_gpu_that_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_gpus", lambda: ["4", "GPU-7f"])
-    with Workers(environments(0, 2)) as running:
+    with WorkerPool(worker_environments(0, 2)) as running:
         variables = [environment_of(one._process.pid) for one in running._workers]
     assert [[v for v in one if v.startswith(b"CUDA_VISIBLE_DEVICES=")] for one in variables] == [
         [b"CUDA_VISIBLE_DEVICES=4"],
@@ -102,9 +102,9 @@ def test_without_a_driver_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     assert _gpus() == []
 
 
-def frozen(count: int) -> Workers:
+def frozen(count: int) -> WorkerPool:
     """Worker processes that a stop signal keeps from answering anything, SIGTERM too."""
-    workers = Workers([{}] * count)
+    workers = WorkerPool([{}] * count)
     for one in workers._workers:
         while not caught(one._process.pid) >> (signal.SIGTERM - 1) & 1:
             time.sleep(0.01)
@@ -127,8 +127,8 @@ def test_all_jobs_together_have_so_much_time_to_end_and_what_does_not_is_killed(
     monkeypatch.setattr(workers, "SAVE_S", 9000.0)
     monkeypatch.setattr(workers, allowed, 0.2)
     given: list[float] = []
-    wait = Worker.wait
-    monkeypatch.setattr(Worker, "wait", lambda self, seconds: given.append(seconds) or wait(self, seconds))
+    wait = WorkerProcess.wait
+    monkeypatch.setattr(WorkerProcess, "wait", lambda self, seconds: given.append(seconds) or wait(self, seconds))
     with pytest.raises(stop), (running := frozen(3)):
         raise stop
     assert [one._process.returncode for one in running._workers] == [-signal.SIGKILL] * 3 and not running.saved
@@ -136,12 +136,12 @@ def test_all_jobs_together_have_so_much_time_to_end_and_what_does_not_is_killed(
 
 
 def test_a_second_ctrl_c_ends_them_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def again(self: Worker, seconds: float) -> bool:
+    def again(self: WorkerProcess, seconds: float) -> bool:
         raise KeyboardInterrupt
 
     running = frozen(2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), running:
-        patch.setattr(Worker, "wait", again)
+        patch.setattr(WorkerProcess, "wait", again)
         raise KeyboardInterrupt
     assert [one._process.wait() for one in running._workers] == [-signal.SIGKILL] * 2
 

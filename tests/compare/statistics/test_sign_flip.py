@@ -9,10 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from esper.compare.results.runs import rounding
 from esper.compare.statistics.random_draws import generator
 from esper.compare.statistics.sequential import crossing_look, sequential_p
-from esper.compare.statistics.sign_flip import EXACT_PAIRS, FLIPS, equivalence, finest_level, flips_for, interval, sign_flip, sign_patterns
+from esper.compare.statistics.sign_flip import (
+    EXACT_PAIRS,
+    FLIPS,
+    equivalence,
+    finest_level,
+    flips_for,
+    interval,
+    rounding,
+    sign_flip,
+    sign_patterns,
+)
 
 
 def brute(data: np.ndarray) -> float:

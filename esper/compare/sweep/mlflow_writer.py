@@ -1,4 +1,4 @@
-"""``python -m esper.compare.sweep.store_writer``: the one process that writes a sweep to the MLflow store.
+"""``python -m esper.compare.sweep.mlflow_writer``: the one process that writes a sweep to the MLflow store.
 
 Jobs send the frames of ``esper.tracking.frames`` over a Unix socket, a connection a run; the sweep itself asks over
 standard input, a JSON line a request. Every access to the store happens under one lock, so that jobs that run at the
@@ -19,11 +19,11 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import msgspec
 
-from esper.compare.results.mlflow_records import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
 from esper.errors import UserError
 from esper.tracking import frames
 from esper.tracking.mlflow_run import LONGEST_TAG, NAMES, MlflowRun, fitted, legal
@@ -34,7 +34,7 @@ SHOWN = 10  # characters of a name that MLflow's parallel coordinates show
 LONGEST = 250  # characters of a setting that is worth an axis
 
 
-def labels(arms: Sequence[str]) -> dict[str, str]:
+def axis_labels(arms: Sequence[str]) -> dict[str, str]:
     """The arms' names, or, where these begin alike, their values alone; numbered where nothing else keeps them apart."""
     values = [re.sub(r"(^| )[^ =]+=", r"\1", arm) for arm in arms]
     for names in (list(arms), values):
@@ -43,13 +43,13 @@ def labels(arms: Sequence[str]) -> dict[str, str]:
     return {arm: f"{number} {value}" for number, (arm, value) in enumerate(zip(arms, values, strict=True), 1)}
 
 
-class Writer:
+class SweepWriter:
     """The parent run and the children of one sweep."""
 
     def __init__(self, opening: Mapping[str, Any]) -> None:
         self.lock = threading.Lock()
         self.jobs: dict[str, dict[str, str]] = opening["jobs"]
-        self.labels = labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
+        self.labels = axis_labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
         arms = json.loads(opening["plan"])["arms"] if opening["plan"] else {}
         self.differing = sorted(set.intersection(*map(set, arms.values()))) if arms else []  # an axis needs a value of every arm
         self.uri: str = opening["uri"]
@@ -63,7 +63,7 @@ class Writer:
             self.client.set_tag(self.parent, name, piece)
 
     def _begin(self) -> None:
-        """The parent run is RUNNING, also one that ended before.
+        """Mark the parent run RUNNING, also one that ended before.
 
         Raises:
             UserError: it was deleted, in MLflow's pages or for good.
@@ -75,10 +75,10 @@ class Writer:
         tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"]}
         started = int(time.time() * 1000)
         run = self.client.create_run(self.experiment, start_time=started, tags=tags, run_name=opening["name"])
-        return run.info.run_id
+        return str(run.info.run_id)
 
     def tags(self, folder: str) -> dict[str, str]:
-        """What the interface groups a job's run by."""
+        """The tags by which MLflow's pages group a job's run."""
         return self.jobs.get(str(Path(folder).resolve()), {})
 
     def child(self, frame: frames.Open) -> MlflowRun:
@@ -97,9 +97,9 @@ class Writer:
         return run
 
     def _describe(self, run_id: str, tags: Mapping[str, str], config: Mapping[str, Any]) -> None:
-        """Parameters that make readable axes in parallel coordinates: the arm, and what arms differ in, defaults included.
+        """Parameters that make readable axes in parallel coordinates: the arm, and the settings in which arms differ, defaults included.
 
-        A run's own parameters leave out what is as by default, which MLflow would show as unknown.
+        A run's own parameters leave out defaults, which MLflow would show as unknown.
         """
         from mlflow.entities import Param
 
@@ -111,7 +111,7 @@ class Writer:
             self.client.log_batch(run_id, params=new[start : start + NAMES])
 
     def failed(self, request: Mapping[str, Any]) -> None:
-        """A job that failed: its run says so, also where it never came to open one."""
+        """Mark the run of a job that failed; a job that never opened one gets one."""
         folder = str(Path(request["folder"]).resolve())
         self.broken.add(folder)
         known = self.opened.get(folder) or self._create_failed(folder)
@@ -121,14 +121,14 @@ class Writer:
     def _create_failed(self, folder: str) -> str:
         tags = dict(self.tags(folder)) | {"mlflow.parentRunId": self.parent, "esper.folder": folder}
         name = tags.pop("name", Path(folder).name)
-        return self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id
+        return str(self.client.create_run(self.experiment, tags=tags, run_name=name).info.run_id)
 
     def lost(self, folder: str) -> str:
-        """How a run ended whose job has gone without a word: its process broke, or the sweep was stopped."""
+        """The status of a run whose job went away without closing it: its process broke, or the sweep was stopped."""
         return "FAILED" if folder in self.broken else "KILLED"
 
     def close(self, request: Mapping[str, Any]) -> None:
-        """Log the comparison's files and numbers, and end the parent run, whatever comes; no child is left RUNNING."""
+        """Log the comparison's files and numbers, and end the parent run even if that fails; no child is left RUNNING."""
         status = "FAILED"
         try:
             for path in request["artifacts"]:
@@ -146,14 +146,14 @@ class Writer:
 
 
 def end(run: MlflowRun, status: str, summary: Mapping[str, Any]) -> None:
-    """Close a job's run. One that was interrupted goes on later: figures and model are for its end, and somebody waits for this one."""
+    """Close a job's run. An interrupted one is resumed later, so its figures and model are left out: somebody waits for this end."""
     if status == "KILLED":
         run.config = dataclasses.replace(run.config, figures=False, model=False)
     run.close(status, summary)
 
 
-def serve_run(writer: Writer, stream: BinaryIO) -> None:
-    """One job's frames until it closes; a job that goes without a word is marked KILLED, or FAILED where the sweep says so."""
+def serve_run(writer: SweepWriter, stream: BinaryIO) -> None:
+    """One job's frames until it closes; a job that goes away before is marked KILLED, or FAILED where the sweep says so."""
     run: MlflowRun | None = None
     folder = ""
     try:
@@ -195,12 +195,12 @@ def serve_run(writer: Writer, stream: BinaryIO) -> None:
                 end(run, "FAILED", {})
 
 
-def listen(writer: Writer, server: socket.socket) -> None:
-    """A thread a job, until the process ends."""
+def listen(writer: SweepWriter, server: socket.socket) -> None:
+    """Serve every job in a thread of its own, until the process ends."""
 
     def serve(connection: socket.socket) -> None:
         with connection, connection.makefile("rwb") as stream:
-            serve_run(writer, stream)  # type: ignore[arg-type]
+            serve_run(writer, cast(BinaryIO, stream))  # a socket's file is one in all but name
 
     while True:
         connection, _ = server.accept()
@@ -211,17 +211,17 @@ def main() -> int:
     """``main(path)``: serve the sweep until its close, or until its end without one, which is recorded as KILLED."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # the output of libraries goes to the log
     server = socket.socket(socket.AF_UNIX)
     Path(sys.argv[1]).unlink(missing_ok=True)  # of one that was killed
     server.bind(sys.argv[1])
     server.listen(64)
-    writer: Writer | None = None
+    writer: SweepWriter | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["ask"] == "open":
-                writer = Writer(request)
+                writer = SweepWriter(request)
                 threading.Thread(target=listen, args=(writer, server), daemon=True).start()
             else:
                 assert writer is not None

@@ -1,4 +1,4 @@
-"""From paired differences to one of four verdicts."""
+"""From p-values to one of four verdicts: Holm's correction, and the rule that combines both tests."""
 
 from __future__ import annotations
 
@@ -7,15 +7,38 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.runs import Pairs
-from esper.compare.statistics.corrections import holm
 from esper.compare.statistics.sign_flip import FLIPS, equivalence, sign_flip
 
 Array = NDArray[np.float64]
 
 
+def holm(p_values: Array) -> Array:
+    """Holm's adjusted p-values (1979) along the first axis, shape ``[comparisons, ...]``; reject where ≤ α."""
+    p = np.asarray(p_values, dtype=np.float64)
+    if not len(p):
+        return p
+    order = np.argsort(p, axis=0, kind="stable")
+    factors = np.arange(len(p), 0, -1.0).reshape((-1,) + (1,) * (p.ndim - 1))
+    stepped = np.maximum.accumulate(np.take_along_axis(p, order, axis=0) * factors, axis=0)
+    adjusted = np.empty_like(p)
+    np.put_along_axis(adjusted, order, np.minimum(stepped, 1.0), axis=0)
+    return adjusted
+
+
+def holm_levels(p_values: Array, adjusted: Array, alpha: float) -> Array:
+    """The level at which Holm's procedure tests each comparison, ``[comparisons]``, from its p-values and the adjusted ones.
+
+    The first is tested at α/k, and every rejection leaves the others its share. The others stay at the level at which the
+    procedure stopped. An interval of confidence 1 − level excludes 0 exactly where the comparison is rejected.
+    """
+    order = np.lexsort((p_values, adjusted))
+    places = np.minimum(np.argsort(order), int((adjusted <= alpha).sum()))
+    levels: Array = alpha / np.maximum(len(order) - places, 1)
+    return levels
+
+
 class Verdict(IntEnum):
-    """What a comparison of B with the reference A ends in."""
+    """The outcome of a comparison of B with the reference A."""
 
     INCONCLUSIVE = 0
     B_BETTER = 1
@@ -40,20 +63,6 @@ def classify(mean: Array, p_difference: Array, p_equivalence: Array, alpha: floa
     codes[sure & (mean < 0)] = Verdict.A_BETTER
     codes[np.asarray(p_equivalence) <= alpha] = Verdict.EQUIVALENT
     return codes
-
-
-def equivalence_of(pairs: Pairs, margin: float, flips: int = FLIPS) -> float:
-    """P-value of "the arms differ by ``margin`` or more", by TOST over the pairs in which both runs finished.
-
-    1 as soon as one arm alone failed in a pair. A failed run has no metric that could be shown to be near the other's:
-    it is worse than any value, as in worst-rank analysis (Lachin 1999, Controlled Clinical Trials 20:408) and the
-    composite strategy of ICH E9(R1), so its pair lies outside every margin. With such losses growing without bound the
-    larger of the two one-sided p-values stays at 1/4 or above, however many other pairs there are. Pairs in which both
-    runs failed show nothing and are left out here.
-    """
-    if pairs.lost.any():
-        return 1.0
-    return float(equivalence(pairs.tested[pairs.finished], margin, error=pairs.error[pairs.finished], flips=flips))
 
 
 def verdicts(
