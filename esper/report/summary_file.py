@@ -101,7 +101,7 @@ class GrownSummary(TypedDict):
 class Summary(TypedDict, total=False):
     """Everything in ``summary.json``. MACs count training alone; ``fingerprint`` knows no clock; ``bus`` counts messages of this process.
 
-    ``environment`` is that of the run's last life, ``environments`` those of all of them, each ``since`` a step.
+    ``environment`` is that of the run's last session, ``environments`` those of all of them, each ``since`` a step.
     ``kept`` and ``grown`` are there only where ``trainer.keep=better`` kept the never-grown host, ``trace``, the path of a file, where
     ``trainer.profile`` asked for one.
     """

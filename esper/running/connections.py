@@ -28,8 +28,8 @@ from esper.errors import UserError
 from esper.messages import COLUMNS, Alert, Message
 from esper.running.builders import build_controller
 from esper.tasks.base import Task
-from esper.tracking import MlflowConfig, RunRecord, Tracker, prepared_trackers
-from esper.tracking.store_check import check_store
+from esper.tracking import MlflowConfig, RunInfo, Tracker, prepared_trackers
+from esper.tracking.mlflow_store import check_store
 from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class TrackedElsewhere:
     def __init__(self, wants_model: bool) -> None:
         self.wants_model = wants_model
 
-    def open(self, record: RunRecord) -> None:
+    def open(self, info: RunInfo) -> None:
         """Nothing to prepare."""
 
     def record(self, messages: Sequence[Message]) -> None:
@@ -113,10 +113,10 @@ def refuse_untrackable(config: RootConfig, folder: Path) -> None:
         raise UserError(RELEASED.format(run=f"in {folder}"))
 
 
-def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, quiet: bool) -> None:
+def say_where(config: RootConfig, bus: Bus, info: RunInfo, folder: Path, quiet: bool) -> None:
     """Let other processes find the run's bus, and tell the user what to start."""
     if bus.local is not bus:
-        invite(folder, record.run, config.bus, msgspec.to_builtins(record))
+        invite(folder, info.run, config.bus, msgspec.to_builtins(info))
         if config.tracking.process == EXTERNAL:
             keep_all(folder / "bus" / "payloads")
     for group, program in (("controller", "control"), ("tracking", "track")):
@@ -125,15 +125,15 @@ def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, qui
 
 
 def connect_controller(
-    config: RootConfig, task: Task, bus: Bus, record: RunRecord
+    config: RootConfig, task: Task, bus: Bus, info: RunInfo
 ) -> tuple[ControllerRunner | ControlledElsewhere, Watched]:
     """Who decides, and the trainer's port. Raises UserError for settings that no controller can be built from."""
     settings, controller = config.controller, build_controller(config, task)  # where it decides elsewhere, refused here all the same
     if settings.process == EXTERNAL:
-        port = Watched(bus, record.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
+        port = Watched(bus, info.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
         return ControlledElsewhere(), port
-    runner = ControllerRunner(bus.local, record.run, controller, debug=config.trainer.debug)
-    return runner, Watched(bus, record.run, COLUMNS, runner, settings.timing)
+    runner = ControllerRunner(bus.local, info.run, controller, debug=config.trainer.debug)
+    return runner, Watched(bus, info.run, COLUMNS, runner, settings.timing)
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from esper.cli import conf
 from esper.config import GROUPS, RootConfig, config_hash, options, plain
 from esper.running.environment import git_state
 from esper.tasks.base import SETS, Task
-from esper.tracking import DatasetRecord, RunRecord, differences, readable_name
+from esper.tracking import DatasetInfo, RunInfo, differences, readable_name
 
 #: Groups whose option every run states, so that columns can be filtered by them.
 CHOSEN = ("model", "task", "controller", "blueprint", "grafting")
 
 
-def run_record(config: RootConfig, task: Task, folder: Path, started_ms: int) -> RunRecord:
+def run_record(config: RootConfig, task: Task, folder: Path, started_ms: int) -> RunInfo:
     """The identity of a run: name, tags, data set, and the parameters that differ from the defaults."""
     tree = plain(config)
     changed = differences(tree, _defaults(config))
@@ -33,7 +33,7 @@ def run_record(config: RootConfig, task: Task, folder: Path, started_ms: int) ->
         "experiment": config.experiment,
         "tags": ",".join(config.tags),
     }
-    return RunRecord(
+    return RunInfo(
         run=folder.name,
         name=readable_name(what, changed | _choices(config, chosen), config.seed, config.arm),
         folder=str(folder),
@@ -43,7 +43,7 @@ def run_record(config: RootConfig, task: Task, folder: Path, started_ms: int) ->
         changed={key: value for key, value in changed.items() if key not in {f"{group}.name" for group in CHOSEN}},
         chosen=chosen,
         tags={name: value for name, value in tags.items() if value},
-        dataset=DatasetRecord(name=task.name, digest=task.digest, description=task.description, sizes=sizes),
+        dataset=DatasetInfo(name=task.name, digest=task.digest, description=task.description, sizes=sizes),
         primary=f"validation/{task.primary}",
         direction=task.metrics[task.primary].direction,
     )

@@ -116,12 +116,12 @@ def _connected(
     life: Life,
     controls: Collection[str],
 ) -> Result:
-    record = run_record(config, task, folder, round(time.time() * 1000))
+    info = run_record(config, task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
-    say_where(config, bus, record, folder, quiet)
-    runner, port = connect_controller(config, task, bus, record)
-    trackers = TrackerRunner(bus.local, record, who)
-    progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
+    say_where(config, bus, info, folder, quiet)
+    runner, port = connect_controller(config, task, bus, info)
+    trackers = TrackerRunner(bus.local, info, who)
+    progress = TrackerRunner(bus.local, info, [] if quiet else [ProgressBar()], group="progress")
     lost: TrackerError | None = None
     ending = _Ending()
     try:
@@ -143,13 +143,13 @@ def _connected(
             if state is not None and (warning := other_versions(state, device)):
                 log.warning(warning)
                 port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
-        with _ending(ending, config, trainer, port, folder, record.run, trackers, progress, life):
+        with _ending(ending, config, trainer, port, folder, info.run, trackers, progress, life):
             with keeper.listening(), profiled(trainer, _both(life, traced, keeper), config.trainer.profile, folder) as between:
                 log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
                 trainer.fit(between)
             keeper.saver.wait()
             progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
-            ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
+            ending.summary = summarize(config, trainer, folder, info.run, "FINISHED", port.alerts)
             host = _controls(config, trainer, ending.summary, quiet, controls) if controls else None
             if config.trainer.save:
                 _save(config, trainer, host, folder / MODEL)
@@ -160,8 +160,8 @@ def _connected(
         lost = error
     finally:
         try:
-            tracked = let_them_read(config, bus, record.run, port, quiet)
-            let_payloads_go(bus, record.run, port, tracked)
+            tracked = let_them_read(config, bus, info.run, port, quiet)
+            let_payloads_go(bus, info.run, port, tracked)
             runner.close()
             bus.close()
             _count_unsent(ending.summary, port, folder)

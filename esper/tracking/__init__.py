@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from esper.tracking.config import CsvConfig, MlflowConfig, NoneConfig, tracking_uri, ui_command
-from esper.tracking.run_info import DatasetRecord, RunRecord, differences, flatten, readable_name
+from esper.tracking.run_info import DatasetInfo, RunInfo, differences, flatten, readable_name
 from esper.tracking.tracker import Tracker, TrackerError
 from esper.tracking.tracker_thread import TrackerRunner
 
@@ -17,10 +17,10 @@ CONFIGS = {"mlflow": MlflowConfig, "csv": CsvConfig, "none": NoneConfig}
 __all__ = [
     "CONFIGS",
     "CsvConfig",
-    "DatasetRecord",
+    "DatasetInfo",
     "MlflowConfig",
     "NoneConfig",
-    "RunRecord",
+    "RunInfo",
     "Tracker",
     "TrackerError",
     "TrackerRunner",
@@ -40,11 +40,10 @@ def build_trackers(config: MlflowConfig | CsvConfig | NoneConfig) -> list[Tracke
 
     trackers: list[Tracker] = [ParquetFiles()]
     if isinstance(config, MlflowConfig):
-        from esper.tracking.apart import MlflowApart
-        from esper.tracking.shared import SOCKET, MlflowShared
+        from esper.tracking.remote import SOCKET, MlflowOverSocket, MlflowSubprocess
 
         sweep = os.environ.get(SOCKET)  # set in the workers of a sweep, which share one process
-        trackers.append(MlflowShared(config, sweep) if sweep else MlflowApart(config))
+        trackers.append(MlflowOverSocket(config, sweep) if sweep else MlflowSubprocess(config))
     elif isinstance(config, CsvConfig):
         from esper.tracking.csv_files import CsvFiles
 
@@ -55,10 +54,10 @@ def build_trackers(config: MlflowConfig | CsvConfig | NoneConfig) -> list[Tracke
 @contextmanager
 def prepared_trackers(config: MlflowConfig | CsvConfig | NoneConfig, folder: Path, outputs: Path) -> Iterator[list[Tracker]]:
     """The same for a run that is about to begin: what takes a tracker long is under way from here on, and ended on leaving."""
-    from esper.tracking.apart import MlflowApart
+    from esper.tracking.remote import MlflowSubprocess
 
     trackers = build_trackers(config)
-    slow = [tracker for tracker in trackers if isinstance(tracker, MlflowApart)]
+    slow = [tracker for tracker in trackers if isinstance(tracker, MlflowSubprocess)]
     try:
         for tracker in slow:
             tracker.prepare(folder, outputs)

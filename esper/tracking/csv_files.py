@@ -13,7 +13,7 @@ import msgspec
 from esper.bus.codec import to_plain
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded
 from esper.tracking.config import CsvConfig
-from esper.tracking.run_info import RunRecord
+from esper.tracking.run_info import RunInfo
 
 
 class CsvFiles:
@@ -27,10 +27,10 @@ class CsvFiles:
         self._encode = msgspec.json.Encoder()
         self._said: list[str] = []
 
-    def open(self, record: RunRecord) -> None:
+    def open(self, info: RunInfo) -> None:
         """Open both files in the run's folder for appending."""
-        self.record_of_run = record
-        folder = Path(record.folder)
+        self._info = info
+        folder = Path(info.folder)
         self._paths = (folder / "metrics.csv", folder / "events.jsonl")
         self._open_files()
 
@@ -55,7 +55,7 @@ class CsvFiles:
                     self._events.write(line)
 
     def _cut_after(self, tick: int) -> None:
-        """Forget what an earlier life of this run said about ticks it is now going through again.
+        """Forget what an earlier session of this run said about ticks it is now going through again.
 
         What is said after the last tick's checkpoint has that tick too, and comes again: such alerts are written once.
         """
@@ -81,7 +81,7 @@ class CsvFiles:
         if self.config.figures:
             from esper.tracking.figures import draw_all
 
-            draw_all(Path(self.record_of_run.folder))
+            draw_all(Path(self._info.folder))
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -46,7 +46,7 @@ class Aggregates:
         self._stride = max(1, math.ceil(total_ticks / self._points))
 
     def go_on(self, said: dict[str, tuple[int, set[int]]]) -> None:
-        """By site, the tick at which an earlier life of this run last gave points, and the stages it had seen."""
+        """By site, the tick at which an earlier session of this run last gave points, and the stages it had seen."""
         for site, (tick, stages) in said.items():
             self._next[site] = tick - tick % self._stride + self._stride
             self._known[site] = set(stages)

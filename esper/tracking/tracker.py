@@ -9,7 +9,7 @@ import numpy as np
 
 from esper.errors import TrackerError as TrackerError
 from esper.messages import Message, Telemetry
-from esper.tracking.run_info import RunRecord
+from esper.tracking.run_info import RunInfo
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
@@ -19,7 +19,7 @@ class Tracker(Protocol):
 
     wants_model: bool
 
-    def open(self, record: RunRecord) -> None:
+    def open(self, info: RunInfo) -> None:
         """Before the first message; a run known from before (resumed) is continued."""
 
     def record(self, messages: Sequence[Message]) -> None:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from esper.bus.protocol import Bus, Delivery
 from esper.errors import UserError
 from esper.messages import Message, RunEnded
-from esper.tracking.deduplication import Seen
-from esper.tracking.run_info import RunRecord
+from esper.tracking.run_info import RunInfo
 from esper.tracking.tracker import STATUSES, Tracker, TrackerError
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ log = logging.getLogger("esper.tracking")
 STREAMS = ("events", "telemetry")
 BATCH = 1000
 COST = "tracking took %.3f s of the training process's processor time while the run went on"
+MAX_AHEAD = 10_000  # beyond this many out-of-order numbers the missing one is taken as lost for good
 GRACE_S = 1.0  # how long close() waits for a RunEnded, unless told
 
 
@@ -39,20 +39,20 @@ class TrackerRunner:
     def __init__(
         self,
         bus: Bus,
-        record: RunRecord,
+        info: RunInfo,
         trackers: Sequence[Tracker],
         *,
         group: str = "tracker",
         poll_s: float = 0.2,
         flush_s: float = 2.0,
     ) -> None:
-        self.record = record
+        self.info = info
         self.errors: list[TrackerError] = []
         self._alive = list(trackers)
-        self._consumers = {stream: bus.consumer(stream, record.run, group, "tracker") for stream in STREAMS}
+        self._consumers = {stream: bus.consumer(stream, info.run, group, "tracker") for stream in STREAMS}
         self._held: dict[str, list[Delivery]] = {stream: [] for stream in STREAMS}
         self._poll_s, self._flush_s = poll_s, flush_s
-        self._seen = Seen()
+        self._seen = SeenMessages()
         self._ended: RunEnded | None = None
         self.cpu_s = 0.0
         self._opened, self._idle = threading.Event(), threading.Event()
@@ -117,7 +117,7 @@ class TrackerRunner:
 
         if any(tracker.wants_model for tracker in self._alive):
             try:
-                write_model(model, sample, self.record.folder)
+                write_model(model, sample, self.info.folder)
             except (TrackerError, OSError) as error:
                 self._fail("storing the final model", error)
 
@@ -147,7 +147,7 @@ class TrackerRunner:
 
     def _work(self) -> None:
         try:
-            self._each(lambda tracker: tracker.open(self.record))
+            self._each(lambda tracker: tracker.open(self.info))
             self._opened.set()
             self._listen()
             self.cpu_s = time.thread_time()
@@ -224,3 +224,27 @@ class TrackerRunner:
         failure = TrackerError(text)
         failure.__cause__ = error
         self.errors.append(failure)
+
+
+class SeenMessages:
+    """Tells which stream entries were handled before, since a bus may hand one out twice; constant memory for numbers without holes."""
+
+    def __init__(self) -> None:
+        self._upto: dict[tuple[str, str, int], int] = {}
+        self._ahead: dict[tuple[str, str, int], set[int]] = {}
+
+    def is_new(self, stream: str, producer: str, entry: str) -> bool:
+        """Whether entry ``<epoch>-<sequence>`` of this stream and producer comes for the first time; remembers it."""
+        epoch, sequence = map(int, entry.split("-"))
+        key = (stream, producer, epoch)
+        upto, ahead = self._upto.get(key, 0), self._ahead.setdefault(key, set())
+        if sequence <= upto or sequence in ahead:
+            return False
+        ahead.add(sequence)
+        if len(ahead) > MAX_AHEAD:
+            upto = min(ahead) - 1
+        while upto + 1 in ahead:
+            upto += 1
+            ahead.remove(upto)
+        self._upto[key] = upto
+        return True

@@ -20,7 +20,7 @@ from esper.running import controls
 from esper.running.model_selection import CODE, worse_than_alone
 from esper.running.resume import resume
 from esper.running.run import run
-from esper.tracking.mlflow_run import final_values
+from esper.tracking.run_page import final_values
 from esper.trainer.trainer import Outcome, Trainer
 
 BRIEF = (

@@ -98,11 +98,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esper track", description=__doc__)
     parser.add_argument("folder", type=Path, help="output folder of a run with tracking.process=external")
     options = parser.parse_args(list(argv))
-    from esper.tracking import CONFIGS, RunRecord, TrackerRunner, build_trackers
+    from esper.tracking import CONFIGS, RunInfo, TrackerRunner, build_trackers
     from esper.tracking.tracker_thread import STREAMS
 
     with joined(options.folder.resolve(), "tracking") as (bus, found):
-        record = msgspec.convert(found.record, RunRecord)
+        record = msgspec.convert(found.record, RunInfo)
         settings = record.config["tracking"]
         kind = CONFIGS[settings["name"]]
         names = set(kind.__dataclass_fields__)

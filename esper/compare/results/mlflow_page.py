@@ -6,7 +6,8 @@ import math
 
 from esper.compare.results.analysis import Comparison, Judged
 from esper.compare.results.plan import Plan
-from esper.tracking.mlflow_run import LONGEST_TAG, MAIN, NOTE_TAG, fitted, legal
+from esper.tracking.mlflow_run import LONGEST_TAG, NOTE_TAG, fitted, legal
+from esper.tracking.run_page import MAIN
 
 VERDICT = "verdict"
 

@@ -21,8 +21,8 @@ from esper.compare.sweep.process_pool import by_hand
 from esper.compare.sweep.tuning import TuningJob
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
-from esper.tracking.shared import SOCKET
-from esper.tracking.store_check import check_store
+from esper.tracking.mlflow_store import check_store
+from esper.tracking.remote import SOCKET
 
 if TYPE_CHECKING:
     from esper.compare.sweep.jobs import Prepared
