@@ -75,7 +75,7 @@ def _check_card(card: dict[str, Any]) -> None:
 def _check_branch(entry: dict[str, Any], card: dict[str, Any]) -> None:
     _is(entry.get("blueprint"), str, "blueprint")
     alpha = entry.get("alpha")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise Wrong(f"alpha is {alpha!r}, which is no finite number")
     _is(entry.get("residual"), bool, "residual")
     if _is(entry.get("block"), bool, "block"):

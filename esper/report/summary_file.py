@@ -120,7 +120,9 @@ class Summary(TypedDict, total=False):
     refusals: dict[str, int]
     parameters: ParametersSummary
     macs: int
+    macs_by_pass: dict[str, int]
     seconds: SecondsSummary
+    stages: dict[str, int]
     control: ControlSummary
     control_curves: dict[str, dict[str, list[list[float]]]]
     kept: KeptSummary
@@ -133,6 +135,8 @@ class Summary(TypedDict, total=False):
     output: str
     trace: str
     config_hash: str
+    data: str
+    seed: int
 
 
 def reserve(folder: str | Path) -> None:

@@ -17,7 +17,7 @@ from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.number_format import count, duration, short
 from esper.running.builders import build_trainer, refuse_idle
-from esper.running.control_keys import controls_of
+from esper.running.control_runs import controls_of
 from esper.running.cost_estimate import Cost, Forward, cost_of, forward_of
 from esper.seeds import Site
 from esper.trainer.device import choose_device, describe, numerics

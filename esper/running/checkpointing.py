@@ -1,4 +1,4 @@
-"""Keeping a run so that it can go on: checkpoints when they are due, and one on SIGTERM."""
+"""The checkpoints of a run: when they are due, and one on SIGTERM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from esper import messages
@@ -15,11 +14,11 @@ from esper.bus.trainer.bus_port import ControllerSilent
 from esper.checkpoint import store
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.store import Checkpoint, Copy
-from esper.config import RootConfig
 from esper.engine.state import trainer_state
 from esper.errors import Preempted
 from esper.lifecycle.duration import parse
-from esper.running.provenance import origin
+from esper.running.connections import Connections, Setup
+from esper.running.provenance import provenance
 from esper.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -31,17 +30,17 @@ SKIPPED = (
 )
 
 
-class Keeper:
-    """Called between two steps of a life that begins after step ``since`` (−1: anew).
+class Checkpointer:
+    """Called between two steps of a session that begins after step ``since`` (−1: anew).
 
-    ``port`` and ``runner`` are saved with the trainer; ``trackers`` must have kept what was said before a checkpoint counts.
+    The port and the controller are saved with the trainer. The trackers must have kept everything said before a checkpoint counts.
     """
 
-    def __init__(self, config: RootConfig, folder: Path, port: Any, runner: Any, trackers: Any, since: int) -> None:
-        settings = config.trainer
-        self.every = settings.checkpoint_every
-        self.folder, self.port, self.runner, self.trackers = folder, port, runner, trackers
-        port.safe.hold = bool(self.every)
+    def __init__(self, setup: Setup, links: Connections, since: int) -> None:
+        settings, folder = setup.config.trainer, setup.folder
+        self.every: str = settings.checkpoint_every
+        self.folder, self.port, self.controller, self.trackers = folder, links.port, links.controller, links.trackers
+        self.port.safe.hold = bool(self.every)
         retention = Retention(settings.checkpoint_keep, settings.checkpoint_best, settings.checkpoint_hours)
         self.saver = Saver(folder / store.FOLDER, retention, self._settled, self._written)
         self.asked = self._due = False
@@ -76,17 +75,17 @@ class Keeper:
         raise ControllerSilent(f"{silent}: esper resume={self.folder} and esper control {self.folder}.") from silent
 
     def _copy(self, trainer: Trainer) -> Copy:
-        self.runner.hear()
+        self.controller.hear()
         if self.port.external:
             self.port.emit(
                 messages.Checkpoint(tick=trainer.grow.tick_number, path="", digest="")
             )  # for the controller to keep its own state here
         state: dict[str, Any] = {
             "trainer": trainer_state(trainer),
-            "controller": json.dumps(self.runner.state()),
+            "controller": json.dumps(self.controller.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),
-            **origin(trainer.task, trainer.device),
+            **provenance(trainer.task, trainer.device),
         }
         sites = state["trainer"]["grow"]["topology"]
         return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))

@@ -1,4 +1,4 @@
-"""What is kept of a run: trackers read the bus and write MLflow, CSV, Parquet and figures. See ``docs/tracking.md``."""
+"""Trackers read a run's messages from the bus and write MLflow, CSV, Parquet and figures. See ``docs/tracking.md``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from esper.custom import CustomTracker
 from esper.tracking.config import CsvConfig, MlflowConfig, NoneConfig, tracking_uri, ui_command
 from esper.tracking.run_info import DatasetInfo, RunInfo, differences, flatten, readable_name
 from esper.tracking.tracker import Tracker, TrackerError
 from esper.tracking.tracker_thread import TrackerRunner
 
-CONFIGS = {"mlflow": MlflowConfig, "csv": CsvConfig, "none": NoneConfig}
+CONFIGS: dict[str, type] = {"mlflow": MlflowConfig, "csv": CsvConfig, "none": NoneConfig}
+TrackingConfig = MlflowConfig | CsvConfig | NoneConfig | CustomTracker
 
 __all__ = [
     "CONFIGS",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 
-def build_trackers(config: MlflowConfig | CsvConfig | NoneConfig) -> list[Tracker]:
+def build_trackers(config: TrackingConfig) -> list[Tracker]:
     """The trackers of a run: the Parquet files always and first, then what the settings ask for."""
     from esper.tracking.parquet_files import ParquetFiles
 
@@ -48,11 +50,13 @@ def build_trackers(config: MlflowConfig | CsvConfig | NoneConfig) -> list[Tracke
         from esper.tracking.csv_files import CsvFiles
 
         trackers.append(CsvFiles(config))
+    elif isinstance(config, CustomTracker):
+        trackers.append(config.build())
     return trackers
 
 
 @contextmanager
-def prepared_trackers(config: MlflowConfig | CsvConfig | NoneConfig, folder: Path, outputs: Path) -> Iterator[list[Tracker]]:
+def prepared_trackers(config: TrackingConfig, folder: Path, outputs: Path) -> Iterator[list[Tracker]]:
     """The same for a run that is about to begin: what takes a tracker long is under way from here on, and ended on leaving."""
     from esper.tracking.remote import MlflowSubprocess
 

@@ -106,11 +106,15 @@ def _write_mlflow_model(model: Model, folder: Path, target: Path) -> None:
 def _signature(folder: Path) -> ModelSignature:
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
     said = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
-    sides = [[TensorSpec(np.dtype(one["dtype"]), tuple(one["shape"])) for one in said[side]] for side in ("inputs", "outputs")]
-    return ModelSignature(*(Schema(side) if side else None for side in sides))
+
+    def schema(side: str) -> Schema | None:
+        specs: list[ColSpec | TensorSpec] = [TensorSpec(np.dtype(one["dtype"]), tuple(one["shape"])) for one in said[side]]
+        return Schema(specs) if specs else None
+
+    return ModelSignature(schema("inputs"), schema("outputs"))
 
 
 def _write_environment(target: Path) -> None:

@@ -135,7 +135,7 @@ class MlflowRun:
         new = [Param(key, value) for key, value in said.items() if key not in before.data.params]
         for start in range(0, len(new), NAMES):
             client.log_batch(self.run_id, params=new[start : start + NAMES])
-        if info.dataset and not before.inputs.dataset_inputs:
+        if info.dataset and not (before.inputs and before.inputs.dataset_inputs):
             self._log_dataset()
         if info.config:
             client.log_dict(self.run_id, info.config, "config.yaml")

@@ -92,7 +92,9 @@ class Writable(Protocol):
 
 def write_frame(stream: Writable, frame: Frame | Reply) -> None:
     """Send one frame."""
-    plain = Messages([to_plain(message) for message in frame.messages]) if isinstance(frame, Messages) else frame
+    plain: Any = frame
+    if isinstance(frame, Messages):
+        plain = {"type": "Messages", "messages": [to_plain(message) for message in frame.messages]}
     body = _encoder.encode(plain)
     stream.write(len(body).to_bytes(4, "big") + body)
     stream.flush()

@@ -98,13 +98,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esper track", description=__doc__)
     parser.add_argument("folder", type=Path, help="output folder of a run with tracking.process=external")
     options = parser.parse_args(list(argv))
-    from esper.tracking import CONFIGS, RunInfo, TrackerRunner, build_trackers
+    from esper.config import options as known
+    from esper.tracking import RunInfo, TrackerRunner, build_trackers
     from esper.tracking.tracker_thread import STREAMS
 
     with joined(options.folder.resolve(), "tracking") as (bus, found):
         record = msgspec.convert(found.record, RunInfo)
         settings = record.config["tracking"]
-        kind = CONFIGS[settings["name"]]
+        kind = known("tracking")[settings["name"]]
         names = set(kind.__dataclass_fields__)
         config = kind(**{key: value for key, value in settings.items() if key in names})
         ending = _Ending()

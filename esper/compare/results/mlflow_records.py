@@ -14,7 +14,7 @@ from esper.compare.results.runs import Run
 from esper.compare.results.tuning_choice import Tuned, parse
 from esper.errors import UserError
 from esper.messages import Metrics
-from esper.running.control_keys import CONTROLS
+from esper.running.control_runs import CONTROLS
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun

@@ -8,7 +8,7 @@ from typing import Any
 from esper.compare.sweep.jobs import Prepared
 from esper.compare.sweep.tuning import TuningJob
 from esper.config import plain
-from esper.running.control_keys import DEPENDS_ON, SAME_MACS, SAME_STEPS, UNUSED, controls_of
+from esper.running.control_runs import DEPENDS_ON, SAME_MACS, SAME_STEPS, UNUSED, controls_of
 
 
 def shown(one: Prepared, jobs: Sequence[Prepared]) -> list[str]:
