@@ -29,12 +29,12 @@ from esper.custom import CustomTracker
 from esper.engine.state import fitting
 from esper.errors import UserError
 from esper.messages import COLUMNS, Alert, Message
-from esper.report.progress import ProgressBar
 from esper.running.builders import build_controller, describe_run
 from esper.running.run_folder import FolderLock
 from esper.tasks.base import Task
 from esper.tracking import MlflowConfig, RunInfo, Tracker, TrackerRunner, prepared_trackers
 from esper.tracking.mlflow_store import check_store
+from esper.tracking.progress_bar import ProgressBar
 from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
 
 log = logging.getLogger(__name__)

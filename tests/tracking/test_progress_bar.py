@@ -12,8 +12,8 @@ from esper.bus.config import MemoryConfig
 from esper.bus.memory.bus import MemoryBus
 from esper.lifecycle.stages import Stage
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
-from esper.report.progress import ProgressBar, ProgressState
 from esper.tracking import RunInfo, TrackerRunner
+from esper.tracking.progress_bar import ProgressBar, ProgressState
 
 
 def said(tick: int = 40) -> list[Message]:
