@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(f"the run is done, but {error}.", FAILED)
     except KeyboardInterrupt as stop:
         return _stopped(stop)
-    except BrokenPipeError:  # `esper --help | head`: whoever read us has seen enough
+    except BrokenPipeError:  # `esper --help | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -91,7 +91,7 @@ def train(words: Sequence[str]) -> int:
 
 
 def _hydras_own(words: Sequence[str]) -> int:
-    """What Hydra itself answers: its own help, and the completion of a shell (``eval "$(esper -sc install=bash)"``).
+    """Requests that Hydra itself answers: its own help, and the completion of a shell (``eval "$(esper -sc install=bash)"``).
 
     Raises:
         UserError: more words than that; a setting among them would be composed unchecked.

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 def _folder(place: Path, to: str) -> Path:
     """Where the model lies: where the finished run put it, else where it is put now, from the run's newest checkpoint."""
     if not (place / CONFIG).is_file() and not (place / store.MANIFEST).is_file():
-        return model_folder(place)  # a saved model's folder, or neither, which is said
+        return model_folder(place)  # a saved model's folder, or neither, which is refused
     run, chosen, config, ended = saved_run(place)
     written = (run / MODEL / WEIGHTS).is_file()
     if chosen is None and written and ended == "FINISHED":
@@ -106,10 +106,10 @@ def export_onnx(model: nn.Module, inputs: Tensor, path: Path) -> Path:
 
 
 def _said(model: nn.Module, inputs: Tensor) -> ExportedProgram:
-    """The model as a program; what that does not take though the model does is said."""
+    """The model as a program; prints a sentence for each size or layout that only the model takes."""
     try:
         program, remarks = traced(model, inputs)
-    except Exception as error:  # torch.export has no common base for what it raises
+    except Exception as error:  # the exceptions of torch.export have no common base
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise UserError(f"This model cannot be exported by torch.export ({why}); format=safetensors does without.") from error
     for remark in remarks:

@@ -25,7 +25,7 @@ from esper.errors import UserError
 from esper.running.resume import Start, fork_state, is_over, locate, saved_config, saved_state, total_steps, unfinished
 from esper.running.run_folder import CONFIG, refuse_running
 
-#: What a resumed run may have otherwise: none of it changes a bit of what was trained so far.
+#: Settings that a resumed run may change: none of them changes a bit of the training so far.
 CHANGEABLE = (
     "trainer.steps",
     "trainer.epochs",
@@ -113,7 +113,7 @@ def fork(place: Path, words: Sequence[str] = ()) -> Start:
 
 
 def auto(config: RootConfig, folder: Path) -> Start | None:
-    """What ``resume=auto`` comes to for a composed config that a new run would train in ``folder``: the run that did not end, or None."""
+    """The run that ``resume=auto`` goes on with, or None; a new run of this config would lie in ``folder``."""
     found = unfinished(config, folder)
     if found is None:
         print(f"resume=auto: no unfinished run of this configuration under {config.output}; a new one begins", file=sys.stderr)
@@ -128,7 +128,7 @@ def refuse_changes(words: Sequence[str], folder: Path) -> None:
         key = word.partition("=")[0]
         if key.split(".")[0] in WHOLE_GROUPS or any(_matches(key, pattern) for pattern in CHANGEABLE):
             continue
-        _changed(saved_config(folder)[0], [word])  # what no fork takes either is refused for that
+        _changed(saved_config(folder)[0], [word])  # a mistake that no fork takes either is refused for itself
         raise UserError(
             f"{word} would change what this run computes; with resume= only {listing([*CHANGEABLE, *WHOLE_GROUPS])} may change. "
             f"To start a new run from its state with other settings: fork={folder} {word}."
@@ -192,7 +192,7 @@ def _lengths(before: RootConfig, config: RootConfig) -> tuple[int, int]:
 
 
 def _log_to(folder: Path) -> None:
-    """What ``conf/hydra/job_logging`` does for a run that Hydra starts: everything to the log, warnings to the terminal too."""
+    """Log as ``conf/hydra/job_logging`` does for a run that Hydra starts: everything to the file, warnings to the terminal too."""
     folder.mkdir(parents=True, exist_ok=True)
     file, terminal = logging.FileHandler(folder / "esper.log", encoding="utf-8"), logging.StreamHandler()
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

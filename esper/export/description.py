@@ -1,6 +1,6 @@
-"""What may stand in a saved model's ``model.json``, and how much memory it may ask for: as much as its weights fill.
+"""The checks of a saved model's ``model.json``, and of the memory it may ask for: as much as its weights fill.
 
-The file may come from anywhere. Whatever it holds ends in a model or in a sentence, and builds nothing larger than what lies beside it.
+The file may come from anywhere. Every content ends in a model or in a sentence, and builds nothing larger than the weights beside it.
 """
 
 from __future__ import annotations

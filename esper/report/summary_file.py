@@ -1,4 +1,4 @@
-"""``summary.json``: one run in numbers, read by the end-of-run report, comparisons and whoever opens the folder."""
+"""``summary.json``: one run in numbers, read by the end-of-run report, comparisons and people who open the folder."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class KeptSummary(TypedDict):
 
 
 class GrownSummary(TypedDict):
-    """Of a grown host whose place the never-grown one took: what the summary would say of it."""
+    """The grown host's own entries, where the never-grown one took its place."""
 
     metrics: MetricsSummary
     branches: list[BranchSummary]
@@ -156,7 +156,7 @@ def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
     path = Path(folder) / NAME
     text = json.dumps(plain(summary), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = _unfinished(folder)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # over what was reserved
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # over the reserved room
         file.write(text.encode())
         file.truncate()
         file.flush()
@@ -181,7 +181,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """``value`` as JSON knows it: text keys, lists, and None for numbers that are not finite.
 
-    Raises TypeError for what is neither a mapping, a sequence, a number, text, a path nor None.
+    Raises TypeError for a value that is neither a mapping, a sequence, a number, text, a path nor None.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

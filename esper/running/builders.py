@@ -28,13 +28,13 @@ CHOSEN = ("model", "task", "controller", "blueprint", "grafting")
 
 
 def build_host(config: RootConfig, task: Task) -> nn.Module:
-    """The host with initial weights from the run's seed, or those that ``model.weights`` names, with what had grown there."""
+    """The host with initial weights from the run's seed, or those that ``model.weights`` names, with the branches that had grown there."""
     host: nn.Module = config.model.build(task, generator(config.seed, "host"))
     return load_weights(host, config.model.weights) if config.model.weights else host
 
 
 def build_controller(config: RootConfig, task: Task) -> Controller:
-    """What decides about the seeds.
+    """The controller, which decides about the seeds.
 
     Raises:
         UserError: a strategy that there is not, which every germination would meet; a metric that the task does not give, whose
@@ -69,7 +69,7 @@ def _check_metric(name: str, direction: str, task: Task) -> None:
 def refuse_idle(config: RootConfig, task: Task, trainer: Trainer) -> None:
     """Raise UserError for a controller that could never do anything in this run: tell a copy of it of the run's start.
 
-    A controller of the user's own is left to the run: nobody knows what making it twice would do.
+    A controller of the user's own is not built twice, since that might have effects; it is left to the run.
     """
     if config.controller.name != "custom":
         grow = trainer.grow
@@ -149,7 +149,7 @@ def _choices(config: RootConfig, chosen: dict[str, str]) -> dict[str, str]:
 
 
 def _defaults(config: RootConfig) -> dict[str, Any]:
-    """What the files under ``conf/`` say when nothing is overridden, as the dataclasses hold it."""
+    """The configuration without any override, as the dataclasses hold it."""
     tree = dataclasses.asdict(RootConfig()) | {"name": config.name, "output": config.output}
     for group in GROUPS:
         chosen = getattr(config, group)

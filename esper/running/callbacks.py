@@ -1,4 +1,4 @@
-"""What a run does between two steps of its trainer, besides saving it: checksums of the weights, and a profiler's trace.
+"""Callbacks between two steps of the trainer: checksums of the weights, and a profiler's trace.
 
 ``weights.csv`` has a checksum of the weights for every evaluation of the validation set, so that a comparison of two runs finds where
 they part. A checksum is the sum of the bits of all weights, read as whole numbers: one pass over them, exact in any order, and another
@@ -23,12 +23,12 @@ from esper.trainer.trainer import Trainer
 Callback = Callable[[Trainer], None]
 WEIGHTS, HEADER = "weights.csv", "step,sum"
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-"""What an element of so many bytes is read as."""
+"""Bytes of an element → the integer type that its bits are read as."""
 TRACE = "trace.json.gz"  # for chrome://tracing or Perfetto
 
 
 class WeightChecksums:
-    """Called after every step of a session that begins after step ``since`` (−1: anew). What earlier ones wrote beyond it goes."""
+    """Called after every step of a session that begins after step ``since`` (−1: anew). Later lines of earlier sessions are removed."""
 
     def __init__(self, folder: Path, since: int) -> None:
         self.path = folder / WEIGHTS
@@ -83,10 +83,10 @@ def _weights(trainer: Trainer) -> Iterable[Tensor]:
 
 @contextmanager
 def profiled(trainer: Trainer, callback: Callback, steps: int, folder: Path) -> Iterator[Callback]:
-    """Within, the ``steps`` in the middle of what is left of the run are traced to ``folder/trace.json.gz``; 0 traces none.
+    """Within, the ``steps`` in the middle of the remaining run are traced to ``folder/trace.json.gz``; 0 traces none.
 
-    Yields what the trainer is to call between two steps: ``callback``, and the start and end of the trace. In the middle, because
-    there the seeds have something to show. A run that is interrupted leaves the trace it has.
+    Yields the callback for the trainer: it calls ``callback``, and starts and ends the trace. The middle of the run is chosen because
+    seeds are active there. A run that is interrupted leaves the trace it has.
     """
     if steps == 0:
         yield callback
@@ -122,7 +122,7 @@ class _Trace:
             self.end(step)
 
     def end(self, step: int) -> None:
-        """Write what was traced up to ``step``, if it is not written yet."""
+        """Write the trace up to ``step``, if it is not written yet."""
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None

@@ -49,7 +49,7 @@ class Checkpointer:
         store.forget_after(folder / store.FOLDER, since)
 
     def __call__(self, trainer: Trainer) -> None:
-        """Save what is due. Raises Preempted when SIGTERM came, ControllerSilent when the controller did not; all is saved."""
+        """Save a checkpoint that is due. Raises Preempted after SIGTERM, ControllerSilent after a missed deadline, once saved."""
         while self._finished:
             done = self._finished.pop(0)
             self.port.emit(messages.Checkpoint(tick=trainer.grow.tick_number, path=str(done.path), digest=done.manifest["sha256"]))
@@ -62,7 +62,7 @@ class Checkpointer:
         over = steps == trainer.total
         self._due = self._due or steps % interval == 0 or over or self.asked
         if not self._due or not (over or grow.steps % grow.settings.steps_per_tick == 0):
-            return  # inside a tick things are said that a resumed run would say again under the same tick
+            return  # a resumed run would publish the first messages of a tick again
         self._due = False
         if not self.saver.save(lambda: self._copy(trainer), wait=over or self.asked) and self.saver.skipped == 1:
             log.info(SKIPPED, steps)
@@ -70,7 +70,7 @@ class Checkpointer:
             raise Preempted(f"esper resume={self.folder}")
 
     def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
-        """The controller in another process missed its deadline; what a resumed run needs is saved first."""
+        """The controller in another process missed its deadline: save a checkpoint for a resumed run, then stop."""
         self.saver.save(lambda: self._copy(trainer), wait=True)
         raise ControllerSilent(f"{silent}: esper resume={self.folder} and esper control {self.folder}.") from silent
 
@@ -102,7 +102,7 @@ class Checkpointer:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: the first SIGTERM waits for the end of the step; a second one does what it did before."""
+        """Within: the first SIGTERM waits for the end of the step; a second one has its usual effect."""
         if not self.every:
             yield
             return
@@ -114,7 +114,7 @@ class Checkpointer:
 
         try:
             signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread: whoever runs us there has the signals
+        except ValueError:  # not the main thread, which alone may handle signals
             yield
             return
         try:

@@ -40,12 +40,12 @@ from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
 log = logging.getLogger(__name__)
 
 EXTERNAL = "external"
-CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for those who read it
+CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for parts in other processes
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run was asked to do and on what: settings, folder, task, device, and the checkpoint's state that it goes on from, if any.
+    """A run as it was asked for: settings, folder, task, device, and the checkpoint's state that it goes on from, if any.
 
     ``controls`` are the control runs that it makes.
     """
@@ -98,7 +98,7 @@ class ExternalController:
     """Stands for a controller in another process, which keeps its own memory."""
 
     def hear(self) -> None:
-        """Nobody listens here."""
+        """Nothing to read here."""
 
     def state(self) -> None:
         """Nothing for the trainer's checkpoint."""
@@ -125,7 +125,7 @@ class ExternalTrackers:
         """Another process reads them."""
 
     def flush(self) -> None:
-        """The bus keeps what was said."""
+        """The bus keeps the messages."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Nothing was opened."""
@@ -148,7 +148,7 @@ def refuse_untrackable(config: RootConfig, folder: Path) -> None:
 
 
 def say_where(config: RootConfig, bus: Bus, info: RunInfo, folder: Path, quiet: bool) -> None:
-    """Let other processes find the run's bus, and tell the user what to start."""
+    """Let other processes find the run's bus, and tell the user which programs to start."""
     if bus.local is not bus:
         invite(folder, info.run, config.bus, msgspec.to_builtins(info))
         if config.tracking.process == EXTERNAL:
@@ -190,9 +190,9 @@ def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
 
 
 def let_them_read(config: RootConfig, bus: Bus, run: str, port: RunPort, quiet: bool) -> bool:
-    """Before a server of the run's own ends with it: those in other processes read what was said last.
+    """Before a server of the run's own ends with it: let parts in other processes read the last messages.
 
-    Whether the trackers have; those of a server that stays may have more time.
+    Returns whether the trackers have; those of a server that stays may have more time.
     """
     if not isinstance(config.bus, EmbeddedConfig):
         return bool(config.tracking.process != EXTERNAL)
@@ -211,9 +211,9 @@ def let_them_read(config: RootConfig, bus: Bus, run: str, port: RunPort, quiet: 
 
 
 def let_payloads_go(bus: Bus, run: str, port: RunPort, tracked: bool) -> None:
-    """After the end of a finished run that was ``tracked`` nobody reads it anew; of one that is not, `esper track` does this at its end.
+    """Remove the large messages of a finished run that was ``tracked``; where it was not, `esper track` does this at its end.
 
-    What has not reached the server yet stays for the next start, and its payload with it.
+    Messages that have not reached the server yet stay for the next start, and their payloads with them.
     """
     import redis
 

@@ -30,7 +30,7 @@ CONTROLS = (SAME_STEPS, SAME_MACS)
 DEPENDS_ON = ("model", "task", "optimizer", "scheduler", "trainer", "seed")
 """Parts of a config that a control depends on."""
 UNUSED = ("steps", "epochs", "control", "keep", "profile", "debug")
-"""Keys of ``trainer`` that it does not depend on; its steps are said apart."""
+"""Keys of ``trainer`` that it does not depend on; its steps are part of the key on their own."""
 CURVE_POINTS = 50  # of a control's curve that are stored
 
 

@@ -1,4 +1,4 @@
-"""What a run will take, estimated from a few of its own steps on a host that is thrown away."""
+"""Time and memory of a run, estimated from a few of its own steps on a host that is thrown away."""
 
 from __future__ import annotations
 

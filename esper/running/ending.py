@@ -17,7 +17,7 @@ from esper.running.provenance import environment, sessions
 from esper.trainer.fingerprint import fingerprint
 from esper.trainer.trainer import Trainer
 
-#: What ends a run that can go on where it was stopped.
+#: Exceptions after which a run can go on where it was stopped.
 STOPPED = (KeyboardInterrupt, ControllerSilent)
 
 
@@ -60,7 +60,7 @@ class Ending:
             self._publish(trainer, status, interrupted)
 
     def summarize(self, trainer: Trainer, status: str) -> Summary:
-        """Take down what the trainer knows now."""
+        """Make the summary of what the trainer has done up to now."""
         self.summary = summarize(self.setup.config, trainer, self.setup.folder, self.links.info.run, status, self.links.port.alerts)
         return self.summary
 
@@ -73,7 +73,7 @@ class Ending:
             self.setup.lock.refuse_removed()
             write_summary(summary, self.setup.folder)
             self.setup.lock.end()
-        except OSError:  # a full disk, say: the trackers are told all the same
+        except OSError:  # for example a full disk: the trackers are closed all the same
             status = summary["status"] = "FAILED" if status == "FINISHED" else status
             raise
         finally:
@@ -87,7 +87,7 @@ class Ending:
                 raise
 
     def disconnect(self) -> None:
-        """Let go of the bus, after the parts in other processes have read what was said last."""
+        """Let go of the bus, after the parts in other processes have read the last messages."""
         config, links = self.setup.config, self.links
         try:
             tracked = let_them_read(config, links.bus, links.info.run, links.port, self.setup.quiet)

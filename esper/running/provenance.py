@@ -30,12 +30,12 @@ PACKAGES = (
     *("torch", "triton", "hydra-core", "omegaconf", "mlflow", "redis", "numpy", "pandas", "scikit-learn"),
     *("msgspec", "pyarrow", "safetensors"),
 )
-#: What libraries read from the environment and take another way of computing by.
+#: Environment variables by which libraries choose how they compute.
 VARIABLES = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_CBWR", "MKL_DYNAMIC", "ATEN_CPU_CAPABILITY"),
     *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"),
 )
-#: What a checkpoint of a run holds, as ``Checkpointer`` saves it.
+#: The parts of a checkpoint, as ``Checkpointer`` saves them.
 PARTS = ("trainer", "controller", "port", "alerts", "data", "versions")
 
 FILE = "environments.json"
@@ -73,7 +73,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def computing(device: torch.device) -> str:
-    """What computes on ``device``: the GPU's name, or the processor's."""
+    """The name of the GPU, or of the processor where ``device`` is the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
@@ -123,7 +123,7 @@ def _version(package: str) -> str:
 
 
 def note_session(folder: Path, since: int, environment: dict[str, Any]) -> None:
-    """A session begins after step ``since``. What earlier ones did beyond it is done again, and their entries go."""
+    """A session begins after step ``since``. Entries of earlier sessions beyond that step are removed, since their work is done again."""
     earlier = [session for session in sessions(folder) if session["since"] < since]
     if since and not earlier and store.checkpoints(folder / store.FOLDER):  # a fork begins with none of its own
         earlier = [{"since": 0, "environment": _of_summary(folder)}]
@@ -152,7 +152,7 @@ def _of_summary(folder: Path) -> Any:
     return read_summary(folder).get("environment") if (folder / SUMMARY).exists() else None
 
 
-# --- what a checkpoint says --------------------------------------------------------------------------------------------------
+# --- in a checkpoint ----------------------------------------------------------------------------------------------------------
 
 
 def provenance(task: Task, device: torch.device) -> dict[str, Any]:

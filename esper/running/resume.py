@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 @dataclass
 class Start:
-    """A run about to go on: its config, its folder, and the state it begins from (None: from nothing)."""
+    """A run about to go on: its config, its folder, and the state that it begins from (None: the beginning)."""
 
     config: RootConfig
     folder: Path
@@ -117,7 +117,7 @@ def saved_state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:
 
 
 def state_in(folder: Path) -> Any:
-    """The state in the newest checkpoint of a run that is whole, None where it has none; says what it passed over.
+    """The state in the newest checkpoint of a run that is whole, None where it has none; prints a sentence for each that it passed over.
 
     Raises UserError where there are checkpoints and none is whole.
     """
@@ -129,6 +129,8 @@ def state_in(folder: Path) -> Any:
 
 def fork_state(state: State, before: RootConfig, config: RootConfig) -> tuple[State, list[str]]:
     """(the state that a run of ``config`` begins with, a sentence for each part of it that begins anew).
+
+    A fork takes over all of a saved state but the memory of an optimizer or a controller that it replaces by another.
 
     ``before`` is the configuration of the run that saved ``state``. Raises UserError for a state that is not a run's.
     """
@@ -144,7 +146,7 @@ def fork_state(state: State, before: RootConfig, config: RootConfig) -> tuple[St
 
 
 def _kind(part: Any) -> str:
-    """The option of a group, and of ``custom`` what it builds."""
+    """The option of a group, with its target where that is ``custom``."""
     target = getattr(part, "target", "")
     return f"{part.name} {target}" if target else str(part.name)
 

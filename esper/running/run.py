@@ -41,7 +41,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass
 class Result:
-    """What a run leaves: its summary, and the primary validation metric that a sweeper optimizes."""
+    """The result of a run: its summary, and the primary validation metric that a sweeper optimizes."""
 
     summary: Summary
     primary: float
@@ -52,7 +52,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
 
     ``controls`` are those that are trained too: what a sweep's report shows, or (None) all that the run has.
 
-    Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; what was learnt so far is kept, and the exception goes on.
+    Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; the results so far are kept, and the exception is raised again.
     Raises UserError for what the user can mend.
     """
     refuse_unreachable(config)
@@ -74,7 +74,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
                 wanted = controls_of(config) if controls is None else controls
                 return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet), trackers)
     except KeyboardInterrupt as stop:
-        stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
+        stop.args = stop.args or (str(folder),)  # for the sentence that names the folder
         raise
     except OSError as error:
         if error.errno in FULL and error.filename is None:  # a write that failed does not say where
@@ -123,7 +123,7 @@ def _begin(setup: Setup, links: Connections) -> Trainer:
         refuse_idle(config, setup.task, trainer)
         links.trackers.try_model(trainer.grow.export(), _sample(trainer))
         reserve(folder)
-        links.trackers.start()  # only now: what is refused leaves no run behind
+        links.trackers.start()  # only now: a refused run leaves no MLflow run behind
         links.trackers.await_open()
         note_session(folder, 0 if state is None else trainer.outcome.steps, environment(setup.device))
         setup.lock.begin()
@@ -132,7 +132,7 @@ def _begin(setup: Setup, links: Connections) -> Trainer:
 
 @contextmanager
 def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
-    """Within: a run that cannot begin though its trainer stands closes what that holds."""
+    """Within: where the run cannot begin, its trainer is closed."""
     try:
         yield
     except BaseException:
@@ -177,7 +177,7 @@ def _leave_model(setup: Setup, links: Connections, trainer: Trainer, summary: Su
 
 
 def _train_controls(setup: Setup, trainer: Trainer, summary: Summary) -> nn.Module | None:
-    """Put the host alone into the summary, at the same steps and at the same MACs; the one at the same steps where it is to be kept."""
+    """Put the host alone into the summary, at the same steps and at the same MACs; return the host to keep."""
     config, task, wanted = setup.config, trainer.task, setup.controls
     folder, better = Path(config.output).resolve() / "controls", config.trainer.keep == "better"
 

@@ -1,4 +1,4 @@
-"""A run's own folder: who is running there now, which configuration it is of, and how it ended. Imports no torch."""
+"""A run's own folder: whether a process runs there now, with which configuration, and how the run ended. Imports no torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FolderLock:
         self._over = True
 
     def refuse_removed(self) -> None:
-        """Raise Removed where the folder was deleted or moved: what the run writes would be lost, or lie about in a new one."""
+        """Raise Removed where the folder was deleted or moved: the run's files would be lost, or lie in a new folder."""
         if not self._there():
             raise Removed(errno.ENOENT, "was removed while its run was under way", str(self._folder))
 
@@ -68,7 +68,7 @@ class FolderLock:
 
 @contextmanager
 def hold_folder(config: RootConfig, folder: Path) -> Iterator[FolderLock]:
-    """Within: the folder is this process's own. What dies in here, or fails before its summary is written, leaves a note of that.
+    """Within: the folder is this process's own. A run that dies in here, or fails before its summary is written, leaves its note.
 
     Raises:
         UserError: another process is running in this folder.
@@ -129,7 +129,7 @@ def try_lock(file: IO[str]) -> bool:
 
 
 def status(folder: Path) -> str:
-    """RUNNING or DIED by the note a live process holds; else what the summary says, NEW where there is neither."""
+    """RUNNING or DIED by the note a live process holds; else the status of the summary, NEW where there is neither."""
     if (folder / LOCK).exists():
         if is_alive(folder):
             return "RUNNING"

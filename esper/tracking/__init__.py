@@ -37,7 +37,7 @@ __all__ = [
 
 
 def build_trackers(config: TrackingConfig) -> list[Tracker]:
-    """The trackers of a run: the Parquet files always and first, then what the settings ask for."""
+    """The trackers of a run: the Parquet files always and first, then the one that the settings ask for."""
     from esper.tracking.parquet_files import ParquetFiles
 
     trackers: list[Tracker] = [ParquetFiles()]
@@ -57,7 +57,7 @@ def build_trackers(config: TrackingConfig) -> list[Tracker]:
 
 @contextmanager
 def prepared_trackers(config: TrackingConfig, folder: Path, outputs: Path) -> Iterator[list[Tracker]]:
-    """The same for a run that is about to begin: what takes a tracker long is under way from here on, and ended on leaving."""
+    """The same for a run that is about to begin. Within, MLflow's process is started; on leaving it has ended."""
     from esper.tracking.remote import MlflowSubprocess
 
     trackers = build_trackers(config)

@@ -1,4 +1,4 @@
-"""``metrics.csv`` and ``events.jsonl``: a run's story for eyes, spreadsheets and ``grep``."""
+"""``metrics.csv`` and ``events.jsonl``: a run for spreadsheets and ``grep``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esper.tracking.run_info import RunInfo
 
 
 class CsvFiles:
-    """Appends as messages come; a resumed run first cuts off what it is going to say again."""
+    """Appends as messages come; a resumed run first removes the lines that it is going to write again."""
 
     wants_model = False
     called = "writing the CSV files"
@@ -55,9 +55,9 @@ class CsvFiles:
                     self._events.write(line)
 
     def _cut_after(self, tick: int) -> None:
-        """Forget what an earlier session of this run said about ticks it is now going through again.
+        """Remove the lines of an earlier session about ticks that the run goes through again.
 
-        What is said after the last tick's checkpoint has that tick too, and comes again: such alerts are written once.
+        An alert after the last tick's checkpoint has that tick too, and comes again: it is written once.
         """
         self._metrics.close()
         self._events.close()
@@ -91,7 +91,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _replace(path: Path, lines: list[str]) -> None:
-    """Written beside and renamed: what was there stays whole until the new file is, whenever the process dies."""
+    """Written beside and renamed: the old file stays whole until the new one is, even if the process dies."""
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("w", newline="", encoding="utf-8") as file:
         file.writelines(lines)

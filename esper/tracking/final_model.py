@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 PROGRAM = "model/model.pt2"
 SAMPLE = "model/sample.npy"
-SIGNATURE = "model/signature.json"  # dtypes and shapes of what goes in and comes out, -1 for a size that is open
+SIGNATURE = "model/signature.json"  # dtypes and shapes of inputs and outputs, -1 for a size that is open
 DATA = "data"
 FILE = "model.pt2"  # where mlflow.pytorch.load_model looks for it
 EXAMPLE = "input_example.json"
@@ -53,7 +53,7 @@ def write_model(model: nn.Module, sample: Tensor, folder: str | Path) -> None:
         sample = torch.cat([sample, sample])
     try:
         program, remarks = traced(copy.deepcopy(model).cpu().eval(), sample)
-    except Exception as error:  # torch.export has no common base for what it raises
+    except Exception as error:  # the exceptions of torch.export have no common base
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise TrackerError(f"the final model cannot be exported by torch.export ({why}); set tracking.model=false to do without") from error
     for remark in remarks:
@@ -118,7 +118,7 @@ def _signature(folder: Path) -> ModelSignature:
 
 
 def _write_environment(target: Path) -> None:
-    """What the model needs, stated: finding it out would take MLflow half a minute in a fresh process."""
+    """State the packages that the model needs: MLflow would take half a minute in a fresh process to find them."""
     import yaml
 
     needed = [f"{name}=={version(name).split('+')[0]}" for name in NEEDED]

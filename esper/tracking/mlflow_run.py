@@ -31,7 +31,7 @@ NAMES = 100  # and of parameters or tags
 LONGEST_NAME, LONGEST_VALUE, LONGEST_TAG = 250, 500, 5000  # characters that every version since 3.10 and every store takes
 NOTE_TAG = "mlflow.note.content"  # the description on top of a page
 NOTE = "mlflow.json"
-ASIDE = ".attempt"  # and a number: what the folder of an earlier attempt is called from then on
+ASIDE = ".attempt"  # and a number: suffix of the folder of an earlier attempt
 KEPT = ("*.parquet", "*.log", "*.json", "*.jsonl", "*.csv", "*.yaml")
 STAGES = {stage.name.lower(): int(stage) for stage in Stage}
 
@@ -39,8 +39,8 @@ STAGES = {stage.name.lower(): int(stage) for stage in Stage}
 class MlflowRun:
     """Writes to the store itself: seconds of import and of Python, so it belongs into a process of its own.
 
-    Timestamps are the run's start plus the tick in milliseconds: a value said twice is stored once. NaN is stored as
-    NaN, infinities too (the store would turn them into 1.8e308); ``metrics.parquet`` keeps what they were.
+    Timestamps are the run's start plus the tick in milliseconds: a value sent twice is stored once. NaN is stored as
+    NaN, infinities too (the store would turn them into 1.8e308); ``metrics.parquet`` keeps the values.
     """
 
     wants_model: bool
@@ -86,7 +86,7 @@ class MlflowRun:
         try:
             self._describe()
         except BaseException:
-            if not known:  # what cannot begin leaves nothing behind
+            if not known:  # a run that cannot begin leaves nothing behind
                 self._client.delete_run(self.run_id)
                 (Path(info.folder) / NOTE).unlink()
             raise
@@ -126,7 +126,7 @@ class MlflowRun:
         self._before = EarlierValues(self._client, run_id)
 
     def _describe(self) -> None:
-        """Parameters, data set and the full config; what a continued run knows already is not said anew."""
+        """Parameters, data set and the full config; a continued run sends only what is new."""
         from mlflow.entities import Param
 
         info, client = self._info, self._client
@@ -177,11 +177,11 @@ class MlflowRun:
         self._waiting |= {(tick, name): value for tick, name, value in points}
 
     def _is_news(self, tick: int, name: str) -> bool:
-        """What a clock said differs when a resumed run says it again; the first word stands."""
+        """A measured time differs when a resumed run sends it again; the first value stands."""
         return self._before is None or "second" not in name.rsplit("/", 1)[-1] or tick > self._before.last_tick(legal(name))
 
     def flush(self) -> None:
-        """Send what waits, at most 1000 values a call."""
+        """Send all waiting values, at most 1000 a call."""
         from mlflow.entities import Metric
 
         waiting, self._waiting = list(self._waiting.items()), {}
@@ -274,7 +274,7 @@ class EarlierValues:
 
 
 def _source(info: RunInfo) -> dict[str, str]:
-    """What MLflow's own columns *User*, *Source* and *Version* show."""
+    """Tags for MLflow's own columns *User*, *Source* and *Version*."""
     tags = {"mlflow.source.name": "esper", "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(KeyError, OSError):  # a user without a name
         tags["mlflow.user"] = getpass.getuser()

@@ -1,4 +1,4 @@
-"""The store behind an MLflow run: checked before training, opened, its experiment found; what keeps a run out is said in a sentence.
+"""The store behind an MLflow run: checked before training, opened, its experiment found; every refusal is a sentence.
 
 ``check_store`` does without the seconds that importing MLflow takes; everything else is for the process that MLflow lives in.
 """
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's page opens on prompts, traces and judges
 TURN_S = 60  # a sweep's processes share one sqlite file, each waits its turn
-#: What to install for a driver that SQLAlchemy asks for, where the two have not one name.
+#: Driver that SQLAlchemy asks for → its package, where their names differ.
 PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 OTHERWISE = "or choose tracking=csv"
 MAGIC = b"SQLite format 3\x00"  # https://www.sqlite.org/fileformat.html, first 16 bytes
 CHECKED = 256 << 20  # bytes of a store that are read through before a run: half a second's worth
 ANSWER_S = 5.0  # how long a server or a locked file may take to answer
-#: What MLflow itself opens, besides the schemes of installed plugins.
+#: Schemes that MLflow itself opens, besides those of installed plugins.
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
 
 
 def check_store(config: MlflowConfig, outputs: str) -> None:
-    """Refuse a server that does not answer, a database file that is none, and what MLflow has no store for.
+    """Refuse a server that does not answer, a file that is no database, and a URI that MLflow has no store for.
 
     Raises:
         UserError: naming the URI and what to do.
@@ -49,7 +49,7 @@ def check_store(config: MlflowConfig, outputs: str) -> None:
 
 
 def check_uri(uri: str, key: str, otherwise: str) -> None:
-    """The same for a URI that was given by ``key``; ``otherwise`` is what else there is to do.
+    """The same for a URI that was given by ``key``; ``otherwise`` is the alternative that the sentence offers.
 
     Raises:
         UserError: naming the URI and what to do.
@@ -138,7 +138,7 @@ def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE
 
 
 def _open_once(uri: str, key: str, otherwise: str) -> None:
-    """Open the database, once: MLflow would try a dozen times, for minutes, what cannot come true.
+    """Open the database, once: MLflow would try a dozen times, for minutes.
 
     Raises:
         UserError: its driver is missing, or it cannot be opened.
@@ -230,7 +230,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def living_run(client: MlflowClient, uri: str, run_id: str, whose: str, anew: str) -> Run:
-    """The MLflow run to be continued; ``whose`` begins the sentence that refuses it, ``anew`` says what else there is to do.
+    """The MLflow run to be continued; ``whose`` begins the sentence that refuses it, ``anew`` is the alternative that it offers.
 
     Raises:
         UserError: it was deleted, in MLflow's pages or for good.

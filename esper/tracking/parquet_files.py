@@ -1,4 +1,4 @@
-"""The Parquet files of a run's folder, written whatever the tracking: seeds, transitions, gates and metrics.
+"""The Parquet files of a run's folder, written with every option of ``tracking``: seeds, transitions, gates and metrics.
 
 While the run goes on, its rows are small complete files under ``.parts``; a run that is killed loses at most what was not
 flushed. At the end they are streamed into one file each, which appears under its name only when it is whole.
@@ -25,7 +25,7 @@ BUFFER_BYTES = 32 << 20
 PARTS = ".parts"
 SINCE = b"esper.since"
 ONCE = {"metrics": ["tick", "name"]}
-"""Tables whose rows are told apart by these columns: of what was said twice, the last word stands."""
+"""Key columns of tables in which the last of several rows with the same key stands."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ class ParquetFiles:
         self._sessions[stream] = Session(self._sessions[stream].number + 1, since)
 
     def flush(self) -> None:
-        """Write what waits as one more part."""
+        """Write all waiting messages as one more part."""
         import pyarrow.parquet as pq
 
         for name, messages in self._waiting.items():
@@ -149,7 +149,7 @@ class ParquetFiles:
 
 
 def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[int, int | None], once: list[str] | None) -> None:
-    """Stream ``parts`` into ``target``, dropping rows of earlier sessions that a later session said again; ``once`` as in ONCE."""
+    """Stream ``parts`` into ``target``, dropping rows of earlier sessions that a later session replaces; ``once`` as in ONCE."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 

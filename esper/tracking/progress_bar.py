@@ -1,4 +1,4 @@
-"""The progress bar: a tracker that shows instead of keeping, and what it gathers from the bus's messages."""
+"""The progress bar: a tracker that shows the state of the run, which it gathers from the bus's messages."""
 
 from __future__ import annotations
 

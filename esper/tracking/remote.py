@@ -55,7 +55,7 @@ class Messages(msgspec.Struct, frozen=True, tag=True):
 
 
 class Flush(msgspec.Struct, frozen=True, tag=True):
-    """Make durable what came so far."""
+    """Make all messages so far durable."""
 
 
 class Close(msgspec.Struct, frozen=True, tag=True):
@@ -133,7 +133,7 @@ class RemoteMlflow:
         self.wants_model = config.model
 
     def record(self, messages: Sequence[Message]) -> None:
-        """Pass the messages on. A slow other side makes this wait, and the bus holds what comes meanwhile."""
+        """Pass the messages on. A slow other side makes this wait, while the bus holds further messages."""
         self._send(Messages(list(messages)))
 
     def flush(self) -> None:
@@ -203,7 +203,7 @@ class MlflowSubprocess(RemoteMlflow):
             raise
 
     def let_go(self) -> None:
-        """End a process that nobody opened, when it is through with what it does: a store must not be left half made.
+        """End a process in which no run was opened, once it has finished its present work: a store must not be left half made.
 
         Harmless after ``close``.
         """
@@ -234,7 +234,7 @@ class MlflowSubprocess(RemoteMlflow):
         try:
             write_frame(self._pipes()[0], frame)
         except BrokenPipeError:
-            self._answer()  # it said why before it went, or not even that
+            self._answer()  # raises the reason, if the process gave one
             raise TrackerError(f"the tracking process went away; its last words are in {self._log}") from None
 
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:

@@ -1,8 +1,7 @@
-"""``python -m esper.tracking.remote_process``: the process in which MLflow lives, driven by frames on standard input.
+"""``python -m esper.tracking.remote_process``: the process that MLflow runs in, driven by frames on standard input.
 
-Apart from the training process because MLflow is Python through and through: in a thread its import and every batch
-would hold the interpreter that the training steps need. When the training process goes without a word, the run is
-marked KILLED here.
+Apart from the training process because MLflow is written in Python: in a thread its import and every batch would hold the
+interpreter that the training steps need. When the training process is killed, the run is marked KILLED here.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def serve(asks: BinaryIO, answers: BinaryIO) -> int:
 
 
 def warm() -> None:
-    """Import what the figures at the end of a run need, while there is time."""
+    """Import matplotlib for the figures at the end of the run, while there is time."""
     import matplotlib.figure  # noqa: F401
 
 
@@ -77,7 +76,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(5)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints goes to the log, not into the answers
+    os.dup2(2, 1)  # the output of libraries goes to the log, not into the answers
     code = serve(sys.stdin.buffer, answers)
     sys.stdout.flush()
     return code

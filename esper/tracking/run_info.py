@@ -1,4 +1,4 @@
-"""What a tracker is told about a run before its first message."""
+"""The description of a run that a tracker gets before the first message, and the run's readable name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Telemetry rows of a site as a few numbers a tick: how many seeds in which stage, and what they are like on average."""
+"""Telemetry rows of a site as a few numbers a tick: seeds by stage, and means over them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Aggregates:
             self._known[site] = set(stages)
 
     def points(self, message: Telemetry) -> list[Point]:
-        """What is due of one message."""
+        """The points of one message that are due."""
         found: list[Point] = []
         values = rows(message)
         for tick, block in zip(message.ticks, values, strict=True):

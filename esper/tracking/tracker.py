@@ -1,4 +1,4 @@
-"""The interface of everything that listens to a run: four methods, called from one thread."""
+"""The interface of a tracker: four methods, called from one thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Tracker(Protocol):
-    """Keeps what the bus says about one run."""
+    """Records the messages of one run. ``wants_model``: it reads the final model from the run's folder on ``close``."""
 
     wants_model: bool
 
@@ -26,7 +26,7 @@ class Tracker(Protocol):
         """Take a batch of messages; they may still be in memory on return."""
 
     def flush(self) -> None:
-        """Make durable what was recorded: after this the messages are acknowledged."""
+        """Make all recorded messages durable: after this they are acknowledged."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """End with one of STATUSES; ``summary`` is that of RunEnded, empty when the run did not get there."""

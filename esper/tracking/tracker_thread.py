@@ -31,8 +31,8 @@ class TrackerRunner:
     """Reads events and telemetry of one run and hands them to every tracker, until the run has ended.
 
     The thread polls instead of waking at every message, so that a trainer publishing thousands a second is left alone.
-    What was handed over is acknowledged after the trackers have flushed it, well before the bus would hand it out anew.
-    A tracker that raises is dropped, said once in the log and raised by ``close``; the others go on. ``cpu_s`` is the
+    Messages are acknowledged after the trackers have flushed them, well before the bus would deliver them again.
+    A tracker that raises is dropped, which the log says once and ``close`` raises; the others go on. ``cpu_s`` is the
     processor time that all this took up to the end of the run, in seconds: the most it can have kept from the trainer.
     """
 
@@ -67,7 +67,7 @@ class TrackerRunner:
         self._thread.start()
 
     def await_open(self) -> None:
-        """After ``start``: wait until every tracker stands, so that what none of them could keep is not trained.
+        """After ``start``: wait until every tracker is open, so that no run is trained that a tracker cannot record.
 
         Raises:
             UserError: one does not, with what can be done about it.
@@ -94,7 +94,7 @@ class TrackerRunner:
         return self._settled.wait(timeout_s) and not self.errors
 
     def try_model(self, model: nn.Module, sample: Tensor) -> None:
-        """Do with the model as it is now what ``log_model`` will do with the final one, and keep nothing.
+        """Export the model as it is now, as ``log_model`` will export the final one, and keep nothing.
 
         Raises:
             UserError: a model that torch.export cannot trace.
@@ -122,7 +122,7 @@ class TrackerRunner:
                 self._fail("storing the final model", error)
 
     def close(self, status: str, timeout_s: float = 150.0, grace_s: float = GRACE_S) -> None:
-        """Handle what is left, end the trackers with ``status`` and stop; raises TrackerError if any of them failed.
+        """Handle the remaining messages, end the trackers with ``status`` and stop; raises TrackerError if any of them failed.
 
         Call it after everything was published; ``grace_s`` is how long to wait for a RunEnded that may still be on its
         way, 0 where none is. Closing twice is harmless.
@@ -174,7 +174,7 @@ class TrackerRunner:
             if now - flushed >= self._flush_s or sum(map(len, self._held.values())) >= 20 * BATCH:
                 self._flush()
                 flushed = now
-            if settling and found < BATCH:  # whatever was there when it was asked has been read
+            if settling and found < BATCH:  # everything published before the request has been read
                 self._flush()
                 self._settling.clear()
                 self._settled.set()
@@ -213,7 +213,7 @@ class TrackerRunner:
         for tracker in list(self._alive):
             try:
                 call(tracker)
-            except Exception as error:  # whatever it is, training goes on, and close() raises it
+            except Exception as error:  # training goes on, and close() raises it
                 self._alive.remove(tracker)
                 self._fail(getattr(tracker, "called", type(tracker).__name__), error)
 

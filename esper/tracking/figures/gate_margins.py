@@ -19,7 +19,7 @@ NAMED = len(LINES)  # more branches than this at a gate share the last colour
 
 
 def gate_margins(history: RunHistory) -> Figure | None:
-    """One panel a gate, open from zero up; None when no gate was asked. What is not finite lies on the floor.
+    """One panel a gate, open from zero up; None when no gate was asked. Values that are not finite lie on the floor.
 
     Branches are often asked at one tick and lie on one another there: each has a marker of its own shape, the later ones smaller.
     """

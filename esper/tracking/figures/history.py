@@ -34,7 +34,7 @@ class BranchHistory:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What figures are drawn from. Metrics are ``(ticks, values)`` by name; ``last`` is the last tick of the run.
+    """The data of the figures. Metrics are ``(ticks, values)`` by name; ``last`` is the last tick of the run.
 
     ``alone`` has the curves of the host alone, float64 ``[points, 3]`` of tick, training MACs and value by name, at the ``same_steps``
     and at the ``same_macs``. ``title`` says which run this is, ``clock`` how long a tick is.
@@ -51,7 +51,7 @@ class RunHistory:
 
     @property
     def ticks(self) -> str:
-        """What to write along an axis of ticks."""
+        """The label of an axis of ticks."""
         return f"tick ({'epoch' if self.clock == 'epoch' else 'optimizer step'})"
 
 
@@ -76,7 +76,7 @@ def read_history(folder: Path) -> RunHistory:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What the file holds; empty where it is not there yet or holds nothing (room that was kept for it)."""
+    """The contents of the file; empty where it is not there yet or only its room is reserved."""
     text = path.read_bytes().strip(b"\0 \n") if path.exists() else b""
     return json.loads(text) if text else {}
 
