@@ -20,8 +20,7 @@ from esper.lifecycle.stages import Stage
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry
 from esper.tracking.config import MlflowConfig, tracking_uri
 from esper.tracking.run_info import RunInfo
-from esper.tracking.run_page import final_values, main_points, main_values, page_description
-from esper.tracking.seed_averages import Aggregates, Point
+from esper.tracking.run_page import Point, SeedAverages, final_values, main_points, main_values, page_description
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -73,7 +72,7 @@ class MlflowRun:
         if not self._prepared:
             self.prepare(info.outputs, info.folder)
         self._info = info
-        self._aggregates = Aggregates(self.config.points)
+        self._averages = SeedAverages(self.config.points)
         self._waiting: dict[tuple[int, str], float] = {}
         self._tick, self._not_finite = 0, ""
         self._alerts: Counter[str] = Counter()
@@ -159,11 +158,11 @@ class MlflowRun:
                     self._note((message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name))
                     self._note(main_points(message, self._info.primary))
                 case Telemetry():
-                    self._note(self._aggregates.points(message))
+                    self._note(self._averages.points(message))
                 case RunStarted():
-                    self._aggregates.plan(message.total_ticks)
+                    self._averages.plan(message.total_ticks)
                     if self._before is not None:
-                        self._aggregates.go_on(self._before.seeds_until(message.tick))
+                        self._averages.go_on(self._before.seeds_until(message.tick))
                         self._alerts.update(self._before.alerts_until(message.tick))
                 case Alert():
                     self._alerts[message.level] += 1
