@@ -14,7 +14,7 @@ USAGE = """\
 usage: esper [overrides]            train one run (same as python -m esper)
        esper --multirun [overrides] sweep: model=mlp,cnn seed=0,1,2
        esper PROGRAM [arguments]    another program
-       esper OPTION                 --version; --hydra-help; --shell-completion install=bash (or zsh, fish), which prints what to eval
+       esper OPTION                 --version; --hydra-help; --shell-completion install=bash (or zsh, fish), for eval
 """
 
 RECIPES = {
