@@ -1,4 +1,4 @@
-"""A run tells what computed each of its lives, so that none of them is forgotten when two runs are compared."""
+"""A run names the environment of each of its sessions, so that none is forgotten when two runs are compared."""
 
 from __future__ import annotations
 
