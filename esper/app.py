@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(f"the run is done, but {error}.", FAILED)
     except KeyboardInterrupt as stop:
         return _stopped(stop)
-    except BrokenPipeError:  # `esper --help | head`: whoever read us has seen enough
+    except BrokenPipeError:  # `esper --help | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -76,7 +76,7 @@ def train(words: Sequence[str]) -> int:
     if words and words[0] in ("--hydra-help", *_COMPLETION):
         return _hydras_own(words)
     if any(word.startswith(("resume=", "fork=")) and word != "resume=auto" for word in words):
-        from esper.running import resume
+        from esper.cli import resume
 
         return resume.main(words)
     from esper.cli.compose import check_jobs
@@ -84,14 +84,14 @@ def train(words: Sequence[str]) -> int:
     flags = _parse(words)
     asked = check_jobs(flags.overrides, flags.multirun)
     if not flags.cfg and (started := _in_its_place(asked)):
-        from esper.running import resume
+        from esper.cli import resume
 
         return resume.go_on(started)
     return _hydra(words)
 
 
 def _hydras_own(words: Sequence[str]) -> int:
-    """What Hydra itself answers: its own help, and the completion of a shell (``eval "$(esper -sc install=bash)"``).
+    """Requests that Hydra itself answers: its own help, and the completion of a shell (``eval "$(esper -sc install=bash)"``).
 
     Raises:
         UserError: more words than that; a setting among them would be composed unchecked.
@@ -99,7 +99,7 @@ def _hydras_own(words: Sequence[str]) -> int:
     if words != ["--hydra-help"] and not (len(words) == 2 and _SHELL.fullmatch(words[1])):
         raise UserError(f"{words[0]} stands alone: esper --hydra-help, or esper --shell-completion install=bash (or zsh, fish).")
     typed = os.environ.get("COMP_LINE", "esper ").split(" ")  # a program's own name is no setting that Hydra could complete behind
-    os.environ["COMP_LINE"] = " ".join(typed[:1] + typed[2:] if len(typed) > 2 and typed[1] in programs.PROGRAMS else typed)
+    os.environ["COMP_LINE"] = " ".join(typed[:1] + typed[2:] if len(typed) > 2 and typed[1] in programs.programs() else typed)
     from hydra.errors import HydraException
 
     from esper.cli.compose import register_resolvers
@@ -127,7 +127,7 @@ def _in_its_place(asked: Composed) -> Start | None:
     from esper.running.run_folder import refuse_occupied
 
     if asked.config.resume == "auto":
-        from esper.running.resume import auto
+        from esper.cli.resume import auto
 
         if found := auto(asked.config, asked.folder):
             return found

@@ -22,7 +22,7 @@ from typing import Any
 from esper.bus.config import MemoryConfig
 from esper.errors import UserError
 from esper.fields import setting
-from esper.processes import ControllerPlace
+from esper.processes import ControllerPlace, TrackerPlace
 
 VARIABLE = "ESPER_ALLOW"
 FILE = "esper.yaml"
@@ -30,10 +30,14 @@ FILE = "esper.yaml"
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a configuration may reach outside itself: packages, variables of the environment; ``folder`` is where esper was started."""
+    """What may be reached outside esper: packages, variables of the environment, and ``programs``, the user's own by name.
+
+    ``folder`` is where esper was started.
+    """
 
     packages: tuple[str, ...]
     variables: tuple[str, ...]
+    programs: Mapping[str, str]
     folder: Path
 
     def imports(self, module: str) -> bool:
@@ -72,6 +76,7 @@ def _read() -> Allowed:
     """``ESPER_ALLOW`` (commas between) and ``./esper.yaml``."""
     packages = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
     variables: list[str] = []
+    programs: dict[str, str] = {}
     path = Path(FILE)
     if path.is_file():
         import yaml
@@ -82,7 +87,8 @@ def _read() -> Allowed:
             raise UserError(f"{FILE} cannot be read as YAML: {' '.join(str(error).split())}.") from error
         packages += _names(tree, "allow", "the packages that may be imported, as in: allow: [my_pkg]")
         variables += _names(tree, "env", "the variables that a configuration may read, as in: env: [SCRATCH]")
-    return Allowed(tuple(filter(None, packages)), tuple(filter(None, variables)), Path.cwd())
+        programs = _programs(tree)
+    return Allowed(tuple(filter(None, packages)), tuple(filter(None, variables)), programs, Path.cwd())
 
 
 def _names(tree: Any, key: str, what: str) -> list[str]:
@@ -90,6 +96,14 @@ def _names(tree: Any, key: str, what: str) -> list[str]:
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
         raise UserError(f"{FILE} must hold {what}.")
     return given
+
+
+def _programs(tree: Mapping[str, Any]) -> dict[str, str]:
+    given = tree.get("programs", {})
+    named = isinstance(given, Mapping) and all(isinstance(name, str) and name.isidentifier() for name in given)
+    if not named or not all(isinstance(target, str) for target in given.values()):
+        raise UserError(f"{FILE} must hold programs by name, as in: programs: {{census: my_pkg.programs:census}}.")
+    return dict(given)
 
 
 def variable(name: str, *default: Any) -> Any:
@@ -321,6 +335,25 @@ class CustomBus(MemoryConfig):
         return made
 
 
+@dataclass
+class CustomTracker(TrackerPlace):
+    """A tracker of the user's own: ``target(**args)`` is an ``esper.tracking.Tracker``."""
+
+    name: str = "custom"
+    target: str = setting("", help="package.module:Name of a tracker")
+    args: dict[str, Any] = setting({}, help="its keyword arguments")
+
+    def build(self) -> Any:
+        """The tracker."""
+        made = make(self.target, self.args, "tracking")
+        missing = [name for name in ("open", "record", "flush", "close") if not callable(getattr(made, name, None))]
+        if missing:
+            raise UserError(f"tracking.target={self.target} has no method {missing[0]}; a tracker has open, record, flush and close.")
+        if not isinstance(getattr(made, "wants_model", None), bool):
+            raise UserError(f"tracking.target={self.target} has no wants_model; set it to True for the final model, or to False.")
+        return made
+
+
 #: Group -> the dataclass of its option ``custom``.
 OPTIONS: dict[str, type] = {
     "model": CustomModel,
@@ -329,4 +362,5 @@ OPTIONS: dict[str, type] = {
     "grafting": CustomGrafting,
     "controller": CustomController,
     "bus": CustomBus,
+    "tracking": CustomTracker,
 }

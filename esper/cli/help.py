@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from esper.cli import conf
-from esper.cli.programs import PROGRAMS
+from esper.cli.programs import programs
 from esper.config import PRESETS
 
 ABOUT = "neural networks that grow while they train, and proof of whether growing paid"
@@ -31,7 +31,7 @@ def text() -> str:
     """Everything ``--help`` prints."""
     chosen = conf.defaults()
     lines = [f"esper: {ABOUT}", "", USAGE, "Programs:"]
-    lines += [f"  {name:<12} {program.help}" for name, program in PROGRAMS.items()]
+    lines += [f"  {name:<12} {program.help}" for name, program in programs().items()]
     lines += ["", "Groups (* is the default; esper --cfg job prints every key):"]
     for group, names in conf.groups().items():
         if group not in PRESETS:

@@ -1,13 +1,21 @@
-"""The programs behind the first word of the command line, loaded when they are called."""
+"""The programs behind the first word of the command line, loaded when they are called.
+
+Beside esper's own there are those that the user's ``esper.yaml`` names, each a function of a package that was allowed. Entry points of
+installed packages would be a shorter way, and would let any of them add a program without the user's decision.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from esper import custom
 from esper.config import listing, nearest
 from esper.errors import UserError
+
+Main = Callable[[Sequence[str]], int]
 
 
 @dataclass(frozen=True)
@@ -17,19 +25,54 @@ class Program:
     target: str
     help: str
 
-    def load(self) -> Callable[[Sequence[str]], int]:
+    def load(self) -> Main:
+        """The function."""
         module, function = self.target.split(":")
-        return getattr(importlib.import_module(module), function)
+        main: Main = getattr(importlib.import_module(module), function)
+        return main
+
+
+@dataclass(frozen=True)
+class OwnProgram(Program):
+    """A program of the user's own, called ``name`` in ``esper.yaml``."""
+
+    name: str
+
+    def load(self) -> Main:
+        """The function.
+
+        Raises:
+            UserError: as ``esper.custom.locate``; a class, or what cannot be called.
+        """
+        key = f"programs.{self.name}"
+        found: Any = custom.locate(self.target, key)
+        if isinstance(found, type) or not callable(found):
+            kind = "class" if isinstance(found, type) else type(found).__name__
+            raise UserError(f"{key}={self.target} is a {kind}; it must be a function that takes a list of words and returns the exit code.")
+        main: Main = found
+        return main
 
 
 PROGRAMS: dict[str, Program] = {
-    "export": Program("esper.running.export:main", "a run's model for other programs: run=<folder> format=pt2|onnx|safetensors"),
+    "export": Program("esper.cli.export:main", "a run's model for other programs: run=<folder> format=pt2|onnx|safetensors"),
     "compare": Program("esper.compare.command:main", "judge a finished sweep again, from the store alone: sweep=<id>"),
     "control": Program("esper.bus.programs.controller:main", "decide for a run with controller.process=external: control <run folder>"),
     "track": Program("esper.bus.programs.tracker:main", "write the story of a run with tracking.process=external: track <run folder>"),
     "bus": Program("esper.bus.programs.inspect:main", "what is on a run's bus: bus status|tail|dead-letters|flush <run folder>"),
     "check": Program("esper.cli.check:main", "train nothing: sites, stage schedule, estimated time and memory"),
 }
+
+
+def programs() -> dict[str, Program]:
+    """esper's own programs and the user's, by name; nothing of them is imported.
+
+    Raises:
+        UserError: an ``esper.yaml`` that is not as it must be, or that gives a program the name of one of esper's own.
+    """
+    own = custom.allowed().programs
+    if taken := sorted(set(own) & set(PROGRAMS)):
+        raise UserError(f"{custom.FILE} calls a program {taken[0]}, and esper has one of that name; choose another.")
+    return PROGRAMS | {name: OwnProgram(target, f"{target}, of {custom.FILE}", name) for name, target in own.items()}
 
 
 def named(arguments: Sequence[str]) -> Program | None:
@@ -41,10 +84,11 @@ def named(arguments: Sequence[str]) -> Program | None:
     if not arguments:
         return None
     word = arguments[0]
-    if word in PROGRAMS:
-        return PROGRAMS[word]
+    known = programs()
+    if word in known:
+        return known[word]
     if word.isidentifier():
-        first = f"{listing(PROGRAMS)}, or a setting such as seed=1"
-        near = nearest(word, PROGRAMS) or "; esper --help lists all there is"
+        first = f"{listing(known)}, or a setting such as seed=1"
+        near = nearest(word, known) or "; esper --help lists all there is"
         raise UserError(f"esper has no program '{word}': the first word is {first}{near}.")
     return None

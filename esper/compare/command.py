@@ -21,7 +21,7 @@ from esper.compare.results.report import show, write_results
 from esper.config import listing, nearest, structure
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, sqlite_file, tracking_uri
-from esper.tracking.store_check import check_uri
+from esper.tracking.mlflow_store import check_uri
 
 #: Parts of the plan that an analysis may change, which makes it exploratory.
 CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking")

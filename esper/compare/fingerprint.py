@@ -13,8 +13,8 @@ from esper.config import UNHASHED
 from esper.errors import UserError
 from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary
+from esper.running.callbacks import read_checksums
 from esper.running.run_folder import CONFIG, read_config
-from esper.running.weight_trace import noted
 from esper.tracking.run_info import flatten
 from esper.trainer.fingerprint import untimed
 
@@ -145,7 +145,7 @@ def _metrics(folder: Path) -> dict[tuple[int, str], float | str]:
 
 def _first_noted(first: Path, second: Path) -> Iterator[Difference]:
     """The first look at the validation set whose recorded weights differ."""
-    a, b = noted(first), noted(second)
+    a, b = read_checksums(first), read_checksums(second)
     common = sorted(a.keys() & b.keys())
     apart = next((place for place, step in enumerate(common) if a[step] != b[step]), None)
     if apart is not None:

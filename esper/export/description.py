@@ -1,6 +1,6 @@
-"""What may stand in a saved model's ``model.json``, and how much memory it may ask for: as much as its weights fill.
+"""The checks of a saved model's ``model.json``, and of the memory it may ask for: as much as its weights fill.
 
-The file may come from anywhere. Whatever it holds ends in a model or in a sentence, and builds nothing larger than what lies beside it.
+The file may come from anywhere. Every content ends in a model or in a sentence, and builds nothing larger than the weights beside it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _check_card(card: dict[str, Any]) -> None:
 def _check_branch(entry: dict[str, Any], card: dict[str, Any]) -> None:
     _is(entry.get("blueprint"), str, "blueprint")
     alpha = entry.get("alpha")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise Wrong(f"alpha is {alpha!r}, which is no finite number")
     _is(entry.get("residual"), bool, "residual")
     if _is(entry.get("block"), bool, "block"):

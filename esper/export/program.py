@@ -126,7 +126,7 @@ def _foreign(name: str) -> bool:
 
 
 def _in_one_piece(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook that is traced as the program's first operation: what follows sees one layout, whatever the input's."""
+    """A forward pre-hook that is traced as the program's first operation: the operations after it see one layout."""
     return tuple(value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value for value in given)
 
 
@@ -152,7 +152,7 @@ def _answer(model: Any, inputs: Tensor) -> Tensor | None:
     try:
         with quiet(), torch.no_grad():
             return first_tensor(model(inputs))
-    except Exception:  # a host's own code raises whatever it likes for a size that it does not take
+    except Exception:  # a host's own code may raise anything for a size that it does not take
         return None
 
 

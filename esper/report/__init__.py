@@ -1,1 +1,1 @@
-"""What a person sees: the progress bar, the table at the end, and ``summary.json``."""
+"""The report of a run: the table at the end, and ``summary.json``."""

@@ -1,4 +1,4 @@
-"""The report at the end of a run: what every branch did, and whether growing paid."""
+"""The report at the end of a run: the stages of every branch, and whether growing paid."""
 
 from __future__ import annotations
 
@@ -129,12 +129,12 @@ def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
 
 
 def _bits(environment: Mapping[str, Any]) -> str:
-    """Said only where the promise that a run repeats was given up."""
+    """A sentence where the promise that a run repeats was given up."""
     return "trainer.deterministic=false: another run of this config may have others" if environment.get("deterministic") is False else ""
 
 
 def _tested(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was measured on the test set; everything where there is none."""
+    """The metrics of the test set; all metrics where there are none."""
     return {name: value for name, value in metrics.items() if name.startswith("test/")} or metrics
 
 

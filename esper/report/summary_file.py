@@ -1,4 +1,4 @@
-"""``summary.json``: one run in numbers, read by the end-of-run report, comparisons and whoever opens the folder."""
+"""``summary.json``: one run in numbers, read by the end-of-run report, comparisons and people who open the folder."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class KeptSummary(TypedDict):
 
 
 class GrownSummary(TypedDict):
-    """Of a grown host whose place the never-grown one took: what the summary would say of it."""
+    """The grown host's own entries, where the never-grown one took its place."""
 
     metrics: MetricsSummary
     branches: list[BranchSummary]
@@ -103,7 +103,7 @@ class GrownSummary(TypedDict):
 class Summary(TypedDict, total=False):
     """Everything in ``summary.json``. MACs count training alone; ``fingerprint`` knows no clock; ``bus`` counts messages of this process.
 
-    ``environment`` is that of the run's last life, ``environments`` those of all of them, each ``since`` a step.
+    ``environment`` is that of the run's last session, ``environments`` those of all of them, each ``since`` a step.
     ``kept`` and ``grown`` are there only where ``trainer.keep=better`` kept the never-grown host, ``trace``, the path of a file, where
     ``trainer.profile`` asked for one.
     """
@@ -122,7 +122,9 @@ class Summary(TypedDict, total=False):
     refusals: dict[str, int]
     parameters: ParametersSummary
     macs: int
+    macs_by_pass: dict[str, int]
     seconds: SecondsSummary
+    stages: dict[str, int]
     control: ControlSummary
     control_curves: dict[str, dict[str, list[list[float]]]]
     kept: KeptSummary
@@ -135,6 +137,8 @@ class Summary(TypedDict, total=False):
     output: str
     trace: str
     config_hash: str
+    data: str
+    seed: int
 
 
 def reserve(folder: str | Path) -> None:
@@ -154,7 +158,7 @@ def write_summary(summary: Mapping[str, Any], folder: str | Path) -> Path:
     path = Path(folder) / NAME
     text = json.dumps(plain(summary), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = _unfinished(folder)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # over what was reserved
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # over the reserved room
         file.write(text.encode())
         file.truncate()
         file.flush()
@@ -179,7 +183,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """``value`` as JSON knows it: text keys, lists, and None for numbers that are not finite.
 
-    Raises TypeError for what is neither a mapping, a sequence, a number, text, a path nor None.
+    Raises TypeError for a value that is neither a mapping, a sequence, a number, text, a path nor None.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

@@ -1,32 +1,40 @@
-"""Building the parts of a run from its config."""
+"""From a config to the parts of a run: host, controller, growth, trainer, and the description that its trackers are given."""
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from esper.config import RootConfig, listing, nearest, options
+from esper.cli import conf
+from esper.config import GROUPS, RootConfig, config_hash, listing, nearest, options, plain
 from esper.controllers import Controller
 from esper.engine.port import Port
 from esper.errors import UserError
 from esper.export.saved_model import load_weights
 from esper.messages import RunStarted
 from esper.randomness import generator
-from esper.tasks.base import Task
+from esper.running.provenance import git_state
+from esper.tasks.base import SETS, Task
+from esper.tracking import DatasetInfo, RunInfo, differences, readable_name
 from esper.trainer.device import is_out_of_memory
 from esper.trainer.trainer import Growth, Trainer
 
+#: Groups whose option every run states, so that columns can be filtered by them.
+CHOSEN = ("model", "task", "controller", "blueprint", "grafting")
+
 
 def build_host(config: RootConfig, task: Task) -> nn.Module:
-    """The host with initial weights from the run's seed, or those that ``model.weights`` names, with what had grown there."""
+    """The host with initial weights from the run's seed, or those that ``model.weights`` names, with the branches that had grown there."""
     host: nn.Module = config.model.build(task, generator(config.seed, "host"))
     return load_weights(host, config.model.weights) if config.model.weights else host
 
 
 def build_controller(config: RootConfig, task: Task) -> Controller:
-    """What decides about the seeds.
+    """The controller, which decides about the seeds.
 
     Raises:
         UserError: a strategy that there is not, which every germination would meet; a metric that the task does not give, whose
@@ -61,7 +69,7 @@ def _check_metric(name: str, direction: str, task: Task) -> None:
 def refuse_idle(config: RootConfig, task: Task, trainer: Trainer) -> None:
     """Raise UserError for a controller that could never do anything in this run: tell a copy of it of the run's start.
 
-    A controller of the user's own is left to the run: nobody knows what making it twice would do.
+    A controller of the user's own is not built twice, since that might have effects; it is left to the run.
     """
     if config.controller.name != "custom":
         grow = trainer.grow
@@ -93,3 +101,59 @@ def build_trainer(
         if not is_out_of_memory(error):
             raise
         raise UserError(f"model={config.model.name} does not fit into memory; make it smaller, or use a machine with more.") from error
+
+
+def describe_run(config: RootConfig, task: Task, folder: Path, started_ms: int) -> RunInfo:
+    """The identity of a run: name, tags, data set, and the parameters that differ from the defaults."""
+    tree = plain(config)
+    changed = differences(tree, _defaults(config))
+    chosen = {group: _called(getattr(config, group)) for group in CHOSEN}
+    usual = f"{config.model.name}-{config.task.name}"
+    what = f"{chosen['model']}-{chosen['task']}" if config.name == usual else config.name
+    git = git_state()
+    sizes = {which: len(getattr(task, which)) for which in SETS}
+    tags = {
+        "config_hash": config_hash(config),
+        "git_commit": git["commit"] + ("+changed" if git["changed"] else ""),
+        "seed": str(config.seed),
+        "arm": config.arm,
+        "experiment": config.experiment,
+        "tags": ",".join(config.tags),
+    }
+    return RunInfo(
+        run=folder.name,
+        name=readable_name(what, changed | _choices(config, chosen), config.seed, config.arm),
+        folder=str(folder),
+        outputs=str(Path(config.output).resolve()),
+        started_ms=started_ms,
+        config=tree,
+        changed={key: value for key, value in changed.items() if key not in {f"{group}.name" for group in CHOSEN}},
+        chosen=chosen,
+        tags={name: value for name, value in tags.items() if value},
+        dataset=DatasetInfo(name=task.name, digest=task.digest, description=task.description, sizes=sizes),
+        primary=f"validation/{task.primary}",
+        direction=task.metrics[task.primary].direction,
+    )
+
+
+def _called(part: Any) -> str:
+    """The option of a group; of a part of the user's own the class or function that it names."""
+    target = str(getattr(part, "target", ""))
+    return target.rpartition(":")[2] or str(part.name)
+
+
+def _choices(config: RootConfig, chosen: dict[str, str]) -> dict[str, str]:
+    """The options, of all groups, that are not the ones of conf/config.yaml, as settings of a run's name."""
+    usual = conf.defaults()
+    names = {group: chosen.get(group) or str(getattr(getattr(config, group), "name", usual[group])) for group in usual}
+    return {f"{group}.name": name for group, name in names.items() if name != usual[group]}
+
+
+def _defaults(config: RootConfig) -> dict[str, Any]:
+    """The configuration without any override, as the dataclasses hold it."""
+    tree = dataclasses.asdict(RootConfig()) | {"name": config.name, "output": config.output}
+    for group in GROUPS:
+        chosen = getattr(config, group)
+        if chosen is not None:
+            tree[group] = dataclasses.asdict(options(group)[chosen.name](name=chosen.name))
+    return tree

@@ -1,4 +1,4 @@
-"""``esper check``: what a run would do, in tables, without doing it: its sites, its stages in steps, its cost."""
+"""``esper check``: tables of a run that is not carried out: its sites, its stages in steps, its cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.number_format import count, duration, short
 from esper.running.builders import build_trainer, refuse_idle
-from esper.running.control_keys import controls_of
+from esper.running.control_runs import controls_of
 from esper.running.cost_estimate import Cost, Forward, cost_of, forward_of
 from esper.seeds import Site
 from esper.trainer.device import choose_device, describe, numerics
@@ -62,7 +62,7 @@ def check(config: RootConfig) -> str:
 
 
 def _sites(config: RootConfig, trainer: Trainer, forward: Forward) -> Table:
-    """One row a site and blueprint; what does not fit is named with the reason."""
+    """One row a site and blueprint that fits it; a site that no blueprint fits has a row of its own."""
     registry = trainer.grow.registry
     table = Table(title=f"Sites: {len(registry.sites)} with {registry.table.rows} seeds", title_justify="left", title_style="bold")
     for name in ("pattern", "module", "shape", "features", "seeds", "blueprint"):
@@ -90,7 +90,7 @@ def _chunks(site: Site) -> str:
 
 
 def _pattern(config: RootConfig, model: nn.Module, site: Site) -> str:
-    """What in sites.match found the site: a pattern of the user's or of the host's own, or else a role."""
+    """The pattern by which sites.match found the site, the user's or the host's own, or else a role."""
     given = list(config.sites.match)
     patterns = list(getattr(model, "growth_sites", ())) if given == ["auto"] else given
     found = [pattern for pattern in patterns if fnmatchcase(site.name, pattern)]
@@ -204,7 +204,7 @@ def _time(config: RootConfig, trainer: Trainer, cost: Cost) -> list[tuple[str, s
 
 
 def _growth(trainer: Trainer, cost: Cost) -> tuple[float, float, str]:
-    """Seconds that a seed adds until it is kept, at least and at most, and of what they consist."""
+    """Seconds that a seed adds until it is kept, at least and at most, and the passes that they consist of."""
     settings = trainer.grow.settings
     ages, steps = settings.ages, settings.steps_per_tick
     judged = (Stage.EVALUATING, Stage.FINE_TUNING) if trainer.grow.judge is not None else ()

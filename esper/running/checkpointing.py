@@ -1,4 +1,4 @@
-"""Keeping a run so that it can go on: checkpoints when they are due, and one on SIGTERM."""
+"""The checkpoints of a run: when they are due, and one on SIGTERM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from esper import messages
@@ -15,11 +14,11 @@ from esper.bus.trainer.bus_port import ControllerSilent
 from esper.checkpoint import store
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.store import Checkpoint, Copy
-from esper.config import RootConfig
 from esper.engine.state import trainer_state
 from esper.errors import Preempted
 from esper.lifecycle.duration import parse
-from esper.running.provenance import origin
+from esper.running.connections import Connections, Setup
+from esper.running.provenance import provenance
 from esper.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -31,17 +30,17 @@ SKIPPED = (
 )
 
 
-class Keeper:
-    """Called between two steps of a life that begins after step ``since`` (−1: anew).
+class Checkpointer:
+    """Called between two steps of a session that begins after step ``since`` (−1: anew).
 
-    ``port`` and ``runner`` are saved with the trainer; ``trackers`` must have kept what was said before a checkpoint counts.
+    The port and the controller are saved with the trainer. The trackers must have kept everything said before a checkpoint counts.
     """
 
-    def __init__(self, config: RootConfig, folder: Path, port: Any, runner: Any, trackers: Any, since: int) -> None:
-        settings = config.trainer
-        self.every = settings.checkpoint_every
-        self.folder, self.port, self.runner, self.trackers = folder, port, runner, trackers
-        port.safe.hold = bool(self.every)
+    def __init__(self, setup: Setup, links: Connections, since: int) -> None:
+        settings, folder = setup.config.trainer, setup.folder
+        self.every: str = settings.checkpoint_every
+        self.folder, self.port, self.controller, self.trackers = folder, links.port, links.controller, links.trackers
+        self.port.safe.hold = bool(self.every)
         retention = Retention(settings.checkpoint_keep, settings.checkpoint_best, settings.checkpoint_hours)
         self.saver = Saver(folder / store.FOLDER, retention, self._settled, self._written)
         self.asked = self._due = False
@@ -50,7 +49,7 @@ class Keeper:
         store.forget_after(folder / store.FOLDER, since)
 
     def __call__(self, trainer: Trainer) -> None:
-        """Save what is due. Raises Preempted when SIGTERM came, ControllerSilent when the controller did not; all is saved."""
+        """Save a checkpoint that is due. Raises Preempted after SIGTERM, ControllerSilent after a missed deadline, once saved."""
         while self._finished:
             done = self._finished.pop(0)
             self.port.emit(messages.Checkpoint(tick=trainer.grow.tick_number, path=str(done.path), digest=done.manifest["sha256"]))
@@ -63,7 +62,7 @@ class Keeper:
         over = steps == trainer.total
         self._due = self._due or steps % interval == 0 or over or self.asked
         if not self._due or not (over or grow.steps % grow.settings.steps_per_tick == 0):
-            return  # inside a tick things are said that a resumed run would say again under the same tick
+            return  # a resumed run would publish the first messages of a tick again
         self._due = False
         if not self.saver.save(lambda: self._copy(trainer), wait=over or self.asked) and self.saver.skipped == 1:
             log.info(SKIPPED, steps)
@@ -71,22 +70,22 @@ class Keeper:
             raise Preempted(f"esper resume={self.folder}")
 
     def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
-        """The controller in another process missed its deadline; what a resumed run needs is saved first."""
+        """The controller in another process missed its deadline: save a checkpoint for a resumed run, then stop."""
         self.saver.save(lambda: self._copy(trainer), wait=True)
         raise ControllerSilent(f"{silent}: esper resume={self.folder} and esper control {self.folder}.") from silent
 
     def _copy(self, trainer: Trainer) -> Copy:
-        self.runner.hear()
+        self.controller.hear()
         if self.port.external:
             self.port.emit(
                 messages.Checkpoint(tick=trainer.grow.tick_number, path="", digest="")
             )  # for the controller to keep its own state here
         state: dict[str, Any] = {
             "trainer": trainer_state(trainer),
-            "controller": json.dumps(self.runner.state()),
+            "controller": json.dumps(self.controller.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),
-            **origin(trainer.task, trainer.device),
+            **provenance(trainer.task, trainer.device),
         }
         sites = state["trainer"]["grow"]["topology"]
         return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
@@ -103,7 +102,7 @@ class Keeper:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: the first SIGTERM waits for the end of the step; a second one does what it did before."""
+        """Within: the first SIGTERM waits for the end of the step; a second one has its usual effect."""
         if not self.every:
             yield
             return
@@ -115,7 +114,7 @@ class Keeper:
 
         try:
             signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread: whoever runs us there has the signals
+        except ValueError:  # not the main thread, which alone may handle signals
             yield
             return
         try:

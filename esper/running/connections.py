@@ -1,4 +1,4 @@
-"""What a run's bus is connected to: parts in this process, or nothing where they live in a process of their own."""
+"""A run's bus with its port, controller and trackers: in this process, or reached over the bus where they have a process of their own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
+from esper.bus import open_bus
 from esper.bus.config import EmbeddedConfig, ServerConfig
 from esper.bus.discovery import invite
 from esper.bus.programs.tracker import GROUP as TRACKER
@@ -22,22 +24,54 @@ from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.bus.trainer.bus_port import BusPort, ControllerSilent
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
+from esper.custom import CustomTracker
 from esper.engine.state import fitting
 from esper.errors import UserError
 from esper.messages import COLUMNS, CONTROLLER, Alert, Message
-from esper.running.builders import build_controller
+from esper.running.builders import build_controller, describe_run
+from esper.running.run_folder import FolderLock
 from esper.tasks.base import Task
-from esper.tracking import MlflowConfig, RunRecord, Tracker, prepared_trackers
-from esper.tracking.store_check import check_store
+from esper.tracking import MlflowConfig, RunInfo, Tracker, TrackerRunner, prepared_trackers
+from esper.tracking.mlflow_store import check_store
+from esper.tracking.progress_bar import ProgressBar
 from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
 
 log = logging.getLogger(__name__)
 
 EXTERNAL = "external"
-CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for those who read it
+CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for parts in other processes
 
 
-class Watched(BusPort):
+@dataclass(frozen=True)
+class Setup:
+    """A run as it was asked for: settings, folder, task, device, and the checkpoint's state that it goes on from, if any.
+
+    ``controls`` are the control runs that it makes.
+    """
+
+    config: RootConfig
+    folder: Path
+    lock: FolderLock
+    task: Task
+    device: torch.device
+    state: Any
+    controls: Collection[str]
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class Connections:
+    """A run's bus and everything that is connected to it in this process."""
+
+    info: RunInfo
+    bus: Bus
+    port: RunPort
+    controller: ControllerRunner | ExternalController
+    trackers: TrackerRunner
+    progress: TrackerRunner
+
+
+class RunPort(BusPort):
     """The trainer's port, remembering the alerts for the summary and, until the step is whole, that the controller is silent."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -52,18 +86,18 @@ class Watched(BusPort):
         super().emit(event)
 
     def end_tick(self, tick: int) -> None:
-        """As the bus's; that the controller is silent is raised by the ``Keeper``, which can save before it."""
+        """As the bus's; that the controller is silent is raised by the ``Checkpointer``, which can save before it."""
         try:
             super().end_tick(tick)
         except ControllerSilent as error:
             self.silent = error
 
 
-class ControlledElsewhere:
-    """In place of a ControllerRunner: the controller's memory is its own process's to keep."""
+class ExternalController:
+    """Stands for a controller in another process, which keeps its own memory."""
 
     def hear(self) -> None:
-        """Nobody listens here."""
+        """Nothing to read here."""
 
     def state(self) -> None:
         """Nothing for the trainer's checkpoint."""
@@ -75,28 +109,28 @@ class ControlledElsewhere:
         """Nothing was opened."""
 
 
-class TrackedElsewhere:
-    """In place of the trackers: says only whether they will look for the final model in the run's folder."""
+class ExternalTrackers:
+    """Stands for trackers in another process; tells only whether they will look for the final model in the run's folder."""
 
     called = "storing the final model"
 
     def __init__(self, wants_model: bool) -> None:
         self.wants_model = wants_model
 
-    def open(self, record: RunRecord) -> None:
+    def open(self, info: RunInfo) -> None:
         """Nothing to prepare."""
 
     def record(self, messages: Sequence[Message]) -> None:
         """Another process reads them."""
 
     def flush(self) -> None:
-        """The bus keeps what was said."""
+        """The bus keeps the messages."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Nothing was opened."""
 
 
-def refuse_alone(config: RootConfig) -> None:
+def refuse_unreachable(config: RootConfig) -> None:
     """Raise UserError for a part in another process on a bus that no other process can reach."""
     for group in ("controller", "tracking"):
         if getattr(config, group).process == EXTERNAL and not isinstance(config.bus, ServerConfig):
@@ -112,10 +146,10 @@ def refuse_untrackable(config: RootConfig, folder: Path) -> None:
         raise UserError(RELEASED.format(run=f"in {folder}"))
 
 
-def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, quiet: bool) -> None:
-    """Let other processes find the run's bus, and tell the user what to start."""
+def say_where(config: RootConfig, bus: Bus, info: RunInfo, folder: Path, quiet: bool) -> None:
+    """Let other processes find the run's bus, and tell the user which programs to start."""
     if isinstance(config.bus, ServerConfig):
-        invite(folder, record.run, config.bus, msgspec.to_builtins(record))
+        invite(folder, info.run, config.bus, msgspec.to_builtins(info))
         if config.tracking.process == EXTERNAL:
             keep_all(folder / "bus" / "payloads")
     for group, program in (("controller", "control"), ("tracking", "track")):
@@ -123,23 +157,30 @@ def say_where(config: RootConfig, bus: Bus, record: RunRecord, folder: Path, qui
             print(f"{group}.process=external: start  esper {program} {folder}", file=sys.stderr, flush=True)
 
 
-def connect_controller(
-    config: RootConfig, task: Task, bus: Bus, record: RunRecord
-) -> tuple[ControllerRunner | ControlledElsewhere, Watched]:
-    """Who decides, and the trainer's port. Raises UserError for settings that no controller can be built from."""
-    settings, controller = config.controller, build_controller(config, task)  # where it decides elsewhere, refused here all the same
+def connect(setup: Setup, trackers: Sequence[Tracker]) -> Connections:
+    """Open the run's bus and connect its parts to it. Raises UserError for settings that no controller can be built from."""
+    config, folder = setup.config, setup.folder
+    settings, controller = config.controller, build_controller(config, setup.task)  # where it decides elsewhere, refused here all the same
+    info = describe_run(config, setup.task, folder, round(time.time() * 1000))
+    bus = open_bus(config.bus, folder)
+    say_where(config, bus, info, folder, setup.quiet)
+    runner: ControllerRunner | ExternalController
     if settings.process == EXTERNAL:
-        port = Watched(bus, record.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
-        return ControlledElsewhere(), port
-    runner = ControllerRunner(bus.local, record.run, controller, debug=config.trainer.debug)
-    return runner, Watched(bus, record.run, COLUMNS, runner, settings.timing)
+        runner = ExternalController()
+        port = RunPort(bus, info.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
+    else:
+        runner = ControllerRunner(bus.local, info.run, controller, debug=config.trainer.debug)
+        port = RunPort(bus, info.run, COLUMNS, runner, settings.timing)
+    progress = TrackerRunner(bus.local, info, [] if setup.quiet else [ProgressBar()], group="progress")
+    return Connections(info, bus, port, runner, TrackerRunner(bus.local, info, trackers), progress)
 
 
 @contextmanager
 def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
-    """Who keeps the run's story; raises UserError for a store that cannot be there. MLflow is tried while the run is prepared."""
+    """The run's trackers. Raises UserError for a store that cannot be there; MLflow is tried while the run is prepared."""
     if config.tracking.process == EXTERNAL:
-        yield [TrackedElsewhere(getattr(config.tracking, "model", False))]
+        own = isinstance(config.tracking, CustomTracker)
+        yield [ExternalTrackers(config.tracking.build().wants_model if own else getattr(config.tracking, "model", False))]
         return
     if isinstance(config.tracking, MlflowConfig):
         check_store(config.tracking, config.output)
@@ -147,13 +188,13 @@ def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
         yield trackers
 
 
-def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: bool) -> bool:
-    """Before a server of the run's own ends with it: those in other processes read what was said last.
+def let_them_read(config: RootConfig, bus: Bus, run: str, port: RunPort, quiet: bool) -> bool:
+    """Before a server of the run's own ends with it: let parts in other processes read the last messages.
 
-    Whether the trackers have; those of a server that stays may have more time.
+    Returns whether the trackers have; those of a server that stays may have more time.
     """
     if not isinstance(config.bus, EmbeddedConfig):
-        return config.tracking.process != EXTERNAL
+        return bool(config.tracking.process != EXTERNAL)
     tracked = True
     waited_for = {"controller": 0.0 if port.silent else CONTROLLER_S, "tracking": TRACKER_S}
     began = time.monotonic()
@@ -168,10 +209,10 @@ def let_them_read(config: RootConfig, bus: Bus, run: str, port: Watched, quiet: 
     return tracked
 
 
-def let_payloads_go(bus: Bus, run: str, port: Watched, tracked: bool) -> None:
-    """After the end of a finished run that was ``tracked`` nobody reads it anew; of one that is not, `esper track` does this at its end.
+def let_payloads_go(bus: Bus, run: str, port: RunPort, tracked: bool) -> None:
+    """Remove the large messages of a finished run that was ``tracked``; where it was not, `esper track` does this at its end.
 
-    What has not reached the server yet stays for the next start, and its payload with it.
+    Messages that have not reached the server yet stay for the next start, and their payloads with them.
     """
     import redis
 
@@ -201,16 +242,16 @@ def _has_read(bus: Bus, run: str, prefix: str, names: Sequence[str]) -> bool:
     return bool(groups) and not any(group.pending or group.behind for group in groups)
 
 
-def load(state: Mapping[str, str], runner: ControllerRunner | ControlledElsewhere, port: Watched) -> None:
+def load_state(state: Mapping[str, str], controller: ControllerRunner | ExternalController, port: RunPort) -> None:
     """Go on from a checkpoint. Raises UserError when the controller's memory is not where the controller is now."""
     with fitting():
         memory = json.loads(state["controller"])
-        if (memory is None) != isinstance(runner, ControlledElsewhere):
+        if (memory is None) != isinstance(controller, ExternalController):
             before, now = (EXTERNAL, "internal") if memory is None else ("internal", EXTERNAL)
             raise UserError(
                 f"This checkpoint was taken with controller.process={before}, so a controller with process={now} would go on"
                 f" without its memory: go on with controller.process={before}."
             )
-        runner.load_state(memory)
+        controller.load_state(memory)
         port.load_state(json.loads(state["port"]))
         port.alerts = list(json.loads(state["alerts"]))

@@ -1,4 +1,4 @@
-"""What a run will take, estimated from a few of its own steps on a host that is thrown away."""
+"""Time and memory of a run, estimated from a few of its own steps on a host that is thrown away."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def forward_of(trainer: Trainer) -> Forward:
 
         return hook
 
-    handles = [module.register_forward_hook(remember(name)) for name, module in model.named_modules() if name]  # type: ignore[arg-type]
+    handles = [module.register_forward_hook(remember(name)) for name, module in model.named_modules() if name]
     try:
         with quiet_evaluation(model), FlopCounterMode(display=False) as counter:
             model(inputs)

@@ -10,7 +10,7 @@ from torch import nn
 
 from esper.engine.port import Port
 from esper.messages import Alert
-from esper.report.summary_file import Summary
+from esper.report.summary_file import GrownSummary, Summary
 from esper.trainer.fingerprint import fingerprint
 from esper.trainer.trainer import Trainer
 
@@ -41,7 +41,9 @@ def put_in_place(host: nn.Module, alone: Mapping[str, Any], summary: Summary, tr
     primary = summary["primary"]
     grown, now = summary["metrics"]["final"].get(primary), alone["metrics"][primary]
     text = f"growing did not pay here: the never-grown host was kept ({primary} {now:.4g}, and {_shown(grown)} grown)"
-    summary["grown"] = {name: summary[name] for name in ("metrics", "branches", "parameters", "fingerprint")}  # type: ignore[literal-required]
+    summary["grown"] = GrownSummary(
+        metrics=summary["metrics"], branches=summary["branches"], parameters=summary["parameters"], fingerprint=summary["fingerprint"]
+    )
     summary["kept"] = {"host": "never grown", "why": text}
     summary["metrics"] = {"final": dict(alone["metrics"]), "best": dict(alone["best"])}
     summary["branches"] = []
@@ -49,7 +51,7 @@ def put_in_place(host: nn.Module, alone: Mapping[str, Any], summary: Summary, tr
     summary["fingerprint"] = fingerprint(host.state_dict(), trainer.outcome.history)
 
 
-def say_so(summary: Summary, port: Port) -> None:
+def announce(summary: Summary, port: Port) -> None:
     """The alert, once the model that the run leaves is the never-grown one."""
     port.emit(Alert(tick=summary["ticks"], level="warning", code=CODE, text=summary["kept"]["why"]))
 

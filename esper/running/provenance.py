@@ -1,29 +1,167 @@
-"""What the bits of a run come from beside its configuration: its data, and the versions and the processor that computed it."""
+"""Where the numbers of a run come from beside its configuration: data, versions, machine, threads, git state.
+
+``environment`` tells everything that is known now. A run's folder keeps it in ``environments.json`` for each session, and a checkpoint
+keeps the part of it by which a resumed run may compute other bits, with the digest of the data.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import esper
+from esper.checkpoint import store
 from esper.engine.state import fitting
 from esper.errors import UserError
-from esper.running.environment import computing
+from esper.report.summary_file import NAME as SUMMARY
+from esper.report.summary_file import read_summary
 from esper.tasks.base import Task
 
-#: What a checkpoint of a run holds, as ``Keeper`` saves it.
+PACKAGES = (
+    *("torch", "triton", "hydra-core", "omegaconf", "mlflow", "redis", "numpy", "pandas", "scikit-learn"),
+    *("msgspec", "pyarrow", "safetensors"),
+)
+#: Environment variables by which libraries choose how they compute.
+VARIABLES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_CBWR", "MKL_DYNAMIC", "ATEN_CPU_CAPABILITY"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET"),
+)
+#: The parts of a checkpoint, as ``Checkpointer`` saves them.
 PARTS = ("trainer", "controller", "port", "alerts", "data", "versions")
 
+FILE = "environments.json"
 
-def origin(task: Task, device: torch.device) -> dict[str, Any]:
-    """``data``, the task's digest, and ``versions`` of packages and processor: what a checkpoint says of where its numbers came from."""
+#: ``{"since": steps done before it, "environment": …}``; the environment is None for a session of which nothing was recorded.
+Session = dict[str, Any]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Plain values: Python, packages, processor, device, threads, flags, git commit and whether the tree was changed.
+
+    ``constraints`` is the SHA-256 of the checkout's ``constraints.txt``, empty where there is none; of ``VARIABLES`` those that are set
+    are told.
+    """
+    return {
+        "esper": esper.__version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "constraints": _constraints(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": {"model": processor(), "capability": torch.backends.cpu.get_cpu_capability()},
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "flags": {
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+            "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        },
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "git": git_state(),
+    }
+
+
+def computing(device: torch.device) -> str:
+    """The name of the GPU, or of the processor where ``device`` is the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
+@cache
+def processor() -> str:
+    """The processor's name and, where Linux tells them, the numbers by which models of one name differ."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    first = info.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0]
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    numbers = [f"{key} {told[key]}" for key in ("cpu family", "model", "stepping") if key in told]
+    name = told.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _constraints() -> str:
+    path = Path(esper.__file__).resolve().parent.parent / "constraints.txt"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+
+
+def git_state() -> dict[str, Any]:
+    """``{"commit": …, "changed": bool}`` of the checkout esper runs from; an empty commit where it is none."""
+    folder = Path(esper.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return {"commit": "", "changed": False}
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": "", "changed": False}
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+# --- the sessions of a run ---------------------------------------------------------------------------------------------------
+
+
+def note_session(folder: Path, since: int, environment: dict[str, Any]) -> None:
+    """A session begins after step ``since``. Entries of earlier sessions beyond that step are removed, since their work is done again."""
+    earlier = [session for session in sessions(folder) if session["since"] < since]
+    if since and not earlier and store.checkpoints(folder / store.FOLDER):  # a fork begins with none of its own
+        earlier = [{"since": 0, "environment": _of_summary(folder)}]
+    if not earlier or earlier[-1]["environment"] != environment:
+        earlier.append({"since": since, "environment": environment})
+    temporary = folder / f".{FILE}.tmp"
+    temporary.write_text(json.dumps(earlier, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.replace(folder / FILE)
+
+
+def sessions(folder: Path) -> list[Session]:
+    """The entries, oldest first; none where none were written yet. Raises UserError for a file that is damaged."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        found: list[Session] = [{"since": int(session["since"]), "environment": session["environment"]} for session in read]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it, and what computed the run before counts as not recorded.") from error
+    return found
+
+
+def _of_summary(folder: Path) -> Any:
+    """The environment of the session before, in a folder that is older than this file."""
+    return read_summary(folder).get("environment") if (folder / SUMMARY).exists() else None
+
+
+# --- in a checkpoint ----------------------------------------------------------------------------------------------------------
+
+
+def provenance(task: Task, device: torch.device) -> dict[str, Any]:
+    """``data``, the task's digest, and ``versions`` of packages and processor, as a checkpoint keeps them."""
     return {"data": task.digest, "versions": _versions(device)}
 
 
-def unknown_origin() -> dict[str, Any]:
-    """Of a state that a new run begins with: whatever data and versions that run has are its own."""
+def no_provenance() -> dict[str, Any]:
+    """That of a state which a new run begins with: its data and versions are its own."""
     return {"data": "", "versions": {}}
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,42 +13,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esper.bus import open_bus
-from esper.bus.trainer.bus_port import ControllerSilent
 from esper.checkpoint import store
 from esper.config import RootConfig, plain
 from esper.export.saved_model import FOLDER as MODEL
 from esper.export.saved_model import host_card, save_model
 from esper.messages import Alert
 from esper.report.end_of_run import print_report
-from esper.report.progress import ProgressBar
-from esper.report.summary_file import ControlSummary, Summary, reserve, write_summary
+from esper.report.summary_file import ControlSummary, Summary, reserve
 from esper.running.builders import build_trainer, refuse_idle
-from esper.running.checkpointing import Keeper
-from esper.running.connections import (
-    Watched,
-    connect_controller,
-    let_payloads_go,
-    let_them_read,
-    load,
-    refuse_alone,
-    refuse_untrackable,
-    say_where,
-    trackers_of,
-)
-from esper.running.control_keys import SAME_MACS, SAME_STEPS, controls_of
-from esper.running.controls import control, equal_macs_steps, one_step, trained_host
-from esper.running.environment import environment
-from esper.running.environments import note_life
-from esper.running.model_selection import put_in_place, replaces, say_so
-from esper.running.naming import run_record
-from esper.running.profiling import profiled
-from esper.running.provenance import other_versions, refuse_other_data
-from esper.running.run_folder import Life, alive, refuse_occupied, status
-from esper.running.summarize import summarize
-from esper.running.weight_trace import Traced
-from esper.tasks.base import Task
-from esper.tracking import MlflowConfig, Tracker, TrackerError, TrackerRunner, tracking_uri, ui_command
+from esper.running.callbacks import Callback, WeightChecksums, profiled
+from esper.running.checkpointing import Checkpointer
+from esper.running.connections import Connections, Setup, connect, load_state, refuse_unreachable, refuse_untrackable, trackers_of
+from esper.running.control_runs import SAME_MACS, SAME_STEPS, control_run, controls_of, equal_macs_steps, one_step, trained_host
+from esper.running.ending import Ending
+from esper.running.model_selection import announce, put_in_place, replaces
+from esper.running.provenance import environment, note_session, other_versions, refuse_other_data
+from esper.running.run_folder import FolderLock, hold_folder, refuse_occupied, status
+from esper.tracking import MlflowConfig, Tracker, TrackerError, tracking_uri, ui_command
 from esper.trainer.device import choose_device, describe, keep_freed_memory, numerics
 from esper.trainer.trainer import Trainer
 
@@ -58,13 +38,10 @@ log = logging.getLogger(__name__)
 #: The errors of a file that can grow no further.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-#: What ends a run that can go on where it was stopped.
-STOPPED = (KeyboardInterrupt, ControllerSilent)
-
 
 @dataclass
 class Result:
-    """What a run leaves: its summary, and the primary validation metric that a sweeper optimizes."""
+    """The result of a run: its summary, and the primary validation metric that a sweeper optimizes."""
 
     summary: Summary
     primary: float
@@ -75,10 +52,10 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
 
     ``controls`` are those that are trained too: what a sweep's report shows, or (None) all that the run has.
 
-    Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; what was learnt so far is kept, and the exception goes on.
+    Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; the results so far are kept, and the exception is raised again.
     Raises UserError for what the user can mend.
     """
-    refuse_alone(config)
+    refuse_unreachable(config)
     folder = folder.resolve()
     if state is None and (status(folder) == "FINISHED" or store.checkpoints(folder / store.FOLDER)):
         refuse_occupied(folder)
@@ -93,11 +70,11 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
             task = config.task.build()
             if state is not None:
                 refuse_other_data(state, task, folder)
-            with numerics(config.trainer), alive(config, folder) as life:
+            with numerics(config.trainer), hold_folder(config, folder) as lock:
                 wanted = controls_of(config) if controls is None else controls
-                return _connected(config, task, device, folder, quiet, state, trackers, life, wanted)
+                return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet), trackers)
     except KeyboardInterrupt as stop:
-        stop.args = stop.args or (str(folder),)  # for the sentence that says where what was kept lies
+        stop.args = stop.args or (str(folder),)  # for the sentence that names the folder
         raise
     except OSError as error:
         if error.errno in FULL and error.filename is None:  # a write that failed does not say where
@@ -105,148 +82,57 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
         raise
 
 
-def _connected(
-    config: RootConfig,
-    task: Task,
-    device: Any,
-    folder: Path,
-    quiet: bool,
-    state: Any,
-    who: list[Tracker],
-    life: Life,
-    controls: Collection[str],
-) -> Result:
-    record = run_record(config, task, folder, round(time.time() * 1000))
-    bus = open_bus(config.bus, folder)
-    say_where(config, bus, record, folder, quiet)
-    runner, port = connect_controller(config, task, bus, record)
-    trackers = TrackerRunner(bus.local, record, who)
-    progress = TrackerRunner(bus.local, record, [] if quiet else [ProgressBar()], group="progress")
+def _carry_out(setup: Setup, trackers: Sequence[Tracker]) -> Result:
+    links = connect(setup, trackers)
+    ending = Ending(setup, links)
     lost: TrackerError | None = None
-    ending = _Ending()
     try:
-        with _failing(progress, trackers):
-            if state is not None:
-                load(state, runner, port)
-            trainer = build_trainer(config, task, device, port, state=None if state is None else state["trainer"])
-            with _beginning(trainer):
-                refuse_idle(config, task, trainer)
-                trackers.try_model(trainer.grow.export(), _inputs(trainer))
-                reserve(folder)
-                trackers.start()  # only now: what is refused leaves no run behind
-                trackers.await_open()
-                note_life(folder, 0 if state is None else trainer.outcome.steps, environment(device))
-                life.begin()
-            since = -1 if state is None else trainer.outcome.steps
-            traced, keeper = Traced(folder, since), Keeper(config, folder, port, runner, trackers, since)
-            progress.start()
-            if state is not None and (warning := other_versions(state, device)):
+        with ending.of_failed_start():
+            trainer = _begin(setup, links)
+            since = -1 if setup.state is None else trainer.outcome.steps
+            checksums, checkpointer = WeightChecksums(setup.folder, since), Checkpointer(setup, links, since)
+            links.progress.start()
+            if setup.state is not None and (warning := other_versions(setup.state, setup.device)):
                 log.warning(warning)
-                port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
-        with _ending(ending, config, trainer, port, folder, record.run, trackers, progress, life):
-            with keeper.listening(), profiled(trainer, _both(life, traced, keeper), config.trainer.profile, folder) as between:
-                log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
-                trainer.fit(between)
-            keeper.saver.wait()
-            progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
-            ending.summary = summarize(config, trainer, folder, record.run, "FINISHED", port.alerts)
-            host = _controls(config, trainer, ending.summary, quiet, controls) if controls else None
-            if config.trainer.save:
-                _save(config, trainer, host, folder / MODEL)
-            trackers.log_model(trainer.grow.export() if host is None else host, _inputs(trainer))
-            if host is not None:
-                say_so(ending.summary, port)
+                links.port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
+        with ending.of_training(trainer):
+            _train(setup, trainer, checksums, checkpointer)
+            links.progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
+            _leave_model(setup, links, trainer, ending.summarize(trainer, "FINISHED"))
     except TrackerError as error:  # the training itself is done: its report first
         lost = error
     finally:
-        try:
-            tracked = let_them_read(config, bus, record.run, port, quiet)
-            let_payloads_go(bus, record.run, port, tracked)
-            runner.close()
-            bus.close()
-            _count_unsent(ending.summary, port, folder)
-        except Exception:
-            ending.failed(folder)
-            raise
-    assert ending.summary is not None
-    if not quiet:
+        ending.disconnect()
+    summary, config = ending.summary, setup.config
+    assert summary is not None
+    if not setup.quiet:
         command = ui_command(tracking_uri(config.tracking, config.output)) if isinstance(config.tracking, MlflowConfig) else ""
-        print_report(ending.summary, "" if lost else command)
+        print_report(summary, "" if lost else command)
     if lost is not None:
         raise lost
-    return Result(ending.summary, ending.summary["metrics"]["final"][ending.summary["primary"]])
+    return Result(summary, summary["metrics"]["final"][summary["primary"]])
 
 
-@dataclass
-class _Ending:
-    summary: Summary | None = None
-
-    def failed(self, folder: Path) -> None:
-        """Something failed after the summary was written, which must not say FINISHED then."""
-        if self.summary is not None and self.summary["status"] == "FINISHED":
-            self.summary["status"] = "FAILED"
-            write_summary(self.summary, folder)
-
-
-@contextmanager
-def _ending(
-    ending: _Ending,
-    config: RootConfig,
-    trainer: Trainer,
-    port: Watched,
-    folder: Path,
-    run: str,
-    trackers: TrackerRunner,
-    progress: TrackerRunner,
-    life: Life,
-) -> Iterator[None]:
-    """However the training ends, its summary is written and said, and the trackers are closed with the right status."""
-    status, interrupted = "FINISHED", True
-    try:
-        yield
-        interrupted = False
-    except STOPPED:
-        status = "KILLED"
-        raise
-    except BaseException:
-        status = "FAILED"
-        raise
-    finally:
-        if status == "FINISHED" and trackers.error is not None:  # the model's program, say: the trackers shall know how it ended
-            status = "FAILED"
-        if ending.summary is None or interrupted:
-            ending.summary = summarize(config, trainer, folder, run, status, port.alerts)
-        ending.summary["status"] = status
-        ending.summary["bus"] = port.counts()
-        try:
-            life.refuse_removed()
-            write_summary(ending.summary, folder)
-            life.end()
-        except OSError:  # a full disk, say: the trackers are told all the same
-            status = ending.summary["status"] = "FAILED" if status == "FINISHED" else status
-            raise
-        finally:
-            trainer.grow.close(status, dict(ending.summary))
-            try:
-                with _quietly(interrupted):
-                    progress.close(status)
-                    trackers.close(status)
-            except TrackerError:
-                ending.failed(folder)
-                raise
-
-
-def _count_unsent(summary: Summary | None, port: Watched, folder: Path) -> None:
-    """What a server that does not answer was not given is known when the bus is closed, which is after the summary was written."""
-    counts = port.counts()
-    if summary is not None and counts.get("waiting"):
-        summary["bus"] = counts
-        write_summary(summary, folder)
+def _begin(setup: Setup, links: Connections) -> Trainer:
+    """The trainer, after everything that could refuse the run was tried, and the trackers stand."""
+    config, folder, state = setup.config, setup.folder, setup.state
+    if state is not None:
+        load_state(state, links.controller, links.port)
+    trainer = build_trainer(config, setup.task, setup.device, links.port, state=None if state is None else state["trainer"])
+    with _let_go_on_failure(trainer):
+        refuse_idle(config, setup.task, trainer)
+        links.trackers.try_model(trainer.grow.export(), _sample(trainer))
+        reserve(folder)
+        links.trackers.start()  # only now: a refused run leaves no MLflow run behind
+        links.trackers.await_open()
+        note_session(folder, 0 if state is None else trainer.outcome.steps, environment(setup.device))
+        setup.lock.begin()
+    return trainer
 
 
 @contextmanager
-def _beginning(trainer: Trainer) -> Iterator[None]:
-    """A run that cannot begin though its trainer stands lets go of what that holds."""
+def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
+    """Within: where the run cannot begin, its trainer is closed."""
     try:
         yield
     except BaseException:
@@ -255,74 +141,68 @@ def _beginning(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _failing(*trackers: TrackerRunner) -> Iterator[None]:
-    """A run that cannot even begin, or is interrupted before, leaves no tracker open."""
-    try:
-        yield
-    except BaseException as error:
-        with _quietly(True):
-            for tracker in trackers:
-                tracker.close("KILLED" if isinstance(error, STOPPED) else "FAILED")
-        raise
+def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpointer: Checkpointer) -> None:
+    """All steps that are left, until the last checkpoint is on the disk."""
+    after_step = _after_step(setup.lock, checksums, checkpointer)
+    with checkpointer.listening(), profiled(trainer, after_step, setup.config.trainer.profile, setup.folder) as callback:
+        log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
+        trainer.fit(callback)
+    checkpointer.saver.wait()
 
 
-@contextmanager
-def _quietly(other: bool) -> Iterator[None]:
-    """A tracker's failure, which is in the log already, does not hide the ``other`` reason for which a run ends."""
-    try:
-        yield
-    except TrackerError:
-        if not other:
-            raise
-
-
-def _both(life: Life, traced: Traced, keeper: Keeper) -> Callable[[Trainer], None]:
-    """What comes after a step: its weights are noted before anything counts on it, at every look at the validation set."""
+def _after_step(lock: FolderLock, checksums: WeightChecksums, checkpointer: Checkpointer) -> Callback:
+    """The weights' checksum is written before a checkpoint counts on it; the folder is looked after at every evaluation."""
 
     def after(trainer: Trainer) -> None:
         if trainer.validates(trainer.outcome.steps):
-            life.refuse_removed()
-        traced(trainer)
-        keeper(trainer)
+            lock.refuse_removed()
+        checksums(trainer)
+        checkpointer(trainer)
 
     return after
 
 
-def _controls(config: RootConfig, trainer: Trainer, summary: Summary, quiet: bool, wanted: Collection[str]) -> nn.Module | None:
-    """Put the host alone into the summary, at the same steps and at the same MACs; the one at the same steps where it is to be kept."""
-    kept, better, task = Path(config.output).resolve() / "controls", config.trainer.keep == "better", trainer.task
+def _leave_model(setup: Setup, links: Connections, trainer: Trainer, summary: Summary) -> None:
+    """Train the controls and leave the run's model: the grown one, or the never-grown host in its place."""
+    host = _train_controls(setup, trainer, summary) if setup.controls else None
+    if setup.config.trainer.save:
+        card = host_card(plain(setup.config)["model"], trainer.task)
+        if host is None:
+            trainer.grow.save(setup.folder / MODEL, card)
+        else:
+            save_model(setup.folder / MODEL, host, [], card)
+    links.trackers.log_model(trainer.grow.export() if host is None else host, _sample(trainer))
+    if host is not None:
+        announce(summary, links.port)
+
+
+def _train_controls(setup: Setup, trainer: Trainer, summary: Summary) -> nn.Module | None:
+    """Put the host alone into the summary, at the same steps and at the same MACs; return the host to keep."""
+    config, task, wanted = setup.config, trainer.task, setup.controls
+    folder, better = Path(config.output).resolve() / "controls", config.trainer.keep == "better"
 
     def alone(steps: int, why: str, weights: bool) -> dict[str, Any]:
-        if not quiet:
+        if not setup.quiet:
             print(f"control: the host alone, {steps} steps ({why})", file=sys.stderr, flush=True)
-        return control(config, task, trainer.device, steps, kept, weights)
+        return control_run(config, task, trainer.device, steps, folder, weights)
 
-    summary["control"], summary["control_curves"] = told, curves = ControlSummary(), {}
+    summary["control"], summary["control_curves"] = metrics, curves = ControlSummary(), {}
     steps = alone(trainer.total, "the same number", better) if SAME_STEPS in wanted else None
     if steps is not None:
-        told["same_steps"], curves["same_steps"] = steps["metrics"], steps["curves"]
+        metrics["same_steps"], curves["same_steps"] = steps["metrics"], steps["curves"]
     if SAME_MACS in wanted:
         paid = one_step(config, task, trainer.device) if steps is None else steps
         macs = alone(equal_macs_steps(trainer.grow.meter.total, paid), "the same training MACs", False)
-        told["same_macs"], curves["same_macs"] = macs["metrics"], macs["curves"]
+        metrics["same_macs"], curves["same_macs"] = macs["metrics"], macs["curves"]
     if steps is None or not better or not replaces(summary, steps):
         return None
-    host = trained_host(config, task, steps, kept)
+    host = trained_host(config, task, steps, folder)
     put_in_place(host, steps, summary, trainer)
     return host
 
 
-def _save(config: RootConfig, trainer: Trainer, host: nn.Module | None, folder: Path) -> None:
-    """Leave the run's model: what grew, or the never-grown ``host`` in its place."""
-    card = host_card(plain(config)["model"], trainer.task)
-    if host is None:
-        trainer.grow.save(folder, card)
-    else:
-        save_model(folder, host, [], card)
-
-
-def _inputs(trainer: Trainer) -> Tensor:
+def _sample(trainer: Trainer) -> Tensor:
+    """Eight inputs of the validation set."""
     batch = next(trainer.validation.epoch())
     inputs: Tensor = batch[0]
     return inputs[:8]

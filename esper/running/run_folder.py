@@ -1,4 +1,4 @@
-"""A run's own folder: who is running there now, which configuration it is of, and how it ended. Imports no torch."""
+"""A run's own folder: whether a process runs there now, with which configuration, and how the run ended. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CONFIG, LOCK = "config.yaml", "run.lock"
 _held: set[Path] = set()  # a record lock keeps other processes out, this keeps out the process itself
 
 
-class Life:
-    """One process's time in the folder of a run. The note in ``run.lock`` says that there is a run here that did not end."""
+class FolderLock:
+    """A process's hold on the folder of its run. The note in ``run.lock`` says that there is a run here that did not end."""
 
     def __init__(self, config: RootConfig, folder: Path, file: IO[str]) -> None:
         self._config, self._folder, self._file = config, folder, file
@@ -35,7 +35,7 @@ class Life:
             self._note()  # a run beside it of the same configuration must see that it is there
 
     def begin(self) -> None:
-        """Everything was tried: from here on the folder is this configuration's. An earlier life's note stays as it is until then."""
+        """Everything was tried: from here on the folder is this configuration's. An earlier note stays until then."""
         self._note()
         self._begun = True
 
@@ -44,7 +44,7 @@ class Life:
         self._over = True
 
     def refuse_removed(self) -> None:
-        """Raise Removed where the folder was deleted or moved: what the run writes would be lost, or lie about in a new one."""
+        """Raise Removed where the folder was deleted or moved: the run's files would be lost, or lie in a new folder."""
         if not self._there():
             raise Removed(errno.ENOENT, "was removed while its run was under way", str(self._folder))
 
@@ -69,8 +69,8 @@ class Life:
 
 
 @contextmanager
-def alive(config: RootConfig, folder: Path) -> Iterator[Life]:
-    """Within: the folder is this process's own. What dies in here, or fails before its summary is written, leaves a note of that.
+def hold_folder(config: RootConfig, folder: Path) -> Iterator[FolderLock]:
+    """Within: the folder is this process's own. A run that dies in here, or fails before its summary is written, leaves its note.
 
     Raises:
         UserError: another process is running in this folder.
@@ -79,14 +79,14 @@ def alive(config: RootConfig, folder: Path) -> Iterator[Life]:
     with os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace") as file:
         _claim(file, folder.resolve())
         try:
-            life = Life(config, folder, file)
+            lock = FolderLock(config, folder, file)
             try:
-                yield life
+                yield lock
             except Exception:
-                life.refuse_removed()  # which explains all that went wrong
+                lock.refuse_removed()  # which explains all that went wrong
                 raise
             finally:
-                life.leave()
+                lock.leave()
         finally:
             _held.discard(folder.resolve())
 
@@ -120,11 +120,11 @@ def is_alive(folder: Path) -> bool:
     if folder.resolve() in _held:
         return True
     with (folder / LOCK).open("a") as file:
-        return not locked(file)
+        return not try_lock(file)
 
 
 def _claim(file: IO[str], folder: Path) -> None:
-    if folder in _held or not locked(file):
+    if folder in _held or not try_lock(file):
         raise _taken(folder)
     _held.add(folder)
 
@@ -133,8 +133,8 @@ def _taken(folder: Path) -> UserError:
     return UserError(f"Another process is running in {folder}; wait for it, or end it first.")
 
 
-def locked(file: IO[str]) -> bool:
-    """A record lock, which belongs to the process: a loader's worker that outlives it for a moment does not inherit it."""
+def try_lock(file: IO[str]) -> bool:
+    """Take a record lock, and tell whether that went. It belongs to the process: a loader's worker that outlives it does not inherit it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -143,7 +143,7 @@ def locked(file: IO[str]) -> bool:
 
 
 def status(folder: Path) -> str:
-    """RUNNING or DIED by the note a live process holds; else what the summary says, NEW where there is neither."""
+    """RUNNING or DIED by the note a live process holds; else the status of the summary, NEW where there is neither."""
     if (folder / LOCK).exists():
         if is_alive(folder):
             return "RUNNING"

@@ -1,4 +1,4 @@
-"""What is kept of a run: trackers read the bus and write MLflow, CSV, Parquet and figures. See ``docs/tracking.md``."""
+"""Trackers read a run's messages from the bus and write MLflow, CSV, Parquet and figures. See ``docs/tracking.md``."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from esper.custom import CustomTracker
 from esper.tracking.config import CsvConfig, MlflowConfig, NoneConfig, tracking_uri, ui_command
-from esper.tracking.run_info import DatasetRecord, RunRecord, differences, flatten, readable_name
+from esper.tracking.run_info import DatasetInfo, RunInfo, differences, flatten, readable_name
 from esper.tracking.tracker import Tracker, TrackerError
 from esper.tracking.tracker_thread import TrackerRunner
 
-CONFIGS = {"mlflow": MlflowConfig, "csv": CsvConfig, "none": NoneConfig}
+CONFIGS: dict[str, type] = {"mlflow": MlflowConfig, "csv": CsvConfig, "none": NoneConfig}
+TrackingConfig = MlflowConfig | CsvConfig | NoneConfig | CustomTracker
 
 __all__ = [
     "CONFIGS",
     "CsvConfig",
-    "DatasetRecord",
+    "DatasetInfo",
     "MlflowConfig",
     "NoneConfig",
-    "RunRecord",
+    "RunInfo",
     "Tracker",
     "TrackerError",
     "TrackerRunner",
@@ -34,31 +36,32 @@ __all__ = [
 ]
 
 
-def build_trackers(config: MlflowConfig | CsvConfig | NoneConfig) -> list[Tracker]:
-    """The trackers of a run: the Parquet files always and first, then what the settings ask for."""
+def build_trackers(config: TrackingConfig) -> list[Tracker]:
+    """The trackers of a run: the Parquet files always and first, then the one that the settings ask for."""
     from esper.tracking.parquet_files import ParquetFiles
 
     trackers: list[Tracker] = [ParquetFiles()]
     if isinstance(config, MlflowConfig):
-        from esper.tracking.apart import MlflowApart
-        from esper.tracking.shared import SOCKET, MlflowShared
+        from esper.tracking.remote import SOCKET, MlflowOverSocket, MlflowSubprocess
 
         sweep = os.environ.get(SOCKET)  # set in the workers of a sweep, which share one process
-        trackers.append(MlflowShared(config, sweep) if sweep else MlflowApart(config))
+        trackers.append(MlflowOverSocket(config, sweep) if sweep else MlflowSubprocess(config))
     elif isinstance(config, CsvConfig):
         from esper.tracking.csv_files import CsvFiles
 
         trackers.append(CsvFiles(config))
+    elif isinstance(config, CustomTracker):
+        trackers.append(config.build())
     return trackers
 
 
 @contextmanager
-def prepared_trackers(config: MlflowConfig | CsvConfig | NoneConfig, folder: Path, outputs: Path) -> Iterator[list[Tracker]]:
-    """The same for a run that is about to begin: what takes a tracker long is under way from here on, and ended on leaving."""
-    from esper.tracking.apart import MlflowApart
+def prepared_trackers(config: TrackingConfig, folder: Path, outputs: Path) -> Iterator[list[Tracker]]:
+    """The same for a run that is about to begin. Within, MLflow's process is started; on leaving it has ended."""
+    from esper.tracking.remote import MlflowSubprocess
 
     trackers = build_trackers(config)
-    slow = [tracker for tracker in trackers if isinstance(tracker, MlflowApart)]
+    slow = [tracker for tracker in trackers if isinstance(tracker, MlflowSubprocess)]
     try:
         for tracker in slow:
             tracker.prepare(folder, outputs)

@@ -1,4 +1,4 @@
-"""Settings of group ``tracking``: where a run's story is kept besides its own folder."""
+"""Settings of group ``tracking``: where a run is recorded besides its own folder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def ui_command(uri: str) -> str:
-    """What to type to see the runs kept at ``uri`` in a browser."""
+    """The command that shows the runs at ``uri`` in a browser."""
     if uri.startswith(("http://", "https://")):
         return uri
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"

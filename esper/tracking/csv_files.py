@@ -1,4 +1,4 @@
-"""``metrics.csv`` and ``events.jsonl``: a run's story for eyes, spreadsheets and ``grep``."""
+"""``metrics.csv`` and ``events.jsonl``: a run for spreadsheets and ``grep``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import msgspec
 from esper.bus.codec import to_plain
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded
 from esper.tracking.config import CsvConfig
-from esper.tracking.run_info import RunRecord
+from esper.tracking.run_info import RunInfo
 
 
 class CsvFiles:
-    """Appends as messages come; a resumed run first cuts off what it is going to say again."""
+    """Appends as messages come; a resumed run first removes the lines that it is going to write again."""
 
     wants_model = False
     called = "writing the CSV files"
@@ -27,10 +27,10 @@ class CsvFiles:
         self._encode = msgspec.json.Encoder()
         self._said: list[str] = []
 
-    def open(self, record: RunRecord) -> None:
+    def open(self, info: RunInfo) -> None:
         """Open both files in the run's folder for appending."""
-        self.record_of_run = record
-        folder = Path(record.folder)
+        self._info = info
+        folder = Path(info.folder)
         self._paths = (folder / "metrics.csv", folder / "events.jsonl")
         self._open_files()
 
@@ -55,9 +55,9 @@ class CsvFiles:
                     self._events.write(line)
 
     def _cut_after(self, tick: int) -> None:
-        """Forget what an earlier life of this run said about ticks it is now going through again.
+        """Remove the lines of an earlier session about ticks that the run goes through again.
 
-        What is said after the last tick's checkpoint has that tick too, and comes again: such alerts are written once.
+        An alert after the last tick's checkpoint has that tick too, and comes again: it is written once.
         """
         self._metrics.close()
         self._events.close()
@@ -81,7 +81,7 @@ class CsvFiles:
         if self.config.figures:
             from esper.tracking.figures import draw_all
 
-            draw_all(Path(self.record_of_run.folder))
+            draw_all(Path(self._info.folder))
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -91,7 +91,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _replace(path: Path, lines: list[str]) -> None:
-    """Written beside and renamed: what was there stays whole until the new file is, whenever the process dies."""
+    """Written beside and renamed: the old file stays whole until the new one is, even if the process dies."""
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("w", newline="", encoding="utf-8") as file:
         file.writelines(lines)

@@ -16,12 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esper.lifecycle.stages import Stage
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry
 from esper.tracking.config import MlflowConfig, tracking_uri
-from esper.tracking.resumed_run import Continued
-from esper.tracking.run_info import RunRecord
-from esper.tracking.run_page import description
-from esper.tracking.seed_averages import Aggregates, Point
+from esper.tracking.run_info import RunInfo
+from esper.tracking.run_page import Point, SeedAverages, final_values, main_points, main_values, page_description
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -29,18 +28,18 @@ if TYPE_CHECKING:
 BATCH = 1000  # MLflow's own limit of metrics in a call
 NAMES = 100  # and of parameters or tags
 LONGEST_NAME, LONGEST_VALUE, LONGEST_TAG = 250, 500, 5000  # characters that every version since 3.10 and every store takes
-MAIN = "0_main"  # MLflow's page sorts its sections by name
 NOTE_TAG = "mlflow.note.content"  # the description on top of a page
 NOTE = "mlflow.json"
-ASIDE = ".attempt"  # and a number: what the folder of an earlier attempt is called from then on
+ASIDE = ".attempt"  # and a number: suffix of the folder of an earlier attempt
 KEPT = ("*.parquet", "*.log", "*.json", "*.jsonl", "*.csv", "*.yaml")
+STAGES = {stage.name.lower(): int(stage) for stage in Stage}
 
 
 class MlflowRun:
     """Writes to the store itself: seconds of import and of Python, so it belongs into a process of its own.
 
-    Timestamps are the run's start plus the tick in milliseconds: a value said twice is stored once. NaN is stored as
-    NaN, infinities too (the store would turn them into 1.8e308); ``metrics.parquet`` keeps what they were.
+    Timestamps are the run's start plus the tick in milliseconds: a value sent twice is stored once. NaN is stored as
+    NaN, infinities too (the store would turn them into 1.8e308); ``metrics.parquet`` keeps the values.
     """
 
     wants_model: bool
@@ -66,19 +65,19 @@ class MlflowRun:
             living_run(self._client, self._uri, self._known, "This run's", f"or remove {Path(folder) / NOTE} to begin another")
         self._prepared = True
 
-    def open(self, record: RunRecord) -> None:
+    def open(self, info: RunInfo) -> None:
         """Create the MLflow run, or continue the one this folder's run had before."""
         from esper.tracking.mlflow_store import start_monitor
 
         if not self._prepared:
-            self.prepare(record.outputs, record.folder)
-        self._record = record
-        self._aggregates = Aggregates(self.config.points)
+            self.prepare(info.outputs, info.folder)
+        self._info = info
+        self._averages = SeedAverages(self.config.points)
         self._waiting: dict[tuple[int, str], float] = {}
         self._tick, self._not_finite = 0, ""
         self._alerts: Counter[str] = Counter()
         known = self._known or self._unnoted(self._experiment)
-        self._before: Continued | None = None
+        self._before: EarlierValues | None = None
         if known:
             self._continue(known)
         else:
@@ -86,22 +85,22 @@ class MlflowRun:
         try:
             self._describe()
         except BaseException:
-            if not known:  # what cannot begin leaves nothing behind
+            if not known:  # a run that cannot begin leaves nothing behind
                 self._client.delete_run(self.run_id)
-                (Path(record.folder) / NOTE).unlink()
+                (Path(info.folder) / NOTE).unlink()
             raise
         self._monitor = start_monitor(self.run_id, self._uri, self.config.system_s, resumed=bool(known))
 
     def _create(self, experiment: str) -> None:
-        record = self._record
-        tags = {key: fitted(value, LONGEST_TAG) for key, value in record.tags.items()}
-        tags |= {"esper.run": record.run, "esper.folder": record.folder} | _source(record)
-        if record.parent:
-            tags["mlflow.parentRunId"] = record.parent
-        run = self._client.create_run(experiment, start_time=record.started_ms, tags=tags, run_name=record.name)
+        info = self._info
+        tags = {key: fitted(value, LONGEST_TAG) for key, value in info.tags.items()}
+        tags |= {"esper.run": info.run, "esper.folder": info.folder} | _source(info)
+        if info.parent:
+            tags["mlflow.parentRunId"] = info.parent
+        run = self._client.create_run(experiment, start_time=info.started_ms, tags=tags, run_name=info.name)
         self.run_id, self._started_ms = run.info.run_id, run.info.start_time
         note = {"uri": self._uri, "experiment": experiment, "run": self.run_id}
-        path = Path(record.folder) / NOTE
+        path = Path(info.folder) / NOTE
         beside = path.with_name(f".{NOTE}.{os.getpid()}")
         beside.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
         beside.replace(path)
@@ -111,39 +110,39 @@ class MlflowRun:
 
         Neither one that ended, nor that of an attempt that was set aside: whoever runs again in an empty folder begins anew.
         """
-        record = self._record
-        quote = '"' if "'" in record.run else "'"
-        found = self._client.search_runs([experiment], f"tags.`esper.run` = {quote}{record.run}{quote}", max_results=1000)
-        earlier = _set_aside(record.folder)
+        info = self._info
+        quote = '"' if "'" in info.run else "'"
+        found = self._client.search_runs([experiment], f"tags.`esper.run` = {quote}{info.run}{quote}", max_results=1000)
+        earlier = _set_aside(info.folder)
         open_ = [run for run in found if run.info.status not in ("FINISHED", "FAILED") and run.info.run_id not in earlier]
-        same = [run for run in open_ if run.data.tags.get("esper.folder") == record.folder]
+        same = [run for run in open_ if run.data.tags.get("esper.folder") == info.folder]
         return same[0].info.run_id if same else ""
 
     def _continue(self, run_id: str) -> None:
         run = self._client.get_run(run_id)
         self.run_id, self._started_ms = run_id, run.info.start_time
         self._client.update_run(run_id, status="RUNNING")
-        self._before = Continued(self._client, run_id)
+        self._before = EarlierValues(self._client, run_id)
 
     def _describe(self) -> None:
-        """Parameters, data set and the full config; what a continued run knows already is not said anew."""
+        """Parameters, data set and the full config; a continued run sends only what is new."""
         from mlflow.entities import Param
 
-        record, client = self._record, self._client
+        info, client = self._info, self._client
         before = client.get_run(self.run_id)
-        said = {legal(key): fitted(value, LONGEST_VALUE) for key, value in sorted((record.chosen | record.changed).items())}
+        said = {legal(key): fitted(value, LONGEST_VALUE) for key, value in sorted((info.chosen | info.changed).items())}
         new = [Param(key, value) for key, value in said.items() if key not in before.data.params]
         for start in range(0, len(new), NAMES):
             client.log_batch(self.run_id, params=new[start : start + NAMES])
-        if record.dataset and not before.inputs.dataset_inputs:
+        if info.dataset and not (before.inputs and before.inputs.dataset_inputs):
             self._log_dataset()
-        if record.config:
-            client.log_dict(self.run_id, record.config, "config.yaml")
+        if info.config:
+            client.log_dict(self.run_id, info.config, "config.yaml")
 
     def _log_dataset(self) -> None:
         from mlflow.entities import Dataset, DatasetInput
 
-        data = self._record.dataset
+        data = self._info.dataset
         assert data is not None
         # MLflow keeps 36 characters of a digest; the source holds all of it
         source = json.dumps({"description": data.description, "sha256": data.digest})
@@ -157,13 +156,13 @@ class MlflowRun:
             match message:
                 case Metrics():
                     self._note((message.tick, name, value) for name, value in message.values.items() if self._is_news(message.tick, name))
-                    self._note(main_points(message, self._record.primary))
+                    self._note(main_points(message, self._info.primary))
                 case Telemetry():
-                    self._note(self._aggregates.points(message))
+                    self._note(self._averages.points(message))
                 case RunStarted():
-                    self._aggregates.plan(message.total_ticks)
+                    self._averages.plan(message.total_ticks)
                     if self._before is not None:
-                        self._aggregates.go_on(self._before.seeds_until(message.tick))
+                        self._averages.go_on(self._before.seeds_until(message.tick))
                         self._alerts.update(self._before.alerts_until(message.tick))
                 case Alert():
                     self._alerts[message.level] += 1
@@ -177,11 +176,11 @@ class MlflowRun:
         self._waiting |= {(tick, name): value for tick, name, value in points}
 
     def _is_news(self, tick: int, name: str) -> bool:
-        """What a clock said differs when a resumed run says it again; the first word stands."""
+        """A measured time differs when a resumed run sends it again; the first value stands."""
         return self._before is None or "second" not in name.rsplit("/", 1)[-1] or tick > self._before.last_tick(legal(name))
 
     def flush(self) -> None:
-        """Send what waits, at most 1000 values a call."""
+        """Send all waiting values, at most 1000 a call."""
         from mlflow.entities import Metric
 
         waiting, self._waiting = list(self._waiting.items()), {}
@@ -204,7 +203,7 @@ class MlflowRun:
         try:
             self._note((self._tick, name, value) for name, value in final_values(summary) + main_values(summary))
             self.flush()
-            self._client.set_tag(self.run_id, NOTE_TAG, fitted(description(summary), LONGEST_TAG))
+            self._client.set_tag(self.run_id, NOTE_TAG, fitted(page_description(summary), LONGEST_TAG))
             self._log_files()
             if self.config.model:
                 self._log_model()
@@ -217,72 +216,69 @@ class MlflowRun:
             self._client.set_terminated(self.run_id, status, end_time=int(time.time() * 1000))
 
     def _log_files(self) -> None:
-        folder = Path(self._record.folder)
+        folder = Path(self._info.folder)
         if self.config.figures:
             from esper.tracking.figures import draw_all
 
             draw_all(folder)
         for pattern in KEPT:
             for path in sorted(folder.glob(pattern)):
-                said = path.name == NOTE or (path.name == "config.yaml" and self._record.config)
+                said = path.name == NOTE or (path.name == "config.yaml" and self._info.config)
                 if not said and path.stat().st_size:
                     self._client.log_artifact(self.run_id, str(path))
         if (folder / "figures").is_dir():
             self._client.log_artifacts(self.run_id, str(folder / "figures"), "figures")
 
     def _log_model(self) -> None:
-        from esper.tracking.final_model import PROGRAM
-        from esper.tracking.mlflow_model import log_model
+        from esper.tracking.final_model import PROGRAM, log_model
 
-        folder = Path(self._record.folder)
+        folder = Path(self._info.folder)
         if (folder / PROGRAM).exists():
             log_model(self._client, self._experiment, self.run_id, folder)
 
 
-def final_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """``final/…`` and ``best/…`` metrics and the counts of seeds, as the interface shows only last values."""
-    found = []
-    for moment in ("final", "best"):
-        values = (summary.get("metrics") or {}).get(moment) or {}
-        found += [(f"{moment}/{name}", float(value)) for name, value in values.items() if value is not None]
-    replaced = ((summary.get("grown") or {}).get("metrics") or {}).get("final") or {}
-    found += [(f"final/as_grown/{name}", float(value)) for name, value in replaced.items() if value is not None]
-    found += [(f"final/seeds/{name}", float(count)) for name, count in (summary.get("seeds") or {}).items()]
-    for when, values in (summary.get("control") or {}).items():
-        tested = {name.removeprefix("test/"): value for name, value in values.items() if name.startswith("test/")}
-        found += [(f"final/host_alone/{name}_{when}", float(value)) for name, value in tested.items() if value is not None]
-    return found
+class EarlierValues:
+    """Steps and values of a run's metrics as an earlier session left them; read once, when the run is continued."""
+
+    def __init__(self, client: MlflowClient, run_id: str) -> None:
+        names = client.get_run(run_id).data.metrics
+        ends = {name: name.rsplit("/", 1)[-1] for name in names}
+        wanted = [n for n, end in ends.items() if n.startswith("alerts/") or end.startswith("seeds_") or "second" in end]
+        self._steps = {name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)] for name in wanted}
+
+    def last_tick(self, name: str) -> int:
+        """The last tick of a metric, −1 where there is none."""
+        return max((step for step, _ in self._steps.get(name, [])), default=-1)
+
+    def seeds_until(self, tick: int) -> dict[str, tuple[int, set[int]]]:
+        """By site: the last tick, up to ``tick``, at which ``sites/<site>/seeds_<stage>`` was given, and the stages known by then."""
+        found: dict[str, tuple[int, set[int]]] = {}
+        for name, points in self._steps.items():
+            steps = [step for step, _ in points if step <= tick]
+            site, _, kind = name.removeprefix("sites/").rpartition("/")
+            if name.startswith("sites/") and kind.startswith("seeds_") and steps:
+                stage = kind.removeprefix("seeds_")
+                last, stages = found.get(site, (-1, set()))
+                found[site] = (max(last, *steps), stages | {STAGES[stage]})
+        return found
+
+    def alerts_until(self, tick: int) -> dict[str, int]:
+        """How many alerts of each level there were up to ``tick``."""
+        counts: dict[str, int] = {}
+        for name, points in self._steps.items():
+            values = [int(value) for step, value in points if step <= tick]
+            if name.startswith("alerts/") and values:
+                counts[name.removeprefix("alerts/")] = max(values)
+        return counts
 
 
-def main_points(message: Metrics, primary: str) -> list[Point]:
-    """The curves of the section that stands first on the run's page: the deciding metric and the parameters."""
-    shown = {primary: primary, "params/total": "parameters"}
-    return [(message.tick, _main(shown[name]), value) for name, value in message.values.items() if name in shown]
-
-
-def main_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Its numbers: the deciding metric on the test set, and by how much that is better than the host alone."""
-    name = str(summary.get("primary", "")).replace("validation/", "test/", 1)
-    final = ((summary.get("metrics") or {}).get("final") or {}).get(name)
-    if final is None:
-        return []
-    sign = -1.0 if summary.get("direction") == "min" else 1.0
-    alone = {when: values.get(name) for when, values in (summary.get("control") or {}).items() if values}
-    gains = [(_main(f"better_than_host_{when}"), sign * (final - value)) for when, value in alone.items() if value is not None]
-    return [(_main(name), float(final)), *gains]
-
-
-def _main(name: str) -> str:
-    return f"{MAIN}/{name.replace('/', '_')}"
-
-
-def _source(record: RunRecord) -> dict[str, str]:
-    """What MLflow's own columns *User*, *Source* and *Version* show."""
+def _source(info: RunInfo) -> dict[str, str]:
+    """Tags for MLflow's own columns *User*, *Source* and *Version*."""
     tags = {"mlflow.source.name": "esper", "mlflow.source.type": "LOCAL"}
     with contextlib.suppress(KeyError, OSError):  # a user without a name
         tags["mlflow.user"] = getpass.getuser()
-    if "git_commit" in record.tags:
-        tags["mlflow.source.git.commit"] = record.tags["git_commit"].partition("+")[0]
+    if "git_commit" in info.tags:
+        tags["mlflow.source.git.commit"] = info.tags["git_commit"].partition("+")[0]
     return tags
 
 

@@ -1,4 +1,7 @@
-"""The store behind an MLflow run: client, experiment, system metrics; whatever keeps a run out of it is said in a sentence."""
+"""The store behind an MLflow run: checked before training, opened, its experiment found; every refusal is a sentence.
+
+``check_store`` does without the seconds that importing MLflow takes; everything else is for the process that MLflow lives in.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,17 @@ import fcntl
 import logging
 import os
 import shlex
+import socket
+import sqlite3
 from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from esper import secrets
 from esper.errors import UserError
-from esper.tracking.config import sqlite_file
+from esper.tracking.config import MlflowConfig, sqlite_file, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -19,14 +28,80 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # or MLflow's page opens on prompts, traces and judges
-WAIT_S = 60  # a sweep's processes share one sqlite file, each waits its turn
-#: What to install for a driver that SQLAlchemy asks for, where the two have not one name.
+TURN_S = 60  # a sweep's processes share one sqlite file, each waits its turn
+#: Driver that SQLAlchemy asks for → its package, where their names differ.
 PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 OTHERWISE = "or choose tracking=csv"
+MAGIC = b"SQLite format 3\x00"  # https://www.sqlite.org/fileformat.html, first 16 bytes
+CHECKED = 256 << 20  # bytes of a store that are read through before a run: half a second's worth
+ANSWER_S = 5.0  # how long a server or a locked file may take to answer
+#: Schemes that MLflow itself opens, besides those of installed plugins.
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "uc")
+
+
+def check_store(config: MlflowConfig, outputs: str) -> None:
+    """Refuse a server that does not answer, a file that is no database, and a URI that MLflow has no store for.
+
+    Raises:
+        UserError: naming the URI and what to do.
+    """
+    check_uri(tracking_uri(config, outputs), "tracking.uri", OTHERWISE)
+
+
+def check_uri(uri: str, key: str, otherwise: str) -> None:
+    """The same for a URI that was given by ``key``; ``otherwise`` is the alternative that the sentence offers.
+
+    Raises:
+        UserError: naming the URI and what to do.
+    """
+    secrets.check(key, uri)
+    scheme = uri.partition("://")[0].partition("+")[0]
+    if scheme in ("http", "https"):
+        _check_server(uri, key, otherwise)
+    elif (file := sqlite_file(uri)) is not None:
+        _check_file(file, key, otherwise)
+    elif "://" not in uri or scheme == "file":
+        raise UserError(f"{key}={uri} is a folder; give sqlite:///<absolute path>.db or http(s)://<server>.")
+    elif scheme not in SCHEMES and scheme not in {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}:
+        raise UserError(f"{key}={uri} is of no kind that MLflow knows; give sqlite:///<absolute path>.db or http(s)://<server>.")
+
+
+def _check_server(uri: str, key: str, otherwise: str) -> None:
+    parts = urlsplit(uri)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname or "", port), ANSWER_S).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}={uri} does not answer ({str(reason).lower()}); start the server (mlflow server), {otherwise}.") from error
+
+
+def _check_file(path: Path, key: str, otherwise: str) -> None:
+    if not path.exists():
+        return
+    if not os.access(path, os.W_OK):
+        raise UserError(f"The MLflow store {path} cannot be written; get the right to, give another {key}, {otherwise}.")
+    with path.open("rb") as file:
+        head = file.read(len(MAGIC))
+    if head not in (b"", MAGIC) or _damaged(path):
+        raise UserError(f"The MLflow store {path} is damaged or no SQLite database; move it away, give another {key}, {otherwise}.")
+
+
+def _damaged(path: Path) -> bool:
+    """Whether SQLite itself finds fault with the file, which is read through up to a size; one that is in use is left to MLflow."""
+    question = "PRAGMA quick_check(1)" if path.stat().st_size <= CHECKED else "SELECT count(*) FROM sqlite_master"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=ANSWER_S)) as store:
+            answer = store.execute(question).fetchone()
+    except sqlite3.OperationalError:  # locked, or a journal to be rolled back, which needs the right to write
+        return False
+    except sqlite3.DatabaseError:
+        return True
+    return question.startswith("PRAGMA") and answer != ("ok",)
 
 
 def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE) -> MlflowClient:
-    """A client of the store at ``uri`` that prints nothing and calls nobody; ``key`` and ``otherwise`` as in ``reach.check_uri``.
+    """A client of the store at ``uri`` that prints nothing and calls nobody; ``key`` and ``otherwise`` as in ``check_uri``.
 
     Raises:
         UserError: a folder, which MLflow 3 no longer writes; a database whose driver is missing or that cannot be opened.
@@ -63,7 +138,7 @@ def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE
 
 
 def _open_once(uri: str, key: str, otherwise: str) -> None:
-    """Open the database, once: MLflow would try a dozen times, for minutes, what cannot come true.
+    """Open the database, once: MLflow would try a dozen times, for minutes.
 
     Raises:
         UserError: its driver is missing, or it cannot be opened.
@@ -111,7 +186,7 @@ def patient(uri: str) -> str:
     if sqlite_file(uri) is None or "?" in uri:
         return uri
     named = uri.replace("sqlite:", "sqlite+pysqlite:", 1) if "%" in uri else uri
-    return f"{named}?timeout={WAIT_S}"
+    return f"{named}?timeout={TURN_S}"
 
 
 @contextlib.contextmanager
@@ -155,7 +230,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def living_run(client: MlflowClient, uri: str, run_id: str, whose: str, anew: str) -> Run:
-    """The MLflow run to be continued; ``whose`` begins the sentence that refuses it, ``anew`` says what else there is to do.
+    """The MLflow run to be continued; ``whose`` begins the sentence that refuses it, ``anew`` is the alternative that it offers.
 
     Raises:
         UserError: it was deleted, in MLflow's pages or for good.

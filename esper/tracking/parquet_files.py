@@ -1,6 +1,6 @@
-"""The Parquet files of a run's folder, written whatever the tracking: seeds, transitions, gates and metrics.
+"""The Parquet files of a run's folder, written with every option of ``tracking``: seeds, transitions, gates and metrics.
 
-While the run lives its rows are small complete files under ``.parts``; a run that is killed loses at most what was not
+While the run goes on, its rows are small complete files under ``.parts``; a run that is killed loses at most what was not
 flushed. At the end they are streamed into one file each, which appears under its name only when it is whole.
 A resumed run says again what came after its checkpoint: of the earlier parts only rows up to that tick are kept.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
 from esper.tracking.arrow_tables import TABLES
-from esper.tracking.run_info import RunRecord
+from esper.tracking.run_info import RunInfo
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,11 +25,11 @@ BUFFER_BYTES = 32 << 20
 PARTS = ".parts"
 SINCE = b"esper.since"
 ONCE = {"metrics": ["tick", "name"]}
-"""Tables whose rows are told apart by these columns: of what was said twice, the last word stands."""
+"""Key columns of tables in which the last of several rows with the same key stands."""
 
 
 @dataclass
-class Life:
+class Session:
     """One start of the run, as one of its streams tells it: ``since`` is the tick that it went on from."""
 
     number: int
@@ -46,9 +46,9 @@ class ParquetFiles:
         """Import the library here, before training begins: in the tracker's thread that would hold up the steps."""
         import pyarrow.parquet  # noqa: F401
 
-    def open(self, record: RunRecord) -> None:
-        """Find out which life of the run this is; finished files of an earlier one become its parts."""
-        self._folder = Path(record.folder)
+    def open(self, info: RunInfo) -> None:
+        """Find out which session of the run this is; finished files of an earlier one become its parts."""
+        self._folder = Path(info.folder)
         self._parts = self._folder / PARTS
         self._parts.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
@@ -57,8 +57,8 @@ class ParquetFiles:
                 for part in self._parts.glob(f"{name}.*"):  # killed while closing: the whole file holds them already
                     part.unlink()
                 os.replace(whole, self._parts / f"{name}.0000.000000.parquet")
-        life = max(map(_life, self._parts.glob("*.*.*.parquet")), default=-1) + 1
-        self._lives = {"telemetry": Life(life), "events": Life(life)}
+        session = max(map(_session, self._parts.glob("*.*.*.parquet")), default=-1) + 1
+        self._sessions = {"telemetry": Session(session), "events": Session(session)}
         self._part, self._bytes, self._heard = 0, 0, False
         self._said: dict[str, int] = {}
         self._end: int | None = None
@@ -87,36 +87,36 @@ class ParquetFiles:
             self.flush()
 
     def _started(self, tick: int) -> None:
-        """A tracker in a process of its own may hear a run end, or die, and go on: there the events begin a new life."""
+        """A tracker in a process of its own may hear a run end, or die, and go on: there the events begin a new session."""
         self._end = None
         if self._heard:
-            self._begin_life("events", tick)
+            self._begin_session("events", tick)
         else:
-            for life in self._lives.values():
-                life.since = tick
+            for session in self._sessions.values():
+                session.since = tick
         self._heard = True
 
     def _follow(self, message: Telemetry) -> None:
-        """Telemetry is read beside the events, not in step with them: where its own ticks go back is its new life."""
+        """Telemetry is read beside the events, not in step with them: where its own ticks go back is its new session."""
         if message.ticks[0] <= self._said.get(message.site, -1):
-            self._begin_life("telemetry", message.ticks[0] - 1)
+            self._begin_session("telemetry", message.ticks[0] - 1)
             self._said.clear()
         self._said[message.site] = message.ticks[-1]
 
-    def _begin_life(self, stream: str, since: int) -> None:
+    def _begin_session(self, stream: str, since: int) -> None:
         self.flush()
-        self._lives[stream] = Life(self._lives[stream].number + 1, since)
+        self._sessions[stream] = Session(self._sessions[stream].number + 1, since)
 
     def flush(self) -> None:
-        """Write what waits as one more part."""
+        """Write all waiting messages as one more part."""
         import pyarrow.parquet as pq
 
         for name, messages in self._waiting.items():
             if messages:
-                life = self._lives[_stream(name)]
+                session = self._sessions[_stream(name)]
                 table = TABLES[name](messages)
-                table = table.replace_schema_metadata({SINCE: str(life.since).encode()})
-                part = self._parts / f"{name}.{life.number:04d}.{self._part:06d}.parquet"
+                table = table.replace_schema_metadata({SINCE: str(session.since).encode()})
+                part = self._parts / f"{name}.{session.number:04d}.{self._part:06d}.parquet"
                 pq.write_table(table, part.with_suffix(".tmp"))
                 os.replace(part.with_suffix(".tmp"), part)
                 messages.clear()
@@ -125,7 +125,7 @@ class ParquetFiles:
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Make the parts one file a table."""
         self.flush()
-        limits = {stream: self._limits(stream) for stream in self._lives}
+        limits = {stream: self._limits(stream) for stream in self._sessions}
         for name, make in TABLES.items():
             parts = sorted(self._parts.glob(f"{name}.*.parquet"))
             _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[_stream(name)], ONCE.get(name))
@@ -134,22 +134,22 @@ class ParquetFiles:
         self._parts.rmdir()
 
     def _limits(self, stream: str) -> dict[int, int | None]:
-        """By life, the last tick that counts: where the earliest later life took over, or the run ended; None for all.
+        """By session, the last tick that counts: where the earliest later session took over, or the run ended; None for all.
 
-        A life counts in every table of its stream, also where it said nothing: then what it replaced was not said again.
+        A session counts in every table of its stream, also where it said nothing: then what it replaced was not said again.
         """
         import pyarrow.parquet as pq
 
         parts = [part for name in TABLES if _stream(name) == stream for part in self._parts.glob(f"{name}.*.parquet")]
-        since = {_life(part): int((pq.read_schema(part).metadata or {}).get(SINCE, b"0")) for part in parts}
+        since = {_session(part): int((pq.read_schema(part).metadata or {}).get(SINCE, b"0")) for part in parts}
         if self._heard:
-            since[self._lives[stream].number] = self._lives[stream].since
+            since[self._sessions[stream].number] = self._sessions[stream].since
         ends = [] if self._end is None else [self._end]
-        return {life: min([*ends, *(tick for later, tick in since.items() if later > life)], default=None) for life in since}
+        return {session: min([*ends, *(tick for later, tick in since.items() if later > session)], default=None) for session in since}
 
 
 def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[int, int | None], once: list[str] | None) -> None:
-    """Stream ``parts`` into ``target``, dropping rows of earlier lives that a later life said again; ``once`` as in ONCE."""
+    """Stream ``parts`` into ``target``, dropping rows of earlier sessions that a later session replaces; ``once`` as in ONCE."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -160,7 +160,7 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part in parts:
             table = pq.read_table(part).replace_schema_metadata(None)
-            limit = limits[_life(part)]
+            limit = limits[_session(part)]
             if limit is not None:
                 table = table.filter(pc.field("tick") <= limit)
             waiting.append(table.select(schema.names))
@@ -188,7 +188,7 @@ def _last_words(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
     return whole if len(rows) == len(whole) else whole.take(rows.take(pc.sort_indices(rows)))
 
 
-def _life(part: Path) -> int:
+def _session(part: Path) -> int:
     return int(part.name.split(".")[1])
 
 

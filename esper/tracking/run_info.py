@@ -1,4 +1,4 @@
-"""What a tracker is told about a run before its first message."""
+"""The description of a run that a tracker gets before the first message, and the run's readable name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 
-class DatasetRecord(msgspec.Struct, frozen=True, kw_only=True):
+class DatasetInfo(msgspec.Struct, frozen=True, kw_only=True):
     """The data a run learns from; ``digest`` is a SHA-256 in hexadecimal, ``sizes`` examples by split."""
 
     name: str
@@ -17,7 +17,7 @@ class DatasetRecord(msgspec.Struct, frozen=True, kw_only=True):
     sizes: dict[str, int] = {}
 
 
-class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
+class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Identity and circumstances of one run.
 
     ``folder`` is the run's own folder and ``outputs`` the root of all runs, both absolute. ``started_ms`` (milliseconds
@@ -36,7 +36,7 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     changed: dict[str, str] = {}
     chosen: dict[str, str] = {}
     tags: dict[str, str] = {}
-    dataset: DatasetRecord | None = None
+    dataset: DatasetInfo | None = None
     parent: str = ""
     primary: str = ""
     direction: str = "max"

@@ -1,4 +1,4 @@
-"""The interface of everything that listens to a run: four methods, called from one thread."""
+"""The interface of a tracker: four methods, called from one thread."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 
 from esper.errors import TrackerError as TrackerError
 from esper.messages import Message, Telemetry
-from esper.tracking.run_info import RunRecord
+from esper.tracking.run_info import RunInfo
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Tracker(Protocol):
-    """Keeps what the bus says about one run."""
+    """Records the messages of one run. ``wants_model``: it reads the final model from the run's folder on ``close``."""
 
     wants_model: bool
 
-    def open(self, record: RunRecord) -> None:
+    def open(self, info: RunInfo) -> None:
         """Before the first message; a run known from before (resumed) is continued."""
 
     def record(self, messages: Sequence[Message]) -> None:
         """Take a batch of messages; they may still be in memory on return."""
 
     def flush(self) -> None:
-        """Make durable what was recorded: after this the messages are acknowledged."""
+        """Make all recorded messages durable: after this they are acknowledged."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """End with one of STATUSES; ``summary`` is that of RunEnded, empty when the run did not get there."""

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from esper.bus.protocol import Bus, Delivery
 from esper.errors import UserError
 from esper.messages import Message, RunEnded
-from esper.tracking.deduplication import Seen
-from esper.tracking.run_info import RunRecord
+from esper.tracking.run_info import RunInfo
 from esper.tracking.tracker import STATUSES, Tracker, TrackerError
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ log = logging.getLogger("esper.tracking")
 STREAMS = ("events", "telemetry")
 BATCH = 1000
 COST = "tracking took %.3f s of the training process's processor time while the run went on"
+MAX_AHEAD = 10_000  # beyond this many out-of-order numbers the missing one is taken as lost for good
 GRACE_S = 1.0  # how long close() waits for a RunEnded, unless told
 
 
@@ -31,28 +31,28 @@ class TrackerRunner:
     """Reads events and telemetry of one run and hands them to every tracker, until the run has ended.
 
     The thread polls instead of waking at every message, so that a trainer publishing thousands a second is left alone.
-    What was handed over is acknowledged after the trackers have flushed it, well before the bus would hand it out anew.
-    A tracker that raises is dropped, said once in the log and raised by ``close``; the others go on. ``cpu_s`` is the
+    Messages are acknowledged after the trackers have flushed them, well before the bus would deliver them again.
+    A tracker that raises is dropped, which the log says once and ``close`` raises; the others go on. ``cpu_s`` is the
     processor time that all this took up to the end of the run, in seconds: the most it can have kept from the trainer.
     """
 
     def __init__(
         self,
         bus: Bus,
-        record: RunRecord,
+        info: RunInfo,
         trackers: Sequence[Tracker],
         *,
         group: str = "tracker",
         poll_s: float = 0.2,
         flush_s: float = 2.0,
     ) -> None:
-        self.record = record
+        self.info = info
         self.errors: list[TrackerError] = []
         self._alive = list(trackers)
-        self._consumers = {stream: bus.consumer(stream, record.run, group, "tracker") for stream in STREAMS}
+        self._consumers = {stream: bus.consumer(stream, info.run, group, "tracker") for stream in STREAMS}
         self._held: dict[str, list[Delivery]] = {stream: [] for stream in STREAMS}
         self._poll_s, self._flush_s = poll_s, flush_s
-        self._seen = Seen()
+        self._seen = SeenMessages()
         self._ended: RunEnded | None = None
         self.cpu_s = 0.0
         self._opened, self._idle = threading.Event(), threading.Event()
@@ -67,7 +67,7 @@ class TrackerRunner:
         self._thread.start()
 
     def await_open(self) -> None:
-        """After ``start``: wait until every tracker stands, so that what none of them could keep is not trained.
+        """After ``start``: wait until every tracker is open, so that no run is trained that a tracker cannot record.
 
         Raises:
             UserError: one does not, with what can be done about it.
@@ -94,7 +94,7 @@ class TrackerRunner:
         return self._settled.wait(timeout_s) and not self.errors
 
     def try_model(self, model: nn.Module, sample: Tensor) -> None:
-        """Do with the model as it is now what ``log_model`` will do with the final one, and keep nothing.
+        """Export the model as it is now, as ``log_model`` will export the final one, and keep nothing.
 
         Raises:
             UserError: a model that torch.export cannot trace.
@@ -117,12 +117,12 @@ class TrackerRunner:
 
         if any(tracker.wants_model for tracker in self._alive):
             try:
-                write_model(model, sample, self.record.folder)
+                write_model(model, sample, self.info.folder)
             except (TrackerError, OSError) as error:
                 self._fail("storing the final model", error)
 
     def close(self, status: str, timeout_s: float = 150.0, grace_s: float = GRACE_S) -> None:
-        """Handle what is left, end the trackers with ``status`` and stop; raises TrackerError if any of them failed.
+        """Handle the remaining messages, end the trackers with ``status`` and stop; raises TrackerError if any of them failed.
 
         Call it after everything was published; ``grace_s`` is how long to wait for a RunEnded that may still be on its
         way, 0 where none is. Closing twice is harmless.
@@ -147,7 +147,7 @@ class TrackerRunner:
 
     def _work(self) -> None:
         try:
-            self._each(lambda tracker: tracker.open(self.record))
+            self._each(lambda tracker: tracker.open(self.info))
             self._opened.set()
             self._listen()
             self.cpu_s = time.thread_time()
@@ -174,7 +174,7 @@ class TrackerRunner:
             if now - flushed >= self._flush_s or sum(map(len, self._held.values())) >= 20 * BATCH:
                 self._flush()
                 flushed = now
-            if settling and found < BATCH:  # whatever was there when it was asked has been read
+            if settling and found < BATCH:  # everything published before the request has been read
                 self._flush()
                 self._settling.clear()
                 self._settled.set()
@@ -213,7 +213,7 @@ class TrackerRunner:
         for tracker in list(self._alive):
             try:
                 call(tracker)
-            except Exception as error:  # whatever it is, training goes on, and close() raises it
+            except Exception as error:  # training goes on, and close() raises it
                 self._alive.remove(tracker)
                 self._fail(getattr(tracker, "called", type(tracker).__name__), error)
 
@@ -224,3 +224,27 @@ class TrackerRunner:
         failure = TrackerError(text)
         failure.__cause__ = error
         self.errors.append(failure)
+
+
+class SeenMessages:
+    """Tells which stream entries were handled before, since a bus may hand one out twice; constant memory for numbers without holes."""
+
+    def __init__(self) -> None:
+        self._upto: dict[tuple[str, str, int], int] = {}
+        self._ahead: dict[tuple[str, str, int], set[int]] = {}
+
+    def is_new(self, stream: str, producer: str, entry: str) -> bool:
+        """Whether entry ``<epoch>-<sequence>`` of this stream and producer comes for the first time; remembers it."""
+        epoch, sequence = map(int, entry.split("-"))
+        key = (stream, producer, epoch)
+        upto, ahead = self._upto.get(key, 0), self._ahead.setdefault(key, set())
+        if sequence <= upto or sequence in ahead:
+            return False
+        ahead.add(sequence)
+        if len(ahead) > MAX_AHEAD:
+            upto = min(ahead) - 1
+        while upto + 1 in ahead:
+            upto += 1
+            ahead.remove(upto)
+        self._upto[key] = upto
+        return True

@@ -18,8 +18,7 @@ from esper.app import main
 from esper.bus.metrics import OtlpExporter
 from esper.config import build
 from esper.errors import UserError
-from esper.tracking.mlflow_store import quiet_client
-from esper.tracking.store_check import check_uri
+from esper.tracking.mlflow_store import check_uri, quiet_client
 from tests.here import here
 
 SECRET = "hunter2-tr0ub4dor"

@@ -23,7 +23,7 @@ from esper.bus.trainer.bus_port import BusPort
 from esper.controllers import ControllerRunner
 from esper.controllers.random import RandomConfig
 from esper.messages import GateResult, RunEnded, Transition
-from esper.tracking import CsvConfig, RunRecord, TrackerRunner, build_trackers
+from esper.tracking import CsvConfig, RunInfo, TrackerRunner, build_trackers
 
 TOTAL = 4000  # ticks announced; an episode ends when its faults have happened
 CHECKPOINT = 20
@@ -34,12 +34,12 @@ TABLES = ("transitions", "seeds", "metrics")
 COMPARED = tuple(kind.__name__ for kind in (Transition, GateResult, RunEnded))
 
 
-def record(folder: Path, seed: int) -> RunRecord:
+def record(folder: Path, seed: int) -> RunInfo:
     """What the run is, for those who join it."""
     outside = {"process": "external"}
     config = {"seed": seed, "controller": CONTROLLER | outside, "tracking": TRACKING | outside}
     place = {"folder": str(folder), "outputs": str(folder)}
-    return RunRecord(run=RUN, name=RUN, started_ms=1_700_000_000_000, config=config, **place)
+    return RunInfo(run=RUN, name=RUN, started_ms=1_700_000_000_000, config=config, **place)
 
 
 def train(folder: Path) -> None:

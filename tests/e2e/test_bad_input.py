@@ -221,7 +221,7 @@ def test_a_refused_run_leaves_no_mlflow_run(tmp_path: Path):
         assert store.execute("select * from runs").fetchall() == []
 
 
-@pytest.mark.parametrize("place", ["profiled", "control"])
+@pytest.mark.parametrize("place", ["profiled", "control_run"])
 def test_an_interrupt_leaves_an_mlflow_run_that_says_killed(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         raise KeyboardInterrupt
@@ -231,7 +231,7 @@ def test_an_interrupt_leaves_an_mlflow_run_that_says_killed(place: str, tmp_path
         start(tmp_path, "tracking=mlflow", *LIGHT, "trainer.control=true")
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         assert store.execute("select status from runs").fetchall() == [("KILLED",)]
-    if place == "control":
+    if place == "control_run":
         summary = json.loads((tmp_path / "run" / "summary.json").read_text())
         assert summary["status"] == "KILLED" and summary["steps"] == 60 and "control" not in summary
         assert summary["metrics"]["final"]["test/accuracy"] > 0, "what was measured is kept"

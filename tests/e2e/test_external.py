@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from esper.checkpoint import store
+from esper.cli.resume import fork, resume
 from esper.errors import UserError
-from esper.running.resume import fork, resume
 from esper.running.run import run
 from tests.here import here
 from tests.resume.conftest import SHORT, Configure, configure

@@ -14,7 +14,7 @@ from esper.bus.config import RedisConfig
 from esper.bus.protocol import STREAMS
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import PASSWORD_VARIABLE
-from esper.running.connections import Watched
+from esper.running.connections import RunPort
 from tests.here import here
 from tests.resume.conftest import SHORT
 
@@ -40,14 +40,14 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FragileS
 
 def at_tick(tick: int, act: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have ``act`` called when the run has ended this tick."""
-    ended = Watched.end_tick
+    ended = RunPort.end_tick
 
-    def end_tick(port: Watched, number: int) -> None:
+    def end_tick(port: RunPort, number: int) -> None:
         ended(port, number)
         if number == tick:
             act()
 
-    monkeypatch.setattr(Watched, "end_tick", end_tick)
+    monkeypatch.setattr(RunPort, "end_tick", end_tick)
 
 
 def stored(server: FragileServer, folder: Path) -> dict[str, list[str]]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from esper.checkpoint import store
+from esper.cli.resume import resume
 from esper.config import RootConfig
 from esper.report.summary_file import read_summary
-from esper.running.resume import resume
 from esper.running.run import run
 
 TIMED = ("seconds", "output", "environment", "environments", "bus")

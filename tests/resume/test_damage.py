@@ -16,7 +16,7 @@ from esper.app import main
 from esper.bus.server.producer import _epoch_in
 from esper.cli.system_errors import say_anything
 from esper.errors import UserError
-from esper.running.checkpointing import Keeper
+from esper.running.checkpointing import Checkpointer
 from esper.trainer.trainer import Trainer
 from tests.resume.conftest import SHORT, copied
 
@@ -67,9 +67,9 @@ def test_a_folder_that_goes_away_ends_its_run_with_a_sentence(
     again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether or not something of the run, a spool for example, makes a new one in its place."""
-    folder, after = tmp_path / "day" / "run", Keeper.__call__
+    folder, after = tmp_path / "day" / "run", Checkpointer.__call__
 
-    def removed(self: Keeper, trainer: Trainer) -> None:
+    def removed(self: Checkpointer, trainer: Trainer) -> None:
         after(self, trainer)
         if trainer.outcome.steps == 30:
             self.saver.wait()
@@ -77,7 +77,7 @@ def test_a_folder_that_goes_away_ends_its_run_with_a_sentence(
             if again:
                 folder.mkdir()
 
-    monkeypatch.setattr(Keeper, "__call__", removed)
+    monkeypatch.setattr(Checkpointer, "__call__", removed)
     assert main([*SHORT, f"output={tmp_path}", f"hydra.run.dir={folder}"]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"esper: {folder}: was removed while its run was under way; let a run keep its folder until it ends."

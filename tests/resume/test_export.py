@@ -10,10 +10,10 @@ import torch
 
 from esper import load_model
 from esper.checkpoint import store
+from esper.cli.export import main
+from esper.cli.resume import resume
 from esper.errors import UserError
 from esper.running.builders import build_trainer
-from esper.running.export import main
-from esper.running.resume import resume
 from tests.resume import killing
 from tests.resume.conftest import Configure
 

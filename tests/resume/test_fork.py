@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from esper.checkpoint import store
+from esper.cli.resume import fork
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
-from esper.running.resume import fork
 from esper.running.run import run
 from tests.resume.conftest import Configure, copied
 

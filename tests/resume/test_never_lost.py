@@ -18,10 +18,10 @@ from esper.compare.sweep.resume import NOTE
 from esper.compare.sweep.resume import sweep_lock as sweeping
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
-from esper.running import run as running
+from esper.running import connections, ending
 from esper.running.resume import unfinished
 from esper.running.run import run
-from esper.running.run_folder import LOCK, alive, status
+from esper.running.run_folder import LOCK, hold_folder, status
 from tests.resume import killing
 from tests.resume.conftest import SHORT, Configure, copied
 from tests.resume.test_refusals import contents
@@ -56,7 +56,7 @@ def test_a_killed_run_whose_next_lives_fail_early_is_still_found_and_ends_the_sa
     assert unfinished(config) == folder, "after the port was taken"
     for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         with monkeypatch.context() as patch:
-            patch.setattr(running, "run_record", at_once(number))
+            patch.setattr(connections, "describe_run", at_once(number))
             assert killing.child(lambda: os._exit(main(auto)), log).code == code
         assert unfinished(config) == folder, f"after {signal.Signals(number).name}"
     there = folders(tmp_path)
@@ -93,7 +93,7 @@ def test_a_run_that_could_not_even_write_its_summary_is_found(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(running, "write_summary", full)
+        patch.setattr(ending, "write_summary", full)
         run(config, folder, quiet=True)
     assert unfinished(config) == folder
 
@@ -103,7 +103,7 @@ def test_beside_a_live_run_of_the_same_configuration_none_is_begun_without_sayin
 ) -> None:
     folder, config = tmp_path / "day" / "run", configure(f"output={tmp_path}")
     folder.mkdir(parents=True)
-    with alive(config, folder):  # one that only just begins
+    with hold_folder(config, folder):  # one that only just begins
         assert main([*SHORT, f"output={tmp_path}", "resume=auto"]) == 2
         assert f"A run of this very configuration is under way in {folder}: wait for it, or end it first." in capsys.readouterr().err
         assert unfinished(configure(f"output={tmp_path}", "seed=1")) is None
@@ -147,7 +147,7 @@ def test_nothing_is_changed_in_the_folder_of_what_is_running(
     folder, output = copied(finished, tmp_path, until=40), f"output={tmp_path}"
     (folder / NOTE).write_text('{"command": []}')
     before = contents(folder)
-    with alive(configure(output), folder):
+    with hold_folder(configure(output), folder):
         for words in ([*SHORT, output, f"hydra.run.dir={folder}"], [f"resume={folder}"], [f"resume={folder}", "trainer.steps=90"]):
             assert main(words) == 2
             assert f"Another process is running in {folder}; wait for it, or end it first." in capfd.readouterr().err

@@ -13,10 +13,11 @@ import yaml
 from esper.app import main
 from esper.checkpoint import store
 from esper.checkpoint.tree import join, split
+from esper.cli.resume import fork, resume
 from esper.config import GROUPS
 from esper.errors import UserError
-from esper.running.environment import processor
-from esper.running.resume import fork, resume, unfinished
+from esper.running.provenance import processor
+from esper.running.resume import unfinished
 from esper.running.run import run
 from tests.resume.conftest import Configure, copied
 

@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 
 from esper.checkpoint import store
+from esper.cli.resume import auto, refuse_changes, resume
+from esper.cli.resume import main as go_on
 from esper.compare.fingerprint import same_bits
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
 from esper.running.checkpointing import _score
-from esper.running.resume import Start, auto, refuse_changes, resume, unfinished
-from esper.running.resume import main as go_on
+from esper.running.resume import Start, unfinished
 from esper.running.run import run
-from esper.running.run_folder import alive
+from esper.running.run_folder import hold_folder
 from esper.trainer.trainer import Outcome
 from tests.resume import killing
 from tests.resume.conftest import SHORT, Configure, copied
@@ -95,7 +96,7 @@ def test_auto_finds_the_run_of_this_configuration_that_did_not_end(
     with pytest.raises(UserError, match="truncated"):
         resume(folder)
     assert unfinished(configure(f"output={tmp_path}", "seed=1")) is None
-    with alive(config, folder), pytest.raises(UserError, match="under way"):
+    with hold_folder(config, folder), pytest.raises(UserError, match="under way"):
         unfinished(config)
 
 
@@ -117,7 +118,7 @@ def test_the_checkpoint_before_can_be_asked_for(finished: Path, tmp_path: Path) 
 
 def test_two_processes_do_not_run_in_one_folder(configure: Configure, tmp_path: Path) -> None:
     config = configure(f"output={tmp_path}")
-    with alive(config, tmp_path), pytest.raises(UserError, match="Another process is running"), alive(config, tmp_path):
+    with hold_folder(config, tmp_path), pytest.raises(UserError, match="Another process is running"), hold_folder(config, tmp_path):
         pass
     assert not (tmp_path / "run.lock").exists()
 
@@ -130,7 +131,7 @@ def test_warnings_of_a_run_that_goes_on_reach_the_terminal_and_its_log(
         logging.info("a detail")
 
     monkeypatch.setattr("esper.running.run.run", warn)
-    monkeypatch.setattr("esper.running.resume.resume", lambda *words: Start(None, tmp_path, None))  # type: ignore[arg-type]
+    monkeypatch.setattr("esper.cli.resume.resume", lambda *words: Start(None, tmp_path, None))  # type: ignore[arg-type]
     go_on([f"resume={tmp_path}"])
     assert capsys.readouterr().err == "the tracker is lost\n"
     log = (tmp_path / "esper.log").read_text()

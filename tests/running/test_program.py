@@ -14,9 +14,9 @@ import torch
 from growing import batch, build
 from torch import Tensor, nn
 
+from esper.cli.export import export_pt2
 from esper.errors import UserError
 from esper.export.program import signature_of, to_onnx, to_pt2, traced
-from esper.running.export import export_pt2
 from esper.tracking.final_model import PROGRAM, write_model
 
 Program = Callable[[Tensor], Tensor]
@@ -146,7 +146,7 @@ def test_a_link_in_the_way_is_replaced_and_what_it_leads_to_stays(tmp_path: Path
 QUIET = """
 import torch
 from pathlib import Path
-from esper.running.export import export_onnx, export_pt2
+from esper.cli.export import export_onnx, export_pt2
 model, x = torch.nn.LSTM(6, 7, batch_first=True), torch.randn(2, 5, 6)
 export_pt2(model.eval(), x, Path("model.pt2"))
 export_onnx(torch.nn.Linear(6, 3), x, Path("model.onnx"))

@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper.cli.compose import compose
 from esper.errors import UserError
-from esper.running import controls
-from esper.running.environment import environment, git_state
+from esper.running import builders, control_runs
+from esper.running.provenance import environment, git_state
 from esper.running.run import run
 
 BRIEF = ["trainer.steps=40", "trainer.control=false", "trainer.validate_every=50%"]
@@ -105,13 +105,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path):
 def test_the_control_is_made_once_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["trainer.control=true", "controller=scheduled", "controller.script=[{at: 2step, command: germinate, seeds: [0]}]"]
     made: list[int] = []
-    build = controls.build_trainer
+    build = builders.build_trainer
 
     def counting(*arguments: Any, **settings: Any) -> Any:
         made.append(1)
         return build(*arguments, **settings)
 
-    monkeypatch.setattr(controls, "build_trainer", counting)
+    monkeypatch.setattr(builders, "build_trainer", counting)
     first, second = (run(config(tmp_path, *words), tmp_path / name, quiet=True).summary for name in ("a", "b"))
     assert len(made) == 2 and first["control"] == second["control"]
     assert set(first["control"]) == {"same_steps", "same_macs"}
@@ -122,8 +122,8 @@ def test_the_control_is_made_once_and_read_again(tmp_path: Path, monkeypatch: py
 
 
 def test_equal_macs_are_equal_macs():
-    assert controls.equal_macs_steps(3000, {"macs": 100, "steps": 10}) == 300
-    assert controls.equal_macs_steps(1, {"macs": 100, "steps": 10}) == 1
+    assert control_runs.equal_macs_steps(3000, {"macs": 100, "steps": 10}) == 300
+    assert control_runs.equal_macs_steps(1, {"macs": 100, "steps": 10}) == 1
 
 
 def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch):
@@ -139,7 +139,7 @@ def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch):
     assert len(git_state()["commit"]) in (0, 40)
     monkeypatch.setenv("PATH", "")
     assert git_state() == {"commit": "", "changed": False}
-    monkeypatch.setattr("esper.running.environment.PACKAGES", ("no-such-package",))
+    monkeypatch.setattr("esper.running.provenance.PACKAGES", ("no-such-package",))
     assert environment(torch.device("cpu"))["packages"] == {"no-such-package": ""}
 
 

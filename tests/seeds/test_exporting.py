@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from esper import attach, load_model
 from esper.blueprints import CONFIGS, Affine, Blueprint, Geometry
+from esper.cli.export import export_onnx, export_pt2
 from esper.errors import UserError
 from esper.export.saved_model import load_weights, save_model
 from esper.lifecycle import Stage
-from esper.running.export import export_onnx, export_pt2
 from esper.seeds.exported_modules import Deepened, GrownSite, called
 
 GROWN: dict[str, tuple[str, Any, str, type]] = {

@@ -12,7 +12,7 @@ from esper.bus.config import MemoryConfig
 from esper.bus.memory.bus import MemoryBus
 from esper.lifecycle.stages import Stage
 from esper.messages import COLUMNS, GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
-from esper.tracking import DatasetRecord, RunRecord
+from esper.tracking import DatasetInfo, RunInfo
 
 SEEDS = 4
 SITES = ("layers.0", "layers[1]")
@@ -150,15 +150,15 @@ def publish(bus: MemoryBus):
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> RunRecord:
+def info(tmp_path: Path) -> RunInfo:
     """A run whose outputs lie in tmp_path."""
     folder = tmp_path / "outputs" / "run-1"
     folder.mkdir(parents=True)
-    return make_record("run-1", folder)
+    return run_info("run-1", folder)
 
 
-def make_record(run: str, folder: Path, **changes) -> RunRecord:
-    """A record with everything filled in."""
+def run_info(run: str, folder: Path, **changes) -> RunInfo:
+    """A run with everything filled in."""
     values = {
         "run": run,
         "name": "digits-mlp seed=0 linear",
@@ -169,13 +169,13 @@ def make_record(run: str, folder: Path, **changes) -> RunRecord:
         "changed": {"trainer.steps": "100"},
         "chosen": {"model": "mlp"},
         "tags": {"config": "abc", "seed": "0", "arm": "grow"},
-        "dataset": DatasetRecord(name="digits", digest="d" * 64, description="8×8 digits", sizes={"train": 1000}),
+        "dataset": DatasetInfo(name="digits", digest="d" * 64, description="8×8 digits", sizes={"train": 1000}),
         "primary": "accuracy",
     }
-    return RunRecord(**(values | changes))
+    return RunInfo(**(values | changes))
 
 
 @pytest.fixture
-def records():
-    """The function that makes records."""
-    return make_record
+def make_info():
+    """The function that describes a run."""
+    return run_info

@@ -97,18 +97,19 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esper track", description=__doc__)
     parser.add_argument("folder", type=Path, help="output folder of a run with tracking.process=external")
     options = parser.parse_args(list(argv))
-    from esper.tracking import CONFIGS, RunRecord, TrackerRunner, build_trackers
+    from esper.config import options as known
+    from esper.tracking import RunInfo, TrackerRunner, build_trackers
     from esper.tracking.tracker_thread import STREAMS
 
     with joined(options.folder.resolve(), "tracking") as (bus, found):
-        record = msgspec.convert(found.info, RunRecord)
-        settings = record.config["tracking"]
-        kind = CONFIGS[settings["name"]]
+        info = msgspec.convert(found.info, RunInfo)
+        settings = info.config["tracking"]
+        kind = known("tracking")[settings["name"]]
         names = {field.name for field in fields(kind)}
         config = kind(**{key: value for key, value in settings.items() if key in names})
         ending = _Ending()
         group = fresh_group(bus, found.run, STREAMS)
-        runner = TrackerRunner(bus, record, [*build_trackers(config), ending], group=group)
+        runner = TrackerRunner(bus, info, [*build_trackers(config), ending], group=group)
         print(f"tracking {found.run} with tracking={settings['name']}", file=sys.stderr, flush=True)
         runner.start()
         while runner.error is None:

@@ -14,8 +14,9 @@ from esper.compare.results.plan import Plan, parse_plan
 from esper.compare.results.runs import GROWTH, Run, costs_of
 from esper.errors import UserError
 from esper.messages import Metrics
-from esper.running.control_keys import CONTROLS
-from esper.tracking.mlflow_run import LONGEST_TAG, MAIN, NOTE_TAG, fitted, legal
+from esper.running.control_runs import CONTROLS
+from esper.tracking.mlflow_run import LONGEST_TAG, NOTE_TAG, fitted, legal
+from esper.tracking.run_page import MAIN
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun

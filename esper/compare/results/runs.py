@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from esper.compare.statistics.sign_flip import rounding
 from esper.errors import UserError
-from esper.running.control_keys import CONTROLS
+from esper.running.control_runs import CONTROLS
 
 Array = NDArray[np.float64]
 POOLED = "pooled"

@@ -11,7 +11,7 @@ from esper.compare.sweep.sweep import PreparedJob, TuningJob
 from esper.config import plain
 from esper.controllers.scheduled import ScheduledConfig
 from esper.errors import UserError
-from esper.running.control_keys import DEPENDS_ON, SAME_MACS, SAME_STEPS, UNUSED, controls_of
+from esper.running.control_runs import DEPENDS_ON, SAME_MACS, SAME_STEPS, UNUSED, controls_of
 
 #: The summary of the run of (arm, block, seed), empty where it did not finish.
 FindSummary = Callable[[str, str, int], Mapping[str, Any]]

@@ -21,8 +21,8 @@ from esper.compare.sweep.sweep import PreparedJob, Sweep, TuningJob
 from esper.compare.sweep.worker_pool import interrupted_by_user
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
-from esper.tracking.shared import SOCKET
-from esper.tracking.store_check import check_store
+from esper.tracking.mlflow_store import check_store
+from esper.tracking.remote import SOCKET
 
 LOG = "tracker.log"
 STOP_S = 30.0  # how long its process may take to end once everything is written

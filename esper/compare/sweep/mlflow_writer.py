@@ -1,6 +1,6 @@
 """``python -m esper.compare.sweep.mlflow_writer``: the one process that writes a sweep to the MLflow store.
 
-Jobs send the frames of ``esper.tracking.frames`` over a Unix socket, a connection a run; the sweep itself asks over
+Jobs send the frames of ``esper.tracking.remote`` over a Unix socket, a connection a run; the sweep itself asks over
 standard input, a JSON line a request. Every access to the store happens under one lock, so that jobs that run at the
 same time never meet a locked database.
 """
@@ -25,7 +25,7 @@ import msgspec
 
 from esper.compare.results.mlflow_sweep import ARM, BLOCK, JOB_ERROR, KIND, SEED, SWEEP, cost_values, plan_tags
 from esper.errors import UserError
-from esper.tracking import frames
+from esper.tracking import remote
 from esper.tracking.mlflow_run import LONGEST_TAG, NAMES, MlflowRun, fitted, legal
 from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
 from esper.tracking.run_info import flatten
@@ -81,19 +81,19 @@ class SweepWriter:
         """The tags by which MLflow's pages group a job's run."""
         return self.jobs.get(str(Path(folder).resolve()), {})
 
-    def child(self, frame: frames.Open) -> MlflowRun:
+    def child(self, frame: remote.Open) -> MlflowRun:
         """Open the MLflow run of a job below the sweep's."""
-        tags = self.tags(frame.record.folder)
+        tags = self.tags(frame.info.folder)
         record = msgspec.structs.replace(
-            frame.record,
+            frame.info,
             parent=self.parent,
-            name=tags.get("name", frame.record.name),
-            tags=dict(frame.record.tags) | {key: value for key, value in tags.items() if key != "name"},
+            name=tags.get("name", frame.info.name),
+            tags=dict(frame.info.tags) | {key: value for key, value in tags.items() if key != "name"},
         )
         run = MlflowRun(dataclasses.replace(frame.config, uri=self.uri))
         run.open(record)
         self.opened[str(Path(record.folder).resolve())] = run.run_id
-        self._describe(run.run_id, tags, frame.record.config)
+        self._describe(run.run_id, tags, frame.info.config)
         return run
 
     def _describe(self, run_id: str, tags: Mapping[str, str], config: Mapping[str, Any]) -> None:
@@ -158,38 +158,38 @@ def serve_run(writer: SweepWriter, stream: BinaryIO) -> None:
     folder = ""
     try:
         while True:
-            frame = frames.read(stream)
+            frame = remote.read_frame(stream)
             with writer.lock:
                 match frame:
-                    case frames.Open():
-                        run, folder = writer.child(frame), str(Path(frame.record.folder).resolve())
-                    case frames.Record():
+                    case remote.Open():
+                        run, folder = writer.child(frame), str(Path(frame.info.folder).resolve())
+                    case remote.Messages():
                         assert run is not None
                         run.record(frame.messages)
-                    case frames.Flush():
+                    case remote.Flush():
                         assert run is not None
                         run.flush()
-                    case frames.Close():
+                    case remote.Close():
                         assert run is not None
                         ending, run = run, None
                         ending.record([cost_values(frame.summary)])
                         end(ending, frame.status, frame.summary)
-            if not isinstance(frame, frames.Record):
-                frames.write(stream, frames.Reply())
-            if isinstance(frame, frames.Close):
+            if not isinstance(frame, remote.Messages):
+                remote.write_frame(stream, remote.Reply())
+            if isinstance(frame, remote.Close):
                 return
     except (EOFError, ConnectionError):
         if run is not None:
             with writer.lock:
                 end(run, writer.lost(folder), {})
     except UserError as error:
-        frames.write(stream, frames.Reply(str(error), refused=True))
+        remote.write_frame(stream, remote.Reply(str(error), refused=True))
         if run is not None:
             with writer.lock:
                 end(run, "FAILED", {})
     except Exception as error:  # told to the job, which raises it at the end of its run
         traceback.print_exc()
-        frames.write(stream, frames.Reply(f"{type(error).__name__}: {error}"))
+        remote.write_frame(stream, remote.Reply(f"{type(error).__name__}: {error}"))
         if run is not None:
             with writer.lock:
                 end(run, "FAILED", {})

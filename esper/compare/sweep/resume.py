@@ -12,7 +12,7 @@ from typing import Any
 
 from esper.config import RootConfig, config_hash
 from esper.errors import UserError
-from esper.running.run_folder import hash_of, locked, refuse_occupied, status
+from esper.running.run_folder import hash_of, refuse_occupied, status, try_lock
 
 NOTE, LOCK = "sweep.json", "sweep.lock"
 DEEPEST = 4  # folders between the outputs and a sweep's note; the store beside them may hold thousands
@@ -23,7 +23,7 @@ ORPHAN_S = 60.0  # how long a job of a killed sweep may take to save its state
 def sweep_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of the sweep in ``folder``. Raises UserError where another process runs it."""
     with (folder / LOCK).open("a") as file:
-        if not locked(file):
+        if not try_lock(file):
             raise _running(folder)
         yield
 
@@ -119,7 +119,7 @@ def _runs(folder: Path) -> bool:
     if not path.exists():
         return False
     with path.open("a") as file:
-        return not locked(file)
+        return not try_lock(file)
 
 
 def _discard_new(folder: Path) -> None:

@@ -10,17 +10,17 @@ def draw_all(folder: Path) -> list[Path]:
 
     A run in which nothing germinated has learning curves only.
     """
-    from esper.tracking.figures.curves import learning_curves
-    from esper.tracking.figures.gates import gate_margins
-    from esper.tracking.figures.story import read_story
-    from esper.tracking.figures.timeline import stage_timeline
+    from esper.tracking.figures.gate_margins import gate_margins
+    from esper.tracking.figures.history import read_history
+    from esper.tracking.figures.learning_curves import learning_curves
+    from esper.tracking.figures.stage_timeline import stage_timeline
 
-    story = read_story(folder)
+    history = read_history(folder)
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     drawn = []
     for name, draw in (("stages", stage_timeline), ("learning", learning_curves), ("gates", gate_margins)):
-        figure = draw(story)
+        figure = draw(history)
         if figure is not None:
             figure.savefig(target / f"{name}.png", dpi=130)
             drawn.append(target / f"{name}.png")

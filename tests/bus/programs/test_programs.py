@@ -90,9 +90,9 @@ def test_a_second_controller_or_tracker_beside_a_runs_own_is_refused_in_a_senten
 
 
 def record(folder: Path, tracking: dict) -> dict:
-    from esper.tracking import RunRecord
+    from esper.tracking import RunInfo
 
-    made = RunRecord(
+    made = RunInfo(
         run="run",
         name="run",
         folder=str(folder),

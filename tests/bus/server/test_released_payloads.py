@@ -18,7 +18,7 @@ from esper.bus.trainer.bus_port import BusPort
 from esper.errors import UserError
 from esper.messages import Metrics
 from esper.running.connections import let_payloads_go, let_them_read, refuse_untrackable
-from esper.tracking import RunRecord
+from esper.tracking import RunInfo
 
 LARGE = {f"a-metric-with-a-long-name/{number}": float(number) for number in range(40_000)}
 
@@ -28,7 +28,7 @@ def bus(tmp_path):
     """The server of a run that is tracked by another process."""
     opened = open_bus(EmbeddedConfig(claim_s=20.0), tmp_path)
     config = {"seed": 0, "tracking": {"name": "csv", "process": "external", "figures": False}}
-    record = RunRecord(run="run", name="run", folder=str(tmp_path), outputs=str(tmp_path), started_ms=1, config=config)
+    record = RunInfo(run="run", name="run", folder=str(tmp_path), outputs=str(tmp_path), started_ms=1, config=config)
     invite(tmp_path, "run", opened.config, msgspec.to_builtins(record))
     keep_all(tmp_path / "bus" / "payloads")
     yield opened

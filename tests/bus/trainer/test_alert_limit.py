@@ -13,7 +13,7 @@ from esper.bus.trainer.alert_limit import A_MINUTE, AlertLimit
 from esper.bus.trainer.bus_port import BusPort
 from esper.cli.compose import compose
 from esper.messages import Alert
-from esper.running.connections import Watched
+from esper.running.connections import RunPort
 from esper.running.run import run
 
 
@@ -87,13 +87,13 @@ def test_a_server_that_flaps_all_night_says_eight_things_in_two_minutes(clock):
 
 
 def test_a_runs_summary_counts_what_was_held_back(tmp_path, monkeypatch):
-    began = Watched.started
+    began = RunPort.started
 
-    def started(self: Watched, *arguments: Any) -> None:
+    def started(self: RunPort, *arguments: Any) -> None:
         began(self, *arguments)
         flap(self, A_MINUTE + 4)
 
-    monkeypatch.setattr(Watched, "started", started)
+    monkeypatch.setattr(RunPort, "started", started)
     words = ["trainer.steps=40", "trainer.control=false", "tracking=csv", "tracking.figures=false", f"output={tmp_path}"]
     run(compose(words), tmp_path / "run", quiet=True)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -12,7 +12,7 @@ import torch
 from esper.checkpoint import store
 from esper.checkpoint.schema import SCHEMA
 from esper.engine.state import topology, trainer_state
-from esper.running.provenance import origin
+from esper.running.provenance import provenance
 from tests.checkpoint.conftest import build, train_until
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer = build(*WORDS)
     train_until(trainer, STEP)
-    state = {"trainer": trainer_state(trainer), **origin(trainer.task, torch.device("cpu"))}
+    state = {"trainer": trainer_state(trainer), **provenance(trainer.task, torch.device("cpu"))}
     made = store.write(store.copy(state, STEP, trainer.grow.tick_number, topology(trainer.grow), None), HERE)
     made.path.rename(place)
 

@@ -106,7 +106,7 @@ def test_the_report_shows_the_controls_that_were_trained(tmp_path: Path) -> None
 def test_a_job_without_shown_controls_trains_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from esper.running import run as running
 
-    monkeypatch.setattr(running, "control", lambda *_: pytest.fail("a control was trained"))
+    monkeypatch.setattr(running, "control_run", lambda *_: pytest.fail("a control was trained"))
     (one,) = jobs_of({"grown": []}, folder=tmp_path)
     job(one, controls_to_train(one, [one]))
     assert one.summary["status"] == "FINISHED" and "control" not in one.summary

@@ -19,7 +19,7 @@ from esper.compare.results.mlflow_sweep import ARM, SEED
 from esper.compare.sweep.mlflow_process import MlflowProcess
 from esper.compare.sweep.mlflow_writer import SweepWriter, axis_labels, serve_run
 from esper.errors import UserError
-from esper.tracking import MlflowConfig, RunRecord, frames
+from esper.tracking import MlflowConfig, RunInfo, remote
 
 
 @pytest.mark.parametrize(("said", "status"), [("before", "FAILED"), ("after", "FAILED"), ("never", "KILLED")])
@@ -33,9 +33,9 @@ def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(sai
         serving = threading.Thread(target=serve_run, args=(writer, end))
         serving.start()
         with ours, ours.makefile("rwb") as stream:
-            record = RunRecord(run="0", name="a", folder=str(folder), outputs=str(tmp_path), started_ms=int(time.time() * 1000))
-            frames.write(stream, frames.Open(MlflowConfig(figures=False, model=False, system_s=0.0), record))
-            assert frames.read(stream, frames.Reply).error == ""
+            record = RunInfo(run="0", name="a", folder=str(folder), outputs=str(tmp_path), started_ms=int(time.time() * 1000))
+            remote.write_frame(stream, remote.Open(MlflowConfig(figures=False, model=False, system_s=0.0), record))
+            assert remote.read_reply(stream).error == ""
             if said == "before":
                 writer.failed({"folder": str(folder), "error": "the worker process was killed"})
         serving.join(60)

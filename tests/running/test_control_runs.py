@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esper.cli.compose import compose
-from esper.running import controls
-from esper.running.controls import control
+from esper.running import builders, control_runs
+from esper.running.control_runs import control_run
 
 BRIEF = ["trainer.steps=20", "trainer.validate_every=50%", "tracking=none", "trainer.batch_size=16"]
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def made(folder: Path, *words: str) -> dict[str, Any]:
     """The control of a run of these words."""
     config = compose([*BRIEF, *words])
-    return control(config, config.task.build(), CPU, 20, folder / "controls")
+    return control_run(config, config.task.build(), CPU, 20, folder / "controls")
 
 
 def test_other_data_under_the_same_name_get_a_control_of_their_own(tmp_path: Path):
@@ -42,7 +42,7 @@ def test_other_data_under_the_same_name_get_a_control_of_their_own(tmp_path: Pat
 def test_other_weights_under_the_same_name_get_a_control_of_their_own(tmp_path: Path):
     config = compose(BRIEF)
     weights = tmp_path / "start.safetensors"
-    save_file(controls.build_host(config, config.task.build()).state_dict(), weights)
+    save_file(builders.build_host(config, config.task.build()).state_dict(), weights)
     before = made(tmp_path, f"model.weights={weights}")
     save_file({name: value * 2 for name, value in load_file(weights).items()}, weights)
     assert made(tmp_path, f"model.weights={weights}")["metrics"] != before["metrics"]
@@ -92,13 +92,13 @@ def test_two_workers_may_keep_the_same_control_at_the_same_time(tmp_path: Path, 
 
     def overtaken(self: Path, target: Path) -> Path:
         monkeypatch.setattr(Path, "replace", replace)
-        other = multiprocessing.get_context("fork").Process(target=controls._keep, args=(path, {"by": "other"}))
+        other = multiprocessing.get_context("fork").Process(target=control_runs._write, args=(path, {"by": "other"}))
         other.start()
         other.join()
         assert other.exitcode == 0
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", overtaken)
-    controls._keep(path, {"by": "us"})
+    control_runs._write(path, {"by": "us"})
     assert json.loads(path.read_text()) == {"by": "us"}
     assert [file.name for file in tmp_path.iterdir()] == ["key.json"]

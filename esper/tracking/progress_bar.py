@@ -1,19 +1,27 @@
-"""What the progress bar knows, gathered from the bus's messages."""
+"""The progress bar: a tracker that shows the state of the run, which it gathers from the bus's messages."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from esper.lifecycle.stages import Stage
-from esper.messages import Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
+from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
 from esper.report.number_format import duration, short
+from esper.tracking.run_info import RunInfo
 from esper.tracking.tracker import rows
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
 WINDOW_S = 5.0  # the rate is that of the last seconds, so that slow stages show
+PLAIN_S = 10.0  # without a terminal: a line this often
 
 
 class ProgressState:
@@ -112,3 +120,70 @@ class ProgressState:
             parts.append(f"shadow+judge {self.overhead:.0%}")
         parts += [f"{short(self.rate, 3)} steps/s", f"{duration(self.left_s)} left"]
         return " · ".join(parts)
+
+
+class ProgressBar:
+    """Draws on standard error; where that is no terminal, a plain line now and then.
+
+    Give it a TrackerRunner of its own, so that a slow store does not stop the bar.
+
+    Alerts of level warning and error are printed as they come.
+    """
+
+    wants_model = False
+    called = "the progress bar"
+
+    def __init__(self, console: Console | None = None, *, plain_s: float = PLAIN_S) -> None:
+        self._console, self._plain_s = console, plain_s
+        self._bar: Progress | None = None
+
+    def open(self, info: RunInfo) -> None:
+        """Nothing is drawn before the run says how long it is."""
+        from rich.console import Console
+
+        self._console = self._console or Console(stderr=True, file=sys.stderr)
+        self.state = ProgressState(info.primary)
+        self._said = time.monotonic()
+
+    def record(self, messages: Sequence[Message]) -> None:
+        """Learn and redraw once."""
+        assert self._console is not None
+        for message in messages:
+            self.state.take(message)
+            if isinstance(message, Alert) and message.level != "info":
+                colour = "red" if message.level == "error" else "yellow"
+                self._console.print(f"[{colour}]{message.level}[/] (tick {message.tick}):", end=" ")
+                self._console.print(message.text, markup=False, highlight=False)
+        self.state.mark()
+        if self._console.is_terminal:
+            self._draw()
+        elif time.monotonic() - self._said >= self._plain_s:
+            self._say()
+
+    def _draw(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        if self._bar is None:
+            columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[line]}", markup=False)
+            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
+            self._task = self._bar.add_task("", total=max(1, self.state.total), line="")
+            self._bar.start()
+        self._bar.update(self._task, completed=self.state.tick, total=max(1, self.state.total), line=self.state.line())
+        self._bar.refresh()
+
+    def _say(self) -> None:
+        assert self._console is not None
+        self._said = time.monotonic()
+        line = f"{self.state.tick}/{self.state.total} · {self.state.line()}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Nothing is held."""
+
+    def close(self, status: str, summary: Mapping[str, Any]) -> None:
+        """Leave the last state on the screen."""
+        if self._bar is not None:
+            self._draw()
+            self._bar.stop()
+        elif self.state.total:
+            self._say()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from esper.tracking.figures.story import Story
+from esper.tracking.figures.history import RunHistory
 from esper.tracking.figures.style import LINES, tidy
 
 if TYPE_CHECKING:
@@ -18,32 +18,32 @@ UNITS = {"gain": ", loss", "final_gain": ", loss"}  # the other gates compare ra
 NAMED = len(LINES)  # more branches than this at a gate share the last colour
 
 
-def gate_margins(story: Story) -> Figure | None:
-    """One panel a gate, open from zero up; None when no gate was asked. What is not finite lies on the floor.
+def gate_margins(history: RunHistory) -> Figure | None:
+    """One panel a gate, open from zero up; None when no gate was asked. Values that are not finite lie on the floor.
 
     Branches are often asked at one tick and lie on one another there: each has a marker of its own shape, the later ones smaller.
     """
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(row["gate"] for row in story.gates))
+    names = list(dict.fromkeys(row["gate"] for row in history.gates))
     if not names:
         return None
     columns = 1 if len(names) == 1 else 2
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(5.6 * columns, 0.9 + 2.6 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
-    owners = list(dict.fromkeys(_owner(row) for row in story.gates))
+    owners = list(dict.fromkeys(_owner(row) for row in history.gates))
     for name, axes in zip(names, panels, strict=False):
-        _panel(axes, [row for row in story.gates if row["gate"] == name], owners, name)
-        axes.set_xlim(0, max(1, story.last))
+        _panel(axes, [row for row in history.gates if row["gate"] == name], owners, name)
+        axes.set_xlim(0, max(1, history.last))
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     for axes in panels[max(0, len(names) - columns) : len(names)]:
-        axes.set_xlabel(story.ticks, fontsize=10)
+        axes.set_xlabel(history.ticks, fontsize=10)
         axes.tick_params(labelbottom=True)
     _legend(figure, owners)
     figure.suptitle(
-        f"Margin of every gate, open from 0 up: {story.title}",
+        f"Margin of every gate, open from 0 up: {history.title}",
         fontsize=11,
         x=0.01,
         ha="left",

@@ -10,8 +10,8 @@ import torch
 
 from esper.checkpoint import store
 from esper.compare.fingerprint import explain
+from esper.running.callbacks import WEIGHTS, WeightChecksums, checksum, read_checksums
 from esper.running.run import run
-from esper.running.weight_trace import NAME, Traced, noted, summed
 from esper.trainer.trainer import Trainer
 from tests.resume.conftest import Configure, copied
 
@@ -35,7 +35,7 @@ def flipping(step: int) -> object:
 def test_one_flipped_bit_is_found_though_no_checkpoint_is_left(
     configure: Configure, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert sorted(noted(finished)) == [16, 32, 48, 64, 80]
+    assert sorted(read_checksums(finished)) == [16, 32, 48, 64, 80]
     folder = tmp_path / "day" / "run"
     monkeypatch.setattr(Trainer, "advance", flipping(37))
     run(configure(f"output={tmp_path}"), folder, quiet=True)
@@ -45,21 +45,21 @@ def test_one_flipped_bit_is_found_though_no_checkpoint_is_left(
 
 def test_a_life_that_goes_on_forgets_what_was_noted_beyond_and_what_is_torn(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
-    whole = noted(folder)
-    with (folder / NAME).open("a") as file:
+    whole = read_checksums(folder)
+    with (folder / WEIGHTS).open("a") as file:
         file.write("96,12ab")
-    assert noted(folder) == whole
-    Traced(folder, 48)
-    assert noted(folder) == {step: value for step, value in whole.items() if step <= 48}
-    Traced(folder, -1)
-    assert noted(folder) == {} and (folder / NAME).read_text() == "step,sum\n"
+    assert read_checksums(folder) == whole
+    WeightChecksums(folder, 48)
+    assert read_checksums(folder) == {step: value for step, value in whole.items() if step <= 48}
+    WeightChecksums(folder, -1)
+    assert read_checksums(folder) == {} and (folder / WEIGHTS).read_text() == "step,sum\n"
 
 
 def test_runs_of_before_it_was_noted_are_compared_as_they_were(configure: Configure, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "day" / "run"
     run(configure("optimizer.lr=0.0031", f"output={tmp_path}"), folder, quiet=True)
     assert "none was noted before by both" in weights(finished, folder)[0]
-    (folder / NAME).unlink()
+    (folder / WEIGHTS).unlink()
     (text,) = weights(finished, folder)
     assert text.startswith("at step 4 the host differs")
 
@@ -72,14 +72,14 @@ def test_any_kind_of_tensor_is_summed_without_being_changed(dtype: torch.dtype) 
     given = torch.ones(3, 4).to(dtype)
     other = given.clone()
     other[1, 2] = 0
-    assert summed([given]) == summed([given.clone(), torch.empty(0)][:1]) != summed([other])
-    assert summed([given.t()]) == summed([given]) and torch.equal(given, torch.ones(3, 4).to(dtype))
-    assert summed([torch.empty(0, dtype=dtype)]) != summed([])
+    assert checksum([given]) == checksum([given.clone(), torch.empty(0)][:1]) != checksum([other])
+    assert checksum([given.t()]) == checksum([given]) and torch.equal(given, torch.ones(3, 4).to(dtype))
+    assert checksum([torch.empty(0, dtype=dtype)]) != checksum([])
 
 
 def test_noting_draws_nothing_and_changes_nothing(
     configure: Configure, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Traced, "__call__", lambda self, trainer: None)
+    monkeypatch.setattr(WeightChecksums, "__call__", lambda self, trainer: None)
     run(configure(f"output={tmp_path}"), tmp_path / "day" / "run", quiet=True)
     assert list(explain(finished, tmp_path / "day" / "run")) == []

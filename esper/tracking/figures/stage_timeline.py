@@ -1,11 +1,11 @@
-"""The life of every branch: branches as rows, stages as colours, ticks along x."""
+"""The stages of every branch: branches as rows, stages as colours, ticks along x."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from esper.lifecycle.stages import Stage
-from esper.tracking.figures.story import RESTING, Life, Story
+from esper.tracking.figures.history import RESTING, BranchHistory, RunHistory
 from esper.tracking.figures.style import DARK, STAGE_COLOURS, STAGE_LETTERS, readable, tidy
 
 if TYPE_CHECKING:
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
 MAX_ROWS = 40
 
 
-def stage_timeline(story: Story) -> Figure | None:
+def stage_timeline(history: RunHistory) -> Figure | None:
     """None when nothing germinated. Of more than 40 branches the first 40 are shown, and the title says so."""
     from matplotlib.figure import Figure
 
-    lives = story.lives[:MAX_ROWS]
-    if not lives:
+    branches = history.branches[:MAX_ROWS]
+    if not branches:
         return None
-    figure = Figure(figsize=(10, 1.9 + 0.34 * len(lives)), layout="constrained")
+    figure = Figure(figsize=(10, 1.9 + 0.34 * len(branches)), layout="constrained")
     axes = figure.subplots()
-    for row, life in enumerate(lives):
-        _draw_life(axes, row, life, story.last)
-    axes.set_yticks(range(len(lives)), [life.label for life in lives])
-    axes.set_ylim(len(lives) - 0.4, -0.6)
-    axes.set_xlim(0, max(1, story.last))
-    more = f" (first {MAX_ROWS} of {len(story.lives)})" if len(story.lives) > MAX_ROWS else ""
-    tidy(axes, story.ticks, "site · seed · blueprint", f"Stages of every branch{more}: {story.title}")
+    for row, branch in enumerate(branches):
+        _draw_branch(axes, row, branch, history.last)
+    axes.set_yticks(range(len(branches)), [branch.label for branch in branches])
+    axes.set_ylim(len(branches) - 0.4, -0.6)
+    axes.set_xlim(0, max(1, history.last))
+    more = f" (first {MAX_ROWS} of {len(history.branches)})" if len(history.branches) > MAX_ROWS else ""
+    tidy(axes, history.ticks, "site · seed · blueprint", f"Stages of every branch{more}: {history.title}")
     axes.grid(False, axis="y")
-    _legend(figure, {stage for life in lives for stage, _ in life.path})
+    _legend(figure, {stage for branch in branches for stage, _ in branch.path})
     return figure
 
 
-def _draw_life(axes: Any, row: int, life: Life, last: int) -> None:
-    ends = [tick for _, tick in life.path[1:]] + [max(last, life.path[-1][1])]
-    for (stage, start), end in zip(life.path, ends, strict=True):
+def _draw_branch(axes: Any, row: int, branch: BranchHistory, last: int) -> None:
+    ends = [tick for _, tick in branch.path[1:]] + [max(last, branch.path[-1][1])]
+    for (stage, start), end in zip(branch.path, ends, strict=True):
         if stage in RESTING:
             continue
         axes.barh(

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from esper.cli.compose import compose
+from esper.cli.resume import resume
 from esper.compare.fingerprint import same_bits
 from esper.errors import UserError
 from esper.export.saved_model import load_model
 from esper.report.summary_file import read_summary
-from esper.running import controls
+from esper.running import builders, control_runs
 from esper.running.model_selection import CODE, worse_than_alone
-from esper.running.resume import resume
 from esper.running.run import run
-from esper.tracking.mlflow_run import final_values
+from esper.tracking.run_page import final_values
 from esper.trainer.trainer import Outcome, Trainer
 
 BRIEF = (
@@ -117,13 +117,13 @@ def test_without_a_control_it_is_refused() -> None:
 
 def test_a_kept_control_without_its_weights_or_with_others_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    build = controls.build_trainer
-    monkeypatch.setattr(controls, "build_trainer", lambda *words, **more: (made.append(1), build(*words, **more))[1])
+    build = builders.build_trainer
+    monkeypatch.setattr(builders, "build_trainer", lambda *words, **more: (made.append(1), build(*words, **more))[1])
     composed = config(tmp_path, "trainer.steps=10")
     task = composed.task.build()
 
     def control(weights: bool) -> dict[str, Any]:
-        return controls.control(composed, task, torch.device("cpu"), 10, tmp_path, weights)
+        return control_runs.control_run(composed, task, torch.device("cpu"), 10, tmp_path, weights)
 
     assert control(False)["metrics"] == control(True)["metrics"] and len(made) == 2
     known = control(True)
@@ -133,7 +133,7 @@ def test_a_kept_control_without_its_weights_or_with_others_is_made_again(tmp_pat
     again = control(True)
     assert len(made) == 3 and again["weights"] == known["weights"]
     file.unlink()
-    host = controls.trained_host(composed, task, control(True), tmp_path)
+    host = control_runs.trained_host(composed, task, control(True), tmp_path)
     assert len(made) == 4 and all(bool(torch.isfinite(value).all()) for value in host.parameters())
 
 

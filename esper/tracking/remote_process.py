@@ -1,8 +1,7 @@
-"""``python -m esper.tracking.worker``: the process in which MLflow lives, driven by frames on standard input.
+"""``python -m esper.tracking.remote_process``: the process that MLflow runs in, driven by frames on standard input.
 
-Apart from the training process because MLflow is Python through and through: in a thread its import and every batch
-would hold the interpreter that the training steps need. When the training process goes without a word, the run is
-marked KILLED here.
+Apart from the training process because MLflow is written in Python: in a thread its import and every batch would hold the
+interpreter that the training steps need. When the training process is killed, the run is marked KILLED here.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import traceback
 from typing import BinaryIO
 
 from esper.errors import UserError
-from esper.tracking import frames
+from esper.tracking import remote
 from esper.tracking.mlflow_run import MlflowRun
 
 
@@ -25,50 +24,50 @@ def serve(asks: BinaryIO, answers: BinaryIO) -> int:
     run: MlflowRun | None = None  # from when there is something to end
     try:
         while True:
-            frame = frames.read(asks)
+            frame = remote.read_frame(asks)
             match frame:
-                case frames.Prepare():
+                case remote.Prepare():
                     prepared = MlflowRun(frame.config)
                     prepared.prepare(frame.outputs, frame.folder)
-                case frames.Open():
+                case remote.Open():
                     prepared = prepared or MlflowRun(frame.config)
-                    prepared.open(frame.record)
+                    prepared.open(frame.info)
                     run = prepared
                     if frame.config.figures:
                         threading.Thread(target=warm, daemon=True).start()
-                case frames.Record():
+                case remote.Messages():
                     assert run is not None
                     run.record(frame.messages)
                     continue
-                case frames.Flush():
+                case remote.Flush():
                     assert run is not None
                     run.flush()
-                case frames.Close():
+                case remote.Close():
                     assert run is not None
                     ending, run = run, None
                     ending.close(frame.status, frame.summary)
-            frames.write(answers, frames.Reply())
-            if isinstance(frame, frames.Close):
+            remote.write_frame(answers, remote.Reply())
+            if isinstance(frame, remote.Close):
                 return 0
     except EOFError:
         if run is not None:
             run.close("KILLED", {})
         return 1
     except UserError as error:
-        frames.write(answers, frames.Reply(str(error), refused=True))
+        remote.write_frame(answers, remote.Reply(str(error), refused=True))
         if run is not None:
             run.close("FAILED", {})
         return 1
     except Exception as error:  # told to the training process, which raises it at the end of the run
         traceback.print_exc()
-        frames.write(answers, frames.Reply(f"{type(error).__name__}: {error}"))
+        remote.write_frame(answers, remote.Reply(f"{type(error).__name__}: {error}"))
         if run is not None:
             run.close("FAILED", {})
         return 1
 
 
 def warm() -> None:
-    """Import what the figures at the end of a run need, while there is time."""
+    """Import matplotlib for the figures at the end of the run, while there is time."""
     import matplotlib.figure  # noqa: F401
 
 
@@ -77,7 +76,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(5)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints goes to the log, not into the answers
+    os.dup2(2, 1)  # the output of libraries goes to the log, not into the answers
     code = serve(sys.stdin.buffer, answers)
     sys.stdout.flush()
     return code

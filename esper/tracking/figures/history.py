@@ -1,4 +1,4 @@
-"""The recorded story of a run, read back from its Parquet files."""
+"""The recorded history of a run, read back from its Parquet files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESTING = {Stage.DORMANT.name}
 
 
 @dataclass(frozen=True)
-class Life:
+class BranchHistory:
     """One branch from germination on: its stages as ``(stage name, first tick)``, in order."""
 
     site: str
@@ -33,14 +33,14 @@ class Life:
 
 
 @dataclass(frozen=True)
-class Story:
-    """What figures are drawn from. Metrics are ``(ticks, values)`` by name; ``last`` is the last tick of the run.
+class RunHistory:
+    """The data of the figures. Metrics are ``(ticks, values)`` by name; ``last`` is the last tick of the run.
 
     ``alone`` has the curves of the host alone, float64 ``[points, 3]`` of tick, training MACs and value by name, at the ``same_steps``
     and at the ``same_macs``. ``title`` says which run this is, ``clock`` how long a tick is.
     """
 
-    lives: list[Life]
+    branches: list[BranchHistory]
     metrics: dict[str, tuple[np.ndarray, np.ndarray]]
     gates: list[dict[str, Any]]
     last: int
@@ -51,11 +51,11 @@ class Story:
 
     @property
     def ticks(self) -> str:
-        """What to write along an axis of ticks."""
+        """The label of an axis of ticks."""
         return f"tick ({'epoch' if self.clock == 'epoch' else 'optimizer step'})"
 
 
-def read_story(folder: Path) -> Story:
+def read_history(folder: Path) -> RunHistory:
     """Read transitions, gates and metrics; ``seeds.parquet`` is left alone, it may be large."""
     import pyarrow.parquet as pq
 
@@ -70,11 +70,13 @@ def read_story(folder: Path) -> Story:
         for when, curves in (summary.get("control_curves") or {}).items()
     }
     named = [str(summary.get("name", folder.name))] + ([f"seed {summary['seed']}"] if "seed" in summary else [])
-    return Story(_lives(transitions), metrics, gates, max(ticks, default=0), marks, alone, ", ".join(named), _clock(folder / "config.yaml"))
+    return RunHistory(
+        _branches(transitions), metrics, gates, max(ticks, default=0), marks, alone, ", ".join(named), _clock(folder / "config.yaml")
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What the file holds; empty where it is not there yet or holds nothing (room that was kept for it)."""
+    """The contents of the file; empty where it is not there yet or only its room is reserved."""
     text = path.read_bytes().strip(b"\0 \n") if path.exists() else b""
     return json.loads(text) if text else {}
 
@@ -97,16 +99,16 @@ def _by_name(table: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def _lives(transitions: list[dict[str, Any]]) -> list[Life]:
-    """Split the transitions of every seed or block into lives, each from the first stage after DORMANT."""
-    open_lives: dict[tuple[str, int, int], dict[str, Any]] = {}
+def _branches(transitions: list[dict[str, Any]]) -> list[BranchHistory]:
+    """Split the transitions of every seed or block into branches, each from the first stage after DORMANT."""
+    growing: dict[tuple[str, int, int], dict[str, Any]] = {}
     done: list[dict[str, Any]] = []
     for row in transitions:
         # a block branch has no seed: several may live at one site, told apart by their branch
         key = (row["site"], row["seed"], row["branch"] if row["seed"] < 0 else -1)
         if row["target"] == Stage.GERMINATED.name:
-            open_lives[key] = {**row, "path": []}
-            done.append(open_lives[key])
-        if key in open_lives:
-            open_lives[key]["path"].append((row["target"], row["tick"]))
-    return [Life(one["site"], one["seed"], one["generation"], one["blueprint"], tuple(one["path"])) for one in done]
+            growing[key] = {**row, "path": []}
+            done.append(growing[key])
+        if key in growing:
+            growing[key]["path"].append((row["target"], row["tick"]))
+    return [BranchHistory(one["site"], one["seed"], one["generation"], one["blueprint"], tuple(one["path"])) for one in done]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from esper.cli.compose import compose
-from esper.running.profiling import NAME, profiled
+from esper.running.callbacks import TRACE, profiled
 from esper.running.run import run
 
 STEPS = ["trainer.steps=200", "trainer.save=false", "tracking=none", "trainer.control=false"]
@@ -23,10 +23,10 @@ def _steps(path: Path) -> int:
 
 def test_a_run_leaves_a_trace_of_as_many_steps_as_were_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(compose([*STEPS, "trainer.profile=6"]), tmp_path)
-    assert _steps(tmp_path / NAME) == 6
+    assert _steps(tmp_path / TRACE) == 6
     said = capsys.readouterr()
     assert "trace of the steps 98 to 103" in said.err
-    assert f"trace {tmp_path / NAME} (open it in Perfetto or chrome://tracing)" in " ".join(said.out.split())
+    assert f"trace {tmp_path / TRACE} (open it in Perfetto or chrome://tracing)" in " ".join(said.out.split())
 
 
 def test_the_debug_preset_asks_for_one() -> None:
@@ -52,7 +52,7 @@ def test_the_traced_steps_lie_in_the_middle_of_what_is_left(
             trainer.steps += 1
             between(trainer)  # type: ignore[arg-type]
     assert f"trace of the steps {said}:" in capsys.readouterr().err
-    assert (tmp_path / NAME).exists() and len(seen) == total - begun
+    assert (tmp_path / TRACE).exists() and len(seen) == total - begun
 
 
 def test_an_interrupted_run_keeps_the_trace_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +61,7 @@ def test_an_interrupted_run_keeps_the_trace_it_has(tmp_path: Path, capsys: pytes
         for trainer.steps in range(1, 36):
             between(trainer)  # type: ignore[arg-type]
         raise KeyboardInterrupt
-    assert "trace of the steps 31 to 35:" in capsys.readouterr().err and (tmp_path / NAME).exists()
+    assert "trace of the steps 31 to 35:" in capsys.readouterr().err and (tmp_path / TRACE).exists()
 
 
 def test_no_trace_where_none_was_asked_for(tmp_path: Path) -> None:

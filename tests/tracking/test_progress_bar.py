@@ -12,9 +12,8 @@ from esper.bus.config import MemoryConfig
 from esper.bus.memory.bus import MemoryBus
 from esper.lifecycle.stages import Stage
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry, TickEnded, Transition
-from esper.report.progress import ProgressBar
-from esper.report.progress_state import ProgressState
-from esper.tracking import RunRecord, TrackerRunner
+from esper.tracking import RunInfo, TrackerRunner
+from esper.tracking.progress_bar import ProgressBar, ProgressState
 
 
 def said(tick: int = 40) -> list[Message]:
@@ -77,7 +76,7 @@ def show(terminal: bool, tmp_path: Path, plain_s: float = 0.0) -> str:
     out = io.StringIO()
     bus = MemoryBus(MemoryConfig(), tmp_path)
     bar = ProgressBar(Console(file=out, force_terminal=terminal, width=220), plain_s=plain_s)
-    record = RunRecord(run="r", name="r", folder=str(tmp_path), outputs=str(tmp_path), started_ms=0, primary="validation/accuracy")
+    record = RunInfo(run="r", name="r", folder=str(tmp_path), outputs=str(tmp_path), started_ms=0, primary="validation/accuracy")
     runner = TrackerRunner(bus, record, [bar], group="progress", poll_s=0.01)
     runner.start()
     producers = {stream: bus.producer(stream, "r") for stream in ("events", "telemetry")}

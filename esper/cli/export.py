@@ -22,7 +22,8 @@ from esper.export.program import refuse_without_onnx, to_onnx, to_pt2, traced
 from esper.export.saved_model import DESCRIPTION, WEIGHTS, build_host, host_card, load_into, model_folder, read_description
 from esper.export.saved_model import FOLDER as MODEL
 from esper.running.builders import build_trainer
-from esper.running.resume import CONFIG, stored
+from esper.running.resume import saved_run
+from esper.running.run_folder import CONFIG
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -59,8 +60,8 @@ def main(arguments: Sequence[str]) -> int:
 def _folder(place: Path, to: str) -> Path:
     """Where the model lies: where the finished run put it, else where it is put now, from the run's newest checkpoint."""
     if not (place / CONFIG).is_file() and not (place / store.MANIFEST).is_file():
-        return model_folder(place)  # a saved model's folder, or neither, which is said
-    run, chosen, config, ended = stored(place)
+        return model_folder(place)  # a saved model's folder, or neither, which is refused
+    run, chosen, config, ended = saved_run(place)
     written = (run / MODEL / WEIGHTS).is_file()
     if chosen is None and written and ended == "FINISHED":
         return model_folder(run)
@@ -105,10 +106,10 @@ def export_onnx(model: nn.Module, inputs: Tensor, path: Path) -> Path:
 
 
 def _said(model: nn.Module, inputs: Tensor) -> ExportedProgram:
-    """The model as a program; what that does not take though the model does is said."""
+    """The model as a program; prints a sentence for each size or layout that only the model takes."""
     try:
         program, remarks = traced(model, inputs)
-    except Exception as error:  # torch.export has no common base for what it raises
+    except Exception as error:  # the exceptions of torch.export have no common base
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
         raise UserError(f"This model cannot be exported by torch.export ({why}); format=safetensors does without.") from error
     for remark in remarks:

@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from esper.cli.compose import compose
-from esper.running.naming import run_record
+from esper.config import options
+from esper.running.builders import describe_run
 from esper.tracking import (
     CONFIGS,
     CsvConfig,
@@ -69,18 +70,18 @@ NAMED = {
 @pytest.mark.parametrize("words", NAMED, ids=" ".join)
 def test_runs_are_told_apart_by_name_and_say_of_what_they_are_made(words, tmp_path):
     config = compose([*words, "tracking=none"])
-    record = run_record(config, compose([]).task.build(), tmp_path, 0)
-    assert re.sub(r" lifecycle\.\S+", "", record.name) == NAMED[words]
-    assert list(record.chosen) == ["model", "task", "controller", "blueprint", "grafting"] and all(record.chosen.values())
-    assert not record.chosen.keys() & record.changed.keys()
+    info = describe_run(config, compose([]).task.build(), tmp_path, 0)
+    assert re.sub(r" lifecycle\.\S+", "", info.name) == NAMED[words]
+    assert list(info.chosen) == ["model", "task", "controller", "blueprint", "grafting"] and all(info.chosen.values())
+    assert not info.chosen.keys() & info.changed.keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_files_in_conf_hold_the_defaults_of_the_dataclasses(name: str):
     assert OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")) == asdict(CONFIGS[name]())
-    assert {path.stem for path in CONF.glob("*.yaml")} == set(CONFIGS)
+    assert {path.stem for path in CONF.glob("*.yaml")} == set(options("tracking"))
 
 
-@pytest.mark.parametrize("config, kinds", [(NoneConfig(), []), (CsvConfig(), ["CsvFiles"]), (MlflowConfig(), ["MlflowApart"])])
+@pytest.mark.parametrize("config, kinds", [(NoneConfig(), []), (CsvConfig(), ["CsvFiles"]), (MlflowConfig(), ["MlflowSubprocess"])])
 def test_the_parquet_files_come_first_whatever_the_tracking(config, kinds: list[str]):
     assert [type(tracker).__name__ for tracker in build_trackers(config)] == ["ParquetFiles", *kinds]

@@ -1,4 +1,4 @@
-"""A run tells what computed each of its lives, so that none of them is forgotten when two runs are compared."""
+"""A run names the environment of each of its sessions, so that none is forgotten when two runs are compared."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from esper.checkpoint import store
+from esper.cli.resume import fork, resume
 from esper.compare.fingerprint import explain
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
-from esper.running.environment import processor
-from esper.running.environments import NAME, lives, note_life
-from esper.running.resume import fork, resume
+from esper.running.provenance import FILE, note_session, processor, sessions
 from esper.running.run import run
 from tests.resume.conftest import copied
 
@@ -31,7 +30,7 @@ def environments(first: Path, second: Path) -> list[str]:
 def abacus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Until it is undone, the processor is another one."""
     own = processor()
-    monkeypatch.setattr("esper.running.environment.processor", lambda: f"{own}, an abacus")
+    monkeypatch.setattr("esper.running.provenance.processor", lambda: f"{own}, an abacus")
     return monkeypatch
 
 
@@ -65,13 +64,13 @@ def test_what_was_done_again_elsewhere_counts_for_who_did_it_last(finished: Path
 
 
 def test_a_life_of_before_there_was_the_file_is_told_by_its_summary_or_counts_as_not_recorded(finished: Path, tmp_path: Path) -> None:
-    for number, gone in enumerate(([NAME], [NAME, "summary.json"])):
+    for number, gone in enumerate(([FILE], [FILE, "summary.json"])):
         folder = copied(finished, tmp_path / str(number), until=40)
         for name in gone:
             (folder / name).unlink()
-        note_life(folder, 40, {"cpu": "an abacus"})
+        note_session(folder, 40, {"cpu": "an abacus"})
         before = read_summary(finished)["environment"] if number == 0 else None
-        assert lives(folder) == [{"since": 0, "environment": before}, {"since": 40, "environment": {"cpu": "an abacus"}}]
+        assert sessions(folder) == [{"since": 0, "environment": before}, {"since": 40, "environment": {"cpu": "an abacus"}}]
     go_on(folder)
     assert "what computed one of the runs, or both, was not recorded" in environments(finished, folder)
 
@@ -80,12 +79,12 @@ def test_a_fork_has_lives_of_its_own_alone_and_a_damaged_file_is_refused(finishe
     start = fork(copied(finished, tmp_path), ["trainer.steps=90"])
     run(start.config, start.folder, quiet=True, state=start.state)
     assert [life["since"] for life in read_summary(start.folder)["environments"]] == [80]
-    (start.folder / NAME).write_text("[{")
-    with pytest.raises(UserError, match=f"{start.folder / NAME} cannot be read .*delete it"):
+    (start.folder / FILE).write_text("[{")
+    with pytest.raises(UserError, match=f"{start.folder / FILE} cannot be read .*delete it"):
         go_on(start.folder, "trainer.steps=95")
 
 
 def test_a_run_that_begins_anew_in_a_folder_forgets_who_was_there(tmp_path: Path) -> None:
-    note_life(tmp_path, 0, {"cpu": "a"})
-    note_life(tmp_path, 0, {"cpu": "b"})
-    assert json.loads((tmp_path / NAME).read_text()) == [{"since": 0, "environment": {"cpu": "b"}}]
+    note_session(tmp_path, 0, {"cpu": "a"})
+    note_session(tmp_path, 0, {"cpu": "b"})
+    assert json.loads((tmp_path / FILE).read_text()) == [{"since": 0, "environment": {"cpu": "b"}}]

@@ -10,9 +10,8 @@ import pytest
 
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig
-from esper.tracking.mlflow_run import final_values
-from esper.tracking.run_page import description
-from esper.tracking.store_check import check_store
+from esper.tracking.mlflow_store import check_store
+from esper.tracking.run_page import final_values, page_description
 
 BRANCH = {"site": "fc1", "seed": 0, "blueprint": "mlp", "strategy": "linear", "parameters": 163}
 SUMMARY = {
@@ -31,7 +30,7 @@ SUMMARY = {
 
 
 def test_whether_growing_paid_stands_first():
-    first, second, table = description(SUMMARY).split("\n\n")
+    first, second, table = page_description(SUMMARY).split("\n\n")
     assert first == "**test/accuracy 0.9529**; the host alone: 0.89 at the same steps, 0.87 at the same MACs."
     assert second == "2 branches germinated (1 fossilized, 1 culled); parameters 502 → 665."
     assert table.splitlines()[2:] == [
@@ -41,10 +40,10 @@ def test_whether_growing_paid_stands_first():
 
 
 def test_what_did_not_get_there_says_so():
-    assert description({}) == "The run ended without a summary."
+    assert page_description({}) == "The run ended without a summary."
     killed = {"status": "KILLED", "steps": 30, "primary": "validation/loss", "seeds": {"germinated": 0}}
-    assert description(killed).startswith("Killed after 30 steps, before the final test.")
-    assert "**Nothing germinated:**" in description(killed)
+    assert page_description(killed).startswith("Killed after 30 steps, before the final test.")
+    assert "**Nothing germinated:**" in page_description(killed)
 
 
 def test_the_host_alone_stands_beside_the_run_in_the_metrics():

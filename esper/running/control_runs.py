@@ -1,7 +1,8 @@
-"""The control: the host alone on the same data, at the same steps and at the same training MACs.
+"""Control runs: the host alone on the same data, at the same steps and at the same training MACs.
 
-A control depends on less than the run it serves, so it is kept by the hash of what it depends on and made only once. A config
-names files and code without their contents: the hash takes in the data, the host's initial weights and the source of custom parts too.
+A control depends on less than the run it serves, so it is made once and stored under the hash of its dependencies. A config names
+files and code without their contents: the hash takes in the data, the host's initial weights and the source of custom parts too.
+Sweeps ask which controls a run has, so importing this file needs no torch.
 """
 
 from __future__ import annotations
@@ -11,32 +12,43 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import esper
 from esper.config import RootConfig, plain
 from esper.custom import source_digest
 from esper.report.summary_file import plain as as_json
-from esper.running.builders import build_host, build_trainer
-from esper.running.control_keys import DEPENDS_ON, UNUSED
-from esper.tasks.base import Task
-from esper.trainer.fingerprint import fingerprint
 
-CURVE_POINTS = 50  # of a control's curve that are kept
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from esper.tasks.base import Task
+
+SAME_STEPS, SAME_MACS = "same_steps", "same_macs"
+CONTROLS = (SAME_STEPS, SAME_MACS)
+DEPENDS_ON = ("model", "task", "optimizer", "scheduler", "trainer", "seed")
+"""Parts of a config that a control depends on."""
+UNUSED = ("steps", "epochs", "control", "keep", "profile", "debug")
+"""Keys of ``trainer`` that it does not depend on; its steps are part of the key on their own."""
+CURVE_POINTS = 50  # of a control's curve that are stored
 
 
-def control(config: RootConfig, task: Task, device: torch.device, steps: int, folder: Path, weights: bool = False) -> dict[str, Any]:
+def controls_of(config: RootConfig) -> tuple[str, ...]:
+    """The controls that a run has. A run in which nothing can germinate is its own control, at the same steps and at the same MACs."""
+    return () if config.trainer.control is False or config.controller.name == "none" else CONTROLS
+
+
+def control_run(config: RootConfig, task: Task, device: torch.device, steps: int, folder: Path, weights: bool = False) -> dict[str, Any]:
     """Final and best metrics, curves, MACs and steps of the host alone after ``steps``; read from ``folder`` where it was made before.
 
-    With ``weights`` its tensors are kept too, for ``trained_host``; a control that was kept without them is made again.
+    With ``weights`` its tensors are stored too, for ``trained_host``; a control that was stored without them is made again.
     """
+    from esper.running.builders import build_trainer
+
     key = _key(config, task, device, steps)
     path = folder / f"{key}.json"
-    known = _kept(path, weights)
+    known = _read(path, weights)
     if known is not None:
         return known
     trainer = build_trainer(_alone(config), task, device, steps=steps)
@@ -45,20 +57,24 @@ def control(config: RootConfig, task: Task, device: torch.device, steps: int, fo
     result["curves"] = _curves(outcome.history)
     folder.mkdir(parents=True, exist_ok=True)
     if weights:
-        result["weights"] = _keep_weights(trainer.grow.export(), folder, key)
-    _keep(path, result)
+        result["weights"] = _write_weights(trainer.grow.export(), folder, key)
+    _write(path, result)
     return result
 
 
 def trained_host(config: RootConfig, task: Task, known: dict[str, Any], folder: Path) -> nn.Module:
     """The host of a control that was made with ``weights``, on the CPU."""
+    from safetensors.torch import load_file
+
+    from esper.running.builders import build_host
+
     host = build_host(config, task)
     host.load_state_dict(load_file(folder / known["weights"]))
     return host
 
 
-def _kept(path: Path, weights: bool) -> dict[str, Any] | None:
-    """What was kept there; None where nothing was, or what no longer reads or lacks ``weights`` that are asked for: it is made again."""
+def _read(path: Path, weights: bool) -> dict[str, Any] | None:
+    """The control stored there; None where there is none, or one that cannot be read or lacks the ``weights`` asked for."""
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -82,13 +98,15 @@ def _some(number: int) -> list[int]:
 
 
 def _whole(folder: Path, known: dict[str, Any]) -> bool:
-    """Whether the tensors of a kept control are there, byte for byte: their file is named after its contents."""
+    """Whether the tensors of a stored control are there, byte for byte: their file is named after its contents."""
     name = str(known.get("weights", ""))
     return bool(name) and (folder / name).is_file() and name.split(".")[1] == _digest((folder / name).read_bytes())
 
 
-def _keep_weights(host: nn.Module, folder: Path, key: str) -> str:
+def _write_weights(host: nn.Module, folder: Path, key: str) -> str:
     """Write the tensors of a control beside it; the name of their file."""
+    from safetensors.torch import save
+
     data = save({name: value.detach().cpu().contiguous().clone() for name, value in host.state_dict().items()})
     path = folder / f"{key}.{_digest(data)}.safetensors"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -101,7 +119,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def _keep(path: Path, result: dict[str, Any]) -> None:
+def _write(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all; a sweep's workers may make the same control at the same time."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(as_json(result), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -110,12 +128,14 @@ def _keep(path: Path, result: dict[str, Any]) -> None:
 
 def equal_macs_steps(macs: int, control_at_steps: dict[str, Any]) -> int:
     """Steps in which the host alone spends ``macs``, at the price a step had in a control already made."""
-    price = control_at_steps["macs"] / control_at_steps["steps"]
+    price: float = control_at_steps["macs"] / control_at_steps["steps"]
     return max(1, round(macs / price))
 
 
 def one_step(config: RootConfig, task: Task, device: torch.device) -> dict[str, Any]:
     """MACs and steps of the host alone after one step, for where no control at the same steps tells the price."""
+    from esper.running.builders import build_trainer
+
     trainer = build_trainer(_alone(config), task, device)
     try:
         trainer.advance()
@@ -130,6 +150,11 @@ def _alone(config: RootConfig) -> RootConfig:
 
 
 def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> str:
+    import torch
+
+    from esper.running.builders import build_host
+    from esper.trainer.fingerprint import fingerprint
+
     tree = plain(config)
     relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}
     relevant["trainer"] = {k: v for k, v in relevant["trainer"].items() if k not in UNUSED and not k.startswith("checkpoint_")}
