@@ -55,6 +55,13 @@ def compose(words: Sequence[str]) -> RootConfig:
         return _compose(parsed).config
 
 
+def option(group: str, name: str) -> dict[str, Any]:
+    """The settings of an option that ``conf.options`` names, none overridden."""
+    with _session():
+        tree = hydra.compose("config", [f"{group}={name}"])
+        return dict(_values(tree, resolve=False)[group])
+
+
 def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
     """Composes what will run: the run itself, or the first job of a sweep and one job for every further value; returns the first.
 
@@ -81,15 +88,24 @@ def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
 
 def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
     """The checked config from what Hydra composed and the options it chose by group."""
+    return build(_values(tree, resolve=True), {preset: choices.get(preset) for preset in PRESETS})
+
+
+def _values(tree: DictConfig, resolve: bool) -> dict[str, Any]:
+    """Everything but Hydra's own node, as plain values."""
     own = OmegaConf.create({key: tree._get_node(key) for key in tree if key != "hydra"})
-    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-    return build(values, {preset: choices.get(preset) for preset in PRESETS})
+    values = OmegaConf.to_container(own, resolve=resolve, throw_on_missing=resolve)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def register_resolvers() -> None:
-    """``${unique:}``: six characters that keep apart two runs of the same name and second; ``${oc.env:}`` as far as the user allows it."""
+def prepare_hydra() -> None:
+    """Give Hydra the options that are no files, and what stands in ``${…}``.
+
+    ``${unique:}`` is six characters that keep apart two runs of the same name and second; ``${oc.env:}`` reads what the user allows.
+    """
     from secrets import token_hex
 
+    conf.register()
     OmegaConf.register_new_resolver("unique", lambda: token_hex(3), use_cache=True, replace=True)
     OmegaConf.register_new_resolver("oc.env", variable, replace=True)
 
@@ -98,7 +114,7 @@ def register_resolvers() -> None:
 def _session() -> Iterator[None]:
     """Hydra's loader over ``conf/``; what it raises becomes a sentence."""
     GlobalHydra.instance().clear()
-    register_resolvers()
+    prepare_hydra()
     try:
         with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3", job_name="esper"):
             for own in conf.own():
@@ -162,7 +178,7 @@ def _compose(parsed: list[Override]) -> Composed:
     tree = hydra.compose("config", [str(item.input_line) for item in chosen], return_hydra_config=True)
     settings = [item for item in parsed if item not in chosen]
     if settings:
-        plain = {key: OmegaConf.to_container(tree)[key] for key in tree if key != "hydra"}
+        plain = _values(tree, resolve=False)
         for item in settings:
             if not overrides.is_hydras(item):
                 overrides.check_key(item, plain)

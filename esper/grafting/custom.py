@@ -56,7 +56,7 @@ class _Custom(Strategy):
             return Strategy(NAME, CustomStrategy, (), lambda *_: wait).step(config, state, context)
 
 
-def custom(rule: Any) -> CustomStrategy:
+def strategy_of(rule: Any) -> CustomStrategy:
     """Settings that run on ``rule``. Raises UserError for an object that is none."""
     if not callable(getattr(rule, "plan", None)) or not isinstance(getattr(rule, "signals", None), tuple):
         raise UserError(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 
 from esper.checkpoint import store
 from esper.cli.terminal import Sentence
@@ -219,6 +218,7 @@ def _stored(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """``tree`` with each ``key=value`` or ``group=option`` put in; the checks are ``build``'s."""
     from esper.cli import conf, overrides
+    from esper.cli.compose import option
 
     for word in words:
         key, equals, text = word.partition("=")
@@ -230,7 +230,7 @@ def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         if key in GROUPS:
             if text not in conf.options(key):
                 raise UserError(f"{key}={text} is no option of the group {key}: choose {listing(conf.options(key))}.")
-            tree[key] = yaml.safe_load((conf.folder() / key / f"{text}.yaml").read_text(encoding="utf-8"))
+            tree[key] = option(key, text)
             continue
         node, leaf = _place(tree, key)
         value = overrides.parse([word])[0]

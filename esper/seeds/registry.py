@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from esper.blueprints import CONFIGS, Block, BlockBank, Blueprint, SlotBank
+from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, SlotBank
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
@@ -39,7 +39,7 @@ class SeedRegistry:
     ) -> None:
         self.model = model
         self.sites = sites
-        self.blueprints: dict[str, AnyBlueprint] = {name: config() for name, config in CONFIGS.items()}
+        self.blueprints: dict[str, AnyBlueprint] = {name: config() for name, config in BLUEPRINTS.items()}
         self.blueprints[blueprint.name] = blueprint
         self.default_blueprint = blueprint.name
         self.seed = seed

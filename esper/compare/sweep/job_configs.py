@@ -19,6 +19,7 @@ def lean(loader: Any) -> None:
 
     They are defaults like these: what the user states, in a file or on the command line, has the last word.
     """
+    conf.register_for_sweeps()
     path = loader.get_search_path()
     path.prepend("sweep", f"file://{conf.folder() / 'sweep'}")
     loader.repository.initialize_sources(path)
