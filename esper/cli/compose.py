@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from esper.cli import conf, overrides
 from esper.cli import hydra_settings as internals
 from esper.cli.machine import refuse_impossible
 from esper.compare.config import LauncherConfig
-from esper.compare.sweep.arms import refuse_overridden_arm
-from esper.config import PRESETS, RootConfig, build, structure
+from esper.compare.sweep.arms import refuse_overridden_arm, set_by
+from esper.config import GROUPS, PRESETS, RootConfig, build, options, structure
 from esper.custom import variable
 from esper.errors import UserError
 
@@ -169,6 +169,19 @@ def _with_value(sweep: Override, text: str) -> Override:
     return overrides.parse([f"{sweep.get_key_element()}={text}"])[0]
 
 
+def _refuse_unfitting_preset(tree: DictConfig) -> None:
+    """Raise UserError where an experiment, arm or debug file sets a key that the chosen option of a group does not have."""
+    places = (conf.folder(), *conf.own())
+    for preset in PRESETS:
+        name = tree.hydra.runtime.choices.get(preset)
+        for key in set_by(name, [place / preset for place in places]) if name else ():
+            group, _, leaf = key.partition(".")
+            kind = options(group).get(tree[group].get("name")) if leaf and group in GROUPS else None
+            if kind is not None and leaf.partition(".")[0] not in {field.name for field in fields(kind)}:
+                chosen = f"{group}={tree[group].name}"
+                raise UserError(f"{preset}={name} sets {key}, and {chosen} has no such key: leave {group} out, or leave {preset} out.")
+
+
 def _compose(parsed: list[Override]) -> Composed:
     """Groups first, so that keys can be checked against what was chosen; then everything."""
     internals.check_words(parsed)
@@ -187,6 +200,7 @@ def _compose(parsed: list[Override]) -> Composed:
     if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
+    _refuse_unfitting_preset(tree)
     launcher = dict(tree.hydra.launcher)
     if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
         structure(LauncherConfig, launcher, "hydra.launcher")

@@ -84,7 +84,7 @@ def description(group: str, name: str) -> str:
         if path.is_file():
             comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
             return next((line for line in comments if not line.startswith("@package")), "")
-    return (config.options(group)[name].__doc__ or "").partition("\n")[0]
+    return (config.options(group)[name].__doc__ or "").partition("\n")[0].replace("``", "")
 
 
 def register() -> None:

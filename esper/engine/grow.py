@@ -280,8 +280,8 @@ class Grow:
             raised |= take_errors(layer.plan)
         self._post_failures()
         rates, self.rates = self.rates, {}
-        rates.update({branch: 1.0 for branch in self.objective.failed})
-        rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
+        rates.update(dict.fromkeys(self.objective.failed, 1.0))
+        rates.update(dict.fromkeys(self.branch_optimizer.failures, 1.0))
         scaled = "" if self._scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self._scale:g}"
         for branch in self.branch_optimizer.failures:
             self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"

@@ -39,14 +39,14 @@ class HoldingConfig(GraftingConfig):
 
 @dataclass
 class LinearConfig(GraftingConfig):
-    """A straight ramp."""
+    """alpha = t / ramp."""
 
     name: str = "linear"
 
 
 @dataclass
 class DriftConfig(HoldingConfig):
-    """Hold while weights drift."""
+    """Holds alpha while the branch's weights move fast."""
 
     name: str = "drift"
     threshold: float = setting(0.1, low=0.0, help="relative distance of the weights from their average that holds")
@@ -55,7 +55,7 @@ class DriftConfig(HoldingConfig):
 
 @dataclass
 class MomentumConfig(HoldingConfig):
-    """Speed ``1 + v`` with ``v <- momentum * v + gain * (rise of the metric)``."""
+    """Speed 1 + v with v <- momentum * v + gain * (rise of the metric)."""
 
     name: str = "momentum"
     momentum: float = setting(0.9, low=0.0, high=0.999, help="share of the velocity kept at each measurement")
@@ -65,7 +65,10 @@ class MomentumConfig(HoldingConfig):
 
 @dataclass
 class AdaptiveConfig(HoldingConfig):
-    """The others run on their own defaults; ``max_hold`` bounds them together."""
+    """Picks among the others by the present signals, with hysteresis.
+
+    The others run on their own defaults; ``max_hold`` bounds them together.
+    """
 
     name: str = "adaptive"
     margin: float = setting(0.1, low=0.0, high=2.0, help="how much stronger than the present choice a rival must be")
@@ -77,7 +80,7 @@ class AdaptiveConfig(HoldingConfig):
 
 @dataclass
 class StabilityConfig(HoldingConfig):
-    """Half speed out of band, a step back after ``patience`` such ticks in a row."""
+    """Half speed while training is unsteady; steps back after ``patience`` such ticks in a row."""
 
     name: str = "stability"
     max_loss_variance: float = setting(0.25, low=0.0, unit="loss²", help="largest steady variance of the training loss")
@@ -89,7 +92,7 @@ class StabilityConfig(HoldingConfig):
 
 @dataclass
 class GradNormConfig(HoldingConfig):
-    """Hold outside ``band_low … band_high`` times the running median."""
+    """Holds alpha while the gradient norm is outside band_low … band_high times its running median."""
 
     name: str = "grad_norm"
     band_low: float = setting(0.1, low=0.0, high=1.0, unit="medians", help="smallest gradient norm that does not hold")
@@ -98,7 +101,7 @@ class GradNormConfig(HoldingConfig):
 
 @dataclass
 class PerformanceConfig(HoldingConfig):
-    """Speed ``1 + sensitivity * counterfactual / |loss|``."""
+    """Speed 1 + sensitivity * counterfactual / |loss|: follows the counterfactual training loss, branch off against on."""
 
     name: str = "performance"
     sensitivity: float = setting(50.0, low=0.0, help="added speed for a fall by the whole loss (50: twice at 2 %)")

@@ -20,7 +20,7 @@ ACTIVATIONS = ("relu", "gelu", "tanh")
 
 @dataclass
 class MLPConfig:
-    """The default host: so small that growing has something to win."""
+    """A multilayer perceptron, by default so small that growing has something to win: 64 features would be a grown-up host for digits."""
 
     name: str = "mlp"
     width: int = setting(6, low=1, high=65536, unit="features", help="features of every hidden layer")
@@ -37,7 +37,7 @@ class MLPConfig:
 
 @dataclass
 class CNNConfig:
-    """A small residual net; ``growth_sites`` are its convolutions, ``growth_blocks`` its residual blocks."""
+    """A residual convolution net, 1-D or 2-D as the task's inputs are; its sites are its convolutions."""
 
     name: str = "cnn"
     channels: list[int] = setting([8, 16], unit="channels", help="width of each stage; a new width halves space")
@@ -57,7 +57,7 @@ class CNNConfig:
 
 @dataclass
 class TransformerConfig:
-    """A character decoder; its context is the task's (``task.context``), its positions are learnt."""
+    """A character decoder for task=text, whose context it takes; its sites are the hidden layers of its perceptrons."""
 
     name: str = "transformer"
     width: int = setting(64, low=2, high=16384, unit="features", help="of the residual stream")

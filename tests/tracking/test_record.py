@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from esper.cli.compose import compose
 from esper.running.naming import run_record
 from esper.tracking import (
-    CONFIGS,
     CsvConfig,
     MlflowConfig,
     NoneConfig,
@@ -21,8 +17,6 @@ from esper.tracking import (
     flatten,
     readable_name,
 )
-
-CONF = Path(__file__).resolve().parents[2] / "conf" / "tracking"
 
 
 def test_only_what_differs_from_the_defaults_is_a_parameter():
@@ -73,12 +67,6 @@ def test_runs_are_told_apart_by_name_and_say_of_what_they_are_made(words, tmp_pa
     assert re.sub(r" lifecycle\.\S+", "", record.name) == NAMED[words]
     assert list(record.chosen) == ["model", "task", "controller", "blueprint", "grafting"] and all(record.chosen.values())
     assert not record.chosen.keys() & record.changed.keys()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_files_in_conf_hold_the_defaults_of_the_dataclasses(name: str):
-    assert OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")) == asdict(CONFIGS[name]())
-    assert {path.stem for path in CONF.glob("*.yaml")} == set(CONFIGS)
 
 
 @pytest.mark.parametrize("config, kinds", [(NoneConfig(), []), (CsvConfig(), ["CsvFiles"]), (MlflowConfig(), ["MlflowApart"])])
