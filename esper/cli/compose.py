@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from esper import secrets
 from esper.cli import conf, overrides
 from esper.cli import hydra_settings as internals
 from esper.cli.machine import refuse_impossible
@@ -200,11 +201,12 @@ def _compose(parsed: list[Override]) -> Composed:
     if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
-    _refuse_unfitting_preset(tree)
     launcher = dict(tree.hydra.launcher)
     if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
         structure(LauncherConfig, launcher, "hydra.launcher")
     refuse_impossible(tree, here=internals.runs_here(tree.hydra))
+    secrets.refuse(_values(tree, resolve=True))  # before any other sentence about what a file sets
+    _refuse_unfitting_preset(tree)
     config = from_hydra(tree, dict(tree.hydra.runtime.choices))
     sweep = {str(key): str(value) for key, value in (tree.hydra.sweeper.get("params") or {}).items()}
     return Composed(config, str(tree.hydra.mode).endswith("MULTIRUN"), sweep, tree)

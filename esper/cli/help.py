@@ -19,8 +19,8 @@ USAGE = """\
 usage: esper [overrides]            train one run (same as python -m esper)
        esper --multirun [overrides] sweep: model=mlp,cnn seed=0,1,2
        esper PROGRAM [arguments]    another program
-       esper --help GROUP           the options of a group and their keys; grafting=drift: the keys of one option
-       esper OPTION                 --version; --hydra-help; --shell-completion install=bash (or zsh, fish), which prints what to eval
+       esper --help GROUP           the options of a group and their keys (--help grafting=drift: of that option)
+       esper OPTION                 --version; --hydra-help; --shell-completion install=bash (or zsh, fish), for eval
 """
 
 RECIPES = {

@@ -8,7 +8,6 @@ from typing import Any
 from esper.controllers.attempts import Attempts
 from esper.controllers.base import command_id
 from esper.controllers.budget import Budget
-from esper.controllers.health import Health
 from esper.controllers.plateau import Plateau
 from esper.controllers.view import RunView, Seed, check_duration
 from esper.errors import UserError
@@ -56,6 +55,8 @@ class HeuristicController:
     """Starts waves, and fills each with the dormant seeds that score highest as far as room and budget allow."""
 
     def __init__(self, config: HeuristicConfig) -> None:
+        from esper.controllers.health import Health  # here, since the settings above must not wait for numpy
+
         self.config = config
         self.view = RunView()
         self.attempts = Attempts()

@@ -20,7 +20,7 @@ ACTIVATIONS = ("relu", "gelu", "tanh")
 
 @dataclass
 class MLPConfig:
-    """A multilayer perceptron, by default so small that growing has something to win: 64 features would be a grown-up host for digits."""
+    """A multilayer perceptron, by default so small that growing has something to win; 64 features make a grown-up host for digits."""
 
     name: str = "mlp"
     width: int = setting(6, low=1, high=65536, unit="features", help="features of every hidden layer")

@@ -31,7 +31,7 @@ class DigitsConfig:
 
 @dataclass
 class Mnist1dConfig:
-    """MNIST-1D from its authors' generator (pip install mnist1d): the published 4,000 / 1,000, and further draws for judge and validation."""
+    """MNIST-1D from its authors' generator (pip install mnist1d): the published 4,000 / 1,000; judge and validation are further draws."""
 
     name: str = "mnist1d"
     split_seed: int = setting(0, low=0, help="draws and divides judge and validation, whatever the run's seed")
@@ -48,7 +48,7 @@ class Mnist1dConfig:
 
 @dataclass
 class FashionMnistConfig:
-    """Fashion-MNIST from its idx files (apt-get install dataset-fashion-mnist): 55,000 / 2,500 / 2,500 images, and the 10,000 of the test files."""
+    """Fashion-MNIST from its idx files (apt-get install dataset-fashion-mnist): 55,000 / 2,500 / 2,500 / 10,000 images."""
 
     name: str = "fashion_mnist"
     path: str = setting("/usr/share/datasets/fashion-mnist", help="folder of the idx files, gzipped or not")
