@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from esper.grafting.base import GraftingContext, Plan, Strategy
-from esper.grafting.config import AdaptiveConfig
-from esper.grafting.drift import DRIFT, DriftConfig
-from esper.grafting.grad_norm import GRAD_NORM, GradNormConfig, running_median
+from esper.grafting.config import AdaptiveConfig, DriftConfig, GradNormConfig
+from esper.grafting.drift import DRIFT
+from esper.grafting.grad_norm import GRAD_NORM, running_median
 from esper.grafting.linear import LINEAR
 from esper.grafting.momentum import MOMENTUM
 from esper.grafting.performance import PERFORMANCE

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.grafting.base import GraftingConfig, GraftingContext, GraftingOutput, HoldingConfig, Plan, Strategy
+from esper.grafting.base import GraftingContext, GraftingOutput, Plan, Strategy
+from esper.grafting.config import GraftingConfig, HoldingConfig
 
 NAME = "custom"
 
@@ -66,4 +67,8 @@ def strategy_of(rule: Any) -> CustomStrategy:
     return CustomStrategy(rule=rule)
 
 
-CUSTOM = _Custom(NAME, CustomStrategy, (), lambda *_: None)  # its plan is the rule's: see step
+def _no_plan(*_: Any) -> Plan:
+    raise NotImplementedError("the plan is the rule's: see _Custom.step")
+
+
+CUSTOM = _Custom(NAME, CustomStrategy, (), _no_plan)

@@ -47,7 +47,8 @@ class ConvBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, channels, *space]`` to the same shape."""
         hidden = self.conv1(self.act1(self.norm1(x)))
-        return x + self.conv2(self.act2(self.norm2(hidden)))
+        added: Tensor = self.conv2(self.act2(self.norm2(hidden)))
+        return x + added
 
 
 class Stage(nn.Module):
@@ -85,7 +86,8 @@ class CNN(nn.Module):
         hidden = self.stem(inputs)
         for stage in self.stages:
             hidden = stage(hidden)
-        return self.head(self.act(self.norm(hidden)).flatten(2).mean(2))
+        logits: Tensor = self.head(self.act(self.norm(hidden)).flatten(2).mean(2))
+        return logits
 
 
 def build(config: CNNConfig, task: Task, generator: torch.Generator) -> CNN:

@@ -29,7 +29,8 @@ class Attention(nn.Module):
         query, key, value = self.qkv(x).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return self.output(mixed.transpose(1, 2).reshape(n, length, width))
+        mapped: Tensor = self.output(mixed.transpose(1, 2).reshape(n, length, width))
+        return mapped
 
 
 class Perceptron(nn.Module):
@@ -42,7 +43,8 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, T, width]`` to the same."""
-        return self.fc2(self.act1(self.fc1(x)))
+        mapped: Tensor = self.fc2(self.act1(self.fc1(x)))
+        return mapped
 
 
 class DecoderBlock(ResidualBlock):
@@ -59,7 +61,8 @@ class DecoderBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, T, width]`` to the same."""
         x = x + self.drop1(self.attention(self.norm1(x)))
-        return x + self.drop2(self.mlp(self.norm2(x)))
+        added: Tensor = self.drop2(self.mlp(self.norm2(x)))
+        return x + added
 
 
 class Transformer(nn.Module):
@@ -84,7 +87,8 @@ class Transformer(nn.Module):
         hidden = self.drop(self.characters(inputs) + self.positions(places))
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(self.norm(hidden))
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
 
 
 def build(config: TransformerConfig, task: Task, generator: torch.Generator) -> Transformer:
@@ -105,7 +109,7 @@ def build(config: TransformerConfig, task: Task, generator: torch.Generator) -> 
     with torch.no_grad():
         for block in blocks:
             for name in block.output_layers:
-                block.get_submodule(name).weight.div_(math.sqrt(2 * config.depth))
+                block.get_submodule(name).get_parameter("weight").div_(math.sqrt(2 * config.depth))
     if config.tied:
         host.head.weight = host.characters.weight
     return host

@@ -52,8 +52,8 @@ def _read(config: FolderConfig, file: Path) -> Tensor:
             return torch.from_numpy(array if array.ndim > 2 else array[None])
         from PIL import Image
 
-        with Image.open(file) as image:
-            image = image.convert("L" if config.channels == 1 else "RGB")
+        with Image.open(file) as opened:
+            image = opened.convert("L" if config.channels == 1 else "RGB")
             if config.size:
                 image = image.resize((config.size, config.size))
             pixels = torch.from_numpy(numpy.asarray(image).copy())
