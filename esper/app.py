@@ -68,7 +68,7 @@ def train(words: Sequence[str]) -> int:
         UserError: anything in ``words`` that is not accepted, before the first run starts.
     """
     if {"--help", "-h"} & set(words):
-        print(help.text(), flush=True)
+        print(help.text(words), flush=True)
         return 0
     if "--version" in words:
         print(f"esper {esper.__version__}", flush=True)
@@ -102,9 +102,9 @@ def _hydras_own(words: Sequence[str]) -> int:
     os.environ["COMP_LINE"] = " ".join(typed[:1] + typed[2:] if len(typed) > 2 and typed[1] in programs.programs() else typed)
     from hydra.errors import HydraException
 
-    from esper.cli.compose import register_resolvers
+    from esper.cli.compose import prepare_hydra
 
-    register_resolvers()
+    prepare_hydra()
     try:
         return _hydra(words)
     except SystemExit as done:

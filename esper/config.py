@@ -1,6 +1,7 @@
 """Structured configs: from a composed tree of plain values to checked dataclasses, once, at the border.
 
-Every group package lists what it accepts in ``CONFIGS`` (option name -> dataclass); a config can build nothing else.
+Every group's module lists the group's options in ``CONFIGS`` (option name -> dataclass); a configuration can build nothing else.
+The dataclasses are the one place for defaults, units, ranges and help (``esper.fields.setting``); none of them imports torch.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from esper.custom import OPTIONS as CUSTOM
 from esper.errors import UserError
 from esper.fields import setting
 
-#: Group -> package with its ``CONFIGS``; a package that serves several groups keys them by group first.
+#: Group -> module with its ``CONFIGS``; a module that serves several groups keys them by group first.
 GROUPS: dict[str, str] = {
-    "model": "esper.hosts",
-    "task": "esper.tasks",
+    "model": "esper.hosts.config",
+    "task": "esper.tasks.config",
     "sites": "esper.seeds",
-    "blueprint": "esper.blueprints",
+    "blueprint": "esper.blueprints.config",
     "lifecycle": "esper.lifecycle",
-    "grafting": "esper.grafting",
+    "grafting": "esper.grafting.config",
     "controller": "esper.controllers",
     "bus": "esper.bus",
     "tracking": "esper.tracking",
@@ -42,9 +43,6 @@ GROUPS: dict[str, str] = {
     "compare": "esper.compare",
 }
 
-#: Groups whose settings stand beside modules of torch; a mistake in any other is said without waiting for it.
-_WITH_TORCH = ("model", "task", "blueprint", "grafting")
-
 #: Groups of files that override others (``@package _global_``); none is chosen by default.
 PRESETS = ("experiment", "arm", "debug")
 
@@ -54,7 +52,7 @@ UNHASHED = ("name", "tags", "output", "resume", "tracking", "compare", *PRESETS)
 
 @dataclass
 class RootConfig:
-    """A whole run. Each group holds an instance of a dataclass from its package's ``CONFIGS``."""
+    """A whole run. Each group holds an instance of a dataclass from its module's ``CONFIGS``."""
 
     seed: int = setting(0, low=0, high=2**32 - 1, help="random seed; every generator of the run derives from it")
     name: str = setting("run", help="what the run is called, in its folder's name and in the tracker")
@@ -90,10 +88,20 @@ class RootConfig:
 
 
 def options(group: str) -> dict[str, type]:
-    """Option name -> dataclass of one group. Imports the group's package."""
+    """Option name -> dataclass of one group."""
     configs = importlib.import_module(GROUPS[group]).CONFIGS
     known = configs.get(group, configs)
     return {**known, "custom": CUSTOM[group]} if group in CUSTOM else known
+
+
+def defaults(kind: type, name: str) -> dict[str, Any]:
+    """The plain values of the dataclass ``kind`` that nothing overrides, as the option ``name``."""
+    return {**dataclasses.asdict(kind()), "name": name}
+
+
+def root_defaults() -> dict[str, Any]:
+    """The keys outside the groups, with the values that nothing overrides."""
+    return {key: value for key, value in dataclasses.asdict(RootConfig()).items() if key not in (*GROUPS, *PRESETS)}
 
 
 def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = None) -> RootConfig:
@@ -108,8 +116,8 @@ def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = No
     """
     secrets.refuse(tree)
     settings = {key: value for key, value in tree.items() if key not in GROUPS}
-    root = structure(RootConfig, settings, "")
-    for group in sorted(GROUPS, key=_WITH_TORCH.__contains__):
+    root: RootConfig = structure(RootConfig, settings, "")
+    for group in GROUPS:
         if group in tree:
             setattr(root, group, _build_group(group, tree[group]))
     for preset in PRESETS:
@@ -162,7 +170,7 @@ def _convert(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> A
             return None
         hint = next(part for part in inner if part is not type(None))
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return structure(hint, value, name)
     if hint == list[str] and value != "" and _scalar(value, str) is not _WRONG:
         value = [value]  # one word alone, as in sites.match=residual
@@ -232,7 +240,7 @@ def accepted(hint: Any, metadata: Mapping[str, Any]) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return listing(hint.__members__)
     if unit and unit.startswith("duration"):
-        return DURATION + unit.removeprefix("duration")
+        return DURATION + str(unit).removeprefix("duration")
     words = "a text or a list, as in a or [a,b]" if hint == list[str] else _WORDS.get(typing.get_origin(hint) or hint, "other keys")
     if low is not None and high is not None:
         words += f" from {low} to {high}"

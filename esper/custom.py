@@ -256,12 +256,12 @@ class CustomBlueprint:
 
     def build(self) -> Any:
         """The blueprint, under a name of its own."""
-        from esper.blueprints import CONFIGS, Block, Blueprint
+        from esper.blueprints import BLUEPRINTS, Block, Blueprint
 
         made = make(self.target, self.args, "blueprint")
         if not isinstance(made, (Blueprint, Block)):
             raise UserError(f"blueprint.target={self.target} gave a {type(made).__name__}; derive it from esper.blueprints.Blueprint.")
-        if not made.name or (made.name in CONFIGS and type(made) is not CONFIGS[made.name]):
+        if not made.name or (made.name in BLUEPRINTS and type(made) is not BLUEPRINTS[made.name]):
             raise UserError(f"blueprint.target={self.target} is named '{made.name}'; give it a name that no other blueprint has.")
         return made
 
@@ -280,9 +280,9 @@ class CustomGrafting:
 
     def build(self) -> Any:
         """The strategy's settings, with the rule in them."""
-        from esper.grafting.custom import custom
+        from esper.grafting.custom import strategy_of
 
-        made = custom(make(self.target, self.args, "grafting"))
+        made = strategy_of(make(self.target, self.args, "grafting"))
         return dataclasses.replace(made, ramp=self.ramp, alpha_min=self.alpha_min, alpha_max=self.alpha_max, max_hold=self.max_hold)
 
 

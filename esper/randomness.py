@@ -36,7 +36,7 @@ class GlobalDraws:
         self._python = random.getstate()
         self._numpy: Any = None if numpy is None else numpy.random.get_state()
         self._cpu = torch.get_rng_state()
-        self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to go on from here, but for torch's own generators: plain values and tensors."""

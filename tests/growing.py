@@ -14,8 +14,7 @@ from torch.nn import functional
 from esper.engine.attach import attach
 from esper.engine.grow import Grow
 from esper.engine.port import NullPort
-from esper.hosts.cnn import CNNConfig
-from esper.hosts.transformer import TransformerConfig
+from esper.hosts.config import CNNConfig, TransformerConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.messages import Alert, GateResult, Germinate, Message, Metrics, Report, Selector, SetStage, Transition
 from esper.seeds import Branch, TelemetryConfig

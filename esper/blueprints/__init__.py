@@ -1,15 +1,46 @@
 """Blueprints: what may grow. One a file; ``docs/own-blueprint.md`` shows how to write another."""
 
-from esper.blueprints.affine import Affine
-from esper.blueprints.bank import SlotBank
-from esper.blueprints.base import Blueprint
-from esper.blueprints.block import Block, BlockBank
-from esper.blueprints.conv import Conv
-from esper.blueprints.geometry import Geometry
-from esper.blueprints.glu import GLU
-from esper.blueprints.low_rank import LowRank
-from esper.blueprints.mlp import MLP
+from typing import TYPE_CHECKING
 
-CONFIGS: dict[str, type] = {"affine": Affine, "low_rank": LowRank, "mlp": MLP, "glu": GLU, "conv": Conv, "block": Block}
+from esper.lazy import names_of
 
-__all__ = ["CONFIGS", "GLU", "MLP", "Affine", "Block", "BlockBank", "Blueprint", "Conv", "Geometry", "LowRank", "SlotBank"]
+if TYPE_CHECKING:
+    from esper.blueprints.affine import Affine
+    from esper.blueprints.bank import SlotBank
+    from esper.blueprints.base import Blueprint
+    from esper.blueprints.block import Block, BlockBank
+    from esper.blueprints.catalogue import BLUEPRINTS, blueprint_of
+    from esper.blueprints.conv import Conv
+    from esper.blueprints.geometry import Geometry
+    from esper.blueprints.glu import GLU
+    from esper.blueprints.low_rank import LowRank
+    from esper.blueprints.mlp import MLP
+
+__all__ = [
+    "BLUEPRINTS",
+    "GLU",
+    "MLP",
+    "Affine",
+    "Block",
+    "BlockBank",
+    "Blueprint",
+    "Conv",
+    "Geometry",
+    "LowRank",
+    "SlotBank",
+    "blueprint_of",
+]
+
+_MODULES = {
+    "esper.blueprints.affine": ("Affine",),
+    "esper.blueprints.bank": ("SlotBank",),
+    "esper.blueprints.base": ("Blueprint",),
+    "esper.blueprints.block": ("Block", "BlockBank"),
+    "esper.blueprints.catalogue": ("BLUEPRINTS", "blueprint_of"),
+    "esper.blueprints.conv": ("Conv",),
+    "esper.blueprints.geometry": ("Geometry",),
+    "esper.blueprints.glu": ("GLU",),
+    "esper.blueprints.low_rank": ("LowRank",),
+    "esper.blueprints.mlp": ("MLP",),
+}
+__getattr__ = names_of(__name__, {name: module for module, names in _MODULES.items() for name in names})

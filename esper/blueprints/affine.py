@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from esper.blueprints.base import Blueprint, Parameters, linear
+from esper.blueprints.config import AffineSettings
 from esper.blueprints.geometry import Geometry
-from esper.fields import setting
 
 
 @dataclass
-class Affine(Blueprint):
+class Affine(AffineSettings, Blueprint):
     """Two numbers a feature with the field ``chunk``; with ``layer`` a matrix from the whole site to the chunk."""
-
-    name: str = "affine"
-    receptive_field: str = setting("chunk", choices=("chunk", "layer"), help="chunk: a scale a feature; layer: a matrix")
 
     output = "scale"
 

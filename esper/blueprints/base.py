@@ -7,17 +7,16 @@ stacked in a ``SlotBank``, so that one batched product serves them all.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from esper.blueprints.config import BlueprintSettings
 from esper.blueprints.geometry import Geometry
-from esper.fields import setting
 
 Parameters = dict[str, Tensor]
-
-RECEPTIVE_FIELDS = ("chunk", "layer")
 
 
 def relu(x: Tensor) -> Tensor:
@@ -30,7 +29,7 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x) if x._is_view() else torch.sigmoid_(x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": relu,
     "gelu": torch.nn.functional.gelu,
     "silu": torch.nn.functional.silu,
@@ -38,11 +37,8 @@ ACTIVATIONS = {
 
 
 @dataclass
-class Blueprint:
+class Blueprint(BlueprintSettings):
     """Base of the stacked blueprints. ``C`` is the width a branch writes, ``Cin`` what it reads, ``A`` branches at once."""
-
-    name: str = ""
-    receptive_field: str = setting("layer", choices=RECEPTIVE_FIELDS, help="what a branch reads: its chunk or the whole layer")
 
     spatial = False
     output = ""

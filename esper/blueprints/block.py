@@ -15,21 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints.block_call import PLAIN
+from esper.blueprints.config import BlockSettings
 from esper.blueprints.geometry import Geometry
 from esper.errors import UserError
-from esper.fields import setting
-
-STARTS = ("copy", "zero_copy", "fresh")
 
 
 @dataclass
-class Block:
+class Block(BlockSettings):
     """Depth growth; ``output_layers`` names the layers whose zeroing makes the block the identity (else the host says)."""
-
-    name: str = "block"
-    receptive_field: str = setting("layer", choices=("layer",), help="a block reads and writes the whole site")
-    start: str = setting("zero_copy", choices=STARTS, help="copy of the host's block, with its output at zero, or fresh")
-    output_layers: list[str] = setting([], help="layers to zero; empty: the host block's own output_layers")
 
     def fits(self, geometry: Geometry) -> str | None:
         """Only modules that map their input to its own shape."""

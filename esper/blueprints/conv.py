@@ -10,18 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from esper.blueprints.base import ACTIVATIONS, Blueprint, Parameters
+from esper.blueprints.config import ConvSettings
 from esper.blueprints.geometry import Geometry
-from esper.fields import setting
 
 
 @dataclass
-class Conv(Blueprint):
+class Conv(ConvSettings, Blueprint):
     """δ(x) = pointwise(act(norm(depthwise(x)))); one normalization group a branch, over channels and positions."""
-
-    name: str = "conv"
-    kernel: int = setting(3, low=1, high=1023, unit="positions", help="width of the depthwise kernel, odd")
-    expand: int = setting(2, low=1, high=1024, help="depthwise outputs a channel")
-    activation: str = setting("relu", choices=tuple(ACTIVATIONS), help="activation after the norm")
 
     spatial = True
     output = "pointwise"

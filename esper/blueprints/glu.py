@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from esper.blueprints.base import Blueprint, Parameters, linear, sigmoid
+from esper.blueprints.config import GLUSettings
 from esper.blueprints.geometry import Geometry
-from esper.fields import setting
 
 
 @dataclass
-class GLU(Blueprint):
+class GLU(GLUSettings, Blueprint):
     """One gated hidden layer of ``hidden`` units."""
-
-    name: str = "glu"
-    hidden: int = setting(32, low=1, high=2**20, help="hidden units")
 
     output = "w2"
 

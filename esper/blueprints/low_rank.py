@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from esper.blueprints.base import Blueprint, Parameters, linear
+from esper.blueprints.config import LowRankSettings
 from esper.blueprints.geometry import Geometry
-from esper.fields import setting
 
 
 @dataclass
-class LowRank(Blueprint):
+class LowRank(LowRankSettings, Blueprint):
     """A linear map of rank ``rank`` from what the branch reads to its chunk."""
-
-    name: str = "low_rank"
-    rank: int = setting(4, low=1, high=2**20, help="rank of the product")
 
     output = "up"
 

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from esper.blueprints.base import ACTIVATIONS, Blueprint, Parameters, linear
+from esper.blueprints.config import MLPSettings
 from esper.blueprints.geometry import Geometry
-from esper.fields import setting
 
 
 @dataclass
-class MLP(Blueprint):
+class MLP(MLPSettings, Blueprint):
     """One hidden layer of ``hidden`` units."""
-
-    name: str = "mlp"
-    hidden: int = setting(16, low=1, high=2**20, help="hidden units")
-    activation: str = setting("relu", choices=tuple(ACTIVATIONS), help="activation of the hidden layer")
 
     output = "w2"
 

@@ -53,7 +53,8 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What a gated linear unit gives."""
-        return self.last(self.gate(x).sigmoid() * self.value(x))
+        added: Tensor = self.last(self.gate(x).sigmoid() * self.value(x))
+        return added
 
 
 class Stacked(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from esper import secrets
 from esper.cli import conf, overrides
 from esper.cli import hydra_settings as internals
 from esper.cli.machine import refuse_impossible
 from esper.compare.config import LauncherConfig
-from esper.compare.sweep.arms import refuse_overridden_arm
-from esper.config import PRESETS, RootConfig, build, structure
+from esper.compare.sweep.arms import refuse_overridden_arm, set_by
+from esper.config import GROUPS, PRESETS, RootConfig, build, options, structure
 from esper.custom import variable
 from esper.errors import UserError
 
@@ -55,6 +56,13 @@ def compose(words: Sequence[str]) -> RootConfig:
         return _compose(parsed).config
 
 
+def option(group: str, name: str) -> dict[str, Any]:
+    """The settings of an option that ``conf.options`` names, none overridden."""
+    with _session():
+        tree = hydra.compose("config", [f"{group}={name}"])
+        return dict(_values(tree, resolve=False)[group])
+
+
 def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
     """Composes what will run: the run itself, or the first job of a sweep and one job for every further value; returns the first.
 
@@ -81,15 +89,24 @@ def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
 
 def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
     """The checked config from what Hydra composed and the options it chose by group."""
+    return build(_values(tree, resolve=True), {preset: choices.get(preset) for preset in PRESETS})
+
+
+def _values(tree: DictConfig, resolve: bool) -> dict[str, Any]:
+    """Everything but Hydra's own node, as plain values."""
     own = OmegaConf.create({key: tree._get_node(key) for key in tree if key != "hydra"})
-    values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-    return build(values, {preset: choices.get(preset) for preset in PRESETS})
+    values = OmegaConf.to_container(own, resolve=resolve, throw_on_missing=resolve)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def register_resolvers() -> None:
-    """``${unique:}``: six characters that keep apart two runs of the same name and second; ``${oc.env:}`` as far as the user allows it."""
+def prepare_hydra() -> None:
+    """Give Hydra the options that are no files, and what stands in ``${…}``.
+
+    ``${unique:}`` is six characters that keep apart two runs of the same name and second; ``${oc.env:}`` reads what the user allows.
+    """
     from secrets import token_hex
 
+    conf.register()
     OmegaConf.register_new_resolver("unique", lambda: token_hex(3), use_cache=True, replace=True)
     OmegaConf.register_new_resolver("oc.env", variable, replace=True)
 
@@ -98,7 +115,7 @@ def register_resolvers() -> None:
 def _session() -> Iterator[None]:
     """Hydra's loader over ``conf/``; what it raises becomes a sentence."""
     GlobalHydra.instance().clear()
-    register_resolvers()
+    prepare_hydra()
     try:
         with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3", job_name="esper"):
             for own in conf.own():
@@ -153,6 +170,19 @@ def _with_value(sweep: Override, text: str) -> Override:
     return overrides.parse([f"{sweep.get_key_element()}={text}"])[0]
 
 
+def _refuse_unfitting_preset(tree: DictConfig) -> None:
+    """Raise UserError where an experiment, arm or debug file sets a key that the chosen option of a group does not have."""
+    places = (conf.folder(), *conf.own())
+    for preset in PRESETS:
+        name = tree.hydra.runtime.choices.get(preset)
+        for key in set_by(name, [place / preset for place in places]) if name else ():
+            group, _, leaf = key.partition(".")
+            kind = options(group).get(tree[group].get("name")) if leaf and group in GROUPS else None
+            if kind is not None and leaf.partition(".")[0] not in {field.name for field in fields(kind)}:
+                chosen = f"{group}={tree[group].name}"
+                raise UserError(f"{preset}={name} sets {key}, and {chosen} has no such key: leave {group} out, or leave {preset} out.")
+
+
 def _compose(parsed: list[Override]) -> Composed:
     """Groups first, so that keys can be checked against what was chosen; then everything."""
     internals.check_words(parsed)
@@ -162,7 +192,7 @@ def _compose(parsed: list[Override]) -> Composed:
     tree = hydra.compose("config", [str(item.input_line) for item in chosen], return_hydra_config=True)
     settings = [item for item in parsed if item not in chosen]
     if settings:
-        plain = {key: OmegaConf.to_container(tree)[key] for key in tree if key != "hydra"}
+        plain = _values(tree, resolve=False)
         for item in settings:
             if not overrides.is_hydras(item):
                 overrides.check_key(item, plain)
@@ -175,6 +205,8 @@ def _compose(parsed: list[Override]) -> Composed:
     if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
         structure(LauncherConfig, launcher, "hydra.launcher")
     refuse_impossible(tree, here=internals.runs_here(tree.hydra))
+    secrets.refuse(_values(tree, resolve=True))  # before any other sentence about what a file sets
+    _refuse_unfitting_preset(tree)
     config = from_hydra(tree, dict(tree.hydra.runtime.choices))
     sweep = {str(key): str(value) for key, value in (tree.hydra.sweeper.get("params") or {}).items()}
     return Composed(config, str(tree.hydra.mode).endswith("MULTIRUN"), sweep, tree)

@@ -1,13 +1,20 @@
-"""The files under ``conf/``: read without Hydra, so that help is quick and spelling can be checked first."""
+"""The options of the groups: esper's dataclasses, the files under ``conf/`` that say otherwise, and the user's own files.
+
+All of it is read without Hydra, so that help is quick and spelling can be checked first. ``register`` hands Hydra the options
+that are a dataclass and no file.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import esper
+from esper import config
+from esper.compare.config import LauncherConfig
 from esper.config import GROUPS, PRESETS
 from esper.errors import UserError
 
@@ -43,7 +50,7 @@ def add(path: str) -> Path:
         group = file.parent.relative_to(found).as_posix()
         if group not in known:
             raise UserError(f"--config-dir {path}: {group}/{file.name} belongs to no group; the groups are {', '.join(known)}.")
-        if (folder() / group / file.name).is_file():
+        if file.stem in _esper_options(group):
             raise UserError(f"--config-dir {path}: {group}/{file.name} has the name of an option that esper has; choose another.")
     if found not in _own:
         _own.append(found)
@@ -56,8 +63,52 @@ def own() -> list[Path]:
 
 
 def options(group: str) -> list[str]:
-    """Names of the files of a group, the user's own among them."""
-    return sorted(path.stem for place in (folder(), *_own) for path in (place / group).glob("*.yaml"))
+    """Names of the options of a group, the user's own among them."""
+    return sorted(_esper_options(group) | {path.stem for place in _own for path in (place / group).glob("*.yaml")})
+
+
+def _esper_options(group: str) -> set[str]:
+    files = {path.stem for path in (folder() / group).glob("*.yaml")}
+    return files | set(config.options(group)) if group in GROUPS else files
+
+
+def has_file(group: str, name: str) -> bool:
+    """Whether a file makes the option; other options are a dataclass and nothing else."""
+    return any((place / group / f"{name}.yaml").is_file() for place in (folder(), *_own))
+
+
+def description(group: str, name: str) -> str:
+    """What an option is, in one line: its dataclass's, or the first comment of its file."""
+    for place in (folder(), *_own):
+        path = place / group / f"{name}.yaml"
+        if path.is_file():
+            comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+            return next((line for line in comments if not line.startswith("@package")), "")
+    return (config.options(group)[name].__doc__ or "").partition("\n")[0].replace("``", "")
+
+
+def register() -> None:
+    """Give Hydra what no file says: the options that are a dataclass with another name, the keys of the root, our launcher."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for group in GROUPS:
+        for name, kind in config.options(group).items():
+            if not (folder() / group / f"{name}.yaml").is_file():
+                store.store(group=group, name=name, node=config.defaults(kind, name), provider="esper")
+    store.store(name="root", node=config.root_defaults(), provider="esper")
+    workers = {"_target_": "hydra_plugins.esper_workers.WorkersLauncher", **dataclasses.asdict(LauncherConfig())}
+    store.store(group="hydra/launcher", name="workers", node=workers, provider="esper")
+
+
+def register_for_sweeps() -> None:
+    """Give Hydra the options of single runs under a second name: those of ``conf/sweep`` have the same name and build on them."""
+    from hydra.core.config_store import ConfigStore
+
+    for path in sorted((folder() / "sweep").glob("*/*.yaml")):
+        group, name = path.parent.name, path.stem
+        node = config.defaults(config.options(group)[name], name)
+        ConfigStore.instance().store(group=f"{group}/single", name=name, node=node, provider="esper")
 
 
 def groups() -> dict[str, list[str]]:
@@ -68,12 +119,13 @@ def groups() -> dict[str, list[str]]:
 
 def root() -> dict[str, Any]:
     """``conf/config.yaml`` as it is written."""
-    return yaml.safe_load((folder() / "config.yaml").read_text(encoding="utf-8"))
+    tree: dict[str, Any] = yaml.safe_load((folder() / "config.yaml").read_text(encoding="utf-8"))
+    return tree
 
 
 def root_keys() -> dict[str, Any]:
     """The keys outside the groups, with their values."""
-    return {key: value for key, value in root().items() if key not in ("defaults", "hydra")}
+    return config.root_defaults() | {key: value for key, value in root().items() if key not in ("defaults", "hydra")}
 
 
 def defaults() -> dict[str, str]:

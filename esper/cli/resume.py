@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from esper.cli import conf, overrides
+from esper.cli.compose import option
 from esper.cli.terminal import Sentence
 from esper.config import GROUPS, RootConfig, build, listing
 from esper.engine.state import fitting
@@ -151,7 +150,7 @@ def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
         if key in GROUPS:
             if text not in conf.options(key):
                 raise UserError(f"{key}={text} is no option of the group {key}: choose {listing(conf.options(key))}.")
-            tree[key] = yaml.safe_load((conf.folder() / key / f"{text}.yaml").read_text(encoding="utf-8"))
+            tree[key] = option(key, text)
             continue
         node, leaf = _place(tree, key)
         value = overrides.parse([word])[0]

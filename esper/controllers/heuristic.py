@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper.controllers.base import command_id
-from esper.controllers.bookkeeping import Attempts, Budget, Health, Plateau
+from esper.controllers.bookkeeping import Attempts, Budget, Plateau
 from esper.controllers.view import RunView, Seed, check_duration
 from esper.errors import UserError
 from esper.fields import setting
@@ -53,6 +53,8 @@ class HeuristicController:
     """Starts waves, and fills each with the dormant seeds that score highest as far as room and budget allow."""
 
     def __init__(self, config: HeuristicConfig) -> None:
+        from esper.controllers.health import Health  # here, since the settings above must not wait for numpy
+
         self.config = config
         self.view = RunView()
         self.attempts = Attempts()

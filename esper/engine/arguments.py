@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from esper.blueprints import CONFIGS as BLUEPRINTS
-from esper.blueprints import Block, Blueprint
+from esper.blueprints import BLUEPRINTS, Block, Blueprint
 from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.errors import UserError
 from esper.flags import FlagsConfig

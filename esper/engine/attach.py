@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.blueprints import CONFIGS as BLUEPRINTS
-from esper.blueprints import Block
+from esper.blueprints import BLUEPRINTS, Block
 from esper.engine.arguments import check_arguments
 from esper.engine.attached_state import read_state
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
@@ -26,7 +25,7 @@ from esper.engine.supported_models import fit
 from esper.errors import UserError
 from esper.flags import Flags, FlagsConfig
 from esper.grafting import CONFIGS as STRATEGIES
-from esper.grafting import GraftingConfig, Rule, custom, longest_ramp
+from esper.grafting import GraftingConfig, Rule, longest_ramp, strategy_of
 from esper.kernels import KernelConfig, Kernels
 from esper.lifecycle import LifecycleConfig, resolve
 from esper.lifecycle.config import OBJECTIVES
@@ -173,7 +172,7 @@ def _strategy(grafting: str | GraftingConfig | Rule) -> GraftingConfig:
     if isinstance(grafting, GraftingConfig):
         return grafting
     if not isinstance(grafting, str):
-        return custom(grafting)
+        return strategy_of(grafting)
     if grafting not in STRATEGIES:
         raise UserError(f"There is no grafting strategy '{grafting}'; there are {', '.join(STRATEGIES)}.")
     made: GraftingConfig = STRATEGIES[grafting]()

@@ -242,11 +242,11 @@ def _refuse_larger(config: Any, task: Any, weights: Path) -> None:
 
 
 def _blueprint(entry: Description, known: tuple[type[Blueprint], ...]) -> Blueprint:
-    from esper.blueprints import CONFIGS
+    from esper.blueprints import BLUEPRINTS
     from esper.custom import make
 
     if not entry["target"]:
-        built: Blueprint = CONFIGS[entry["blueprint"]](**entry["settings"])
+        built: Blueprint = BLUEPRINTS[entry["blueprint"]](**entry["settings"])
         return built
     name = entry["target"].replace(":", ".").rpartition(".")[2]
     for kind in known:

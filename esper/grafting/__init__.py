@@ -1,31 +1,15 @@
 """Grafting: how alpha climbs while a branch is blended in. One strategy a file; see ``docs/grafting.md``."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from collections.abc import Mapping
+from esper.grafting.config import CONFIGS, GraftingConfig, HoldingConfig
+from esper.lazy import names_of
 
-import torch
-from torch import Tensor
-
-from esper.grafting.adaptive import ADAPTIVE
-from esper.grafting.base import (
-    GraftingConfig,
-    GraftingContext,
-    GraftingOutput,
-    HoldingConfig,
-    Plan,
-    Strategy,
-    hand_over,
-    longest_ramp,
-)
-from esper.grafting.custom import CUSTOM, CustomStrategy, Rule, custom
-from esper.grafting.drift import DRIFT
-from esper.grafting.grad_norm import GRAD_NORM
-from esper.grafting.linear import LINEAR
-from esper.grafting.momentum import MOMENTUM
-from esper.grafting.performance import PERFORMANCE
-from esper.grafting.stability import STABILITY
-from esper.grafting.state import COLUMNS, STATE_WIDTH, initial_state
+if TYPE_CHECKING:
+    from esper.grafting.base import GraftingContext, GraftingOutput, Plan, Strategy, hand_over, longest_ramp
+    from esper.grafting.custom import CustomStrategy, Rule, strategy_of
+    from esper.grafting.state import COLUMNS, STATE_WIDTH, initial_state
+    from esper.grafting.strategies import STRATEGIES, STRATEGY_NAMES, signals_of, step_many
 
 __all__ = [
     "COLUMNS",
@@ -41,52 +25,18 @@ __all__ = [
     "Plan",
     "Rule",
     "Strategy",
-    "custom",
     "hand_over",
     "initial_state",
     "longest_ramp",
     "signals_of",
     "step_many",
+    "strategy_of",
 ]
 
-#: In the order of their index, which states and checkpoints hold: append only.
-STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (LINEAR, DRIFT, MOMENTUM, ADAPTIVE, STABILITY, GRAD_NORM, PERFORMANCE)
+_MODULES = {
+    "esper.grafting.base": ("GraftingContext", "GraftingOutput", "Plan", "Strategy", "hand_over", "longest_ramp"),
+    "esper.grafting.custom": ("CustomStrategy", "Rule", "strategy_of"),
+    "esper.grafting.state": ("COLUMNS", "STATE_WIDTH", "initial_state"),
+    "esper.grafting.strategies": ("STRATEGIES", "STRATEGY_NAMES", "signals_of", "step_many"),
 }
-#: ``custom`` is the user's own rule: it has no defaults to run on, so it is no option of the package.
-STRATEGY_NAMES: tuple[str, ...] = (*STRATEGIES, CUSTOM.name)
-CONFIGS: dict[str, type] = {name: strategy.config for name, strategy in STRATEGIES.items()}
-
-
-def step_many(strategy_index: Tensor, configs: Mapping[str, GraftingConfig], state: Tensor, context: GraftingContext) -> GraftingOutput:
-    """One tick of ``n`` branches, each under its own strategy.
-
-    Args:
-        strategy_index: int64 ``[n]``, positions in STRATEGY_NAMES. It is read on the CPU: kept elsewhere, each call
-            waits for the device once.
-        configs: the settings by strategy name; a strategy not named runs on its defaults.
-        state: float32 ``[n, STATE_WIDTH]``, not written to.
-        context: signals of the same ``n`` branches.
-    """
-    present = sorted(set(strategy_index.tolist()))
-    if len(present) == 1:
-        return _step_one(present[0], configs, state, context)
-    alpha, after = torch.zeros_like(context.alpha_min), state.clone()
-    abort, done = torch.zeros_like(context.paused), torch.zeros_like(context.paused)
-    for index in present:
-        rows = (strategy_index == index).nonzero().squeeze(1).to(state.device)
-        part = _step_one(index, configs, state[rows], context.select(rows))
-        alpha[rows], after[rows], abort[rows], done[rows] = part.alpha, part.state, part.abort, part.done
-    return GraftingOutput(alpha, after, abort, done)
-
-
-def signals_of(config: GraftingConfig) -> tuple[str, ...]:
-    """The fields of the context that a strategy reads: what the engine need not measure for others."""
-    return tuple(config.rule.signals) if isinstance(config, CustomStrategy) else STRATEGIES[config.name].signals
-
-
-def _step_one(index: int, configs: Mapping[str, GraftingConfig], state: Tensor, context: GraftingContext) -> GraftingOutput:
-    name = STRATEGY_NAMES[index]
-    if name == CUSTOM.name:
-        return CUSTOM.step(configs[name], state, context)
-    return STRATEGIES[name].step(configs.get(name) or CONFIGS[name](), state, context)
+__getattr__ = names_of(__name__, {name: module for module, names in _MODULES.items() for name in names})

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from esper.fields import setting
-from esper.grafting.base import GraftingContext, HoldingConfig, Plan, Strategy
-from esper.grafting.drift import DRIFT, DriftConfig
-from esper.grafting.grad_norm import GRAD_NORM, GradNormConfig, running_median
+from esper.grafting.base import GraftingContext, Plan, Strategy
+from esper.grafting.config import AdaptiveConfig, DriftConfig, GradNormConfig
+from esper.grafting.drift import DRIFT
+from esper.grafting.grad_norm import GRAD_NORM, running_median
 from esper.grafting.linear import LINEAR
 from esper.grafting.momentum import MOMENTUM
 from esper.grafting.performance import PERFORMANCE
@@ -19,18 +17,6 @@ from esper.grafting.state import CHOICES, column, columns
 
 _OTHERS = {s.name: s for s in (LINEAR, DRIFT, MOMENTUM, STABILITY, GRAD_NORM, PERFORMANCE)}
 _EPS = 1e-8
-
-
-@dataclass
-class AdaptiveConfig(HoldingConfig):
-    """The others run on their own defaults; ``max_hold`` bounds them together."""
-
-    name: str = "adaptive"
-    margin: float = setting(0.1, low=0.0, high=2.0, help="how much stronger than the present choice a rival must be")
-    patience: int = setting(3, low=1, high=10**12, unit="ticks", help="ticks in a row that the same rival must be stronger")
-    score_weight: float = setting(0.25, low=0.0, high=1.0, help="how much past pay counts beside the present signals")
-    score_decay: float = setting(0.9, low=0.0, high=1.0, help="weight of a choice's past pay when it is paid again")
-    score_scale: float = setting(50.0, low=0.0, help="pay for a counterfactual gain that grew by the whole loss")
 
 
 def plan(config: AdaptiveConfig, state: Tensor, context: GraftingContext) -> Plan:

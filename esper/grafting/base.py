@@ -15,43 +15,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from esper.errors import UserError
-from esper.fields import setting
+from esper.grafting.config import GraftingConfig, HoldingConfig
 from esper.grafting.state import STATE_WIDTH, column, initial_state, with_columns
 
 #: A share of failed ticks above this aborts, whatever the strategy.
 MAX_ERROR_RATE = 0.5
 #: Signals beyond this count as non-finite: their squares would overflow float32.
 LARGEST_SIGNAL = 1e18
-
-
-@dataclass
-class GraftingConfig:
-    """What every strategy has: the length of the ramp and the range of alpha."""
-
-    name: str = ""
-    ramp: str = setting("5%", unit="duration", help="ticks from alpha_min to alpha_max, undisturbed")
-    alpha_min: float = setting(0.0, low=0.0, high=1.0, help="alpha at the start of the ramp")
-    alpha_max: float = setting(1.0, low=0.0, high=1.0, help="alpha at the end of the ramp")
-
-    def __post_init__(self) -> None:
-        """Refuse an empty range.
-
-        Raises:
-            UserError: ``alpha_min`` is above ``alpha_max``.
-        """
-        if self.alpha_min > self.alpha_max:
-            raise UserError(
-                f"grafting.alpha_min={self.alpha_min} is above grafting.alpha_max={self.alpha_max}; "
-                "alpha climbs from the first to the second, so give alpha_min <= alpha_max."
-            )
-
-
-@dataclass
-class HoldingConfig(GraftingConfig):
-    """A strategy that may go slower than ``linear``."""
-
-    max_hold: float = setting(1.0, low=0.0, high=10.0, unit="ramps", help="ramp that holding may cost in all; then alpha climbs regardless")
 
 
 @dataclass(frozen=True)

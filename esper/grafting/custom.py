@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.grafting.base import GraftingConfig, GraftingContext, GraftingOutput, HoldingConfig, Plan, Strategy
+from esper.grafting.base import GraftingContext, GraftingOutput, Plan, Strategy
+from esper.grafting.config import GraftingConfig, HoldingConfig
 
 NAME = "custom"
 
@@ -56,7 +57,7 @@ class _Custom(Strategy):
             return Strategy(NAME, CustomStrategy, (), lambda *_: wait).step(config, state, context)
 
 
-def custom(rule: Any) -> CustomStrategy:
+def strategy_of(rule: Any) -> CustomStrategy:
     """Settings that run on ``rule``. Raises UserError for an object that is none."""
     if not callable(getattr(rule, "plan", None)) or not isinstance(getattr(rule, "signals", None), tuple):
         raise UserError(
@@ -66,4 +67,8 @@ def custom(rule: Any) -> CustomStrategy:
     return CustomStrategy(rule=rule)
 
 
-CUSTOM = _Custom(NAME, CustomStrategy, (), lambda *_: None)  # its plan is the rule's: see step
+def _no_plan(*_: Any) -> Plan:
+    raise NotImplementedError("the plan is the rule's: see _Custom.step")
+
+
+CUSTOM = _Custom(NAME, CustomStrategy, (), _no_plan)

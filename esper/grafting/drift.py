@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from esper.fields import setting
-from esper.grafting.base import GraftingContext, HoldingConfig, Plan, Strategy
+from esper.grafting.base import GraftingContext, Plan, Strategy
+from esper.grafting.config import DriftConfig
 from esper.grafting.state import column
 
 _EPS = 1e-8
-
-
-@dataclass
-class DriftConfig(HoldingConfig):
-    """Hold while weights drift."""
-
-    name: str = "drift"
-    threshold: float = setting(0.1, low=0.0, help="relative distance of the weights from their average that holds")
-    pause: float = setting(0.1, low=0.0, high=1.0, unit="ramps", help="length of one hold; at least one tick")
 
 
 def plan(config: DriftConfig, state: Tensor, context: GraftingContext) -> Plan:

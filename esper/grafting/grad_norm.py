@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from esper.fields import setting
-from esper.grafting.base import GraftingContext, HoldingConfig, Plan, Strategy
+from esper.grafting.base import GraftingContext, Plan, Strategy
+from esper.grafting.config import GradNormConfig
 from esper.grafting.state import WINDOW, column, columns
 
 #: Norms that must be known before one is judged.
 _ENOUGH = 3
-
-
-@dataclass
-class GradNormConfig(HoldingConfig):
-    """Hold outside ``band_low … band_high`` times the running median."""
-
-    name: str = "grad_norm"
-    band_low: float = setting(0.1, low=0.0, high=1.0, unit="medians", help="smallest gradient norm that does not hold")
-    band_high: float = setting(10.0, low=1.0, unit="medians", help="largest gradient norm that does not hold")
 
 
 def plan(config: GradNormConfig, state: Tensor, context: GraftingContext) -> Plan:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from esper.grafting.base import GraftingConfig, GraftingContext, Plan, Strategy
-
-
-@dataclass
-class LinearConfig(GraftingConfig):
-    """A straight ramp."""
-
-    name: str = "linear"
+from esper.grafting.base import GraftingContext, Plan, Strategy
+from esper.grafting.config import LinearConfig
 
 
 def plan(config: LinearConfig, state: Tensor, context: GraftingContext) -> Plan:

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from esper.fields import setting
-from esper.grafting.base import GraftingContext, HoldingConfig, Plan, Strategy
+from esper.grafting.base import GraftingContext, Plan, Strategy
+from esper.grafting.config import MomentumConfig
 from esper.grafting.state import column
-
-
-@dataclass
-class MomentumConfig(HoldingConfig):
-    """Speed ``1 + v`` with ``v <- momentum * v + gain * (rise of the metric)``."""
-
-    name: str = "momentum"
-    momentum: float = setting(0.9, low=0.0, high=0.999, help="share of the velocity kept at each measurement")
-    gain: float = setting(20.0, low=0.0, help="velocity for a rise of the metric by 1")
-    max_speed: float = setting(2.0, low=1.0, help="fastest ramp, in units of linear's")
 
 
 def plan(config: MomentumConfig, state: Tensor, context: GraftingContext) -> Plan:

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from esper.fields import setting
-from esper.grafting.base import GraftingContext, HoldingConfig, Plan, Strategy
+from esper.grafting.base import GraftingContext, Plan, Strategy
+from esper.grafting.config import PerformanceConfig
 from esper.grafting.state import column
 
 _EPS = 1e-8
-
-
-@dataclass
-class PerformanceConfig(HoldingConfig):
-    """Speed ``1 + sensitivity * counterfactual / |loss|``."""
-
-    name: str = "performance"
-    sensitivity: float = setting(50.0, low=0.0, help="added speed for a fall by the whole loss (50: twice at 2 %)")
-    max_speed: float = setting(2.0, low=1.0, help="fastest ramp, in units of linear's")
 
 
 def plan(config: PerformanceConfig, state: Tensor, context: GraftingContext) -> Plan:

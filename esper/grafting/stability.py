@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from esper.fields import setting
-from esper.grafting.base import GraftingContext, HoldingConfig, Plan, Strategy
+from esper.grafting.base import GraftingContext, Plan, Strategy
+from esper.grafting.config import StabilityConfig
 from esper.grafting.grad_norm import outside_band, running_median
 from esper.grafting.state import column
 
@@ -18,18 +16,6 @@ _DECAY = 0.9
 _ENOUGH = 3
 #: Losses below this are taken as this when their variance is judged: near zero any noise is large beside the mean.
 _SMALL_LOSS = 0.1
-
-
-@dataclass
-class StabilityConfig(HoldingConfig):
-    """Half speed out of band, a step back after ``patience`` such ticks in a row."""
-
-    name: str = "stability"
-    max_loss_variance: float = setting(0.25, low=0.0, unit="loss²", help="largest steady variance of the training loss")
-    max_metric_variance: float = setting(0.01, low=0.0, unit="metric²", help="largest steady variance of the metric")
-    band_low: float = setting(0.1, low=0.0, high=1.0, unit="medians", help="smallest steady gradient norm")
-    band_high: float = setting(10.0, low=1.0, unit="medians", help="largest steady gradient norm")
-    patience: int = setting(5, low=1, high=10**12, unit="ticks", help="unsteady ticks in a row that lead to a step back")
 
 
 def plan(config: StabilityConfig, state: Tensor, context: GraftingContext) -> Plan:

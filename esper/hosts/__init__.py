@@ -3,12 +3,6 @@
 A host names its ``growth_sites`` and, if it has residual blocks, its ``growth_blocks``.
 """
 
-from esper.hosts.cnn import CNNConfig
-from esper.hosts.mlp import MLPConfig
-from esper.hosts.transformer import TransformerConfig
+from esper.hosts.config import CONFIGS
 
-CONFIGS: dict[str, type] = {
-    "mlp": MLPConfig,
-    "cnn": CNNConfig,
-    "transformer": TransformerConfig,
-}
+__all__ = ["CONFIGS"]

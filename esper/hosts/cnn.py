@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import UserError
-from esper.fields import setting
 from esper.hosts.base import ResidualBlock, block_names, initialise, require, untouched_global_rng
+from esper.hosts.config import CNNConfig
 from esper.tasks.base import Task
 
 
@@ -47,7 +47,8 @@ class ConvBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, channels, *space]`` to the same shape."""
         hidden = self.conv1(self.act1(self.norm1(x)))
-        return x + self.conv2(self.act2(self.norm2(hidden)))
+        added: Tensor = self.conv2(self.act2(self.norm2(hidden)))
+        return x + added
 
 
 class Stage(nn.Module):
@@ -85,49 +86,38 @@ class CNN(nn.Module):
         hidden = self.stem(inputs)
         for stage in self.stages:
             hidden = stage(hidden)
-        return self.head(self.act(self.norm(hidden)).flatten(2).mean(2))
+        logits: Tensor = self.head(self.act(self.norm(hidden)).flatten(2).mean(2))
+        return logits
 
 
-@dataclass
-class CNNConfig:
-    """A small residual net; ``growth_sites`` are its convolutions, ``growth_blocks`` its residual blocks."""
+def build(config: CNNConfig, task: Task, generator: torch.Generator) -> CNN:
+    """The host for ``task``, every parameter drawn from ``generator``.
 
-    name: str = "cnn"
-    channels: list[int] = setting([8, 16], unit="channels", help="width of each stage; a new width halves space")
-    blocks: int = setting(1, low=1, high=32, unit="blocks", help="residual blocks in every stage")
-    kernel: int = setting(3, low=1, high=31, help="size of every convolution; odd")
-    stride: int = setting(2, low=1, high=4, help="of the stem")
-    norm: str = setting("group", choices=("group", "batch"), help="batch norm is recalibrated as seeds switch")
-    groups: int = setting(4, low=1, help="of a group norm; must divide every width")
-    weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
+    Raises:
+        UserError: inputs that are neither series nor images, an even kernel, no stage, groups that do not divide.
+    """
+    space = len(task.input_shape) - 1
+    fits = task.inputs == "real" and space in (1, 2)
+    require(fits, config.name, task, "inputs shaped channels×length or channels×height×width", _instead(task))
+    _refuse(config)
+    parts = _Parts(space, config.kernel, config.norm, config.groups)
+    with untouched_global_rng():
+        host = CNN(task.input_shape[0], task.outputs, list(config.channels), config.blocks, config.stride, parts)
+    initialise(host, generator)
+    return host
 
-    def build(self, task: Task, generator: torch.Generator) -> CNN:
-        """The host for ``task``, every parameter drawn from ``generator``.
 
-        Raises:
-            UserError: inputs that are neither series nor images, an even kernel, no stage, groups that do not divide.
-        """
-        space = len(task.input_shape) - 1
-        fits = task.inputs == "real" and space in (1, 2)
-        require(fits, self.name, task, "inputs shaped channels×length or channels×height×width", _instead(task))
-        self._refuse()
-        parts = _Parts(space, self.kernel, self.norm, self.groups)
-        with untouched_global_rng():
-            host = CNN(task.input_shape[0], task.outputs, list(self.channels), self.blocks, self.stride, parts)
-        initialise(host, generator)
-        return host
-
-    def _refuse(self) -> None:
-        if not self.channels or min(self.channels) < 1:
-            raise UserError(f"model.channels={list(self.channels)} must name a width for each stage, as in [8,16].")
-        if self.kernel % 2 == 0:
-            raise UserError(f"model.kernel={self.kernel} is even; an odd one keeps the shape that blocks need.")
-        odd = [width for width in self.channels if width % self.groups]
-        if self.norm == "group" and odd:
-            raise UserError(
-                f"model.groups={self.groups} does not divide the width {odd[0]} in model.channels; "
-                "choose a divisor of every width, or norm=batch."
-            )
+def _refuse(config: CNNConfig) -> None:
+    if not config.channels or min(config.channels) < 1:
+        raise UserError(f"model.channels={list(config.channels)} must name a width for each stage, as in [8,16].")
+    if config.kernel % 2 == 0:
+        raise UserError(f"model.kernel={config.kernel} is even; an odd one keeps the shape that blocks need.")
+    odd = [width for width in config.channels if width % config.groups]
+    if config.norm == "group" and odd:
+        raise UserError(
+            f"model.groups={config.groups} does not divide the width {odd[0]} in model.channels; "
+            "choose a divisor of every width, or norm=batch."
+        )
 
 
 def _instead(task: Task) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from esper.fields import setting
 from esper.hosts.base import ACTIVATIONS, initialise, require, untouched_global_rng
+from esper.hosts.config import MLPConfig
 from esper.tasks.base import Task
 
 
@@ -37,25 +35,15 @@ class MLP(nn.Module):
         return hidden
 
 
-@dataclass
-class MLPConfig:
-    """The default host: so small that growing has something to win."""
+def build(config: MLPConfig, task: Task, generator: torch.Generator) -> MLP:
+    """The host for ``task``, every parameter drawn from ``generator``.
 
-    name: str = "mlp"
-    width: int = setting(6, low=1, high=65536, unit="features", help="features of every hidden layer")
-    depth: int = setting(2, low=1, high=64, unit="layers", help="hidden layers")
-    activation: str = setting("relu", choices=tuple(ACTIVATIONS), help="after every hidden layer")
-    weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
-
-    def build(self, task: Task, generator: torch.Generator) -> MLP:
-        """The host for ``task``, every parameter drawn from ``generator``.
-
-        Raises:
-            UserError: the task's inputs are tokens.
-        """
-        require(task.inputs == "real", self.name, task, "numbers as inputs", "use model=transformer")
-        features = torch.Size(task.input_shape).numel()
-        with untouched_global_rng():
-            host = MLP(features, self.width, self.depth, task.outputs, self.activation)
-        initialise(host, generator)
-        return host
+    Raises:
+        UserError: the task's inputs are tokens.
+    """
+    require(task.inputs == "real", config.name, task, "numbers as inputs", "use model=transformer")
+    features = torch.Size(task.input_shape).numel()
+    with untouched_global_rng():
+        host = MLP(features, config.width, config.depth, task.outputs, config.activation)
+    initialise(host, generator)
+    return host

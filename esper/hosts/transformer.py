@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esper.errors import UserError
-from esper.fields import setting
 from esper.hosts.base import ResidualBlock, block_names, initialise, require, untouched_global_rng
+from esper.hosts.config import TransformerConfig
 from esper.tasks.base import Task
 
 
@@ -30,7 +29,8 @@ class Attention(nn.Module):
         query, key, value = self.qkv(x).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return self.output(mixed.transpose(1, 2).reshape(n, length, width))
+        mapped: Tensor = self.output(mixed.transpose(1, 2).reshape(n, length, width))
+        return mapped
 
 
 class Perceptron(nn.Module):
@@ -43,7 +43,8 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, T, width]`` to the same."""
-        return self.fc2(self.act1(self.fc1(x)))
+        mapped: Tensor = self.fc2(self.act1(self.fc1(x)))
+        return mapped
 
 
 class DecoderBlock(ResidualBlock):
@@ -60,7 +61,8 @@ class DecoderBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, T, width]`` to the same."""
         x = x + self.drop1(self.attention(self.norm1(x)))
-        return x + self.drop2(self.mlp(self.norm2(x)))
+        added: Tensor = self.drop2(self.mlp(self.norm2(x)))
+        return x + added
 
 
 class Transformer(nn.Module):
@@ -85,41 +87,29 @@ class Transformer(nn.Module):
         hidden = self.drop(self.characters(inputs) + self.positions(places))
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(self.norm(hidden))
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
 
 
-@dataclass
-class TransformerConfig:
-    """A character decoder; its context is the task's (``task.context``), its positions are learnt."""
+def build(config: TransformerConfig, task: Task, generator: torch.Generator) -> Transformer:
+    """The host for ``task``, every parameter drawn from ``generator``.
 
-    name: str = "transformer"
-    width: int = setting(64, low=2, high=16384, unit="features", help="of the residual stream")
-    depth: int = setting(2, low=1, high=128, unit="blocks", help="decoder blocks")
-    heads: int = setting(4, low=1, high=256, help="attention heads; must divide the width")
-    expansion: int = setting(4, low=1, high=16, help="the perceptrons' hidden width over the stream's")
-    dropout: float = setting(0.0, low=0.0, high=0.9, help="of attention weights, branches and embeddings")
-    tied: bool = setting(False, help="the head is the character embedding")
-    weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
+    Layers that write to the residual stream are scaled by 1/√(2·depth), as in GPT-2 (Radford et al. 2019).
 
-    def build(self, task: Task, generator: torch.Generator) -> Transformer:
-        """The host for ``task``, every parameter drawn from ``generator``.
-
-        Layers that write to the residual stream are scaled by 1/√(2·depth), as in GPT-2 (Radford et al. 2019).
-
-        Raises:
-            UserError: a task without characters, heads that do not divide the width.
-        """
-        require(task.inputs == "tokens", self.name, task, "characters", "use model=mlp or model=cnn")
-        if self.width % self.heads:
-            raise UserError(f"model.heads={self.heads} does not divide model.width={self.width}; choose a divisor.")
-        with untouched_global_rng():
-            blocks = [DecoderBlock(self.width, self.heads, self.expansion, self.dropout) for _ in range(self.depth)]
-            host = Transformer(task.outputs, task.input_shape[0], self.width, self.dropout, blocks)
-        initialise(host, generator)
-        with torch.no_grad():
-            for block in blocks:
-                for name in block.output_layers:
-                    block.get_submodule(name).weight.div_(math.sqrt(2 * self.depth))
-        if self.tied:
-            host.head.weight = host.characters.weight
-        return host
+    Raises:
+        UserError: a task without characters, heads that do not divide the width.
+    """
+    require(task.inputs == "tokens", config.name, task, "characters", "use model=mlp or model=cnn")
+    if config.width % config.heads:
+        raise UserError(f"model.heads={config.heads} does not divide model.width={config.width}; choose a divisor.")
+    with untouched_global_rng():
+        blocks = [DecoderBlock(config.width, config.heads, config.expansion, config.dropout) for _ in range(config.depth)]
+        host = Transformer(task.outputs, task.input_shape[0], config.width, config.dropout, blocks)
+    initialise(host, generator)
+    with torch.no_grad():
+        for block in blocks:
+            for name in block.output_layers:
+                block.get_submodule(name).get_parameter("weight").div_(math.sqrt(2 * config.depth))
+    if config.tied:
+        host.head.weight = host.characters.weight
+    return host

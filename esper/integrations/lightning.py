@@ -31,7 +31,7 @@ class GrowCallback(Callback):
         """Attach: the optimizer is there, and the model is on its device."""
         if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
             raise UserError("GrowCallback serves automatic optimization with one optimizer; in a loop of your own, call esper.attach.")
-        given = {"accumulate": trainer.accumulate_grad_batches, "scaler": getattr(trainer.precision_plugin, "scaler", None)}
+        given: dict[str, Any] = {"accumulate": trainer.accumulate_grad_batches, "scaler": getattr(trainer.precision_plugin, "scaler", None)}
         if "total_steps" not in self.settings:
             given["total_steps"] = steps = trainer.estimated_stepping_batches
             if not 0 < steps < float("inf"):
@@ -41,7 +41,7 @@ class GrowCallback(Callback):
         for average in filter(None, (getattr(one, "_average_model", None) for one in trainer.callbacks)):  # type: ignore[attr-defined]
             self.grow.follow(average)
         self._step, self._losses = trainer.global_step, list[torch.Tensor]()
-        pl_module.register_load_state_dict_post_hook(forgive_seeds)
+        pl_module.register_load_state_dict_post_hook(forgive_seeds)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the batch, which is on its device here."""

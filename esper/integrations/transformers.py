@@ -15,7 +15,7 @@ from esper.engine.extra_passes import to_device
 from esper.engine.learning.losses import told_without
 
 
-class GrowCallback(TrainerCallback):  # type: ignore[misc]
+class GrowCallback(TrainerCallback):
     """Attaches when training begins; the Trainer's own loss (its ``compute_loss``) is used unless ``loss`` is given.
 
     ``settings`` is what ``esper.attach`` takes; ``judge`` is needed for anything to be kept; unless given, ``controller`` is
@@ -31,15 +31,16 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
         """Attach: model and optimizer are prepared, and hold what a checkpoint kept of them."""
         # The Trainer gives its callbacks everything but itself; it is among those who call.
         trainer = next(one for call in inspect.stack(0) if isinstance(one := call.frame.f_locals.get("self"), Trainer))
-        optimizer, output, steps = parts["optimizer"], Path(args.output_dir), args.gradient_accumulation_steps
-        given = {"loss": told_without(trainer.compute_loss), "accumulate": steps, "total_steps": state.max_steps}
+        optimizer, output, steps = parts["optimizer"], Path(args.output_dir or ""), args.gradient_accumulation_steps
+        given: dict[str, Any] = {"loss": told_without(trainer.compute_loss), "accumulate": steps, "total_steps": state.max_steps}
         given |= {"seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
         given |= {"state": _beside(state, output, self._moved_to)} if state.global_step else {}
         self.grow = attach(parts["model"], optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
         self._hook, self._trainer, self._step = HostAlone.on(parts["model"]), trainer, trainer.training_step
         self._parts: list[Any] = []
-        trainer.training_step = self._grow
-        state.stateful_callbacks["esper"] = {"run": self._run, "folder": str(output.resolve())}
+        trainer.training_step = self._grow  # type: ignore[method-assign, assignment]  # the Trainer has no hook there
+        noted: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # a dict, once the Trainer has made its state
+        noted["esper"] = {"run": self._run, "folder": str(output.resolve())}
 
     def _grow(self, model: Any, inputs: Any, *others: Any) -> Any:
         """The Trainer's step on a micro-batch: afterwards its backward pass is done, and nobody has clipped a gradient yet."""
@@ -62,7 +63,7 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Keep what grew in the checkpoint's folder, under the name that the Trainer's state in it holds."""
         if state.is_world_process_zero and not state.is_hyper_param_search:
-            self.grow.save_branches(Path(args.output_dir, f"checkpoint-{state.global_step}", self._run))  # type: ignore[union-attr]
+            self.grow.save_branches(Path(args.output_dir or "", f"checkpoint-{state.global_step}", self._run))  # type: ignore[union-attr]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
         """Say that the run is over; ``callback.grow.export()`` gives the plain model."""
@@ -70,11 +71,12 @@ class GrowCallback(TrainerCallback):  # type: ignore[misc]
             then = TrainerState.load_from_json(str(best / "trainer_state.json"))
             self.grow.load_branches(_beside(then, best.parent))  # type: ignore[union-attr]
         self._hook.remove()
-        self._trainer.training_step = self._step
+        self._trainer.training_step = self._step  # type: ignore[method-assign]
         self.grow.close()  # type: ignore[union-attr]
 
 
 def _beside(state: TrainerState, output: Path, moved_to: Path = Path()) -> Path:
     """What grew, beside the checkpoint that the Trainer has loaded, which it names to nobody."""
-    note, name = grown_in(state.stateful_callbacks), f"checkpoint-{state.global_step}"
+    noted: dict[str, Any] = state.stateful_callbacks or {}  # type: ignore[assignment]  # a dict, once the Trainer has made its state
+    note, name = grown_in(noted), f"checkpoint-{state.global_step}"
     return found(note["run"], output / name, Path(note["folder"], name), moved_to)

@@ -27,7 +27,7 @@ def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     return finish(x, partial, None)
 
 
-@_telemetry.register_fake
+@_telemetry.register_fake  # type: ignore[untyped-decorator]  # torch's has no annotations
 def _(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     return x.new_empty(seeds, 4, dtype=torch.float32)
 
@@ -36,7 +36,8 @@ def telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     """As :func:`esper.kernels.reference.telemetry`, for ``[..., W]`` of any strides on a GPU; float32 ``[seeds, 4]``."""
     if x.numel() == 0:
         return torch.full((seeds, 4), float("nan"), device=x.device)
-    return torch.ops.esper.telemetry(as_rows(x.detach()), seeds, near_zero)
+    measured: Tensor = torch.ops.esper.telemetry(as_rows(x.detach()), seeds, near_zero)
+    return measured
 
 
 def evenness(width: int, seeds: int) -> dict[str, object]:
@@ -140,6 +141,7 @@ def read_rows(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | No
     """Whole rows, measured and copied."""
     copies, (outer, inner, width) = roster is not None, x.shape
     plan = rows_plan(x, seeds, copies)
+    assert plan is not None, "Partial.whole promises that whole rows fit"
     rows, target = outer * inner, x if y is None else y
     alpha, _, *who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
     full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
@@ -172,7 +174,7 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster |
         seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,
-        LESSONS=copies and roster.lesson is not None, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
+        LESSONS=roster is not None and roster.lesson is not None, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class SeedTable:
         self._known = self.columns["stage"]._version
 
     def __getattr__(self, name: str) -> Tensor:
-        columns = self.__dict__.get("columns", {})
+        columns: dict[str, Tensor] = self.__dict__.get("columns", {})
         if name in columns:
             return columns[name]
         raise AttributeError(name)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from esper.blueprints import blueprint_of
 from esper.cli import conf
 from esper.config import GROUPS, RootConfig, config_hash, listing, nearest, options, plain
 from esper.controllers import Controller
@@ -80,7 +81,8 @@ def refuse_idle(config: RootConfig, task: Task, trainer: Trainer) -> None:
 def build_growth(config: RootConfig) -> Growth:
     """How the host may grow, from the groups that say so."""
     decided = config.controller.name != "none" or config.bus.name != "memory"  # over a server anybody may command
-    blueprint, grafting = (part.build() if part.name == "custom" else part for part in (config.blueprint, config.grafting))
+    blueprint = config.blueprint.build() if config.blueprint.name == "custom" else blueprint_of(config.blueprint)
+    grafting = config.grafting.build() if config.grafting.name == "custom" else config.grafting
     parts = config.sites, blueprint, config.lifecycle, grafting, config.telemetry, config.kernel, config.flags
     return Growth(*parts, decided)
 

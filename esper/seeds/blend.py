@@ -158,7 +158,7 @@ def _contained(delta: Tensor, group: Group | BlockGroup) -> Tensor:
 def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
     """``y`` plus what the groups make of ``x``."""
     dim = _axis(x, geometry)
-    through, *chosen = Fork.apply(x, groups, dim, geometry.seeds)
+    through, *chosen = Fork.apply(x, groups, dim, geometry.seeds)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     additions = []
     for group, chunks in zip(groups, chosen, strict=True):
         chunk = _in_rows(chunks, group, dim)
@@ -168,7 +168,8 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
             _note_ratios(ratios, group.branches, added, chunk)
         additions.append(_in_place(added.to(y.dtype), x, group, dim))
         group.forwards += 1
-    return Put.apply(through if y is x else y, groups, dim, geometry.seeds, *additions)
+    blended: Tensor = Put.apply(through if y is x else y, groups, dim, geometry.seeds, *additions)  # type: ignore[no-untyped-call]
+    return blended
 
 
 def _add_block(x: Tensor, y: Tensor, group: BlockGroup, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:

@@ -19,8 +19,9 @@ from esper.seeds.plan import Group
 def take(x: Tensor, group: Group, dim: int, seeds: int) -> Tensor:
     """The group's chunks of ``x``: its axis ``dim`` (``[W]``) becomes ``[A, C]``; padding is zero."""
     if group.seeds is not None:
-        return x.unflatten(dim, (seeds, -1)).index_select(dim, group.seeds)
-    chosen = x.index_select(dim, group.index).unflatten(dim, (group.alpha.numel(), -1))
+        chunks: Tensor = x.unflatten(dim, (seeds, -1))
+        return chunks.index_select(dim, group.seeds)
+    chosen: Tensor = x.index_select(dim, group.index).unflatten(dim, (group.alpha.numel(), -1))
     if group.mask is None:
         return chosen
     mask = group.mask.view(*group.mask.shape, *([1] * (x.dim() - dim - 1)))

@@ -41,7 +41,8 @@ class GrownBranch(nn.Module):
         added = self.net(chunk if self.chunk else x)
         if self.scale != 1.0:
             added = self.scale * added
-        return added - self.residual * chunk if self.residual else added
+        total: Tensor = added - self.residual * chunk if self.residual else added
+        return total
 
 
 class GrownBlock(nn.Module):
@@ -63,13 +64,12 @@ class SharedHidden(nn.Module):
 
     def __init__(self, nets: list[nn.Sequential]) -> None:
         super().__init__()
-        firsts = [net[0] for net in nets]
-        spatial = firsts[0].weight.dim() - 2
-        weight = torch.cat([first.weight.detach().flatten(1) for first in firsts])
-        bias = torch.cat([first.bias.detach() for first in firsts])
+        weights, biases = ([net[0].get_parameter(name).detach() for net in nets] for name in ("weight", "bias"))
+        spatial = weights[0].dim() - 2
+        weight, bias = torch.cat([one.flatten(1) for one in weights]), torch.cat(biases)
         self.first, self.act = linear(weight.t(), bias, spatial), nets[0][1]
         self.lasts = nn.ModuleList(net[2] for net in nets)
-        self.sizes = [len(first.bias) for first in firsts]
+        self.sizes = [len(one) for one in biases]
         self.dim = -1 - spatial
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -90,9 +90,9 @@ class GrownSite(nn.Module):
         self.shared = all(_is_perceptron(branch) for branch in branches) and len(branches) > 1 and _same_activation(branches)
         self.branches: nn.Module
         if self.shared:
-            self.branches = SharedHidden([branch.net for branch in branches])  # type: ignore[union-attr, misc]
+            self.branches = SharedHidden([branch.net for branch in branches])  # type: ignore[misc]  # _is_perceptron has looked
         else:
-            self.branches = nn.ModuleList(branch.net if _is_bare(branch) else branch for branch in branches)
+            self.branches = nn.ModuleList([_module_of(branch) for branch in branches])
         self.blocks = any(isinstance(branch, GrownBlock) for branch in branches)
         self.spans = _spans(self.bounds, width)
         self.whole = all(bounds == (0, width) for bounds in self.bounds)
@@ -166,6 +166,11 @@ def _is_bare(branch: GrownBranch | GrownBlock) -> bool:
     return isinstance(branch, GrownBranch) and not branch.chunk and branch.scale == 1.0 and not branch.residual
 
 
+def _module_of(branch: GrownBranch | GrownBlock) -> nn.Module:
+    """The net alone, where nothing is to be done around it."""
+    return branch.net if isinstance(branch, GrownBranch) and _is_bare(branch) else branch
+
+
 def _is_perceptron(branch: GrownBranch | GrownBlock) -> bool:
     if not _is_bare(branch):
         return False
@@ -176,7 +181,7 @@ def _is_perceptron(branch: GrownBranch | GrownBlock) -> bool:
 
 
 def _same_activation(branches: list[GrownBranch | GrownBlock]) -> bool:
-    return len({type(branch.net[1]) for branch in branches}) == 1  # type: ignore[union-attr, index]
+    return len({type(branch.net[1]) for branch in branches}) == 1  # type: ignore[index]  # _is_perceptron has looked
 
 
 def _spans(owned: list[tuple[int, int]], width: int) -> list[tuple[int, int, list[int]]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import CONFIGS, BlockBank, Blueprint, Geometry
+from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry
 from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
@@ -139,7 +139,7 @@ def _card(registry: SeedRegistry, branch: Branch) -> Card:
     if isinstance(bank, BlockBank):
         return card | {"block": True}
     kind = type(bank.blueprint)
-    target = "" if kind in CONFIGS.values() else f"{kind.__module__}:{kind.__qualname__}"
+    target = "" if kind in BLUEPRINTS.values() else f"{kind.__module__}:{kind.__qualname__}"
     settings = dataclasses.asdict(bank.blueprint)
     return card | {"target": target, "settings": settings, "geometry": dataclasses.asdict(geometry), "block": False}
 

@@ -61,6 +61,7 @@ def fold(module: nn.Module, terms: list[tuple[float, Linear]]) -> None:
         c += 0.0 if shift is None else alpha * shift
     changed = weight.double() @ m if type(module).__name__ == "Conv1D" else (m.t() @ weight.double().flatten(1)).view(weight.shape)
     bias = module.bias
+    assert bias is None or isinstance(bias, Tensor)
     shifted = c if bias is None else bias.double() @ m + c
     weight.copy_(changed)
     if isinstance(bias, Tensor):

@@ -122,7 +122,7 @@ def grown_in_graph(x: Tensor, number: int, awake: bool, due: bool, rooted: bool)
     elif due:
         site.health.copy_(_health(last, site))
     if (due and x.requires_grad) or rooted:
-        y = Watched.apply(y, site.probe)
+        y = Watched.apply(y, site.probe)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     return y if dim == -1 else y.movedim(-1, dim)
 
 
@@ -148,12 +148,14 @@ def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
             site.health.copy_(health.detach())
             site.power.copy_(power.detach() * site.alpha.square())  # α of this forward: the next one's may be there when it is read
             site.rows.fill_(x.numel() // x.shape[-1])
-    return y
+    blended: Tensor = y
+    return blended
 
 
 def _health(x: Tensor, site: GraphSite) -> Tensor:
     if not _takes(x, site):
-        return reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero)
+        measured: Tensor = reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero)
+        return measured
     from esper.kernels.telemetry import telemetry
 
     return telemetry(x, site.geometry.seeds, site.near_zero)

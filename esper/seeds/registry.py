@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Generator, nn
 
-from esper.blueprints import CONFIGS, Block, BlockBank, Blueprint, SlotBank
+from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, SlotBank
 from esper.flags import Flags
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
@@ -42,7 +42,7 @@ class SeedRegistry:
     ) -> None:
         self.model = model
         self.sites = sites
-        self.blueprints: dict[str, AnyBlueprint] = {name: config() for name, config in CONFIGS.items()}
+        self.blueprints: dict[str, AnyBlueprint] = {name: config() for name, config in BLUEPRINTS.items()}
         self.blueprints[blueprint.name] = blueprint
         self.default_blueprint = blueprint.name
         self.seed = seed

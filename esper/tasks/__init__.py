@@ -1,21 +1,15 @@
-"""Data sets (config group ``task``). Importing this needs torch alone; each task imports its source when built."""
+"""Data sets (config group ``task``). A task imports torch, and what its data are read with, when it is built."""
 
-from esper.tasks.base import Metric, Task
-from esper.tasks.cifar10 import Cifar10Config
-from esper.tasks.digits import DigitsConfig
-from esper.tasks.fashion_mnist import FashionMnistConfig
-from esper.tasks.folder import FolderConfig
-from esper.tasks.mnist1d import Mnist1dConfig
-from esper.tasks.own import task_of
-from esper.tasks.text import TextConfig
+from typing import TYPE_CHECKING
+
+from esper.lazy import names_of
+from esper.tasks.config import CONFIGS
+
+if TYPE_CHECKING:
+    from esper.tasks.base import Metric, Task
+    from esper.tasks.own import task_of
 
 __all__ = ["CONFIGS", "Metric", "Task", "task_of"]
 
-CONFIGS: dict[str, type] = {
-    "digits": DigitsConfig,
-    "mnist1d": Mnist1dConfig,
-    "fashion_mnist": FashionMnistConfig,
-    "cifar10": Cifar10Config,
-    "text": TextConfig,
-    "folder": FolderConfig,
-}
+_BASE = "esper.tasks.base"
+__getattr__ = names_of(__name__, {"Metric": _BASE, "Task": _BASE, "task_of": "esper.tasks.own"})

@@ -109,7 +109,7 @@ def digest_of(tensors: Sequence[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().numpy()).cast("B"))
+        digest.update(memoryview(tensor.contiguous().numpy().data).cast("B"))
     return digest.hexdigest()
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from esper.errors import UserError
-from esper.fields import setting
 from esper.tasks.base import Task
 from esper.tasks.classification import Samples, classification, divide
+from esper.tasks.config import Cifar10Config
 
 RECORD = 1 + 3 * 32 * 32
 """Bytes of one image: its label, then the red, green and blue planes, row by row."""
@@ -18,28 +17,17 @@ TRAIN = tuple(f"data_batch_{part}.bin" for part in range(1, 6))
 TEST = ("test_batch.bin",)
 
 
-@dataclass
-class Cifar10Config:
-    """45,000 / 2,500 / 2,500 images out of the five training files, and the 10,000 of the test file."""
+def build(config: Cifar10Config) -> Task:
+    """Read the six binary files.
 
-    name: str = "cifar10"
-    path: str = setting("data/cifar-10-batches-bin", help="folder of data_batch_1.bin … 5.bin and test_batch.bin")
-    split_seed: int = setting(0, low=0, help="decides which sample is in which set, whatever the run's seed")
-    train: int = setting(0, low=0, high=50000, unit="samples", help="training samples; 0 takes all that are left")
-    judge: int = setting(2500, low=10, high=50000, unit="samples", help="samples that gates are decided on")
-    validation: int = setting(2500, low=10, high=50000, unit="samples", help="samples of the curves")
-
-    def build(self) -> Task:
-        """Read the six binary files.
-
-        Raises:
-            UserError: a file that is absent (and how to get it) or no whole number of records long.
-        """
-        folder = Path(self.path).expanduser()
-        wanted = {"train": self.train, "judge": self.judge, "validation": self.validation}
-        sets = divide(self.name, read(folder, TRAIN), self.split_seed, wanted)
-        sets["test"] = read(folder, TEST)
-        return classification(self.name, sets, 10, "CIFAR-10, 32×32 colour")
+    Raises:
+        UserError: a file that is absent (and how to get it) or no whole number of records long.
+    """
+    folder = Path(config.path).expanduser()
+    wanted = {"train": config.train, "judge": config.judge, "validation": config.validation}
+    sets = divide(config.name, read(folder, TRAIN), config.split_seed, wanted)
+    sets["test"] = read(folder, TEST)
+    return classification(config.name, sets, 10, "CIFAR-10, 32×32 colour")
 
 
 def read(folder: Path, names: tuple[str, ...]) -> Samples:

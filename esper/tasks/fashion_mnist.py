@@ -5,43 +5,31 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.fields import setting
 from esper.tasks.base import Task
 from esper.tasks.classification import Samples, classification, divide
+from esper.tasks.config import FashionMnistConfig
 
 UNSIGNED_BYTE = 0x08
 """The idx format's code of the only type these files hold."""
 
 
-@dataclass
-class FashionMnistConfig:
-    """55,000 / 2,500 / 2,500 images out of the training files, and the 10,000 of the test files."""
+def build(config: FashionMnistConfig) -> Task:
+    """Read the four idx files.
 
-    name: str = "fashion_mnist"
-    path: str = setting("/usr/share/datasets/fashion-mnist", help="folder of the idx files, gzipped or not")
-    split_seed: int = setting(0, low=0, help="decides which sample is in which set, whatever the run's seed")
-    train: int = setting(0, low=0, high=60000, unit="samples", help="training samples; 0 takes all that are left")
-    judge: int = setting(2500, low=10, high=60000, unit="samples", help="samples that gates are decided on")
-    validation: int = setting(2500, low=10, high=60000, unit="samples", help="samples of the curves")
-
-    def build(self) -> Task:
-        """Read the four idx files.
-
-        Raises:
-            UserError: a file that is absent (with the install command), cut short or of another format.
-        """
-        folder = Path(self.path).expanduser()
-        wanted = {"train": self.train, "judge": self.judge, "validation": self.validation}
-        sets = divide(self.name, images(folder, "train"), self.split_seed, wanted)
-        sets["test"] = images(folder, "t10k")
-        return classification(self.name, sets, 10, "Fashion-MNIST, 28×28 grey")
+    Raises:
+        UserError: a file that is absent (with the install command), cut short or of another format.
+    """
+    folder = Path(config.path).expanduser()
+    wanted = {"train": config.train, "judge": config.judge, "validation": config.validation}
+    sets = divide(config.name, images(folder, "train"), config.split_seed, wanted)
+    sets["test"] = images(folder, "t10k")
+    return classification(config.name, sets, 10, "Fashion-MNIST, 28×28 grey")
 
 
 def images(folder: Path, which: str) -> Samples:

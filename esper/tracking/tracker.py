@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from esper.errors import TrackerError as TrackerError
 from esper.messages import Message, Telemetry
 from esper.tracking.run_info import RunInfo
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 
@@ -37,6 +38,8 @@ def rows(message: Telemetry) -> np.ndarray:
 
     Raises TrackerError for a codec that is not ``raw``: the bus decodes before it delivers.
     """
+    import numpy as np  # here, since the settings of the group tracking must not wait for it
+
     if message.codec != "raw":
         raise TrackerError(f"telemetry of site {message.site!r} came in codec {message.codec!r}, expected 'raw'")
     shape = (len(message.ticks), message.seeds, len(message.columns))

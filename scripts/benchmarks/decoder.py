@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esper import attach
-from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.blueprints import BLUEPRINTS
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.lifecycle import LifecycleConfig, Stage

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.blueprints import BLUEPRINTS
 from esper.engine.attach import attach
 from esper.engine.grow import Grow
 from esper.grafting import CONFIGS as STRATEGIES

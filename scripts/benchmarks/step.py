@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from esper.blueprints import CONFIGS as BLUEPRINTS
+from esper.blueprints import BLUEPRINTS
 from esper.engine.attach import attach
 from esper.engine.grow import Grow
 from esper.engine.port import NullPort
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
-from esper.hosts.cnn import CNNConfig
+from esper.hosts.config import CNNConfig
 from esper.lifecycle import LifecycleConfig, Stage
 from esper.messages import Germinate
 from esper.seeds import TelemetryConfig

@@ -45,6 +45,10 @@ MISTAKES = [
     ["-m", "seed=0,1", "trainer.device=cuda"],
     ["hydra.job.chdir=true"],
     ["tracking.uri=http://me:secret@host"],
+    ["model.width=0"],
+    ["task.judge=few"],
+    ["blueprint.hidden=0"],
+    ["grafting.ramp=slow"],
 ]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.blueprints import CONFIGS, GLU, MLP, Affine, Block, Blueprint, Conv, Geometry, LowRank
+from esper.blueprints import BLUEPRINTS, GLU, MLP, Affine, Block, Blueprint, Conv, Geometry, LowRank
 
 FLAT = Geometry(10, 3, positions=4)
 IMAGE = Geometry(7, 2, dim=1, spatial=2, positions=20)
@@ -65,9 +65,9 @@ def test_conv_counts_as_separable_convolution_does(field: str, seed: int):
 
 
 @pytest.mark.parametrize("silent", [True, False])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "block"])
+@pytest.mark.parametrize("name", [name for name in BLUEPRINTS if name != "block"])
 def test_a_silent_start_gives_exactly_nothing_and_an_ordinary_one_something(name: str, silent: bool):
-    blueprint = CONFIGS[name]()
+    blueprint = BLUEPRINTS[name]()
     geometry = IMAGE if blueprint.spatial else FLAT
     values = blueprint.initialise(blueprint.reads(geometry, 4), 4, geometry, torch.Generator().manual_seed(0), silent=silent)
     stacked = {key: value.unsqueeze(0) for key, value in values.items()}

@@ -1,134 +1,200 @@
-"""Every file under conf/ against the dataclass it configures, and every pair of options against each other."""
+"""Every option of every group as the dataclass that it is, every file under conf/ as Hydra composes it, and how the two meet."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Collection, Iterator
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
 import pytest
 import yaml
 
+from esper.app import main
 from esper.cli import conf
-from esper.cli.compose import compose, from_hydra, register_resolvers
-from esper.compare.sweep.arms import arm_keys
-from esper.config import GROUPS, PRESETS, RootConfig, config_hash, options
+from esper.cli.compose import compose, option, prepare_hydra
+from esper.compare.sweep.arms import set_by
+from esper.config import GROUPS, PRESETS, RootConfig, config_hash, defaults, options, plain, structure
 from esper.errors import UserError
+from esper.hosts import base as host_base
+from esper.hosts import config as host_config
 
-#: Values that a file sets otherwise than its dataclass, on purpose: the file's whole point.
-NARROW = {("grafting", "grad_norm_narrow"), ("grafting", "stability_narrow")}
-DELIBERATE = {("lifecycle", "reference"), ("model", "mlp_32"), ("optimizer", "sgd"), *NARROW}
-
-FILES = [(group, name) for group in GROUPS for name in conf.options(group)]
-
-
-def defaults_of(kind: type) -> dict[str, Any]:
-    return dataclasses.asdict(kind())
+OPTIONS = [(group, name) for group in GROUPS for name in options(group)]
+FILES = [(group, name) for group in GROUPS for name in conf.options(group) if conf.has_file(group, name)]
+PRESET_FILES = [(preset, name) for preset in PRESETS for name in conf.options(preset)]
 
 
-@pytest.mark.parametrize(("group", "name"), FILES, ids=[f"{group}-{name}" for group, name in FILES])
-def test_a_file_has_the_keys_types_and_defaults_of_its_dataclass(group: str, name: str) -> None:
-    written = yaml.safe_load((conf.folder() / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    kind = options(group)[written["name"]]
-    expected = {**defaults_of(kind), "name": written["name"]}
-    assert list(written) == list(expected)
-    if (group, name) not in DELIBERATE:
-        assert written == expected
-        assert [type(value) for value in written.values()] == [type(value) for value in expected.values()]
+@pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{group}-{name}" for group, name in OPTIONS])
+def test_an_option_is_a_dataclass_whose_defaults_pass_its_own_checks(group: str, name: str) -> None:
+    kind = options(group)[name]
+    values = defaults(kind, name)
+    assert next(iter(values)) == "name"
+    assert structure(kind, values, group) == dataclasses.replace(kind(), name=name)
+    assert all(field.metadata.get("help") for field in dataclasses.fields(kind) if field.name not in ("name", "looks"))
+
+
+def test_what_hydra_composes_without_a_word_is_what_the_dataclasses_say() -> None:
+    composed = plain(compose([]))
+    for group, name in conf.defaults().items():
+        assert composed[group] == defaults(options(group)[name], name)
+    assert composed["name"] == "mlp-digits"
+    assert {key: composed[key] for key in ("seed", "tags", "output", "resume")} == {
+        "seed": 0,
+        "tags": [],
+        "output": "outputs",
+        "resume": "",
+    }
+
+
+def test_a_file_holds_nothing_that_its_dataclass_says_already() -> None:
+    """A file makes an option where some values differ; what they do not differ in stays with the dataclass."""
+    assert FILES == [
+        ("lifecycle", "reference"),
+        ("grafting", "grad_norm_narrow"),
+        ("grafting", "stability_narrow"),
+        ("optimizer", "sgd"),
+    ]
+    for group, name in FILES:
+        written = yaml.safe_load((conf.folder() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+        values = option(group, name)
+        base = defaults(options(group)[values["name"]], written["defaults"][0])
+        changed = {key: value for key, value in written.items() if key != "defaults"}
+        assert values == base | changed and list(values) == list(base)
+        assert all(base[key] != value for key, value in changed.items())
+
+
+def test_every_option_that_is_no_file_is_one_that_hydra_knows() -> None:
+    for group, name in OPTIONS:
+        if group in ("model", "grafting", "kernel"):  # one composition each; the others are registered by the same loop
+            assert option(group, name) == defaults(options(group)[name], name)
 
 
 def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() -> None:
-    files = sorted((conf.folder() / "sweep").glob("*/*.yaml"))
-    assert [path.relative_to(conf.folder() / "sweep").as_posix() for path in files] == ["tracking/csv.yaml", "tracking/mlflow.yaml"]
-    for path in files:
-        single = (conf.folder() / "tracking" / path.name).read_text(encoding="utf-8").splitlines()[1:]
-        pairs = zip(single, path.read_text(encoding="utf-8").splitlines()[1:], strict=True)
-        assert {one.partition(":")[0] for one, other in pairs if one != other} <= {"figures", "model", "system_s"}
+    written = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (conf.folder() / "sweep").glob("*/*.yaml")}
+    changed = {name: {key: value for key, value in tree.items() if key != "defaults"} for name, tree in written.items()}
+    assert changed == {"csv": {"figures": False}, "mlflow": {"figures": False, "model": False, "system_s": 0.0}}
 
 
-@pytest.mark.parametrize("group", list(conf.groups()))
-def test_every_option_that_a_package_offers_has_a_file(group: str) -> None:
-    if group not in PRESETS:
-        assert set(options(group)) <= set(conf.options(group))
-
-
-def test_the_root_file_has_the_keys_and_defaults_of_the_root() -> None:
-    root = RootConfig()
-    for key, value in conf.root_keys().items():
-        assert key == "name" or getattr(root, key) == value
+def test_every_group_has_a_default_and_every_key_of_the_root_a_place() -> None:
+    assert set(conf.defaults()) == set(GROUPS)
     names = {field.name for field in dataclasses.fields(RootConfig)}
     assert set(conf.root_keys()) | set(GROUPS) | set(PRESETS) == names
 
 
-def test_every_group_has_a_default() -> None:
-    assert set(conf.defaults()) == set(GROUPS)
+def test_the_words_of_a_setting_are_those_that_the_code_has_functions_for() -> None:
+    from esper.blueprints import base as blueprint_base
+    from esper.blueprints import config as blueprint_config
+    from esper.blueprints.catalogue import BLUEPRINTS
+    from esper.grafting import CONFIGS as GRAFTING
+    from esper.grafting import STRATEGIES
+
+    assert tuple(host_base.ACTIVATIONS) == host_config.ACTIVATIONS
+    assert tuple(blueprint_base.ACTIVATIONS) == blueprint_config.ACTIVATIONS
+    assert list(BLUEPRINTS) == list(blueprint_config.CONFIGS)
+    assert all(issubclass(BLUEPRINTS[name], settings) for name, settings in blueprint_config.CONFIGS.items())
+    assert list(GRAFTING) == list(STRATEGIES) and all(GRAFTING[name] is STRATEGIES[name].config for name in GRAFTING)
 
 
-@pytest.fixture(scope="module")
-def composer() -> Iterator[Any]:
-    register_resolvers()
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "0b4ff680"),
+        (["lifecycle=reference"], "7232e1ea"),
+        (["optimizer=sgd"], "3bd38ea5"),
+        (["grafting=stability_narrow"], "eaf5b49a"),
+        (["experiment=ab_objective"], "ede35a12"),
+        (["arm=scratch"], "8c790c92"),
+        (["debug=tiny"], "68ae705b"),
+    ],
+)
+def test_a_configuration_keeps_its_hash_by_which_older_runs_are_found(words: list[str], expected: str) -> None:
+    assert config_hash(compose(words)).startswith(expected)
+
+
+#: Preset's file -> every dotted key and every group that it sets, those of the files that it takes in included.
+SETS = {(preset, name): list(set_by(name, [conf.folder() / preset])) for preset, name in PRESET_FILES}
+
+#: What is refused in words: these studies are about one host.
+REFUSED = {(f"ab_{what}", "model.width", host) for what in ("grafting", "objective", "receptive_field") for host in ("cnn", "custom")}
+
+
+@pytest.mark.parametrize(("preset", "name"), PRESET_FILES, ids=[f"{preset}-{name}" for preset, name in PRESET_FILES])
+def test_a_preset_composes_and_fits_every_option_that_may_stand_beside_it(preset: str, name: str) -> None:
+    """One composition a file; its keys are then looked up in the dataclass of every option that it does not choose itself."""
+    config = compose([f"{preset}={name}"])
+    assert getattr(config, preset) == name and len(config_hash(config)) == 64
+    chosen, tree = {key for key in SETS[preset, name] if key in GROUPS}, plain(config)
+    for key in SETS[preset, name]:
+        group, _, leaf = key.partition(".")
+        if not leaf or group not in GROUPS:
+            continue
+        value = tree[group][leaf.partition(".")[0]]
+        for other in {tree[group]["name"]} if group in chosen else options(group):
+            if (name, key, other) not in REFUSED:
+                structure(options(group)[other], {"name": other, leaf.partition(".")[0]: value}, group)
+
+
+def test_presets_compose_together() -> None:
+    """Each file of a kind once beside one of the other kinds; what each sets fits every option (the test above)."""
+    kinds = {preset: conf.options(preset) for preset in PRESETS}
+    for number in range(max(map(len, kinds.values()))):
+        row = {preset: names[number % len(names)] for preset, names in kinds.items()}
+        config = compose([f"{preset}={name}" for preset, name in row.items()])
+        assert {preset: getattr(config, preset) for preset in PRESETS} == row
+
+
+def test_an_option_without_a_key_that_a_preset_sets_is_refused_in_words() -> None:
+    with pytest.raises(UserError, match=r"^experiment=ab_objective sets model\.width, and model=cnn has no such key: leave model out"):
+        compose(["experiment=ab_objective", "model=cnn"])
+
+
+def test_an_option_may_be_built_on_another_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "wide.yaml").write_text("# A wide one\ndefaults: [mlp, _self_]\nwidth: 32\n")
+    words = ["--config-dir", str(tmp_path)]
+    assert main([*words, "--help", "model=wide"]) == 0
+    assert capsys.readouterr().out.startswith("model=wide: A wide one\n  model.width=32\n      features of every hidden layer")
+    (tmp_path / "model" / "mlp.yaml").write_text("width: 32\n")
+    assert main([*words, "seed=1"]) == 2
+    assert "model/mlp.yaml has the name of an option that esper has" in capsys.readouterr().err
+    conf.forget()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_help_explains_every_key_of_a_group(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", group]) == 0
+    told = capsys.readouterr().out
+    for name in conf.options(group):
+        assert f"  {name}" in told
+    chosen = conf.defaults()[group]
+    for key in defaults(options(group)[chosen], chosen):
+        assert key == "name" or f"  {group}.{key}=" in told
+
+
+def test_help_of_an_option_that_is_not_there_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help", "grafting=liner"]) == 2
+    assert "choose adaptive, custom, drift" in capsys.readouterr().err
+
+
+def test_help_imports_neither_torch_nor_hydra() -> None:
+    program = "from esper.app import main; main(['--help']); main(['--help', 'model'])"
+    program += "; import sys; print({'torch', 'hydra'} & {*sys.modules})"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "set()"
+
+
+def test_hydra_may_be_prepared_again_and_again() -> None:
+    prepare_hydra()
+    prepare_hydra()
     with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3"):
-        yield lambda words: hydra.compose("config", words)
+        tree: Any = hydra.compose("config")
+    assert tree.model.name == "mlp" and tree.trainer.steps == 2000
 
 
 #: Arm -> the groups that its file chooses; choosing them on the command line too is refused (docs/comparing.md).
-CHOSEN_BY_ARM = {
-    name: [key for key in arm_keys(yaml.safe_load((conf.folder() / "arm" / f"{name}.yaml").read_text()) or {}) if key in GROUPS]
-    for name in conf.options("arm")
-}
-Option = tuple[str, str]
-
-
-def possible(options_chosen: Collection[Option]) -> bool:
-    """Whether no option is chosen for a group that the arm chooses."""
-    taken = [group for kind, name in options_chosen if kind == "arm" for group in CHOSEN_BY_ARM.get(name, [])]
-    return not any(group in taken for group, _ in options_chosen)
-
-
-def all_pairs(choices: dict[str, list[str]]) -> list[dict[str, str]]:
-    """Few combinations in which any two options of any two groups meet, but for what an arm excludes (greedy covering array)."""
-    options_of = [[(group, name) for name in names] for group, names in choices.items()]
-    pairs = (pair for two in itertools.combinations(options_of, 2) for pair in itertools.product(*two))
-    missing = {frozenset(pair) for pair in pairs if possible(pair)}
-    rows = []
-    while missing:
-        row = dict(sorted(min(missing, key=sorted)))
-        for group, names in choices.items():
-            fitting = [name for name in names if group not in row and possible([*row.items(), (group, name)])]
-            if fitting:
-                met = {name: sum(frozenset([(group, name), pair]) in missing for pair in row.items()) for name in fitting}
-                row[group] = max(met, key=lambda name: met[name])
-        missing -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
-        rows.append(row)
-    return rows
-
-
-def test_all_pairs_meets_every_pair() -> None:
-    rows = all_pairs({"a": ["1", "2", "3"], "b": ["1", "2"], "c": ["1", "2"]})
-    assert {(row["a"], row["b"]) for row in rows} == set(itertools.product("123", "12"))
-    assert {(row["b"], row["c"]) for row in rows} == set(itertools.product("12", "12"))
-    assert len(rows) < 12
-
-
-def test_any_two_options_compose_and_validate(composer: Any) -> None:
-    """Of all groups and of all presets, each composed by Hydra as it would be from the command line."""
-    choices = {group: names for group, names in conf.groups().items() if names}
-    assert set(choices) == {*GROUPS, *PRESETS}
-    for row in all_pairs(dict(sorted(choices.items(), key=lambda item: -len(item[1])))):
-        tree = composer([f"{group}='{name}'" for group, name in row.items()])
-        config = from_hydra(tree, tree_choices(row))
-        assert {preset: getattr(config, preset) for preset in PRESETS if preset in row} == tree_choices(row)
-        for group in row.keys() - {*PRESETS}:
-            written = yaml.safe_load((conf.folder() / group / f"{row[group]}.yaml").read_text(encoding="utf-8"))
-            assert getattr(config, group).name == written["name"]
-        assert len(config_hash(config)) == 64
-
-
-def tree_choices(row: dict[str, str]) -> dict[str, str]:
-    """The presets of a combination."""
-    return {preset: row[preset] for preset in PRESETS if preset in row}
+CHOSEN_BY_ARM = {name: [key for key in SETS["arm", name] if key in GROUPS] for name in conf.options("arm")}
 
 
 @pytest.mark.parametrize(("arm", "group"), [(arm, group) for arm, groups in CHOSEN_BY_ARM.items() for group in groups])

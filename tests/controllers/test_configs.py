@@ -4,28 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from esper.controllers import CONFIGS, Controller
 from esper.controllers.base import command_id
 from esper.errors import UserError
 from esper.messages import Message
-
-CONF = Path(__file__).parents[2] / "conf" / "controller"
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_yaml_holds_the_defaults_of_the_dataclass(name):
-    given = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    assert given == OmegaConf.to_container(OmegaConf.structured(CONFIGS[name]))
-    assert next(iter(given)) == "name"
-
-
-def test_every_controller_has_a_yaml():
-    assert {path.stem for path in CONF.glob("*.yaml")} == {*CONFIGS, "custom"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,7 +16,7 @@ from esper.errors import UserError
 from esper.grafting import CustomStrategy
 from esper.lifecycle import Stage
 from esper.tasks import task_of
-from esper.tasks.folder import FolderConfig
+from esper.tasks.config import FolderConfig
 from esper.trainer.config import TrainerConfig
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

@@ -253,7 +253,7 @@ def spoiled(which: str) -> Any:
 
 @pytest.mark.parametrize("which", SETS)
 def test_nan_in_the_data_is_named_by_its_set(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("esper.tasks.digits.DigitsConfig.build", lambda self: spoiled(which))
+    monkeypatch.setattr("esper.tasks.config.DigitsConfig.build", lambda self: spoiled(which))
     if which == "train":
         with pytest.raises(UserError, match=r"rolled back.*loss is nan.*data"):
             start(tmp_path)

