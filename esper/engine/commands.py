@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.tick import Advance
 from esper.engine.transaction import Before
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.errors import UserError
 from esper.grafting import hand_over
 from esper.lifecycle import GATES, Stage
@@ -87,11 +87,11 @@ def _without_own(part: Command, batch: Command) -> Command:
 class Executor:
     """Applies one command at a time at a tick boundary: all of it or nothing, but for an ApplyEach, whose parts are on their own."""
 
-    def __init__(self, life: Life, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
-        self.life = life
+    def __init__(self, transitions: Transitions, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
+        self.transitions = transitions
         self.gates = gates
         self.advance = advance
-        self.registry = life.registry
+        self.registry = transitions.registry
         self.rows_of = rows_of
         self.refusals: dict[str, int] = {}
 
@@ -107,7 +107,7 @@ class Executor:
         return "applied", ""
 
     def _one(self, command: Command, tick: int) -> None:
-        self._do_all(self._plan(command, self.life.machine.trial(), tick), command.id)
+        self._do_all(self._plan(command, self.transitions.machine.trial(), tick), command.id)
 
     def _each(self, batch: ApplyEach, tick: int) -> tuple[str, str]:
         """Every command of a batch for itself: how it ended as a whole, and which were refused for what."""
@@ -130,9 +130,9 @@ class Executor:
 
     def _do_all(self, actions: list[Action], command: str) -> None:
         """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
-        before = Before(self.life, [action.row for action in actions])
+        before = Before(self.transitions, [action.row for action in actions])
         try:
-            with self.life.together():
+            with self.transitions.together():
                 for action in actions:
                     self._do(action, f"command {command}")
         except BaseException as error:
@@ -156,8 +156,8 @@ class Executor:
             case Cancel():
                 return [self._move(row, Stage.CANCELLED, trial, tick) for row in self._select(command.select, trial)]
             case ChangeStrategy():
-                if command.strategy not in self.life.strategies:
-                    raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
+                if command.strategy not in self.transitions.strategies:
+                    raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.transitions.strategies)}")
                 rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
                 return [Action("strategy", row, strategy=command.strategy) for row in rows]
             case PauseGrafting() | ResumeGrafting():
@@ -173,8 +173,8 @@ class Executor:
         reason = trial.refusal(row, Stage.GERMINATED) or self.registry.misfit(row, blueprint)
         if self.advance.loss.diverging:
             reason = "the training loss is not finite, so nothing germinates until it is again"
-        if reason is None and command.strategy and command.strategy not in self.life.strategies:
-            reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}"
+        if reason is None and command.strategy and command.strategy not in self.transitions.strategies:
+            reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.transitions.strategies)}"
         if reason is not None:
             raise Refused(reason)
         trial.apply(row, Stage.GERMINATED, "")
@@ -256,9 +256,9 @@ class Executor:
     def _do(self, action: Action, cause: str) -> None:
         table, branch = self.registry.table, self.registry.branch_at(action.row)
         if action.kind == "germinate":
-            self.life.germinate(action.row, action.blueprint, action.strategy, cause)
+            self.transitions.germinate(action.row, action.blueprint, action.strategy, cause)
         elif action.kind == "move":
-            self.life.move(action.row, action.target, cause)
+            self.transitions.move(action.row, action.target, cause)
         elif action.kind == "pause":
             table.paused[action.row] = action.paused
         else:

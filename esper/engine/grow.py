@@ -37,7 +37,7 @@ from esper.engine.stopwatch import Stopwatch
 from esper.engine.supported_models import refuse_reentrant
 from esper.engine.telemetry import Observer
 from esper.engine.tick import Advance
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.engine.weight_averages import Follower
 from esper.grafting import GraftingConfig, signals_of
 from esper.kernels import MISMATCH
@@ -91,21 +91,21 @@ class Grow:
         self.clock = Stopwatch()
         self.replay = DropoutReplay(registry.model)
         self.signal = LossSignal()
-        life, lifecycle = settings.lifecycle, settings.ages
-        self.machine = Machine(registry.table, lifecycle, life.reseed, life.training_slots)
-        self.objective = Objective(life.objective, registry, loss, self.replay, self.meter)
-        self.life = Life(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
+        config, ages = settings.lifecycle, settings.ages
+        self.machine = Machine(registry.table, ages, config.reseed, config.training_slots)
+        self.objective = Objective(config.objective, registry, loss, self.replay, self.meter)
+        self.transitions = Transitions(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
         self.device = next(iter(host_parameters(registry.model).values())).device
         self.judge = None if judge is None else Judge(registry, judge_loss or loss, judge, self.device, self.meter)
-        self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
-        self.gates = Gatekeeper(life, registry, self.judge, self.objective, self.signal, self.guard, self.port)
-        self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
+        self.guard = Guard(self.transitions, self.judge if config.guard else None, self.signal, config.significance, ages.judge_every)
+        self.gates = Gatekeeper(config, registry, self.judge, self.objective, self.signal, self.guard, self.port)
+        self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.transitions.strategies.items()}
         self.faults = Faults(registry, self.port, self.gates.said, settings.debug)
-        self.advance = Advance(life, lifecycle, registry, self.life, self.gates, self.guard, self.signal, self.faults)
+        self.advance = Advance(config, ages, registry, self.transitions, self.gates, self.guard, self.signal, self.faults)
         self.readings = Readings(self.device)
         self.branch_optimizer = BranchOptimizer(registry, settings.learning, self.readings)
         self.observer = Observer(registry, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
-        self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
+        self.executor = Executor(self.transitions, self.gates, self.advance, self.observer.row)
         self._scale = 1.0
         self._last_batch: Any = None
         self.followers: list[Follower] = []
@@ -250,7 +250,7 @@ class Grow:
 
     def _boundary(self) -> None:
         self.tick_number += 1
-        self.life.tick = self.tick_number
+        self.transitions.tick = self.tick_number
         self.gates.say_diverging(self.tick_number)
         self._collect_failures()
         self._publish_kernel_alerts()
@@ -280,8 +280,8 @@ class Grow:
             raised |= take_errors(layer.plan)
         self._post_failures()
         rates, self.rates = self.rates, {}
-        rates.update({branch: 1.0 for branch in self.objective.failed})
-        rates.update({branch: 1.0 for branch in self.branch_optimizer.failures})
+        rates.update(dict.fromkeys(self.objective.failed, 1.0))
+        rates.update(dict.fromkeys(self.branch_optimizer.failures, 1.0))
         scaled = "" if self._scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self._scale:g}"
         for branch in self.branch_optimizer.failures:
             self.advance.trouble[branch] = f"its gradient was not finite{scaled if branch in self.branch_optimizer.scaled else ''}"
@@ -327,7 +327,7 @@ class Grow:
             return
         model = self.registry.model
         for branch in self.registry.in_stage(Stage.GRAFTING):
-            if "counterfactual" not in signals_of(self.life.strategies[branch.strategy]):
+            if "counterfactual" not in signals_of(self.transitions.strategies[branch.strategy]):
                 continue
             with self.clock.timing("judge"), torch.no_grad(), untouched_buffers(model), self.observer.silent():
                 on = self._measured_loss()

@@ -75,7 +75,7 @@ def _shape(entry: Any) -> str:
 
 def grow_state(grow: Grow) -> Tree:
     """Everything that seeds, branches and their lives depend on, by reference."""
-    life, advance = grow.life, grow.advance
+    advance = grow.advance
     grow.readings.arrive()
     return {
         "topology": topology(grow),
@@ -85,7 +85,7 @@ def grow_state(grow: Grow) -> Tree:
         "plans": [[[group.forwards, group.failures] for group in layer.plan] for layer in grow.registry.layers],
         "objective": grow.objective.state(),
         "signal": grow.signal.state(),
-        "counts": dict(life.counts),
+        "counts": dict(grow.transitions.counts),
         "guard": grow.guard.state(),
         "metric": advance.metric,
         "averages": {str(branch): list(values) for branch, values in advance.weights.averages.items()},
@@ -127,7 +127,7 @@ def fitting() -> Iterator[None]:
 
 
 def _load_grow(grow: Grow, state: Tree) -> None:
-    grow.tick_number = grow.life.tick = int(state["tick"])
+    grow.tick_number = grow.transitions.tick = int(state["tick"])
     grow.steps = int(state["step"])
     grow.registry.load(state["garden"])
     for layer, counters in zip(grow.registry.layers, state["plans"], strict=True):
@@ -136,7 +136,7 @@ def _load_grow(grow: Grow, state: Tree) -> None:
             group.failures.copy_(failures)
     grow.objective.load(state["objective"])
     grow.signal.load(state["signal"])
-    grow.life.counts = {name: int(state["counts"][name]) for name in grow.life.counts}
+    grow.transitions.counts = {name: int(state["counts"][name]) for name in grow.transitions.counts}
     device = next(iter(host_parameters(grow.registry.model).values())).device
     grow.guard.load(state["guard"], device)
     grow.advance.metric = state["metric"]

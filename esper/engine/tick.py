@@ -8,7 +8,7 @@ from esper.engine.exceptions import Faults
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.signals import LossSignal, WeightAverages
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.grafting import STRATEGY_NAMES, GraftingContext, signals_of, step_many
 from esper.grafting.base import MAX_ERROR_RATE
 from esper.grafting.custom import CustomStrategy
@@ -38,7 +38,7 @@ class Advance:
         config: LifecycleConfig,
         ages: Ages,
         registry: SeedRegistry,
-        life: Life,
+        transitions: Transitions,
         gates: Gatekeeper,
         guard: Guard,
         loss: LossSignal,
@@ -47,7 +47,7 @@ class Advance:
         self.config = config
         self.ages = ages
         self.registry = registry
-        self.life = life
+        self.transitions = transitions
         self.gates = gates
         self.guard = guard
         self.loss = loss
@@ -61,9 +61,9 @@ class Advance:
 
     def begin(self) -> None:
         """What comes first at a tick: every seed is one tick older, fades and ramps go on."""
-        self.life.machine.advance()
+        self.transitions.machine.advance()
         ramped = set() if self.loss.diverging else self._ramp()
-        self.registry.set_alphas(self.life.fade(self.ages.fade) | ramped)
+        self.registry.set_alphas(self.transitions.fade(self.ages.fade) | ramped)
 
     def finish(self, tick: int) -> None:
         """What comes after the commands: failing and harmful seeds go, gates open, ages run out, waiting seeds get their slots."""
@@ -89,7 +89,7 @@ class Advance:
         table = self.registry.branches
         ids = [branch.id for branch in branches]
         index = torch.tensor([STRATEGY_NAMES.index(branch.strategy) for branch in branches])
-        out = step_many(index, self.life.strategies, table.grafting[ids], self.context(branches))
+        out = step_many(index, self.transitions.strategies, table.grafting[ids], self.context(branches))
         self._note_raised(branches)
         table.alpha[ids] = out.alpha
         table.grafting[ids] = out.state
@@ -101,12 +101,12 @@ class Advance:
 
     def _note_raised(self, branches: list[Branch]) -> None:
         """Count an exception of a rule of the user's on the branches that it blends."""
-        for name, config in self.life.strategies.items():
+        for name, config in self.transitions.strategies.items():
             if isinstance(config, CustomStrategy) and config.error is not None:
                 error, config.error = config.error, None
                 blended = [branch for branch in branches if branch.strategy == name]
                 rule = f"grafting rule {type(config.rule).__name__}"
-                self.trouble |= self.faults.note(dict.fromkeys((branch.id for branch in blended), error), self.life.tick, rule)
+                self.trouble |= self.faults.note(dict.fromkeys((branch.id for branch in blended), error), self.transitions.tick, rule)
 
     def say_given_up(self, branches: list[Branch]) -> None:
         """One alert a strategy that gave these up though they themselves did not fail."""
@@ -117,14 +117,16 @@ class Advance:
             text = f"grafting strategy {strategy} {GAVE_UP}; to CULLED: {', '.join(names)}{more}"
             one = len(mine) == 1
             site, seed = (self.registry.sites[mine[0].site].name, mine[0].seed) if one else ("", -1)
-            self.life.port.emit(Alert(tick=self.life.tick, level="error", code="strategy_gave_up", text=text, site=site, seed=seed))
+            self.transitions.port.emit(
+                Alert(tick=self.transitions.tick, level="error", code="strategy_gave_up", text=text, site=site, seed=seed)
+            )
 
     def context(self, branches: list[Branch]) -> GraftingContext:
         """The signals of these branches at this tick."""
         n = len(branches)
-        configs = [self.life.strategies[branch.strategy] for branch in branches]
+        configs = [self.transitions.strategies[branch.strategy] for branch in branches]
         rows = [branch.row for branch in branches]
-        asks_drift = [b for b in branches if "drift" in signals_of(self.life.strategies[b.strategy])]
+        asks_drift = [b for b in branches if "drift" in signals_of(self.transitions.strategies[b.strategy])]
         drift = torch.zeros(n)
         if asks_drift:
             values = self.weights.drift(self.registry, asks_drift)
@@ -159,7 +161,7 @@ class Advance:
                 continue
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
             self.registry.table.errors[branch.row] += 1
-            self.life.move(branch.row, target, cause)
+            self.transitions.move(branch.row, target, cause)
 
     def _open_gates(self, tick: int) -> None:
         table = self.registry.table
@@ -167,25 +169,25 @@ class Advance:
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
         for branch in due:
             if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):
-                self.life.move(branch.row, FORWARD[branch.stage], "gate passed")
+                self.transitions.move(branch.row, FORWARD[branch.stage], "gate passed")
         looking = [b for b in looking if int(table.age[b.row]) >= int(table.next_look[b.row])]
         for branch, passed in zip(looking, self.gates.look(looking, tick), strict=True):
             if passed:
-                self.life.move(branch.row, FORWARD[branch.stage], f"gain {branch.gain:.4g}, bound {branch.bound:.4g}")
+                self.transitions.move(branch.row, FORWARD[branch.stage], f"gain {branch.gain:.4g}, bound {branch.bound:.4g}")
             elif branch.id in self.gates.diverged:
-                self.life.move(branch.row, Stage.ROLLED_BACK, "judged: the loss is not finite")
+                self.transitions.move(branch.row, Stage.ROLLED_BACK, "judged: the loss is not finite")
             else:
                 table.next_look[branch.row] = table.age[branch.row] + self.ages.judge_every
 
     def _end_outlived(self) -> None:
-        for row, target in self.life.machine.outlived():
+        for row, target in self.transitions.machine.outlived():
             source = self.registry.table.stage_of(row)
             gone = source in BLENDED or source in (Stage.GERMINATED, Stage.TRAINING)
             cause = f"{source.name} reached its maximum age" if gone else "rest is over"
-            self.life.move(row, target, cause)
+            self.transitions.move(row, target, cause)
 
     def _promote(self) -> None:
         """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
         for branch in [] if self.loss.diverging else self.registry.in_stage(Stage.GERMINATED):
-            if self.life.machine.refusal(branch.row, Stage.TRAINING) is None:
-                self.life.move(branch.row, Stage.TRAINING, "a training slot is free")
+            if self.transitions.machine.refusal(branch.row, Stage.TRAINING) is None:
+                self.transitions.move(branch.row, Stage.TRAINING, "a training slot is free")

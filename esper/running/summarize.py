@@ -34,7 +34,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
         ticks=grow.tick_number,
         steps=outcome.steps,
         metrics={"final": outcome.final, "best": outcome.best},
-        seeds=dict(grow.life.counts),  # type: ignore[typeddict-item]
+        seeds=dict(grow.transitions.counts),  # type: ignore[typeddict-item]
         branches=grow.observer.branch_cards(),  # type: ignore[typeddict-item]
         gates=gates,  # type: ignore[typeddict-item]
         refusals=dict(grow.executor.refusals),

@@ -125,13 +125,13 @@ class Governor:
         Raises UserError, with a report, when this happens again and again.
         """
         grow = self.grow
-        tick = grow.life.tick = grow.tick_number + 1
+        tick = grow.transitions.tick = grow.tick_number + 1
         for branch in self._culprits(batch):
             anomaly.culprits.append(self._remove(branch, anomaly))
         if self.snapshot is not None:
             self.snapshot.restore(grow.registry.model, grow.optimizer, grow.registry)
             grow.signal.load(self._signal)
-            grow.life.leaving.clear()
+            grow.transitions.leaving.clear()
             grow.guard.returned(self.snapshot.tick)
         grow.forget_step()  # the forwards that looked for a culprit too
         self.bad = dict.fromkeys(self.bands, 0)
@@ -213,9 +213,9 @@ class Governor:
         site = grow.registry.sites[branch.site].name
         name = f"branch {branch.id} ({branch.blueprint}) of seed {branch.seed} at {site}"
         if branch.stage is Stage.CULLED:
-            grow.life.drop(branch)
+            grow.transitions.drop(branch)
         elif refusal(branch.stage, Stage.ROLLED_BACK) is None:
-            grow.life.move(branch.row, Stage.ROLLED_BACK, f"governor: {anomaly.what}")
+            grow.transitions.move(branch.row, Stage.ROLLED_BACK, f"governor: {anomaly.what}")
         else:
             name += f", which stays because it is {branch.stage.name}"
         grow.registry.touch(branch.site)

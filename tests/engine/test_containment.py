@@ -42,7 +42,7 @@ def brought_to(stage: Stage, host: str = "mlp", **settings: Any) -> tuple[Loop, 
     loop.port.script = {1: [germinate(site.name, seed) for seed in range(min(2, site.geometry.seeds))]}
     branch = loop.until(S.EVALUATING if stage is S.CULLED else stage, most=150)
     if stage is S.CULLED:
-        loop.grow.life.move(branch.row, S.CULLED, "as a gate would")
+        loop.grow.transitions.move(branch.row, S.CULLED, "as a gate would")
         loop.grow.registry.refresh()
     loop.step()
     return loop, branch

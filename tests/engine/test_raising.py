@@ -218,12 +218,12 @@ def test_a_controller_that_raises_loses_that_decision_and_is_dismissed_when_it_r
     decider = Decider(range(1, 3))
     grow, optimizer = controlled(decider)
     run(grow, optimizer, 8)
-    assert grow.life.counts["germinated"] == 1, "two exceptions cost two decisions, no more"
+    assert grow.transitions.counts["germinated"] == 1, "two exceptions cost two decisions, no more"
     assert len([record for record in caplog.records if record.exc_info]) == 1
     again = Decider(range(1, 100))
     grow, optimizer = controlled(again)
     run(grow, optimizer, 8)
-    assert again.asked == REPEATED and grow.life.counts["germinated"] == 0
+    assert again.asked == REPEATED and grow.transitions.counts["germinated"] == 0
     state = json.loads(json.dumps(grow.port.runner.state()))
     fresh = Contained(Decider(range(0)))
     fresh.load_state(state)

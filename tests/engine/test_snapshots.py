@@ -60,7 +60,7 @@ def test_a_rollback_restores_host_optimizer_and_the_other_branches(host: str, bl
     assert [stage for stage, _ in loop.grow.registry.branches[0].path][-1] == "ROLLED_BACK"
     loop.run(8)
     assert [stage for stage, _ in loop.grow.registry.branches[0].path][-1] == "DORMANT"
-    assert loop.grow.life.counts["rolled_back"] == 1
+    assert loop.grow.transitions.counts["rolled_back"] == 1
 
 
 def test_a_branch_that_is_not_blended_is_rolled_back_alone():

@@ -20,7 +20,7 @@ from esper.checkpoint.tree import Still
 from esper.engine.judging.judge import Judge, lower_bound
 from esper.engine.signals import LossSignal
 from esper.engine.snapshot import Snapshot
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.lifecycle import Stage, spent
 from esper.messages import Alert
 from esper.seeds import Branch
@@ -63,9 +63,9 @@ def worse(now: Tensor, then: Tensor, error: float) -> bool:
 class Guard:
     """Watches the blended branches of one registry, every ``every`` ticks. Without a judge it only keeps what a rollback returns to."""
 
-    def __init__(self, life: Life, judge: Judge | None, signal: LossSignal, significance: float, every: int) -> None:
-        self.life = life
-        self.registry = life.registry
+    def __init__(self, transitions: Transitions, judge: Judge | None, signal: LossSignal, significance: float, every: int) -> None:
+        self.transitions = transitions
+        self.registry = transitions.registry
         self.judge = judge
         self.signal = signal
         self.significance = significance
@@ -89,11 +89,11 @@ class Guard:
             branch = self._blamed(harmful, now)
             sound = self.sound[branch.id]
             risen = f"{_mean(sound.losses):.4g} without it at tick {sound.tick} to {_mean(now):.4g} with it"
-            self.life.move(branch.row, Stage.ROLLED_BACK, f"slow harm: the judge set's loss went from {risen}")
+            self.transitions.move(branch.row, Stage.ROLLED_BACK, f"slow harm: the judge set's loss went from {risen}")
 
     def settle(self, tick: int) -> None:
         """Return the host where it is worse without the branches that have just gone than it was before their blending."""
-        leaving, self.life.leaving = self.life.leaving, []
+        leaving, self.transitions.leaving = self.transitions.leaving, []
         for branch in (self.registry.branches[number] for number in leaving):
             sound = self.sound.pop(branch.id, None)
             if sound is not None:
@@ -185,14 +185,14 @@ class Guard:
         best = self._best(sound, now, gone, tick)
         if best is None:
             return
-        self.life.drop(branch)
+        self.transitions.drop(branch)
         self.registry.touch(branch.site)
         self.signal.load(best.signal)
         self.returned(best.snapshot.tick)
         self.on_return()
         site = self.registry.sites[branch.site].name
         text = f"without branch {branch.id} the host is worse than it was before; back to the state of tick {best.snapshot.tick}"
-        self.life.port.emit(Alert(tick=tick, level="warning", code="host_returned", text=text, site=site, seed=branch.seed))
+        self.transitions.port.emit(Alert(tick=tick, level="warning", code="host_returned", text=text, site=site, seed=branch.seed))
 
     def _is_why(self, branch: Branch, sound: Sound, now: Tensor) -> bool:
         """Whether a branch that went may be why the host is worse than before: not where the host merely overfits.
@@ -229,11 +229,11 @@ class Guard:
         self.calm, self.lowest = None, self.signal.fast if math.isfinite(self.signal.fast) else math.inf
 
     def _restore(self, kept: Kept) -> None:
-        kept.snapshot.restore(self.registry.model, self.life.optimizer, self.registry)
+        kept.snapshot.restore(self.registry.model, self.transitions.optimizer, self.registry)
 
     def _keep(self, tick: int) -> Kept | None:
         """The present state, or None where it is not sound."""
-        taken = Snapshot(self.registry.model, self.life.optimizer, self.registry, tick)
+        taken = Snapshot(self.registry.model, self.transitions.optimizer, self.registry, tick)
         return Kept(taken, self.signal.state()) if taken.healthy else None
 
     def _youngest(self) -> Kept | None:

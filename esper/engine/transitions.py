@@ -19,7 +19,7 @@ from esper.messages import Transition
 from esper.seeds import Branch, SeedRegistry
 
 
-class Life:
+class Transitions:
     """Moves seeds between stages: the machine says whether, this does what follows from it, the port hears of it.
 
     ``leaving`` are the blended branches that have been culled or rolled back at this tick: the guard settles what becomes of the host.
