@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import esper
-from esper.checkpoint.hashes import Written, map_bytes, read_bytes, write_bytes
+from esper.checkpoint.files import Written, fsync_folder, map_bytes, parse_tensors, read_bytes, write_bytes, write_tensors
 from esper.checkpoint.schema import SCHEMA, manifest_of_today, state_of_today
-from esper.checkpoint.tensor_files import fsync_folder, parse_tensors, write_tensors
 from esper.checkpoint.tree import join, split
 from esper.errors import UserError
 
@@ -127,7 +126,7 @@ def _typed(manifest: dict[str, Any]) -> bool:
 def read(path: Path) -> tuple[Checkpoint, Any]:
     """(description, state). Raises UserError for a checkpoint that is damaged, truncated, foreign or newer.
 
-    The tensors lie in the file's own memory (``pieces.map_bytes``): whoever keeps some takes ``tree.kept`` of them.
+    The tensors lie in the file's own memory (``files.map_bytes``): whoever keeps some takes ``tree.kept`` of them.
     """
     checkpoint = read_manifest(path)
     try:
@@ -142,7 +141,7 @@ def read(path: Path) -> tuple[Checkpoint, Any]:
 
 def newest(folder: Path) -> tuple[Checkpoint, Any, list[str]] | None:
     """The newest checkpoint that is whole, with why newer ones were passed over; None where there is none."""
-    refusals = []
+    refusals: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             return (*read(path), refusals)

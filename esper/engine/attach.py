@@ -20,8 +20,7 @@ from esper.engine.grow import Grow, GrowSettings
 from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.engine.learning.learning_rate import HostRate
 from esper.engine.learning.losses import as_tensor_loss, probing
-from esper.engine.local_controller import controlled_port, remind
-from esper.engine.port import Port
+from esper.engine.port import Port, controlled_port, remind
 from esper.engine.supported_models import fit
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esper.checkpoint import store
 from esper.checkpoint.tree import kept
-from esper.engine.local_controller import memory_of
+from esper.engine.port import memory_of
 from esper.engine.state import Tree, grow_state
 from esper.errors import UserError
 from esper.seeds.layer import ATTRIBUTE, Attached

@@ -20,6 +20,7 @@ from esper.checkpoint import store
 from esper.checkpoint.tree import join, split
 from esper.engine.attached_state import attached_state, read_state, take_over
 from esper.engine.commands import Executor
+from esper.engine.costs import Meter, Stopwatch
 from esper.engine.device_readings import Readings
 from esper.engine.exceptions import Faults
 from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
@@ -29,11 +30,9 @@ from esper.engine.judging.judge import Judge, LossFunction
 from esper.engine.learning.branch_optimizer import PATIENCE, BranchLearning, BranchOptimizer
 from esper.engine.learning.learning_rate import HostRate
 from esper.engine.learning.objectives import Objective
-from esper.engine.macs import Meter
 from esper.engine.port import NullPort, Port
 from esper.engine.signals import LossSignal
 from esper.engine.state import load_grow, topology
-from esper.engine.stopwatch import Stopwatch
 from esper.engine.supported_models import refuse_reentrant
 from esper.engine.telemetry import Observer
 from esper.engine.tick import Advance

@@ -9,9 +9,9 @@ last good snapshot. Neither the tick count nor the data order goes back, so the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from esper.lifecycle import Stage
 from esper.lifecycle.transitions import refusal
 from esper.messages import Alert
 from esper.seeds import Branch
-from esper.trainer.culprit_search import fewest
 from esper.trainer.robust_bands import Band
 
 JUMP = 100.0
@@ -255,3 +254,23 @@ def _bands() -> dict[str, Band]:
         "update": Band(spreads=10.0, factor=30.0),
         "activation": Band(spreads=10.0, factor=30.0),
     }
+
+
+Item = TypeVar("Item")
+
+
+def fewest(items: Sequence[Item], usual_without: Callable[[Sequence[Item]], bool], off: Sequence[Item] = ()) -> list[Item]:
+    """Of ``items`` the fewest without which all is usual, where it is without all of them and not without ``off`` alone.
+
+    ``usual_without(some)`` costs a forward. One among n is found in at most two for each halving of n, several in as many each; where any
+    of several would do, that is named which comes first.
+    """
+    if len(items) <= 1:
+        return list(items)
+    middle = (len(items) + 1) // 2
+    first, second = items[:middle], items[middle:]
+    for half in (first, second):
+        if usual_without([*off, *half]):
+            return fewest(half, usual_without, off)
+    of_second = fewest(second, usual_without, [*off, *first])
+    return [*fewest(first, usual_without, [*off, *of_second]), *of_second]

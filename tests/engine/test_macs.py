@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.blueprints import Affine, Conv
 from esper.engine.attach import attach
-from esper.engine.macs import Meter
+from esper.engine.costs import Meter
 from esper.lifecycle import Stage
 
 S = Stage

@@ -12,10 +12,10 @@ from torch import nn
 
 from esper.blueprints import Geometry
 from esper.engine.attach import attach
+from esper.engine.costs import Stopwatch
 from esper.engine.extra_passes import shapes_of, to_device
 from esper.engine.port import NullPort
 from esper.engine.signals import LossSignal
-from esper.engine.stopwatch import Stopwatch
 from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS

@@ -1,11 +1,13 @@
-"""Training MACs: multiply-accumulates of every pass, counted from the shapes of its matrix products and convolutions.
+"""The costs of a run: multiply-accumulates (MACs) of every pass, and seconds by activity.
 
+MACs are counted from the shapes of matrix products and convolutions.
 A pass of one kind, structure and batch shape always costs the same, so each is counted once, by torch's own counter of
 floating-point operations, and added up from then on. Additions, norms and activations are not counted.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -88,3 +90,30 @@ class Meter:
     def cost(self, kind: str, key: Hashable) -> int:
         """MACs of one pass that was counted before."""
         return self._known[(kind, key)]
+
+
+class Stopwatch:
+    """Seconds by name since it was made; ``total`` is all of them."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    def go_on(self, seconds: dict[str, float]) -> None:
+        """Count on from what an earlier life of the run measured, ``total`` among it."""
+        self.seconds = {name: float(value) for name, value in seconds.items() if name != "total"}
+        self._began = time.perf_counter() - float(seconds["total"])
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add what happens inside to ``name``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
