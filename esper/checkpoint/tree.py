@@ -7,11 +7,15 @@ either direction, so reading a state can build nothing but these.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from esper.errors import UserError
 
 TENSOR, FLOAT = "$tensor", "$float"
 
@@ -45,6 +49,20 @@ def kept(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: kept(value) for key, value in tree.items()}
     return [kept(value) for value in tree] if isinstance(tree, list) else tree
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Within: a state that is not built as ours are is refused in words; whole files hold only what was written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"The saved state cannot be taken over: {reason}; it is of something else, made by another version of esper or tampered with."
+        ) from error
 
 
 def _split(tree: Any, path: str, tensors: dict[str, Tensor], copy: bool) -> Any:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
-from esper.engine.tick import Advance
+from esper.engine.measurements import Measured
 from esper.engine.transaction import Before
 from esper.engine.transitions import Transitions
 from esper.errors import UserError
@@ -59,6 +60,7 @@ class Action:
     paused: bool = False
 
 
+NOTHING_MEASURED = Measured()
 MOST = 1000
 """Commands in one batch: more of them would keep a tick's end waiting, and a message that carries them small."""
 
@@ -87,34 +89,39 @@ def _without_own(part: Command, batch: Command) -> Command:
 class Executor:
     """Applies one command at a time at a tick boundary: all of it or nothing, but for an ApplyEach, whose parts are on their own."""
 
-    def __init__(self, transitions: Transitions, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
+    def __init__(
+        self, transitions: Transitions, gates: Gatekeeper, signals: GraftingSignals, rows_of: Callable[[int], list[float]]
+    ) -> None:
         self.transitions = transitions
         self.gates = gates
-        self.advance = advance
+        self.signals = signals
         self.registry = transitions.registry
         self.rows_of = rows_of
         self.refusals: dict[str, int] = {}
 
-    def apply(self, command: Command, tick: int) -> tuple[str, str]:
-        """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over."""
+    def apply(self, command: Command, tick: int, measured: Measured = NOTHING_MEASURED) -> tuple[str, str]:
+        """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over.
+
+        ``measured`` at this tick is what a strategy sees that takes over a branch.
+        """
         try:
             with global_draws_kept():  # a blueprint of the user's may draw its start values from there
                 if isinstance(command, ApplyEach):
-                    return self._each(command, tick)
-                self._one(command, tick)
+                    return self._each(command, tick, measured)
+                self._one(command, tick, measured)
         except Refused as refused:
             return "refused", self._counted(refused)
         return "applied", ""
 
-    def _one(self, command: Command, tick: int) -> None:
-        self._do_all(self._plan(command, self.transitions.machine.trial(), tick), command.id)
+    def _one(self, command: Command, tick: int, measured: Measured) -> None:
+        self._do_all(self._plan(command, self.transitions.machine.trial(), tick), command.id, measured)
 
-    def _each(self, batch: ApplyEach, tick: int) -> tuple[str, str]:
+    def _each(self, batch: ApplyEach, tick: int, measured: Measured) -> tuple[str, str]:
         """Every command of a batch for itself: how it ended as a whole, and which were refused for what."""
         parts, refusals = _parts(batch), []
         for part in parts:
             try:
-                self._one(_without_own(part, batch), tick)
+                self._one(_without_own(part, batch), tick, measured)
             except Refused as refused:
                 refusals.append(f"'{part.id}': {self._counted(refused)}")
         if not refusals:
@@ -128,13 +135,21 @@ class Executor:
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
         return reason
 
-    def _do_all(self, actions: list[Action], command: str) -> None:
+    def state(self) -> dict[str, int]:
+        """The refusals, for a checkpoint."""
+        return dict(self.refusals)
+
+    def load(self, state: dict[str, int]) -> None:
+        """Take over a saved state."""
+        self.refusals = dict(state)
+
+    def _do_all(self, actions: list[Action], command: str, measured: Measured) -> None:
         """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
         before = Before(self.transitions, [action.row for action in actions])
         try:
             with self.transitions.together():
                 for action in actions:
-                    self._do(action, f"command {command}")
+                    self._do(action, f"command {command}", measured)
         except BaseException as error:
             before.restore()
             if isinstance(error, UserError):
@@ -171,7 +186,7 @@ class Executor:
             raise Refused(self._no_such_seed(command.site, command.seed))
         blueprint = command.blueprint or self.registry.default_blueprint
         reason = trial.refusal(row, Stage.GERMINATED) or self.registry.misfit(row, blueprint)
-        if self.advance.loss.diverging:
+        if self.signals.loss.diverging:
             reason = "the training loss is not finite, so nothing germinates until it is again"
         if reason is None and command.strategy and command.strategy not in self.transitions.strategies:
             reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.transitions.strategies)}"
@@ -186,9 +201,9 @@ class Executor:
         reason = trial.refusal(row, target)
         branch = self.registry.branch_at(row)
         source = trial.stage_of(row)
-        if reason is None and (source, target) in GATES:
-            if branch is None or branch.stage is not source or not self.gates.ask(branch, target, tick):
-                reason = f"the gate '{GATES[(source, target)]}' before {target.name} is not open"
+        gate = None if reason is not None else GATES.get((source, target))
+        if gate is not None and (branch is None or branch.stage is not source or not self.gates.ask(branch, target, tick)):
+            reason = f"the gate '{gate}' before {target.name} is not open"
         if reason is not None:
             raise Refused(reason)
         trial.apply(row, target, "")
@@ -253,7 +268,7 @@ class Executor:
 
     # --- doing ---
 
-    def _do(self, action: Action, cause: str) -> None:
+    def _do(self, action: Action, cause: str, measured: Measured) -> None:
         table, branch = self.registry.table, self.registry.branch_at(action.row)
         if action.kind == "germinate":
             self.transitions.germinate(action.row, action.blueprint, action.strategy, cause)
@@ -265,10 +280,10 @@ class Executor:
             assert action.kind == "strategy" and branch is not None
             branch.strategy = action.strategy
             if branch.stage is Stage.GRAFTING:
-                self._hand_over(branch.id)
+                self._hand_over(branch.id, measured)
 
-    def _hand_over(self, branch: int) -> None:
+    def _hand_over(self, branch: int, measured: Measured) -> None:
         branches = self.registry.branches
-        context = self.advance.context([branches[branch]])
+        context = self.signals.context([branches[branch]], measured)
         rows = context.paused | True
         branches.grafting[branch] = hand_over(branches.grafting[[branch]], rows, context)[0]

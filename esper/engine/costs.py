@@ -91,6 +91,14 @@ class Meter:
         """MACs of one pass that was counted before."""
         return self._known[(kind, key)]
 
+    def state(self) -> dict[str, int]:
+        """MACs by kind of pass, for a checkpoint."""
+        return dict(self.spent)
+
+    def load(self, state: dict[str, int]) -> None:
+        """Take over a saved state."""
+        self.spent = {name: int(macs) for name, macs in state.items()}
+
 
 class Stopwatch:
     """Seconds by name since it was made; ``total`` is all of them."""
@@ -104,8 +112,12 @@ class Stopwatch:
         """Seconds since the start."""
         return time.perf_counter() - self._began
 
-    def go_on(self, seconds: dict[str, float]) -> None:
-        """Count on from what an earlier life of the run measured, ``total`` among it."""
+    def state(self) -> dict[str, float]:
+        """Seconds by name, with ``total``, for a checkpoint."""
+        return {**self.seconds, "total": self.total}
+
+    def load(self, seconds: dict[str, float]) -> None:
+        """Count on from a saved state."""
         self.seconds = {name: float(value) for name, value in seconds.items() if name != "total"}
         self._began = time.perf_counter() - float(seconds["total"])
 

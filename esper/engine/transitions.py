@@ -132,6 +132,14 @@ class Transitions:
                 self.drop(branch)
         return sites
 
+    def state(self) -> dict[str, int]:
+        """The counts of transitions, for a checkpoint."""
+        return dict(self.counts)
+
+    def load(self, state: dict[str, int]) -> None:
+        """Take over a saved state."""
+        self.counts = {name: int(state[name]) for name in self.counts}
+
     def _say(self, row: int, branch: Branch | None, source: Stage, target: Stage, cause: str) -> None:
         registry = self.registry
         site, seed = registry.sites[registry.site_of(row)].name, registry.seed_of(row)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.engine.attached_state import HostAlone, forgive_seeds
 from esper.engine.extra_passes import host_parameters
+from esper.engine.saved_state import HostAlone, forgive_seeds
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site

@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from esper import Grow, attach
-from esper.engine.attached_state import forgive_seeds, grown_in, keep_in, plain
+from esper.engine.saved_state import forgive_seeds
 from esper.errors import UserError
+from esper.integrations.checkpoints import grown_in, keep_in, plain
 
 
 class GrowCallback(Callback):

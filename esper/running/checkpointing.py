@@ -16,7 +16,6 @@ from esper.checkpoint import store
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.store import Checkpoint, Copy
 from esper.config import RootConfig
-from esper.engine.state import trainer_state
 from esper.errors import Preempted
 from esper.lifecycle.duration import parse
 from esper.running.provenance import origin
@@ -82,7 +81,7 @@ class Keeper:
                 messages.Checkpoint(tick=trainer.grow.tick_number, path="", digest="")
             )  # for the controller to keep its own state here
         state: dict[str, Any] = {
-            "trainer": trainer_state(trainer),
+            "trainer": trainer.state(),
             "controller": json.dumps(self.runner.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),

@@ -21,9 +21,9 @@ from esper.bus.protocol import Bus
 from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.bus.trainer.bus_port import BusPort, ControllerSilent
 from esper.bus.trainer.command_inbox import CONTROLLER
+from esper.checkpoint.tree import fitting
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
-from esper.engine.state import fitting
 from esper.errors import UserError
 from esper.messages import COLUMNS, Alert, Message
 from esper.running.builders import build_controller

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from esper.checkpoint.tree import fitting
 from esper.config import RootConfig
-from esper.engine.state import fitting
 from esper.running.builders import build_controller
 from esper.running.provenance import unknown_origin
 

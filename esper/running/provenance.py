@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import esper
-from esper.engine.state import fitting
+from esper.checkpoint.tree import fitting
 from esper.errors import UserError
 from esper.running.environment import computing
 from esper.tasks.base import Task

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from esper.checkpoint import store
+from esper.checkpoint.tree import fitting
 from esper.cli.terminal import Sentence
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash, listing
-from esper.engine.state import fitting
 from esper.errors import UserError
 from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary

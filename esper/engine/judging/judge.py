@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.checkpoint.tree import kept
 from esper.engine.costs import Meter
 from esper.engine.extra_passes import drawing_alike, shapes_of, to_device, untouched_buffers
 from esper.seeds import Branch, SeedRegistry
@@ -92,6 +93,16 @@ class Judge:
         with self.registry.without(*without):
             return self._losses()
 
+    def state(self) -> dict[str, Any]:
+        """The remembered batches; none of them where one is of a kind of the user's own: the judge gathers others."""
+        packed = [_packed(batch) for batch in self.recent]
+        return {"recent": [] if None in packed else packed}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Remember the batches of a saved state; a state of esper's own trainer has none, since that can build them again."""
+        for batch in kept(state.get("recent", [])):
+            self.remember(_unpacked(batch, device))
+
     def _losses(self) -> Tensor:
         model = self.registry.model
         norms = [module for module in model.modules() if _has_statistics(module) and module.training]
@@ -139,6 +150,26 @@ class Judge:
 
 def _has_statistics(module: nn.Module) -> bool:
     return getattr(module, "running_mean", None) is not None
+
+
+def _packed(batch: Any) -> Any:
+    """The batch with its kinds of containers told, None for one that could not be built again."""
+    if batch is None or isinstance(batch, (Tensor, str, int, float)):
+        return ["value", batch]
+    kind = "list" if type(batch) is list else "tuple" if type(batch) is tuple else "dict" if isinstance(batch, Mapping) else ""
+    parts = dict(batch) if kind == "dict" else dict(enumerate(batch)) if kind else {}
+    packed = {str(key): _packed(part) for key, part in parts.items()}
+    if not kind or None in packed.values() or (kind == "dict" and not all(isinstance(key, str) for key in parts)):
+        return None
+    return [kind, packed]
+
+
+def _unpacked(packed: Any, device: Any) -> Any:
+    kind, held = packed
+    if kind == "value":
+        return held.to(device) if isinstance(held, Tensor) else held
+    parts = {key: _unpacked(part, device) for key, part in held.items()}
+    return parts if kind == "dict" else tuple(parts.values()) if kind == "tuple" else list(parts.values())
 
 
 @functools.lru_cache(maxsize=256)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,18 @@ class BranchOptimizer:
             for branch, place in zip(part.branches, part.places, strict=True):
                 if self._note_one(branch, values[place], scaled):
                     part.take_back(branch)
+
+    def state(self) -> dict[str, Any]:
+        """Failures and norms by branch, for a checkpoint; moments and steps are in the banks."""
+        return {
+            "failures": {str(branch): count for branch, count in self.failures.items()},
+            "norms": {str(branch): norm for branch, norm in self.norms.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
+        self.norms = {int(branch): float(norm) for branch, norm in state["norms"].items()}
 
     def clear(self) -> None:
         """Drop every gradient of every branch."""
