@@ -158,7 +158,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Written:
     text += b" " * (-len(text) % 8)
     content: Content = [
         len(text).to_bytes(8, "little") + text,
-        *(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) for _, tensor in ordered if tensor.numel()),
+        *(tensor.reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered if tensor.numel()),
     ]
     return write_bytes(path, content)
 

@@ -160,7 +160,8 @@ def _blueprint(blueprint: str | AnyBlueprint) -> AnyBlueprint:
         return blueprint
     if blueprint not in BLUEPRINTS:
         raise UserError(f"There is no blueprint '{blueprint}'; there are {', '.join(BLUEPRINTS)}.")
-    return BLUEPRINTS[blueprint]()
+    made: AnyBlueprint = BLUEPRINTS[blueprint]()
+    return made
 
 
 def _strategy(grafting: str | GraftingConfig | Rule) -> GraftingConfig:

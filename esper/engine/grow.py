@@ -212,7 +212,7 @@ class Grow:
             return
         known = [loss for loss in losses if not isinstance(loss, Tensor)]
         there = [loss for loss in losses if isinstance(loss, Tensor)]
-        self.readings.post(there, lambda values: self.signal.update(sum(float(value) for value in (*known, *values)) / len(losses)))
+        self.readings.post(there, lambda values: self.signal.update(sum([*(float(loss) for loss in known), *(float(value) for value in values)]) / len(losses)))
 
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""

@@ -97,7 +97,8 @@ class HostAlone(Attached):
     @classmethod
     def on(cls, model: nn.Module) -> RemovableHandle:
         """From now until the handle is removed, ``model.state_dict()`` is the host's alone."""
-        return model.register_state_dict_post_hook(cls())
+        handle: RemovableHandle = model.register_state_dict_post_hook(cls())  # type: ignore[no-untyped-call]  # torch annotates neither
+        return handle
 
     def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for name in state.keys() - host_alone(state).keys():
@@ -109,6 +110,10 @@ def host_alone(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if f"{ATTRIBUTE}." not in name}
 
 
-def forgive_seeds(model: nn.Module, keys: Any) -> None:
-    """A hook for after ``load_state_dict``: what the seeds hold comes apart from the host's tensors, so it is not missed."""
+def expect_host_alone(model: nn.Module) -> None:
+    """From now on ``model.load_state_dict()`` misses no tensor of the seeds: they come apart from the host's."""
+    model.register_load_state_dict_post_hook(_forgive_seeds)  # type: ignore[no-untyped-call]  # torch annotates neither
+
+
+def _forgive_seeds(model: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if f"{ATTRIBUTE}." not in name]

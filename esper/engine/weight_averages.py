@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
 from esper.engine.extra_passes import host_parameters
-from esper.engine.saved_state import HostAlone, forgive_seeds
+from esper.engine.saved_state import HostAlone, expect_host_alone
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
@@ -44,8 +44,8 @@ class Follower:
         self.layers = [self._layer(site) for site in registry.sites]
         self._banks: list[Any] = [None] * len(registry.sites)
         self._plans: list[Any] = [[]] * len(registry.sites)
-        averaged.register_state_dict_post_hook(HostAlone())  # what grew is saved with the grown, and fits no fresh copy
-        averaged.register_load_state_dict_post_hook(forgive_seeds)
+        HostAlone.on(averaged)  # what grew is saved with the grown, and fits no fresh copy
+        expect_host_alone(averaged)
         self.sync()
         for number, values in (known or {}).items():
             _put(self._values(registry.branches[int(number)]), values)

@@ -7,13 +7,15 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils import deterministic as filling
+import torch.utils.deterministic
 
 from esper.errors import UserError
 from esper.trainer.config import NO_GPU, NO_HALF, TrainerConfig
 
+filling: Any = torch.utils.deterministic  # whose setting is a property that type checkers do not see
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

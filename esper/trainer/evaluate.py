@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,5 +40,5 @@ class Repeated:
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Any]:
         return self._batches.epoch()

@@ -22,7 +22,7 @@ def fingerprint(weights: Mapping[str, Tensor], history: Iterable[tuple[int, str,
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         _text(digest, f"{name} {tensor.dtype!s} {tuple(tensor.shape)}")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     for tick, name, value in history:
         _text(digest, name)
         digest.update(struct.pack("<qd", tick, value))

@@ -237,7 +237,7 @@ class Trainer:
             number = step * self.config.accumulate + micro
             batch = self._batch(number)
             loss = self.loss(self.compiled, batch).mean()
-            self._scaled(loss / self.config.accumulate).backward()
+            torch.autograd.backward(self._scaled(loss / self.config.accumulate))
             losses.append(loss.detach())
             self.grow.after_backward(batch, losses[-1])
         norm = self._gradient_norm()
@@ -346,14 +346,17 @@ def _refuse_sparse(host: nn.Module) -> None:
     for name, module in host.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UserError(
-                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it with "
-                "sparse=False, or grow it in a loop of your own with esper.attach."
+                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it "
+                "with sparse=False, or grow it in a loop of your own with esper.attach."
             )
 
 
 def _average(decay: float, model: nn.Module) -> AveragedModel | None:
     """An exponential moving average of weights and norm statistics, none for a decay of 0."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    if not decay:
+        return None
+    moved = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+    return AveragedModel(model, multi_avg_fn=moved, use_buffers=True)
 
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -158,11 +158,11 @@ class BranchOptimizer:
 
         def each(scalars: Tensor) -> list[Tensor]:
             """A factor a branch, shaped for each of its tensors."""
-            parts = zip(rows, scalars.split([len(part.values[0]) for part in rows]), strict=True)
+            parts = zip(rows, torch.split(scalars, [len(part.values[0]) for part in rows]), strict=True)
             return [_shaped(scalar, tensor) for part, scalar in parts for tensor in part.values]
 
         if learning.clip > 0.0:
-            gradients = torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)))
+            gradients = list(torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0))))
         torch._foreach_mul_(first, beta1 if moving is None else each(torch.where(moving, beta1, 1.0)))
         torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
         torch._foreach_mul_(second, beta2 if moving is None else each(torch.where(moving, beta2, 1.0)))
