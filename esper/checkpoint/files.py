@@ -69,7 +69,7 @@ def write_bytes(path: Path, content: Content) -> Written:
 
 
 def read_bytes(path: Path, stated: Written) -> bytes:
-    """A file that is no more than what was written. Raises ValueError for any other."""
+    """The bytes of a file that is exactly as written. Raises ValueError for any other."""
     with path.open("rb") as file:
         _refuse_size(path, os.fstat(file.fileno()).st_size, stated)
         content = file.read()
@@ -80,8 +80,8 @@ def read_bytes(path: Path, stated: Written) -> bytes:
 def map_bytes(path: Path, stated: Written) -> memoryview:
     """The same for a large file: its bytes where the system keeps them, checked on all cores and copied nowhere.
 
-    Writing to them changes the memory and not the file. Whoever keeps some for longer than a moment copies them: what is
-    written over the file afterwards may show, and a file cut short ends the process.
+    Writing to them changes the memory and not the file. Copy bytes that are kept for longer than a moment: a later
+    write to the file may show in them, and a file cut short ends the process.
     """
     with path.open("rb") as file:
         _refuse_size(path, os.fstat(file.fileno()).st_size, stated)

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of has versions; older ones are brought to today's, one version after the other.
+"""The versions of a checkpoint's form; older checkpoints are upgraded on reading, one version after the other.
 
 Raising ``SCHEMA`` takes an entry in ``UPGRADES`` for the version before and a sample of it in ``tests/checkpoint/samples``.
 """
@@ -20,7 +20,7 @@ def _unchanged(tree: Tree) -> Tree:
 
 @dataclass(frozen=True)
 class Upgrade:
-    """From one version to the next: what the manifest says, and what the state holds. Neither changes what it is given."""
+    """The step from one version to the next, for manifest and state. Neither function changes its argument."""
 
     manifest: Callable[[Tree], Tree] = _unchanged
     state: Callable[[Tree], Tree] = _unchanged

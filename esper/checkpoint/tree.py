@@ -34,7 +34,7 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree again. Raises ValueError when a tensor is missing or left over, or a value is not what ``split`` makes."""
+    """The tree again. Raises ValueError when a tensor is missing or left over, or a value cannot come from ``split``."""
     left = dict(tensors)
     tree = _join(plain, left)
     if left:
@@ -43,7 +43,7 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def kept(tree: Any) -> Any:
-    """The tree with copies of its tensors, for whoever keeps them: those that were read lie in the file's own memory."""
+    """The tree with copies of its tensors, to be kept: tensors that were read lie in the file's own memory."""
     if isinstance(tree, Tensor):
         return tree.clone()
     if isinstance(tree, dict):
@@ -53,7 +53,7 @@ def kept(tree: Any) -> Any:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Within: a state that is not built as ours are is refused in words; whole files hold only what was written."""
+    """Within: a state of another form is refused in words, instead of by the first error on the way."""
     try:
         yield
     except UserError:

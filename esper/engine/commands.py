@@ -1,4 +1,4 @@
-"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done."""
+"""Commands from the bus: each is planned first, by a trial over the table of seeds; only an allowed plan is carried out."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Executor:
     def apply(self, command: Command, tick: int, measured: Measured = NOTHING_MEASURED) -> tuple[str, str]:
         """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over.
 
-        ``measured`` at this tick is what a strategy sees that takes over a branch.
+        A strategy that takes over a branch sees the measurements of this tick.
         """
         try:
             with global_draws_kept():  # a blueprint of the user's may draw its start values from there
@@ -117,7 +117,7 @@ class Executor:
         self._do_all(self._plan(command, self.transitions.machine.trial(), tick), command.id, measured)
 
     def _each(self, batch: ApplyEach, tick: int, measured: Measured) -> tuple[str, str]:
-        """Every command of a batch for itself: how it ended as a whole, and which were refused for what."""
+        """Apply every command of a batch on its own; the status of the whole, and the reason of each refusal."""
         parts, refusals = _parts(batch), []
         for part in parts:
             try:
@@ -144,7 +144,7 @@ class Executor:
         self.refusals = dict(state)
 
     def _do_all(self, actions: list[Action], command: str, measured: Measured) -> None:
-        """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
+        """Every action or none: after an exception all of them are undone. A UserError is a refusal."""
         before = Before(self.transitions, [action.row for action in actions])
         try:
             with self.transitions.together():

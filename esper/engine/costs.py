@@ -54,7 +54,7 @@ class Meter:
 
     @contextmanager
     def counting(self, kind: str, key: Hashable) -> Iterator[None]:
-        """Add what happens inside, counting it the first time a key is seen."""
+        """Add the MACs of the passes inside; they are counted the first time a key is seen."""
         if (kind, key) in self._known:
             yield
         else:
@@ -65,7 +65,7 @@ class Meter:
 
     @contextmanager
     def learning(self, kind: str, key: Hashable) -> Iterator[None]:
-        """Count what happens inside for later, without adding it."""
+        """Count the MACs of the passes inside for later, without adding them."""
         with self._counter() as counter:
             yield
         self._known[(kind, key)] = counter.get_total_flops() // 2
@@ -123,7 +123,7 @@ class Stopwatch:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Add what happens inside to ``name``."""
+        """Add the time spent inside to ``name``."""
         began = time.perf_counter()
         try:
             yield

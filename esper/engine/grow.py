@@ -164,7 +164,7 @@ class Grow:
                 self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
 
     def set_aside(self) -> None:
-        """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, from whoever clips the model's before it.
+        """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, out of clipping before the tick.
 
         ``after_backward`` does it; call it yourself, right after the backward pass, only where you clip before you call that.
         """
@@ -172,7 +172,7 @@ class Grow:
             self.objective.set_aside(parameter for layer in self.registry.layers for parameter in layer.parameters())
 
     def tick(self, metric: Tensor | float | None = None) -> bool:
-        """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of what ``after_backward`` was given.
+        """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of the losses given to ``after_backward``.
 
         Returns whether this was a tick. A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
         """
@@ -212,7 +212,10 @@ class Grow:
             return
         known = [loss for loss in losses if not isinstance(loss, Tensor)]
         there = [loss for loss in losses if isinstance(loss, Tensor)]
-        self.readings.post(there, lambda values: self.signal.update(sum([*(float(loss) for loss in known), *(float(value) for value in values)]) / len(losses)))
+        self.readings.post(
+            there,
+            lambda values: self.signal.update(sum([*(float(loss) for loss in known), *(float(value) for value in values)]) / len(losses)),
+        )
 
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
@@ -240,8 +243,8 @@ class Grow:
     def follow(self, averaged: nn.Module, keep: bool = False) -> None:
         """Let an average of the model grow as the model does: torch's ``AveragedModel``, or any copy that is moved towards it.
 
-        Go on averaging as ever. ``averaged.state_dict()`` stays the host's; what grew in it is in ``state()``, so a loop that goes on
-        from one follows its averages anew, in the same order. With ``keep`` the average is what ``export`` and ``save`` give.
+        Go on averaging as before. ``averaged.state_dict()`` stays the host's. The averaged branches are in ``state()``, so a loop that
+        resumes from one follows its averages anew, in the same order. With ``keep``, ``export`` and ``save`` give the average.
 
         Raises UserError where there is no copy of the model in it.
         """
@@ -259,7 +262,7 @@ class Grow:
     # --- a step ---
 
     def _unscale(self, learning: list[Branch]) -> None:
-        """Undo the loss scale where the task's gradient came in; what an objective gave was never scaled."""
+        """Undo the loss scale of the task's gradients; gradients from an objective were never scaled."""
         if self._scale == 1.0:
             return
         for branch in learning:
@@ -302,7 +305,7 @@ class Grow:
         return dict(join(*split(self._whole_state())))
 
     def _whole_state(self) -> dict[str, Any]:
-        """By reference: what grows, the rates that it follows, the judge's batches, the controller's memory."""
+        """By reference: seeds and branches, the rates that they follow, the judge's batches, the controller's memory."""
         judge = {"recent": []} if self.judge is None else self.judge.state()
         return {"grow": self.grown_state(), **self.rate.state(), **judge, "controller": memory_of(self.port)}
 

@@ -1,6 +1,6 @@
-"""What a tick knows of the step before it: failures of branches, and the signals that strategies ask for.
+"""The measurements of a tick: failures of branches, and the signals that strategies ask for.
 
-``Measurements`` gathers during the step. ``take`` turns what it gathered into one ``Measured``, which the tick reads and nobody changes.
+``Measurements`` gathers them during the steps before the tick. ``take`` returns them as one frozen ``Measured``, which the tick reads.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Faults:
         self.debug = debug
 
     def note(self, raised: dict[int, Exception], tick: int, part: str = "") -> dict[int, str]:
-        """Count what ``part`` (its blueprint) raised since the last tick, by branch; why those that repeat it must go, in words."""
+        """Count the exceptions of ``part`` (the blueprint if empty) since the last tick, by branch.
+
+        Returns the branches that have repeated them and must go, with the reason in words.
+        """
         gone: dict[int, str] = {}
         for number, error in sorted(raised.items()):
             branch = self.registry.branches[number]
@@ -139,7 +142,7 @@ class ExtraPasses:
 
 
 class Measurements:
-    """Gathers what the next tick will know; ``take`` hands it over and begins anew.
+    """Gathers the measurements of the next tick; ``take`` hands them over and starts anew.
 
     ``asks_counterfactual(branch)`` says whether the strategy that blends a branch asks for it, which costs two forwards a branch every
     ``every`` ticks.
@@ -251,7 +254,7 @@ class Measurements:
     # --- checkpoints ---
 
     def state(self) -> dict[str, Any]:
-        """What has been gathered for the next tick; taken between two steps, when the last batch tells nothing any more."""
+        """The measurements gathered so far, for a checkpoint; taken between two steps, when the last batch is no longer needed."""
         return {
             "metric": self.metric,
             "rates": {str(branch): rate for branch, rate in self.rates.items()},

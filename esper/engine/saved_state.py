@@ -1,4 +1,4 @@
-"""Saved states of what grows: which part of a model's state is the host's, whether a state fits a model, and reading one.
+"""Saved states of seeds and branches: reading one, checking that it fits a model, and telling the host's tensors from the seeds'.
 
 The host and its optimizer are the loop's own to save and to load, before it attaches.
 """
@@ -35,7 +35,7 @@ def read_state(state: Tree | str | Path) -> Tree:
 
 
 def _of_grow(state: Any, where: str) -> Tree:
-    """The state, if it is what ``Grow.state`` makes."""
+    """The state, if ``Grow.state`` made it."""
     if isinstance(state, Mapping) and "grow" in state:
         return dict(state)
     whole = isinstance(state, Mapping) and "trainer" in state
@@ -92,7 +92,7 @@ def _shape(entry: Any) -> str:
 
 
 class HostAlone(Attached):
-    """Leaves what the seeds hold out of a model's ``state_dict()``; an object of its own, since torch writes on this hook."""
+    """Leaves the seeds' tensors out of a model's ``state_dict()``; an object, since torch writes attributes on this hook."""
 
     @classmethod
     def on(cls, model: nn.Module) -> RemovableHandle:
@@ -106,7 +106,7 @@ class HostAlone(Attached):
 
 
 def host_alone(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a state dict what is the host's own."""
+    """The host's own part of a state dict."""
     return {name: value for name, value in state.items() if f"{ATTRIBUTE}." not in name}
 
 

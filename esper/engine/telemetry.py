@@ -252,7 +252,7 @@ class Observer:
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:
-        """One dict a branch: where it is, what it is, its path, its worth."""
+        """One dict a branch: its place, kind, path and worth."""
         cards = []
         for branch in self.registry.branches.entries:
             cards.append(

@@ -36,7 +36,7 @@ NAMED = 8
 
 
 class TickBoundary:
-    """Everything that happens between two ticks. Nothing moves a seed anywhere else, but for the governor's rollback."""
+    """Everything that happens at the end of a tick. Seeds are moved here and nowhere else, except by the governor's rollback."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class TickBoundary:
         return dataclasses.replace(measured, trouble=trouble)
 
     def _raised_by_rules(self, branches: list[Branch], tick: int) -> dict[int, str]:
-        """Count an exception of the user's own rule on the branches that it blends; why those that repeat it must go."""
+        """Count an exception of the user's own rule on the branches that it blends; returns those that must go for repeating it."""
         trouble: dict[int, str] = {}
         for name, config in self.transitions.strategies.items():
             if isinstance(config, CustomStrategy) and config.error is not None:
@@ -184,7 +184,7 @@ class TickBoundary:
     # --- age ---
 
     def age(self, tick: int) -> None:
-        """Seeds leave stages that they have outlived, the guard keeps the host for what begins, waiting seeds get training slots."""
+        """Seeds leave stages that they have outlived, the guard keeps the host for new blendings, waiting seeds get training slots."""
         self._end_outlived()
         self.guard.settle(tick)
         self.guard.begin(tick)

@@ -1,4 +1,4 @@
-"""Carrying a transition out: what each stage means for a branch's parameters, its alpha and the host."""
+"""Transitions and their effects: on a branch's parameters, on its alpha, and on the host."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from esper.seeds import Branch, SeedRegistry
 
 
 class Transitions:
-    """Moves seeds between stages: the machine says whether, this does what follows from it, the port hears of it.
+    """Moves seeds between stages: the machine decides whether, this class carries out the effects, and the port is told.
 
-    ``leaving`` are the blended branches that have been culled or rolled back at this tick: the guard settles what becomes of the host.
+    ``leaving`` are the blended branches that have been culled or rolled back at this tick: the guard decides whether the host returns.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ def held_out(task: Task, which: str, device: torch.device, batch_size: int = 512
 
 
 class Repeated:
-    """Batches as an iterable that can be gone through again and again, which is what a judge reads."""
+    """Batches as an iterable that can be gone through again and again, as a judge needs it."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches

@@ -30,7 +30,7 @@ def fingerprint(weights: Mapping[str, Tensor], history: Iterable[tuple[int, str,
 
 
 def untimed(history: Iterable[tuple[int, str, float]]) -> list[tuple[int, str, float]]:
-    """The history without what a clock said: names whose last part holds ``seconds`` or ``per_second``."""
+    """The history without values measured with a clock: names whose last part holds ``seconds`` or ``per_second``."""
     return [item for item in history if "second" not in item[1].rsplit("/", 1)[-1]]
 
 

@@ -75,7 +75,7 @@ class Governor:
         grow.guard.on_return = self.restart
 
     def restart(self) -> None:
-        """The host is in an earlier state: what was usual of late tells nothing of it, and the last snapshot is not that of this path."""
+        """The host is in an earlier state: learn anew which values are usual, and take a new snapshot."""
         self.bands, self._before, self._measured = _bands(), [], {}
         self.bad = dict.fromkeys(self.bands, 0)
         self._largest, self.snapshot = math.inf, None
@@ -119,7 +119,7 @@ class Governor:
         self._measured["activation"] = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
     def recover(self, anomaly: Anomaly, batch: Any) -> None:
-        """Remove whoever caused the anomaly and return everything else to the last good snapshot.
+        """Remove the branches that caused the anomaly and return everything else to the last good snapshot.
 
         Raises UserError, with a report, when this happens again and again.
         """
@@ -186,7 +186,7 @@ class Governor:
         optimizer = self.grow.optimizer
         return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
 
-    # --- who did it ---
+    # --- finding the cause ---
 
     def _culprits(self, batch: Any) -> list[Branch]:
         """The fewest branches without which this batch's loss is usual again; where several single ones would do, a younger one."""

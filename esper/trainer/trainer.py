@@ -160,7 +160,7 @@ class Trainer:
                 self.scaler.load_state_dict(kept(state["scaler"]))
             if self.average is not None and state.get("average") is not None:  # else a fork began to average, from the next step on
                 for name, value in {**host_parameters(self.average), **host_buffers(self.average)}.items():
-                    value.copy_(state["average"][name])  # what grew in it has come with the rest that grew
+                    value.copy_(state["average"][name])  # its branches came with the state of ``grow``
             self.outcome.load(state)
             self.said = set(state["said"])
             self._remember_batches()
@@ -214,7 +214,7 @@ class Trainer:
         return self.outcome
 
     def advance(self) -> None:
-        """One optimizer step, and what is due after it. Between two calls the state is whole."""
+        """One optimizer step, and the validation that is due after it. Between two calls the state is whole."""
         step = self.outcome.steps
         values, primary = self._step(step), None
         self.outcome.steps = step + 1
@@ -228,7 +228,7 @@ class Trainer:
         return steps % self._validate_every == 0 or steps == self.total
 
     def _step(self, step: int) -> dict[str, float]:
-        """One step; what is to be said of it, empty where nothing is due."""
+        """One step; the values to record, none where telemetry is not due."""
         rate = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate

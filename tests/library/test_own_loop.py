@@ -370,7 +370,7 @@ def test_a_host_with_sparse_gradients_grows(site: str, objective: str, tmp_path:
         if grow.registry.in_stage(Stage.EVALUATING):
             break
     assert port.stages()[-1] == ("STABILIZATION", "EVALUATING") and not port.alerts
-    snapshot = grow.guard.sound[0].kept.snapshot  # type: ignore[union-attr]
+    snapshot = grow.guard.baselines[0].kept.snapshot  # type: ignore[union-attr]
     before = model.words.weight.detach().clone()
     snapshot.restore(model, optimizer, grow.registry)
     assert not torch.equal(before, model.words.weight) and grow.save_branches(tmp_path).is_dir()

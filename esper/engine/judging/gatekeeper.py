@@ -1,4 +1,4 @@
-"""Measuring what the gates ask for, keeping the closest value of each, and saying every answer on the bus."""
+"""The gates: measuring the value that each asks for, counting the answers, and sending every answer to the bus."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Gatekeeper:
         return [self._take(branch, gain, tick) for branch, gain in zip(branches, gains, strict=True)]
 
     def say_diverging(self, tick: int) -> None:
-        """Once a run: the training loss is no finite number, and what follows from it."""
+        """An alert, once a run, that the training loss is not finite, with the consequences."""
         if not self.loss.diverging or "loss_not_finite" in self.said:
             return
         self.said.add("loss_not_finite")

@@ -1,4 +1,4 @@
-"""The judge: what a branch is worth on data kept for judging, by switching it off with everything else unchanged."""
+"""The judge: the worth of a branch on data kept for judging, by switching it off with everything else unchanged."""
 
 from __future__ import annotations
 
