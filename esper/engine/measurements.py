@@ -106,7 +106,7 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExtraPasses:
     """Passes beside the loop's own that leave no trace: same dropout masks, buffers put back, nothing recorded."""
 

@@ -39,7 +39,7 @@ class _Paused(Meter):
 def counted(loop: Loop, steps: int) -> tuple[int, int]:
     """(the meter's, the independent counter's) MACs of some steps."""
     meter = _Paused()
-    for owner in (loop.grow, loop.grow.objective, loop.grow.judge):
+    for owner in (loop.grow, loop.grow.passes, loop.grow.objective, loop.grow.judge):
         owner.meter = meter
     with FlopCounterMode(display=False) as outer:
         meter.outer = outer
