@@ -32,4 +32,4 @@ for step in range(600):
 grow.close()
 
 plain = grow.export()  # a plain nn.Module: what grew is in it, esper is not
-print(f"loss {float(loss.detach()):.3f}, germinated {grow.life.counts['germinated']}, kept {grow.life.counts['fossilized']}")
+print(f"loss {float(loss.detach()):.3f}, germinated {grow.transitions.counts['germinated']}, kept {grow.transitions.counts['fossilized']}")

@@ -67,7 +67,7 @@ class Saver:
         return True
 
     def wait(self) -> None:
-        """Until the disk has what was taken; raises what went wrong."""
+        """Wait until the last copy is on disk; raises the error of the thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of has versions; older ones are brought to today's, one version after the other.
+"""The versions of a checkpoint's form; older checkpoints are upgraded on reading, one version after the other.
 
 Raising ``SCHEMA`` takes an entry in ``UPGRADES`` for the version before and a sample of it in ``tests/checkpoint/samples``.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Tree = dict[str, Any]
-SCHEMA = 6
+SCHEMA = 7
 
 
 def _unchanged(tree: Tree) -> Tree:
@@ -20,7 +20,7 @@ def _unchanged(tree: Tree) -> Tree:
 
 @dataclass(frozen=True)
 class Upgrade:
-    """From one version to the next: what the manifest says, and what the state holds. Neither changes what it is given."""
+    """The step from one version to the next, for manifest and state. Neither function changes its argument."""
 
     manifest: Callable[[Tree], Tree] = _unchanged
     state: Callable[[Tree], Tree] = _unchanged
@@ -65,13 +65,21 @@ def _without_dead_columns(state: Tree) -> Tree:
     return {**state, "grow": {**state["grow"], "garden": {**registry, "table": table}}}
 
 
-#: What leads from a version to the next one.
+def _read_at_once(state: Tree) -> Tree:
+    """Up to version 6 no gradient norm or error rate of a step was read in the next one, so none had to be saved."""
+    if "trainer" in state:
+        return {**state, "trainer": _read_at_once(state["trainer"])}
+    return {**state, "grow": {"norms": {}, "rates": {}, **state["grow"]}} if "grow" in state else state
+
+
+#: The upgrade from each version to the next one.
 UPGRADES: dict[int, Upgrade] = {
     1: Upgrade(manifest=_one_hash_a_part),
     2: Upgrade(state=_said_nothing),
     3: Upgrade(state=_guarded),
     4: Upgrade(state=_of_unknown_origin),
     5: Upgrade(state=_without_dead_columns),
+    6: Upgrade(state=_read_at_once),
 }
 
 

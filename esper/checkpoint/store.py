@@ -1,7 +1,7 @@
-"""Checkpoints in a folder: written beside and renamed, read only when every byte is what was written.
+"""Checkpoints in a folder: written beside and renamed, read only when every byte is as it was written.
 
 ``<folder>/<step>/manifest.json`` names the parts, ``state.json`` and ``tensors.safetensors``, with their sizes and a SHA-256 for every
-16 MiB, and carries a SHA-256 of itself. A folder whose name is a step is whole; what is being written or thrown away begins with a dot.
+16 MiB, and carries a SHA-256 of itself. A folder whose name is a step is whole; one that is being written or deleted begins with a dot.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import esper
-from esper.checkpoint.hashes import Written, map_bytes, read_bytes, write_bytes
+from esper.checkpoint.files import Written, fsync_folder, map_bytes, parse_tensors, read_bytes, write_bytes, write_tensors
 from esper.checkpoint.schema import SCHEMA, manifest_of_today, state_of_today
-from esper.checkpoint.tensor_files import fsync_folder, parse_tensors, write_tensors
 from esper.checkpoint.tree import join, split
 from esper.errors import UserError
 
@@ -127,7 +126,7 @@ def _typed(manifest: dict[str, Any]) -> bool:
 def read(path: Path) -> tuple[Checkpoint, Any]:
     """(description, state). Raises UserError for a checkpoint that is damaged, truncated, foreign or newer.
 
-    The tensors lie in the file's own memory (``pieces.map_bytes``): whoever keeps some takes ``tree.kept`` of them.
+    The tensors lie in the file's own memory (``files.map_bytes``): copy those that are kept, with ``tree.kept``.
     """
     checkpoint = read_manifest(path)
     try:
@@ -142,7 +141,7 @@ def read(path: Path) -> tuple[Checkpoint, Any]:
 
 def newest(folder: Path) -> tuple[Checkpoint, Any, list[str]] | None:
     """The newest checkpoint that is whole, with why newer ones were passed over; None where there is none."""
-    refusals = []
+    refusals: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             return (*read(path), refusals)
@@ -154,7 +153,7 @@ def newest(folder: Path) -> tuple[Checkpoint, Any, list[str]] | None:
 
 
 def retain(folder: Path, keep: int, best: int, hours: float) -> list[Path]:
-    """Delete what need not be kept: all but the newest ``keep``, the ``best`` by score, and those younger than ``hours``.
+    """Delete all checkpoints but the newest ``keep``, the ``best`` by score, and those younger than ``hours``.
 
     Of equal scores the earliest is the best: between two validations every checkpoint has the score of the one before.
     """
@@ -189,7 +188,7 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def sweep_out(folder: Path) -> None:
-    """Delete what a killed process was writing or throwing away."""
+    """Delete leftovers of a killed process that was writing or deleting."""
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith("."):

@@ -7,11 +7,15 @@ either direction, so reading a state can build nothing but these.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from esper.errors import UserError
 
 TENSOR, FLOAT = "$tensor", "$float"
 
@@ -30,7 +34,7 @@ def split(tree: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree again. Raises ValueError when a tensor is missing or left over, or a value is not what ``split`` makes."""
+    """The tree again. Raises ValueError when a tensor is missing or left over, or a value cannot come from ``split``."""
     left = dict(tensors)
     tree = _join(plain, left)
     if left:
@@ -39,12 +43,26 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def kept(tree: Any) -> Any:
-    """The tree with copies of its tensors, for whoever keeps them: those that were read lie in the file's own memory."""
+    """The tree with copies of its tensors, to be kept: tensors that were read lie in the file's own memory."""
     if isinstance(tree, Tensor):
         return tree.clone()
     if isinstance(tree, dict):
         return {key: kept(value) for key, value in tree.items()}
     return [kept(value) for value in tree] if isinstance(tree, list) else tree
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Within: a state of another form is refused in words, instead of by the first error on the way."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise UserError(
+            f"The saved state cannot be taken over: {reason}; it is of something else, made by another version of esper or tampered with."
+        ) from error
 
 
 def _split(tree: Any, path: str, tensors: dict[str, Tensor], copy: bool) -> Any:

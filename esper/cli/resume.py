@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from esper.checkpoint.tree import fitting
 from esper.cli import conf, overrides
 from esper.cli.compose import option
 from esper.cli.terminal import Sentence
 from esper.config import GROUPS, RootConfig, build, listing
-from esper.engine.state import fitting
 from esper.errors import UserError
 from esper.running.resume import Start, fork_state, is_over, locate, saved_config, saved_state, total_steps, unfinished
 from esper.running.run_folder import CONFIG, refuse_running

@@ -49,7 +49,7 @@ def check_arguments(given: dict[str, Any]) -> None:
     _check_model(given["model"])
     for name, what in _COUNTS.items():
         value = given[name]
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:  # type: ignore[operator]
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise UserError(f"{name}={value!r} is not accepted: it counts {what}, so give a whole number of at least 1.")
     for name, (kind, accepted) in _KINDS.items():
         if given[name] is not None and not isinstance(given[name], kind):

@@ -13,14 +13,13 @@ from torch import nn
 
 from esper.blueprints import BLUEPRINTS, Block
 from esper.engine.arguments import check_arguments
-from esper.engine.attached_state import read_state
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
 from esper.engine.grow import Grow, GrowSettings
 from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.engine.learning.learning_rate import HostRate
 from esper.engine.learning.losses import as_tensor_loss, probing
-from esper.engine.local_controller import controlled_port, remind
-from esper.engine.port import Port
+from esper.engine.port import Port, controlled_port, remind
+from esper.engine.saved_state import read_state
 from esper.engine.supported_models import fit
 from esper.errors import UserError
 from esper.flags import Flags, FlagsConfig
@@ -165,7 +164,8 @@ def _blueprint(blueprint: str | AnyBlueprint) -> AnyBlueprint:
         return blueprint
     if blueprint not in BLUEPRINTS:
         raise UserError(f"There is no blueprint '{blueprint}'; there are {', '.join(BLUEPRINTS)}.")
-    return BLUEPRINTS[blueprint]()
+    made: AnyBlueprint = BLUEPRINTS[blueprint]()
+    return made
 
 
 def _strategy(grafting: str | GraftingConfig | Rule) -> GraftingConfig:

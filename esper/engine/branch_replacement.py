@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 
 from esper.engine.judging.gatekeeper import Gatekeeper
+from esper.engine.measurements import Measured
 from esper.engine.snapshot import branch_state, restore_branch
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.errors import UserError
 from esper.lifecycle import Ages, LifecycleConfig, Stage
 from esper.lifecycle.history import Passed, shortened
@@ -25,11 +26,11 @@ STARTS = ("fresh", "copy")
 class Replacing:
     """The trials under way: all that is remembered of them is in the branches, so a resumed run goes on in their midst."""
 
-    def __init__(self, config: LifecycleConfig, ages: Ages, life: Life, gates: Gatekeeper) -> None:
+    def __init__(self, config: LifecycleConfig, ages: Ages, transitions: Transitions, gates: Gatekeeper) -> None:
         self.config = config
         self.ages = ages
-        self.life = life
-        self.registry = life.registry
+        self.transitions = transitions
+        self.registry = transitions.registry
         self.gates = gates
 
     def trials(self) -> list[Branch]:
@@ -72,16 +73,16 @@ class Replacing:
         if start == "copy":
             with torch.no_grad():
                 restore_branch(self.registry, successor.id, branch_state(self.registry, predecessor.id))
-        successor.path.append((Stage.GERMINATED.name, self.life.tick))
+        successor.path.append((Stage.GERMINATED.name, self.transitions.tick))
         self._enter(successor, Stage.TRAINING)
         self._say(successor, "begun", f"learns in the place of branch {predecessor.id} ({cause})")
         return successor
 
-    def watch(self, tick: int, rates: dict[int, float], trouble: dict[int, str]) -> None:
+    def watch(self, tick: int, measured: Measured) -> None:
         """Once a tick: failing trials end, those that are due are judged, and those whose time is up end."""
         for branch in self.trials():
-            rate = rates.get(branch.id, 0.0)
-            cause = trouble.pop(branch.id, None)
+            rate = measured.error_rates.get(branch.id, 0.0)
+            cause = measured.trouble.get(branch.id)
             if cause is None and not rate <= self.config.error_rate:
                 cause = f"{rate:.0%} of its forwards were not finite"
             if cause is not None:
@@ -102,9 +103,9 @@ class Replacing:
         if predecessor.held:
             predecessor.held = False
             self._own(predecessor, f"branch {branch.id} rolled back: {cause}")
-        self.life.objective.forget(branch.id)
+        self.transitions.objective.forget(branch.id)
         self._enter(branch, Stage.ROLLED_BACK)
-        self.life.drop(branch)
+        self.transitions.drop(branch)
         self._say(branch, "rolled_back", f"is rolled back, and branch {predecessor.id} is in its place as it was: {cause}")
 
     def _put_in(self, branch: Branch) -> None:
@@ -112,7 +113,7 @@ class Replacing:
         predecessor = self.registry.branches[branch.replaces]
         predecessor.held = True
         self.registry.branches.alpha[branch.id] = self.registry.branches.alpha[predecessor.id]
-        self.life.objective.forget(branch.id)
+        self.transitions.objective.forget(branch.id)
         self._enter(branch, Stage.FOSSILIZED)
         self._own(branch, f"in the place of branch {predecessor.id}, on trial")
         self._say(branch, "on_trial", f"takes the place of branch {predecessor.id} on trial: {self._worth(branch)}")
@@ -122,17 +123,17 @@ class Replacing:
         predecessor = self.registry.branches[branch.replaces]
         predecessor.held = False
         self._enter(predecessor, Stage.CULLED)
-        self.life.drop(predecessor)
+        self.transitions.drop(predecessor)
         self._say(branch, "kept", f"has replaced branch {predecessor.id}: {self._worth(branch)}")
 
     def _own(self, branch: Branch, cause: str) -> None:
         self.registry.table.branch[branch.row] = branch.id
-        passed = Passed(self.life.tick, Stage.FOSSILIZED, Stage.FOSSILIZED, branch.id, shortened(cause))
+        passed = Passed(self.transitions.tick, Stage.FOSSILIZED, Stage.FOSSILIZED, branch.id, shortened(cause))
         self.registry.history.note(branch.row, passed)
 
     def _enter(self, branch: Branch, stage: Stage) -> None:
         branch.stage = stage
-        branch.path.append((stage.name, self.life.tick))
+        branch.path.append((stage.name, self.transitions.tick))
         self.registry.touch(branch.site)
 
     def _worth(self, branch: Branch) -> str:
@@ -141,4 +142,4 @@ class Replacing:
     def _say(self, branch: Branch, code: str, what: str) -> None:
         site = self.registry.sites[branch.site].name
         text = f"branch {branch.id} ({branch.blueprint}) of seed {branch.seed} at {site} {what}"
-        self.life.say(Alert(tick=self.life.tick, level="info", code=f"replacement_{code}", text=text, site=site, seed=branch.seed))
+        self.transitions.say(Alert(tick=self.transitions.tick, level="info", code=f"replacement_{code}", text=text, site=site, seed=branch.seed))

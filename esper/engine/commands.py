@@ -1,4 +1,4 @@
-"""Commands from the bus: what each asks for is worked out first, by a trial over the table; only what is allowed is done."""
+"""Commands from the bus: each is planned first, by a trial over the table of seeds; only an allowed plan is carried out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from esper.engine.branch_replacement import Replacing
+from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
-from esper.engine.tick import Advance
+from esper.engine.measurements import Measured
 from esper.engine.transaction import Before
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.errors import UserError
 from esper.grafting import hand_over
 from esper.lifecycle import GATES, Stage
@@ -61,6 +63,7 @@ class Action:
     start: str = ""
 
 
+NOTHING_MEASURED = Measured()
 MOST = 1000
 """Commands in one batch: more of them would keep a tick's end waiting, and a message that carries them small."""
 
@@ -89,35 +92,45 @@ def _without_own(part: Command, batch: Command) -> Command:
 class Executor:
     """Applies one command at a time at a tick boundary: all of it or nothing, but for an ApplyEach, whose parts are on their own."""
 
-    def __init__(self, life: Life, gates: Gatekeeper, advance: Advance, rows_of: Callable[[int], list[float]]) -> None:
-        self.life = life
+    def __init__(
+        self,
+        transitions: Transitions,
+        gates: Gatekeeper,
+        signals: GraftingSignals,
+        replacing: Replacing,
+        rows_of: Callable[[int], list[float]],
+    ) -> None:
+        self.transitions = transitions
         self.gates = gates
-        self.advance = advance
-        self.replacing = advance.replacing
-        self.registry = life.registry
+        self.signals = signals
+        self.replacing = replacing
+        self.registry = transitions.registry
         self.rows_of = rows_of
         self.refusals: dict[str, int] = {}
 
-    def apply(self, command: Command, tick: int) -> tuple[str, str]:
-        """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over."""
+    def apply(self, command: Command, tick: int, measured: Measured = NOTHING_MEASURED) -> tuple[str, str]:
+        """(``applied`` | ``refused``, reason). A port hands out no command whose deadline is over.
+
+        A strategy that takes over a branch sees the measurements of this tick.
+        """
         try:
             with global_draws_kept():  # a blueprint of the user's may draw its start values from there
                 if isinstance(command, ApplyEach):
-                    return self._each(command, tick)
-                self._one(command, tick)
+                    return self._each(command, tick, measured)
+                self._one(command, tick, measured)
         except Refused as refused:
             return "refused", self._counted(refused)
         return "applied", ""
 
-    def _one(self, command: Command, tick: int) -> None:
-        self._do_all(self._plan(command, self.life.machine.trial(), tick), command.id)
+    def _one(self, command: Command, tick: int, measured: Measured) -> None:
+        self._do_all(self._plan(command, self.transitions.machine.trial(), tick), command.id, measured)
 
-    def _each(self, batch: ApplyEach, tick: int) -> tuple[str, str]:
-        """Every command of a batch for itself: how it ended as a whole, and which were refused for what."""
+    def _each(self, batch: ApplyEach, tick: int, measured: Measured) -> tuple[str, str]:
+        """Apply every command of a batch on its own; the status of the whole, and the reason of each refusal."""
         parts, refusals = _parts(batch), []
         for part in parts:
             try:
-                self._one(_without_own(part, batch), tick)
+                self._one(_without_own(part, batch), tick, measured)
             except Refused as refused:
                 refusals.append(f"'{part.id}': {self._counted(refused)}")
         if not refusals:
@@ -131,13 +144,21 @@ class Executor:
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
         return reason
 
-    def _do_all(self, actions: list[Action], command: str) -> None:
-        """Every action or none: what an exception interrupts is undone, and one that the user can mend is a refusal."""
-        before = Before(self.life, [action.row for action in actions])
+    def state(self) -> dict[str, int]:
+        """The refusals, for a checkpoint."""
+        return dict(self.refusals)
+
+    def load(self, state: dict[str, int]) -> None:
+        """Take over a saved state."""
+        self.refusals = dict(state)
+
+    def _do_all(self, actions: list[Action], command: str, measured: Measured) -> None:
+        """Every action or none: after an exception all of them are undone. A UserError is a refusal."""
+        before = Before(self.transitions, [action.row for action in actions])
         try:
-            with self.life.together():
+            with self.transitions.together():
                 for action in actions:
-                    self._do(action, f"command {command}")
+                    self._do(action, f"command {command}", measured)
         except BaseException as error:
             before.restore()
             if isinstance(error, UserError):
@@ -161,8 +182,8 @@ class Executor:
             case ReplaceBranch():
                 return [self._replace(command, trial)]
             case ChangeStrategy():
-                if command.strategy not in self.life.strategies:
-                    raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}")
+                if command.strategy not in self.transitions.strategies:
+                    raise Refused(f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.transitions.strategies)}")
                 rows = self._grafting(command.select, trial, (Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING))
                 return [Action("strategy", row, strategy=command.strategy) for row in rows]
             case PauseGrafting() | ResumeGrafting():
@@ -179,10 +200,10 @@ class Executor:
         reason = self._flagged(command.site) or reason
         if self.replacing.on(row) is not None:
             reason = "its branch is being replaced"
-        if self.advance.loss.diverging:
+        if self.signals.loss.diverging:
             reason = "the training loss is not finite, so nothing germinates until it is again"
-        if reason is None and command.strategy and command.strategy not in self.life.strategies:
-            reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.life.strategies)}"
+        if reason is None and command.strategy and command.strategy not in self.transitions.strategies:
+            reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.transitions.strategies)}"
         if reason is not None:
             raise Refused(reason)
         trial.apply(row, Stage.GERMINATED, "")
@@ -199,9 +220,9 @@ class Executor:
         reason = trial.refusal(row, target)
         branch = self.registry.branch_at(row)
         source = trial.stage_of(row)
-        if reason is None and (source, target) in GATES:
-            if branch is None or branch.stage is not source or not self.gates.ask(branch, target, tick):
-                reason = f"the gate '{GATES[(source, target)]}' before {target.name} is not open"
+        gate = None if reason is not None else GATES.get((source, target))
+        if gate is not None and (branch is None or branch.stage is not source or not self.gates.ask(branch, target, tick)):
+            reason = f"the gate '{gate}' before {target.name} is not open"
         if reason is not None:
             raise Refused(reason)
         trial.apply(row, target, "")
@@ -288,12 +309,12 @@ class Executor:
 
     # --- doing ---
 
-    def _do(self, action: Action, cause: str) -> None:
+    def _do(self, action: Action, cause: str, measured: Measured) -> None:
         table, branch = self.registry.table, self.registry.branch_at(action.row)
         if action.kind == "germinate":
-            self.life.germinate(action.row, action.blueprint, action.strategy, cause)
+            self.transitions.germinate(action.row, action.blueprint, action.strategy, cause)
         elif action.kind == "move":
-            self.life.move(action.row, action.target, cause)
+            self.transitions.move(action.row, action.target, cause)
         elif action.kind == "replace":
             self.replacing.begin(action.row, action.blueprint, action.start, cause)
         elif action.kind == "withdraw":
@@ -306,10 +327,10 @@ class Executor:
             assert action.kind == "strategy" and branch is not None
             branch.strategy = action.strategy
             if branch.stage is Stage.GRAFTING:
-                self._hand_over(branch.id)
+                self._hand_over(branch.id, measured)
 
-    def _hand_over(self, branch: int) -> None:
+    def _hand_over(self, branch: int, measured: Measured) -> None:
         branches = self.registry.branches
-        context = self.advance.context([branches[branch]])
+        context = self.signals.context([branches[branch]], measured)
         rows = context.paused | True
         branches.grafting[branch] = hand_over(branches.grafting[[branch]], rows, context)[0]

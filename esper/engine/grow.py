@@ -17,35 +17,33 @@ import torch
 from torch import Tensor, nn
 
 from esper.checkpoint import store
-from esper.checkpoint.tree import join, split
-from esper.engine.attached_state import attached_state, read_state, take_over
+from esper.checkpoint.tree import fitting, join, kept, split
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
+from esper.engine.costs import Meter, Stopwatch
 from esper.engine.device_readings import Readings
-from esper.engine.exceptions import Faults
-from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of, untouched_buffers
+from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of
+from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Judge, LossFunction
 from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer
 from esper.engine.learning.learning_rate import HostRate
 from esper.engine.learning.objectives import Objective
-from esper.engine.macs import Meter
-from esper.engine.port import NullPort, Port
+from esper.engine.measurements import ExtraPasses, Faults, Measurements
+from esper.engine.port import NullPort, Port, memory_of
+from esper.engine.saved_state import host_alone, read_state, refuse_misfit, topology
 from esper.engine.signals import LossSignal
-from esper.engine.state import load_grow, topology
-from esper.engine.stopwatch import Stopwatch
-from esper.engine.supported_models import refuse_reentrant
 from esper.engine.telemetry import Observer
-from esper.engine.tick import Advance
-from esper.engine.transition_effects import Life
+from esper.engine.tick import TickBoundary
+from esper.engine.transitions import Transitions
 from esper.engine.weight_averages import Follower
-from esper.grafting import GraftingConfig, signals_of
+from esper.grafting import GraftingConfig
+from esper.kernels import MISMATCH
 from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
-from esper.messages import Alert, Command, Metrics, Report, RequestReport
+from esper.messages import Metrics
 from esper.seeds import Branch, SeedRegistry, TelemetryConfig
-from esper.seeds.layer import ATTRIBUTE
 
 
 @dataclass
@@ -90,29 +88,47 @@ class Grow:
         self.clock = Stopwatch()
         self.replay = DropoutReplay(registry.model)
         self.signal = LossSignal()
-        life, lifecycle = settings.lifecycle, settings.ages
-        self.machine = Machine(registry.table, lifecycle, life.reseed, life.training_slots)
-        self.objective = Objective(life.objective, registry, loss, self.replay, self.meter)
-        self.life = Life(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
+        config, ages = settings.lifecycle, settings.ages
+        self.machine = Machine(registry.table, ages, config.reseed, config.training_slots)
+        self.objective = Objective(config.objective, registry, loss, self.replay, self.meter)
+        self.transitions = Transitions(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
         self.device = next(iter(host_parameters(registry.model).values())).device
         self.judge = None if judge is None else Judge(registry, judge_loss or loss, judge, self.device, self.meter)
-        self.guard = Guard(self.life, self.judge if life.guard else None, self.signal, life.significance, lifecycle.judge_every)
-        self.gates = Gatekeeper(life, registry, self.judge, self.objective, self.signal, self.guard, self.port)
-        self.gates.ramp_end = {name: _as_float32(config.alpha_max) for name, config in self.life.strategies.items()}
+        self.guard = Guard(self.transitions, self.judge if config.guard else None, self.signal, config.significance, ages.judge_every)
+        strategies = self.transitions.strategies
+        ramp_end = {name: _as_float32(strategy.alpha_max) for name, strategy in strategies.items()}
+        self.gates = Gatekeeper(config, registry, self.judge, self.objective, self.signal, self.guard, self.port, ramp_end)
         self.faults = Faults(registry, self.port, self.gates.said, settings.debug)
-        self.replacing = Replacing(life, lifecycle, self.life, self.gates)
-        self.advance = Advance(life, lifecycle, registry, self.life, self.gates, self.guard, self.signal, self.faults, self.replacing)
+        self.replacing = Replacing(config, ages, self.transitions, self.gates)
         self.readings = Readings(self.device)
         self.branch_optimizer = BranchOptimizer(registry, settings.learning, self.readings)
         self.observer = Observer(registry, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
-        self.executor = Executor(self.life, self.gates, self.advance, self.observer.row)
+        self.passes = ExtraPasses(registry, loss, self.replay, self.meter, self.clock, self.observer.silent)
+        self.strategy_signals = GraftingSignals(registry, strategies, self.signal, ages.ramp)
+        asks = partial(self.strategy_signals.asks, signal="counterfactual")
+        self.measurements = Measurements(
+            registry, self.objective, self.branch_optimizer, self.readings, self.faults, self.passes, asks, settings.telemetry.every
+        )
+        self.executor = Executor(self.transitions, self.gates, self.strategy_signals, self.replacing, self.observer.row)
+        self.boundary = TickBoundary(
+            config,
+            ages,
+            self.transitions,
+            self.gates,
+            self.guard,
+            self.measurements,
+            self.strategy_signals,
+            self.executor,
+            self.observer,
+            self.faults,
+            self.replacing,
+            self.clock,
+        )
         self._scale = 1.0
-        self._last_batch: Any = None
         self.followers: list[Follower] = []
         self.known_averages: list[dict[str, Any]] = []  # of a state that is gone on from, in the order in which they were followed
         self._kept: Follower | None = None
         self._losses: list[Tensor | float] = []
-        self.rates: dict[int, float] = {}
         self.steps = 0
         self.tick_number = 0
         self._begin(state)
@@ -120,8 +136,9 @@ class Grow:
     def _begin(self, state: dict[str, Any] | None) -> None:
         """Say that the run starts, or goes on from ``state``."""
         if state is not None:
-            load_grow(self, state["grow"])
-            take_over(self, state)
+            self._take_over(state["grow"])
+            if self.judge is not None:
+                self.judge.load(state, self.device)
         self.port.started(self.tick_number, self.settings.total_ticks, self.observer.site_cards())
         self.registry.refresh()
         self._prepare()
@@ -134,11 +151,11 @@ class Grow:
         TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) spares a measuring forward, and serves
         where ``tick`` is given none.
         """
-        self._last_batch = batch
         if loss is not None:
             loss = loss.detach() if isinstance(loss, Tensor) else loss
             self._losses.append(loss)
         self._scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        self.measurements.note_batch(batch, self._scale)
         self.set_aside()
         if self.settings.count_macs:
             self._count(batch)
@@ -150,7 +167,7 @@ class Grow:
                 self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
 
     def set_aside(self) -> None:
-        """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, from whoever clips the model's before it.
+        """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, out of clipping before the tick.
 
         ``after_backward`` does it; call it yourself, right after the backward pass, only where you clip before you call that.
         """
@@ -158,7 +175,7 @@ class Grow:
             self.objective.set_aside(parameter for layer in self.registry.layers for parameter in layer.parameters())
 
     def tick(self, metric: Tensor | float | None = None) -> bool:
-        """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of what ``after_backward`` was given.
+        """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of the losses given to ``after_backward``.
 
         Returns whether this was a tick. A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
         """
@@ -180,12 +197,14 @@ class Grow:
         if learning:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
-        self.advance.gradient_norms = self.branch_optimizer.norms if learning else {}
+        self.measurements.note_gradients(self.branch_optimizer.norms if learning else {})
         self.steps += 1
-        if self.steps % self.settings.steps_per_tick == 0:
-            self._boundary()
+        at_boundary = self.steps % self.settings.steps_per_tick == 0
+        if at_boundary:
+            self.tick_number += 1
+            self.boundary.run(self.tick_number)
         self.readings.send()
-        if self.steps % self.settings.steps_per_tick == 0:
+        if at_boundary:
             self.registry.compiled.forget_tallies()
         self._prepare()
         return True
@@ -196,7 +215,10 @@ class Grow:
             return
         known = [loss for loss in losses if not isinstance(loss, Tensor)]
         there = [loss for loss in losses if isinstance(loss, Tensor)]
-        self.readings.post(there, lambda values: self.signal.update(sum(map(float, [*known, *values])) / len(losses)))
+        self.readings.post(
+            there,
+            lambda values: self.signal.update(sum([*(float(loss) for loss in known), *(float(value) for value in values)]) / len(losses)),
+        )
 
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
@@ -209,19 +231,19 @@ class Grow:
         self.objective.raised.clear()
         self.branch_optimizer.clear()
         self.registry.compiled.forget_tallies()
-        self.faults.forget()
+        self.measurements.forget_step()
 
     def observe(self, values: dict[str, float], primary: str | None = None, maximize: bool = True) -> None:
         """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
         if primary is not None:
-            self.advance.metric = values[primary] if maximize else -values[primary]
+            self.measurements.observe(values[primary] if maximize else -values[primary])
         self.port.emit(Metrics(tick=self.tick_number, values={key: float(value) for key, value in values.items()}))
 
     def follow(self, averaged: nn.Module, keep: bool = False) -> None:
         """Let an average of the model grow as the model does: torch's ``AveragedModel``, or any copy that is moved towards it.
 
-        Go on averaging as ever. ``averaged.state_dict()`` stays the host's; what grew in it is in ``state()``, so a loop that goes on
-        from one follows its averages anew, in the same order. With ``keep`` the average is what ``export`` and ``save`` give.
+        Go on averaging as before. ``averaged.state_dict()`` stays the host's. The averaged branches are in ``state()``, so a loop that
+        resumes from one follows its averages anew, in the same order. With ``keep``, ``export`` and ``save`` give the average.
 
         Raises UserError where there is no copy of the model in it.
         """
@@ -236,88 +258,10 @@ class Grow:
         self.replay.close()
         self.port.close()
 
-    # --- a tick ---
-
-    def _publish_kernel_alerts(self) -> None:
-        kernels = self.registry.kernels
-        while kernels is not None and kernels.alerts:
-            code, text = kernels.alerts.pop(0)
-            self.port.emit(Alert(tick=self.tick_number, level="error", code=code, text=text))
-
-    def _boundary(self) -> None:
-        self.tick_number += 1
-        self.life.tick = self.tick_number
-        self.gates.say_diverging(self.tick_number)
-        self._post_failures()
-        shares, self.rates = self.rates, {}
-        found = self.faults.collect(shares, self.objective, self.branch_optimizer, self._scale, self.tick_number)
-        self.advance.error_rates, trouble = found
-        self.advance.trouble |= trouble
-        self._publish_kernel_alerts()
-        self._measure_counterfactuals()
-        self.advance.begin()
-        with self.clock.timing("judge"):
-            for command in self.port.commands(self.tick_number):
-                self._obey(command)
-            self.advance.finish(self.tick_number)
-        self.registry.refresh()
-        if self.observer.due:
-            self.observer.publish(self.tick_number)
-        self.port.end_tick(self.tick_number)
-
-    def _obey(self, command: Command) -> None:
-        if isinstance(command, RequestReport):
-            stages, branches, seeds = self.registry.table.counts(), self.observer.branch_cards(), self.observer.seed_cards()
-            self.port.emit(Report(tick=self.tick_number, command_id=command.id, stages=stages, branches=branches, seeds=seeds))
-            self.port.acknowledge(command.id, "applied", "", self.tick_number)
-            return
-        status, reason = self.executor.apply(command, self.tick_number)
-        self.port.acknowledge(command.id, status, reason, self.tick_number)
-
-    def _post_failures(self) -> None:
-        """In which share of its forwards each branch was contained: what the next ``collect`` is given, now or at the next tick."""
-        compiled = self.registry.compiled
-        if compiled.sites and not self.replay.asleep:
-            members = [compiled.members(number) for number in range(len(compiled.sites))]
-            self.readings.post(compiled.tallies(), partial(self._note_tallies, members))
-        groups = [group for layer in self.registry.layers for group in layer.plan if group.forwards]
-        if groups:
-            shares = [group.failures / group.forwards for group in groups]
-            self.readings.post(shares, partial(self._note_shares, [group.branches for group in groups]))
-        for group in groups:
-            group.failures.zero_()
-            group.forwards = 0
-
-    def _note_tallies(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
-        for mine, tally, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
-            if mine and float(forwards) > 0.0:
-                found = (tally / forwards).tolist()
-                self.rates.update((branch, found[seed]) for seed, branch in mine.items())
-
-    def _note_shares(self, names: list[list[int]], shares: list[Tensor]) -> None:
-        for branches, found in zip(names, shares, strict=True):
-            self.rates.update(zip(branches, found.tolist(), strict=True))
-
-    def _measure_counterfactuals(self) -> None:
-        if self._last_batch is None or self.tick_number % self.settings.telemetry.every:
-            return
-        model = self.registry.model
-        for branch in self.registry.in_stage(Stage.GRAFTING):
-            if "counterfactual" not in signals_of(self.life.strategies[branch.strategy]):
-                continue
-            with self.clock.timing("judge"), torch.no_grad(), untouched_buffers(model), self.observer.silent():
-                on = self._measured_loss()
-                with self.registry.without(branch):
-                    off = self._measured_loss()
-            self.advance.counterfactual[branch.id] = off - on
-
-    def _measured_loss(self) -> float:
-        key = ("counterfactual", self.registry.structure(), shapes_of(self._last_batch))
-        with self.replay.again(), self.meter.counting("objective", key):
-            return float(self.loss(self.registry.model, self._last_batch).mean())
+    # --- a step ---
 
     def _unscale(self, learning: list[Branch]) -> None:
-        """Undo the loss scale where the task's gradient came in; what an objective gave was never scaled."""
+        """Undo the loss scale of the task's gradients; gradients from an objective were never scaled."""
         if self._scale == 1.0:
             return
         for branch in learning:
@@ -344,48 +288,92 @@ class Grow:
     def _skipped(self) -> bool:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale
 
-    # --- cost ---
-
     def _count(self, batch: Any) -> None:
         key = (self.registry.structure(), shapes_of(batch))
         if not self.meter.knows("step", key):
-            self._rehearse(key, batch)
+            self.passes.count_step(key, batch)
         self.meter.add("step", key)
 
-    def _rehearse(self, key: Any, batch: Any) -> None:
-        """Run the step's forward and backward once more under torch's counter, leaving no trace."""
-        model = self.registry.model
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        with self.replay.again(), untouched_buffers(model), self.observer.silent(), self.meter.learning("step", key):
-            with torch.enable_grad():
-                loss = self.loss(model, batch).mean()
-                refuse_reentrant(loss)
-                if parameters and loss.requires_grad:
-                    torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    # --- travelling ---
+    # --- saving, and going on ---
 
     def state(self) -> dict[str, Any]:
         """A copy of all but the host and its optimizer, taken between two steps: plain values and tensors on the CPU.
 
         With host and optimizer as they were, ``attach(state=…)`` goes on from it with the same bits.
         """
-        return dict(join(*split(attached_state(self))))
+        return dict(join(*split(self._whole_state())))
+
+    def _whole_state(self) -> dict[str, Any]:
+        """By reference: seeds and branches, the rates that they follow, the judge's batches, the controller's memory."""
+        judge = {"recent": []} if self.judge is None else self.judge.state()
+        return {"grow": self.grown_state(), **self.rate.state(), **judge, "controller": memory_of(self.port)}
+
+    def grown_state(self) -> dict[str, Any]:
+        """Everything that seeds and branches depend on, by reference, as the checkpoints of a run hold it."""
+        self.readings.arrive()
+        return {
+            "topology": topology(self.registry),
+            "tick": self.tick_number,
+            "step": self.steps,
+            "garden": self.registry.state(),
+            "objective": self.objective.state(),
+            "signal": self.signal.state(),
+            "counts": self.transitions.state(),
+            "guard": self.guard.state(),
+            "averages": self.strategy_signals.weights.state(),
+            **self.gates.state(),
+            "flags": self.registry.flags.state(),
+            "refusals": self.executor.state(),
+            **self.branch_optimizer.state(),
+            **self.measurements.state(),
+            "rows": self.observer.state(),
+            "followers": [follower.state() for follower in self.followers],
+            "macs": self.meter.state(),
+            "seconds": self.clock.state(),
+        }
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Take over a ``grown_state``; the caller prepares the next forward afterwards.
+
+        Raises UserError for a state of another topology, before a tensor of it is looked at, and for one that does not fit.
+        """
+        with fitting():
+            refuse_misfit(state.get("topology"), topology(self.registry), "The saved state")
+            state = kept(state)
+            self.tick_number = self.transitions.tick = int(state["tick"])
+            self.steps = int(state["step"])
+            self.registry.load(state["garden"])
+            self.measurements.load(state)
+            self.objective.load(state["objective"])
+            self.signal.load(state["signal"])
+            self.transitions.load(state["counts"])
+            self.guard.load(state["guard"], self.device)
+            self.strategy_signals.weights.load(state["averages"], self.device)
+            self.known_averages = list(state.get("followers", []))
+            self.gates.load(state)
+            before = {"kernels": {"": 1}} if MISMATCH in self.gates.said else {}  # what told of a mismatch before there were flags
+            self.registry.flags.load(state.get("flags", before))
+            self.executor.load(state["refusals"])
+            self.branch_optimizer.load(state)
+            self.observer.load(state["rows"])
+            self.meter.load(state["macs"])
+            self.clock.load(state["seconds"])
 
     def host_state(self) -> dict[str, Tensor]:
         """The host's own part of ``model.state_dict()``, which the model takes back before anything is attached to it."""
-        return {name: value for name, value in self.registry.model.state_dict().items() if f"{ATTRIBUTE}." not in name}
+        return host_alone(self.registry.model.state_dict())
 
     def save_branches(self, folder: str | Path) -> Path:
         """Write ``state()`` as a checkpoint under ``folder``; returns its path, which ``attach(state=…)`` takes."""
-        return store.write(store.copy(attached_state(self), self.steps, self.tick_number, topology(self), None), Path(folder)).path
+        copy = store.copy(self._whole_state(), self.steps, self.tick_number, topology(self.registry), None)
+        return store.write(copy, Path(folder)).path
 
     def load_branches(self, saved: str | Path | dict[str, Any]) -> None:
         """Take over the seeds and branches of a ``state()``, or of what ``save_branches`` wrote; the host stays as it is.
 
         Raises UserError for another host, other sites, or a file that is not whole.
         """
-        load_grow(self, read_state(saved)["grow"])
+        self._take_over(read_state(saved)["grow"])
         self._prepare()
 
     # --- the end ---

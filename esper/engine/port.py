@@ -1,12 +1,17 @@
-"""The engine's side of the bus: what it says, and the commands it is given. ``NullPort`` says nothing to nobody."""
+"""The engine's side of the bus: the messages it sends, and the commands it is given.
+
+``NullPort`` sends nothing. ``controlled_port`` puts a controller into the user's own process, over a bus in memory.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from esper.errors import UserError
 from esper.messages import COLUMNS, Command, Message
 
 
@@ -69,3 +74,77 @@ class NullPort:
     def commands(self, tick: int) -> list[Command]:
         """Nobody commands."""
         return []
+
+
+RUN = "attached"
+
+
+def controlled_port(controller: Any, seed: int, debug: bool = False) -> Port:
+    """The port over which ``controller`` hears and commands.
+
+    Args:
+        controller: a name (``heuristic``, ``random``, ``none``), a configuration of ``esper.controllers``, or a controller.
+        seed: the run's random seed.
+        debug: raise what the controller raises, instead of going on without its decision.
+
+    Raises:
+        UserError: a name that there is not, or an object that is no controller.
+    """
+    if controller == "none":
+        return NullPort()
+    from esper.bus.config import MemoryConfig
+    from esper.bus.memory.bus import MemoryBus
+    from esper.bus.trainer.bus_port import BusPort
+    from esper.controllers import ControllerRunner
+
+    decided = _controller(controller, seed)
+    bus = MemoryBus(MemoryConfig())
+    return BusPort(bus, RUN, COLUMNS, ControllerRunner(bus, RUN, decided, debug=debug))
+
+
+def _controller(given: Any, seed: int) -> Any:
+    from esper.controllers import CONFIGS
+
+    if isinstance(given, str):
+        if given not in CONFIGS:
+            raise UserError(f"There is no controller '{given}'; there are {', '.join(CONFIGS)}.")
+        return CONFIGS[given]().build(seed)
+    if callable(getattr(given, "build", None)):
+        return given.build(seed)
+    missing = [name for name in ("observe", "decide", "state", "load_state") if not callable(getattr(given, name, None))]
+    if missing:
+        raise UserError(f"{type(given).__name__} is no controller: it has no method {missing[0]}; see docs/own-controller.md.")
+    return given
+
+
+def memory_of(port: Any) -> dict[str, str] | None:
+    """What the controller behind ``port`` and the port itself remember, as JSON; None where nobody in this process decides."""
+    runner = _runner(port)
+    if runner is None:
+        return None
+    runner.hear()
+    return {"runner": json.dumps(runner.state()), "port": json.dumps(port.state())}
+
+
+def remind(port: Any, memory: dict[str, str] | None) -> None:
+    """Give a port that has not started the memory that an earlier one had.
+
+    Raises:
+        UserError: the memory is another controller's, or there is a memory and no controller.
+    """
+    if memory is None:
+        return
+    runner = _runner(port)
+    if runner is None:
+        raise UserError("The state holds a controller's memory, and no controller was given to go on with it; give the same one.")
+    try:
+        runner.load_state(json.loads(memory["runner"]))
+        port.load_state(json.loads(memory["port"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError("The state holds the memory of another controller; attach with the one it was saved with.") from error
+
+
+def _runner(port: Any) -> Any:
+    """The controller's runner in this process, if the port has one."""
+    runner = getattr(port, "runner", None)
+    return runner if hasattr(runner, "load_state") else None

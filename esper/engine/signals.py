@@ -1,4 +1,4 @@
-"""What the engine knows of the run's course: the loss's averages and steadiness, and each branch's own signals."""
+"""Signals of the run's course: the averages and steadiness of the training loss, and the gradient norms of branches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import SlotBank
-from esper.grafting.drift import weight_drift
 from esper.seeds import Branch, SeedRegistry
 from esper.seeds.device_copy import made_on
 
@@ -57,25 +56,6 @@ class LossSignal:
         self.fast, self.slow, self.variance = state["fast"], state["slow"], state["variance"]
         self.diverging = bool(state.get("diverging", 0.0))
         self.heard = math.isfinite(self.fast) or self.diverging
-
-
-class WeightAverages:
-    """Exponential averages of the weights of branches whose strategy asks how far they drift."""
-
-    def __init__(self) -> None:
-        self.averages: dict[int, list[Tensor]] = {}
-
-    def drift(self, registry: SeedRegistry, branches: list[Branch]) -> Tensor:
-        """``‖w − w̄‖ / (‖w̄‖ + ε)`` of each branch, float32 ``[n]``; forgets branches that are not asked about."""
-        asked = {branch.id for branch in branches}
-        self.averages = {key: value for key, value in self.averages.items() if key in asked}
-        values = []
-        for branch in branches:
-            weights = [value.unsqueeze(0) for value in branch_values(registry, branch)]
-            averages = self.averages.get(branch.id, weights)
-            drift, self.averages[branch.id] = weight_drift(weights, averages)
-            values.append(drift)
-        return torch.cat(values).cpu() if values else torch.zeros(0)
 
 
 def branch_values(registry: SeedRegistry, branch: Branch) -> list[Tensor]:

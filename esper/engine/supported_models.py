@@ -1,4 +1,4 @@
-"""Which models can carry seeds: what is refused, in words, and what is unwrapped."""
+"""Which models can carry seeds: the others are refused, in words, and wrappers of torch.compile are taken off."""
 
 from __future__ import annotations
 

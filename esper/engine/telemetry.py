@@ -212,6 +212,15 @@ class Observer:
         mean, variance = Column.MEAN - MEASURED.start, Column.VARIANCE - MEASURED.start
         return [float((rows[:, mean].square() + rows[:, variance]).mean()) for rows in self.health]
 
+    def state(self) -> list[Tensor]:
+        """The columns measured last of every site, for a checkpoint."""
+        return list(self.health)
+
+    def load(self, state: list[Tensor]) -> None:
+        """Take over a saved state."""
+        for row, saved in zip(self.health, state, strict=True):
+            row.copy_(saved)
+
     def row(self, row: int) -> list[float]:
         """A telemetry row of a seed: what was measured last, and the rest as it is now."""
         registry, table = self.registry, self.registry.table
@@ -251,7 +260,7 @@ class Observer:
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:
-        """One dict a branch: where it is, what it is, its path, its worth."""
+        """One dict a branch: its place, kind, path and worth."""
         cards = []
         for branch in self.registry.branches.entries:
             cards.append(

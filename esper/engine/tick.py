@@ -1,22 +1,27 @@
-"""One tick of the lifecycle: fades and ramps, failures, gates, timeouts, and seeds waiting for a training slot."""
+"""A tick of the lifecycle: measure, ramp, obey, judge, age, tell."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
 from esper.engine.branch_replacement import Replacing
-from esper.engine.exceptions import Faults
+from esper.engine.commands import Executor
+from esper.engine.costs import Stopwatch
+from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
-from esper.engine.signals import LossSignal, WeightAverages
-from esper.engine.transition_effects import Life
-from esper.grafting import STRATEGY_NAMES, GraftingContext, signals_of, step_many
+from esper.engine.measurements import Faults, Measured, Measurements
+from esper.engine.telemetry import Observer
+from esper.engine.transitions import Transitions
+from esper.grafting import STRATEGY_NAMES, step_many
 from esper.grafting.base import MAX_ERROR_RATE
 from esper.grafting.custom import CustomStrategy
 from esper.lifecycle import Ages, LifecycleConfig, Stage
 from esper.lifecycle.transitions import BLENDED
-from esper.messages import Alert
-from esper.seeds import Branch, SeedRegistry
+from esper.messages import Alert, Command, Report, RequestReport
+from esper.seeds import Branch
 
 FORWARD: dict[Stage, Stage] = {
     Stage.TRAINING: Stage.GRAFTING,
@@ -31,150 +36,148 @@ NAMED = 8
 """Branches that an alert names; of more it says how many."""
 
 
-class Advance:
-    """Applies the age table and the gates; everything happens at the tick boundary, in the order of the rows."""
+class TickBoundary:
+    """Everything that happens at the end of a tick. Seeds are moved here and nowhere else, except by the governor's rollback."""
 
     def __init__(
         self,
         config: LifecycleConfig,
         ages: Ages,
-        registry: SeedRegistry,
-        life: Life,
+        transitions: Transitions,
         gates: Gatekeeper,
         guard: Guard,
-        loss: LossSignal,
+        measurements: Measurements,
+        signals: GraftingSignals,
+        executor: Executor,
+        observer: Observer,
         faults: Faults,
         replacing: Replacing,
+        clock: Stopwatch,
     ) -> None:
         self.config = config
         self.ages = ages
-        self.registry = registry
-        self.life = life
+        self.transitions = transitions
+        self.registry = transitions.registry
+        self.machine = transitions.machine
+        self.port = transitions.port
         self.gates = gates
         self.guard = guard
-        self.loss = loss
+        self.measurements = measurements
+        self.signals = signals
+        self.executor = executor
+        self.observer = observer
         self.faults = faults
         self.replacing = replacing
-        self.weights = WeightAverages()
-        self.metric: float | None = None
-        self.gradient_norms: dict[int, float] = {}
-        self.counterfactual: dict[int, float] = {}
-        self.error_rates: dict[int, float] = {}
-        self.trouble: dict[int, str] = {}
+        self.clock = clock
 
-    def begin(self) -> None:
-        """What comes first at a tick: every seed is one tick older, fades and ramps go on."""
-        self.life.machine.advance()
-        ramped = set() if self.loss.diverging else self._ramp()
-        self.registry.set_alphas(self.life.fade(self.ages.fade) | ramped)
+    def run(self, tick: int) -> None:
+        """One tick, from the measurements of the step before it to the news for the controller."""
+        self.transitions.tick = tick
+        self.gates.say_diverging(tick)
+        measured = self.measurements.take(tick)
+        measured = self.ramp(tick, measured)
+        with self.clock.timing("judge"):
+            for command in self.port.commands(tick):
+                self.obey(command, tick, measured)
+            self.judge(tick, measured)
+            self.age(tick)
+        self.tell(tick)
 
-    def finish(self, tick: int) -> None:
-        """What comes after the commands: failing and harmful seeds go, gates open, ages run out, waiting seeds get their slots."""
-        self._remove_failing()
-        self.guard.watch(tick)
-        self.guard.settle(tick)
-        self._open_gates(tick)
-        self.replacing.watch(tick, self.error_rates, self.trouble)
-        self._end_outlived()
-        self.guard.settle(tick)
-        self.guard.begin(tick)
-        self._promote()
-        self.metric = None
-        self.counterfactual = {}
+    # --- ramp ---
 
-    # --- alpha ---
+    def ramp(self, tick: int, measured: Measured) -> Measured:
+        """Every seed is one tick older; alphas of GRAFTING branches climb, alphas of CULLED ones fade.
 
-    def _ramp(self) -> set[int]:
-        """Step the strategies of all GRAFTING branches; marks those that abort. Returns the sites whose alphas changed."""
-        branches = self.registry.in_stage(Stage.GRAFTING)
-        if not branches:
-            self.weights.averages.clear()
-            return set()
+        Returns the measurements, with the branches that their strategy gave up among those in trouble.
+        """
+        self.machine.advance()
+        blended = [] if self.signals.loss.diverging else self.registry.in_stage(Stage.GRAFTING)
+        if blended:
+            measured = self._step_strategies(blended, tick, measured)
+        elif not self.signals.loss.diverging:
+            self.signals.weights.averages.clear()
+        faded = self.transitions.fade(self.ages.fade)
+        self.registry.set_alphas(faded | {branch.site for branch in blended})
+        return measured
+
+    def _step_strategies(self, branches: list[Branch], tick: int, measured: Measured) -> Measured:
         table = self.registry.branches
         ids = [branch.id for branch in branches]
         index = torch.tensor([STRATEGY_NAMES.index(branch.strategy) for branch in branches])
-        out = step_many(index, self.life.strategies, table.grafting[ids], self.context(branches))
-        self._note_raised(branches)
+        context = self.signals.context(branches, measured)
+        out = step_many(index, self.transitions.strategies, table.grafting[ids], context)
+        trouble = {**measured.trouble, **self._raised_by_rules(branches, tick)}
         table.alpha[ids] = out.alpha
         table.grafting[ids] = out.state
         gone = [branch for branch, abort in zip(branches, out.abort.tolist(), strict=True) if abort]
         for branch in gone:
-            self.trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} {GAVE_UP}")
-        self.say_given_up([branch for branch in gone if self.error_rates.get(branch.id, 0.0) <= MAX_ERROR_RATE])
-        return {branch.site for branch in branches}
+            trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} {GAVE_UP}")
+        self.say_given_up([branch for branch in gone if measured.error_rates.get(branch.id, 0.0) <= MAX_ERROR_RATE], tick)
+        return dataclasses.replace(measured, trouble=trouble)
 
-    def _note_raised(self, branches: list[Branch]) -> None:
-        """Count an exception of a rule of the user's on the branches that it blends."""
-        for name, config in self.life.strategies.items():
+    def _raised_by_rules(self, branches: list[Branch], tick: int) -> dict[int, str]:
+        """Count an exception of the user's own rule on the branches that it blends; returns those that must go for repeating it."""
+        trouble: dict[int, str] = {}
+        for name, config in self.transitions.strategies.items():
             if isinstance(config, CustomStrategy) and config.error is not None:
                 error, config.error = config.error, None
-                blended = [branch for branch in branches if branch.strategy == name]
-                rule = f"grafting rule {type(config.rule).__name__}"
-                self.trouble |= self.faults.note(dict.fromkeys((branch.id for branch in blended), error), self.life.tick, rule)
+                raised = dict.fromkeys((branch.id for branch in branches if branch.strategy == name), error)
+                trouble |= self.faults.note(raised, tick, f"grafting rule {type(config.rule).__name__}")
+        return trouble
 
-    def say_given_up(self, branches: list[Branch]) -> None:
-        """One alert a strategy that gave these up though they themselves did not fail."""
+    def say_given_up(self, branches: list[Branch], tick: int) -> None:
+        """One alert for each strategy that gave up branches which did not themselves fail."""
         for strategy in sorted({branch.strategy for branch in branches}):
             mine = [branch for branch in branches if branch.strategy == strategy]
             names = [f"branch {branch.id} of seed {branch.seed} at {self.registry.sites[branch.site].name}" for branch in mine[:NAMED]]
             more = f" and {len(mine) - NAMED} more" if len(mine) > NAMED else ""
             text = f"grafting strategy {strategy} {GAVE_UP}; to CULLED: {', '.join(names)}{more}"
-            one = len(mine) == 1
-            site, seed = (self.registry.sites[mine[0].site].name, mine[0].seed) if one else ("", -1)
-            self.life.port.emit(Alert(tick=self.life.tick, level="error", code="strategy_gave_up", text=text, site=site, seed=seed))
+            site, seed = (self.registry.sites[mine[0].site].name, mine[0].seed) if len(mine) == 1 else ("", -1)
+            self.port.emit(Alert(tick=tick, level="error", code="strategy_gave_up", text=text, site=site, seed=seed))
 
-    def context(self, branches: list[Branch]) -> GraftingContext:
-        """The signals of these branches at this tick."""
-        n = len(branches)
-        configs = [self.life.strategies[branch.strategy] for branch in branches]
-        rows = [branch.row for branch in branches]
-        drifting = {name for name in {b.strategy for b in branches} if "drift" in signals_of(self.life.strategies[name])}
-        asks_drift = [b for b in branches if b.strategy in drifting] if drifting else []
-        drift = torch.zeros(n)
-        if asks_drift:
-            values = self.weights.drift(self.registry, asks_drift)
-            drift[[branches.index(branch) for branch in asks_drift]] = values
-        known = torch.full((n,), self.metric is not None)
-        counterfactual = [self.counterfactual.get(branch.id) for branch in branches]
-        return GraftingContext(
-            ramp=torch.full((n,), float(max(1, self.ages.ramp))),
-            alpha_min=torch.tensor([config.alpha_min for config in configs]),
-            alpha_max=torch.tensor([config.alpha_max for config in configs]),
-            paused=self.registry.table.paused[rows],
-            metric=torch.full((n,), 0.0 if self.metric is None else self.metric),
-            metric_known=known,
-            loss=torch.full((n,), self.loss.fast),
-            loss_variance=torch.full((n,), self.loss.variance),
-            grad_norm=torch.tensor([self.gradient_norms.get(branch.id, 0.0) for branch in branches]),
-            drift=drift,
-            counterfactual=torch.tensor([0.0 if value is None else value for value in counterfactual]),
-            counterfactual_known=torch.tensor([value is not None for value in counterfactual]),
-            error_rate=torch.tensor([self.error_rates.get(branch.id, 0.0) for branch in branches]),
-        )
+    # --- obey ---
 
-    # --- leaving a stage ---
+    def obey(self, command: Command, tick: int, measured: Measured) -> None:
+        """Carry out one command and acknowledge it."""
+        if isinstance(command, RequestReport):
+            stages, branches, seeds = self.registry.table.counts(), self.observer.branch_cards(), self.observer.seed_cards()
+            self.port.emit(Report(tick=tick, command_id=command.id, stages=stages, branches=branches, seeds=seeds))
+            self.port.acknowledge(command.id, "applied", "", tick)
+            return
+        status, reason = self.executor.apply(command, tick, measured)
+        self.port.acknowledge(command.id, status, reason, tick)
 
-    def _remove_failing(self) -> None:
-        suspects = {branch for branch, rate in self.error_rates.items() if not rate <= self.config.error_rate} | self.trouble.keys()
+    # --- judge ---
+
+    def judge(self, tick: int, measured: Measured) -> None:
+        """Failing and harmful branches go, then gates open for the others, and trials of replacements are judged."""
+        self._remove_failing(tick, measured)
+        self.guard.watch(tick)
+        self.guard.settle(tick)
+        self._open_gates(tick)
+        self.replacing.watch(tick, measured)
+
+    def _remove_failing(self, tick: int, measured: Measured) -> None:
+        suspects = {branch for branch, rate in measured.error_rates.items() if not rate <= self.config.error_rate} | measured.trouble.keys()
         living = [branch for branch in self.registry.branches.living() if branch.id in suspects] if suspects else []
         for branch in [branch for branch in living if branch.replaces < 0 or not branch.aside]:
-            rate = self.error_rates.get(branch.id, 0.0)
-            cause = self.trouble.pop(branch.id, None)
+            rate = measured.error_rates.get(branch.id, 0.0)
+            cause = measured.trouble.get(branch.id)
             if cause is None and not rate <= self.config.error_rate:
                 cause = f"{rate:.0%} of its forwards were not finite"
             if cause is None or branch.stage in (Stage.GERMINATED, Stage.FOSSILIZED, Stage.CULLED):
                 continue
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
             self.registry.table.errors[branch.row] += 1
-            self.life.move(branch.row, target, cause)
-            self._count_failure(branch)
+            self.transitions.move(branch.row, target, cause)
+            self._count_failure(branch, tick)
 
-    def _count_failure(self, branch: Branch) -> None:
+    def _count_failure(self, branch: Branch, tick: int) -> None:
         """A site at which branches fail again and again grows no more, where the flag says so."""
         site = self.registry.sites[branch.site].name
         if self.registry.flags.fail("growth", site):
             text = f"nothing grows at {site} from here on: {self.registry.flags.verdict('growth', site).why}"
-            self.life.port.emit(Alert(tick=self.life.tick, level="warning", code="growth_off", text=text, site=site))
+            self.port.emit(Alert(tick=tick, level="warning", code="growth_off", text=text, site=site))
 
     def _open_gates(self, tick: int) -> None:
         table = self.registry.table
@@ -184,25 +187,43 @@ class Advance:
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
         for branch in due:
             if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):
-                self.life.move(branch.row, FORWARD[branch.stage], "gate passed")
+                self.transitions.move(branch.row, FORWARD[branch.stage], "gate passed")
         looking = [b for b in looking if int(table.age[b.row]) >= int(table.next_look[b.row])]
         for branch, passed in zip(looking, self.gates.look(looking, tick), strict=True):
             if passed:
-                self.life.move(branch.row, FORWARD[branch.stage], f"gain {branch.gain:.4g}, bound {branch.bound:.4g}")
+                self.transitions.move(branch.row, FORWARD[branch.stage], f"gain {branch.gain:.4g}, bound {branch.bound:.4g}")
             elif branch.id in self.gates.diverged:
-                self.life.move(branch.row, Stage.ROLLED_BACK, "judged: the loss is not finite")
+                self.transitions.move(branch.row, Stage.ROLLED_BACK, "judged: the loss is not finite")
             else:
                 table.next_look[branch.row] = table.age[branch.row] + self.ages.judge_every
 
+    # --- age ---
+
+    def age(self, tick: int) -> None:
+        """Seeds leave stages that they have outlived, the guard keeps the host for new blendings, waiting seeds get training slots."""
+        self._end_outlived()
+        self.guard.settle(tick)
+        self.guard.begin(tick)
+        self._promote()
+
     def _end_outlived(self) -> None:
-        for row, target in self.life.machine.outlived():
+        for row, target in self.machine.outlived():
             source = self.registry.table.stage_of(row)
             gone = source in BLENDED or source in (Stage.GERMINATED, Stage.TRAINING)
             cause = f"{source.name} reached its maximum age" if gone else "rest is over"
-            self.life.move(row, target, cause)
+            self.transitions.move(row, target, cause)
 
     def _promote(self) -> None:
         """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
-        for branch in [] if self.loss.diverging else self.registry.in_stage(Stage.GERMINATED):
-            if self.life.machine.refusal(branch.row, Stage.TRAINING) is None:
-                self.life.move(branch.row, Stage.TRAINING, "a training slot is free")
+        for branch in [] if self.signals.loss.diverging else self.registry.in_stage(Stage.GERMINATED):
+            if self.machine.refusal(branch.row, Stage.TRAINING) is None:
+                self.transitions.move(branch.row, Stage.TRAINING, "a training slot is free")
+
+    # --- tell ---
+
+    def tell(self, tick: int) -> None:
+        """Plans follow the new stages; telemetry goes out where it is due, and the port hears that the tick is over."""
+        self.registry.refresh()
+        if self.observer.due:
+            self.observer.publish(tick)
+        self.port.end_tick(tick)

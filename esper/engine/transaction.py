@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.seeds import Branch, SeedRegistry
 
 
@@ -42,9 +42,9 @@ class Before:
     ``rows`` are the seeds that the command moves: of the others nothing changes.
     """
 
-    def __init__(self, life: Life, rows: list[int]) -> None:
-        registry = life.registry
-        self.life = life
+    def __init__(self, transitions: Transitions, rows: list[int]) -> None:
+        registry = transitions.registry
+        self.transitions = transitions
         self._rows = torch.tensor(sorted(set(rows)), dtype=torch.int64)
         self._table = {name: column[self._rows] for name, column in registry.table.columns.items()}
         self._history = registry.history.copy(rows)
@@ -52,12 +52,12 @@ class Before:
         self._numbers = {name: getattr(registry.branches, name).clone() for name in ("alpha", "fade_from", "grafting")}
         self._slots = [_slots(registry, number) for number in range(len(registry.sites))]
         self._released = list(registry.released)
-        self._counts, self._leaving = dict(life.counts), list(life.leaving)
-        self._readiness, self._failed = dict(life.objective.readiness), set(life.objective.failed)
+        self._counts, self._leaving = dict(transitions.counts), list(transitions.leaving)
+        self._readiness, self._failed = dict(transitions.objective.readiness), set(transitions.objective.failed)
 
     def restore(self) -> None:
         """Put everything back; what was allocated since is freed."""
-        life, registry = self.life, self.life.registry
+        transitions, registry = self.transitions, self.transitions.registry
         for name, column in self._table.items():
             registry.table.columns[name][self._rows] = column
         del registry.branches.entries[len(self._branches) :]
@@ -70,8 +70,8 @@ class Before:
             _free_new(registry, number, before)
             registry.touch(number)
         registry.released = self._released
-        life.counts, life.leaving = self._counts, self._leaving
-        life.objective.readiness, life.objective.failed = self._readiness, self._failed
+        transitions.counts, transitions.leaving = self._counts, self._leaving
+        transitions.objective.readiness, transitions.objective.failed = self._readiness, self._failed
 
 
 def _slots(registry: SeedRegistry, number: int) -> dict[str, set[int]]:

@@ -1,7 +1,7 @@
 """Averages of a model's weights that follow what grows: torch's ``AveragedModel``, Lightning's callbacks, or a plain copy.
 
 An average is a copy of the model that somebody moves towards it, tensor by tensor in the order of its modules. So the copy gets the same
-seed layers, with banks of the same shapes; whoever averages then averages what grew as well, in his own way.
+seed layers, with banks of the same shapes, and the averaging covers the branches as well.
 
 A branch enters the average when its FINE_TUNING begins. Until then, and after it is on its way out, the average has it as it is: it is not
 what it will be, and an average over all steps would remember the zeros that it started with. What FOSSILIZED branches have no longer moves.
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.engine.attached_state import HostAlone, forgive_seeds
 from esper.engine.extra_passes import host_parameters
+from esper.engine.saved_state import HostAlone, expect_host_alone
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
@@ -44,8 +44,8 @@ class Follower:
         self.layers = [self._layer(site) for site in registry.sites]
         self._banks: list[Any] = [None] * len(registry.sites)
         self._plans: list[Any] = [[]] * len(registry.sites)
-        averaged.register_state_dict_post_hook(HostAlone())  # what grew is saved with the grown, and fits no fresh copy
-        averaged.register_load_state_dict_post_hook(forgive_seeds)
+        HostAlone.on(averaged)  # what grew is saved with the grown, and fits no fresh copy
+        expect_host_alone(averaged)
         self.sync()
         for number, values in (known or {}).items():
             _put(self._values(registry.branches[int(number)]), values)
@@ -66,7 +66,7 @@ class Follower:
                 _put(self._values(branch), _values(self.registry.layers[branch.site], branch))
 
     def state(self) -> dict[str, Any]:
-        """The averaged values of the branches that have any, by branch; the host's are whoever's the average is."""
+        """The averaged values of the branches that have any, by branch; the host's are saved with the average itself."""
         averaged = self.registry.in_stage(*AVERAGED)
         return {str(branch.id): {name: value.detach() for name, value in self._values(branch).items()} for branch in averaged}
 
@@ -91,7 +91,7 @@ class Follower:
     # --- the copy's seed layers ---
 
     def _bare(self) -> None:
-        """Take off the copy what came along from a model that seeds were attached to already."""
+        """Take off the copy all seed layers and hooks that it has from a model with seeds."""
         for module in self.model.modules():
             module._modules.pop(ATTRIBUTE, None)
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
@@ -105,7 +105,7 @@ class Follower:
         return layer.train(site.module.training)
 
     def _rebuild(self, number: int, here: list[Branch]) -> None:
-        """Banks like the garden's, in which branches known before keep their averaged values."""
+        """Banks like the registry's, in which branches known before keep their averaged values."""
         layer = self.layers[number]
         known: dict[int, dict[str, Tensor]] = {}
         if self._banks[number] is not None:

@@ -10,8 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from esper import Grow, attach
-from esper.engine.attached_state import forgive_seeds, grown_in, keep_in, plain
+from esper.engine.saved_state import expect_host_alone
 from esper.errors import UserError
+from esper.integrations.checkpoints import grown_in, keep_in, plain
 
 
 class GrowCallback(Callback):
@@ -41,7 +42,7 @@ class GrowCallback(Callback):
         for average in filter(None, (getattr(one, "_average_model", None) for one in trainer.callbacks)):  # type: ignore[attr-defined]
             self.grow.follow(average)
         self._step, self._losses = trainer.global_step, list[torch.Tensor]()
-        pl_module.register_load_state_dict_post_hook(forgive_seeds)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        expect_host_alone(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the batch, which is on its device here."""

@@ -10,9 +10,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from esper import Grow, attach
-from esper.engine.attached_state import HostAlone, found, grown_in
 from esper.engine.extra_passes import to_device
 from esper.engine.learning.losses import told_without
+from esper.engine.saved_state import HostAlone
+from esper.integrations.checkpoints import found, grown_in
 
 
 class GrowCallback(TrainerCallback):

@@ -14,7 +14,6 @@ from esper.bus.trainer.bus_port import ControllerSilent
 from esper.checkpoint import store
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.store import Checkpoint, Copy
-from esper.engine.state import trainer_state
 from esper.errors import Preempted
 from esper.lifecycle.duration import parse
 from esper.running.connections import Connections, Setup
@@ -81,7 +80,7 @@ class Checkpointer:
                 messages.Checkpoint(tick=trainer.grow.tick_number, path="", digest="")
             )  # for the controller to keep its own state here
         state: dict[str, Any] = {
-            "trainer": trainer_state(trainer),
+            "trainer": trainer.state(),
             "controller": json.dumps(self.controller.state()),
             "port": json.dumps(self.port.state()),
             "alerts": json.dumps(self.port.alerts),

@@ -22,10 +22,10 @@ from esper.bus.programs.tracker import GROUP as TRACKER
 from esper.bus.protocol import Bus
 from esper.bus.server.payloads import RELEASED, keep_all, released
 from esper.bus.trainer.bus_port import BusPort, ControllerSilent
+from esper.checkpoint.tree import fitting
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
 from esper.custom import CustomTracker
-from esper.engine.state import fitting
 from esper.errors import UserError
 from esper.messages import COLUMNS, CONTROLLER, Alert, Message
 from esper.running.builders import build_controller, describe_run

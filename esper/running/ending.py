@@ -144,7 +144,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
         ticks=grow.tick_number,
         steps=outcome.steps,
         metrics={"final": outcome.final, "best": outcome.best},
-        seeds=cast(SeedsSummary, dict(grow.life.counts)),
+        seeds=cast(SeedsSummary, dict(grow.transitions.counts)),
         branches=cast("list[BranchSummary]", grow.observer.branch_cards()),
         gates=gates,
         refusals=dict(grow.executor.refusals),

@@ -20,7 +20,7 @@ import torch
 
 import esper
 from esper.checkpoint import store
-from esper.engine.state import fitting
+from esper.checkpoint.tree import fitting
 from esper.errors import UserError
 from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from esper.checkpoint import store
+from esper.checkpoint.tree import fitting
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash
-from esper.engine.state import fitting
 from esper.errors import UserError
 from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary

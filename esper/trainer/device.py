@@ -1,4 +1,4 @@
-"""Where a run computes and in what precision, decided once and said in words."""
+"""Device, precision and numerics of a run, decided once and described in words."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils import deterministic as filling
+import torch.utils.deterministic
 
 from esper.errors import UserError
 from esper.trainer.config import NO_GPU, NO_HALF, TrainerConfig
 
+filling: Any = torch.utils.deterministic  # whose setting is a property that type checkers do not see
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,7 +31,7 @@ def choose_device(config: TrainerConfig) -> torch.device:
 
 
 def describe(device: torch.device, config: TrainerConfig) -> str:
-    """One line for a person: what is computed on, and a GPU that is left unused."""
+    """One line for a person: the device, and a GPU that is left unused."""
     if device.type == "cuda":
         return f"device: {torch.cuda.get_device_name(device)} (cuda:{device.index}), {config.precision}"
     threads = config.threads or torch.get_num_threads()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,10 +35,10 @@ def held_out(task: Task, which: str, device: torch.device, batch_size: int = 512
 
 
 class Repeated:
-    """Batches as an iterable that can be gone through again and again, which is what a judge reads."""
+    """Batches as an iterable that can be gone through again and again, as a judge needs it."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Any]:
         return self._batches.epoch()

@@ -22,7 +22,7 @@ def fingerprint(weights: Mapping[str, Tensor], history: Iterable[tuple[int, str,
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         _text(digest, f"{name} {tensor.dtype!s} {tuple(tensor.shape)}")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     for tick, name, value in history:
         _text(digest, name)
         digest.update(struct.pack("<qd", tick, value))
@@ -30,7 +30,7 @@ def fingerprint(weights: Mapping[str, Tensor], history: Iterable[tuple[int, str,
 
 
 def untimed(history: Iterable[tuple[int, str, float]]) -> list[tuple[int, str, float]]:
-    """The history without what a clock said: names whose last part holds ``seconds`` or ``per_second``."""
+    """The history without values measured with a clock: names whose last part holds ``seconds`` or ``per_second``."""
     return [item for item in history if "second" not in item[1].rsplit("/", 1)[-1]]
 
 

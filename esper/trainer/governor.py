@@ -9,9 +9,9 @@ last good snapshot. Neither the tick count nor the data order goes back, so the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from esper.lifecycle import Stage
 from esper.lifecycle.transitions import refusal
 from esper.messages import Alert
 from esper.seeds import Branch
-from esper.trainer.culprit_search import fewest
 from esper.trainer.robust_bands import Band
 
 JUMP = 100.0
@@ -76,7 +75,7 @@ class Governor:
         grow.guard.on_return = self.restart
 
     def restart(self) -> None:
-        """The host is in an earlier state: what was usual of late tells nothing of it, and the last snapshot is not that of this path."""
+        """The host is in an earlier state: learn anew which values are usual, and take a new snapshot."""
         self.bands, self._before, self._measured = _bands(), [], {}
         self.bad = dict.fromkeys(self.bands, 0)
         self._largest, self.snapshot = math.inf, None
@@ -120,18 +119,18 @@ class Governor:
         self._measured["activation"] = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
     def recover(self, anomaly: Anomaly, batch: Any) -> None:
-        """Remove whoever caused the anomaly and return everything else to the last good snapshot.
+        """Remove the branches that caused the anomaly and return everything else to the last good snapshot.
 
         Raises UserError, with a report, when this happens again and again.
         """
         grow = self.grow
-        tick = grow.life.tick = grow.tick_number + 1
+        tick = grow.transitions.tick = grow.tick_number + 1
         for branch in self._culprits(batch):
             anomaly.culprits.append(self._remove(branch, anomaly))
         if self.snapshot is not None:
             self.snapshot.restore(grow.registry.model, grow.optimizer, grow.registry)
             grow.signal.load(self._signal)
-            grow.life.leaving.clear()
+            grow.transitions.leaving.clear()
             grow.guard.returned(self.snapshot.tick)
         grow.forget_step()  # the forwards that looked for a culprit too
         self.bad = dict.fromkeys(self.bands, 0)
@@ -187,7 +186,7 @@ class Governor:
         optimizer = self.grow.optimizer
         return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
 
-    # --- who did it ---
+    # --- finding the cause ---
 
     def _culprits(self, batch: Any) -> list[Branch]:
         """The fewest branches without which this batch's loss is usual again; where several single ones would do, a younger one."""
@@ -213,9 +212,9 @@ class Governor:
         site = grow.registry.sites[branch.site].name
         name = f"branch {branch.id} ({branch.blueprint}) of seed {branch.seed} at {site}"
         if branch.stage is Stage.CULLED:
-            grow.life.drop(branch)
+            grow.transitions.drop(branch)
         elif refusal(branch.stage, Stage.ROLLED_BACK) is None:
-            grow.life.move(branch.row, Stage.ROLLED_BACK, f"governor: {anomaly.what}")
+            grow.transitions.move(branch.row, Stage.ROLLED_BACK, f"governor: {anomaly.what}")
         elif branch in grow.replacing.trials():
             grow.replacing.end(branch, f"governor: {anomaly.what}")
         else:
@@ -257,3 +256,23 @@ def _bands() -> dict[str, Band]:
         "update": Band(spreads=10.0, factor=30.0),
         "activation": Band(spreads=10.0, factor=30.0),
     }
+
+
+Item = TypeVar("Item")
+
+
+def fewest(items: Sequence[Item], usual_without: Callable[[Sequence[Item]], bool], off: Sequence[Item] = ()) -> list[Item]:
+    """Of ``items`` the fewest without which all is usual, where it is without all of them and not without ``off`` alone.
+
+    ``usual_without(some)`` costs a forward. One among n is found in at most two for each halving of n, several in as many each; where any
+    of several would do, that is named which comes first.
+    """
+    if len(items) <= 1:
+        return list(items)
+    middle = (len(items) + 1) // 2
+    first, second = items[:middle], items[middle:]
+    for half in (first, second):
+        if usual_without([*off, *half]):
+            return fewest(half, usual_without, off)
+    of_second = fewest(second, usual_without, [*off, *first])
+    return [*fewest(first, usual_without, [*off, *of_second]), *of_second]

@@ -1,4 +1,4 @@
-"""Robust bands: what a signal's values usually are, and whether a new one is far above that."""
+"""Robust bands: the usual range of a signal, and whether a new value is far above it."""
 
 from __future__ import annotations
 

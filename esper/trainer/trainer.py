@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esper.blueprints import Block, Blueprint
+from esper.checkpoint.tree import fitting, kept
 from esper.engine.attach import attach
-from esper.engine.extra_passes import freeze_statistics
+from esper.engine.extra_passes import freeze_statistics, host_buffers, host_parameters
 from esper.engine.grow import Grow
 from esper.engine.judging.judge import RECENT
 from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.engine.port import NullPort, Port
-from esper.engine.state import load_trainer
+from esper.engine.snapshot import optimizer_state, restore_optimizer
 from esper.errors import UserError
 from esper.flags import FlagsConfig
 from esper.grafting import GraftingConfig
@@ -27,7 +28,7 @@ from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.duration import parse
 from esper.messages import Alert
-from esper.randomness import seed_for, seed_global_draws
+from esper.randomness import GlobalDraws, seed_for, seed_global_draws
 from esper.seeds import SitesConfig, TelemetryConfig
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
@@ -35,6 +36,7 @@ from esper.trainer.config import OptimizerConfig, TrainerConfig
 from esper.trainer.device import TYPES, is_out_of_memory
 from esper.trainer.evaluate import Repeated, evaluate, held_out
 from esper.trainer.governor import Governor, Watch
+from esper.trainer.outcome import Outcome
 from esper.trainer.schedule import Schedule
 
 
@@ -51,16 +53,6 @@ class Growth:
     flags: FlagsConfig = field(default_factory=FlagsConfig)
     decided: bool = True
     """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
-
-
-@dataclass
-class Outcome:
-    """What a training left: held-out measurements (``test/…`` only once it is finished), history, cost."""
-
-    final: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    history: list[tuple[int, str, float]] = field(default_factory=list)
-    steps: int = 0
 
 
 class Trainer:
@@ -106,7 +98,7 @@ class Trainer:
             self.grow.follow(self.average, keep=True)
         self.governor = Governor(self.grow, self._watch()) if config.governor else None
         if state is not None:
-            load_trainer(self, state)
+            self._take_over(state)
         self._publish_every = growth.telemetry.every
         self._validate_every = max(1, parse(config.validate_every).ticks(self.total, self.steps_per_epoch))
 
@@ -141,7 +133,48 @@ class Trainer:
         every = max(1, parse(self.config.governor_snapshot).ticks(self.total, self.steps_per_epoch))
         return Watch(every, self.config.governor_patience, self.config.governor_failures, max(100, self.total // 10))
 
-    def remember_batches(self) -> None:
+    # --- checkpoints ---
+
+    def state(self) -> dict[str, Any]:
+        """Everything the rest of a run depends on, by reference; taken between two steps."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "host": dict(host_parameters(self.model)),
+            "buffers": dict(host_buffers(self.model)),
+            "optimizer": optimizer_state(self.optimizer),
+            "average": None if self.average is None else {**host_parameters(self.average), **host_buffers(self.average)},
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            **self.outcome.state(),
+            "said": sorted(self.said),
+            "rng": GlobalDraws().state() | {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "governor": None if self.governor is None else self.governor.state(),
+            "grow": self.grow.grown_state(),
+        }
+
+    @torch.no_grad()
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """Take over a ``state``, all but ``grow``, which was there before the run was announced."""
+        with fitting():
+            for kind, tensors in (("host", host_parameters(self.model)), ("buffers", host_buffers(self.model))):
+                for name, value in tensors.items():
+                    value.copy_(state[kind][name])
+            restore_optimizer(self.optimizer, state["optimizer"])
+            if self.scaler is not None and state["scaler"] is not None:
+                self.scaler.load_state_dict(kept(state["scaler"]))
+            if self.average is not None and state.get("average") is not None:  # else a fork began to average, from the next step on
+                for name, value in {**host_parameters(self.average), **host_buffers(self.average)}.items():
+                    value.copy_(state["average"][name])  # its branches came with the state of ``grow``
+            self.outcome.load(state)
+            self.said = set(state["said"])
+            self._remember_batches()
+            if self.governor is not None and state["governor"] is not None:
+                self.governor.load(kept(state["governor"]), self.device)
+            GlobalDraws.restore(kept(state["rng"]))
+            torch.set_rng_state(state["rng"]["cpu"])
+            if self.device.type == "cuda" and state["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+
+    def _remember_batches(self) -> None:
         """Give the judge the training batches it would remember at this step (norm statistics are recalibrated on them)."""
         if self.grow.judge is not None:
             number = self.outcome.steps * self.config.accumulate
@@ -184,7 +217,7 @@ class Trainer:
         return self.outcome
 
     def advance(self) -> None:
-        """One optimizer step, and what is due after it. Between two calls the state is whole."""
+        """One optimizer step, and the validation that is due after it. Between two calls the state is whole."""
         step = self.outcome.steps
         values, primary = self._step(step), None
         self.outcome.steps = step + 1
@@ -198,7 +231,7 @@ class Trainer:
         return steps % self._validate_every == 0 or steps == self.total
 
     def _step(self, step: int) -> dict[str, float]:
-        """One step; what is to be said of it, empty where nothing is due."""
+        """One step; the values to record, none where telemetry is not due."""
         rate = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * rate
@@ -207,7 +240,7 @@ class Trainer:
             number = step * self.config.accumulate + micro
             batch = self._batch(number)
             loss = self.loss(self.compiled, batch).mean()
-            self._scaled(loss / self.config.accumulate).backward()
+            torch.autograd.backward(self._scaled(loss / self.config.accumulate))
             losses.append(loss.detach())
             self.grow.after_backward(batch, losses[-1])
         norm = self._gradient_norm()
@@ -316,14 +349,17 @@ def _refuse_sparse(host: nn.Module) -> None:
     for name, module in host.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UserError(
-                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it with "
-                "sparse=False, or grow it in a loop of your own with esper.attach."
+                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it "
+                "with sparse=False, or grow it in a loop of your own with esper.attach."
             )
 
 
 def _average(decay: float, model: nn.Module) -> AveragedModel | None:
     """An exponential moving average of weights and norm statistics, none for a decay of 0."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    if not decay:
+        return None
+    moved = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+    return AveragedModel(model, multi_avg_fn=moved, use_buffers=True)
 
 
 def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -76,7 +76,7 @@ def one(config: Any, task: Any, seed: int, order: int, arm: str) -> dict[str, An
     values = {name: (final.get(f"validation/{name}", nan) + final.get(f"test/{name}", nan)) / 2 for name in ("accuracy", "loss")}
     sign = 1.0 if task.metrics[task.primary].direction == "max" else -1.0
     values["primary"] = sign * final.get(f"validation/{task.primary}", nan)
-    counts = {name: trainer.grow.life.counts[name] for name in COUNTS}
+    counts = {name: trainer.grow.transitions.counts[name] for name in COUNTS}
     rollbacks = len(trainer.governor.anomalies) if trainer.governor else 0
     counts |= {name: 0 if port is None else port.said.get(name, 0) for name in SAID}
     grown = {"kind": kind, "strategy": strategy} if arm == "grown" else {"kind": "", "strategy": ""}

@@ -108,7 +108,7 @@ def with_seeds(host: GPT2LMHeadModel, steps: int, seed: int, rank: int) -> dict[
 
     spent, kept = timed(step, steps, seed)
     branches = grow.registry.branches.living()
-    told = {"parameters": sum(branch.parameters for branch in branches), "kept": grow.life.counts["fossilized"]}
+    told = {"parameters": sum(branch.parameters for branch in branches), "kept": grow.transitions.counts["fossilized"]}
     return {"arm": "seeds", **told, "loss": held_out(grow.export()), "step_ms": spent, "kept_kib": kept}
 
 

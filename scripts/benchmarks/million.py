@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     rows = [measure("all dormant", build(options.seeds, 10**6), options.ticks)]
     busy = build(options.seeds, 10**6)
-    busy.port = busy.life.port = busy.gates.port = Busy(16, options.seeds)
+    busy.port = busy.boundary.port = busy.transitions.port = busy.gates.port = Busy(16, options.seeds)
     rows.append(measure("16 and more grafting, a command a tick", busy, options.ticks))
     for row in rows:
         met = "met" if row.p50_ms <= row.limit_ms and row.bytes_per_seed <= BYTES_LIMIT else "MISSED"

@@ -13,7 +13,6 @@ from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
 from esper.config import RootConfig
 from esper.engine.port import NullPort
-from esper.engine.state import trainer_state
 from esper.messages import Germinate, Message
 from esper.running.builders import build_trainer
 from esper.tasks.base import Task
@@ -90,7 +89,7 @@ def train_until(trainer: Trainer, step: int) -> Any:
     trainer.model.train()
     while trainer.outcome.steps < step:
         trainer.advance()
-    return join(*split(trainer_state(trainer)))
+    return join(*split(trainer.state()))
 
 
 def bits(trainer: Trainer) -> tuple[str, list[tuple[str, list[tuple[str, int]]]]]:

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from esper.checkpoint import hashes as pieces
+from esper.checkpoint import files as pieces
 from esper.checkpoint import store
 from esper.checkpoint.background_saver import Retention, Saver
-from esper.checkpoint.hashes import Written, map_bytes, read_bytes, write_bytes
-from esper.checkpoint.tensor_files import parse_tensors, write_tensors
+from esper.checkpoint.files import Written, map_bytes, parse_tensors, read_bytes, write_bytes, write_tensors
 from esper.checkpoint.tree import join, kept, same, split
 from esper.errors import UserError
 

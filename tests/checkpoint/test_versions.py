@@ -12,7 +12,6 @@ import torch
 from esper.checkpoint import schema, store
 from esper.checkpoint.schema import SCHEMA, UPGRADES, Upgrade
 from esper.checkpoint.tree import join, same, split
-from esper.engine.state import trainer_state
 from esper.errors import UserError
 from tests.checkpoint.conftest import Make
 from tests.checkpoint.samples.make import HERE, STEP, WORDS
@@ -30,7 +29,7 @@ def test_a_sample_is_taken_over_to_the_last_bit_and_goes_on(make: Make, version:
     checkpoint, state = store.read(HERE / str(version))
     assert checkpoint.manifest["schema"] == version and checkpoint.step == STEP
     trainer = make(*WORDS, state=state["trainer"])
-    again = join(*split(trainer_state(trainer)))
+    again = join(*split(trainer.state()))
     for part in state["trainer"]:
         assert holds(_timeless(again[part]), _timeless(state["trainer"][part])), part
     trainer.fit()

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler as schedules
 
 from esper.engine.attach import attach
 from esper.engine.learning.branch_optimizer import PATIENCE, BranchLearning, BranchOptimizer
+from esper.engine.measurements import Measured
 from esper.lifecycle import Stage
 from esper.messages import ApplyTogether, Cancel, ChangeStrategy, EmergencyStop, PauseGrafting, RequestReport, Selector
 
@@ -166,13 +167,13 @@ def test_germinating_or_any_command_changes_no_other_optimizer_state():
     groups = len(loop.optimizer.param_groups), len(loop.optimizer.param_groups[0]["params"])
     for command in commands:
         before = state()
-        loop.grow._obey(command)
+        loop.grow.boundary.obey(command, loop.grow.tick_number, Measured())
         loop.grow.registry.refresh()
         after = state()
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before), command
     statuses = {name: status for name, (status, _) in loop.port.acks.items()}
     assert [name for name, status in statuses.items() if status == "refused"] == ["p"]
-    loop.grow._obey(EmergencyStop(id="stop"))
+    loop.grow.boundary.obey(EmergencyStop(id="stop"), loop.grow.tick_number, Measured())
     assert groups == (len(loop.optimizer.param_groups), len(loop.optimizer.param_groups[0]["params"]))
     assert loop.port.acks["stop"] == ("applied", "")
 
@@ -260,7 +261,7 @@ def test_the_loss_scale_is_undone_for_the_task_alone():
             optimizer.zero_grad()
         bank: Any = grow.registry.layers[0].bank("mlp")
         rows = [rows for tick, site, rows in port.rows if site == "fc1"]
-        results.append(([stack.detach()[0] for stack in bank.stacks.values()], rows[-1][0], grow.advance.gradient_norms[0]))
+        results.append(([stack.detach()[0] for stack in bank.stacks.values()], rows[-1][0], grow.measurements.gradient_norms[0]))
     (plain, row, norm), (scaled, scaled_row, scaled_norm) = results
     for first, second in zip(plain, scaled, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)

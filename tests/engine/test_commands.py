@@ -41,7 +41,7 @@ def picture(loop: Loop) -> dict[str, Any]:
             state[f"{number}.{name}"] = (used, str(bank.steps))
     cards = [{k: str(v) for k, v in card.items()} for card in loop.grow.observer.branch_cards()]
     alive = [branch.alive for branch in registry.branches.entries]
-    counts, readiness = dict(loop.grow.life.counts), dict(loop.grow.objective.readiness)
+    counts, readiness = dict(loop.grow.transitions.counts), dict(loop.grow.objective.readiness)
     state["rest"] = (loop.grow.observer.seed_cards(), cards, alive, counts, readiness, len(loop.port.transitions))
     return state
 
@@ -193,9 +193,9 @@ def test_an_exception_halfway_is_undone(where: str, monkeypatch: pytest.MonkeyPa
     calls: list[str] = []
     targets: dict[str, tuple[Any, str, int]] = {
         "germinate": (loop.grow.registry, "germinate", 2),
-        "move": (loop.grow.life, "move", 2),
+        "move": (loop.grow.transitions, "move", 2),
         "add": (loop.grow.registry.branches, "add", 2),
-        "report": (loop.grow.life, "_say", 4),
+        "report": (loop.grow.transitions, "_say", 4),
     }
     target, name, which = targets[where]
     original = getattr(target, name)
@@ -212,7 +212,7 @@ def test_an_exception_halfway_is_undone(where: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     loop.grow.registry.refresh()
     unchanged(before, picture(loop))
-    assert loop.grow.life.leaving == []
+    assert loop.grow.transitions.leaving == []
     assert loop.grow.executor.apply(together, loop.grow.tick_number) == ("applied", ""), "afterwards it can be tried again"
     loop.run(3)
 
@@ -324,7 +324,7 @@ def test_a_strategy_changed_midway_goes_on_from_the_present_alpha(loop: Loop):
 def test_predicates_select_by_what_telemetry_said(loop: Loop):
     loop.run(5)
     select = Selector(where=[Predicate("stage", "==", float(S.DORMANT)), Predicate("age", ">", 3.0), Predicate("alpha", "<", 0.5)])
-    rows = loop.grow.executor._select(select, loop.grow.life.machine.trial())
+    rows = loop.grow.executor._select(select, loop.grow.transitions.machine.trial())
     assert rows == [2, 3]
     nothing = Selector(where=[Predicate("gain", ">=", 0.0)])
     assert loop.grow.executor.apply(Cancel(id="c", select=nothing), 6)[1] == "no seed meets the selection", "NaN compares with nothing"

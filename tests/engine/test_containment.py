@@ -10,6 +10,7 @@ from growing import Loop, batch, germinate, same, sample_loss, short
 
 from esper.blueprints import GLU, MLP, Affine, Blueprint, Conv, LowRank
 from esper.engine.extra_passes import host_parameters
+from esper.engine.measurements import Measured
 from esper.lifecycle import Stage
 from esper.seeds import Branch
 
@@ -42,7 +43,7 @@ def brought_to(stage: Stage, host: str = "mlp", **settings: Any) -> tuple[Loop, 
     loop.port.script = {1: [germinate(site.name, seed) for seed in range(min(2, site.geometry.seeds))]}
     branch = loop.until(S.EVALUATING if stage is S.CULLED else stage, most=150)
     if stage is S.CULLED:
-        loop.grow.life.move(branch.row, S.CULLED, "as a gate would")
+        loop.grow.transitions.move(branch.row, S.CULLED, "as a gate would")
         loop.grow.registry.refresh()
     loop.step()
     return loop, branch
@@ -157,12 +158,10 @@ def test_a_gradient_that_overflows_behind_a_finite_output_is_contained():
 
 def test_rarely_failing_is_borne_and_a_failing_strategy_is_not():
     loop, branch = brought_to(S.GRAFTING)
-    loop.grow.advance.error_rates = {branch.id: 0.4}
-    loop.grow.advance.finish(loop.grow.tick_number)
+    loop.grow.boundary.judge(loop.grow.tick_number, Measured(error_rates={branch.id: 0.4}))
     assert branch.stage is S.GRAFTING
-    loop.grow.advance.error_rates = {}
-    loop.grow.advance.trouble[branch.id] = "grafting strategy linear gave up: a signal is not finite"
-    loop.grow.advance.finish(loop.grow.tick_number)
+    gave_up = Measured(trouble={branch.id: "grafting strategy linear gave up: a signal is not finite"})
+    loop.grow.boundary.judge(loop.grow.tick_number, gave_up)
     assert branch.stage is S.CULLED and "gave up" in loop.port.transitions[-1].cause
 
 

@@ -79,7 +79,7 @@ def test_a_branch_that_raises_the_loss_is_removed_and_the_host_is_no_worse():
     loop.until(S.ROLLED_BACK, most=60)
     assert not branch.alive and len(causes(loop)) == 1
     assert judged(loop) <= before + 0.02
-    assert not loop.grow.guard.sound and loop.grow.guard.calm is None, "what was kept is let go"
+    assert not loop.grow.guard.baselines and loop.grow.guard.calm is None, "what was kept is let go"
 
 
 def test_a_control_that_is_never_judged_may_switch_the_guard_off():
@@ -100,7 +100,7 @@ def test_the_host_returns_with_its_optimizer_to_a_state_that_was_kept(monkeypatc
         return keep(tick)
 
     monkeypatch.setattr(guard, "_keep", remembering)
-    kept[guard.sound[0].tick] = loop.host_state(), loop.optimizer.state_dict()["state"][0]["exp_avg"].clone(), loop.grow.signal.fast
+    kept[guard.baselines[0].tick] = loop.host_state(), loop.optimizer.state_dict()["state"][0]["exp_avg"].clone(), loop.grow.signal.fast
     told: list[int] = []
     guard.on_return = lambda: told.append(loop.grow.tick_number)
     loop.run(8)
@@ -140,7 +140,7 @@ def test_a_host_that_leans_on_a_branch_is_no_proof_of_its_worth(monkeypatch: pyt
     loop = watched(grafting_max="65step")
     branch = loop.until(S.FINE_TUNING, most=130)
     monkeypatch.setattr(loop.grow.guard, "watch", lambda tick: None)
-    for sound in loop.grow.guard.sound.values():
+    for sound in loop.grow.guard.baselines.values():
         sound.began -= 10.0
         sound.fast -= 10.0
     loop.until(S.CULLED, most=30)
@@ -152,7 +152,7 @@ def test_a_host_that_learns_its_data_by_heart_is_not_blamed_on_a_branch():
     """The judge set's loss rises under it, with branches and without."""
     loop = watched(grafting_max="65step")
     branch = loop.until(S.FINE_TUNING, most=130)
-    for sound in loop.grow.guard.sound.values():
+    for sound in loop.grow.guard.baselines.values():
         sound.began -= 10.0
         sound.losses = sound.losses - 10.0
     loop.until(S.FOSSILIZED, most=30)
@@ -205,8 +205,8 @@ def test_the_guard_goes_on_from_a_saved_state_with_the_same_bits():
     settings = loop.settings | {"per_site": 2, "total_steps": 400, "loss": sample_loss, "optimizer": again, "port": other.port}
     other._grow = attach(model, state=saved, telemetry=loop.grow.settings.telemetry, **settings)
     held = other.grow.guard
-    assert held.sound.keys() == {0} and held.calm is not None and held.lowest == loop.grow.guard.lowest
-    assert torch.equal(held.sound[0].losses, loop.grow.guard.sound[0].losses)
+    assert held.baselines.keys() == {0} and held.calm is not None and held.lowest == loop.grow.guard.lowest
+    assert torch.equal(held.baselines[0].losses, loop.grow.guard.baselines[0].losses)
     for one in (loop, other):
         one.until(S.ROLLED_BACK, most=60)
     assert [said.text for said in other.port.alerts] == [said.text for said in loop.port.alerts]

@@ -11,8 +11,7 @@ from growing import Loop, batch, germinate, same, sample_loss, short
 from scipy import stats
 from torch import nn
 
-from esper.engine.judging.judge import Judge, lower_bound
-from esper.engine.judging.student_t import quantile
+from esper.engine.judging.judge import Judge, lower_bound, quantile
 from esper.lifecycle import Stage, spent
 from esper.messages import Cancel, Selector
 from esper.seeds import Branch

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.blueprints import Affine, Conv
 from esper.engine.attach import attach
-from esper.engine.macs import Meter
+from esper.engine.costs import Meter
 from esper.lifecycle import Stage
 
 S = Stage
@@ -39,7 +39,7 @@ class _Paused(Meter):
 def counted(loop: Loop, steps: int) -> tuple[int, int]:
     """(the meter's, the independent counter's) MACs of some steps."""
     meter = _Paused()
-    for owner in (loop.grow, loop.grow.objective, loop.grow.judge):
+    for owner in (loop.grow, loop.grow.passes, loop.grow.objective, loop.grow.judge):
         owner.meter = meter
     with FlopCounterMode(display=False) as outer:
         meter.outer = outer

@@ -14,7 +14,7 @@ from growing import Loop, batch, build, germinate, same, sample_loss, short
 from esper.blueprints import MLP, Block
 from esper.controllers.runner import Contained
 from esper.engine.attach import attach
-from esper.engine.exceptions import REPEATED
+from esper.engine.measurements import REPEATED
 from esper.grafting import Plan
 from esper.lifecycle import Stage
 
@@ -105,6 +105,18 @@ def test_a_fossil_stays_and_is_told_of():
     loop.run(6)
     assert branch.stage is S.FOSSILIZED and branch.alive
     assert [said.code for said in loop.port.alerts] == ["part_raised"]
+
+
+def test_what_was_said_before_a_stop_is_not_said_again():
+    settings = {"blueprint": Broken(), "sites": ["fc1"]}
+    loop = Loop(settings=settings, commands={1: [germinate()]})
+    loop.until(S.FOSSILIZED, most=150)
+    Broken.armed = True
+    loop.run(2)
+    assert [said.code for said in loop.port.alerts] == ["part_raised"]
+    again = Loop(settings={**settings, "state": loop.grow.state()}).run(2)
+    assert again.grow.registry.branches[0].raised > loop.grow.registry.branches[0].raised, "it went on raising"
+    assert again.port.alerts == []
 
 
 def test_a_block_is_contained_too():
@@ -218,12 +230,12 @@ def test_a_controller_that_raises_loses_that_decision_and_is_dismissed_when_it_r
     decider = Decider(range(1, 3))
     grow, optimizer = controlled(decider)
     run(grow, optimizer, 8)
-    assert grow.life.counts["germinated"] == 1, "two exceptions cost two decisions, no more"
+    assert grow.transitions.counts["germinated"] == 1, "two exceptions cost two decisions, no more"
     assert len([record for record in caplog.records if record.exc_info]) == 1
     again = Decider(range(1, 100))
     grow, optimizer = controlled(again)
     run(grow, optimizer, 8)
-    assert again.asked == REPEATED and grow.life.counts["germinated"] == 0
+    assert again.asked == REPEATED and grow.transitions.counts["germinated"] == 0
     state = json.loads(json.dumps(grow.port.runner.state()))
     fresh = Contained(Decider(range(0)))
     fresh.load_state(state)

@@ -60,7 +60,7 @@ def test_a_rollback_restores_host_optimizer_and_the_other_branches(host: str, bl
     assert [stage for stage, _ in loop.grow.registry.branches[0].path][-1] == "ROLLED_BACK"
     loop.run(8)
     assert [stage for stage, _ in loop.grow.registry.branches[0].path][-1] == "DORMANT"
-    assert loop.grow.life.counts["rolled_back"] == 1
+    assert loop.grow.transitions.counts["rolled_back"] == 1
 
 
 def test_a_branch_that_is_not_blended_is_rolled_back_alone():
@@ -74,14 +74,14 @@ def test_a_host_that_is_not_sound_is_no_good_snapshot():
     lifecycle = short(judge_every="90step")
     loop = Loop("batch_norm", settings={"lifecycle": lifecycle}, commands={1: [germinate(seed=0)], 20: [germinate(seed=1)]})
     loop.until(S.GRAFTING)
-    good = loop.grow.guard.sound[0].kept
+    good = loop.grow.guard.baselines[0].kept
     assert good is not None and good.snapshot.healthy
     loop.run(21 - loop.grow.tick_number)
     with torch.no_grad():
         loop.model.norm.running_mean[0] = float("inf")  # which no training forward feels
     assert not Snapshot(loop.model, loop.optimizer, loop.grow.registry, 9).healthy
     loop.run(3)
-    assert loop.grow.guard.sound[1].kept is good, "the last good one is kept"
+    assert loop.grow.guard.baselines[1].kept is good, "the last good one is kept"
 
 
 def test_without_a_judge_a_rollback_is_taken_at_its_word():

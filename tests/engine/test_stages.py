@@ -124,7 +124,7 @@ def test_without_a_judge_no_branch_is_kept_and_the_host_is_not_rolled_back():
     loop = Loop(settings={"judge": None, "sample": batch()}, commands={1: [germinate()]})
     loop.until(S.CULLED)
     assert loop.port.stages()[-1] == ("EVALUATING", "CULLED")
-    assert loop.grow.life.counts == {"germinated": 1, "fossilized": 0, "culled": 1, "cancelled": 0, "rolled_back": 0}
+    assert loop.grow.transitions.counts == {"germinated": 1, "fossilized": 0, "culled": 1, "cancelled": 0, "rolled_back": 0}
 
 
 def test_a_branch_that_changes_nothing_is_not_kept():

@@ -12,10 +12,10 @@ from torch import nn
 
 from esper.blueprints import Geometry
 from esper.engine.attach import attach
+from esper.engine.costs import Stopwatch
 from esper.engine.extra_passes import shapes_of, to_device
 from esper.engine.port import NullPort
 from esper.engine.signals import LossSignal
-from esper.engine.stopwatch import Stopwatch
 from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
@@ -130,9 +130,9 @@ def test_a_gradient_that_never_came_is_nan():
 def test_held_out_metrics_reach_the_strategies_turned_so_that_more_is_better():
     loop = Loop().run(1)
     loop.grow.observe({"validation/loss": 2.0}, primary="validation/loss", maximize=False)
-    assert loop.grow.advance.metric == -2.0 and loop.port.values == [(1, {"validation/loss": 2.0})]
+    assert loop.grow.measurements.metric == -2.0 and loop.port.values == [(1, {"validation/loss": 2.0})]
     loop.run(1)
-    assert loop.grow.advance.metric is None, "a measurement counts once"
+    assert loop.grow.measurements.metric is None, "a measurement counts once"
 
 
 def test_the_loss_signal_follows_the_loss_and_recovers_from_what_is_not_finite():
@@ -159,15 +159,15 @@ def test_drift_is_measured_for_whom_it_is_asked_and_forgotten_after():
     loop = Loop(settings={"grafting": "drift", "lifecycle": short(grafting_max="90step")}, commands={1: [germinate()]})
     loop.until(S.GRAFTING)
     loop.run(4)
-    averages = loop.grow.advance.weights.averages
+    averages = loop.grow.strategy_signals.weights.averages
     assert list(averages) == [0]
     now = [value.unsqueeze(0) for value in loop.grow.registry.layers[0].bank("mlp").values(0).values()]
     expected, _ = weight_drift(now, averages[0])
-    measured = loop.grow.advance.weights.drift(loop.grow.registry, loop.grow.registry.branches.entries)
+    measured = loop.grow.strategy_signals.weights.drift(loop.grow.registry, loop.grow.registry.branches.entries)
     assert measured.tolist() == pytest.approx(expected.tolist())
     loop.until(S.STABILIZATION)
     loop.run(1)
-    assert not loop.grow.advance.weights.averages
+    assert not loop.grow.strategy_signals.weights.averages
 
 
 def test_drift_of_a_block_is_measured_too():
@@ -176,7 +176,7 @@ def test_drift_of_a_block_is_measured_too():
     loop.until(S.GRAFTING)
     loop.run(2)
     grown = loop.grow.registry.layers[0].bank("block").blocks["0"]
-    assert len(loop.grow.advance.weights.averages[0]) == len(list(grown.parameters()))
+    assert len(loop.grow.strategy_signals.weights.averages[0]) == len(list(grown.parameters()))
 
 
 def test_rows_are_written_where_the_port_wants_them_whatever_was_there():

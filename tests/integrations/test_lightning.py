@@ -130,7 +130,7 @@ def test_a_run_of_unknown_length_asks_for_total_steps_and_grows_with_it(epochs: 
         lightning.Trainer(callbacks=[callback()], **given).fit(Classifier(), loader)
     told = callback(total_steps=100)
     lightning.Trainer(callbacks=[told, Stopped()], **given).fit(Classifier(), loader)
-    assert told.grow.settings.total_ticks == 100 and told.grow.life.counts["germinated"] == 1
+    assert told.grow.settings.total_ticks == 100 and told.grow.transitions.counts["germinated"] == 1
 
 
 def saving(own: GrowCallback, folder: Path, steps: int, *others: Any) -> lightning.Trainer:

@@ -56,7 +56,7 @@ def test_a_seed_lives_through_its_stages_and_the_exported_model_is_transformers_
     assert [site.name for site in grow.registry.sites] == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
     reached = [name for name, _ in grow.registry.branches[0].path]
     assert reached[:4] == ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION"] and "EVALUATING" in reached
-    assert grow.advance.metric is not None
+    assert grow.measurements.metric is not None
     plain = grow.export().eval()
     batch = {name: value[None] for name, value in samples(1, 4)[0].items()}
     running.model.eval()

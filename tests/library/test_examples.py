@@ -43,7 +43,7 @@ def test_the_readmes_loop_runs_as_it_stands_and_misses_no_telemetry(monkeypatch:
     given: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), 0.01), "loss": sample_loss}
     given |= {"judge_batches": JUDGE, "batches": [batch("mlp", number) for number in range(300)], "steps": 300}
     exec(block, given)
-    assert given["grow"].steps == 300 and given["grow"].life.counts["germinated"] > 0
+    assert given["grow"].steps == 300 and given["grow"].transitions.counts["germinated"] > 0
     assert type(given["plain"]) is type(model)
     columns = {name: torch.cat(told)[:, number] for number, name in enumerate(COLUMNS)}
     learning = (columns["stage"] == Stage.GRAFTING) | (columns["stage"] == Stage.FINE_TUNING)

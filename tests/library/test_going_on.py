@@ -78,7 +78,7 @@ def test_a_loop_that_stops_and_goes_on_ends_with_the_same_bits(tmp_path: Path, w
     train(again, second, STOP, STEPS)
     same(whole.registry.model.state_dict(), second.registry.model.state_dict())
     assert second.observer.branch_cards() == whole.observer.branch_cards()
-    assert second.life.counts == whole.life.counts and whole.life.counts["germinated"] > 1
+    assert second.transitions.counts == whole.transitions.counts and whole.transitions.counts["germinated"] > 1
     assert len(whole.registry.branches.entries) > len(grow.registry.branches.entries)  # the controller's memory was needed
     same(whole.export().state_dict(), second.export().state_dict())
 

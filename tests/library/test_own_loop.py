@@ -64,7 +64,7 @@ def test_ten_lines_grow_a_seed_with_neither_hydra_bus_nor_mlflow() -> None:
     model = build("mlp")
     grow, optimizer = attached(model)
     train(model, grow, optimizer, 12)
-    assert grow.life.counts["germinated"] == 1
+    assert grow.transitions.counts["germinated"] == 1
     assert grow.registry.branches[0].stage not in (Stage.DORMANT, Stage.GERMINATED)
     program = "import sys, esper.engine; print([m for m in ('hydra', 'mlflow', 'msgspec', 'numpy.testing', 'redis') if m in sys.modules])"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -74,7 +74,7 @@ def test_ten_lines_grow_a_seed_with_neither_hydra_bus_nor_mlflow() -> None:
 def test_without_a_controller_nothing_grows_and_an_unknown_one_is_refused() -> None:
     grow, optimizer = attached(build("mlp"), controller=None)
     train(grow.registry.model, grow, optimizer, 5)
-    assert grow.life.counts["germinated"] == 0
+    assert grow.transitions.counts["germinated"] == 0
     for wrong, sentence in (("tamiyo", "There is no controller 'tamiyo'; there are"), (object(), "no method observe")):
         with pytest.raises(UserError, match=sentence):
             attached(build("mlp"), controller=wrong)
@@ -370,7 +370,7 @@ def test_a_host_with_sparse_gradients_grows(site: str, objective: str, tmp_path:
         if grow.registry.in_stage(Stage.EVALUATING):
             break
     assert port.stages()[-1] == ("STABILIZATION", "EVALUATING") and not port.alerts
-    snapshot = grow.guard.sound[0].kept.snapshot  # type: ignore[union-attr]
+    snapshot = grow.guard.baselines[0].kept.snapshot  # type: ignore[union-attr]
     before = model.words.weight.detach().clone()
     snapshot.restore(model, optimizer, grow.registry)
     assert not torch.equal(before, model.words.weight) and grow.save_branches(tmp_path).is_dir()

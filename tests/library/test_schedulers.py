@@ -57,7 +57,7 @@ def rates(make: Callable[[Any], Optimizer], schedule: Scheduled, first: bool) ->
         seen.append(grow.settings.learning.lr * grow.rate.factor())
         optimizer.zero_grad()
         scheduler.step(*([float(loss.detach())] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
-    assert grow.life.counts["germinated"] == 1 and len(optimizer.param_groups) == len(host[0])
+    assert grow.transitions.counts["germinated"] == 1 and len(optimizer.param_groups) == len(host[0])
     return seen, host, grow
 
 

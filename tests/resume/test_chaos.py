@@ -14,7 +14,7 @@ import pytest
 
 from esper.bus.server.sender import Sender
 from esper.bus.trainer.telemetry_ring import TelemetryRing
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.tracking import csv_files
 from tests.resume import killing
 from tests.resume.conftest import Configure
@@ -52,8 +52,8 @@ def test_a_line_said_twice_is_noticed(finished: Path, tmp_path: Path, name: str,
 PLACES = {
     "before a checkpoint is renamed": Place(os, "rename", 2),
     "after a checkpoint was renamed": Place(os, "rename", 2, after=True),
-    "in a transition": Place(Life, "_carry_out", 9),
-    "after a germination": Place(Life, "germinate", 3, after=True),
+    "in a transition": Place(Transitions, "_carry_out", 9),
+    "after a germination": Place(Transitions, "germinate", 3, after=True),
     "in a flush of telemetry": Place(TelemetryRing, "_emit_upto", 5),
 }
 
@@ -73,7 +73,7 @@ def test_killed_when_the_server_has_a_batch_and_the_writer_does_not_know_it_yet(
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_killed_again_while_the_csv_files_are_cut(configure: Configure, finished: Path, tmp_path: Path, number: int) -> None:
-    places = [Place(Life, "_carry_out", 9), Place(csv_files, "_replace", number)]
+    places = [Place(Transitions, "_carry_out", 9), Place(csv_files, "_replace", number)]
     assert killed_there(configure, finished, tmp_path, places) == []
 
 

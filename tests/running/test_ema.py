@@ -12,7 +12,6 @@ from growing import Notebook, germinate, same
 
 from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
-from esper.engine.state import trainer_state
 from esper.running import builders as parts
 from esper.running.builders import build_trainer
 from esper.trainer.trainer import Trainer
@@ -56,7 +55,7 @@ def test_the_average_is_what_is_measured_and_exported() -> None:
 def test_a_run_that_goes_on_has_the_same_average(stop: int) -> None:
     whole = built("trainer.ema=0.9")
     grow_one(whole, stop)
-    state = dict(join(*split(trainer_state(whole))))
+    state = dict(join(*split(whole.state())))
     grow_one(whole, 20)
     again = built("trainer.ema=0.9", state=state)
     grow_one(again, 20)
@@ -83,7 +82,7 @@ def test_a_run_repeats_and_goes_on_with_a_host_that_draws_from_other_generators(
     monkeypatch.setattr(parts, "build_host", lambda *_: Drawing().apply(lambda m: [p.data.fill_(0.01) for p in m.parameters()]))
     whole = built()
     grow_one(whole, 10)
-    state = dict(join(*split(trainer_state(whole))))
+    state = dict(join(*split(whole.state())))
     grow_one(whole, 10)
     random.random(), numpy.random.rand()
     again = built(state=state)

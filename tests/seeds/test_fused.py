@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esper.blueprints import GLU, MLP, Affine, Geometry, LowRank, SlotBank
-from esper.engine.macs import Meter
+from esper.engine.costs import Meter
 from esper.kernels import KernelConfig, Kernels
 from esper.seeds.blend import blend
 from esper.seeds.branches import Branch

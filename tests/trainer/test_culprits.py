@@ -9,8 +9,7 @@ import torch
 
 from esper.lifecycle import Stage
 from esper.messages import Germinate
-from esper.trainer.culprit_search import fewest
-from esper.trainer.governor import Governor
+from esper.trainer.governor import Governor, fewest
 from tests.checkpoint.conftest import Make
 
 

@@ -202,7 +202,7 @@ def test_of_many_branches_that_a_strategy_gives_up_the_first_are_named_and_all_c
     trainer = make(*SLOW)
     steps(trainer, 24)
     grafting = trainer.grow.registry.in_stage(Stage.GRAFTING)
-    trainer.grow.advance.say_given_up(grafting * 5)
+    trainer.grow.boundary.say_given_up(grafting * 5, trainer.grow.tick_number)
     (said,) = alerts(trainer)
     assert said.count(" of seed ") == 8 and said.endswith(f"and {len(grafting) * 5 - 8} more")
 

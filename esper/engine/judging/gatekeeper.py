@@ -1,16 +1,19 @@
-"""Measuring what the gates ask for, keeping the closest value of each, and saying every answer on the bus."""
+"""The gates: measuring the value that each asks for, counting the answers, and sending every answer to the bus."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Gain, Judge
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
 from esper.engine.signals import LossSignal
+from esper.kernels import MISMATCH
 from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
 from esper.messages import Alert, GateResult
 from esper.seeds import Branch, SeedRegistry
@@ -30,7 +33,10 @@ class GateRecord:
 
 
 class Gatekeeper:
-    """Answers gates for the branches of a registry; a value that is missing or not finite opens none."""
+    """Answers gates for the branches of a registry; a value that is missing or not finite opens none.
+
+    ``ramp_end`` is the alpha at which each strategy's ramp is over, as float32 holds it. ``said`` are the alerts given once a run.
+    """
 
     def __init__(
         self,
@@ -41,6 +47,7 @@ class Gatekeeper:
         loss: LossSignal,
         guard: Guard,
         port: Port,
+        ramp_end: Mapping[str, float],
     ) -> None:
         self.config = config
         self.registry = registry
@@ -49,9 +56,10 @@ class Gatekeeper:
         self.loss = loss
         self.guard = guard
         self.port = port
+        self.ramp_end = ramp_end
         self.records: dict[str, GateRecord] = {}
         self.diverged: set[int] = set()
-        self.said: set[str] = set()  # alerts that are given once a run
+        self.said: set[str] = set()
 
     def ask(self, branch: Branch, target: Stage, tick: int) -> bool:
         """Whether the gate before ``branch.stage → target`` is open now (transitions without one always are)."""
@@ -99,7 +107,7 @@ class Gatekeeper:
         return self._answer("replacement", successor, gain.bound, self.config.gain, tick, successor.looks)
 
     def say_diverging(self, tick: int) -> None:
-        """Once a run: the training loss is no finite number, and what follows from it."""
+        """An alert, once a run, that the training loss is not finite, with the consequences."""
         if not self.loss.diverging or "loss_not_finite" in self.said:
             return
         self.said.add("loss_not_finite")
@@ -129,9 +137,6 @@ class Gatekeeper:
         assert gate == "ramp", gate
         return float(self.registry.branches.alpha[branch.id]), self.ramp_end[branch.strategy]
 
-    ramp_end: dict[str, float] = {}
-    """Alpha at which each strategy's ramp is over; set by the engine from the strategies' settings."""
-
     def _answer(self, gate: str, branch: Branch, value: float, threshold: float, tick: int, look: int) -> bool:
         passed = passes(value, threshold) and (value > 0.0 or gate not in GAINS)  # 0 ≥ 0 is no gain
         record = self.records.setdefault(gate, GateRecord(threshold))
@@ -153,3 +158,17 @@ class Gatekeeper:
         )
         self.port.emit(asked)
         return passed
+
+    # --- checkpoints ---
+
+    def state(self) -> dict[str, Any]:
+        """The answers of every gate, and the alerts that have been given."""
+        return {"gates": {name: asdict(record) for name, record in self.records.items()}, "said": sorted(self.said)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state. Others hold ``said`` too, so it stays the same set; kernels that were wrong once stay off."""
+        self.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
+        self.said.clear()
+        self.said.update(state["said"])
+        if self.registry.kernels is not None and MISMATCH in self.said:
+            self.registry.kernels.tripped = True

@@ -1,9 +1,9 @@
 """The guard: keeps the host from slow harm, of which no single step looks wrong.
 
-When a branch's blending begins, the guard keeps the host's state and its losses on the judge set, and again at any look of the judge's
-that finds the host better without the branch. While the branch is blended, a training loss that has risen from its lowest is a suspicion,
-and costs nothing; then the judge set is asked. Where its losses are worse than what was kept, with confidence, the branch goes.
-Whatever it goes for: where the host without it is worse than what was kept, the host returns.
+When a branch's blending begins, the guard keeps the host's state and its losses on the judge set as a baseline. It keeps a new one when the
+judge finds the host without the branch better than that. While the branch is blended, a training loss that has risen from its lowest value
+is a suspicion. Only then the judge set is asked, and the branch goes if the losses are worse than the baseline's, with confidence. For
+whatever reason a branch goes, the host returns to a kept state if it is worse without the branch than the baseline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from esper.checkpoint.tree import Still
 from esper.engine.judging.judge import Judge, lower_bound
 from esper.engine.signals import LossSignal
 from esper.engine.snapshot import Snapshot
-from esper.engine.transition_effects import Life
+from esper.engine.transitions import Transitions
 from esper.lifecycle import Stage, spent
 from esper.messages import Alert
 from esper.seeds import Branch
@@ -30,7 +30,7 @@ WATCHED = (Stage.GRAFTING, Stage.STABILIZATION, Stage.EVALUATING, Stage.FINE_TUN
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptHost:
     """Host, optimizer and branches at one tick, with the averages of the training loss as they were then."""
 
     snapshot: Snapshot
@@ -38,7 +38,7 @@ class Kept:
 
 
 @dataclass
-class Sound:
+class Baseline:
     """The host without a branch at ``tick``, when its blending began or later, when it was better still.
 
     ``losses`` ``[n]`` float64 are those on the judge set (none: no judge), ``began`` their mean and ``fast`` the average
@@ -47,7 +47,7 @@ class Sound:
 
     tick: int
     losses: Tensor
-    kept: Kept | None
+    kept: KeptHost | None
     began: float
     fast: float
     looks: int = 0
@@ -61,84 +61,84 @@ def worse(now: Tensor, then: Tensor, error: float) -> bool:
 
 
 class Guard:
-    """Watches the blended branches of one registry, every ``every`` ticks. Without a judge it only keeps what a rollback returns to."""
+    """Watches the blended branches of one registry, every ``every`` ticks. Without a judge it only keeps states for rollbacks."""
 
-    def __init__(self, life: Life, judge: Judge | None, signal: LossSignal, significance: float, every: int) -> None:
-        self.life = life
-        self.registry = life.registry
+    def __init__(self, transitions: Transitions, judge: Judge | None, signal: LossSignal, significance: float, every: int) -> None:
+        self.transitions = transitions
+        self.registry = transitions.registry
         self.judge = judge
         self.signal = signal
         self.significance = significance
         self.every = every
-        self.sound: dict[int, Sound] = {}
-        self.calm: Kept | None = None
+        self.baselines: dict[int, Baseline] = {}
+        self.calm: KeptHost | None = None
         self.lowest = math.inf
         self.on_return: Callable[[], None] = lambda: None
-        """Called when the host has returned to an earlier state: what was usual of late is not usual of that."""
+        """Called when the host has returned to an earlier state, for which other values are usual."""
 
     # --- the three calls of a tick ---
 
     def watch(self, tick: int) -> None:
         """Roll the branch back that harms the host slowly, if there is one; ``settle`` must follow."""
-        watched = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id in self.sound]
+        watched = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id in self.baselines]
         if not watched or self.judge is None or tick % self.every or not self._suspicious(tick):
             return
         now = self._losses([])
-        harmful = [branch for branch in watched if self._harmed(self.sound[branch.id], now)]
+        harmful = [branch for branch in watched if self._harmed(self.baselines[branch.id], now)]
         if harmful:
             branch = self._blamed(harmful, now)
-            sound = self.sound[branch.id]
-            risen = f"{_mean(sound.losses):.4g} without it at tick {sound.tick} to {_mean(now):.4g} with it"
-            self.life.move(branch.row, Stage.ROLLED_BACK, f"slow harm: the judge set's loss went from {risen}")
+            baseline = self.baselines[branch.id]
+            risen = f"{_mean(baseline.losses):.4g} without it at tick {baseline.tick} to {_mean(now):.4g} with it"
+            self.transitions.move(branch.row, Stage.ROLLED_BACK, f"slow harm: the judge set's loss went from {risen}")
 
     def settle(self, tick: int) -> None:
         """Return the host where it is worse without the branches that have just gone than it was before their blending."""
-        leaving, self.life.leaving = self.life.leaving, []
+        leaving, self.transitions.leaving = self.transitions.leaving, []
         for branch in (self.registry.branches[number] for number in leaving):
-            sound = self.sound.pop(branch.id, None)
-            if sound is not None:
-                self._settle(branch, sound, tick)
+            baseline = self.baselines.pop(branch.id, None)
+            if baseline is not None:
+                self._settle(branch, baseline, tick)
         present = {branch.id for branch in self.registry.in_stage(*WATCHED)}
-        self.sound = {number: kept for number, kept in self.sound.items() if number in present}
-        if not self.sound:
+        self.baselines = {number: kept for number, kept in self.baselines.items() if number in present}
+        if not self.baselines:
             self.calm, self.lowest = None, math.inf
 
     def begin(self, tick: int) -> None:
         """Keep the state of the host for branches whose blending begins with the next forward."""
-        new = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id not in self.sound]
+        new = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id not in self.baselines]
         if not new:
             return
         kept = self._keep(tick) or self._youngest()
         losses = self._losses(new)
-        if not self.sound:
+        if not self.baselines:
             self.lowest = self.signal.fast if math.isfinite(self.signal.fast) else math.inf
         for branch in new:
-            self.sound[branch.id] = Sound(tick, losses, kept, _mean(losses), self.signal.fast)
+            self.baselines[branch.id] = Baseline(tick, losses, kept, _mean(losses), self.signal.fast)
 
     def heard(self, branches: list[Branch], off: list[Tensor], tick: int) -> None:
-        """A look at the judge set has shown the host without each branch: where that is better than what was kept, it is kept instead."""
-        kept: Kept | None = None
+        """Keep the present host instead of a baseline where a look at the judge set has found it better without the branch."""
+        kept: KeptHost | None = None
         for branch, losses in zip(branches, off, strict=True):
-            sound = self.sound.get(branch.id)
-            if sound is not None and _mean(losses) < _mean(sound.losses):
+            baseline = self.baselines.get(branch.id)
+            if baseline is not None and _mean(losses) < _mean(baseline.losses):
                 kept = kept or self._keep(tick)
                 if kept is not None:
-                    self.sound[branch.id] = Sound(tick, losses, kept, sound.began, sound.fast, sound.looks)
+                    self.baselines[branch.id] = Baseline(tick, losses, kept, baseline.began, baseline.fast, baseline.looks)
 
-    # --- what the gate before FOSSILIZED asks ---
+    # --- the gate before FOSSILIZED ---
 
     def improvement(self, branch: Branch, now: Tensor) -> float:
         """Fall of the mean judge loss since the branch's blending began, ``now`` being those with it on; NaN where it is not known.
 
         Where that has risen, the fall of the average training loss: a host that learns its data by heart is not harmed by its branches.
         """
-        sound = self.sound.get(branch.id)
-        if sound is None or sound.losses.shape != now.shape:
+        baseline = self.baselines.get(branch.id)
+        if baseline is None or baseline.losses.shape != now.shape:
             return math.nan
-        judged, trained = sound.began - _mean(now), sound.fast - self.signal.noise() - self.signal.fast
+        judged, trained = baseline.began - _mean(now), baseline.fast - self.signal.noise() - self.signal.fast
         return trained if judged < 0.0 < trained else judged
 
-    # --- who harms ---
+    # --- finding the harmful branch ---
 
     def _suspicious(self, tick: int) -> bool:
         """Whether the training loss has risen from its lowest by more than its noise; a lowest one is kept as a calm state."""
@@ -148,53 +148,53 @@ class Guard:
             return False
         return not (math.isfinite(fast) and fast - self.lowest <= self.signal.noise())
 
-    def _harmed(self, sound: Sound, now: Tensor) -> bool:
-        sound.looks += 1
-        return worse(now, sound.losses, spent(self.significance, sound.looks)) and self._unlearnt(sound)
+    def _harmed(self, baseline: Baseline, now: Tensor) -> bool:
+        baseline.looks += 1
+        return worse(now, baseline.losses, spent(self.significance, baseline.looks)) and self._unlearnt(baseline)
 
-    def _unlearnt(self, sound: Sound) -> bool:
+    def _unlearnt(self, baseline: Baseline) -> bool:
         """Whether the average training loss has not fallen since the host was kept by more than its noise.
 
         Where it has, a judge set's loss that rises is that of a host which learns its data by heart, as it would alone.
         """
-        before = math.nan if sound.kept is None else sound.kept.signal["fast"]
+        before = math.nan if baseline.kept is None else baseline.kept.signal["fast"]
         return not self.signal.fast < before - self.signal.noise()
 
     def _blamed(self, harmful: list[Branch], now: Tensor) -> Branch:
-        """Of several the one without which the loss is lowest; where it is lower without none of them, who came last."""
+        """Of several branches the one without which the loss is lowest; the youngest where switching off none of them lowers it."""
         if len(harmful) > 1:
             without = [_mean(self._losses([branch])) for branch in harmful]
             lowest = min((loss for loss in without if math.isfinite(loss)), default=math.inf)
             if lowest < _mean(now) or (lowest < math.inf and not math.isfinite(_mean(now))):
                 return harmful[without.index(lowest)]
-        return max(harmful, key=lambda branch: (self.sound[branch.id].tick, branch.id))
+        return max(harmful, key=lambda branch: (self.baselines[branch.id].tick, branch.id))
 
     # --- going back ---
 
-    def _settle(self, branch: Branch, sound: Sound, tick: int) -> None:
+    def _settle(self, branch: Branch, baseline: Baseline, tick: int) -> None:
         gone = [branch] if branch.alive else []  # a culled one still fades
-        if not sound.losses.numel():  # nobody can judge: a rollback is taken at its word
-            if branch.stage is Stage.ROLLED_BACK and sound.kept is not None:
-                self._restore(sound.kept)
-                self.returned(sound.kept.snapshot.tick)
+        if not baseline.losses.numel():  # nobody can judge: a rollback is taken at its word
+            if branch.stage is Stage.ROLLED_BACK and baseline.kept is not None:
+                self._restore(baseline.kept)
+                self.returned(baseline.kept.snapshot.tick)
                 self.on_return()
             return
         now = self._losses(gone)
-        if not worse(now, sound.losses, self.significance) or not self._is_why(branch, sound, now):
+        if not worse(now, baseline.losses, self.significance) or not self._is_why(branch, baseline, now):
             return
-        best = self._best(sound, now, gone, tick)
+        best = self._best(baseline, now, gone, tick)
         if best is None:
             return
-        self.life.drop(branch)
+        self.transitions.drop(branch)
         self.registry.touch(branch.site)
         self.signal.load(best.signal)
         self.returned(best.snapshot.tick)
         self.on_return()
         site = self.registry.sites[branch.site].name
         text = f"without branch {branch.id} the host is worse than it was before; back to the state of tick {best.snapshot.tick}"
-        self.life.port.emit(Alert(tick=tick, level="warning", code="host_returned", text=text, site=site, seed=branch.seed))
+        self.transitions.port.emit(Alert(tick=tick, level="warning", code="host_returned", text=text, site=site, seed=branch.seed))
 
-    def _is_why(self, branch: Branch, sound: Sound, now: Tensor) -> bool:
+    def _is_why(self, branch: Branch, baseline: Baseline, now: Tensor) -> bool:
         """Whether a branch that went may be why the host is worse than before: not where the host merely overfits.
 
         A rollback is taken at its word. Of a culled branch, which still fades, either its going hurts, or the training loss has not
@@ -202,14 +202,14 @@ class Guard:
         """
         if not branch.alive or worse(now, self._losses([]), self.significance):
             return True
-        return self._unlearnt(sound)
+        return self._unlearnt(baseline)
 
-    def _best(self, sound: Sound, now: Tensor, gone: list[Branch], tick: int) -> Kept | None:
-        """Of the present state (None), the calm one and the one kept with ``sound`` that of lowest judge loss; it is put in place."""
+    def _best(self, baseline: Baseline, now: Tensor, gone: list[Branch], tick: int) -> KeptHost | None:
+        """Of the present state (None), the calm one and the one kept with ``baseline`` that of lowest judge loss; it is put in place."""
         present = self._keep(tick)
         best, lowest = None, _mean(now) if present is not None and math.isfinite(_mean(now)) else math.inf
-        calm = self.calm if self.calm is not None and self.calm.snapshot.tick > sound.tick else None
-        for kept in (calm, sound.kept):
+        calm = self.calm if self.calm is not None and self.calm.snapshot.tick > baseline.tick else None
+        for kept in (calm, baseline.kept):
             if kept is None:
                 continue
             self._restore(kept)
@@ -217,28 +217,28 @@ class Guard:
             if loss < lowest:
                 best, lowest = kept, loss
         if best is None and present is None:
-            best = sound.kept  # nothing can be measured, and the present state is not sound
+            best = baseline.kept  # nothing can be measured, and the present state is not sound
         final = best or present
         if final is not None:
             self._restore(final)
         return best
 
     def returned(self, tick: int) -> None:
-        """The host is again as at ``tick``: what was kept later tells nothing any more, and is kept anew."""
-        self.sound = {number: kept for number, kept in self.sound.items() if kept.tick <= tick}
+        """The host is again as at ``tick``: states that were kept later are forgotten, and kept anew."""
+        self.baselines = {number: kept for number, kept in self.baselines.items() if kept.tick <= tick}
         self.calm, self.lowest = None, self.signal.fast if math.isfinite(self.signal.fast) else math.inf
 
-    def _restore(self, kept: Kept) -> None:
-        kept.snapshot.restore(self.registry.model, self.life.optimizer, self.registry)
+    def _restore(self, kept: KeptHost) -> None:
+        kept.snapshot.restore(self.registry.model, self.transitions.optimizer, self.registry)
 
-    def _keep(self, tick: int) -> Kept | None:
+    def _keep(self, tick: int) -> KeptHost | None:
         """The present state, or None where it is not sound."""
-        taken = Snapshot(self.registry.model, self.life.optimizer, self.registry, tick)
-        return Kept(taken, self.signal.state()) if taken.healthy else None
+        taken = Snapshot(self.registry.model, self.transitions.optimizer, self.registry, tick)
+        return KeptHost(taken, self.signal.state()) if taken.healthy else None
 
-    def _youngest(self) -> Kept | None:
-        found = [(sound.tick, number) for number, sound in self.sound.items() if sound.kept is not None]
-        return self.sound[max(found)[1]].kept if found else self.calm
+    def _youngest(self) -> KeptHost | None:
+        found = [(baseline.tick, number) for number, baseline in self.baselines.items() if baseline.kept is not None]
+        return self.baselines[max(found)[1]].kept if found else self.calm
 
     def _losses(self, without: list[Branch]) -> Tensor:
         """Losses on the judge set with some branches off; none where there is no judge."""
@@ -250,8 +250,8 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """Everything, by reference; a state that several branches share is in it once."""
-        states: dict[int, Kept] = {}
-        for kept in (self.calm, *(sound.kept for sound in self.sound.values())):
+        states: dict[int, KeptHost] = {}
+        for kept in (self.calm, *(baseline.kept for baseline in self.baselines.values())):
             if kept is not None:
                 states.setdefault(id(kept), kept)
         place = {key: number for number, key in enumerate(states)}
@@ -268,19 +268,19 @@ class Guard:
                     "fast": one.fast,
                     "looks": one.looks,
                 }
-                for number, one in self.sound.items()
+                for number, one in self.baselines.items()
             },
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Take over a saved state."""
-        states = [Kept(Snapshot.from_state(saved["snapshot"], device), _floats(saved["signal"])) for saved in state["states"]]
+        states = [KeptHost(Snapshot.from_state(saved["snapshot"], device), _floats(saved["signal"])) for saved in state["states"]]
         self.calm = None if state["calm"] is None else states[int(state["calm"])]
         self.lowest = float(state["lowest"])
-        self.sound = {}
+        self.baselines = {}
         for number, one in state["sound"].items():
             kept = None if one["kept"] is None else states[int(one["kept"])]
-            self.sound[int(number)] = Sound(
+            self.baselines[int(number)] = Baseline(
                 int(one["tick"]), one["losses"], kept, float(one["began"]), float(one["fast"]), int(one["looks"])
             )
 

@@ -1,10 +1,11 @@
-"""The judge: what a branch is worth on data kept for judging, by switching it off with everything else unchanged."""
+"""The judge: the worth of a branch on data kept for judging, by switching it off with everything else unchanged."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.checkpoint.tree import kept
+from esper.engine.costs import Meter
 from esper.engine.extra_passes import drawing_alike, shapes_of, to_device, untouched_buffers
-from esper.engine.judging.student_t import quantile
-from esper.engine.macs import Meter
 from esper.seeds import Branch, SeedRegistry
 from esper.seeds.sites import quiet_evaluation
 
@@ -101,6 +102,16 @@ class Judge:
         with self.registry.without(*without):
             return self._losses()
 
+    def state(self) -> dict[str, Any]:
+        """The remembered batches; none of them where one is of a kind of the user's own: the judge gathers others."""
+        packed = [_packed(batch) for batch in self.recent]
+        return {"recent": [] if None in packed else packed}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Remember the batches of a saved state; a state of esper's own trainer has none, since that can build them again."""
+        for batch in kept(state.get("recent", [])):
+            self.remember(_unpacked(batch, device))
+
     def _losses(self) -> Tensor:
         model = self.registry.model
         norms = [module for module in model.modules() if _has_statistics(module) and module.training]
@@ -148,3 +159,75 @@ class Judge:
 
 def _has_statistics(module: nn.Module) -> bool:
     return getattr(module, "running_mean", None) is not None
+
+
+def _packed(batch: Any) -> Any:
+    """The batch with its kinds of containers told, None for one that could not be built again."""
+    if batch is None or isinstance(batch, (Tensor, str, int, float)):
+        return ["value", batch]
+    kind = "list" if type(batch) is list else "tuple" if type(batch) is tuple else "dict" if isinstance(batch, Mapping) else ""
+    parts = dict(batch) if kind == "dict" else dict(enumerate(batch)) if kind else {}
+    packed = {str(key): _packed(part) for key, part in parts.items()}
+    if not kind or None in packed.values() or (kind == "dict" and not all(isinstance(key, str) for key in parts)):
+        return None
+    return [kind, packed]
+
+
+def _unpacked(packed: Any, device: Any) -> Any:
+    kind, held = packed
+    if kind == "value":
+        return held.to(device) if isinstance(held, Tensor) else held
+    parts = {key: _unpacked(part, device) for key, part in held.items()}
+    return parts if kind == "dict" else tuple(parts.values()) if kind == "tuple" else list(parts.values())
+
+
+@functools.lru_cache(maxsize=256)
+def quantile(upper_tail: float, dof: int) -> float:
+    """The value that a t variable with ``dof`` degrees of freedom exceeds with probability ``upper_tail`` in (0, 0.5].
+
+    By bisection of the tail, ``P(T > t) = ½·I_{v/(v+t²)}(v/2, ½)``, to the last bits of a float.
+    """
+    assert 0.0 < upper_tail <= 0.5 and dof >= 1, (upper_tail, dof)
+    low, high = 0.0, 1.0
+    while _tail(high, dof) > upper_tail:
+        low, high = high, 2.0 * high
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if _tail(middle, dof) > upper_tail else (low, middle)
+    return high
+
+
+def _tail(t: float, dof: int) -> float:
+    a, b, square = 0.5 * dof, 0.5, t * t
+    x, rest = dof / (dof + square), square / (dof + square)
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    front += a * math.log(x) + (b * math.log(rest) if rest > 0.0 else 0.0)
+    if rest == 0.0:
+        return 0.5
+    if x < (a + 1.0) / (a + b + 2.0):
+        return 0.5 * math.exp(front) * _fraction(a, b, x) / a
+    return 0.5 * (1.0 - math.exp(front) * _fraction(b, a, rest) / b)
+
+
+def _fraction(a: float, b: float, x: float) -> float:
+    """Continued fraction of the incomplete beta function by Lentz's method (Abramowitz & Stegun 26.5.8)."""
+    tiny = 1e-300
+    c, d = 1.0, 1.0 / (_away(1.0 - (a + b) * x / (a + 1.0), tiny))
+    value = d
+    for m in range(1, 1000):
+        for term in (
+            m * (b - m) * x / ((a + 2 * m - 1.0) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1.0)),
+        ):
+            d = 1.0 / _away(1.0 + term * d, tiny)
+            c = _away(1.0 + term / c, tiny)
+            value *= c * d
+        if abs(c * d - 1.0) < 1e-15:
+            break
+    return value
+
+
+def _away(value: float, tiny: float) -> float:
+    return tiny if abs(value) < tiny else value

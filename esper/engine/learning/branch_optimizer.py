@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,18 @@ class BranchOptimizer:
                 if self._note_one(branch, values[place], scaled):
                     part.take_back(branch)
 
+    def state(self) -> dict[str, Any]:
+        """Failures and norms by branch, for a checkpoint; moments and steps are in the banks."""
+        return {
+            "failures": {str(branch): count for branch, count in self.failures.items()},
+            "norms": {str(branch): norm for branch, norm in self.norms.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
+        self.norms = {int(branch): float(norm) for branch, norm in state["norms"].items()}
+
     def clear(self) -> None:
         """Drop every gradient of every branch."""
         for layer in self.registry.layers:
@@ -146,11 +159,11 @@ class BranchOptimizer:
 
         def each(scalars: Tensor) -> list[Tensor]:
             """A factor a branch, shaped for each of its tensors."""
-            parts = zip(rows, scalars.split([len(part.values[0]) for part in rows]), strict=True)
+            parts = zip(rows, torch.split(scalars, [len(part.values[0]) for part in rows]), strict=True)
             return [_shaped(scalar, tensor) for part, scalar in parts for tensor in part.values]
 
         if learning.clip > 0.0:
-            gradients = torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)))
+            gradients = list(torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0))))
         torch._foreach_mul_(first, beta1 if moving is None else each(torch.where(moving, beta1, 1.0)))
         torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
         torch._foreach_mul_(second, beta2 if moving is None else each(torch.where(moving, beta2, 1.0)))

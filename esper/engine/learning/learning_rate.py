@@ -49,6 +49,10 @@ class HostRate:
         self.peak = max(self.peak, present / highest)
         return present / highest / self.peak
 
+    def state(self) -> dict[str, Any]:
+        """The rates that the schedules started from, for a checkpoint; the constructor takes it."""
+        return {"initial_lr": list(self.initial), "peak_lr": self.peak}
+
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return [] if self.optimizer is None else self.optimizer.param_groups

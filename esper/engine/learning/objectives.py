@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.engine.costs import Meter
 from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
 from esper.engine.judging.judge import LossFunction
-from esper.engine.macs import Meter
 from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
 from esper.seeds import Branch, Recording, SeedRegistry

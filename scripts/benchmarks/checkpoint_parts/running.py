@@ -21,7 +21,6 @@ from esper.checkpoint.store import Copy
 from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
 from esper.engine.port import NullPort
-from esper.engine.state import trainer_state
 from esper.lifecycle import Stage
 from esper.messages import Germinate
 from esper.running.builders import build_trainer
@@ -128,7 +127,7 @@ def rollback(name: str, repeats: int, device: torch.device) -> list[Spent]:
 def rollback_with_a_culprit(name: str, repeats: int, device: torch.device) -> list[Spent]:
     """Recovery from a branch that explodes over a step, one a repetition, each on a trainer as it was before: the branch is gone then."""
     tasks: dict[str, Task] = {}
-    before, ratios = join(*split(trainer_state(grown(HOSTS[name], tasks, device)))), []
+    before, ratios = join(*split(grown(HOSTS[name], tasks, device).state())), []
     for repeat in range(repeats + 1):
         trainer = grown(HOSTS[name], tasks, device, copy.deepcopy(before))
         governor = trainer.governor
@@ -173,5 +172,5 @@ def _turn(trainer: Trainer, saver: Saver) -> None:
 
 
 def _copy(trainer: Trainer) -> Copy:
-    state = {"trainer": trainer_state(trainer)}
+    state = {"trainer": trainer.state()}
     return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, state["trainer"]["grow"]["topology"], None)

@@ -11,7 +11,7 @@ import torch
 
 from esper.checkpoint import store
 from esper.checkpoint.schema import SCHEMA
-from esper.engine.state import topology, trainer_state
+from esper.engine.saved_state import topology
 from esper.running.provenance import provenance
 from tests.checkpoint.conftest import build, train_until
 
@@ -37,8 +37,8 @@ def main() -> None:
     torch.set_num_threads(1)
     trainer = build(*WORDS)
     train_until(trainer, STEP)
-    state = {"trainer": trainer_state(trainer), **provenance(trainer.task, torch.device("cpu"))}
-    made = store.write(store.copy(state, STEP, trainer.grow.tick_number, topology(trainer.grow), None), HERE)
+    state = {"trainer": trainer.state(), **provenance(trainer.task, torch.device("cpu"))}
+    made = store.write(store.copy(state, STEP, trainer.grow.tick_number, topology(trainer.grow.registry), None), HERE)
     made.path.rename(place)
 
 

@@ -1,11 +1,13 @@
-"""Training MACs: multiply-accumulates of every pass, counted from the shapes of its matrix products and convolutions.
+"""The costs of a run: multiply-accumulates (MACs) of every pass, and seconds by activity.
 
+MACs are counted from the shapes of matrix products and convolutions.
 A pass of one kind, structure and batch shape always costs the same, so each is counted once, by torch's own counter of
 floating-point operations, and added up from then on. Additions, norms and activations are not counted.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
@@ -52,7 +54,7 @@ class Meter:
 
     @contextmanager
     def counting(self, kind: str, key: Hashable) -> Iterator[None]:
-        """Add what happens inside, counting it the first time a key is seen."""
+        """Add the MACs of the passes inside; they are counted the first time a key is seen."""
         if (kind, key) in self._known:
             yield
         else:
@@ -63,7 +65,7 @@ class Meter:
 
     @contextmanager
     def learning(self, kind: str, key: Hashable) -> Iterator[None]:
-        """Count what happens inside for later, without adding it."""
+        """Count the MACs of the passes inside for later, without adding them."""
         with self._counter() as counter:
             yield
         self._known[(kind, key)] = counter.get_total_flops() // 2
@@ -88,3 +90,42 @@ class Meter:
     def cost(self, kind: str, key: Hashable) -> int:
         """MACs of one pass that was counted before."""
         return self._known[(kind, key)]
+
+    def state(self) -> dict[str, int]:
+        """MACs by kind of pass, for a checkpoint."""
+        return dict(self.spent)
+
+    def load(self, state: dict[str, int]) -> None:
+        """Take over a saved state."""
+        self.spent = {name: int(macs) for name, macs in state.items()}
+
+
+class Stopwatch:
+    """Seconds by name since it was made; ``total`` is all of them."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._began
+
+    def state(self) -> dict[str, float]:
+        """Seconds by name, with ``total``, for a checkpoint."""
+        return {**self.seconds, "total": self.total}
+
+    def load(self, seconds: dict[str, float]) -> None:
+        """Count on from a saved state."""
+        self.seconds = {name: float(value) for name, value in seconds.items() if name != "total"}
+        self._began = time.perf_counter() - float(seconds["total"])
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``name``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Carrying a transition out: what each stage means for a branch's parameters, its alpha and the host."""
+"""Transitions and their effects: on a branch's parameters, on its alpha, and on the host."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from esper.messages import Message, Transition
 from esper.seeds import Branch, SeedRegistry
 
 
-class Life:
-    """Moves seeds between stages: the machine says whether, this does what follows from it, the port hears of it.
+class Transitions:
+    """Moves seeds between stages: the machine decides whether, this class carries out the effects, and the port is told.
 
-    ``leaving`` are the blended branches that have been culled or rolled back at this tick: the guard settles what becomes of the host.
+    ``leaving`` are the blended branches that have been culled or rolled back at this tick: the guard decides whether the host returns.
     """
 
     def __init__(
@@ -136,6 +136,14 @@ class Life:
             if alpha == 0.0:
                 self.drop(branch)
         return sites
+
+    def state(self) -> dict[str, int]:
+        """The counts of transitions, for a checkpoint."""
+        return dict(self.counts)
+
+    def load(self, state: dict[str, int]) -> None:
+        """Take over a saved state."""
+        self.counts = {name: int(state[name]) for name in self.counts}
 
     def _say(self, row: int, branch: Branch | None, source: Stage, target: Stage, cause: str) -> None:
         registry = self.registry
