@@ -23,8 +23,8 @@ from esper.engine.saved_state import HostAlone, expect_host_alone
 from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
+from esper.seeds.branch_groups import Injection, build
 from esper.seeds.layer import ATTRIBUTE, Attached, device_of
-from esper.seeds.plan import Injection, build
 
 AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
 """Stages in which the average keeps values of its own for a branch."""

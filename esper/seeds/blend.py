@@ -14,14 +14,14 @@ from torch import Tensor
 
 from esper.blueprints import Geometry
 from esper.blueprints.unique_scatter import each_once
+from esper.seeds.branch_groups import BlockGroup, BranchGroups, Group, Injection
 from esper.seeds.chunk_access import Fork, Put, take
 from esper.seeds.exceptions import contained
 from esper.seeds.fused import Fused
-from esper.seeds.plan import BlockGroup, Group, Injection, Plan
 from esper.seeds.recording import Recording
 
 
-def blend(x: Tensor, plan: Plan, geometry: Geometry, recording: Recording | None = None) -> Tensor:
+def blend(x: Tensor, plan: BranchGroups, geometry: Geometry, recording: Recording | None = None) -> Tensor:
     """``x`` plus what the plan's branches add; same shape and dtype.
 
     Where a recording wants it, it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).

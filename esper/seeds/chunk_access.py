@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from esper.blueprints.unique_scatter import each_once
-from esper.seeds.plan import Group
+from esper.seeds.branch_groups import Group
 
 
 def take(x: Tensor, group: Group, dim: int, seeds: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.seeds.plan import BlockGroup, Group
+from esper.seeds.branch_groups import BlockGroup, Group
 
 
 def containable(error: Exception) -> bool:

@@ -12,8 +12,8 @@ from esper.blueprints.unique_scatter import each_once
 from esper.kernels import Kernels
 from esper.kernels.branch_kinds import KINDS
 from esper.kernels.dispatch import fits
+from esper.seeds.branch_groups import BranchGroups, Group
 from esper.seeds.device_copy import made_on
-from esper.seeds.plan import Group, Plan
 
 SUBTRACT, FROZEN = 1, 2
 """Bits of a route: δ = net − id, and parameters that do not learn."""
@@ -78,7 +78,9 @@ class Fused:
         ratios.update(zip(self.branches, values.unbind(), strict=True))
 
 
-def fuse(plan: Plan, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device) -> Plan:
+def fuse(
+    plan: BranchGroups, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device
+) -> BranchGroups:
     """The plan with what the kernels can take in one leading ``Fused``; as it is where they are not used.
 
     ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.

@@ -13,8 +13,8 @@ from esper.blueprints.block_call import Call, on_first
 from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
+from esper.seeds.branch_groups import BranchGroups
 from esper.seeds.graph_ops import grown_in_graph
-from esper.seeds.plan import Plan
 from esper.seeds.recording import Recording
 from esper.seeds.sites import Site
 
@@ -50,7 +50,7 @@ class SeedLayer(nn.Module, Hidden):
         self.name = site.name
         self.geometry = site.geometry
         self.banks = nn.ModuleDict()
-        self.plan: Plan = []
+        self.plan: BranchGroups = []
         self.recording: Recording | None = None
         self.rooted = False
         self.kernels: Kernels | None = None

@@ -16,12 +16,12 @@ from esper.lifecycle import SeedTable, Stage
 from esper.lifecycle.history import History
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
+from esper.seeds.branch_groups import BlockGroup, BranchGroups, Injection, Part, build
 from esper.seeds.branches import Branch, BranchTable
 from esper.seeds.device_copy import on_device
 from esper.seeds.fused import fuse
 from esper.seeds.graph_state import CompiledSites
 from esper.seeds.layer import SeedLayer, device_of
-from esper.seeds.plan import BlockGroup, Injection, Part, Plan, build
 from esper.seeds.sites import Site
 
 AnyBlueprint = Blueprint | Block
@@ -63,7 +63,7 @@ class SeedRegistry:
         self._changed: set[int] = set()
         self._found: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
         self.released: list[Branch] = []
-        self._main: list[Plan] = [[] for _ in sites]
+        self._main: list[BranchGroups] = [[] for _ in sites]
         self.compiled = CompiledSites(self)
         for site, layer in zip(sites, self.layers, strict=True):
             layer.to(self.device)
@@ -261,9 +261,9 @@ class SeedRegistry:
         return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.plan)
 
     @contextmanager
-    def shadow(self) -> Iterator[Plan]:
+    def shadow(self) -> Iterator[BranchGroups]:
         """Within: forwards with the TRAINING branches on (α = 1, or in another's place) and alone learning; yields their groups."""
-        groups: Plan = []
+        groups: BranchGroups = []
         learning = self.in_stage(Stage.TRAINING)
         replaced = {branch.replaces for branch in learning}
         with self._plans():
@@ -319,7 +319,7 @@ class SeedRegistry:
             for layer, (plan, recording) in zip(self.layers, before, strict=True):
                 layer.plan, layer.recording = plan, recording
 
-    def _built(self, parts: list[Part], number: int) -> Plan:
+    def _built(self, parts: list[Part], number: int) -> BranchGroups:
         """The plan of a site: what the kernels can take in one pass, the rest group by group."""
         geometry = self.layers[number].geometry
         plan = build(parts, self.banks(number), geometry, self.device)

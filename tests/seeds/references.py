@@ -9,7 +9,7 @@ from torch.nn import functional
 from esper.blueprints import GLU, MLP, Affine, Blueprint, Conv, Geometry, LowRank, SlotBank
 from esper.lifecycle import Stage
 from esper.seeds import Branch
-from esper.seeds.plan import Part
+from esper.seeds.branch_groups import Part
 
 BLUEPRINTS: dict[str, Blueprint] = {
     "affine-chunk": Affine(),

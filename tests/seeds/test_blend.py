@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esper.blueprints import MLP, Affine, Geometry
 from esper.seeds.blend import blend
-from esper.seeds.plan import Group, Part, build
+from esper.seeds.branch_groups import Group, Part, build
 from esper.seeds.recording import Recording
 
 CASES = [(b, s) for b in BLUEPRINTS for s in SITES] + [(b, s) for b in CONVS for s in ("series", "image")]

@@ -11,9 +11,9 @@ from esper.blueprints import GLU, MLP, Affine, Geometry, LowRank, SlotBank
 from esper.engine.costs import Meter
 from esper.kernels import KernelConfig, Kernels
 from esper.seeds.blend import blend
+from esper.seeds.branch_groups import Part, build
 from esper.seeds.branches import Branch
 from esper.seeds.fused import Fused, fuse
-from esper.seeds.plan import Part, build
 from esper.seeds.recording import Recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""A plan: which branches a site's forward adds, as tensors that the forward can use without looking at single seeds."""
+"""Groups of branches: what a site's forward adds, as tensors that the forward can use without looking at single seeds."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Injection:
         return "injection", 0, False
 
 
-Plan = list[Any]
+BranchGroups = list[Any]
 """Groups of branches to add, in order: ``Group``, ``BlockGroup``, ``Injection``, or ``esper.seeds.fused.Fused``, always first."""
 
 
@@ -101,9 +101,9 @@ class Part:
     learning: bool
 
 
-def build(parts: list[Part], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> Plan:
+def build(parts: list[Part], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> BranchGroups:
     """Group the parts of one site by bank; branches on the same chunk (generations) go to groups of their own."""
-    plan: Plan = []
+    plan: BranchGroups = []
     gathered: dict[tuple[str, int], list[Part]] = {}
     for part in parts:
         bank = banks[part.branch.blueprint]
