@@ -102,13 +102,18 @@ def register() -> None:
 
 
 def register_for_sweeps() -> None:
-    """Give Hydra the options of single runs under a second name: those of ``conf/sweep`` have the same name and build on them."""
+    """Move options of single runs to ``<group>/single``: those of ``conf/sweep`` take their names and build on them.
+
+    Hydra warns of a file that has the name of an option in its store. ``register`` puts the options back for what comes after.
+    """
     from hydra.core.config_store import ConfigStore
 
+    store = ConfigStore.instance()
     for path in sorted((folder() / "sweep").glob("*/*.yaml")):
         group, name = path.parent.name, path.stem
+        store.repo[group].pop(path.name, None)
         node = config.defaults(config.options(group)[name], name)
-        ConfigStore.instance().store(group=f"{group}/single", name=name, node=node, provider="esper")
+        store.store(group=f"{group}/single", name=name, node=node, provider="esper")
 
 
 def groups() -> dict[str, list[str]]:

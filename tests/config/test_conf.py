@@ -11,11 +11,13 @@ from typing import Any
 import hydra
 import pytest
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 
 from esper.app import main
 from esper.cli import conf
 from esper.cli.compose import compose, option, prepare_hydra
 from esper.compare.sweep.arms import set_by
+from esper.compare.sweep.job_configs import lean
 from esper.config import GROUPS, PRESETS, RootConfig, config_hash, defaults, options, plain, structure
 from esper.errors import UserError
 from esper.hosts import base as host_base
@@ -75,6 +77,16 @@ def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() 
     written = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (conf.folder() / "sweep").glob("*/*.yaml")}
     changed = {name: {key: value for key, value in tree.items() if key != "defaults"} for name, tree in written.items()}
     assert changed == {"csv": {"figures": False}, "mlflow": {"figures": False, "model": False, "system_s": 0.0}}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_sweep_composes_its_own_options_and_a_single_run_after_it_the_usual_ones() -> None:
+    prepare_hydra()
+    with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3"):
+        lean(GlobalHydra.instance().config_loader())
+        tree = hydra.compose("config")
+    assert (tree.tracking.figures, tree.tracking.model, tree.tracking.system_s, tree.tracking.points) == (False, False, 0.0, 500)
+    assert compose([]).tracking.figures
 
 
 def test_every_group_has_a_default_and_every_key_of_the_root_a_place() -> None:
