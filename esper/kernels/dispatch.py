@@ -57,7 +57,9 @@ def chosen_by_hash(feature: str, name: str, fraction: float) -> bool:
 
 
 class Kernels:
-    """One a run, for a model on ``device``. ``alerts`` collects what the engine is to publish; after a mismatch everything takes torch to the end of the run.
+    """The kernels of one run, for a model on ``device``. After a mismatch with the reference the rest of the run takes torch.
+
+    ``alerts`` collects alerts for the engine to publish.
 
     Raises :class:`UserError` where ``kernel=triton`` is asked for and cannot be had.
     """
@@ -108,8 +110,8 @@ class Kernels:
     ) -> Grown:  # fmt: skip
         """``y = x + α·δ(x)`` for ``x [..., W]``, with gradients for ``x`` and the parameters; telemetry of ``x`` if ``near_zero``.
 
-        ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the banks,
-        comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``lesson`` see ``reference_branches.backward``.
+        ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the
+        banks, comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``lesson`` see ``reference_branches.backward``.
         """
         taken = self.path(site, x) if fits(x.shape[-1], alpha.shape[0], kinds, parameters) else "torch"
         if taken == "torch":

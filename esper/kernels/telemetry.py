@@ -60,7 +60,8 @@ class Partial:
     """Partial sums that several kernels fill.
 
     ``moments [max(parts, blocks), S, 3]`` and ``totals [.., 2]`` of ``parts`` programs over whole rows or ``blocks`` of rows in the second
-    pass, ``stats [parts, S, 3]``, ``means [S, rows]``, ``pivots [S]``. ``whole``: rows fit the kernel over whole rows; ``telemetry``: measured at all.
+    pass, ``stats [parts, S, 3]``, ``means [S, rows]``, ``pivots [S]``. ``whole``: rows fit the kernel over whole rows; ``telemetry``:
+    measured at all.
     """
 
     pivots: Tensor

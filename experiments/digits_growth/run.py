@@ -103,7 +103,8 @@ def report(rows: list[dict[str, Any]], seconds: float) -> str:
         "p < 0.01, and at least one branch fossilized in every run. Nothing is overridden but the seed and the tracker.",
         "",
         f"**Command.** `python experiments/digits_growth/run.py` ({seconds:.0f} s with two processes; Python {platform.python_version()},",
-        f"torch {torch.__version__}, {platform.machine()}, one thread a run). Every row is in `results.csv`; this file is written by the same command.",
+        f"torch {torch.__version__}, {platform.machine()}, one thread a run). Every row is in `results.csv`; this file is written by the "
+        "same command.",
         "",
         "| grown, test accuracy | against | mean | difference (95 % sign-flip interval) | p |",
         "|---|---|---|---|---|",
@@ -126,7 +127,8 @@ def report(rows: list[dict[str, Any]], seconds: float) -> str:
         f"The mean gain at equal MACs is {main['mean'] * 100:.2f} points, p = {main['p']:.5f}"
         f"{'' if grew else '; but in some run nothing was fossilized'}.",
         "",
-        "**What it does not show.** The grown net is larger than the host. That is the comparison asked for here (is the compute better spent",
+        "**What it does not show.** The grown net is larger than the host. That is the comparison asked for here (is the compute better "
+        "spent",
         "on growing than on training the small host longer?); whether growing beats the final net trained from scratch is",
         "what `esper experiment=controls` asks.",
         "",

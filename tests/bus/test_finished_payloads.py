@@ -77,7 +77,7 @@ def test_the_trainer_removes_them_before_the_server_of_the_run_ends(tmp_path, bu
     assert payloads(tmp_path) == []
     tracker.join(60)
     assert not tracker.is_alive()
-    with pytest.raises(UserError, match="tracking.process=internal"):
+    with pytest.raises(UserError, match=r"tracking\.process=internal"):
         refuse_untrackable(config, tmp_path)
 
 

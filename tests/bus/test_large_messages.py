@@ -208,7 +208,7 @@ def test_what_was_kept_for_a_tracker_goes_when_all_have_read_the_finished_run_an
     assert len(stored(bus)) == 1
     controller.ack(held[1:])
     assert stored(bus) == []
-    with pytest.raises(UserError, match="large messages of run run were removed.*tracking.process=internal"):
+    with pytest.raises(UserError, match=r"large messages of run run were removed.*tracking\.process=internal"):
         fresh_group(bus, "run", ["events"])
 
 

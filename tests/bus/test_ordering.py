@@ -158,7 +158,7 @@ def test_nothing_waits_longer_than_the_hold_whatever_comes_before_it_and_when(ki
     due, released, now = {}, set(), 0.0
 
     def look(until):
-        for moment in sorted({moment for moment in due.values() if now < moment <= until}) + [until]:
+        for moment in [*sorted({moment for moment in due.values() if now < moment <= until}), until]:
             released.update(map(id, order.ready(moment)))
             assert {number for number, last in due.items() if last <= moment} <= released
 
