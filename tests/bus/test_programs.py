@@ -58,6 +58,7 @@ def undisturbed(tmp_path):
     return trainer.applied
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("kills", [0, 2])
 def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_path, undisturbed, kills):
     assert len(undisturbed) > 12

@@ -32,7 +32,7 @@ QUICK = {"claim_s": 0.3, "deliveries": 3}
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def server(processes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """One real Valkey server for the tests that do not hurt it."""
     running = EmbeddedServer(tmp_path_factory.mktemp("valkey"))
     yield running
@@ -121,7 +121,7 @@ def tls(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield dataclasses.replace(server.address, port=port, tls=True, **paths)
 
 
-@pytest.fixture(params=["memory", "embedded", "redis", "tls", "asyncio"])
+@pytest.fixture(params=["memory", *(pytest.param(name, marks=pytest.mark.server) for name in ("embedded", "redis", "tls", "asyncio"))])
 def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
     address = None
     if request.param == "tls":

@@ -55,6 +55,7 @@ def test_commands_count_only_with_the_decision_that_the_trainer_waits_for():
     assert command_id(7, 2) == "controller-7-2"
 
 
+@pytest.mark.usefixtures("processes")
 def test_controllers_know_no_trainer():
     code = (
         "import sys, esper.controllers; "

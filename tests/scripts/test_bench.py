@@ -22,6 +22,7 @@ def _bench(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
         return called(benchmarks, *words)
 
 
+@pytest.mark.usefixtures("processes")
 def test_without_a_name_it_lists_what_there_is(checkout: Path) -> None:
     command = [sys.executable, "-m", "scripts.benchmarks"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)

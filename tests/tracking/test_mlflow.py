@@ -244,6 +244,7 @@ def test_a_damaged_store_is_refused_before_anything_is_written(tmp_path):
         assert store.read_bytes() == broken
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_store_of_another_version_is_refused_with_the_command_that_upgrades_it(tmp_path):
     quiet_client(tracking_uri(MlflowConfig(), str(tmp_path)))
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
@@ -438,6 +439,7 @@ def test_a_tracking_process_that_dies_is_noticed(client, record):
         tracker.close("FINISHED", {})
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_trainer_killed_without_a_word_leaves_its_run_marked_killed(client, record):
     script = (
         "import sys, time, msgspec\n"
