@@ -7,10 +7,11 @@ stacked in a ``SlotBank``, so that one batched product serves them all.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.blueprints.geometry import Geometry
 from esper.fields import setting
@@ -30,11 +31,13 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x) if x._is_view() else torch.sigmoid_(x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": relu,
-    "gelu": torch.nn.functional.gelu,
-    "silu": torch.nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
 }
+#: The same as modules, for exported models.
+ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 @dataclass
