@@ -46,7 +46,7 @@ LONGEST = (
 
 
 #: Marks and fixtures whose tests ``scripts/test quick`` leaves out. A fixture counts wherever it stands in a test's chain of fixtures.
-SLOW = {"e2e", "server", "processes", "heavy_libraries"}
+SLOW = {"e2e", "server", "processes", "heavy_libraries", "whole_runs"}
 
 #: Libraries that take seconds to import. A file that imports one at its top is not read in a quick run.
 HEAVY = ("accelerate", "lightning", "mlflow", "onnx", "onnxruntime", "peft", "transformers", "torch._inductor")
@@ -84,6 +84,11 @@ def processes() -> None:
 @pytest.fixture(scope="session")
 def heavy_libraries() -> None:
     """For tests and fixtures that use a library of ``HEAVY`` or torch's compiler: ``scripts/test quick`` leaves them out."""
+
+
+@pytest.fixture(scope="session")
+def whole_runs() -> None:
+    """For tests and fixtures that train configured runs from their first line to their summary: ``scripts/test quick`` leaves them out."""
 
 
 HARMLESS = {"git", "ldconfig", "uname"}

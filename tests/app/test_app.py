@@ -143,6 +143,7 @@ def test_settings_that_hold_keys_are_typed_in_braces() -> None:
     assert compose(["experiment=aa", "compare.fresh_seeds={again:9}"]).compare.fresh_seeds == {"again": 9}
 
 
+@pytest.mark.slow  # seconds of computing
 def test_a_sweep_is_checked_value_by_value_also_when_a_file_asks_for_it() -> None:
     check_jobs(["seed=range(0,3)", "grafting=linear,drift"], multirun=True)
     check_jobs(["hydra.mode=MULTIRUN", "+hydra.sweeper.params.seed='1,2'"], multirun=False)

@@ -85,6 +85,7 @@ def test_the_files_are_safetensors_to_the_library_too(tmp_path: Path) -> None:
     assert same(parse_tensors(memoryview(bytearray((tmp_path / "theirs").read_bytes()))), tensors)
 
 
+@pytest.mark.slow  # seconds of computing
 def test_ten_thousand_mutations_are_refused_or_identical(tmp_path: Path) -> None:
     path = saved(tmp_path / "whole")
     lot, damaged = random.Random(0), tmp_path / "damaged"

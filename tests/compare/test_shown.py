@@ -19,6 +19,8 @@ from esper.compare.sweep.control_choice import shown
 from esper.compare.sweep.jobs import Prepared, runs_of
 from esper.compare.sweep.tuning import TuningJob
 
+pytestmark = pytest.mark.usefixtures("whole_runs")
+
 BRIEF = ["tracking=none", "trainer.steps=20", "trainer.validate_every=50%", "trainer.checkpoint_every=", "trainer.save=false"]
 BOTH = ["same_steps", "same_macs"]
 

@@ -17,6 +17,8 @@ from esper.compare.sweep import store_process as tracking
 from esper.compare.sweep.process_pool import Worker, Workers, _gpus, environments
 from esper.errors import Terminated
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 CORES = len(os.sched_getaffinity(0))
 
 

@@ -21,6 +21,8 @@ from esper.compare.sweep.store_writer import Writer, labels, serve_run
 from esper.errors import UserError
 from esper.tracking import MlflowConfig, RunRecord, frames
 
+pytestmark = pytest.mark.usefixtures("heavy_libraries")
+
 
 @pytest.mark.parametrize(("said", "status"), [("before", "FAILED"), ("after", "FAILED"), ("never", "KILLED")])
 def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(said: str, status: str, tmp_path: Path) -> None:

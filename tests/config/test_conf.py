@@ -112,6 +112,7 @@ def test_all_pairs_meets_every_pair() -> None:
     assert len(rows) < 12
 
 
+@pytest.mark.slow  # seconds of computing
 def test_any_two_options_compose_and_validate(composer: Any) -> None:
     """Of all groups and of all presets, each composed by Hydra as it would be from the command line."""
     choices = {group: names for group, names in conf.groups().items() if names}

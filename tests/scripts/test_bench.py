@@ -16,6 +16,8 @@ from scripts.benchmarks.__main__ import main as benchmarks
 from scripts.benchmarks._baseline import Spread, regressions
 from tests.here import called
 
+pytestmark = pytest.mark.usefixtures("heavy_libraries")
+
 
 def _bench(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     with chdir(checkout):

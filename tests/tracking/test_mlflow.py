@@ -37,6 +37,8 @@ from esper.tracking.mlflow_store import quiet_client
 from esper.tracking.parquet_files import ParquetFiles
 from esper.tracking.store_check import check_store
 
+pytestmark = pytest.mark.usefixtures("heavy_libraries")
+
 ROOT = str(Path(__file__).resolve().parents[2])
 LIGHT = {"figures": False, "model": False, "system_s": 0.0}
 
