@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.blueprints.geometry import Geometry
 from esper.fields import setting
@@ -33,11 +33,11 @@ def sigmoid(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": relu,
-    "gelu": nn.functional.gelu,
-    "silu": nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
 }
 #: The same as modules, for exported models.
-ACTIVATION_MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+ACTIVATION_MODULES: dict[str, type[torch.nn.Module]] = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU, "silu": torch.nn.SiLU}
 
 
 @dataclass

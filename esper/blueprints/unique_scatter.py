@@ -31,7 +31,10 @@ def each_once(device: torch.device) -> Iterator[None]:
 def pick(stack: Tensor, slots: Tensor) -> Tensor:
     """``stack[slots]`` for slots that are all different: ``[capacity, …]`` and ``[A]`` to ``[A, …]``."""
     direct = stack.is_cuda and torch.are_deterministic_algorithms_enabled()
-    return Pick.apply(stack, slots) if direct else stack.index_select(0, slots)
+    if not direct:
+        return stack.index_select(0, slots)
+    picked: Tensor = Pick.apply(stack, slots)  # type: ignore[no-untyped-call]  # torch does not annotate it
+    return picked
 
 
 class Pick(torch.autograd.Function):

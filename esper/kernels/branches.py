@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
@@ -44,7 +46,10 @@ def branches(
     return y, live, power, health
 
 
-def settle(x, y, roster: Roster, sums, partial: Partial, live, power, health, number: int, plan: launch.Launch, last: bool) -> None:
+def settle(
+    x: Tensor, y: Tensor, roster: Roster, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
+    plan: launch.Launch, last: bool,
+) -> None:  # fmt: skip
     """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``settle_kernel``."""
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
     place = min(128, launch.power_of_two(chunk_width(width, seeds)))
@@ -58,7 +63,9 @@ def settle(x, y, roster: Roster, sums, partial: Partial, live, power, health, nu
 
 
 @branches.register_fake
-def _(x, alpha, route, lesson, kinds, parameters, measure, near_zero):
+def _(
+    x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     health = x.new_empty(alpha.shape[0] if measure else 0, 4, dtype=torch.float32)
     return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha), health
 
@@ -132,18 +139,20 @@ def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor
 
 
 @branches_backward.register_fake
-def _(x, dy, live, lesson, route, kinds, parameters):
+def _(
+    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor]:
     return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], torch.empty_like(live)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, _, route, lesson, kinds, parameters, _, _ = inputs
     ctx.kinds, ctx.taught, live = kinds, lesson is not None, output[1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, live, route, *([lesson] if lesson is not None else []), *parameters)
 
 
-def _differentiate(ctx, dy, _live, _power, _health):
+def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health: Tensor) -> tuple[Any, ...]:
     x, live, route, *rest = ctx.saved_tensors
     lesson, parameters = (rest[0], rest[1:]) if ctx.taught else (None, rest)
     dx, grads, _ = branches_backward(x, dy, live, lesson, route, ctx.kinds, list(parameters))

@@ -162,7 +162,9 @@ class Kernels:
         return False
 
 
-def _reference_gradients(x, dy, live, lesson, route, kinds, parameters):
+def _reference_gradients(
+    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         return reference_branches.backward(x.reshape(-1, x.shape[-1]), dy, live, lesson, route, kinds, list(parameters))
 
@@ -174,10 +176,13 @@ def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
     return chunk <= MAX_CHUNK and hidden <= MAX_HIDDEN and all(kind in KINDS for kind in kinds.split(","))
 
 
-def _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson) -> Grown:
+def _by_reference(
+    x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor], near_zero: float | None, lesson: Tensor | None
+) -> Grown:
     """In the activation's own precision, as the kernels: autocast would make 16-bit products of float32 activations."""
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        y, live, power = ReferenceBranches.apply(rows, alpha, route, lesson, kinds, *parameters)
+        arguments = (rows, alpha, route, lesson, kinds, *parameters)
+        y, live, power = ReferenceBranches.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     health = None if near_zero is None else reference.telemetry(rows, alpha.shape[0], near_zero)
     return Grown(y.view(x.shape), live, power, health)

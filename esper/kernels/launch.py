@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ INTERPRETED = Limits((0, 0), processors=2, shared=1 << 20)
 
 @lru_cache
 def _limits(index: int) -> Limits:
-    device = torch.cuda.get_device_properties(index)
+    device: Any = torch.cuda.get_device_properties(index)  # torch's annotations lack two of its properties
     return Limits(
         (device.major, device.minor),
         device.multi_processor_count,

@@ -42,8 +42,10 @@ def _chunk_sums(x: Tensor, seeds: int) -> Tensor:
     if width % seeds:
         return gather_chunks(x.reshape(-1, width), seeds).sum(2)
     if x.stride(-1) == 1 or x.dim() == 2:
-        return x.unflatten(-1, (seeds, -1)).sum(-1).reshape(-1, seeds)
-    return x.movedim(-1, 1).unflatten(1, (seeds, -1)).sum(2).movedim(1, -1).reshape(-1, seeds)
+        sums: Tensor = x.unflatten(-1, (seeds, -1)).sum(-1)
+    else:
+        sums = x.movedim(-1, 1).unflatten(1, (seeds, -1)).sum(2).movedim(1, -1)
+    return sums.reshape(-1, seeds)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,7 +202,9 @@ class ReferenceBranches(torch.autograd.Function):
     """:func:`forward` and :func:`backward` as one differentiable step; α, routes and lessons carry no gradient."""
 
     @staticmethod
-    def forward(ctx, x, alpha, route, lesson, kinds, *parameters):
+    def forward(
+        ctx: Any, x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ``(y, live, power)``."""
         y, live, power = forward(x, alpha, route, kinds, list(parameters))
         ctx.save_for_backward(x, live, route, lesson, *parameters)
@@ -210,7 +213,7 @@ class ReferenceBranches(torch.autograd.Function):
         return y, live, power
 
     @staticmethod
-    def backward(ctx, dy, _live, _power):
+    def backward(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and the parameters."""
         x, live, route, lesson, *parameters = ctx.saved_tensors
         dx, grads, _ = backward(x, dy, live, lesson, route, ctx.kinds, parameters)

@@ -32,7 +32,8 @@ def telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     """As :func:`esper.kernels.reference.telemetry`, for ``[..., W]`` of any strides on a GPU; float32 ``[seeds, 4]``."""
     if x.numel() == 0:
         return torch.full((seeds, 4), float("nan"), device=x.device)
-    return torch.ops.esper.telemetry(as_rows(x.detach()), seeds, near_zero)
+    health: Tensor = torch.ops.esper.telemetry(as_rows(x.detach()), seeds, near_zero)
+    return health
 
 
 def evenness(width: int, seeds: int) -> dict[str, object]:
@@ -137,6 +138,7 @@ def read_rows(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | No
     """Whole rows, measured and copied."""
     copies, (outer, inner, width) = roster is not None, x.shape
     plan = rows_plan(x, seeds, copies)
+    assert plan is not None, "rows this wide have no such kernel"
     rows, target = outer * inner, x if y is None else y
     alpha, _, *who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
     full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
@@ -160,7 +162,8 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster |
         seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,
-        LESSONS=copies and roster.lesson is not None, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
+        LESSONS=roster is not None and roster.lesson is not None,
+        **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
     )  # fmt: skip
 
 

@@ -5,6 +5,8 @@ An op is opaque to the compiler, so that on a CPU it may look at values (which s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,14 +51,14 @@ def _(x: Tensor, dy: Tensor, live: Tensor, route: Tensor, kinds: str, parameters
     return torch.empty_like(x), [torch.empty_like(parameter) for parameter in parameters]
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, _, route, kinds, parameters = inputs
     ctx.kinds = kinds
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(x, output[1], route, *parameters)
 
 
-def _differentiate(ctx, dy, _live, _power):
+def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor) -> tuple[Any, ...]:
     x, live, route, *parameters = ctx.saved_tensors
     dx, gradients = branches_backward(x, dy, live, route, ctx.kinds, parameters)
     return dx, None, None, None, gradients

@@ -8,8 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+# Imported once, for all the processes forked below:
+import hypothesis  # noqa: F401
+import numpy as np  # noqa: F401
 import pytest
-import torch  # noqa: F401  imported once, for all the processes forked below
+import scipy.stats  # noqa: F401
+import torch  # noqa: F401
 
 from scripts.mutation.mutants import Mutant, mutants
 
