@@ -283,3 +283,10 @@ def test_an_error_of_the_writing_thread_reaches_training(tmp_path: Path) -> None
     saver = Saver(tmp_path / "file", Retention())
     with pytest.raises(OSError):
         saver.save(lambda: store.copy(STATE, 1, 1, {}, None), wait=True)
+
+
+def test_tensors_that_share_bytes_are_refused() -> None:
+    place = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    header = json.dumps({"a": place, "b": place}).encode()
+    with pytest.raises(ValueError, match="overlap"):
+        parse_tensors(memoryview(len(header).to_bytes(8, "little") + header + bytes(4)))
