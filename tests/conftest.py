@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,11 +46,75 @@ LONGEST = (
 )
 
 
+#: Marks and fixtures whose tests ``scripts/test quick`` leaves out. A fixture counts wherever it stands in a test's chain of fixtures.
+SLOW = {"e2e", "server", "processes", "heavy_libraries", "whole_runs"}
+
+#: Libraries that take seconds to import. A file that imports one at its top is not read in a quick run.
+HEAVY = ("accelerate", "lightning", "mlflow", "onnx", "onnxruntime", "peft", "transformers", "torch._inductor")
+_IMPORTS_HEAVY = re.compile(rf"^(?:import|from) (?:{'|'.join(map(re.escape, HEAVY))})\b", re.MULTILINE)
+
+
+def _quick(config: pytest.Config) -> bool:
+    """Whether the slow tests are left out."""
+    return "not slow" in config.option.markexpr
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Whether a file is passed over: it is not even imported."""
+    if collection_path.suffix == ".py" and _quick(config) and _IMPORTS_HEAVY.search(collection_path.read_text(encoding="utf-8")):
+        return True
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the tests of a file stay in their order."""
+    """Marks the slow tests, and puts the longest files first; the tests of a file stay in their order."""
+    for item in items:
+        if SLOW & {*getattr(item, "fixturenames", ()), *(mark.name for mark in item.iter_markers())}:
+            item.add_marker("slow")
     here = Path(__file__).resolve().parent
     ranks = {here / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+
+
+@pytest.fixture(scope="session")
+def processes() -> None:
+    """For tests and fixtures that start other processes, servers included: ``scripts/test quick`` leaves them out."""
+
+
+@pytest.fixture(scope="session")
+def heavy_libraries() -> None:
+    """For tests and fixtures that use a library of ``HEAVY`` or torch's compiler: ``scripts/test quick`` leaves them out."""
+
+
+@pytest.fixture(scope="session")
+def whole_runs() -> None:
+    """For tests and fixtures that train configured runs from their first line to their summary: ``scripts/test quick`` leaves them out."""
+
+
+HARMLESS = {"git", "ldconfig", "uname"}
+"""Programs that end at once; a quick test may ask them."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_tests_are_quick(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In a quick run a test that starts a process or imports a heavy library fails, and so cannot forget to say that it does."""
+    watching = _quick(request.config)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if not watching:
+            return
+        if event == "subprocess.Popen" and Path(os.fspath(arguments[0])).name not in HARMLESS:
+            pytest.fail(f"a quick test starts {arguments[1]}: let it use the fixture 'processes'")
+        if event == "os.fork":
+            pytest.fail("a quick test forks: let it use the fixture 'processes'")
+        if event == "import" and arguments[0] in HEAVY:
+            pytest.fail(f"a quick test imports {arguments[0]}: let it use the fixture 'heavy_libraries'")
+
+    if watching:
+        sys.addaudithook(audit)
+    yield
+    watching = False  # an audit hook cannot be taken away
 
 
 WATCHED = 1
@@ -76,7 +141,7 @@ def checkout() -> Path:
 
 
 @pytest.fixture
-def esper(tmp_path: Path) -> Run:
+def esper(processes: None, tmp_path: Path) -> Run:
     """Runs ``esper`` as a user would, in an empty folder, and returns exit code, stdout and stderr."""
 
     def run(*words: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
@@ -90,7 +155,7 @@ def esper(tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def interrupted(tmp_path: Path, checkout: Path) -> Callable[..., tuple[int, str]]:
+def interrupted(processes: None, tmp_path: Path, checkout: Path) -> Callable[..., tuple[int, str]]:
     """Runs ``esper``, sends it a signal once it has shown something, and returns its exit code and what it said on stderr after that."""
 
     def run(words: list[str], shows: bytes, number: int) -> tuple[int, str]:

@@ -12,13 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.blueprints.affine import Affine
-from esper.blueprints.base import Blueprint, Parameters
+from esper.blueprints.base import ACTIVATION_MODULES, Blueprint, Parameters
 from esper.blueprints.conv import Conv
 from esper.blueprints.glu import GLU
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.mlp import MLP
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 #: The parameters that δ is linear in: a branch's α goes into them.
 LAST: dict[type[Blueprint], tuple[str, ...]] = {
@@ -122,7 +120,7 @@ def _low_rank(blueprint: Any, values: Parameters, spatial: int) -> nn.Module:
 
 def _mlp(blueprint: Any, values: Parameters, spatial: int) -> nn.Module:
     first, last = linear(values["w1"], values["b1"], spatial), linear(values["w2"], values["b2"], spatial)
-    return nn.Sequential(first, ACTIVATIONS[blueprint.activation](), last)
+    return nn.Sequential(first, ACTIVATION_MODULES[blueprint.activation](), last)
 
 
 def _glu(blueprint: Any, values: Parameters, spatial: int) -> nn.Module:
@@ -140,7 +138,7 @@ def _conv(blueprint: Any, values: Parameters, spatial: int) -> nn.Module:
     norm = nn.GroupNorm(1, middle, device=depthwise.device)
     norm.weight, norm.bias = nn.Parameter(values["norm_scale"].clone()), nn.Parameter(values["norm_shift"].clone())
     last = linear(values["pointwise"].t(), values["bias"], spatial)
-    return nn.Sequential(first, norm, ACTIVATIONS[blueprint.activation](), last)
+    return nn.Sequential(first, norm, ACTIVATION_MODULES[blueprint.activation](), last)
 
 
 _BUILDERS: dict[type[Blueprint], Callable[[Any, Parameters, int], nn.Module]] = {

@@ -100,7 +100,7 @@ def export_pt2(model: nn.Module, inputs: Tensor, path: Path) -> Path:
 
 
 def export_onnx(model: nn.Module, inputs: Tensor, path: Path) -> Path:
-    """The model as an ONNX graph ``inputs -> outputs``, weights inside. Needs ``pip install esper[onnx]``."""
+    """The model as an ONNX graph ``inputs -> outputs``, weights inside. Needs ``pip install esper-grow[onnx]``."""
     refuse_without_onnx()
     return to_onnx(_said(model, inputs), path)
 

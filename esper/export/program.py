@@ -88,7 +88,7 @@ def save_program(program: ExportedProgram, path: Path) -> None:
 
 
 def to_onnx(program: ExportedProgram, path: Path) -> Path:
-    """Write the program as an ONNX graph ``inputs -> outputs`` with its weights inside. Needs ``pip install esper[onnx]``."""
+    """Write the program as an ONNX graph ``inputs -> outputs`` with its weights inside. Needs ``pip install esper-grow[onnx]``."""
     with replacing(path) as aside, quiet():
         torch.onnx.export(
             program, (), aside, dynamo=True, external_data=False, verbose=False, input_names=["inputs"], output_names=["outputs"]
@@ -101,7 +101,7 @@ def refuse_without_onnx() -> None:
     from importlib.util import find_spec
 
     if find_spec("onnxscript") is None or find_spec("onnx") is None:
-        raise UserError("format=onnx needs the packages onnx and onnxscript: pip install 'esper[onnx]'.")
+        raise UserError("format=onnx needs the packages onnx and onnxscript: pip install 'esper-grow[onnx]'.")
 
 
 @contextmanager

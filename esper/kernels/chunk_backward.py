@@ -135,7 +135,7 @@ def chunk_backward_kernel(
     else:
         g_factor *= rest
     g_shift *= rest
-    if BIAS:  # noqa: SIM102 - decided when compiling, the next one when running
+    if BIAS:  # decided when compiling, the next one when running
         if first == 0:
             tl.store(db2 + pid * C + col, g_shift, mask=col < C)
     if AFFINE:
@@ -149,7 +149,7 @@ def chunk_backward_kernel(
         if GATED:
             tl.store(dwg + pid * C * H + col[:, None] * H + (first + unit)[None, :], g_gate, mask=real[:, None] & known[None, :])
             tl.store(dbg + pid * H + first + unit, g_gate_bias, mask=known)
-    if LESSONS:  # noqa: SIM102 - as above
+    if LESSONS:  # as above
         if first == 0:
             tl.store(residual + pid, tl.sum(missed))
 

@@ -108,8 +108,8 @@ class Kernels:
     ) -> Grown:  # fmt: skip
         """``y = x + α·δ(x)`` for ``x [..., W]``, with gradients for ``x`` and the parameters; telemetry of ``x`` if ``near_zero``.
 
-        ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the banks,
-        comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``lesson`` see ``reference_branches.backward``.
+        ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the
+        banks, comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``lesson`` see ``reference_branches.backward``.
         """
         taken = self.path(site, x) if fits(x.shape[-1], alpha.shape[0], kinds, parameters) else "torch"
         if taken == "torch":
@@ -196,6 +196,7 @@ def _by_reference(
     """In the activation's own precision, as the kernels: autocast would make 16-bit products of float32 activations."""
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        y, live, power = ReferenceBranches.apply(rows, alpha, route, lesson, kinds, *parameters)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+        arguments = (rows, alpha, route, lesson, kinds, *parameters)
+        y, live, power = ReferenceBranches.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     health = None if near_zero is None else reference.telemetry(rows, alpha.shape[0], near_zero)
     return Grown(y.view(x.shape), live, power, health)

@@ -132,8 +132,8 @@ def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: i
 def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False) -> Launch:
     """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
 
-    Timed likewise: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps and
-    two stages. ``lessons``: the kernel also computes δ, for the isolated objectives.
+    Timed likewise: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps
+    and two stages. ``lessons``: the kernel also computes δ, for the isolated objectives.
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
@@ -182,8 +182,8 @@ def backward_shared(
 def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, plan: Launch) -> Launch:
     """Settings of the kernel for ``dx`` alone, beside a backward ``plan`` whose block does not hold all hidden units.
 
-    With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (timed likewise);
-    else blocks of the plan's size, read again for every tile.
+    With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (timed
+    likewise); else blocks of the plan's size, read again for every tile.
     """
     used = input_gradient_shared(64, chunk, hidden, gated, itemsize, 1, False)
     if limit.wgmma and itemsize == 2 and not gated and hidden <= 128 and used <= limit.shared:

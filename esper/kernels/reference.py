@@ -11,9 +11,10 @@ from esper.kernels.geometry import chunk_bounds, feature_owner, gather_chunks
 def telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     """Health of every chunk of a site in one call: float32 ``[seeds, 4]`` = mean, variance, near-zero fraction, correlation.
 
-    ``x`` is ``[..., W]``, in whatever order it lies in memory (channels first seen from behind is read as it lies); variance is the population's; near zero means ``|x| < near_zero``; the correlation is Pearson's,
-    over rows, between the chunk's mean and the mean of all the site's other features (0 where it is undefined: one seed, one row,
-    a constant side). NaN and infinity in a chunk show in its mean. With 0 rows all is NaN: there was nothing to measure.
+    ``x`` is ``[..., W]`` in any memory order (channels-first tensors are read without a copy). The variance is the population's; near
+    zero means ``|x| < near_zero``; the correlation is Pearson's, over rows, between the chunk's mean and the mean of all the site's
+    other features (0 where it is undefined: one seed, one row, a constant side). NaN and infinity in a chunk show in its mean. With 0 rows
+    all is NaN: there was nothing to measure.
     """
     width, before = x.shape[-1], tuple(range(x.dim() - 1))
     rows = x.numel() // width

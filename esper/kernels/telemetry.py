@@ -65,7 +65,8 @@ class Partial:
     """Partial sums that several kernels fill.
 
     ``moments [max(parts, blocks), S, 3]`` and ``totals [.., 2]`` of ``parts`` programs over whole rows or ``blocks`` of rows in the second
-    pass, ``stats [parts, S, 3]``, ``means [S, rows]``, ``pivots [S]``. ``whole``: rows fit the kernel over whole rows; ``telemetry``: measured at all.
+    pass, ``stats [parts, S, 3]``, ``means [S, rows]``, ``pivots [S]``. ``whole``: rows fit the kernel over whole rows; ``telemetry``:
+    measured at all.
     """
 
     pivots: Tensor
@@ -174,7 +175,8 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster |
         seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,
-        LESSONS=roster is not None and roster.lesson is not None, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
+        LESSONS=roster is not None and roster.lesson is not None,
+        **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
     )  # fmt: skip
 
 

@@ -110,7 +110,8 @@ def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: b
     chunk, even = -(-width // seeds), width % seeds == 0
     fixed = {
         "BM": plan.rows, "SP": plan.seeds, "CP": plan.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": plan.stages, "xc": 1,
-        "FULL": width == seeds * plan.places and seeds == plan.seeds, "COPY": copies, "BANKS": int(copies), "RB": launch.power_of_two(seeds), "yc": 1,
+        "FULL": width == seeds * plan.places and seeds == plan.seeds, "COPY": copies, "BANKS": int(copies),
+        "RB": launch.power_of_two(seeds), "yc": 1,
     }  # fmt: skip
     binary = compiled(measure.rows_kernel, fixed, dtype, plan.warps, capability)
     name = "telemetry, copying" if copies else "telemetry"

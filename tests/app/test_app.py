@@ -34,6 +34,7 @@ def test_help_lists_groups_options_programs_and_recipes(esper: Run) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 120
 
 
+@pytest.mark.usefixtures("processes")
 def test_help_imports_nothing_that_takes_long(checkout: Path) -> None:
     """How long it takes is for `scripts/bench calls`."""
     code = "import sys; from esper.app import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
@@ -50,6 +51,7 @@ def test_every_recipe_of_the_help_is_accepted() -> None:
         check_jobs(words, "--multirun" in command)
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_reader_that_has_seen_enough_causes_no_traceback(tmp_path: Path, checkout: Path) -> None:
     command = "python -m esper --help | head -1 >/dev/null"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -141,6 +143,7 @@ def test_settings_that_hold_keys_are_typed_in_braces() -> None:
     assert compose(["experiment=aa", "compare.fresh_seeds={again:9}"]).compare.fresh_seeds == {"again": 9}
 
 
+@pytest.mark.slow  # seconds of computing
 def test_a_sweep_is_checked_value_by_value_also_when_a_file_asks_for_it() -> None:
     check_jobs(["seed=range(0,3)", "grafting=linear,drift"], multirun=True)
     check_jobs(["hydra.mode=MULTIRUN", "+hydra.sweeper.params.seed='1,2'"], multirun=False)

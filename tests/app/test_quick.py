@@ -52,6 +52,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.usefixtures("processes")
 def test_mistakes_are_answered_without_torch(tmp_path: Path, checkout: Path) -> None:
     """One process for all of them: what the first imported, the next would be seen with."""
     environment = {"PYTHONPATH": str(checkout), "PATH": "/usr/bin:/bin"}

@@ -166,6 +166,7 @@ def asked() -> Iterator[tuple[str, list[str]]]:
     thread.join()
 
 
+@pytest.mark.usefixtures("heavy_libraries")
 @pytest.mark.parametrize("way", ["variables", "netrc"])
 def test_a_login_from_the_environment_or_netrc_reaches_the_store(
     way: str, asked: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +182,7 @@ def test_a_login_from_the_environment_or_netrc_reaches_the_store(
     assert logins[0] == "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()
 
 
+@pytest.mark.usefixtures("whole_runs")
 def test_nothing_of_a_finished_run_holds_what_the_environment_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

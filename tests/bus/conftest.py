@@ -22,7 +22,7 @@ QUICK = {"timeout_s": 0.3, "retry_s": 0.1, "claim_s": 0.5, "deliveries": 5}
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def server(processes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """One real Valkey server for the tests that do not hurt it."""
     running = EmbeddedServer(tmp_path_factory.mktemp("valkey"))
     yield running
@@ -30,7 +30,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
 
 
 @pytest.fixture
-def fragile(tmp_path: Path) -> Iterator[FragileServer]:
+def fragile(processes: None, tmp_path: Path) -> Iterator[FragileServer]:
     """A real server of the test's own, for bad things to happen to."""
     running = FragileServer(tmp_path / "server")
     yield running

@@ -24,7 +24,7 @@ SMALL = {"codec": "raw", "memory_mb": 1, "spool_mb": 120}  # beyond 1 MiB on dis
 
 
 @pytest.fixture
-def fragile(tmp_path, monkeypatch):
+def fragile(processes, tmp_path, monkeypatch):
     running = FragileServer(tmp_path / "server")
     monkeypatch.setenv("ESPER_BUS_PASSWORD", running.address.password)
     yield running

@@ -17,7 +17,7 @@ from esper.errors import UserError
 
 
 @pytest.fixture
-def fragile(tmp_path):
+def fragile(processes, tmp_path):
     running = FragileServer(tmp_path / "server")
     yield running
     running.process.kill()

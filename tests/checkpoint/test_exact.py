@@ -11,6 +11,8 @@ from esper.messages import Alert
 from esper.trainer.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits, train_until
 
+pytestmark = pytest.mark.usefixtures("whole_runs")
+
 SMALL_TEXT = ("task=text", "task.context=16", "task.held_out=0.005", "trainer.batch_size=4", "trainer.validate_every=100%")
 TRANSFORMER = (*SMALL_TEXT, "model=transformer", "model.width=16", "model.depth=2", "model.dropout=0.1")
 RUNS = {

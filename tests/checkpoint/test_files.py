@@ -84,6 +84,7 @@ def test_the_files_are_safetensors_to_the_library_too(tmp_path: Path) -> None:
     assert same(parse_tensors(memoryview(bytearray((tmp_path / "theirs").read_bytes()))), tensors)
 
 
+@pytest.mark.slow  # seconds of computing
 def test_ten_thousand_mutations_are_refused_or_identical(tmp_path: Path) -> None:
     path = saved(tmp_path / "whole")
     lot, damaged = random.Random(0), tmp_path / "damaged"
@@ -281,3 +282,10 @@ def test_an_error_of_the_writing_thread_reaches_training(tmp_path: Path) -> None
     saver = Saver(tmp_path / "file", Retention())
     with pytest.raises(OSError):
         saver.save(lambda: store.copy(STATE, 1, 1, {}, None), wait=True)
+
+
+def test_tensors_that_share_bytes_are_refused() -> None:
+    place = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    header = json.dumps({"a": place, "b": place}).encode()
+    with pytest.raises(ValueError, match="overlap"):
+        parse_tensors(memoryview(len(header).to_bytes(8, "little") + header + bytes(4)))

@@ -31,6 +31,8 @@ from esper.compare.results.mlflow_sweep import (
 from esper.compare.results.plan import Plan
 from esper.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("heavy_libraries")
+
 Fill = Callable[..., str]
 ARMS = {"host": {"x": 1}, "grown": {"x": 2, "why": "long " * 2_000}}
 

@@ -43,6 +43,7 @@ def test_no_strategy_of_the_grafting_study_does_what_linear_does(tmp_path: Path)
     assert [arm for arm, path in paths.items() if arm != "linear" and path == paths["linear"]] == []
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_study_is_written_up_with_its_cost_in_seconds_and_its_ranking(tmp_path: Path, checkout: Path) -> None:
     sweep, study = tmp_path / "sweep", tmp_path / "study"
     study.mkdir()

@@ -11,13 +11,13 @@ from typing import Any
 import hydra
 import pytest
 import yaml
+from esper.compare.sweep.job_configs import lean
 from hydra.core.global_hydra import GlobalHydra
 
 from esper.app import main
 from esper.cli import conf
 from esper.cli.compose import compose, option, prepare_hydra
 from esper.compare.sweep.arms import set_by
-from esper.compare.sweep.job_configs import lean
 from esper.config import GROUPS, PRESETS, RootConfig, config_hash, defaults, options, plain, structure
 from esper.errors import UserError
 from esper.hosts import base as host_base

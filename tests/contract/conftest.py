@@ -21,7 +21,7 @@ pytest.register_assert_rewrite("esper.bus.conformance")
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+def server(processes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """One real Valkey server for the tests that do not hurt it."""
     running = EmbeddedServer(tmp_path_factory.mktemp("valkey"))
     yield running

@@ -50,7 +50,7 @@ class TestOwn(BusConformance):
 
 
 class TestServer(BusConformance):
-    @pytest.fixture(params=["embedded", "redis", "tls", "asyncio"])
+    @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.server) for name in ("embedded", "redis", "tls", "asyncio")])
     def backend(self, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
         if request.param == "embedded":
             made: Backend = Embedded(tmp_path)

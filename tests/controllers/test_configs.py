@@ -38,6 +38,7 @@ def test_a_commands_id_is_the_same_when_it_is_decided_again():
     assert command_id(7, 2) == "controller-7-2"
 
 
+@pytest.mark.usefixtures("processes")
 def test_controllers_know_no_trainer():
     code = (
         "import sys, esper.controllers; "

@@ -17,7 +17,7 @@ User = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Path:
+def installed(processes: None, tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Path:
     """The folder that the wheel, built from this checkout, was installed into; nothing is downloaded."""
     folder = tmp_path_factory.mktemp("wheel")
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]

@@ -6,6 +6,8 @@ import platform
 import subprocess
 import sys
 
+import pytest
+
 FAULTS = """
 import resource, torch
 from esper.trainer.device import keep_freed_memory
@@ -21,6 +23,7 @@ print(min(faults() for _ in range(5)), given_back)  # the heap takes a few steps
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_memory_freed_by_a_step_is_not_faulted_in_again() -> None:
     told = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout
     kept, given_back = map(int, told.split())

@@ -61,6 +61,7 @@ def test_the_rule_does_not_change_with_what_is_active():
     assert launch.forward(64, 64, False, False, 2, 64, DEVICES["H200"]) == launch.forward(64, 64, False, False, 2, 64, DEVICES["H200"])
 
 
+@pytest.mark.usefixtures("processes")
 def test_compiled_kernels_need_no_more_shared_memory_than_estimated(tmp_path):
     """Triton compiles for a device that is not there; a process of its own, because this one may be interpreting."""
     out = tmp_path / "resources.csv"

@@ -22,6 +22,7 @@ from esper.messages import COLUMNS
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_own_loop_example_runs_and_grows() -> None:
     told = subprocess.run([sys.executable, str(DOCS / "examples" / "own_loop.py")], capture_output=True, text=True, check=True, timeout=120)
     germinated = re.search(r"germinated (\d+), kept (\d+)", told.stdout)

@@ -60,6 +60,7 @@ def attached(model: nn.Module, **settings: Any) -> tuple[Grow, torch.optim.Optim
     return attach(model, optimizer=optimizer, total_steps=100, **(given | settings)), optimizer
 
 
+@pytest.mark.usefixtures("processes")
 def test_ten_lines_grow_a_seed_with_neither_hydra_bus_nor_mlflow() -> None:
     model = build("mlp")
     grow, optimizer = attached(model)
@@ -323,6 +324,7 @@ def test_the_stability_gate_hears_the_loss_wherever_it_is_given_and_says_when_it
     assert given != "never" or "the gate 'stability' stays shut: give it to grow.tick(loss)" in said[0]
 
 
+@pytest.mark.usefixtures("processes")
 def test_training_in_several_processes_is_refused_before_replicas_could_drift_apart(tmp_path: Path) -> None:
     code = (
         "import sys, torch\nfrom tests.growing import Loop\n"

@@ -60,3 +60,13 @@ def test_a_trial_counts_the_training_slots_it_gave_away(machine: Machine) -> Non
     trial.apply(3, Stage.GERMINATED, "")
     trial.apply(3, Stage.TRAINING, "")
     assert "slots are taken" in str(trial.refusal(4, Stage.TRAINING))
+
+
+def test_a_seed_that_moved_in_a_trial_has_just_arrived_however_long_it_waited(machine: Machine) -> None:
+    machine.apply(4, Stage.GERMINATED, "")
+    for _ in range(machine.ages.minimum[Stage.TRAINING] + 1):
+        machine.advance()
+    trial = machine.trial()
+    trial.apply(4, Stage.TRAINING, "")
+    assert trial.age_of(4) == 0
+    assert "lasts at least" in str(trial.refusal(4, Stage.GRAFTING))

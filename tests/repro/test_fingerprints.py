@@ -16,6 +16,8 @@ from esper.compare.sweep.dependencies import derive, run_order
 from esper.compare.sweep.sweep import PreparedJob
 from esper.running.run import run
 
+pytestmark = pytest.mark.usefixtures("whole_runs")
+
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 EXPERIMENTS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 BRIEF = ["trainer.steps=80", "tracking=none", "trainer.control=false", "trainer.validate_every=50%"]

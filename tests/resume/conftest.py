@@ -34,7 +34,7 @@ Configure = Callable[..., RootConfig]
 
 
 @pytest.fixture(scope="session")
-def configure() -> Configure:
+def configure(whole_runs: None) -> Configure:
     """A short run's config with further overrides; what of it another option of the same group has no key for is left out."""
 
     def composed(*words: str) -> RootConfig:

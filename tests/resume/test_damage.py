@@ -84,6 +84,7 @@ def test_a_folder_that_goes_away_ends_its_run_with_a_sentence(
     assert not (folder / "summary.json").exists()
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_deleted_current_folder_is_said(tmp_path: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     command = f'rmdir ../gone && exec "{sys.executable}" -m esper --help'

@@ -41,6 +41,7 @@ def test_killed_and_resumed_it_leaves_what_an_undisturbed_run_leaves(
     assert killing.differences(folder, finished) == []
 
 
+@pytest.mark.usefixtures("processes")
 def test_sigterm_saves_and_ends_with_75_and_resume_ends_the_same(configure: Configure, tmp_path: Path, checkout: Path) -> None:
     """The same as an undisturbed run, to the last row; sent as soon as there is a checkpoint, so at no chosen step."""
     words = [*SHORT, "trainer.steps=1200", "trainer.checkpoint_keep=2", "trainer.checkpoint_every=2%"]

@@ -86,6 +86,7 @@ def test_a_kept_control_that_no_longer_reads_is_made_again(tmp_path: Path):
     assert json.loads(path.read_text())["metrics"] == before["metrics"]
 
 
+@pytest.mark.usefixtures("processes")
 def test_two_workers_may_keep_the_same_control_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The other one writes and renames between this one's writing and renaming."""
     path, replace = tmp_path / "key.json", Path.replace

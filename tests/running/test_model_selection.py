@@ -23,6 +23,8 @@ from esper.running.run import run
 from esper.tracking.run_page import final_values
 from esper.trainer.trainer import Outcome, Trainer
 
+pytestmark = pytest.mark.usefixtures("whole_runs")
+
 BRIEF = (
     *("trainer.steps=40", "trainer.validate_every=50%", "trainer.batch_size=16", "tracking=csv", "tracking.figures=false"),
     *("controller=scheduled", "controller.script=[{at: 2step, command: germinate, seeds: [0]}]"),

@@ -153,6 +153,7 @@ export_onnx(torch.nn.Linear(6, 3), x, Path("model.onnx"))
 """
 
 
+@pytest.mark.usefixtures("processes")
 def test_exporting_prints_nothing_of_torchs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", QUIET], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

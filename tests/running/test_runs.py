@@ -20,6 +20,8 @@ from esper.running import builders, control_runs
 from esper.running.provenance import environment, git_state
 from esper.running.run import run
 
+pytestmark = pytest.mark.usefixtures("whole_runs")
+
 BRIEF = ["trainer.steps=40", "trainer.control=false", "trainer.validate_every=50%"]
 
 

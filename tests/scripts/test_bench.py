@@ -16,12 +16,15 @@ from scripts.benchmarks.__main__ import main as benchmarks
 from scripts.benchmarks._baseline import Spread, regressions
 from tests.here import called
 
+pytestmark = pytest.mark.usefixtures("heavy_libraries")
+
 
 def _bench(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
     with chdir(checkout):
         return called(benchmarks, *words)
 
 
+@pytest.mark.usefixtures("processes")
 def test_without_a_name_it_lists_what_there_is(checkout: Path) -> None:
     command = [sys.executable, "-m", "scripts.benchmarks"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)

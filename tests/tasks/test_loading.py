@@ -105,6 +105,7 @@ def test_a_batch_from_memory_is_gathered_at_once_and_not_sample_by_sample() -> N
     assert counted.operations <= 6
 
 
+@pytest.mark.usefixtures("processes")
 def test_loading_imports_torch_and_the_standard_library_alone() -> None:
     program = (
         "import sys; import torch; before = set(sys.modules); import esper.tasks.loading, esper.hosts;"

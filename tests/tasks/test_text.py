@@ -34,6 +34,7 @@ def test_king_james_has_its_known_size_and_a_fixed_digest() -> None:
     assert task.primary == "loss" and task.metrics["loss"].direction == "min"
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_package_is_read_without_being_imported() -> None:
     program = (
         "import sys; from esper.tasks import CONFIGS; CONFIGS['text']().build();"

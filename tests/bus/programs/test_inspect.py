@@ -22,7 +22,7 @@ def publish(producer, numbers):
 
 
 @pytest.fixture
-def bus(tmp_path):
+def bus(processes, tmp_path):
     """A run's own server, and the note in its folder."""
     opened = open_bus(EmbeddedConfig(claim_s=0.05, deliveries=1), tmp_path)
     invite(tmp_path, "run", opened.config, {})
@@ -94,6 +94,7 @@ def test_a_server_that_goes_away_meanwhile_is_a_sentence(tmp_path, bus, monkeypa
     bus.server.start()
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("words", [["status"], ["tail"], ["dead-letters", "list"]])
 def test_a_run_whose_own_server_ended_with_it_says_so_and_what_can_still_be_seen(tmp_path, words):
     ended = open_bus(EmbeddedConfig(), tmp_path)

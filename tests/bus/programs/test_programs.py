@@ -58,6 +58,7 @@ def undisturbed(tmp_path):
     return trainer.applied
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("kills", [0, 2])
 def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_path, undisturbed, kills):
     assert len(undisturbed) > 12
@@ -79,6 +80,7 @@ def test_an_external_controller_decides_the_same_however_often_it_is_killed(tmp_
     assert trainer.applied == undisturbed
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize(("program", "part"), [(control_program, "controller"), (track_program, "tracking")])
 def test_a_second_controller_or_tracker_beside_a_runs_own_is_refused_in_a_sentence(tmp_path, program, part):
     bus = open_bus(EmbeddedConfig(), tmp_path)

@@ -24,7 +24,7 @@ LARGE = {f"a-metric-with-a-long-name/{number}": float(number) for number in rang
 
 
 @pytest.fixture
-def bus(tmp_path):
+def bus(processes, tmp_path):
     """The server of a run that is tracked by another process."""
     opened = open_bus(EmbeddedConfig(claim_s=20.0), tmp_path)
     config = {"seed": 0, "tracking": {"name": "csv", "process": "external", "figures": False}}

@@ -153,6 +153,7 @@ def test_nobody_answering_is_a_sentence(tmp_path):
         open_bus(RedisConfig(url="redis://127.0.0.1:1/0", timeout_s=0.2), tmp_path)
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("where", ["password", "folder"])
 def test_nothing_in_a_folder_from_elsewhere_becomes_a_directive_of_the_server(where, tmp_path):
     """A directive such as ``loadmodule`` runs code; ``databases`` shows whether one was read."""
@@ -169,6 +170,7 @@ def test_nothing_in_a_folder_from_elsewhere_becomes_a_directive_of_the_server(wh
         server.stop()
 
 
+@pytest.mark.usefixtures("processes")
 def test_stored_commands_of_a_folder_from_elsewhere_load_no_module(tmp_path):
     server = EmbeddedServer(tmp_path / "server")
     with connect(server.address, 1) as owner:

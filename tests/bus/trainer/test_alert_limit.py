@@ -86,6 +86,7 @@ def test_a_server_that_flaps_all_night_says_eight_things_in_two_minutes(clock):
     assert limit.held_back >= 1200 - 2 * A_MINUTE
 
 
+@pytest.mark.usefixtures("whole_runs")
 def test_a_runs_summary_counts_what_was_held_back(tmp_path, monkeypatch):
     began = RunPort.started
 

@@ -86,6 +86,7 @@ def test_an_arm_that_fails_is_never_equivalent_however_alike_its_other_runs_are(
     assert f"failed runs: {failed} of up" in row.sentence
 
 
+@pytest.mark.slow  # seconds of computing
 def test_as_many_failures_on_either_side_show_no_equivalence_and_neither_do_pairs_in_which_both_failed() -> None:
     alike = runs_of({"host": 0.0, "up": 0.0}, 15, 0.0005)
     crossed = without(without(alike, "up", range(7)), "host", range(7, 14))
@@ -153,6 +154,7 @@ def test_a_sequential_sweep_may_stop_at_a_look_and_stay_confirmatory() -> None:
     assert result.exploratory == []
 
 
+@pytest.mark.slow  # seconds of computing
 def test_no_p_value_of_a_sequential_sweep_contradicts_its_verdict() -> None:
     weak = [-0.008, -0.002, 0.013, -0.019, 0.01, 0.0, 0.007, 0.005, 0.008, 0.014, -0.002, 0.022, 0.014, 0.015, 0.019]
     plan = plan_of(("host", "up"), 15, minimum_effect=0.001)
@@ -252,6 +254,7 @@ def test_long_names_are_broken_between_words_in_figures_and_the_text_is_as_wide_
     assert max(map(len, (tmp_path / "comparison.txt").read_text(encoding="utf-8").splitlines())) <= 100
 
 
+@pytest.mark.slow  # seconds of computing
 def test_a_level_below_one_in_ten_thousand_can_be_reached_with_many_pairs_too() -> None:
     plan = plan_of(("host", "up", "down", "more"), 20, alpha=2e-4)
     result = analyse(runs_of({"host": 0.0, "up": 0.1, "down": -0.1, "more": 0.2}, 20), plan)

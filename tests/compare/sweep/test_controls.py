@@ -18,6 +18,8 @@ from esper.compare.sweep.arms import Job
 from esper.compare.sweep.dependencies import controls_to_train
 from esper.compare.sweep.sweep import PreparedJob, TuningJob, runs_of
 
+pytestmark = pytest.mark.usefixtures("whole_runs")
+
 BRIEF = ["tracking=none", "trainer.steps=20", "trainer.validate_every=50%", "trainer.checkpoint_every=", "trainer.save=false"]
 BOTH = ["same_steps", "same_macs"]
 

@@ -21,6 +21,8 @@ from esper.compare.sweep.mlflow_writer import SweepWriter, axis_labels, serve_ru
 from esper.errors import UserError
 from esper.tracking import MlflowConfig, RunInfo, remote
 
+pytestmark = pytest.mark.usefixtures("heavy_libraries")
+
 
 @pytest.mark.parametrize(("said", "status"), [("before", "FAILED"), ("after", "FAILED"), ("never", "KILLED")])
 def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(said: str, status: str, tmp_path: Path) -> None:
@@ -47,6 +49,7 @@ def test_a_job_that_broke_has_failed_and_one_that_was_interrupted_was_killed(sai
     assert len(writer.client.search_runs([writer.experiment])) == 2, "the parent and this one"
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_sweep_whose_parent_run_was_deleted_says_how_to_go_on(tmp_path: Path) -> None:
     opening: dict[str, Any] = {"uri": f"sqlite:///{tmp_path}/mlflow.db", "experiment": "esper", "parent": "", "name": "a sweep"}
     opening |= {"ask": "open", "sweep": "s", "folder": str(tmp_path), "plan": "", "jobs": {}}

@@ -17,6 +17,8 @@ from esper.compare.sweep import worker_pool as workers
 from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, worker_environments
 from esper.errors import Terminated
 
+pytestmark = pytest.mark.usefixtures("processes")
+
 CORES = len(os.sched_getaffinity(0))
 
 
