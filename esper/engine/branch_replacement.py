@@ -142,4 +142,6 @@ class Replacing:
     def _say(self, branch: Branch, code: str, what: str) -> None:
         site = self.registry.sites[branch.site].name
         text = f"branch {branch.id} ({branch.blueprint}) of seed {branch.seed} at {site} {what}"
-        self.transitions.say(Alert(tick=self.transitions.tick, level="info", code=f"replacement_{code}", text=text, site=site, seed=branch.seed))
+        self.transitions.say(
+            Alert(tick=self.transitions.tick, level="info", code=f"replacement_{code}", text=text, site=site, seed=branch.seed)
+        )
