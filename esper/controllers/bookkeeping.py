@@ -1,17 +1,14 @@
-"""The books that controllers keep: open germinations, parameters grown, health of the seeds, and plateaus of a metric."""
+"""The books that controllers keep: open germinations, parameters grown, and plateaus of a metric."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import numpy as np
-
-from esper.bus.telemetry_codec import unpack
 from esper.controllers.view import LOST, Seed, refuse_unfitting
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage
-from esper.messages import Acknowledgement, Germinate, Message, RunStarted, Telemetry, Transition
+from esper.messages import Acknowledgement, Germinate, Message, RunStarted, Transition
 
 
 class Attempts:
@@ -131,57 +128,6 @@ class Budget:
         """Go on from ``state``."""
         self._grown = {(site, seed): size for site, seed, size in state["grown"]}
         self._kept = state["kept"]
-
-
-#: The columns a score is made of.
-SCORED = ("variance", "near_zero", "correlation")
-#: Weight of the past in the running mean of each column.
-_DECAY = 0.9
-
-
-class Health:
-    """Running means of the three columns, ``[seeds, 3]`` a site.
-
-    A row with a value that is not finite forgets the seed's past: until the next good row it has no health, and so no
-    score.
-    """
-
-    def __init__(self) -> None:
-        self._means: dict[str, np.ndarray] = {}
-
-    def observe(self, message: Telemetry) -> None:
-        """Take in the rows of one site."""
-        wanted = [message.columns.index(name) for name in SCORED]
-        for row in unpack(message)[:, :, wanted].astype(np.float64):
-            mean = self._means.get(message.site, np.full(row.shape, np.nan))
-            mean = np.where(np.isnan(mean), row, _DECAY * mean + (1.0 - _DECAY) * row)
-            good = np.isfinite(row).all(axis=1, keepdims=True)
-            self._means[message.site] = np.where(good, mean, np.nan)
-
-    def need(self, site: str, weights: tuple[float, float, float]) -> dict[int, float]:
-        """Score by seed number, of the seeds whose health is known; higher: likelier to gain from a branch.
-
-        ``w0 · 1/(1 + variance/mean variance of the site) + w1 · near-zero fraction + w2 · |correlation|``: a chunk that
-        hardly varies, is mostly silent or repeats what the others say is capacity that the host does not use.
-        """
-        means = self._means.get(site)
-        if means is None:
-            return {}
-        known = ~np.isnan(means).any(axis=1)
-        variance, near_zero, correlation = means.T
-        usual = float(variance[known].mean()) if known.any() else 0.0
-        quiet = 1.0 / (1.0 + variance / usual) if usual > 0.0 else np.ones_like(variance)
-        score = weights[0] * quiet + weights[1] * near_zero + weights[2] * np.abs(correlation)
-        return {int(seed): float(score[seed]) for seed in np.flatnonzero(known)}
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able; None stands for a seed without health."""
-        return {site: [None if np.isnan(row).any() else row.tolist() for row in means] for site, means in self._means.items()}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
-        unknown = [np.nan] * len(SCORED)
-        self._means = {site: np.array([row or unknown for row in rows]) for site, rows in state.items()}
 
 
 class Plateau:

@@ -42,7 +42,7 @@ class Readings:
         self._there = torch.empty(flat.shape, pin_memory=flat.is_cuda)
         self._there.copy_(flat, non_blocking=True)
         if flat.is_cuda:
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+            self._event = torch.cuda.Event()
             self._event.record()
         self._sent = [([tensor.shape for tensor in tensors], read) for tensors, read in self._posted]
         self._posted = []

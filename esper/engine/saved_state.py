@@ -97,7 +97,7 @@ class HostAlone(Attached):
     @classmethod
     def on(cls, model: nn.Module) -> RemovableHandle:
         """From now until the handle is removed, ``model.state_dict()`` is the host's alone."""
-        handle: RemovableHandle = model.register_state_dict_post_hook(cls())  # type: ignore[no-untyped-call]  # torch annotates neither
+        handle: RemovableHandle = model.register_state_dict_post_hook(cls())
         return handle
 
     def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -112,7 +112,7 @@ def host_alone(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def expect_host_alone(model: nn.Module) -> None:
     """From now on ``model.load_state_dict()`` misses no tensor of the seeds: they come apart from the host's."""
-    model.register_load_state_dict_post_hook(_forgive_seeds)  # type: ignore[no-untyped-call]  # torch annotates neither
+    model.register_load_state_dict_post_hook(_forgive_seeds)
 
 
 def _forgive_seeds(model: nn.Module, keys: Any) -> None:

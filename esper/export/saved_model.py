@@ -246,7 +246,8 @@ def _blueprint(entry: Description, known: tuple[type[Blueprint], ...]) -> Bluepr
     from esper.custom import make
 
     if not entry["target"]:
-        built: Blueprint = BLUEPRINTS[entry["blueprint"]](**entry["settings"])
+        built = BLUEPRINTS[entry["blueprint"]](**entry["settings"])
+        assert isinstance(built, Blueprint), "the description was checked"
         return built
     name = entry["target"].replace(":", ".").rpartition(".")[2]
     for kind in known:

@@ -62,7 +62,7 @@ def settle(
     )  # fmt: skip
 
 
-@branches.register_fake  # type: ignore[untyped-decorator]  # torch's has no annotations
+@branches.register_fake
 def _(
     x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +138,7 @@ def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor
     return targets
 
 
-@branches_backward.register_fake  # type: ignore[untyped-decorator]  # torch's has no annotations
+@branches_backward.register_fake
 def _(
     x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -27,7 +27,7 @@ def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     return finish(x, partial, None)
 
 
-@_telemetry.register_fake  # type: ignore[untyped-decorator]  # torch's has no annotations
+@_telemetry.register_fake
 def _(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     return x.new_empty(seeds, 4, dtype=torch.float32)
 

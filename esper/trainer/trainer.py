@@ -358,7 +358,7 @@ def _average(decay: float, model: nn.Module) -> AveragedModel | None:
     """An exponential moving average of weights and norm statistics, none for a decay of 0."""
     if not decay:
         return None
-    moved = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+    moved = get_ema_multi_avg_fn(decay)
     return AveragedModel(model, multi_avg_fn=moved, use_buffers=True)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from esper.controllers.bookkeeping import Health, Plateau
+from esper.controllers.bookkeeping import Plateau
+from esper.controllers.health import Health
 from esper.controllers.heuristic import HeuristicConfig
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage

