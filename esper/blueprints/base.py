@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from esper.blueprints.config import BlueprintSettings
+from esper.blueprints.config import ACTIVATION_NAMES, BlueprintSettings
 from esper.blueprints.geometry import Geometry
 
 Parameters = dict[str, Tensor]
@@ -29,13 +29,13 @@ def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x) if x._is_view() else torch.sigmoid_(x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": relu,
-    "gelu": torch.nn.functional.gelu,
-    "silu": torch.nn.functional.silu,
-}
+#: Activations by the names that torch's functions have.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: getattr(torch.nn.functional, name) for name in ACTIVATION_NAMES}
+ACTIVATIONS["relu"] = relu
+
+_MODULES = {kind.__name__.lower(): kind for kind in vars(torch.nn.modules.activation).values() if isinstance(kind, type)}
 #: The same as modules, for exported models.
-ACTIVATION_MODULES: dict[str, type[torch.nn.Module]] = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU, "silu": torch.nn.SiLU}
+ACTIVATION_MODULES: dict[str, type[torch.nn.Module]] = {name: _MODULES[name] for name in ACTIVATION_NAMES}
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from esper.fields import setting
 
-ACTIVATIONS = ("relu", "gelu", "silu")
+ACTIVATION_NAMES = ("relu", "gelu", "silu")
 STARTS = ("copy", "zero_copy", "fresh")
 
 
@@ -40,7 +40,7 @@ class MLPSettings(BlueprintSettings):
 
     name: str = "mlp"
     hidden: int = setting(16, low=1, high=2**20, help="hidden units")
-    activation: str = setting("relu", choices=ACTIVATIONS, help="activation of the hidden layer")
+    activation: str = setting("relu", choices=ACTIVATION_NAMES, help="activation of the hidden layer")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ConvSettings(BlueprintSettings):
     name: str = "conv"
     kernel: int = setting(3, low=1, high=1023, unit="positions", help="width of the depthwise kernel, odd")
     expand: int = setting(2, low=1, high=1024, help="depthwise outputs a channel")
-    activation: str = setting("relu", choices=ACTIVATIONS, help="activation after the norm")
+    activation: str = setting("relu", choices=ACTIVATION_NAMES, help="activation after the norm")
 
 
 @dataclass
