@@ -12,7 +12,7 @@ import esper
 
 ROOT = Path(esper.__file__).parent
 
-FOUNDATION = {"", "atomic_files", "errors", "fields", "lazy", "messages", "randomness"}
+FOUNDATION = {"", "atomic_files", "errors", "fields", "flags", "lazy", "messages", "randomness"}
 """Modules that every room may import; "" is the package itself, for its version."""
 MODEL = {"lifecycle", "grafting", "blueprints", "kernels"}
 MAY_IMPORT: dict[str, set[str]] = {

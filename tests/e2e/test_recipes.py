@@ -35,7 +35,7 @@ def written() -> list[str]:
     found = [*RECIPES]
     for row in re.findall(r"^\| .* \| (.*) \|$", section, re.MULTILINE):
         found += re.findall(r"`([^`]+)`", row)
-    return list(dict.fromkeys(one if one.split()[0] in ("esper", "mlflow") else f"esper {one}" for one in found))
+    return list(dict.fromkeys(one if re.match(r"([A-Z_]+=\S+ )*(esper|mlflow)\b", one) else f"esper {one}" for one in found))
 
 
 COMMANDS = [one for one in written() if not any(part in one for part in SWEEPS)]
@@ -72,13 +72,16 @@ def test_the_tables_are_found() -> None:
 def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as where a user starts it
     name, *words = shlex.split(command)
+    while name.partition("=")[0].isupper():
+        monkeypatch.setenv(*name.split("=", 1))
+        name, *words = words
     if name == "mlflow":
         return stores_lie_where_it_looks(words, workshop)
     if "resume=auto" in words or "resume=<run folder>" in command:
         shutil.rmtree(workshop / "outputs" / "day", ignore_errors=True)
         killed = copied(run_folder, workshop / "outputs", until=5)
         (killed / "summary.json").unlink()
-        words = shlex.split(command.replace("<run folder>", shlex.quote(str(killed))))[1:]
+        words = [word.replace("<run folder>", str(killed)) for word in words]
         words += [*SHORT, *KEPT] if words == ["resume=auto"] else []  # it looks for a run of this configuration
     elif words[:2] == ["compare", "fingerprint"]:
         words[2:] = [str(run_folder), str(run_folder)]
@@ -87,7 +90,7 @@ def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Pa
         assert done.returncode == 2 and "bus=embedded" in done.stderr, "a run without a server has none to look into"
         return None
     else:
-        words = shlex.split(command.replace("<run folder>", shlex.quote(str(run_folder))))[1:]
+        words = [word.replace("<run folder>", str(run_folder)) for word in words]
         if not words or words[0] not in PROGRAMS or words[0] == "check":
             words += lessened(words)
     before = {*workshop.glob("outputs/*/*/summary.json")}

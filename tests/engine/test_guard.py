@@ -247,6 +247,15 @@ def test_a_loss_that_is_not_finite_is_said_once_and_nothing_grows_meanwhile(stag
 
 
 @pytest.mark.filterwarnings("ignore:esper. the training loss")
+def test_a_seed_that_waits_does_not_begin_to_learn_on_a_host_that_diverged():
+    loop = Loop(commands={1: [germinate()]}).run(1)
+    branch = loop.grow.registry.branches[0]
+    assert branch.stage is S.GERMINATED
+    diverged(loop, 4)
+    assert branch.stage is S.GERMINATED
+
+
+@pytest.mark.filterwarnings("ignore:esper. the training loss")
 def test_a_run_that_goes_on_from_a_diverged_state_grows_nothing_either():
     loop = Loop(commands={1: [germinate()]})
     loop.run(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from growing import Loop, batch, germinate, same, sample_loss, short
 from scipy import stats
 from torch import nn
 
-from esper.engine.judging.judge import Judge, lower_bound, quantile
+from esper.engine.judging.judge import Gain, Judge, lower_bound, quantile
 from esper.lifecycle import Stage, spent
 from esper.messages import Cancel, Selector
 from esper.seeds import Branch
@@ -162,6 +163,20 @@ def test_every_look_spends_error_and_more_looks_ask_for_more(monkeypatch: pytest
     assert asked == [spent(0.05, k) for k in range(1, len(asked) + 1)] and len(asked) > 5
     looks = [said.look for said in loop.port.gates if said.gate == "gain"]
     assert looks == list(range(1, len(asked) + 1))
+
+
+def test_between_two_looks_lies_the_time_that_the_lifecycle_says():
+    loop = Loop(settings={"lifecycle": short(gain=1e6, judge_every="3step")}, commands={1: [germinate()]})
+    loop.until(S.CULLED)
+    ticks = [said.tick for said in loop.port.gates if said.gate == "gain"]
+    assert len(ticks) > 3 and {later - earlier for earlier, later in itertools.pairwise(ticks)} == {3}
+
+
+def test_a_gain_of_nothing_opens_no_gate_even_where_none_is_asked_for():
+    loop = Loop(settings={"lifecycle": short(gain=0.0)}, commands={1: [germinate()]})
+    branch = loop.until(S.EVALUATING)
+    assert not loop.grow.gates._take(branch, Gain(0.0, 0.0, 64), loop.grow.tick_number)
+    assert loop.grow.gates._take(branch, Gain(0.1, 0.05, 64), loop.grow.tick_number)
 
 
 def test_a_loss_that_is_not_finite_when_judged_rolls_back():

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from growing import Loop, germinate
 from references import BLUEPRINTS, CONVS, SITES, blended_one_by_one, filled_bank
 from torch import Tensor
 
 from esper.blueprints import MLP, Affine, Geometry
-from esper.seeds.blend import blend
-from esper.seeds.branch_groups import Group, Part, build
+from esper.lifecycle import Stage
+from esper.seeds.blend import _add_block, blend
+from esper.seeds.branch_groups import BlockGroup, Group, Part, build
 from esper.seeds.recording import Recording
 
 CASES = [(b, s) for b in BLUEPRINTS for s in SITES] + [(b, s) for b in CONVS for s in ("series", "image")]
@@ -151,3 +153,17 @@ def test_what_does_not_learn_is_counted_apart_from_what_does():
         assert isinstance(group, Group)
         keys.add(group.cost_key())
     assert len(keys) == 2
+
+
+def test_a_block_adds_to_what_the_branches_beside_it_gave() -> None:
+    loop = Loop("transformer", settings={"blueprint": "block"}, commands={1: [germinate("blocks.0")]})
+    loop.until(Stage.EVALUATING, most=100)
+    layer = next(layer for layer in loop.grow.registry.layers if layer.plan)
+    (group,) = layer.plan
+    assert isinstance(group, BlockGroup)
+    loop.model.eval()  # no dropout
+    x = torch.randn(2, 5, layer.geometry.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        alone, beside = (_add_block(x, y, group, layer.geometry, None) for y in (x, x + 1.0))
+    torch.testing.assert_close(beside, alone + 1.0)
+    assert not torch.equal(alone, x)

@@ -156,3 +156,9 @@ def test_a_look_is_no_blinder_for_one_large_value() -> None:
     small = np.array([1.0, 1.5, 0.7, 2.2, 0.9, 1.1, 3.0, 0.4, 1.3, 2.5]) * 1e-3
     assert crossing_look(np.array([1e7, *small]), [11], 11, 0.05)[0] == 0
     assert sequential_p(np.array([1e7, *small]), [11], 11)[0] < 0.01
+
+
+def test_sums_that_differ_by_the_rounding_of_adding_alone_are_ties() -> None:
+    """0.1 + 0.2 − 0.3 is not 0 in binary, though each number is as exact as it can be: 5 of 8 patterns of the three, in either sign."""
+    differences = np.array([0.1, 0.2, -0.3, 1.0, 1.0, 1.0])
+    assert sign_flip(differences, error=np.zeros(6)) == pytest.approx(2 * 5 / 64)
