@@ -18,9 +18,8 @@ from esper.integrations.checkpoints import grown_in, keep_in, plain
 class GrowCallback(Callback):
     """Attaches when fitting begins, and grows the module in automatic optimization with one optimizer.
 
-    ``loss(module, batch)`` does no logging: it is also called by the judge and for shadow forwards. ``module`` names the submodule that
-    grows and that ``loss`` gets (empty: the LightningModule itself). ``settings`` is what else ``esper.attach`` takes; unless given,
-    ``controller`` is ``heuristic`` and ``total_steps`` what Lightning estimates.
+    ``loss(module, batch)`` does no logging: the judge and shadow forwards call it too. ``module`` names the submodule that grows, which
+    ``loss`` gets (empty: the LightningModule). ``settings`` go to ``esper.attach``; ``total_steps`` is Lightning's estimate by default.
     """
 
     def __init__(self, loss: Callable[[torch.nn.Module, Any], Any], module: str = "", **settings: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,8 +19,7 @@ from esper.integrations.checkpoints import found, grown_in
 class GrowCallback(TrainerCallback):
     """Attaches when training begins; the Trainer's own loss (its ``compute_loss``) is used unless ``loss`` is given.
 
-    ``settings`` is what ``esper.attach`` takes; ``judge`` is needed for anything to be kept; unless given, ``controller`` is
-    ``heuristic`` and ``sites`` the hidden layers of the perceptrons. ``resume_from`` names a checkpoint's folder that was moved.
+    ``settings`` go to ``esper.attach``; nothing is kept without ``judge``. ``resume_from`` names a checkpoint's folder that was moved.
     """
 
     def __init__(self, resume_from: str | Path = "", **settings: Any) -> None:
@@ -40,8 +39,7 @@ class GrowCallback(TrainerCallback):
         self._hook, self._trainer, self._step = HostAlone.on(parts["model"]), trainer, trainer.training_step
         self._parts: list[Any] = []
         trainer.training_step = self._grow  # type: ignore[method-assign, assignment]  # the Trainer has no hook there
-        noted: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]  # a dict, once the Trainer has made its state
-        noted["esper"] = {"run": self._run, "folder": str(output.resolve())}
+        cast(dict[str, Any], state.stateful_callbacks)["esper"] = {"run": self._run, "folder": str(output.resolve())}
 
     def _grow(self, model: Any, inputs: Any, *others: Any) -> Any:
         """The Trainer's step on a micro-batch: afterwards its backward pass is done, and nobody has clipped a gradient yet."""
@@ -78,6 +76,5 @@ class GrowCallback(TrainerCallback):
 
 def _beside(state: TrainerState, output: Path, moved_to: Path = Path()) -> Path:
     """What grew, beside the checkpoint that the Trainer has loaded, which it names to nobody."""
-    noted: dict[str, Any] = state.stateful_callbacks or {}  # type: ignore[assignment]  # a dict, once the Trainer has made its state
-    note, name = grown_in(noted), f"checkpoint-{state.global_step}"
+    note, name = grown_in(cast(dict[str, Any], state.stateful_callbacks or {})), f"checkpoint-{state.global_step}"
     return found(note["run"], output / name, Path(note["folder"], name), moved_to)

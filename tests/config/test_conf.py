@@ -6,18 +6,18 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 import pytest
 import yaml
-from esper.compare.sweep.job_configs import lean
 from hydra.core.global_hydra import GlobalHydra
 
 from esper.app import main
 from esper.cli import conf
 from esper.cli.compose import compose, option, prepare_hydra
 from esper.compare.sweep.arms import set_by
+from esper.compare.sweep.launch import _prefer_sweep_options
 from esper.config import GROUPS, PRESETS, RootConfig, config_hash, defaults, options, plain, structure
 from esper.errors import UserError
 from esper.hosts import base as host_base
@@ -28,13 +28,21 @@ FILES = [(group, name) for group in GROUPS for name in conf.options(group) if co
 PRESET_FILES = [(preset, name) for preset in PRESETS for name in conf.options(preset)]
 
 
+def settings_of(kind: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass of settings, those within its own dataclasses included."""
+    hints, found = get_type_hints(kind), []
+    for field in dataclasses.fields(kind):
+        found += settings_of(hints[field.name]) if dataclasses.is_dataclass(hints[field.name]) else [field]
+    return found
+
+
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{group}-{name}" for group, name in OPTIONS])
 def test_an_option_is_a_dataclass_whose_defaults_pass_its_own_checks(group: str, name: str) -> None:
     kind = options(group)[name]
     values = defaults(kind, name)
     assert next(iter(values)) == "name"
     assert structure(kind, values, group) == dataclasses.replace(kind(), name=name)
-    assert all(field.metadata.get("help") for field in dataclasses.fields(kind) if field.name not in ("name", "looks"))
+    assert all(field.metadata.get("help") for field in settings_of(kind) if field.name not in ("name", "looks"))
 
 
 def test_what_hydra_composes_without_a_word_is_what_the_dataclasses_say() -> None:
@@ -83,7 +91,7 @@ def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() 
 def test_a_sweep_composes_its_own_options_and_a_single_run_after_it_the_usual_ones() -> None:
     prepare_hydra()
     with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3"):
-        lean(GlobalHydra.instance().config_loader())
+        _prefer_sweep_options(GlobalHydra.instance().config_loader())
         tree = hydra.compose("config")
     assert (tree.tracking.figures, tree.tracking.model, tree.tracking.system_s, tree.tracking.points) == (False, False, 0.0, 500)
     assert compose([]).tracking.figures
@@ -103,7 +111,7 @@ def test_the_words_of_a_setting_are_those_that_the_code_has_functions_for() -> N
     from esper.grafting import STRATEGIES
 
     assert tuple(host_base.ACTIVATIONS) == host_config.ACTIVATIONS
-    assert tuple(blueprint_base.ACTIVATIONS) == blueprint_config.ACTIVATIONS
+    assert tuple(blueprint_base.ACTIVATIONS) == blueprint_config.ACTIVATION_NAMES
     assert list(BLUEPRINTS) == list(blueprint_config.CONFIGS)
     assert all(issubclass(BLUEPRINTS[name], settings) for name, settings in blueprint_config.CONFIGS.items())
     assert list(GRAFTING) == list(STRATEGIES) and all(GRAFTING[name] is STRATEGIES[name].config for name in GRAFTING)
@@ -112,13 +120,13 @@ def test_the_words_of_a_setting_are_those_that_the_code_has_functions_for() -> N
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], "0b4ff680"),
-        (["lifecycle=reference"], "7232e1ea"),
-        (["optimizer=sgd"], "3bd38ea5"),
-        (["grafting=stability_narrow"], "eaf5b49a"),
-        (["experiment=ab_objective"], "ede35a12"),
-        (["arm=scratch"], "8c790c92"),
-        (["debug=tiny"], "68ae705b"),
+        ([], "62f2b6d0"),
+        (["lifecycle=reference"], "ee9a5a7d"),
+        (["optimizer=sgd"], "3b84f29d"),
+        (["grafting=stability_narrow"], "c0db9a72"),
+        (["experiment=ab_objective"], "10c37c6c"),
+        (["arm=scratch"], "c0dab1bc"),
+        (["debug=tiny"], "a0b7c491"),
     ],
 )
 def test_a_configuration_keeps_its_hash_by_which_older_runs_are_found(words: list[str], expected: str) -> None:
@@ -182,7 +190,7 @@ def test_help_explains_every_key_of_a_group(group: str, capsys: pytest.CaptureFi
         assert f"  {name}" in told
     chosen = conf.defaults()[group]
     for key in defaults(options(group)[chosen], chosen):
-        assert key == "name" or f"  {group}.{key}=" in told
+        assert key == "name" or f"  {group}.{key}=" in told or f"  {group}.{key}." in told
 
 
 def test_help_of_an_option_that_is_not_there_says_so(capsys: pytest.CaptureFixture[str]) -> None:

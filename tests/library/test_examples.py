@@ -15,7 +15,7 @@ from growing import batch, build, sample_loss, short
 from test_own_loop import JUDGE, train
 
 from esper import attach, load_model
-from esper.engine.telemetry import Observer
+from esper.bus.trainer.bus_port import BusPort
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
 
@@ -32,14 +32,13 @@ def test_the_own_loop_example_runs_and_grows() -> None:
 def test_the_readmes_loop_runs_as_it_stands_and_misses_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     told: list[torch.Tensor] = []
-    rows = Observer.rows
+    telemetry = BusPort.telemetry
 
-    def kept(self: Observer, slot: Any) -> list[tuple[str, torch.Tensor]]:
-        found = rows(self, slot)
-        told.extend(part for _, part in found)
-        return found
+    def kept(self: BusPort, tick: int, site: str, rows: torch.Tensor) -> None:
+        told.append(rows.clone())
+        telemetry(self, tick, site, rows)
 
-    monkeypatch.setattr(Observer, "rows", kept)
+    monkeypatch.setattr(BusPort, "telemetry", kept)
     model = build("mlp")
     given: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), 0.01), "loss": sample_loss}
     given |= {"judge_batches": JUDGE, "batches": [batch("mlp", number) for number in range(300)], "steps": 300}
@@ -88,4 +87,7 @@ def test_every_page_is_one_page_and_links_to_files_that_are_there(page: str) -> 
     text = (DOCS / page).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 60
     for link in re.findall(r"\]\(([^)]+)\)", text):
-        assert (DOCS / link).is_file(), link
+        page_of_link, _, heading = link.partition("#")
+        assert (DOCS / page_of_link).is_file(), link
+        headings = (DOCS / page_of_link).read_text(encoding="utf-8").lower().replace(" ", "-") if heading else ""
+        assert f"#-{heading}" in headings or not heading, link
