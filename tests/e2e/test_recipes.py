@@ -22,6 +22,9 @@ README = Path(__file__).parents[2] / "README.md"
 #: Few steps, few looks at the validation set, no host alone.
 SHORT = ("trainer.steps=20", "trainer.batch_size=16", "trainer.validate_every=50%", "trainer.control=false")
 
+#: Stands for the folder of a run in a command that has been split into words.
+FOLDER = "RUN_FOLDER"
+
 #: A run that leaves checkpoints.
 KEPT = ("trainer.checkpoint_every=25%", "tracking=csv")
 
@@ -71,7 +74,7 @@ def test_the_tables_are_found() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as where a user starts it
-    name, *words = shlex.split(command)
+    name, *words = shlex.split(command.replace("<run folder>", FOLDER))
     while name.partition("=")[0].isupper():
         monkeypatch.setenv(*name.split("=", 1))
         name, *words = words
@@ -81,7 +84,7 @@ def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Pa
         shutil.rmtree(workshop / "outputs" / "day", ignore_errors=True)
         killed = copied(run_folder, workshop / "outputs", until=5)
         (killed / "summary.json").unlink()
-        words = [word.replace("<run folder>", str(killed)) for word in words]
+        words = [word.replace(FOLDER, str(killed)) for word in words]
         words += [*SHORT, *KEPT] if words == ["resume=auto"] else []  # it looks for a run of this configuration
     elif words[:2] == ["compare", "fingerprint"]:
         words[2:] = [str(run_folder), str(run_folder)]
@@ -90,7 +93,7 @@ def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Pa
         assert done.returncode == 2 and "bus=embedded" in done.stderr, "a run without a server has none to look into"
         return None
     else:
-        words = [word.replace("<run folder>", str(run_folder)) for word in words]
+        words = [word.replace(FOLDER, str(run_folder)) for word in words]
         if not words or words[0] not in PROGRAMS or words[0] == "check":
             words += lessened(words)
     before = {*workshop.glob("outputs/*/*/summary.json")}
