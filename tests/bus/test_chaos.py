@@ -13,6 +13,7 @@ from chaos_stream import StreamEpisode
 RESULT = Path(__file__).resolve().parents[2] / "scripts" / "chaos_suites" / "bus.json"
 
 
+@pytest.mark.usefixtures("processes")
 def test_ten_random_faults_lose_nothing_double_nothing_and_keep_order():
     outcome = chaos.episode(StreamEpisode, seed=1000, faults=10)
     assert outcome.clean, outcome

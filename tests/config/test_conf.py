@@ -198,6 +198,7 @@ def test_help_of_an_option_that_is_not_there_says_so(capsys: pytest.CaptureFixtu
     assert "choose adaptive, custom, drift" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("processes")
 def test_help_imports_neither_torch_nor_hydra() -> None:
     program = "from esper.app import main; main(['--help']); main(['--help', 'model'])"
     program += "; import sys; print({'torch', 'hydra'} & {*sys.modules})"

@@ -199,6 +199,7 @@ def test_a_judge_that_shuffles_gives_every_look_the_same_order() -> None:
     assert torch.equal(first, grow.judge.losses([])), "losses are paired by their place"
 
 
+@pytest.mark.usefixtures("processes")
 def test_workers_of_a_judging_loader_move_no_generator() -> None:
     watched = Watched(workers=1)
     with watched.untouched("attach"):

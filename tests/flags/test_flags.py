@@ -25,6 +25,7 @@ def on(flags: Flags, feature: str = "growth") -> set[str]:
     return {site for site in SITES if flags.on(feature, site)}
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_fraction_is_the_same_everywhere_and_for_ever():
     """Values of SHA-256, so of no process, machine or version; Python's own hash differs in every process."""
     assert [n for n in range(20) if chosen_by_hash("growth", f"blocks.{n}", 0.25)] == PINNED

@@ -32,6 +32,7 @@ def suite(checkout: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_slice_of_the_suite_over_three_hosts(suite: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["mlp scheduled", "cnn block drift", "transformer block random"]
     assert suite.main(["--dry", "--kills", "4", "--each", "2", "--seed", "1", "--only", *names]) == 0

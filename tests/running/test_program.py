@@ -84,6 +84,7 @@ def test_a_pt2_takes_every_stride_batch_and_length(case: Any, tmp_path: Path) ->
     same(torch.export.load(to_pt2(program, tmp_path / "model.pt2")).module(), model, others)
 
 
+@pytest.mark.usefixtures("heavy_libraries")
 def test_an_onnx_graph_takes_every_batch_and_length(case: Any, tmp_path: Path) -> None:
     import onnxruntime
 

@@ -142,6 +142,7 @@ def test_what_grew_is_felt_everywhere_and_in_every_mode(case: str, tmp_path: Pat
                 torch.testing.assert_close(one(x).clone(), expected, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+@pytest.mark.usefixtures("heavy_libraries")
 @pytest.mark.parametrize("case", ["linear2", "padded-dropout", "block"])
 def test_what_grew_is_in_the_programs(case: str, tmp_path: Path) -> None:
     import onnxruntime

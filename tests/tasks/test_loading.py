@@ -53,6 +53,7 @@ def test_resuming_needs_only_epoch_and_position() -> None:
     assert torch.equal(resumed.at(14)[1], history[14])
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("dataset", [data(50), OneByOne()], ids=["in memory", "one by one"])
 def test_four_workers_give_the_same_bits_across_epochs_and_jumps(dataset: Dataset) -> None:
     collate = ready if isinstance(dataset, InMemory) else default_collate
@@ -64,6 +65,7 @@ def test_four_workers_give_the_same_bits_across_epochs_and_jumps(dataset: Datase
     many.close()
 
 
+@pytest.mark.usefixtures("processes")
 def test_nothing_is_drawn_from_the_global_generator() -> None:
     before = torch.random.get_rng_state()
     for workers in (0, 2):

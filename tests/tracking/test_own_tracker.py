@@ -47,6 +47,7 @@ def test_an_own_tracker_says_after_a_resume_what_the_parquet_files_say(tmp_path:
     assert first and diary[: len(first)] == first
 
 
+@pytest.mark.usefixtures("processes")
 def test_an_own_tracker_writes_in_a_process_of_its_own_too(tmp_path: Path) -> None:
     bus = open_bus(EmbeddedConfig(), tmp_path)
     try:

@@ -33,6 +33,7 @@ def gone(process: int) -> bool:
     return not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_server_that_was_stopped_when_its_owner_was_killed_makes_room_for_the_next(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
     with subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment) as owner:
@@ -50,6 +51,7 @@ def test_a_server_that_was_stopped_when_its_owner_was_killed_makes_room_for_the_
         server.stop()
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_folder_whose_server_is_at_work_gets_no_second_one(tmp_path, monkeypatch):
     server = EmbeddedServer(tmp_path)
     note = (tmp_path / "address.json").read_bytes()

@@ -341,6 +341,7 @@ def test_plans_that_cannot_be_judged_are_refused(changed: dict[str, object], wor
         plan_of(("host", "up"), **changed)
 
 
+@pytest.mark.usefixtures("processes")
 def test_planning_and_judging_a_sweep_leave_scipy_stats_alone_which_takes_longer_to_import_than_they_take() -> None:
     program = (
         "import sys; from tests.compare.results.test_analysis import analyse, plan_of, runs_of\n"
