@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from esper.kernels import chunk_backward, chunk_forward, launch
 from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
@@ -16,7 +16,7 @@ from esper.kernels.telemetry import Partial, Roster, evenness, finish, health_gr
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
 
 
-@triton_op("esper::branches", mutates_args=())
+@custom_op("esper::branches", mutates_args=())
 def branches(
     x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,11 +31,12 @@ def branches(
         kind, bank, last = KINDS[name], layers(name, tensors), number == len(banks) - 1
         plan = forward_plan(x, seeds, kind, bank, measure)
         sums = alpha.new_empty(plan.programs, 3)
-        wrap_triton(chunk_forward.chunk_forward_kernel)[(plan.programs,)](
+        chunk_forward.chunk_forward_kernel[(plan.programs,)](
             x, y, alpha, route, roster.order[number], roster.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
-            **shape_of(kind, bank, x, seeds, plan), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
+            **shape_of(kind, bank, x, seeds, plan), XR=row_distance(x), YR=row_distance(y),
+            TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
             STAGES=plan.stages, PLAIN_STAGES=forward_plan(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=plan.warps,
         )  # fmt: skip
         if last and measure:
@@ -54,7 +55,7 @@ def settle(
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
     place = min(128, launch.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch.limits(x.device).processors * 4 // seeds))
-    wrap_triton(chunk_forward.settle_kernel)[(seeds, shares)](
+    chunk_forward.settle_kernel[(seeds, shares)](
         x, y, roster.alpha, roster.route, roster.order[number], roster.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
@@ -70,11 +71,11 @@ def _(
     return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha), health
 
 
-@triton_op("esper::branches_backward", mutates_args=())
+@custom_op("esper::branches_backward", mutates_args=())
 def branches_backward(
     x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """``(dx, gradients, residual)`` as ``reference_branches.backward``."""
+    """``(dx, gradients, residual)`` as ``reference_branches.backward``; ``residual`` is empty without a ``lesson``."""
     assert dy.shape == x.shape, f"gradient {tuple(dy.shape)} of an output {tuple(x.shape)}"
     seeds = live.shape[0]
     dx = torch.empty_like(x)
@@ -82,12 +83,12 @@ def branches_backward(
     roster = Roster.empty(live, lesson, route, len(banks))
     pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), roster, seeds, 0.0)
     grads: list[Tensor] = []
-    residual = torch.zeros_like(live)
+    residual = live.new_empty(0) if lesson is None else torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
         found, plan = bank_backward(x, dy, dx, live, lesson, route, roster.order[number], name, tensors)
         grads += collect(found[:-1], tensors, roster, x, number, plan)
         if lesson is not None:
-            wrap_triton(chunk_backward.residual_kernel)[(seeds,)](
+            chunk_backward.residual_kernel[(seeds,)](
                 found[-1], residual, route, roster.order[number], roster.rank, x.shape[0] * x.shape[1], plan.programs, number,
                 BM=plan.rows, num_warps=1,
             )  # fmt: skip
@@ -105,19 +106,20 @@ def bank_backward(
     into, whole = layers(name, partial), kind.affine or plan.hidden >= bank.hidden
     lessons = live if lesson is None else lesson
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
-    common = shape_of(kind, bank, x, seeds, plan)
+    distances = {"XR": row_distance(x), "GR": row_distance(dy), "DR": row_distance(dx)}
+    common = shape_of(kind, bank, x, seeds, plan) | distances
     settings = {"LESSONS": lesson is not None, "PRECISION": PRECISION, "num_warps": plan.warps, "num_stages": plan.stages}
     blocks = 1 if kind.affine else -(-bank.hidden // plan.hidden)
-    wrap_triton(chunk_backward.chunk_backward_kernel)[(plan.programs, blocks)](
+    chunk_backward.chunk_backward_kernel[(plan.programs, blocks)](
         x, dy, dx, live, lessons, route, order, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
         alone = input_gradient_plan(x, seeds, kind, bank, plan)
-        common = shape_of(kind, bank, x, seeds, alone)
+        common = shape_of(kind, bank, x, seeds, alone) | distances
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
-        wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(alone.programs,)](
+        chunk_backward.chunk_input_gradient_kernel[(alone.programs,)](
             x, dy, dx, live, lessons, route, order, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
         )
     return [*partial, residual], plan
@@ -130,7 +132,7 @@ def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor
     block = min(1024, launch.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
-    wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
+    chunk_backward.collect_kernel[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
         *pairs, roster.route, roster.order[number], roster.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
@@ -142,7 +144,7 @@ def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor
 def _(
     x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], torch.empty_like(live)
+    return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], live.new_empty(0 if lesson is None else live.shape[0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -172,6 +174,14 @@ def shape_of(kind: Kind, bank: Layers, x: Tensor, seeds: int, plan: launch.Launc
         "H": bank.hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows,
         "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation,
     }  # fmt: skip
+
+
+def row_distance(x: Tensor) -> int:
+    """Distance of two rows in memory, for ``tile_pointers``.
+
+    0 where neighbouring features are not neighbours, rows are not evenly apart, or a block of rows needs 64 bits.
+    """
+    return x.stride(1) if x.shape[0] == 1 and x.stride(2) == 1 and x.stride(1) < 1 << 22 else 0
 
 
 def forward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, measure: bool) -> launch.Launch:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from esper.kernels.chunk_forward import all_blocks_delta, block_delta, hidden_units, load_block
-from esper.kernels.triton_helpers import activate, activate_gradient, assignment, chunk_size, chunk_start, row_offsets
+from esper.kernels.triton_helpers import activate, activate_gradient, assignment, chunk_size, chunk_start, tile_pointers
 
 
 @triton.jit
@@ -31,7 +31,8 @@ def chunk_backward_kernel(
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    LESSONS: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    LESSONS: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, one block of HB hidden units, every ``parts``-th block of BM rows.
 
@@ -54,7 +55,6 @@ def chunk_backward_kernel(
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col, unit = tl.arange(0, CP), tl.arange(0, HB)
     inside = col < size
-    column = (start + col).to(tl.int64)
     shift = tl.zeros([CP], tl.float32)
     if BIAS:
         shift = tl.load(b2 + slot * C + col, mask=inside, other=0.0)
@@ -76,8 +76,8 @@ def chunk_backward_kernel(
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & inside[None, :]
-        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
-        arrives = dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc
+        reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
+        arrives = tile_pointers(dy, block, start, col, inner, go, gi, gc, BM, GR, FLAT)
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
         gb = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         arriving = gb.to(tl.float32)
@@ -124,7 +124,7 @@ def chunk_backward_kernel(
             if echo != 0:
                 d_tile -= g if LESSONS else strength * g
             total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if LESSONS else d_tile)  # never 0·NaN
-            writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
+            writes = tile_pointers(dx, block, start, col, inner, do, di, dc, BM, DR, FLAT)
             tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
     rest = 1.0 if LESSONS else strength
     if not AFFINE:
@@ -159,7 +159,8 @@ def chunk_input_gradient_kernel(
     x, dy, dx, live, lesson, route, order, w1, b1, wg, bg, w2,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LESSONS: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LESSONS: tl.constexpr, FLAT: tl.constexpr,
+    XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx`` alone, block after block of hidden units, where one block cannot hold them all."""
     blocks = tl.cdiv(rows, BM)
@@ -176,15 +177,14 @@ def chunk_input_gradient_kernel(
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col = tl.arange(0, CP)
-    column = (start + col).to(tl.int64)
     if H <= HB:
         into, gate, out = load_block(w1, wg, w2, slot, 0, size, C, H, CP, HB, GATED, x.dtype.element_ty)
         back = (out * through).to(x.dtype.element_ty)
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & (col < size)[None, :]
-        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
-        arrives = dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc
+        reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
+        arrives = tile_pointers(dy, block, start, col, inner, go, gi, gc, BM, GR, FLAT)
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
         arriving = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         d_tile = tl.zeros([BM, CP], tl.float32)
@@ -196,7 +196,7 @@ def chunk_input_gradient_kernel(
                 into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, tile.dtype)
                 d_tile = block_input_gradient(tile, g, d_tile, into, gate, out, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
         total = arriving.to(tl.float32) * (1.0 - echo * through) + d_tile
-        writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
+        writes = tile_pointers(dx, block, start, col, inner, do, di, dc, BM, DR, FLAT)
         tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from esper.kernels import inactive_chunks as passing
 from esper.kernels import launch
@@ -18,7 +18,7 @@ NARROW = 16
 """Places below which a chunk is no longer copied by itself: at 3 of them that took six times as long as a plain copy."""
 
 
-@triton_op("esper::telemetry", mutates_args=())
+@custom_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     partial = Partial.empty(x, seeds, telemetry=True, copies=False)
     read(x, partial, seeds, near_zero)
@@ -81,16 +81,20 @@ class Partial:
 
     @classmethod
     def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> Partial:
-        """Buffers for a site's ``x [outer, inner, W]``, of no size where nothing is measured; ``copies``: there are branches."""
-        rows, plan = (x.shape[0] * x.shape[1] if telemetry else 0), rows_plan(x, seeds, copies)
+        """Buffers for a site's ``x [outer, inner, W]``; one for all where nothing is measured. ``copies``: there are branches."""
+        plan = rows_plan(x, seeds, copies)
+        if not telemetry:
+            untouched = x.new_empty(seeds, dtype=torch.float32)
+            return cls(untouched, untouched, untouched, untouched, untouched, 0, 0, plan is not None, False)
+        rows = x.shape[0] * x.shape[1]
         parts = passing_plan(x, seeds).parts if plan is None else plan.parts
         blocks = -(-rows // means_block(x))
-        most = max(parts, blocks) if telemetry else 0
+        most = max(parts, blocks)
 
         def room(*shape: int) -> Tensor:
             return x.new_empty(*shape, dtype=torch.float32)
 
-        sums = room(seeds), room(most, seeds, 3), room(most, 2), room(parts if telemetry else 0, seeds, 3)
+        sums = room(seeds), room(most, seeds, 3), room(most, 2), room(parts, seeds, 3)
         leaves_means = plan is None or copies
         return cls(*sums, room(seeds, rows if leaves_means else 0), parts, blocks, plan is not None, telemetry)
 
@@ -146,7 +150,7 @@ def read_rows(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | No
     rows, target = outer * inner, x if y is None else y
     alpha, _, *who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
     full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
-    wrap_triton(measure.rows_kernel)[(plan.parts + copies,)](
+    measure.rows_kernel[(plan.parts + copies,)](
         x, target, alpha, *who, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
         seeds, width, rows, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SP=plan.seeds, CP=plan.places, **evenness(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
@@ -164,13 +168,13 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster |
     if y is not None and roster is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
         y.copy_(x)
         constants = {"LESSONS": roster.lesson is not None, "BANKS": roster.constants["BANKS"], "SB": roster.constants["RB"]}
-        wrap_triton(roster_kernel)[(1,)](*roster.tensors, seeds, **constants, num_warps=4)
+        roster_kernel[(1,)](*roster.tensors, seeds, **constants, num_warps=4)
         return
     plan, copies = passing_plan(x, seeds), roster is not None
     target = x if y is None else y
     who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
     full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
-    wrap_triton(passing.passing_kernel)[(-(-seeds // plan.seeds) * plan.parts + copies,)](
+    passing.passing_kernel[(-(-seeds // plan.seeds) * plan.parts + copies,)](
         x, target, *who, partial.stats, partial.means, partial.pivots,
         seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
@@ -184,7 +188,7 @@ def moments_of_means(x: Tensor, partial: Partial, roster: Roster | None) -> None
     """Second pass over ``means``: row totals, and every seed's moments with them."""
     seeds, block = partial.pivots.shape[0], means_block(x)
     group = min(16384 // block, launch.power_of_two(seeds))
-    wrap_triton(measure.moments_kernel)[(partial.blocks,)](
+    measure.moments_kernel[(partial.blocks,)](
         partial.means, partial.pivots if roster is None else roster.rank, partial.moments, partial.totals,
         seeds, x.shape[2], x.shape[0] * x.shape[1], **evenness(x.shape[2], seeds), WHOLE=partial.whole and roster is not None,
         BM=block, SB=group, ONCE=group >= seeds, num_warps=8,
@@ -200,7 +204,7 @@ def finish(x: Tensor, partial: Partial, roster: Roster | None) -> Tensor:
     """Reduce partial sums to ``health [seeds, 4]``; with a ``roster``, those of a site with branches."""
     seeds = partial.pivots.shape[0]
     health, (group, parts) = x.new_empty(seeds, 4, dtype=torch.float32), health_group(seeds)
-    wrap_triton(measure.finish_kernel)[(-(-seeds // group),)](
+    measure.finish_kernel[(-(-seeds // group),)](
         partial.pivots if roster is None else roster.rank, *partial.sums, health, *partial.size(x), **evenness(x.shape[2], seeds),
         WHOLE=partial.whole, CHOICE=roster is not None, SB=group, PB=parts, num_warps=4,
     )  # fmt: skip

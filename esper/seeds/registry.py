@@ -251,10 +251,10 @@ class SeedRegistry:
         return (branch.stage in BLENDED or fading) and not branch.held
 
     def in_stage(self, *stages: Stage) -> list[Branch]:
-        """Living branches in one of these stages, by id."""
+        """Living branches in one of these stages, by id: the same list, which nobody may change, until a stage changes."""
         if stages not in self._found:
             self._found[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
-        return list(self._found[stages])
+        return self._found[stages]
 
     def structure(self) -> tuple[tuple[str, int, bool], ...]:
         """What the present plans compute, as a key: two gardens' forwards of equal structure cost the same MACs."""

@@ -40,8 +40,9 @@ def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, direction: str,
     }  # fmt: skip
     if direction == "forward":
         stages = {"STAGES": plan.stages, "PLAIN_STAGES": plain_stages}
-        return {**common, **stages, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
-    common |= {"LESSONS": "lessons" in direction, "gc": 1, "dc": 1}
+        distances = dict.fromkeys(("XR", "YR"), 64 * chunk)
+        return {**common, **stages, **distances, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
+    common |= {"LESSONS": "lessons" in direction, "gc": 1, "dc": 1} | dict.fromkeys(("XR", "GR", "DR"), 64 * chunk)
     return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": plan.hidden >= hidden}
 
 
