@@ -11,7 +11,19 @@ from torch.library import custom_op
 from esper.kernels import chunk_backward, chunk_forward, launch
 from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
 from esper.kernels.geometry import chunk_width
-from esper.kernels.telemetry import Partial, Roster, evenness, finish, health_group, moments_of_means, pass_through, read
+from esper.kernels.telemetry import (
+    Partial,
+    Roster,
+    evenness,
+    fill_roster,
+    finish,
+    health_group,
+    measure_windows,
+    moments_of_means,
+    pass_through,
+    read,
+    row_distance,
+)
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
 
@@ -23,7 +35,11 @@ def branches(
     """``(y, live, power, health)`` for ``x [outer, inner, W]``, as ``reference_branches.forward``; ``health [S, 4]`` if ``measure``."""
     seeds, rows, banks = alpha.shape[0], x.shape[0] * x.shape[1], split_banks(kinds, parameters)
     y, live, power = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
+    windows = launch.windows(x.shape[2], seeds, rows, launch.limits(x.device)) if measure else None
+    measure = measure and windows is None  # together with the rest
     health = x.new_empty(seeds if measure else 0, 4, dtype=torch.float32)
+    if windows is not None:
+        health = measure_windows(x, seeds, near_zero, windows)
     partial, roster = Partial.empty(x, seeds, measure, copies=True), Roster.empty(alpha, None, route, len(banks))
     read(x, partial, seeds, near_zero, y, roster)
     together = measure and health_group(seeds)[0] == 1
@@ -86,13 +102,31 @@ def branches_backward(
     residual = live.new_empty(0) if lesson is None else torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
         found, plan = bank_backward(x, dy, dx, live, lesson, route, roster.order[number], name, tensors)
-        grads += collect(found[:-1], tensors, roster, x, number, plan)
+        grads += collect(found[:-1], [torch.empty_like(tensor) for tensor in tensors], roster, x, number, plan)
         if lesson is not None:
             chunk_backward.residual_kernel[(seeds,)](
                 found[-1], residual, route, roster.order[number], roster.rank, x.shape[0] * x.shape[1], plan.programs, number,
                 BM=plan.rows, num_warps=1,
             )  # fmt: skip
     return dx, grads, residual
+
+
+@custom_op("esper::branches_backward_in_place", mutates_args=("dx", "gradients"))
+def branches_backward_in_place(
+    x: Tensor, dx: Tensor, live: Tensor, route: Tensor, kinds: str, parameters: list[Tensor], gradients: list[Tensor]
+) -> None:
+    """``branches_backward`` without a lesson, into ``gradients``; ``dx`` comes in as ``dy``, and only active chunks of it are touched.
+
+    For a compiled host's graph: its compiler lets what makes ``dy`` write ``dx`` at once, and a pass over the site is saved.
+    """
+    seeds = live.shape[0]
+    banks = split_banks(kinds, parameters)
+    roster = Roster.empty(live, None, route, len(banks))
+    fill_roster(roster, seeds)
+    left = iter(gradients)
+    for number, (name, tensors) in enumerate(banks):
+        found, plan = bank_backward(x, dx, dx, live, None, route, roster.order[number], name, tensors)
+        collect(found[:-1], [next(left) for _ in tensors], roster, x, number, plan)
 
 
 def bank_backward(
@@ -125,14 +159,13 @@ def bank_backward(
     return [*partial, residual], plan
 
 
-def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
-    """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
-    targets = [torch.empty_like(tensor) for tensor in tensors]
-    sizes, seeds = [tensor[0].numel() for tensor in tensors], roster.alpha.shape[0]
+def collect(sums: list[Tensor], targets: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
+    """A bank's gradients into ``targets``, from the programs' partial ``sums``, added in a fixed order, all in one launch."""
+    sizes, seeds = [tensor[0].numel() for tensor in targets], roster.alpha.shape[0]
     block = min(1024, launch.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
-    pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
-    chunk_backward.collect_kernel[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
+    pairs += pairs[:2] * (6 - len(targets))  # an absent one repeats the first, and is never touched
+    chunk_backward.collect_kernel[(targets[0].shape[0], sum(-(-size // block) for size in sizes))](
         *pairs, roster.route, roster.order[number], roster.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
@@ -157,6 +190,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health: Tensor) -> tuple[Any, ...]:
     x, live, route, *rest = ctx.saved_tensors
     lesson, parameters = (rest[0], rest[1:]) if ctx.taught else (None, rest)
+    if lesson is None and torch.compiler.is_compiling():
+        dx, grads = dy.clone(), [torch.empty_like(tensor) for tensor in parameters]
+        branches_backward_in_place(x, dx, live, route, ctx.kinds, list(parameters), grads)
+        return dx, None, None, None, None, grads, None, None
     dx, grads, _ = branches_backward(x, dy, live, lesson, route, ctx.kinds, list(parameters))
     return dx, None, None, None, None, grads, None, None
 
@@ -174,14 +211,6 @@ def shape_of(kind: Kind, bank: Layers, x: Tensor, seeds: int, plan: launch.Launc
         "H": bank.hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows,
         "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation,
     }  # fmt: skip
-
-
-def row_distance(x: Tensor) -> int:
-    """Distance of two rows in memory, for ``tile_pointers``.
-
-    0 where neighbouring features are not neighbours, rows are not evenly apart, or a block of rows needs 64 bits.
-    """
-    return x.stride(1) if x.shape[0] == 1 and x.stride(2) == 1 and x.stride(1) < 1 << 22 else 0
 
 
 def forward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, measure: bool) -> launch.Launch:

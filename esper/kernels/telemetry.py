@@ -20,6 +20,9 @@ NARROW = 16
 
 @custom_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
+    plan = launch.windows(x.shape[2], seeds, x.shape[0] * x.shape[1], launch.limits(x.device))
+    if plan is not None:
+        return measure_windows(x, seeds, near_zero, plan)
     partial = Partial.empty(x, seeds, telemetry=True, copies=False)
     read(x, partial, seeds, near_zero)
     if not partial.whole:
@@ -134,6 +137,39 @@ class Roster:
         return {"BANKS": self.order.shape[0], "RB": min(1024, launch.power_of_two(self.alpha.shape[0]))}
 
 
+def measure_windows(x: Tensor, seeds: int, near_zero: float, plan: launch.WindowsLaunch) -> Tensor:
+    """``health [seeds, 4]`` of narrow chunks: rows' totals first, then windows of neighbouring chunks."""
+    outer, inner, width = x.shape
+    rows, blocks = outer * inner, -(-outer * inner // plan.totals_rows)
+
+    def room(*shape: int) -> Tensor:
+        return x.new_empty(*shape, dtype=torch.float32)
+
+    sums = room(seeds), room(plan.parts, seeds, 3), room(plan.parts, 2), room(plan.parts, seeds, 3)
+    partial = Partial(*sums, room(0), plan.parts, 0, True, True)
+    row_totals, unsound = room(rows), x.new_empty(blocks, dtype=torch.int32)
+    distance = {"FLAT": outer == 1, "XR": row_distance(x)}
+    measure.totals_kernel[(blocks,)](
+        x, row_totals, unsound, width, rows, inner, *x.stride(),
+        BM=plan.totals_rows, BW=min(1024, launch.power_of_two(width)), **distance, num_warps=4,
+    )  # fmt: skip
+    measure.windows_kernel[(-(-seeds // plan.seeds), plan.parts)](
+        x, row_totals, unsound, partial.moments, partial.totals, partial.stats, partial.pivots,
+        seeds, width, rows, plan.parts, inner, *x.stride(), near_zero,
+        G=plan.seeds, GP=plan.places, WC=plan.width, BM=plan.rows, TM=plan.totals_rows, ALIGN=8, WHOLE=rows % plan.rows == 0,
+        **evenness(width, seeds), **distance, PRECISION="ieee", num_warps=4,
+    )  # fmt: skip
+    return finish(x, partial, None)
+
+
+def row_distance(x: Tensor) -> int:
+    """Distance of two rows in memory, for ``tile_pointers``.
+
+    0 where neighbouring features are not neighbours, rows are not evenly apart, or a block of rows needs 64 bits.
+    """
+    return x.stride(1) if x.shape[0] == 1 and x.stride(2) == 1 and x.stride(1) < 1 << 22 else 0
+
+
 def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, roster: Roster | None = None) -> None:
     """Measure ``x`` as ``partial`` asks; with ``y`` and ``roster`` also copy the chunks without an active branch, and fill the roster."""
     if partial.telemetry and partial.whole:
@@ -167,8 +203,7 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster |
     outer, inner, width = x.shape
     if y is not None and roster is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
         y.copy_(x)
-        constants = {"LESSONS": roster.lesson is not None, "BANKS": roster.constants["BANKS"], "SB": roster.constants["RB"]}
-        roster_kernel[(1,)](*roster.tensors, seeds, **constants, num_warps=4)
+        fill_roster(roster, seeds)
         return
     plan, copies = passing_plan(x, seeds), roster is not None
     target = x if y is None else y
@@ -182,6 +217,12 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster |
         LESSONS=roster is not None and roster.lesson is not None,
         **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
     )  # fmt: skip
+
+
+def fill_roster(roster: Roster, seeds: int) -> None:
+    """The roster alone, where nothing is copied beside it."""
+    constants = {"LESSONS": roster.lesson is not None, "BANKS": roster.constants["BANKS"], "SB": roster.constants["RB"]}
+    roster_kernel[(1,)](*roster.tensors, seeds, **constants, num_warps=4)
 
 
 def moments_of_means(x: Tensor, partial: Partial, roster: Roster | None) -> None:
