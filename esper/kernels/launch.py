@@ -160,7 +160,7 @@ def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, 
             tile //= 2
             assert tile >= 16, "no block fits"
     used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons)
-    registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
+    registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + (64 if warps > 1 else 80))
     # All blocks of hidden units at once, so that what one reads is still in the cache for the others.
     return Launch(block, tile, warps, stages, max(seeds, limit.processors * resident(registers, warps, used, limit) * tile // hidden))
 
