@@ -220,14 +220,16 @@ def main() -> int:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request["ask"] == "open":
+            if request["ask"] == "prepare":
+                quiet_client(request["uri"])  # imports MLflow and makes a new store, while the sweep makes its plan
+            elif request["ask"] == "open":
                 writer = SweepWriter(request)
                 threading.Thread(target=listen, args=(writer, server), daemon=True).start()
             else:
                 assert writer is not None
                 with writer.lock:
                     writer.failed(request) if request["ask"] == "failed" else writer.close(request)
-            answers.write(json.dumps({"parent": writer.parent}) + "\n")
+            answers.write(json.dumps({"parent": writer.parent if writer else ""}) + "\n")
         except UserError as error:
             answers.write(json.dumps({"refused": str(error)}) + "\n")
         except Exception as error:  # told to the sweep, which says it to the user
