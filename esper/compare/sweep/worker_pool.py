@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,70 +27,153 @@ DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
 SAVE_S = 25.0  # how long all jobs together may take to save their state after a scheduler's SIGTERM, which leaves 30 s
 LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: a job that is killed then resumes from its newest checkpoint
+MESSAGE = 1 << 16  # bytes
 Request = dict[str, Any]
 Answer = dict[str, Any]
 
 
-class WorkerProcess:
-    """One process; ``ask`` blocks its caller until the answer is there."""
+class Fork:
+    """One forked process: the socket to it, and how it ended.
+
+    ``code`` is None where its server was lost before it could tell, and that of SIGTERM where the server ended before it had forked.
+    """
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self.answers = channel.makefile("r", encoding="utf-8")
+        self.ended = threading.Event()
+        self.code: int | None = None
+
+    def end(self, code: int | None) -> None:
+        """The process is gone; nothing more will be read from it, even if a child of it holds the socket."""
+        self.code = code
+        with contextlib.suppress(OSError):
+            self.channel.shutdown(socket.SHUT_RDWR)  # a worker that has lost its server ends too
+        self.ended.set()
+
+    def close(self) -> None:
+        """Let go of the socket, once the process has ended."""
+        self.answers.close()
+        self.channel.close()
+
+
+class ForkServer:
+    """The sweep's side of ``esper.compare.sweep.fork_server``: has loaded what jobs need, and forks the workers.
+
+    Server and workers are a session of their own: Ctrl-C in the terminal reaches the sweep alone.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
         self._lock = threading.Lock()
-        self._over = False
-        self._process = self._start()
+        self._numbers = itertools.count()
+        self._start()
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> None:
         root = str(Path(esper.__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        return subprocess.Popen(
-            [sys.executable, "-m", "esper.compare.sweep.worker", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path} | self._environment,
-            start_new_session=True,  # Ctrl-C in the terminal reaches the sweep alone
-        )
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "esper.compare.sweep.fork_server"],
+                stdin=theirs.fileno(),
+                env=os.environ | {"PYTHONPATH": path} | self._environment,
+                start_new_session=True,
+            )
+        self._forks: dict[int, Fork] = {}
+        threading.Thread(target=_listen, args=(self._control, self._forks, self.process), daemon=True).start()
+
+    def fork(self, environment: Mapping[str, str]) -> Fork:
+        """A new worker; returns at once, the worker reads its first request when it is there."""
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            if self.process.poll() is not None:  # it was killed, and its workers end with it
+                self._control.close()
+                self._start()
+            number, fork = next(self._numbers), Fork(ours)
+            self._forks[number] = fork
+            request = json.dumps({"worker": number, "environment": dict(environment)})
+            try:
+                socket.send_fds(self._control, [request.encode()], [theirs.fileno()])
+            except OSError:  # it was killed just now
+                fork.end(None)
+        return fork
+
+    def close(self) -> None:
+        """Let the server end, after its last worker; at once if it is still loading."""
+        with contextlib.suppress(OSError):  # it was killed
+            self._control.shutdown(socket.SHUT_WR)
+        self.process.terminate()
+
+    def wait(self) -> None:
+        """Wait until the server has ended, with all its workers."""
+        self.process.wait()
+        self._control.close()
+
+    def kill(self) -> None:
+        """Kill the server and its workers at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def _listen(control: socket.socket, forks: dict[int, Fork], server: subprocess.Popen[bytes]) -> None:
+    """Note the end of every worker, until the server is gone."""
+    with contextlib.suppress(OSError):
+        while told := control.recv(MESSAGE):
+            message = json.loads(told)
+            forks.pop(message["worker"]).end(message["code"])
+    code = server.wait()
+    while forks:
+        forks.popitem()[1].end(code if code == -signal.SIGTERM else None)
+
+
+class WorkerProcess:
+    """One worker; ``ask`` blocks its caller until the answer is there."""
+
+    def __init__(self, server: ForkServer, environment: Mapping[str, str]) -> None:
+        self._server = server
+        self._environment = dict(environment)
+        self._lock = threading.Lock()
+        self._over = False
+        self._fork = server.fork(self._environment)
 
     def ask(self, request: Request) -> Answer:
         """The answer; a process that dies over a job has failed it, and the next job gets a new process."""
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the empty answer below tells the same
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-        line = process.stdout.readline()
-        if line:
+        fork, line = self._fork, ""
+        with contextlib.suppress(OSError):  # it has gone: the empty line tells the same
+            fork.channel.sendall(json.dumps(request).encode() + b"\n")
+            line = fork.answers.readline()
+        if line.endswith("\n"):
             answer: Answer = json.loads(line)
             return answer
-        code = process.wait()
+        fork.ended.wait()
         with self._lock:
             if not self._over:
-                self._process = self._start()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return {"status": "FAILED", "error": f"the worker process {how}", "seconds": 0.0}
+                fork.close()
+                self._fork = self._server.fork(self._environment)
+        return {"status": "FAILED", "error": f"the worker process {_how(fork.code)}", "seconds": 0.0}
 
     def stop(self) -> None:
-        """Send SIGTERM, which ends the run under way; no other process takes its place."""
+        """Have the process end, and the run under way with it; no other process takes its place."""
         with self._lock:
             self._over = True
-            self._process.terminate()
+            with contextlib.suppress(OSError):
+                self._fork.channel.shutdown(socket.SHUT_WR)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the process to end, and kill it after ``seconds``; whether its job has saved its state."""
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            code = self._process.wait()
-        for pipe in filter(None, (self._process.stdin, self._process.stdout)):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        return code in (0, SAVED, -signal.SIGTERM)  # the last one had not even begun to listen
+        """Wait for the process to end, for ``seconds`` at most; whether it did."""
+        return self._fork.ended.wait(seconds)
 
-    def kill(self) -> None:
-        """Kill the process at once."""
-        self._process.kill()
+    @property
+    def saved(self) -> bool:
+        """Whether the process ended without a job, or over one whose state is saved, or never began."""
+        return self._fork.code in (0, SAVED, -signal.SIGTERM)
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "was lost with the one that it was forked from"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 class WorkerPool:
@@ -99,7 +183,9 @@ class WorkerPool:
     """
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
-        self._workers = [WorkerProcess(environment) for environment in environments]
+        shared = set.intersection(*(set(environment.items()) for environment in environments))
+        self._server = ForkServer(dict(shared))
+        self._workers = [WorkerProcess(self._server, environment) for environment in environments]
         self._stopping = False
         self.saved = False
 
@@ -110,14 +196,17 @@ class WorkerPool:
         self._stopping = True
         for worker in self._workers:
             worker.stop()
+        self._server.close()
         deadline = time.monotonic() + (LEAVE_S if interrupted_by_user(kind) else SAVE_S)
         try:
-            saved = [worker.wait(max(0.0, deadline - time.monotonic())) for worker in self._workers]
+            ended = [worker.wait(max(0.0, deadline - time.monotonic())) for worker in self._workers]
         except KeyboardInterrupt:  # a second one
-            for worker in self._workers:
-                worker.kill()
+            self._server.kill()
             raise
-        self.saved = all(saved)
+        if not all(ended):
+            self._server.kill()
+        self._server.wait()
+        self.saved = all(ended) and all(worker.saved for worker in self._workers)
 
     def ask(self, request: Request) -> Answer:
         """One answer from the first worker; for use before and after, not while jobs run."""
