@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -183,20 +183,26 @@ def _refuse_unfitting_preset(tree: DictConfig) -> None:
                 raise UserError(f"{preset}={name} sets {key}, and {chosen} has no such key: leave {group} out, or leave {preset} out.")
 
 
+def _tree(parsed: list[Override]) -> DictConfig:
+    """Hydra's composition; where it fails, or a key may be added, groups go first, so that keys are checked against what was chosen."""
+    words = [str(item.input_line) for item in parsed]
+    if not any(item.is_add() or item.is_force_add() or item.is_delete() for item in parsed):
+        with suppress(Exception):  # whatever is wrong is said below, in our words where there are any
+            return hydra.compose("config", words, return_hydra_config=True)
+    plain = _values(hydra.compose("config", [str(item.input_line) for item in parsed if overrides.is_group(item)]), resolve=False)
+    for item in parsed:
+        if not overrides.is_group(item) and not overrides.is_hydras(item):
+            overrides.check_key(item, plain)
+    return hydra.compose("config", words, return_hydra_config=True)
+
+
 def _compose(parsed: list[Override]) -> Composed:
-    """Groups first, so that keys can be checked against what was chosen; then everything."""
+    """One composition, checked."""
     internals.check_words(parsed)
-    chosen = [item for item in parsed if overrides.is_group(item)]
-    for item in chosen:
-        overrides.check_group(item)
-    tree = hydra.compose("config", [str(item.input_line) for item in chosen], return_hydra_config=True)
-    settings = [item for item in parsed if item not in chosen]
-    if settings:
-        plain = _values(tree, resolve=False)
-        for item in settings:
-            if not overrides.is_hydras(item):
-                overrides.check_key(item, plain)
-        tree = hydra.compose("config", [str(item.input_line) for item in parsed], return_hydra_config=True)
+    for item in parsed:
+        if overrides.is_group(item):
+            overrides.check_group(item)
+    tree = _tree(parsed)
     internals.check_tree(tree.hydra)
     if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
