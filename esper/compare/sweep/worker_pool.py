@@ -10,8 +10,6 @@ import queue
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -19,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import esper
+from esper.compare.sweep.forks import ForkServer, server_for, thread_limits
 from esper.compare.sweep.worker import SAVED
 from esper.errors import Terminated
 
@@ -27,104 +25,8 @@ DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
 SAVE_S = 25.0  # how long all jobs together may take to save their state after a scheduler's SIGTERM, which leaves 30 s
 LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: a job that is killed then resumes from its newest checkpoint
-MESSAGE = 1 << 16  # bytes
 Request = dict[str, Any]
 Answer = dict[str, Any]
-
-
-class Fork:
-    """One forked process: the socket to it, and how it ended.
-
-    ``code`` is None where its server was lost before it could tell, and that of SIGTERM where the server ended before it had forked.
-    """
-
-    def __init__(self, channel: socket.socket) -> None:
-        self.channel = channel
-        self.answers = channel.makefile("r", encoding="utf-8")
-        self.ended = threading.Event()
-        self.code: int | None = None
-
-    def end(self, code: int | None) -> None:
-        """The process is gone; nothing more will be read from it, even if a child of it holds the socket."""
-        self.code = code
-        with contextlib.suppress(OSError):
-            self.channel.shutdown(socket.SHUT_RDWR)  # a worker that has lost its server ends too
-        self.ended.set()
-
-    def close(self) -> None:
-        """Let go of the socket, once the process has ended."""
-        self.answers.close()
-        self.channel.close()
-
-
-class ForkServer:
-    """The sweep's side of ``esper.compare.sweep.fork_server``: has loaded what jobs need, and forks the workers.
-
-    Server and workers are a session of their own: Ctrl-C in the terminal reaches the sweep alone.
-    """
-
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
-        self._start()
-
-    def _start(self) -> None:
-        root = str(Path(esper.__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "esper.compare.sweep.fork_server"],
-                stdin=theirs.fileno(),
-                env=os.environ | {"PYTHONPATH": path} | self._environment,
-                start_new_session=True,
-            )
-        self._forks: dict[int, Fork] = {}
-        threading.Thread(target=_listen, args=(self._control, self._forks, self.process), daemon=True).start()
-
-    def fork(self, environment: Mapping[str, str]) -> Fork:
-        """A new worker; returns at once, the worker reads its first request when it is there."""
-        ours, theirs = socket.socketpair()
-        with self._lock, theirs:
-            if self.process.poll() is not None:  # it was killed, and its workers end with it
-                self._control.close()
-                self._start()
-            number, fork = next(self._numbers), Fork(ours)
-            self._forks[number] = fork
-            request = json.dumps({"worker": number, "environment": dict(environment)})
-            try:
-                socket.send_fds(self._control, [request.encode()], [theirs.fileno()])
-            except OSError:  # it was killed just now
-                fork.end(None)
-        return fork
-
-    def close(self) -> None:
-        """Let the server end, after its last worker; at once if it is still loading."""
-        with contextlib.suppress(OSError):  # it was killed
-            self._control.shutdown(socket.SHUT_WR)
-        self.process.terminate()
-
-    def wait(self) -> None:
-        """Wait until the server has ended, with all its workers."""
-        self.process.wait()
-        self._control.close()
-
-    def kill(self) -> None:
-        """Kill the server and its workers at once."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-
-def _listen(control: socket.socket, forks: dict[int, Fork], server: subprocess.Popen[bytes]) -> None:
-    """Note the end of every worker, until the server is gone."""
-    with contextlib.suppress(OSError):
-        while told := control.recv(MESSAGE):
-            message = json.loads(told)
-            forks.pop(message["worker"]).end(message["code"])
-    code = server.wait()
-    while forks:
-        forks.popitem()[1].end(code if code == -signal.SIGTERM else None)
 
 
 class WorkerProcess:
@@ -183,8 +85,7 @@ class WorkerPool:
     """
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
-        shared = set.intersection(*(set(environment.items()) for environment in environments))
-        self._server = ForkServer(dict(shared))
+        self._server = server_for(environments)
         self._workers = [WorkerProcess(self._server, environment) for environment in environments]
         self._stopping = False
         self.saved = False
@@ -265,7 +166,7 @@ def worker_environments(workers: int, threads: int, gpu: bool = True) -> list[di
     """
     gpus = _gpus() if gpu else []
     count = workers or len(gpus) or len(os.sched_getaffinity(0))
-    shared = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    shared = thread_limits(threads)
     return [shared | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(count)]
 
 
