@@ -30,7 +30,7 @@ def main() -> int:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what libraries print is no result of the sweep
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
-    import esper.running.run  # noqa: F401  every job needs it
+    import esper.running.run  # noqa: F401  every job needs it; pyarrow and pandas start a thread and are left to the workers
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it goes to all processes, the workers save their jobs and the server tells so
     gc.collect()
@@ -41,7 +41,10 @@ def main() -> int:
 
 
 class ForkServer:
-    """Forks workers and tells how they end. It starts no thread, so that a fork is whole."""
+    """Forks workers and tells how they end.
+
+    It starts no thread, so that a fork is whole. OpenBLAS, where it may use several, ends them before a fork and starts its own after it.
+    """
 
     def __init__(self, control: socket.socket) -> None:
         self.control = control

@@ -66,6 +66,10 @@ class WorkerProcess:
         """Wait for the process to end, for ``seconds`` at most; whether it did."""
         return self._fork.ended.wait(seconds)
 
+    def close(self) -> None:
+        """Let go of the process that has ended."""
+        self._fork.close()
+
     @property
     def saved(self) -> bool:
         """Whether the process ended without a job, or over one whose state is saved, or never began."""
@@ -108,6 +112,8 @@ class WorkerPool:
             self._server.kill()
         self._server.wait()
         self.saved = all(ended) and all(worker.saved for worker in self._workers)
+        for worker in self._workers:
+            worker.close()
 
     def ask(self, request: Request) -> Answer:
         """One answer from the first worker; for use before and after, not while jobs run."""

@@ -17,10 +17,11 @@ import pytest
 
 import esper
 from esper.cli.compose import compose
-from esper.compare.sweep import launch
+from esper.compare.sweep import forks, launch
 from esper.compare.sweep import mlflow_process as tracking
 from esper.compare.sweep import worker_pool as workers
 from esper.compare.sweep.arms import Job
+from esper.compare.sweep.forks import ForkServer, early_server
 from esper.compare.sweep.sweep import PreparedJob
 from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, worker_environments
 from esper.errors import Terminated
@@ -238,3 +239,33 @@ def test_workers_end_when_the_sweep_is_killed() -> None:
     sweep.wait()
     sweep.stdout.close()
     await_end([server, *left])
+
+
+def test_the_server_that_began_early_is_the_one_whose_forks_do_the_jobs_where_it_fits() -> None:
+    with early_server() as begin:
+        begin(1)
+        early = forks._early
+        assert early is not None
+        other = forks.server_for([{"OMP_NUM_THREADS": "2"}])
+        assert other is not early, "its libraries have read other limits"
+        other.close()
+        other.wait()
+        with WorkerPool(worker_environments(1, 1, gpu=False)) as running:
+            assert running._server is early
+            (worker,) = processes_of(running)
+            server = Path(f"/proc/{early.process.pid}/task")
+            assert len(list(server.iterdir())) == 1, "a fork would be without the other threads"
+    await_end([worker, early.process.pid])
+    assert running.saved
+
+
+def test_a_sweep_that_is_refused_leaves_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esper.app import REFUSED, main
+
+    begun: list[ForkServer] = []
+    start = ForkServer._start
+    monkeypatch.setattr(ForkServer, "_start", lambda self: begun.append(self) or start(self))
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", "trainer.steps=10,-3", "tracking=none"]) == REFUSED
+    (server,) = begun
+    assert server.process.returncode == -signal.SIGTERM and not list(tmp_path.iterdir())
