@@ -7,6 +7,10 @@ import pytest
 from esper.app import main
 
 
+STARTS_WORKERS = pytest.mark.usefixtures("processes")
+"""A sweep of which a job has been composed: what its workers are forked from has begun to load."""
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -51,8 +55,10 @@ from esper.app import main
         (["name=[a"], ["cannot be read as key=value"]),
         (["seed=1,2"], ["several values", "--multirun"]),
         (["model=mlp,cnn"], ["several values", "--multirun"]),
-        (["--multirun", "seed=1,x"], ["seed=x is not accepted"]),
-        (["--multirun", "grafting=linear,liner"], ["grafting=liner is no option", "did you mean linear."]),
+        pytest.param(["--multirun", "seed=1,x"], ["seed=x is not accepted"], marks=STARTS_WORKERS),
+        pytest.param(
+            ["--multirun", "grafting=linear,liner"], ["grafting=liner is no option", "did you mean linear."], marks=STARTS_WORKERS
+        ),
         (["hydra.nothing=1"], ["hydra.nothing is not accepted", "hydra.run.dir, hydra.sweep.dir"]),
         (["hydra/launcher=nothing"], ["cannot be composed", "hydra/launcher"]),
         (["optimizer.lr=${nope}"], ["cannot be composed", "'nope' not found (in optimizer.lr)"]),
