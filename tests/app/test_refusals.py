@@ -7,10 +7,6 @@ import pytest
 from esper.app import main
 
 
-STARTS_WORKERS = pytest.mark.usefixtures("processes")
-"""A sweep of which a job has been composed: what its workers are forked from has begun to load."""
-
-
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -55,9 +51,10 @@ STARTS_WORKERS = pytest.mark.usefixtures("processes")
         (["name=[a"], ["cannot be read as key=value"]),
         (["seed=1,2"], ["several values", "--multirun"]),
         (["model=mlp,cnn"], ["several values", "--multirun"]),
-        pytest.param(["--multirun", "seed=1,x"], ["seed=x is not accepted"], marks=STARTS_WORKERS),
+        # Slow, because a process that workers are forked from has begun to load by then.
+        pytest.param(["--multirun", "seed=1,x"], ["seed=x is not accepted"], marks=pytest.mark.slow),
         pytest.param(
-            ["--multirun", "grafting=linear,liner"], ["grafting=liner is no option", "did you mean linear."], marks=STARTS_WORKERS
+            ["--multirun", "grafting=linear,liner"], ["grafting=liner is no option", "did you mean linear."], marks=pytest.mark.slow
         ),
         (["hydra.nothing=1"], ["hydra.nothing is not accepted", "hydra.run.dir, hydra.sweep.dir"]),
         (["hydra/launcher=nothing"], ["cannot be composed", "hydra/launcher"]),
