@@ -75,7 +75,7 @@ class TrainerConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW or SGD for the host; branches always learn by AdamW with the host's factor and their own warm-up."""
+    """AdamW or SGD for the host; branches learn by AdamW with the host's factor and their own warm-up."""
 
     name: str = "adamw"
     lr: float = setting(3e-3, low=0.0, help="learning rate of the host")
@@ -83,3 +83,15 @@ class OptimizerConfig:
     momentum: float = setting(0.9, low=0.0, high=0.9999, help="momentum of sgd; β1 of adamw")
     branch_lr: float = setting(3e-3, low=0.0, high=1000.0, help="learning rate of the branches (AdamW)")
     branch_warmup: str = setting("1%", unit="duration", help="a branch's own warm-up after it begins to learn")
+
+
+@dataclass
+class MuonConfig(OptimizerConfig):
+    """Muon for matrices of host and branches, AdamW for embeddings, the head and vectors, with steps of the same size."""
+
+    name: str = "muon"
+    lr: float = setting(3e-3, low=0.0, help="learning rate of the host, for matrices and all others")
+    weight_decay: float = setting(0.01, low=0.0, help="decoupled, for host and branches")
+    momentum: float = setting(0.95, low=0.0, high=0.9999, help="momentum of Muon")
+    branch_lr: float = setting(3e-3, low=0.0, high=1000.0, help="learning rate of the branches, for matrices and all others")
+    adamw: list[str] = setting([], help="further parameters of the host for AdamW, by name, with * and ?")

@@ -13,6 +13,10 @@ def _warmup(default: float) -> Any:
     return setting(default, low=0.0, high=1.0, unit="share of the run", help="linear rise at the start")
 
 
+def _decay(default: float) -> Any:
+    return setting(default, low=0.0, high=1.0, unit="share of the run", help="last part, in which the factor falls")
+
+
 def _final() -> Any:
     return setting(0.0, low=0.0, high=1.0, help="factor at the end")
 
@@ -42,7 +46,7 @@ class ConstantThenDecayConfig:
 
     name: str = "constant_then_decay"
     warmup: float = _warmup(0.0)
-    decay: float = setting(0.3, low=0.0, high=1.0, unit="share of the run", help="last part, in which the factor falls")
+    decay: float = _decay(0.3)
     final: float = _final()
 
     def factor(self, step: int, total: int) -> float:
@@ -80,11 +84,30 @@ class WarmupCosineConfig:
         return _rise(step, warmup) if step < warmup else _half_cosine(step - warmup, total - warmup, self.final)
 
 
+@dataclass
+class WarmupStableDecayConfig:
+    """A linear rise, one rate for most of the run, and a fall at the end (Hu et al. 2024; Hägele et al. 2024)."""
+
+    name: str = "warmup_stable_decay"
+    warmup: float = _warmup(0.02)
+    decay: float = _decay(0.2)
+    shape: str = setting("linear", choices=("linear", "sqrt", "cosine"), help="of the fall; sqrt: 1 − √ of the part that is over")
+    final: float = _final()
+
+    def factor(self, step: int, total: int) -> float:
+        """1 between rise and fall; where the two overlap, the smaller one."""
+        length = max(1, round(self.decay * total))
+        gone = min(1.0, max(0, step - (total - length)) / length)
+        left = {"linear": 1.0 - gone, "sqrt": 1.0 - math.sqrt(gone), "cosine": 0.5 * (1.0 + math.cos(math.pi * gone))}[self.shape]
+        return min(_rise(step, round(self.warmup * total)), self.final + (1.0 - self.final) * left)
+
+
 SCHEDULES: dict[str, type] = {
     "constant": ConstantConfig,
     "constant_then_decay": ConstantThenDecayConfig,
     "cosine": CosineConfig,
     "warmup_cosine": WarmupCosineConfig,
+    "warmup_stable_decay": WarmupStableDecayConfig,
 }
 
 

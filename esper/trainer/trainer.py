@@ -19,6 +19,7 @@ from esper.engine.extra_passes import freeze_statistics, host_buffers, host_para
 from esper.engine.grow import Grow
 from esper.engine.judging.judge import RECENT
 from esper.engine.learning.branch_optimizer import BranchLearning
+from esper.engine.learning.muon import BETAS, muon_for
 from esper.engine.port import NullPort, Port
 from esper.engine.snapshot import optimizer_state, restore_optimizer
 from esper.errors import UserError
@@ -32,7 +33,7 @@ from esper.randomness import GlobalDraws, seed_for, seed_global_draws
 from esper.seeds import SitesConfig, TelemetryConfig
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
-from esper.trainer.config import OptimizerConfig, TrainerConfig
+from esper.trainer.config import MuonConfig, OptimizerConfig, TrainerConfig
 from esper.trainer.device import TYPES, is_out_of_memory
 from esper.trainer.evaluate import Repeated, evaluate, held_out
 from esper.trainer.governor import Governor, Watch
@@ -85,7 +86,7 @@ class Trainer:
         self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
         self.total = steps or config.total_steps(self.batches.length)
         self.validation = held_out(task, "validation", device)
-        self.optimizer = _optimizer(optimizer, self.model)
+        self.optimizer = _optimizer(optimizer, self.model, task.outputs)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
         self.compiled: Callable[[Any], Tensor] = torch.compile(self.model) if config.compile else self.model
         self.average = _average(config.ema, self.model)
@@ -103,7 +104,6 @@ class Trainer:
         self._validate_every = max(1, parse(config.validate_every).ticks(self.total, self.steps_per_epoch))
 
     def _attach(self, growth: Growth, optimizer: OptimizerConfig, seed: int, state: dict[str, Any] | None) -> Grow:
-        learning = BranchLearning(optimizer.branch_lr, optimizer.weight_decay, clip=self.config.clip)
         return attach(
             self.model,
             loss=self.loss,
@@ -118,7 +118,7 @@ class Trainer:
             telemetry=growth.telemetry,
             kernel=growth.kernel,
             flags=growth.flags,
-            learning=learning,
+            learning=_learning(optimizer, self.config.clip),
             warmup=optimizer.branch_warmup,
             steps_per_epoch=self.steps_per_epoch,
             accumulate=self.config.accumulate,
@@ -362,13 +362,21 @@ def _average(decay: float, model: nn.Module) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=moved, use_buffers=True)
 
 
-def _optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(config: OptimizerConfig, model: nn.Module, outputs: int) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
     made: torch.optim.Optimizer
-    if config.name == "sgd":
+    if isinstance(config, MuonConfig):
+        made = muon_for(model, config.lr, config.weight_decay, config.momentum, outputs, config.adamw)
+    elif config.name == "sgd":
         made = torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     else:
         made = torch.optim.AdamW(parameters, config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
     for group in made.param_groups:
         group["initial_lr"] = config.lr
     return made
+
+
+def _learning(config: OptimizerConfig, clip: float) -> BranchLearning:
+    if isinstance(config, MuonConfig):
+        return BranchLearning(config.branch_lr, config.weight_decay, BETAS, clip=clip, rule="muon", momentum=config.momentum)
+    return BranchLearning(config.branch_lr, config.weight_decay, clip=clip)

@@ -25,6 +25,8 @@ RUNS = {
     "reconstruction, glu": ("lifecycle.objective=reconstruction", "blueprint=glu"),
     "batch norm": ("model=cnn", "blueprint=conv", "sites.per_site=2", "trainer.batch_size=16"),
     "transformer": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2"),
+    "muon, decaying": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2", "optimizer=muon", "scheduler=warmup_stable_decay"),
+    "muon, filters and blocks": ("model=cnn", "blueprint=block", "sites.per_site=1", "trainer.batch_size=16", "optimizer=muon"),
     "transformer, blocks": (*TRANSFORMER, "blueprint=block", "sites.per_site=1"),
     "blocks, dropout": ("model=cnn", "blueprint=block", "sites.per_site=1", "trainer.batch_size=16"),
 }

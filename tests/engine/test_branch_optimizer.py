@@ -122,8 +122,8 @@ def test_the_rate_follows_the_hosts_schedule_times_a_warm_up_of_its_own(name: st
     grow = attach(model, loss=sample_loss, total_steps=200, optimizer=optimizer, port=port, judge=[batch()], per_site=2, **settings)
     schedule = schedule or SCHEDULES[name](optimizer)
     seen: list[Any] = []
-    original = grow.branch_optimizer._adamw
-    grow.branch_optimizer._adamw = lambda *a: (seen.append((a[-2].tolist(), a[-1])), original(*a))[1]  # type: ignore[method-assign]
+    original = grow.branch_optimizer._move
+    grow.branch_optimizer._move = lambda *a: (seen.append((a[-2].tolist(), a[-1])), original(*a))[1]  # type: ignore[method-assign]
     factors = []
     for number in range(15):
         data = batch(number=number)

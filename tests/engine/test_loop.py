@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,9 +19,14 @@ from esper.trainer.schedule import SCHEDULES
 TOTAL = 100
 
 
-def curve(name: str, **settings: float) -> list[float]:
+def curve(name: str, **settings: Any) -> list[float]:
     schedule = SCHEDULES[name](**settings)
     return [schedule.factor(step, TOTAL) for step in range(TOTAL)]
+
+
+def shares(name: str) -> list[str]:
+    """The keys of a schedule that are numbers."""
+    return [field.name for field in dataclasses.fields(SCHEDULES[name]) if field.name not in ("name", "shape")]
 
 
 def test_constant_is_constant_after_its_warm_up():
@@ -44,15 +50,26 @@ def test_cosine_follows_half_a_wave(name: str, first: int):
         assert values[step] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "fall"), [("linear", lambda x: 1 - x), ("sqrt", lambda x: 1 - x**0.5), ("cosine", lambda x: math.cos(x * math.pi / 2) ** 2)]
+)
+def test_warmup_stable_decay_rises_stays_and_falls(shape: str, fall: Callable[[float], float]):
+    values = curve("warmup_stable_decay", warmup=0.1, decay=0.2, final=0.1, shape=shape)
+    assert values[:81] == pytest.approx([(step + 1) / 10 for step in range(10)] + [1.0] * 71)
+    assert values[80:] == pytest.approx([0.1 + 0.9 * fall(step / 20) for step in range(20)])
+    longer = SCHEDULES["warmup_stable_decay"](warmup=10 / 200, decay=0.2)
+    assert [longer.factor(step, 200) for step in range(80)] == values[:80], "a longer run is the same one until its fall"
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_factor_is_between_nothing_and_one(name: str):
-    for settings in ({}, {field.name: 0.01 for field in dataclasses.fields(SCHEDULES[name]) if field.name != "name"}):
+    for settings in ({}, dict.fromkeys(shares(name), 0.01)):
         assert all(0.0 < value <= 1.0 for value in curve(name, **settings))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_key_of_a_schedule_changes_its_curve(name: str):
-    for key in (field.name for field in dataclasses.fields(SCHEDULES[name]) if field.name != "name"):
+    for key in shares(name):
         assert curve(name, **{key: 0.2}) != curve(name, **{key: 0.4}), key
 
 

@@ -1,5 +1,7 @@
 """AdamW for branches: every slot has its own moments, step count and warm-up, and a slot that does not learn is not touched.
 
+Where ``BranchLearning`` says so, matrices learn by Muon; its momentum lies where AdamW's first moment would.
+
 A stock AdamW would decay frozen rows and move them by old momentum, and adding parameter groups breaks torch's schedulers;
 so the host's optimizer never sees a branch, and follows only in the learning rate: the host's present factor times the
 slot's own warm-up.
@@ -8,9 +10,10 @@ slot's own warm-up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from esper.blueprints import SlotBank
 from esper.engine.device_readings import Readings
 from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows
 from esper.engine.learning.branch_rows import BranchLearning as BranchLearning
+from esper.engine.learning.muon import orthogonalised, rate_scale
 from esper.engine.signals import by_bank
 from esper.seeds import Branch, SeedRegistry
 
@@ -119,7 +123,7 @@ class BranchOptimizer:
         if not found:
             self.norms.clear()
         kernels = self.registry.kernels
-        fused = kernels is not None and kernels.takes(self.registry.device)
+        fused = kernels is not None and kernels.takes(self.registry.device) and self.learning.rule == "adamw"
         alone = [part for part in found if fused and isinstance(part, BankRows) and part.for_kernel]
         self.readings.post([part.step(self.learning, factor) for part in alone], partial(self._noted, alone, self.scaled))
         rows = [part for part in found if part not in alone]
@@ -131,7 +135,7 @@ class BranchOptimizer:
         for part, mine in zip(rows, moving, strict=True):
             part.gradients = [torch.where(_shaped(mine, gradient), gradient, 0.0) for gradient in part.gradients]
         self.readings.post([square.sqrt() for square in squares], partial(self._noted, rows, self.scaled))
-        self._adamw(rows, torch.cat(squares), steps, factor, torch.cat(moving))
+        self._move(rows, torch.cat(squares), steps, factor, torch.cat(moving))
 
     def _mask(self, key: tuple[int, str], bank: SlotBank, branches: list[Branch]) -> Tensor:
         slots = [branch.slot for branch in branches]
@@ -185,37 +189,25 @@ class BranchOptimizer:
             rows += [part for part in sound if part is not None and part.branches]
             squares = [_squares(part) for part in rows]
         if rows:
-            self._adamw(rows, torch.cat(squares), torch.cat([part.count() for part in rows]), factor)
+            self._move(rows, torch.cat(squares), torch.cat([part.count() for part in rows]), factor)
             for part in rows:
                 part.keep()
 
-    def _adamw(self, rows: Sequence[Rows | BankRows], squares: Tensor, steps: Tensor, factor: float, moving: Tensor | None = None) -> None:
+    def _move(self, rows: Sequence[Rows | BankRows], squares: Tensor, steps: Tensor, factor: float, moving: Tensor | None = None) -> None:
         """In place; ``squares`` and ``steps`` ``[rows]`` in the order of ``rows``. Rows that are not ``moving`` have a gradient of zero."""
-        learning, (beta1, beta2) = self.learning, self.learning.betas
-        values, gradients, first, second = ([tensor for part in rows for tensor in kind(part)] for kind in _KINDS)
+        learning = self.learning
         rate = learning.lr * factor * (steps / learning.warmup).clamp(max=1.0)
         if moving is not None:
             squares, rate, steps = torch.where(moving, squares, 0.0), torch.where(moving, rate, 0.0), steps.clamp(min=1.0)
-
-        def each(scalars: Tensor) -> list[Tensor]:
-            """A factor a branch, shaped for each of its tensors."""
-            parts = zip(rows, torch.split(scalars, [len(part.values[0]) for part in rows]), strict=True)
-            return [_shaped(scalar, tensor) for part, scalar in parts for tensor in part.values]
-
-        if learning.clip > 0.0:
-            gradients = list(torch._foreach_mul(gradients, each((learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0))))
-        torch._foreach_mul_(first, beta1 if moving is None else each(torch.where(moving, beta1, 1.0)))
-        torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
-        torch._foreach_mul_(second, beta2 if moving is None else each(torch.where(moving, beta2, 1.0)))
-        torch._foreach_addcmul_(second, gradients, gradients, 1.0 - beta2)
-        below = torch._foreach_div(second, each(1.0 - beta2**steps))
-        torch._foreach_sqrt_(below)
-        torch._foreach_add_(below, learning.eps)
-        moved = torch._foreach_mul(first, each(rate / (1.0 - beta1**steps)))
-        torch._foreach_div_(moved, below)
-        if learning.weight_decay:
-            torch._foreach_mul_(values, each(1.0 - rate * learning.weight_decay))
-        torch._foreach_sub_(values, moved)
+        scale = (learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0) if learning.clip > 0.0 else None
+        step = _Step(learning, [len(part.values[0]) for part in rows], scale, rate, steps, moving)
+        tensors = [_Moved(place, *held) for place, part in enumerate(rows) for held in _tensors(part)]
+        if learning.rule == "muon":
+            matrices = [flag for part in rows for flag in part.matrices]
+            step.muon([one for one, matrix in zip(tensors, matrices, strict=True) if matrix])
+            tensors = [one for one, matrix in zip(tensors, matrices, strict=True) if not matrix]
+        if tensors:
+            step.adamw(tensors)
 
     def _note(self, rows: list[Rows], squares: list[Tensor]) -> set[int]:
         """Note all gradient norms; the branches whose gradient is not finite. Waits for the device once."""
@@ -239,12 +231,74 @@ class BranchOptimizer:
         return True
 
 
-_KINDS: tuple[Callable[[Rows | BankRows], list[Tensor]], ...] = (
-    lambda part: part.values,
-    lambda part: part.gradients,
-    lambda part: part.first,
-    lambda part: part.second,
-)
+class _Moved(NamedTuple):
+    """One tensor ``[A, …]`` of part ``place`` with its gradient and moments."""
+
+    place: int
+    value: Tensor
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+
+
+def _tensors(part: Rows | BankRows) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    return zip(part.values, part.gradients, part.first, part.second, strict=True)
+
+
+@dataclass
+class _Step:
+    """One step of many tensors: ``scale`` (of the gradients; None: 1), ``rate`` and ``steps`` ``[rows]``; ``lengths`` rows a part.
+
+    Rows that are not ``moving`` (bool ``[rows]``; None: all are) have gradients and a rate of zero, and keep their moments.
+    """
+
+    learning: BranchLearning
+    lengths: list[int]
+    scale: Tensor | None
+    rate: Tensor
+    steps: Tensor
+    moving: Tensor | None
+
+    def adamw(self, tensors: list[_Moved]) -> None:
+        """In place."""
+        learning, (beta1, beta2) = self.learning, self.learning.betas
+        values, gradients = [one.value for one in tensors], self._clipped(tensors)
+        first, second = [one.first for one in tensors], [one.second for one in tensors]
+        torch._foreach_mul_(first, self._kept(beta1, tensors))
+        torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
+        torch._foreach_mul_(second, self._kept(beta2, tensors))
+        torch._foreach_addcmul_(second, gradients, gradients, 1.0 - beta2)
+        below = torch._foreach_div(second, self._each(1.0 - beta2**self.steps, tensors))
+        torch._foreach_sqrt_(below)
+        torch._foreach_add_(below, learning.eps)
+        moved = torch._foreach_mul(first, self._each(self.rate / (1.0 - beta1**self.steps), tensors))
+        torch._foreach_div_(moved, below)
+        if learning.weight_decay:
+            torch._foreach_mul_(values, self._each(1.0 - self.rate * learning.weight_decay, tensors))
+        torch._foreach_sub_(values, moved)
+
+    def muon(self, tensors: list[_Moved]) -> None:
+        """In place: momentum as Nesterov's, made orthogonal matrix by matrix, as torch.optim.Muon does."""
+        momentum, gradients = self.learning.momentum, self._clipped(tensors)
+        rates, kept = self._each(self.rate, tensors), self._kept(momentum, tensors)
+        for one, gradient, rate, share in zip(tensors, gradients, rates, kept, strict=True):
+            one.first.mul_(share).add_(gradient, alpha=1.0 - momentum)
+            direction = orthogonalised(gradient.lerp(one.first, momentum).flatten(2)).view_as(one.value)
+            one.value.mul_(1.0 - rate * self.learning.weight_decay)
+            one.value.sub_(rate * rate_scale(one.value.shape[1:]) * direction)
+
+    def _clipped(self, tensors: list[_Moved]) -> list[Tensor]:
+        gradients = [one.gradient for one in tensors]
+        return gradients if self.scale is None else list(torch._foreach_mul(gradients, self._each(self.scale, tensors)))
+
+    def _kept(self, share: float, tensors: list[_Moved]) -> list[Any]:
+        """The share of a moment that each row keeps."""
+        return [share] * len(tensors) if self.moving is None else self._each(torch.where(self.moving, share, 1.0), tensors)
+
+    def _each(self, scalars: Tensor, tensors: list[_Moved]) -> list[Tensor]:
+        """A factor a branch, shaped for each of the tensors."""
+        parts = torch.split(scalars, self.lengths)
+        return [_shaped(parts[one.place], one.value) for one in tensors]
 
 
 def _shaped(scalars: Tensor, tensor: Tensor) -> Tensor:

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from esper.blueprints import BlockBank, SlotBank
 from esper.blueprints.unique_scatter import each_once
+from esper.engine.learning.muon import MOMENTUM, matrices_of
+from esper.errors import UserError
 from esper.seeds import Branch
 from esper.seeds.device_copy import made_on
 
 
 @dataclass(frozen=True)
 class BranchLearning:
-    """Settings of AdamW (Loshchilov & Hutter 2019) for branches; ``warmup`` in a branch's own steps, ``clip`` 0 is off."""
+    """Settings of AdamW (Loshchilov & Hutter 2019) for branches; ``warmup`` in a branch's own steps, ``clip`` 0 is off.
+
+    With ``rule="muon"`` the matrices of a branch learn by Muon (``esper.engine.learning.muon``) with ``momentum``.
+    """
 
     lr: float
     weight_decay: float = 0.0
@@ -27,6 +32,13 @@ class BranchLearning:
     eps: float = 1e-8
     warmup: int = 1
     clip: float = 0.0
+    rule: str = "adamw"
+    momentum: float = MOMENTUM
+
+    def __post_init__(self) -> None:
+        """Refuse a rule that there is not."""
+        if self.rule not in ("adamw", "muon"):
+            raise UserError(f"BranchLearning(rule='{self.rule}') is not accepted; the rule is adamw or muon.")
 
 
 class SlotRows:
@@ -44,6 +56,11 @@ class SlotRows:
         self._kept = held
         self.values, self.first, self.second = ([self._rows(row[kind]) for row in held] for kind in range(3))
         self.gradients = [self._rows(stack.grad) for stack, _, _ in held if stack.grad is not None]
+
+    @property
+    def matrices(self) -> list[bool]:
+        """Whether each kind of parameter is a matrix."""
+        return [value.dim() == 3 for value in self.values]
 
     def count(self) -> Tensor:
         """Count a step of every branch here; float ``[A]``, the steps with this one."""
@@ -78,6 +95,11 @@ class BankRows:
         self.places = [branch.slot for branch in branches]
         self.values, self.gradients = [row[0].detach() for row in held], [row[1] for row in held]
         self.first, self.second = [row[2] for row in held], [row[3] for row in held]
+
+    @property
+    def matrices(self) -> list[bool]:
+        """Whether each kind of parameter is a matrix."""
+        return [value.dim() == 3 for value in self.values]
 
     @property
     def for_kernel(self) -> bool:
@@ -118,10 +140,17 @@ class BlockRows:
         self.places = [0]
         named = [(name, p) for name, p in bank.blocks[self._key].named_parameters() if p.grad is not None]
         moments = [bank.moments[self._key][name] for name, _ in named]
+        self._names = [name for name, _ in named]
         self.values = [parameter.detach().unsqueeze(0) for _, parameter in named]
         self.gradients = [parameter.grad.unsqueeze(0) for _, parameter in named if parameter.grad is not None]
         self.first = [first.unsqueeze(0) for first, _ in moments]
         self.second = [second.unsqueeze(0) for _, second in moments]
+
+    @property
+    def matrices(self) -> list[bool]:
+        """Whether each parameter is a matrix between layers."""
+        found = matrices_of(self._bank.blocks[self._key])
+        return [name in found for name in self._names]
 
     @property
     def learning(self) -> Tensor:

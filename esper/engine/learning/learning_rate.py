@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from esper.engine.learning.branch_optimizer import BranchLearning
+from esper.engine.learning.muon import MuonAdamW
 from esper.errors import UserError
 
 DEFAULT = 1e-3
@@ -30,12 +31,19 @@ class HostRate:
         self._shared = 0.0
 
     def learning(self) -> BranchLearning:
-        """Settings of branches for which the user gave none: beside an Adam its rate, step by step, and weight decay; else 1e-3."""
+        """Settings of branches for which the user gave none: beside an Adam its rate, step by step, and weight decay; else 1e-3.
+
+        Beside ``MuonAdamW`` they learn by the same rules as the host.
+        """
         highest = max(self.initial, default=0.0)
         if self.optimizer is None or "adam" not in type(self.optimizer).__name__.lower() or not highest:
             return BranchLearning(DEFAULT)
         self._shared = highest
-        return BranchLearning(highest, float(self._groups[self.initial.index(highest)].get("weight_decay", 0.0)))
+        group = self._groups[self.initial.index(highest)]
+        decay = float(group.get("weight_decay", 0.0))
+        if isinstance(self.optimizer, MuonAdamW):
+            return BranchLearning(highest, decay, group["betas"], rule="muon", momentum=group["momentum"])
+        return BranchLearning(highest, decay)
 
     def factor(self) -> float:
         """What the branches' rate is multiplied by in this step; asked for in every step, so that ``peak`` is known."""
