@@ -194,3 +194,28 @@ def test_branches_beside_the_optimizer_follow_its_rules_unless_told_otherwise():
     assert grow.branch_optimizer.learning.rule == "muon"
     with pytest.raises(UserError, match="the rule is adamw or muon"):
         BranchLearning(0.1, rule="lion")
+
+
+def test_whole_banks_of_which_some_rows_learn_are_stepped_as_single_branches_are():
+    """As on a device whose numbers are known a step later: ``Readings.late``."""
+    states = []
+    for late in (False, True):
+        learning = BranchLearning(0.02, 0.1, warmup=3, clip=0.5, rule="muon")
+        commands = {1: [germinate(seed=0), germinate(seed=1), germinate(seed=2)]}
+        loop = Loop(commands=commands, settings={"learning": learning, "per_site": 4}).run(6)
+        optimizer, (first, second, _) = loop.grow.branch_optimizer, loop.grow.registry.branches.entries
+        optimizer.readings.arrive()
+        optimizer.readings.late = late
+        bank = loop.grow.registry.layers[0].bank("mlp")
+        for step in range(4):
+            draws = torch.Generator().manual_seed(step)
+            for stack in bank.stacks.values():
+                stack.grad = drawn(stack.shape, draws)
+            bank.stacks["w1"].grad[second.slot, 0, 0] = float("nan")
+            optimizer.step([first, second], 0.7)
+            optimizer.readings.send()
+        optimizer.readings.arrive()
+        moments = [moment for pair in bank.moments.values() for moment in pair]
+        states.append([*(stack.detach() for stack in bank.stacks.values()), *moments, bank.steps])
+    for alone, whole in zip(*states, strict=True):
+        torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-6)
