@@ -56,6 +56,8 @@ class Task:
     digest: str
     """SHA-256 over the four sets as read, before normalisation."""
     description: str
+    passes: int = 0
+    """A run that needs more passes over ``train`` than this is refused; 0: any number will do."""
 
     def __post_init__(self) -> None:
         assert self.primary in self.metrics, (self.primary, list(self.metrics))

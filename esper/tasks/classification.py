@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def classification(name: str, sets: Mapping[str, Samples], classes: int, descrip
         if len(targets) == 0 or int(targets.min()) < 0 or int(targets.max()) >= classes:
             raise UserError(f"task={name}: the {which} set is empty or has labels outside 0..{classes - 1}.")
     mean, deviation = channel_statistics(sets["train"][0])
-    data = {which: InMemory((sets[which][0].float() - mean) / deviation, sets[which][1]) for which in SETS}
+    data: dict[str, Any] = {which: InMemory((sets[which][0].float() - mean) / deviation, sets[which][1]) for which in SETS}
     return Task(
         name=name,
         **data,

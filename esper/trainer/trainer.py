@@ -84,7 +84,7 @@ class Trainer:
         size, workers = config.batch_size, config.num_workers
         self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device)
         self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
-        self.total = steps or config.total_steps(self.batches.length)
+        self.total = steps or _allowed(config, task, self.batches.length)
         self.validation = held_out(task, "validation", device)
         self.optimizer = _optimizer(optimizer, self.model, task.outputs)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
@@ -342,6 +342,19 @@ class Trainer:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, TYPES[self.config.precision])
+
+
+def _allowed(config: TrainerConfig, task: Task, samples: int) -> int:
+    """Steps of the run; raises UserError where they need more passes over the training set than the task allows."""
+    steps, a_pass = config.total_steps(samples), samples // config.batch_size
+    passes = steps * config.accumulate / a_pass
+    if task.passes and passes > task.passes and not config.overfit:
+        raise UserError(
+            f"{steps} steps of {config.batch_size * config.accumulate} samples are {passes:.2f} passes over the {samples} training "
+            f"samples, and task.passes={task.passes} allows no more: use trainer.steps={a_pass * task.passes // config.accumulate} or "
+            "less, more data, or task.passes=0."
+        )
+    return steps
 
 
 def _refuse_sparse(host: nn.Module) -> None:

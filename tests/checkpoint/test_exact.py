@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from esper.errors import UserError
 from esper.messages import Alert
 from esper.trainer.trainer import Trainer
 from tests.checkpoint.conftest import Make, bits, train_until
@@ -67,3 +69,20 @@ def test_an_alert_that_is_given_once_a_run_is_not_given_again_after_a_resume(mak
 def codes(trainer: Trainer) -> list[str]:
     """The codes of the alerts that were given."""
     return [event.code for event in trainer.port.events(Alert)]
+
+
+def test_a_run_over_a_stream_goes_on_with_the_same_bits_and_fresh_data_have_an_end(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {line} is {number * line}\n" for line in range(40)))
+    words = ("task=text", f"task.path={folder}", f"task.cache={tmp_path}/cache", "task.context=16", "task.held_out=0.05", "task.passes=1")
+    words += ("model=transformer", "model.width=16", "model.depth=1", "trainer.batch_size=4")
+    undisturbed = make(*words)
+    undisturbed.fit()
+    second = make(*words, state=train_until(make(*words), 33))
+    second.fit()
+    assert bits(second) == bits(undisturbed)
+    with pytest.raises(UserError, match=r"^60 steps of 32 samples are .* passes over the \d+ training samples, and task\.passes=1 allows"):
+        make(*words, "trainer.batch_size=32")
+    make(*words, "trainer.batch_size=32", "trainer.steps=30")
