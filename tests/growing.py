@@ -65,9 +65,9 @@ def _cnn(norm: str) -> nn.Module:
     return CNNConfig(channels=[4, 6], blocks=1, norm=norm, groups=2).build(task, torch.Generator().manual_seed(0))
 
 
-def _transformer() -> nn.Module:
+def _transformer(depth: int = 1, dropout: float = 0.2) -> nn.Module:
     task: Any = SimpleNamespace(name="text", input_shape=(6,), outputs=5, inputs="tokens")
-    return TransformerConfig(width=8, depth=1, heads=2, dropout=0.2).build(task, torch.Generator().manual_seed(0))
+    return TransformerConfig(width=8, depth=depth, heads=2, dropout=dropout).build(task, torch.Generator().manual_seed(0))
 
 
 HOSTS: dict[str, Callable[[], nn.Module]] = {
@@ -77,6 +77,7 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "cnn_group": lambda: _cnn("group"),
     "cnn_batch": lambda: _cnn("batch"),
     "transformer": _transformer,
+    "decoder": lambda: _transformer(depth=3, dropout=0.0),
 }
 
 
@@ -90,7 +91,7 @@ def build(host: str) -> nn.Module:
 def batch(host: str = "mlp", number: int = 0, size: int = 12) -> Batch:
     """Batch ``number`` of the data that a host learns from."""
     draws = torch.Generator().manual_seed(1000 + number)
-    if host == "transformer":
+    if host in ("transformer", "decoder"):
         tokens = torch.randint(0, 5, (size, 7), generator=draws)
         return tokens[:, :-1], tokens[:, 1:]
     shape = (1, 8, 8) if host.startswith("cnn") else (6,)

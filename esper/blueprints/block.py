@@ -1,20 +1,24 @@
-"""``block``: a whole residual block (depth growth) beside a residual block of the host: δ(y) = B(y) − y.
+"""``block``: whole residual blocks (depth growth) behind a residual block of the host: δ(y) = B(y) − y.
 
-``B`` starts as a copy of the host's block, as a copy whose output is silenced, or fresh with a silenced output. Under the
-α ramp all three change nothing at first. Growing by copies is the depth growth of Gong et al. 2019 and G_stack (Du et al. 2024).
+``B`` is one block or several, which start as copies of the host's block, as copies whose output is silenced, fresh with a silenced
+output, or fresh. Under the α ramp all of them change nothing at first. Growing by copies is the depth growth of Gong et al. 2019 and
+G_stack (Du et al. 2024): with ``source=stack`` at the last block the host's stack is put on top of itself, with ``source=site`` at every
+block the copies are interleaved. With ``start=shared`` the host's own weights serve a second time (Dehghani et al. 2019), until the
+branch is *untied*: from then on it has a copy of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.block_call import PLAIN
+from esper.blueprints.block_call import PLAIN, Chain
 from esper.blueprints.config import BlockSettings
 from esper.blueprints.geometry import Geometry
 from esper.errors import UserError
@@ -22,7 +26,7 @@ from esper.errors import UserError
 
 @dataclass
 class Block(BlockSettings):
-    """Depth growth; ``output_layers`` names the layers whose zeroing makes the block the identity (else the host says)."""
+    """Depth growth; ``output_layers`` names the layers whose zeroing makes a block the identity (else the host says)."""
 
     def fits(self, geometry: Geometry) -> str | None:
         """Only modules that map their input to its own shape."""
@@ -30,7 +34,7 @@ class Block(BlockSettings):
 
     def unsilenced(self, block: nn.Module) -> str | None:
         """Why the block's output cannot be put at zero as ``start`` asks, or None."""
-        if self.start == "copy":
+        if self.start not in ("zero_copy", "fresh"):
             return None
         names, there = self._outputs(block), dict(block.named_modules())
         if not names:
@@ -54,17 +58,30 @@ class Block(BlockSettings):
     def _outputs(self, block: nn.Module) -> list[str]:
         return list(self.output_layers) or list(getattr(block, "output_layers", ()))
 
-    def build(self, site: nn.Module, generator: torch.Generator) -> nn.Module:
-        """A new block for this site, on its device."""
-        block = copy.deepcopy(site)
+    def build(self, sources: Sequence[nn.Module], generator: torch.Generator) -> nn.Module:
+        """New blocks, on the device of the host's ``sources``: copies are made of these in turn."""
+        return assembled([self._one(source, generator) for source in self.originals(sources)])
+
+    def originals(self, sources: Sequence[nn.Module]) -> list[nn.Module]:
+        """Which of the host's blocks each block of a branch is a copy of."""
+        chosen = list(sources) if self.source == "stack" else [sources[-1]]
+        return [chosen[number % len(chosen)] for number in range(self.blocks)]
+
+    def _one(self, source: nn.Module, generator: torch.Generator) -> nn.Module:
+        block = bare(source)
         for parameter in block.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
-        if self.start == "fresh":
+        if self.start in ("fresh", "random"):
             _redraw(block, generator)
-        if self.start != "copy":
+        if self.start in ("zero_copy", "fresh"):
             self.silence(block)
         return block
+
+
+def assembled(blocks: list[nn.Module]) -> nn.Module:
+    """One module for all of a branch's blocks."""
+    return blocks[0] if len(blocks) == 1 else Chain(blocks)
 
 
 def _redraw(block: nn.Module, generator: torch.Generator) -> None:
@@ -80,23 +97,30 @@ def _redraw(block: nn.Module, generator: torch.Generator) -> None:
 
 
 class BlockBank(nn.Module):
-    """The grown blocks of one site; a slot is a module of its own, with its optimizer moments beside it."""
+    """What grew from one blueprint at one site; a slot is a module of its own, with its optimizer moments beside it.
 
-    def __init__(self, blueprint: Block, site: nn.Module, device: torch.device) -> None:
+    ``sources`` are the host's blocks, the site's last. A slot that is ``tied`` has its module for the names and buffers alone: its
+    parameters are the host's, which learn by the host's optimizer from both of their places.
+    """
+
+    def __init__(self, blueprint: Block, sources: Sequence[nn.Module], device: torch.device) -> None:
         super().__init__()
         self.blueprint = blueprint
         self.blocks = nn.ModuleDict()
         self.moments: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self.steps: dict[str, int] = {}
+        self.tied: set[str] = set()
         self.call = PLAIN
-        self._site = [site]  # in a list: the host's block must not become a child of its own growth
+        self._sources = tuple(sources)  # a tuple, so that the host's blocks are no children of their own growth
         self._next = 0
 
     def allocate(self, seed: int, generator: torch.Generator, silent: bool) -> int:
         """Build a block; returns its slot (slots are never reused). ``silent`` is the blueprint's own choice of start."""
         slot, self._next = self._next, self._next + 1
         key = str(slot)
-        self.blocks[key] = self.blueprint.build(_bare(self._site[0]), generator)
+        self.blocks[key] = self.blueprint.build(self._sources, generator)
+        if self.blueprint.start == "shared":
+            self.tied.add(key)
         zeros = {name: torch.zeros_like(value) for name, value in self.blocks[key].named_parameters()}
         self.moments[key] = {name: (zero, zero.clone()) for name, zero in zeros.items()}
         self.steps[key] = 0
@@ -106,6 +130,24 @@ class BlockBank(nn.Module):
         """Drop the block and its moments."""
         key = str(slot)
         del self.blocks[key], self.moments[key], self.steps[key]
+        self.tied.discard(key)
+
+    def originals(self, slot: int) -> dict[str, nn.Parameter]:
+        """The host's parameter that each parameter of a slot is, or began as, a copy of; by the slot's names."""
+        sources, several = self.blueprint.originals(self._sources), isinstance(self.blocks[str(slot)], Chain)
+        found: dict[str, nn.Parameter] = {}
+        for name, _ in self.blocks[str(slot)].named_parameters():
+            number, _, inner = name.partition(".") if several else ("0", "", name)
+            found[name] = sources[int(number)].get_parameter(inner)
+        return found
+
+    @torch.no_grad()
+    def untie(self, slot: int) -> None:
+        """From now on a tied slot has a copy of its own of the parameters that it shared."""
+        shared = self.originals(slot)
+        for name, parameter in self.blocks[str(slot)].named_parameters():
+            parameter.copy_(shared[name])
+        self.tied.remove(str(slot))
 
     def state(self) -> dict[str, Any]:
         """All blocks, parameters and buffers, with their moments and steps, by reference."""
@@ -114,14 +156,15 @@ class BlockBank(nn.Module):
             "blocks": {key: _tensors(block) for key, block in self.blocks.items()},
             "moments": {key: {name: list(pair) for name, pair in held.items()} for key, held in self.moments.items()},
             "steps": dict(self.steps),
+            "tied": sorted(self.tied),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state. Raises ValueError where its tensors are not those of the site's block."""
         self.blocks, self.moments, self.steps = nn.ModuleDict(), {}, {}
-        self._next = int(state["next"])
+        self._next, self.tied = int(state["next"]), set(state.get("tied", []))
         for key, saved in state["blocks"].items():
-            block = _bare(self._site[0])
+            block = assembled([bare(source) for source in self.blueprint.originals(self._sources)])
             own, moments = _tensors(block), state["moments"][key]
             if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
                 raise ValueError(f"the saved block {key} is not built like the host's")
@@ -137,10 +180,16 @@ class BlockBank(nn.Module):
             }
 
     def delta(self, slot: int, y: Tensor, learning: bool) -> Tensor:
-        """``B(y) − y``, called as the host last called its own; without ``learning`` no gradient flows to the block's parameters."""
-        block = self.blocks[str(slot)]
-        frozen = None if learning else {name: value.detach() for name, value in block.named_parameters()}
-        return self.call.answer(block, y, frozen) - y
+        """``B(y) − y``, called as the host last called its own; without ``learning`` no gradient flows to the block's parameters.
+
+        To parameters of the host's it always does: they learn whatever stage the branch is in.
+        """
+        block, parameters = self.blocks[str(slot)], None
+        if str(slot) in self.tied:
+            parameters = dict[str, Tensor](self.originals(slot))
+        elif not learning:
+            parameters = {name: value.detach() for name, value in block.named_parameters()}
+        return self.call.answer(block, y, parameters) - y
 
     def scale_gradient(self, slot: int, factor: float) -> None:
         """Multiply one block's gradients (undoing a loss scale)."""
@@ -148,9 +197,21 @@ class BlockBank(nn.Module):
             if parameter.grad is not None:
                 parameter.grad *= factor
 
+    def learning_parameters(self, slot: int) -> list[nn.Parameter]:
+        """The parameters of a slot's own: none while it is tied."""
+        return [] if str(slot) in self.tied else list(self.blocks[str(slot)].parameters())
+
     def parameters_of(self, slot: int) -> int:
-        """Number of parameters of one grown block."""
-        return sum(parameter.numel() for parameter in self.blocks[str(slot)].parameters())
+        """Number of parameters that a slot adds to the host's."""
+        return sum(parameter.numel() for parameter in self.learning_parameters(slot))
+
+    def plain(self, slot: int) -> nn.Module:
+        """A copy of a slot's module that stands alone, with the values that it has at present."""
+        block = copy.deepcopy(self.blocks[str(slot)])
+        with torch.no_grad():
+            for name, value in self.originals(slot).items() if str(slot) in self.tied else ():
+                block.get_parameter(name).copy_(value)
+        return block
 
 
 def _tensors(block: nn.Module) -> dict[str, Tensor]:
@@ -158,7 +219,7 @@ def _tensors(block: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in (*block.named_parameters(), *block.named_buffers())}
 
 
-def _bare(site: nn.Module) -> nn.Module:
+def bare(site: nn.Module) -> nn.Module:
     """The site's module without anything attached to it, so that a copy carries neither seeds nor hooks."""
     attached = [(module, module._modules.pop("seed_layer")) for module in list(site.modules()) if "seed_layer" in module._modules]
     hooks = [(module, dict(module._forward_hooks)) for module in site.modules() if module._forward_hooks]

@@ -59,6 +59,18 @@ class Call:
 PLAIN = Call()
 
 
+class Chain(nn.ModuleList):
+    """Blocks run one behind the other, each called as the host calls its own."""
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """The activation after the last block, ``[…]`` as the first one got it."""
+        call, x = Call.of(inputs, named), first_tensor(inputs or named)
+        assert x is not None, "a block is given a tensor"
+        for block in self:
+            x = call.answer(block, x)
+        return x
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """The activation in a module's output: the tensor itself, or the first of a tuple, list, mapping or dataclass."""
     if isinstance(output, Tensor):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from esper.errors import UserError
 from esper.fields import setting
 
 ACTIVATION_NAMES = ("relu", "gelu", "silu")
-STARTS = ("copy", "zero_copy", "fresh")
+STARTS = ("copy", "zero_copy", "fresh", "random", "shared")
+STATES = ("reset", "zero", "copied")
 
 
 @dataclass
@@ -63,12 +65,29 @@ class ConvSettings(BlueprintSettings):
 
 @dataclass
 class BlockSettings:
-    """Depth growth; ``output_layers`` names the layers whose zeroing makes the block the identity (else the host says)."""
+    """Depth growth: blocks behind a block of the host, copies of it or of the whole stack, fresh ones, or the same one run again."""
 
     name: str = "block"
     receptive_field: str = setting("layer", choices=("layer",), help="a block reads and writes the whole site")
-    start: str = setting("zero_copy", choices=STARTS, help="copy of the host's block, with its output at zero, or fresh")
+    start: str = setting(
+        "zero_copy",
+        choices=STARTS,
+        help="copy: as the host's; zero_copy, fresh: with zero output; random: fresh without that; shared: the host's weights themselves",
+    )
+    blocks: int = setting(1, low=1, high=1000, help="blocks of one branch, one behind the other: grown, judged and kept as one")
+    source: str = setting("site", choices=("site", "stack"), help="copies of the site's block, or of all in its list up to it, in turn")
+    state: str = setting(
+        "reset", choices=STATES, help="optimizer state of the copies: reset: none, and branch_warmup; zero: none; copied: the originals'"
+    )
+    untie: str = setting("", unit="duration or empty", help="start=shared: time of blending after which it becomes a copy; empty: never")
     output_layers: list[str] = setting([], help="layers to zero; empty: the host block's own output_layers")
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        if self.untie and self.start != "shared":
+            raise UserError(f"blueprint.untie={self.untie} is for blocks that share weights; add blueprint.start=shared or leave it out.")
+        if self.state == "copied" and self.start in ("fresh", "random"):
+            raise UserError(f"blueprint.state=copied needs copies, and blueprint.start={self.start} has none; use reset or zero.")
 
 
 CONFIGS: dict[str, type] = {

@@ -16,6 +16,7 @@ from esper.engine.arguments import check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
 from esper.engine.grow import Grow, GrowSettings
 from esper.engine.learning.branch_optimizer import BranchLearning
+from esper.engine.learning.inheritance import refuse_uninheritable
 from esper.engine.learning.learning_rate import HostRate
 from esper.engine.learning.losses import as_tensor_loss, probing
 from esper.engine.port import Port, controlled_port, remind
@@ -124,12 +125,18 @@ def attach(
     rate = HostRate(optimizer, kept)
     own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
     registry = SeedRegistry(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels, flagged)
+    own = dataclasses.replace(learning or rate.learning(), warmup=own_warmup)
+    block = chosen if isinstance(chosen, Block) else None
+    if block is not None:
+        refuse_uninheritable(block.state, optimizer, own)
+        untie = parse(block.untie).ticks(total_ticks, per_epoch, steps_per_tick) if block.untie else None
+        ages = dataclasses.replace(ages, untie=untie)
     settings = GrowSettings(
         lifecycle=lifecycle,
         ages=ages,
         grafting=strategy,
         telemetry=_per_tick(telemetry or TelemetryConfig(), steps_per_tick),
-        learning=dataclasses.replace(learning or rate.learning(), warmup=own_warmup),
+        learning=own,
         total_ticks=total_ticks,
         steps_per_tick=steps_per_tick,
         accumulate=accumulate,

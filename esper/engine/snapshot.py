@@ -144,7 +144,7 @@ def branch_state(registry: SeedRegistry, branch: int) -> dict[str, Any]:
         return {"rows": rows, "steps": bank.steps[slot].clone()}
     key = str(entry.slot)
     return {
-        "block": {name: value.clone() for name, value in bank.blocks[key].state_dict().items()},
+        "block": {name: value.clone() for name, value in bank.plain(entry.slot).state_dict().items()},
         "moments": {name: [first.clone(), second.clone()] for name, (first, second) in bank.moments[key].items()},
         "steps": bank.steps[key],
     }

@@ -13,6 +13,7 @@ from esper.engine.costs import Stopwatch
 from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
+from esper.engine.learning.inheritance import Untying
 from esper.engine.measurements import Faults, Measured, Measurements
 from esper.engine.telemetry import Observer
 from esper.engine.transitions import Transitions
@@ -69,6 +70,7 @@ class TickBoundary:
         self.observer = observer
         self.faults = faults
         self.replacing = replacing
+        self.untying = Untying(transitions, ages.untie)
         self.clock = clock
         self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # with their seeds, and least ages
 
@@ -208,6 +210,7 @@ class TickBoundary:
     def age(self, tick: int) -> None:
         """Seeds leave stages that they have outlived, the guard keeps the host for new blendings, waiting seeds get training slots."""
         self._end_outlived()
+        self.untying.run(tick)
         self.guard.settle(tick)
         self.guard.begin(tick)
         self._promote()

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from esper.blueprints import BlockBank
+from esper.engine.learning.inheritance import inherit
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
 from esper.grafting import CONFIGS as STRATEGY_CONFIGS
@@ -74,6 +76,9 @@ class Transitions:
         """DORMANT → GERMINATED with a new branch."""
         source = self.machine.apply(row, Stage.GERMINATED, cause).source
         branch = self.registry.germinate(row, blueprint or self.registry.default_blueprint, strategy or self.default_strategy)
+        bank = self.registry.layers[branch.site].bank(branch.blueprint)
+        if isinstance(bank, BlockBank):
+            inherit(bank, branch.slot, self.optimizer)
         self._say(row, branch, source, Stage.GERMINATED, cause)
         self.counts["germinated"] += 1
         return branch
@@ -112,7 +117,8 @@ class Transitions:
     def _begin_grafting(self, branch: Branch) -> None:
         config = self.strategies[branch.strategy]
         self.registry.branches.grafting[branch.id] = initial_state(1)[0]
-        self.registry.branches.alpha[branch.id] = config.alpha_min
+        at_once = self.machine.ages.ramp == 0
+        self.registry.branches.alpha[branch.id] = config.alpha_max if at_once else config.alpha_min
 
     def drop(self, branch: Branch) -> None:
         """Alpha to zero and the parameters freed, at once."""

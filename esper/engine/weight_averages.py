@@ -25,6 +25,7 @@ from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
 from esper.seeds.branch_groups import Injection, build
 from esper.seeds.layer import ATTRIBUTE, Attached, device_of
+from esper.seeds.sites import stack_of
 
 AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
 """Stages in which the average keeps values of its own for a branch."""
@@ -111,14 +112,13 @@ class Follower:
         if self._banks[number] is not None:
             before = set(self._banks[number][1])
             known = {b.id: {n: v.clone() for n, v in self._values(b).items()} for b in here if (b.id, b.slot) in before}
-        site = self.model.get_submodule(layer.name)
-        layer.banks = nn.ModuleDict({name: self._twin(bank, site) for name, bank in self.registry.banks(number).items()})
+        layer.banks = nn.ModuleDict({name: self._twin(bank, layer.name) for name, bank in self.registry.banks(number).items()})
         self._plans[number] = []
         for branch in here:
             if branch.id in known:
                 _put(self._values(branch), known[branch.id])
 
-    def _twin(self, bank: SlotBank | BlockBank, site: nn.Module) -> SlotBank | BlockBank:
+    def _twin(self, bank: SlotBank | BlockBank, site: str) -> SlotBank | BlockBank:
         """A bank with the present values and no history: nobody learns in it."""
         twin: SlotBank | BlockBank
         if isinstance(bank, SlotBank):
@@ -127,7 +127,8 @@ class Follower:
             for name, stack in bank.stacks.items():
                 twin.stacks[name] = nn.Parameter(stack.detach().to(self.device, copy=True))
             return twin
-        twin = BlockBank(bank.blueprint, site, self.device)
+        twin = BlockBank(bank.blueprint, stack_of(self.model, site), self.device)
+        twin.tied = set(bank.tied)
         twin.blocks = copy.deepcopy(bank.blocks).to(self.device)
         for parameter in twin.blocks.parameters():
             parameter.grad = None
@@ -166,7 +167,8 @@ def _values(layer: SeedLayer, branch: Branch) -> dict[str, Tensor]:
     if isinstance(bank, SlotBank):
         return {name: stack.detach()[branch.slot] for name, stack in bank.stacks.items()}
     block = bank.blocks[str(branch.slot)]
-    return {name: value.detach() for name, value in (*block.named_parameters(), *block.named_buffers())}
+    own = () if str(branch.slot) in bank.tied else block.named_parameters()  # shared ones are averaged with the host
+    return {name: value.detach() for name, value in (*own, *block.named_buffers())}
 
 
 @torch.no_grad()
@@ -180,4 +182,4 @@ def _size(bank: SlotBank | BlockBank) -> int:
 
 
 def _order(bank: SlotBank | BlockBank) -> list[str]:
-    return list(bank.stacks if isinstance(bank, SlotBank) else bank.blocks)
+    return list(bank.stacks) if isinstance(bank, SlotBank) else [*bank.blocks, *sorted(bank.tied)]

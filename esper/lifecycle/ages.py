@@ -34,6 +34,8 @@ class Ages:
     fade: int
     judge_every: int
     warmup: int
+    untie: int | None = None
+    """Of blending, before blocks that share the host's weights get their own; None: they never do."""
 
     def path(self) -> list[tuple[Stage, int, int]]:
         """(stage, earliest, latest) ticks after germination of each stage on the way to FOSSILIZED."""
@@ -69,7 +71,7 @@ def resolve(
     minimum = {
         Stage.GERMINATED: 1,
         Stage.TRAINING: ticks(config.training_min),
-        Stage.GRAFTING: max(1, ramp_ticks),
+        Stage.GRAFTING: max(1, ramp_ticks, ticks(config.grafting_min)),
         Stage.STABILIZATION: ticks(config.stabilization_min),
         Stage.EVALUATING: ticks(config.evaluating_min),
         Stage.FINE_TUNING: ticks(config.fine_tuning_min),

@@ -22,6 +22,7 @@ class LifecycleConfig:
     germinated_max: str = setting("20%", unit="duration", help="longest wait for a training slot, then CANCELLED")
     training_min: str = setting("2%", unit="duration", help="shortest isolated phase")
     training_max: str = setting("6%", unit="duration", help="longest isolated phase, then CULLED")
+    grafting_min: str = setting("0%", unit="duration", help="shortest blending; it lasts as long as the ramp in any case")
     grafting_max: str = setting("25%", unit="duration", help="longest blending, then CULLED")
     stabilization_min: str = setting("1%", unit="duration", help="shortest settling of the host")
     stabilization_max: str = setting("6%", unit="duration", help="longest settling, then ROLLED_BACK")

@@ -67,12 +67,12 @@ class BlockGroup:
     error: Exception | None = None
 
     def bank_parameters(self) -> list[nn.Parameter]:
-        """The block's parameters."""
-        return list(self.bank.blocks[str(self.slot)].parameters())
+        """The block's own parameters."""
+        return self.bank.learning_parameters(self.slot)
 
     def cost_key(self) -> tuple[str, int, bool]:
         """What decides the MACs of a forward and backward."""
-        return self.bank.blueprint.name, 1, self.learning
+        return self.bank.blueprint.name, 1, self.learning or str(self.slot) in self.bank.tied
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry
+from esper.blueprints.block import assembled
 from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
@@ -109,7 +110,7 @@ def _branch(registry: SeedRegistry, branch: Branch) -> GrownBranch | GrownBlock:
     geometry = registry.sites[branch.site].geometry
     alpha = float(registry.branches.alpha[branch.id])
     if isinstance(bank, BlockBank):
-        return GrownBlock(copy.deepcopy(bank.blocks[str(branch.slot)]), geometry.width, _dim(geometry), alpha)
+        return GrownBlock(bank.plain(branch.slot), geometry.width, _dim(geometry), alpha)
     values = _cut(bank.blueprint, geometry, branch.seed, bank.values(branch.slot))
     return _plain_branch(bank.blueprint, values, geometry, branch.seed, alpha, branch.residual)
 
@@ -137,7 +138,7 @@ def _card(registry: SeedRegistry, branch: Branch) -> Card:
     alpha = float(registry.branches.alpha[branch.id])
     card = {"blueprint": branch.blueprint, "alpha": alpha, "seed": branch.seed, "residual": branch.residual}
     if isinstance(bank, BlockBank):
-        return card | {"block": True}
+        return card | {"block": True, "blocks": bank.blueprint.blocks}
     kind = type(bank.blueprint)
     target = "" if kind in BLUEPRINTS.values() else f"{kind.__module__}:{kind.__qualname__}"
     settings = dataclasses.asdict(bank.blueprint)
@@ -146,8 +147,10 @@ def _card(registry: SeedRegistry, branch: Branch) -> Card:
 
 def _empty_branch(card: Card, entry: Card, module: nn.Module, blueprint_of: Any, budget: Any) -> GrownBranch | GrownBlock:
     if entry["block"]:
-        budget.copy(module)
-        return GrownBlock(copy.deepcopy(module), card["width"], card["dim"], entry["alpha"])
+        count = int(entry.get("blocks", 1))
+        for _ in range(count):
+            budget.copy(module)
+        return GrownBlock(assembled([copy.deepcopy(module) for _ in range(count)]), card["width"], card["dim"], entry["alpha"])
     blueprint, geometry = blueprint_of(entry), Geometry(**entry["geometry"])
     start, end = geometry.bounds(entry["seed"])
     shapes = blueprint.shapes(blueprint.reads(geometry, end - start), end - start, geometry)

@@ -22,7 +22,7 @@ from esper.seeds.device_copy import on_device
 from esper.seeds.fused import fuse
 from esper.seeds.graph_state import CompiledSites
 from esper.seeds.layer import SeedLayer, device_of
-from esper.seeds.sites import Site
+from esper.seeds.sites import Site, stack_of
 
 AnyBlueprint = Blueprint | Block
 
@@ -161,7 +161,7 @@ class SeedRegistry:
         if blueprint not in layer.banks:
             config = self.blueprints[blueprint]
             if isinstance(config, Block):
-                layer.banks[blueprint] = BlockBank(config, self.sites[number].module, self.device)
+                layer.banks[blueprint] = BlockBank(config, stack_of(self.model, self.sites[number].name), self.device)
             else:
                 layer.banks[blueprint] = SlotBank(config, layer.geometry, self.device)
         return layer.bank(blueprint)

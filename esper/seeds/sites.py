@@ -97,6 +97,24 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     return sites
 
 
+def stack_of(model: nn.Module, site: str) -> list[nn.Module]:
+    """The blocks of a site's list that are built like the site's, from the first one to the site's own, which is last."""
+    modules = host_modules(model)
+    own, place = modules[site], site.rpartition(".")[0]
+    shapes = _shapes(own)
+    stack: list[nn.Module] = []
+    for name, module in modules.items():
+        if name.rpartition(".")[0] == place and type(module) is type(own) and _shapes(module) == shapes:
+            stack.append(module)
+        if module is own:
+            break
+    return stack
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.named_parameters() if "seed_layer." not in name}
+
+
 def _leave_out(reasons: dict[str, str | None], auto: bool) -> None:
     """Refuse named modules that cannot carry seeds; of those that ``auto`` found, say which are left out, and refuse if none is left."""
     unfit = {name: reason for name, reason in reasons.items() if reason is not None}

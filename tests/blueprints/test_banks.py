@@ -111,7 +111,7 @@ class Residual(nn.Module):
 def test_a_block_starts_as_it_says(start: str):
     site = Residual()
     site.register_forward_hook(lambda *_: None)
-    blocks = BlockBank(Block(start=start), site, CPU)
+    blocks = BlockBank(Block(start=start), [site], CPU)
     slot = blocks.allocate(0, draws(), silent=True)
     grown, x = blocks.blocks[str(slot)], torch.randn(3, 4)
     assert grown is not site and not grown._forward_hooks and site._forward_hooks
@@ -129,7 +129,7 @@ def test_a_block_starts_as_it_says(start: str):
 
 
 def test_a_frozen_block_passes_gradients_on_but_keeps_none():
-    blocks = BlockBank(Block(start="copy"), Residual(), CPU)
+    blocks = BlockBank(Block(start="copy"), [Residual()], CPU)
     slot = blocks.allocate(0, draws(), silent=True)
     x = torch.randn(3, 4, requires_grad=True)
     blocks.delta(slot, x, learning=False).sum().backward()
@@ -138,7 +138,7 @@ def test_a_frozen_block_passes_gradients_on_but_keeps_none():
 
 
 def test_block_slots_are_never_used_twice_and_a_freed_one_is_gone():
-    blocks = BlockBank(Block(), Residual(), CPU)
+    blocks = BlockBank(Block(), [Residual()], CPU)
     assert blocks.allocate(0, draws(), silent=True) == 0
     blocks.free(0)
     assert blocks.allocate(0, draws(), silent=True) == 1
@@ -147,7 +147,7 @@ def test_block_slots_are_never_used_twice_and_a_freed_one_is_gone():
 
 def test_a_block_whose_output_nobody_names_is_refused_in_words():
     with pytest.raises(UserError, match=r"Net write its output; set blueprint\.output_layers"):
-        Block().build(Net(), draws())
+        Block().build([Net()], draws())
     assert "no layer 'nowhere'" in (Block(output_layers=["nowhere"]).unsilenced(Net()) or "")
     assert Block(start="copy").unsilenced(Net()) is None
-    assert not Block(output_layers=["head"]).build(Net(), draws()).head.weight.any()
+    assert not Block(output_layers=["head"]).build([Net()], draws()).head.weight.any()

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("whole_runs")
 
 SMALL_TEXT = ("task=text", "task.context=16", "task.held_out=0.005", "trainer.batch_size=4", "trainer.validate_every=100%")
 TRANSFORMER = (*SMALL_TEXT, "model=transformer", "model.width=16", "model.depth=2", "model.dropout=0.1")
+# fmt: off
 RUNS = {
     "mlp": (),
     "drift": ("grafting=drift",),
@@ -30,8 +31,17 @@ RUNS = {
     "muon, decaying": (*TRANSFORMER, "blueprint=low_rank", "sites.per_site=2", "optimizer=muon", "scheduler=warmup_stable_decay"),
     "muon, filters and blocks": ("model=cnn", "blueprint=block", "sites.per_site=1", "trainer.batch_size=16", "optimizer=muon"),
     "transformer, blocks": (*TRANSFORMER, "blueprint=block", "sites.per_site=1"),
+    "a stack, moments copied": (
+        *TRANSFORMER, "blueprint=block", "blueprint.start=copy", "blueprint.source=stack", "blueprint.blocks=3", "blueprint.state=copied",
+        "sites.match=[blocks.1]", "sites.per_site=1", "lifecycle=direct", "grafting.ramp=0step",
+    ),
+    "shared, then untied": (
+        *TRANSFORMER, "blueprint=block", "blueprint.start=shared", "blueprint.untie=12step", "sites.per_site=1", "lifecycle=direct",
+        "grafting.ramp=0step", "trainer.ema=0.9",
+    ),
     "blocks, dropout": ("model=cnn", "blueprint=block", "sites.per_site=1", "trainer.batch_size=16"),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS.keys())

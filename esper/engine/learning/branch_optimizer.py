@@ -196,7 +196,11 @@ class BranchOptimizer:
     def _move(self, rows: Sequence[Rows | BankRows], squares: Tensor, steps: Tensor, factor: float, moving: Tensor | None = None) -> None:
         """In place; ``squares`` and ``steps`` ``[rows]`` in the order of ``rows``. Rows that are not ``moving`` have a gradient of zero."""
         learning = self.learning
-        rate = learning.lr * factor * (steps / learning.warmup).clamp(max=1.0)
+        risen = (steps / learning.warmup).clamp(max=1.0)
+        if not all(part.warms for part in rows):
+            parts = zip(rows, torch.split(risen, [len(part.values[0]) for part in rows]), strict=True)
+            risen = torch.cat([own if part.warms else torch.ones_like(own) for part, own in parts])
+        rate = learning.lr * factor * risen
         if moving is not None:
             squares, rate, steps = torch.where(moving, squares, 0.0), torch.where(moving, rate, 0.0), steps.clamp(min=1.0)
         scale = (learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0) if learning.clip > 0.0 else None

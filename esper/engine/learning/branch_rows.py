@@ -44,8 +44,11 @@ class BranchLearning:
 class SlotRows:
     """Rows of a slot bank: its own tensors where all its slots are meant, copies to be written back otherwise.
 
-    ``values``, ``gradients``, ``first`` and ``second`` hold a tensor ``[A, …]`` for every kind of parameter.
+    ``values``, ``gradients``, ``first`` and ``second`` hold a tensor ``[A, …]`` for every kind of parameter. ``warms`` says that the
+    rows' rate rises over their own warm-up.
     """
+
+    warms = True
 
     def __init__(self, bank: SlotBank, branches: list[Branch]) -> None:
         held = [(stack, *bank.moments[name]) for name, stack in bank.stacks.items() if stack.grad is not None]
@@ -88,6 +91,8 @@ class SlotRows:
 
 class BankRows:
     """A whole slot bank, in place, of which only the slots of the given branches are ``learning`` (bool ``[capacity]``)."""
+
+    warms = True
 
     def __init__(self, bank: SlotBank, branches: list[Branch], learning: Tensor) -> None:
         held = [(stack, stack.grad, *bank.moments[name]) for name, stack in bank.stacks.items() if stack.grad is not None]
@@ -138,6 +143,7 @@ class BlockRows:
     def __init__(self, bank: BlockBank, branch: Branch) -> None:
         self.branches, self._bank, self._key = [branch], bank, str(branch.slot)
         self.places = [0]
+        self.warms = bank.blueprint.state == "reset"
         named = [(name, p) for name, p in bank.blocks[self._key].named_parameters() if p.grad is not None]
         moments = [bank.moments[self._key][name] for name, _ in named]
         self._names = [name for name, _ in named]
