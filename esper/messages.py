@@ -268,10 +268,12 @@ class ApplyTogether(Command):
     """All of these or none: validated and applied on a copy, which is swapped in when every one succeeds.
 
     They come and end together: acknowledged is this command's id and not theirs, and its deadline and priority hold for all of
-    them. One that has a deadline or priority of its own has the whole refused.
+    them. One that has a deadline or priority of its own has the whole refused. With ``as_one`` all that germinates is one
+    decision from then on: judged by what it is worth together, moved together, kept or removed together.
     """
 
     commands: list[Command]
+    as_one: bool = False
 
 
 @message

@@ -12,6 +12,7 @@ from esper.errors import UserError
 from esper.fields import setting
 from esper.lifecycle.stages import Stage
 from esper.messages import (
+    ApplyTogether,
     Cancel,
     ChangeStrategy,
     Command,
@@ -31,7 +32,7 @@ from esper.processes import ControllerPlace
 _SELECTING = {"cancel": Cancel, "pause": PauseGrafting, "resume": ResumeGrafting}
 #: Keys that may stand beside ``at`` and ``command``, by command.
 _ACCEPTED = {
-    "germinate": ("site", "seeds", "count", "blueprint", "strategy"),
+    "germinate": ("site", "seeds", "count", "blueprint", "strategy", "as_one"),
     **dict.fromkeys(_SELECTING, ("site", "seeds", "stage")),
     "set_stage": ("site", "seeds", "stage", "target"),
     "change_strategy": ("site", "seeds", "stage", "strategy"),
@@ -43,7 +44,10 @@ _ACCEPTED = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a script. ``seeds`` None means every seed; ``count`` takes that many DORMANT ones of them."""
+    """One line of a script. ``seeds`` None means every seed; ``count`` takes that many DORMANT ones of them.
+
+    ``as_one`` makes one decision of all that germinate.
+    """
 
     at: str
     command: str
@@ -56,6 +60,7 @@ class Entry:
     target: int = 0
     reason: str = ""
     start: str = "fresh"
+    as_one: bool = False
 
     @property
     def is_glob(self) -> bool:
@@ -85,6 +90,8 @@ def _read(number: int, given: Any) -> Entry:
     check_duration(str(given["at"]))
     values = {field.name: given[field.name] for field in fields(Entry) if field.name in given}
     values["at"] = str(given["at"])
+    if not isinstance(values.get("as_one", False), bool):
+        raise UserError(f"{where}.as_one is {values['as_one']!r}; it is true or false.")
     for key in ("stage", "target"):
         if key in values:
             values[key] = _stage(where, key, values[key])
@@ -111,7 +118,8 @@ def expand(entry: Entry, view: RunView) -> list[Callable[[str], Command]]:
     """The commands of the entry in this run, as functions from a command's id to the command."""
     select = Selector(site=entry.site, seeds=list(entry.seeds) if entry.seeds is not None else None, stage=entry.stage)
     if entry.command == "germinate":
-        return [_germinate(entry, site, seed) for site, seed in _places(entry, view)]
+        made = [_germinate(entry, site, seed) for site, seed in _places(entry, view)]
+        return [_together(made)] if entry.as_one and made else made
     if entry.command == "replace":
         return [_replace(entry, site, seed) for site, seed in _places(entry, view)]
     if entry.command == "set_stage":
@@ -140,6 +148,10 @@ def _places(entry: Entry, view: RunView) -> list[tuple[str, int]]:
 
 def _germinate(entry: Entry, site: str, seed: int) -> Callable[[str], Command]:
     return lambda id: Germinate(id=id, site=site, seed=seed, blueprint=entry.blueprint, strategy=entry.strategy)
+
+
+def _together(made: list[Callable[[str], Command]]) -> Callable[[str], Command]:
+    return lambda id: ApplyTogether(id=id, commands=[make(f"{id}-{number}") for number, make in enumerate(made)], as_one=True)
 
 
 def _replace(entry: Entry, site: str, seed: int) -> Callable[[str], Command]:

@@ -123,7 +123,8 @@ class Executor:
         return "applied", ""
 
     def _one(self, command: Command, tick: int, measured: Measured) -> None:
-        self._do_all(self._plan(command, self.transitions.machine.trial(), tick), command.id, measured)
+        actions = self._plan(command, self.transitions.machine.trial(), tick)
+        self._do_all(actions, command.id, measured, isinstance(command, ApplyTogether) and command.as_one)
 
     def _each(self, batch: ApplyEach, tick: int, measured: Measured) -> tuple[str, str]:
         """Apply every command of a batch on its own; the status of the whole, and the reason of each refusal."""
@@ -152,13 +153,19 @@ class Executor:
         """Take over a saved state."""
         self.refusals = dict(state)
 
-    def _do_all(self, actions: list[Action], command: str, measured: Measured) -> None:
-        """Every action or none: after an exception all of them are undone. A UserError is a refusal."""
+    def _do_all(self, actions: list[Action], command: str, measured: Measured, as_one: bool) -> None:
+        """Every action or none: after an exception all of them are undone. A UserError is a refusal.
+
+        ``as_one``: what germinates is one decision.
+        """
         before = Before(self.transitions, [action.row for action in actions])
         try:
             with self.transitions.together():
                 for action in actions:
                     self._do(action, f"command {command}", measured)
+                grown = [self.registry.branch_at(action.row) for action in actions if as_one and action.kind == "germinate"]
+                for branch in filter(None, grown):
+                    branch.group = next(one.id for one in grown if one is not None)
         except BaseException as error:
             before.restore()
             if isinstance(error, UserError):
@@ -172,13 +179,16 @@ class Executor:
             case Germinate():
                 return [self._germinate(command, trial)]
             case ApplyTogether():
-                return [action for part in _parts(command) for action in self._plan(_without_own(part, command), trial, tick)]
+                actions = [action for part in _parts(command) for action in self._plan(_without_own(part, command), trial, tick)]
+                return self._as_one(actions) if command.as_one else actions
             case EmergencyStop():
                 return self._stop(command.select, trial)
             case SetStage():
-                return [self._move(row, self._stage(command.target), trial, tick) for row in self._select(command.select, trial)]
+                return [
+                    self._move(row, self._stage(command.target), trial, tick) for row in self._whole(self._select(command.select, trial))
+                ]
             case Cancel():
-                return [self._cancel(row, trial, tick) for row in self._select(command.select, trial)]
+                return [self._cancel(row, trial, tick) for row in self._whole(self._select(command.select, trial))]
             case ReplaceBranch():
                 return [self._replace(command, trial)]
             case ChangeStrategy():
@@ -208,6 +218,22 @@ class Executor:
             raise Refused(reason)
         trial.apply(row, Stage.GERMINATED, "")
         return Action("germinate", row, blueprint=blueprint, strategy=command.strategy)
+
+    def _as_one(self, actions: list[Action]) -> list[Action]:
+        """The same actions; Refused where what germinates can be no one decision."""
+        count, slots = sum(action.kind == "germinate" for action in actions), self.transitions.machine.training_slots
+        if count == 0:
+            raise Refused("as_one makes one decision of what germinates, and nothing here does: leave it out")
+        if count > slots:
+            raise Refused(
+                f"{count} branches are to be one decision, but lifecycle.training_slots={slots} lets no more than that train at once"
+            )
+        return actions
+
+    def _whole(self, rows: list[int]) -> list[int]:
+        """These rows and those of the branches that are one decision with theirs."""
+        branches = [branch for row in rows if (branch := self.registry.branch_at(row)) is not None and branch.group >= 0]
+        return list(dict.fromkeys([*rows, *(member.row for branch in branches for member in self.registry.group_of(branch))]))
 
     def _flagged(self, site: str) -> str | None:
         """Why nothing may grow at a site, or None."""
@@ -254,7 +280,7 @@ class Executor:
             Stage.EVALUATING: Stage.CULLED,
             Stage.FINE_TUNING: Stage.CULLED,
         }
-        chosen = set(self._matching(select, trial))
+        chosen = set(self._whole(self._matching(select, trial)))
         rows = [row for row in trial.rows_in(*away) if row in chosen]
         trials = [Action("withdraw", branch.row) for branch in self.replacing.trials() if branch.row in chosen]
         return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows] + trials
@@ -314,7 +340,8 @@ class Executor:
         if action.kind == "germinate":
             self.transitions.germinate(action.row, action.blueprint, action.strategy, cause)
         elif action.kind == "move":
-            self.transitions.move(action.row, action.target, cause)
+            if table.stage_of(action.row) is not action.target:  # else it has just gone with another one
+                self.transitions.move(action.row, action.target, cause)
         elif action.kind == "replace":
             self.replacing.begin(action.row, action.blueprint, action.start, cause)
         elif action.kind == "withdraw":

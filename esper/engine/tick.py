@@ -16,12 +16,12 @@ from esper.engine.judging.guard import Guard
 from esper.engine.learning.inheritance import Untying
 from esper.engine.measurements import Faults, Measured, Measurements
 from esper.engine.telemetry import Observer
-from esper.engine.transitions import Transitions
+from esper.engine.transitions import LEAVING, Transitions
 from esper.grafting import step_many
 from esper.grafting.base import MAX_ERROR_RATE
 from esper.grafting.custom import CustomStrategy
 from esper.lifecycle import Ages, LifecycleConfig, Stage
-from esper.lifecycle.transitions import BLENDED
+from esper.lifecycle.transitions import BLENDED, exits
 from esper.messages import Alert, Command, Report, RequestReport
 from esper.seeds import Branch
 
@@ -33,6 +33,8 @@ FORWARD: dict[Stage, Stage] = {
     Stage.FINE_TUNING: Stage.FOSSILIZED,
 }
 
+JUDGED = (Stage.EVALUATING, Stage.FINE_TUNING)
+"""Stages whose gate is a look at the judge set."""
 GAVE_UP = "gave up: a signal or its own wish is not finite"
 NAMED = 8
 """Branches that an alert names; of more it says how many."""
@@ -168,7 +170,7 @@ class TickBoundary:
             cause = measured.trouble.get(branch.id)
             if cause is None and not rate <= self.config.error_rate:
                 cause = f"{rate:.0%} of its forwards were not finite"
-            if cause is None or branch.stage in (Stage.GERMINATED, Stage.FOSSILIZED, Stage.CULLED):
+            if cause is None or branch.stage in (Stage.GERMINATED, Stage.FOSSILIZED, *LEAVING):
                 continue
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
             self.registry.table.errors[branch.row] += 1
@@ -184,26 +186,43 @@ class TickBoundary:
 
     def _open_gates(self, tick: int) -> None:
         table = self.registry.table
+        due = self._due()
+        looking = [unit for unit in due if unit[0].stage in JUDGED]
+        for unit in due:
+            target = FORWARD[unit[0].stage]
+            if unit[0].stage not in JUDGED and all(self.gates.ask(branch, target, tick) for branch in unit):
+                self._forward(unit, "gate passed")
+        looking = [unit for unit in looking if all(int(table.age[b.row]) >= int(table.next_look[b.row]) for b in unit)]
+        for unit, passed in zip(looking, self.gates.look([unit[0] for unit in looking], tick), strict=True):
+            branch = unit[0]
+            for other in unit[1:]:
+                other.gain, other.bound, table.score[other.row] = branch.gain, branch.bound, table.score[branch.row]
+            if passed:
+                self._forward(unit, f"gain {branch.gain:.4g}, bound {branch.bound:.4g}")
+            elif branch.id in self.gates.diverged:
+                self.transitions.move(branch.row, Stage.ROLLED_BACK, "judged: the loss is not finite")
+            else:
+                for member in unit:
+                    table.next_look[member.row] = table.age[member.row] + self.ages.judge_every
+
+    def _due(self) -> list[list[Branch]]:
+        """Branches that are old enough for their gate, each alone or with all that are one decision with it, which must be as far."""
         candidates = self.registry.in_stage(*FORWARD)
         if candidates is not self._candidates[0]:
             seeds = torch.tensor([branch.row for branch in candidates], dtype=torch.int64)
             least = torch.tensor([self.ages.minimum[branch.stage] for branch in candidates], dtype=torch.int64)
             self._candidates = candidates, seeds, least
         _, seeds, least = self._candidates
-        old = (table.age[seeds] >= least).nonzero().flatten().tolist() if candidates else []
+        old = (self.registry.table.age[seeds] >= least).nonzero().flatten().tolist() if candidates else []
         due = [branch for branch in (candidates[place] for place in old) if not branch.aside]
-        looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
-        for branch in due:
-            if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):
-                self.transitions.move(branch.row, FORWARD[branch.stage], "gate passed")
-        looking = [b for b in looking if int(table.age[b.row]) >= int(table.next_look[b.row])]
-        for branch, passed in zip(looking, self.gates.look(looking, tick), strict=True):
-            if passed:
-                self.transitions.move(branch.row, FORWARD[branch.stage], f"gain {branch.gain:.4g}, bound {branch.bound:.4g}")
-            elif branch.id in self.gates.diverged:
-                self.transitions.move(branch.row, Stage.ROLLED_BACK, "judged: the loss is not finite")
-            else:
-                table.next_look[branch.row] = table.age[branch.row] + self.ages.judge_every
+        known = {branch.id for branch in due if branch.group >= 0}
+        units = [self.registry.group_of(branch) for branch in due if branch.group in (-1, branch.id)]
+        return [unit for unit in units if len(unit) == 1 or all(b.id in known and b.stage is unit[0].stage for b in unit)]
+
+    def _forward(self, unit: list[Branch], cause: str) -> None:
+        target = FORWARD[unit[0].stage]
+        for branch in unit:
+            self.transitions.move(branch.row, target, cause)
 
     # --- age ---
 
@@ -218,6 +237,8 @@ class TickBoundary:
     def _end_outlived(self) -> None:
         for row, target in self.machine.outlived():
             source = self.registry.table.stage_of(row)
+            if target not in exits(source):
+                continue  # it has just gone with another one
             gone = source in BLENDED or source in (Stage.GERMINATED, Stage.TRAINING)
             cause = f"{source.name} reached its maximum age" if gone else "rest is over"
             self.transitions.move(row, target, cause)
@@ -225,8 +246,13 @@ class TickBoundary:
     def _promote(self) -> None:
         """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
         for branch in [] if self.signals.loss.diverging else self.registry.in_stage(Stage.GERMINATED):
-            if self.machine.refusal(branch.row, Stage.TRAINING) is None:
-                self.transitions.move(branch.row, Stage.TRAINING, "a training slot is free")
+            group = self.registry.group_of(branch)
+            taken = len(self.machine.rows_in(Stage.TRAINING))
+            if branch is group[0] and taken + len(group) <= self.machine.training_slots:
+                if any(self.machine.refusal(member.row, Stage.TRAINING) is not None for member in group):
+                    continue
+                for member in group:
+                    self.transitions.move(member.row, Stage.TRAINING, "a training slot is free")
 
     # --- tell ---
 

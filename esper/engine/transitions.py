@@ -17,9 +17,13 @@ from esper.grafting.state import initial_state
 from esper.lifecycle import Machine, Stage
 from esper.lifecycle.history import Passed, shortened
 from esper.lifecycle.table import RESTING
-from esper.lifecycle.transitions import BLENDED
+from esper.lifecycle.transitions import BLENDED, exits
 from esper.messages import Message, Transition
 from esper.seeds import Branch, SeedRegistry
+
+LEAVING_FIRST = (Stage.CANCELLED, Stage.CULLED, Stage.ROLLED_BACK)
+"""Stages of branches that go, in the order in which they are preferred where a branch goes with another one."""
+LEAVING = frozenset(LEAVING_FIRST)
 
 
 class Transitions:
@@ -84,7 +88,21 @@ class Transitions:
         return branch
 
     def move(self, row: int, target: Stage, cause: str) -> None:
-        """Any other transition; raises ValueError where the table of transitions has none."""
+        """Any other transition; raises ValueError where the table of transitions has none.
+
+        What is one decision with a branch that goes goes with it.
+        """
+        branch = self.registry.branch_at(row)
+        self._move(row, target, cause)
+        if branch is None or branch.group < 0 or target not in LEAVING:
+            return
+        for other in self.registry.group_of(branch):
+            if other.stage not in (*LEAVING, Stage.FOSSILIZED):
+                possible = exits(other.stage) & LEAVING
+                away = target if target in possible else min(possible, key=LEAVING_FIRST.index)
+                self._move(other.row, away, f"goes with branch {branch.id}: {cause}")
+
+    def _move(self, row: int, target: Stage, cause: str) -> None:
         branch = self.registry.branch_at(row)
         source = self.machine.table.stage_of(row)
         self.machine.apply(row, target, cause)

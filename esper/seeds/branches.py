@@ -43,6 +43,8 @@ class Branch:
     """Whether another is on trial in its place: nothing of it changes, and no forward adds it."""
     looks: int = 0
     """Looks at the judge set that the trial has cost."""
+    group: int = -1
+    """The first of the branches that it is one decision with, itself included; −1: it is judged alone."""
 
     @property
     def aside(self) -> bool:

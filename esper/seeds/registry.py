@@ -92,6 +92,12 @@ class SeedRegistry:
         branch = int(self.table.branch[row])
         return None if branch < 0 else self.branches[branch]
 
+    def group_of(self, branch: Branch) -> list[Branch]:
+        """The living branches that are one decision with this one, itself included, by id."""
+        if branch.group < 0:
+            return [branch]
+        return [other for other in self.branches.living() if other.group == branch.group]
+
     # --- growing ---
 
     def misfit(self, row: int, blueprint: str) -> str | None:
@@ -282,10 +288,11 @@ class SeedRegistry:
 
     @contextmanager
     def without(self, *branches: Branch) -> Iterator[None]:
-        """Within: forwards in which these branches are off."""
-        off = {branch.id for branch in branches}
+        """Within: forwards in which these branches are off, and those that are one decision with them."""
+        whole = [member for branch in branches for member in self.group_of(branch)]
+        off = {branch.id for branch in whole}
         with self._plans():
-            for number in sorted({branch.site for branch in branches}):
+            for number in sorted({branch.site for branch in whole}):
                 layer = self.layers[number]
                 parts = [self._part(b, learning=False) for b in self.blended(number) if b.id not in off]
                 layer.plan = self._built(parts, number)

@@ -7,6 +7,7 @@ import pytest
 from esper.controllers.scheduled import ScheduledConfig
 from esper.errors import UserError
 from esper.messages import (
+    ApplyTogether,
     Cancel,
     ChangeStrategy,
     EmergencyStop,
@@ -48,6 +49,17 @@ def test_a_glob_and_a_count_take_the_first_dormant_seeds(run):
 def test_without_seeds_or_count_it_means_all(run):
     ran = run(_build({"at": "1step", "command": "germinate", "site": "fc2"})).start().until(3)
     assert ran.germinated == {2: [("fc2", 0), ("fc2", 1)]}
+
+
+def test_what_germinates_as_one_is_one_command(run):
+    ran = run(_build({"at": "1step", "command": "germinate", "site": "fc2", "as_one": True})).start().until(3)
+    (command,) = ran.handed[2]
+    assert isinstance(command, ApplyTogether) and command.as_one
+    assert [(part.site, part.seed, part.id) for part in command.commands] == [
+        ("fc2", 0, "controller-1-0-0"),
+        ("fc2", 1, "controller-1-0-1"),
+    ]
+    assert [answer.status for answer in ran.answers()] == ["applied"]
 
 
 def test_what_is_named_and_not_there_is_asked_for_so_that_the_trainer_says_why_not(run):
