@@ -79,6 +79,7 @@ def _check_branch(entry: dict[str, Any], card: dict[str, Any]) -> None:
         raise Wrong(f"alpha is {alpha!r}, which is no finite number")
     _is(entry.get("residual"), bool, "residual")
     if _is(entry.get("block"), bool, "block"):
+        _count(entry.get("blocks", 1), "blocks")
         return
     _is(entry.get("target"), str, "target")
     _is(entry.get("settings"), dict, "settings")

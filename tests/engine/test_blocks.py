@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from growing import Loop, Notebook, batch, build, germinate, sample_loss, short
 from torch import nn
 
+from esper import load_model
 from esper.blueprints import Block, BlockBank
 from esper.engine.attach import attach
 from esper.engine.grow import Grow
@@ -190,6 +193,18 @@ def test_a_tied_branch_is_exported_with_the_values_that_it_shares() -> None:
     plain, inputs = loop.grow.export(), loop.batch(50)[0]
     torch.testing.assert_close(plain.eval()(inputs), loop.model.eval()(inputs))
     assert not any("seed_layer" in name for name in plain.state_dict())
+
+
+def test_a_saved_stack_is_loaded_into_a_fresh_host(tmp_path: Path) -> None:
+    loop = deep(Block(start="copy", source="stack", blocks=4))
+    loop.until(Stage.GRAFTING)
+    path, inputs = loop.grow.save(tmp_path / "model"), loop.batch(50)[0]
+    torch.testing.assert_close(load_model(path, build("decoder")).eval()(inputs), loop.model.eval()(inputs))
+    description = json.loads((path / "model.json").read_text())
+    description["grown"][0][0]["branches"][0]["blocks"] = 0.5
+    (path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=r"blocks is '0\.5' where it must be a whole number"):
+        load_model(path, build("decoder"))
 
 
 def test_a_snapshot_from_before_the_untying_brings_back_what_was_shared_then() -> None:
