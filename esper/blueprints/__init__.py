@@ -11,16 +11,18 @@ if TYPE_CHECKING:
     from esper.blueprints.block import Block, BlockBank
     from esper.blueprints.catalogue import BLUEPRINTS, blueprint_of
     from esper.blueprints.conv import Conv
-    from esper.blueprints.geometry import Geometry
+    from esper.blueprints.geometry import BehindHidden, Geometry
     from esper.blueprints.glu import GLU
     from esper.blueprints.low_rank import LowRank
     from esper.blueprints.mlp import MLP
+    from esper.blueprints.width import Width
 
 __all__ = [
     "BLUEPRINTS",
     "GLU",
     "MLP",
     "Affine",
+    "BehindHidden",
     "Block",
     "BlockBank",
     "Blueprint",
@@ -28,6 +30,7 @@ __all__ = [
     "Geometry",
     "LowRank",
     "SlotBank",
+    "Width",
     "blueprint_of",
 ]
 
@@ -38,9 +41,10 @@ _MODULES = {
     "esper.blueprints.block": ("Block", "BlockBank"),
     "esper.blueprints.catalogue": ("BLUEPRINTS", "blueprint_of"),
     "esper.blueprints.conv": ("Conv",),
-    "esper.blueprints.geometry": ("Geometry",),
+    "esper.blueprints.geometry": ("BehindHidden", "Geometry"),
     "esper.blueprints.glu": ("GLU",),
     "esper.blueprints.low_rank": ("LowRank",),
     "esper.blueprints.mlp": ("MLP",),
+    "esper.blueprints.width": ("Width",),
 }
 __getattr__ = names_of(__name__, {name: module for module, names in _MODULES.items() for name in names})

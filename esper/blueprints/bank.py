@@ -29,6 +29,8 @@ class SlotBank(nn.Module):
         self.stacks = nn.ParameterDict()
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         self.steps = torch.zeros(0, device=device)
+        self.source: Any = None
+        """What hears another activation that its branches read, where they do not read the site's (``esper.seeds.hidden_layers``)."""
         self._device = device
 
     def allocate(self, seed: int, generator: torch.Generator, silent: bool) -> int:

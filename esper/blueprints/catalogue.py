@@ -12,6 +12,7 @@ from esper.blueprints.conv import Conv
 from esper.blueprints.glu import GLU
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.mlp import MLP
+from esper.blueprints.width import Width
 
 BLUEPRINTS: dict[str, type[Blueprint] | type[Block]] = {
     "affine": Affine,
@@ -20,6 +21,7 @@ BLUEPRINTS: dict[str, type[Blueprint] | type[Block]] = {
     "glu": GLU,
     "conv": Conv,
     "block": Block,
+    "width": Width,
 }
 
 

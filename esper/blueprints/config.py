@@ -8,6 +8,7 @@ from esper.errors import UserError
 from esper.fields import setting
 
 ACTIVATION_NAMES = ("relu", "gelu", "silu")
+WIDTH_ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 STARTS = ("copy", "zero_copy", "fresh", "random", "shared")
 STATES = ("reset", "zero", "copied")
 
@@ -64,6 +65,27 @@ class ConvSettings(BlueprintSettings):
 
 
 @dataclass
+class WidthSettings:
+    """Hidden units of the host itself: the hidden layer before the site gets wider, and the site's own layer reads more."""
+
+    name: str = "width"
+    receptive_field: str = setting("layer", choices=("layer",), help="new units read what the hidden layer reads")
+    units: int = setting(16, low=1, high=2**20, help="hidden units of one branch")
+    start: str = setting(
+        "zero",
+        choices=("zero", "paired", "gradmax", "tiny"),
+        help="zero: no outgoing weights; paired: pairs with opposite ones; gradmax, tiny: directions from the gradient",
+    )
+    spread: str = setting("host", choices=("host", "fan_in"), help="size of drawn weights: as the layers' present ones, or 1/√fan_in")
+    activation: str = setting("auto", choices=("auto", *WIDTH_ACTIVATIONS), help="of the new units; auto: the hidden layer's")
+
+    def __post_init__(self) -> None:
+        """Refuse half a pair."""
+        if self.start == "paired" and self.units % 2:
+            raise UserError(f"blueprint.start=paired grows units in pairs, and blueprint.units={self.units} is odd; use an even number.")
+
+
+@dataclass
 class BlockSettings:
     """Depth growth: blocks behind a block of the host, copies of it or of the whole stack, fresh ones, or the same one run again."""
 
@@ -97,4 +119,5 @@ CONFIGS: dict[str, type] = {
     "glu": GLUSettings,
     "conv": ConvSettings,
     "block": BlockSettings,
+    "width": WidthSettings,
 }

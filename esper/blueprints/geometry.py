@@ -41,3 +41,12 @@ class Geometry:
         index = starts + torch.arange(self.chunk).unsqueeze(0)
         mask = index < ends
         return torch.where(mask, index, starts), mask
+
+
+@dataclass(frozen=True)
+class BehindHidden(Geometry):
+    """A linear layer behind a hidden layer that reads ``source`` features, with an ``activation``, and a ``bias`` or none."""
+
+    source: int = 0
+    activation: str = ""
+    bias: bool = True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.blueprints import BLUEPRINTS, Block
+from esper.blueprints import BLUEPRINTS, Block, Width
 from esper.engine.arguments import check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
 from esper.engine.grow import Grow, GrowSettings
@@ -106,11 +106,16 @@ def attach(
     _refuse_spent(judge)
     sample = _sample(sample, judge)
     patterns = [sites] if isinstance(sites, str) else list(sites)
-    per_site = 1 if isinstance(chosen, Block) else per_site
+    widens = isinstance(chosen, Width)
+    per_site = 1 if isinstance(chosen, Block) or widens else per_site
+    if widens and lifecycle.objective != "shadow":
+        raise UserError(
+            f"blueprint=width learns by lifecycle.objective=shadow alone, not by {lifecycle.objective}: new units read elsewhere."
+        )
     moved = to_device(sample, device_of(model))
     forward = probing(loss, model, moved)
     with untouched_buffers(model):
-        found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
+        found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block), widths=widens)
         _refuse_misfits(chosen, found)
         if isinstance(chosen, Block):
             refuse_unanswering(model, found, forward)

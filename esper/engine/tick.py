@@ -14,6 +14,7 @@ from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.learning.inheritance import Untying
+from esper.engine.learning.new_units import NewUnits
 from esper.engine.measurements import Faults, Measured, Measurements
 from esper.engine.telemetry import Observer
 from esper.engine.transitions import LEAVING, Transitions
@@ -72,6 +73,7 @@ class TickBoundary:
         self.observer = observer
         self.faults = faults
         self.replacing = replacing
+        transitions.prepare = NewUnits(measurements).prepare
         self.untying = Untying(transitions, ages.untie)
         self.clock = clock
         self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # with their seeds, and least ages

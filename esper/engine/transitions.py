@@ -50,6 +50,8 @@ class Transitions:
         self.port = port
         self.optimizer = optimizer
         self.leaving: list[int] = []
+        self.prepare: Callable[[Branch], None] = lambda branch: None
+        """Called for every new branch, for start values that depend on the host's weights or gradients."""
         self.tick = 0
         self._later: list[Callable[[], None]] | None = None
         self.counts = {"germinated": 0, "fossilized": 0, "culled": 0, "cancelled": 0, "rolled_back": 0}
@@ -83,6 +85,7 @@ class Transitions:
         bank = self.registry.layers[branch.site].bank(branch.blueprint)
         if isinstance(bank, BlockBank):
             inherit(bank, branch.slot, self.optimizer)
+        self.prepare(branch)
         self._say(row, branch, source, Stage.GERMINATED, cause)
         self.counts["germinated"] += 1
         return branch

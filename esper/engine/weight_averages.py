@@ -24,6 +24,7 @@ from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
 from esper.seeds.branch_groups import Injection, build
+from esper.seeds.hidden_layers import Source
 from esper.seeds.layer import ATTRIBUTE, Attached, device_of
 from esper.seeds.sites import stack_of
 
@@ -96,13 +97,17 @@ class Follower:
         for module in self.model.modules():
             module._modules.pop(ATTRIBUTE, None)
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached))]:
+                for key in [
+                    key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached, Source))
+                ]:
                     del hooks[key]
                     module._forward_hooks_with_kwargs.pop(key, None)
 
     def _layer(self, site: Site) -> SeedLayer:
         layer = SeedLayer(site)
         layer.attach(self.model.get_submodule(site.name))
+        if site.hidden is not None:
+            layer.listen(self.model.get_submodule(site.hidden.name))
         return layer.train(site.module.training)
 
     def _rebuild(self, number: int, here: list[Branch]) -> None:
@@ -112,22 +117,23 @@ class Follower:
         if self._banks[number] is not None:
             before = set(self._banks[number][1])
             known = {b.id: {n: v.clone() for n, v in self._values(b).items()} for b in here if (b.id, b.slot) in before}
-        layer.banks = nn.ModuleDict({name: self._twin(bank, layer.name) for name, bank in self.registry.banks(number).items()})
+        layer.banks = nn.ModuleDict({name: self._twin(bank, layer) for name, bank in self.registry.banks(number).items()})
         self._plans[number] = []
         for branch in here:
             if branch.id in known:
                 _put(self._values(branch), known[branch.id])
 
-    def _twin(self, bank: SlotBank | BlockBank, site: str) -> SlotBank | BlockBank:
+    def _twin(self, bank: SlotBank | BlockBank, layer: SeedLayer) -> SlotBank | BlockBank:
         """A bank with the present values and no history: nobody learns in it."""
         twin: SlotBank | BlockBank
         if isinstance(bank, SlotBank):
             twin = SlotBank(bank.blueprint, bank.geometry, self.device)
             twin.used, twin.capacity = list(bank.used), bank.capacity
+            twin.source = None if bank.source is None else layer.source
             for name, stack in bank.stacks.items():
                 twin.stacks[name] = nn.Parameter(stack.detach().to(self.device, copy=True))
             return twin
-        twin = BlockBank(bank.blueprint, stack_of(self.model, site), self.device)
+        twin = BlockBank(bank.blueprint, stack_of(self.model, layer.name), self.device)
         twin.tied = set(bank.tied)
         twin.blocks = copy.deepcopy(bank.blocks).to(self.device)
         for parameter in twin.blocks.parameters():

@@ -59,6 +59,10 @@ def _check_host(host: dict[str, Any]) -> None:
 
 def _check_card(card: dict[str, Any]) -> None:
     _is(card.get("site"), str, "site")
+    if "hidden" in card:
+        _is(card["hidden"], str, "hidden")
+        _count(card.get("units"), "units")
+        return
     _count(card.get("width"), "width")
     if type(card.get("dim")) is not int or not -1 - MOST_SPATIAL <= card["dim"] < 0:
         raise Wrong(f"dim is {card.get('dim')!r}, which is no axis counted from the end")

@@ -100,6 +100,8 @@ def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) ->
     branches = len(group.branches)
     if group.bank.blueprint.spatial:
         reads = chunk.transpose(0, 1) if _reads_chunk(group) else x.unsqueeze(1)
+    elif group.bank.source is not None:
+        reads = _whole(group.bank.source.activation.to(x.dtype), group.bank.source.activation.dim() - 1)
     else:
         reads = chunk if _reads_chunk(group) else _whole(x, _axis(x, geometry))
     reads = _guarded(reads, 1 if group.bank.blueprint.spatial else 0, branches)

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry
+from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry, SlotBank, Width
 from esper.blueprints.block import assembled
 from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
+from esper.seeds.hidden_layers import not_listening, widen
 from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
 from esper.seeds.registry import SeedRegistry
 from esper.seeds.wrappers import unwrapped
@@ -37,14 +38,17 @@ def export(registry: SeedRegistry) -> nn.Module:
 def export_with_cards(registry: SeedRegistry) -> tuple[nn.Module, list[Card]]:
     """The plain model, and one JSON-able card for every site at which it differs from the host."""
     inner = [_hooks_before(site.module) for site in registry.sites]
-    with _detached(registry), unwrapped(registry.model):
+    listening = [site.hidden.module for site in registry.sites if site.hidden is not None]
+    with _detached(registry), not_listening(list(listening)), unwrapped(registry.model):
         plain = copy.deepcopy(registry.model)
     cards = []
     modules = [plain.get_submodule(site.name) for site in registry.sites]  # found before any of them is replaced
     with torch.no_grad():
         for number, module in enumerate(modules):
-            if registry.blended(number):
-                cards.append(_build_in(registry, number, module, plain, inner[number]))
+            wide, others = _apart(registry, registry.blended(number))
+            if others:
+                cards.append(_build_in(registry, number, module, plain, inner[number], others))
+            cards += [_widened(registry, branch, module, plain) for branch in wide]
     for parameter in plain.parameters():
         parameter.grad = None
     return plain, cards
@@ -57,7 +61,14 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) 
     Raises KeyError or AttributeError where the host has no such module.
     """
     modules = [host.get_submodule(card["site"]) for card in cards]
-    for card, module in zip(cards, modules, strict=True):
+    hidden = [host.get_submodule(card["hidden"]) if "hidden" in card else None for card in cards]
+    for card, module, wider in zip(cards, modules, hidden, strict=True):
+        if wider is not None:
+            if not isinstance(wider, nn.Linear) or not isinstance(module, nn.Linear):
+                raise KeyError(f"'{card['hidden']}' and '{card['site']}' as linear layers")
+            budget.spend([(card["units"], wider.in_features), (module.out_features, card["units"])])
+            widen(wider, module, card["units"])
+            continue
         if card["folded"]:
             if card["bias"] and module.bias is None:
                 weight = module.weight
@@ -69,9 +80,26 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) 
         _replace(host, module, _joined(module, branches, card["width"], card["dim"]))
 
 
-def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.Module, inner: set[int]) -> Card:
+def _apart(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
+    """Branches that are hidden units of the host, and all others."""
+    wide = [isinstance(registry.layers[branch.site].bank(branch.blueprint).blueprint, Width) for branch in branches]
+    return list(itertools.compress(branches, wide)), [branch for branch, is_wide in zip(branches, wide, strict=True) if not is_wide]
+
+
+def _widened(registry: SeedRegistry, branch: Branch, module: nn.Module, plain: nn.Module) -> Card:
+    """Put a branch's hidden units into the host's own hidden layer."""
+    site, bank = registry.sites[branch.site], registry.layers[branch.site].bank(branch.blueprint)
+    assert isinstance(bank, SlotBank) and site.hidden is not None and isinstance(module, nn.Linear)
+    hidden, values = plain.get_submodule(site.hidden.name), bank.values(branch.slot)
+    assert isinstance(hidden, nn.Linear)
+    units = values["w2"].shape[0]
+    widen(hidden, module, units, values, float(registry.branches.alpha[branch.id]))
+    return {"site": site.name, "hidden": site.hidden.name, "units": units}
+
+
+def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.Module, inner: set[int], blended: list[Branch]) -> Card:
     """Fold or build in what grew at a site; ``inner`` are the host's own hooks on the module that what grew comes after."""
-    site, blended = registry.sites[number], registry.blended(number)
+    site = registry.sites[number]
     geometry = site.geometry
     card: Card = {"site": site.name, "width": geometry.width, "dim": _dim(geometry), "folded": False}
     blueprints: list[object] = [registry.layers[number].bank(branch.blueprint).blueprint for branch in blended]
@@ -142,7 +170,8 @@ def _card(registry: SeedRegistry, branch: Branch) -> Card:
     kind = type(bank.blueprint)
     target = "" if kind in BLUEPRINTS.values() else f"{kind.__module__}:{kind.__qualname__}"
     settings = dataclasses.asdict(bank.blueprint)
-    return card | {"target": target, "settings": settings, "geometry": dataclasses.asdict(geometry), "block": False}
+    place = {field.name: getattr(geometry, field.name) for field in dataclasses.fields(Geometry)}
+    return card | {"target": target, "settings": settings, "geometry": place, "block": False}
 
 
 def _empty_branch(card: Card, entry: Card, module: nn.Module, blueprint_of: Any, budget: Any) -> GrownBranch | GrownBlock:

@@ -15,6 +15,7 @@ from esper.kernels import Kernels
 from esper.seeds.blend import blend
 from esper.seeds.branch_groups import BranchGroups
 from esper.seeds.graph_ops import grown_in_graph
+from esper.seeds.hidden_layers import Source
 from esper.seeds.recording import Recording
 from esper.seeds.sites import Site
 
@@ -58,6 +59,11 @@ class SeedLayer(nn.Module, Hidden):
         self.keeps = False
         self.outside = False
         self.number = -1
+        self.source: Source | None = None
+
+    def listen(self, module: nn.Module) -> None:
+        """Hear what ``module`` reads, for branches that read the same."""
+        self.source = Source(module)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[…, width]`` (or channels first) → the same shape and dtype."""
@@ -122,6 +128,8 @@ class SeedLayer(nn.Module, Hidden):
         for bank in blocks:
             bank.call = Call.of(inputs, named)
         result = on_first(output, self)
+        if self.source is not None:
+            self.source.forget()
         for bank in blocks:
             bank.call = bank.call.detached()  # an objective may still ask for the block's answer
         return result

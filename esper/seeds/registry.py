@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Generator, nn
 
-from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, SlotBank
+from esper.blueprints import BLUEPRINTS, BehindHidden, Block, BlockBank, Blueprint, SlotBank, Width
 from esper.flags import Flags
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
@@ -69,6 +70,8 @@ class SeedRegistry:
             layer.to(self.device)
             layer.kernels = kernels
             layer.attach(site.module)
+            if site.hidden is not None:
+                layer.listen(site.hidden.module)
 
     # --- addresses ---
 
@@ -111,7 +114,23 @@ class SeedRegistry:
             reason = config.unsilenced(site.module)
         if reason is None and blueprint == "block" and geometry.seeds != 1:
             reason = f"block fills its site, but {geometry.seeds} seeds share this one (sites.per_site=1 is needed)"
-        return reason
+        return reason or self._in_the_way(site, isinstance(config, Width))
+
+    def _in_the_way(self, site: Site, widens: bool) -> str | None:
+        """Why a branch cannot grow for those that live beside it, or None: a layer is either widened, or something grows on it."""
+        if any(self._widens(branch) is not widens for branch in self.living_at(self.by_name[site.name]) if widens or self._widens(branch)):
+            return f"hidden units and branches of other kinds cannot both grow at '{site.name}'"
+        if widens and site.hidden is not None and site.hidden.name in self.by_name:
+            others = [branch for branch in self.living_at(self.by_name[site.hidden.name]) if not self._widens(branch)]
+            return f"branches that grew on '{site.hidden.name}' would not fit it when it is wider" if others else None
+        if not widens:
+            for number, other in enumerate(self.sites):
+                if other.hidden is not None and other.hidden.module is site.module and any(map(self._widens, self.living_at(number))):
+                    return f"'{site.name}' is being widened by what grew at '{other.name}'"
+        return None
+
+    def _widens(self, branch: Branch) -> bool:
+        return isinstance(self.blueprints[branch.blueprint], Width)
 
     def germinate(self, row: int, blueprint: str, strategy: str) -> Branch:
         """Allocate a branch for a seed (its stage is the machine's business). Draws from a generator of this seed's own."""
@@ -169,8 +188,16 @@ class SeedRegistry:
             if isinstance(config, Block):
                 layer.banks[blueprint] = BlockBank(config, stack_of(self.model, self.sites[number].name), self.device)
             else:
-                layer.banks[blueprint] = SlotBank(config, layer.geometry, self.device)
+                layer.banks[blueprint] = bank = SlotBank(self._fitted(config, layer), layer.geometry, self.device)
+                bank.source = layer.source if isinstance(config, Width) else None
         return layer.bank(blueprint)
+
+    def _fitted(self, config: Blueprint, layer: SeedLayer) -> Blueprint:
+        """The blueprint as it is at this site: new hidden units have the hidden layer's activation."""
+        if isinstance(config, Width) and config.activation == "auto":
+            assert isinstance(layer.geometry, BehindHidden)
+            return dataclasses.replace(config, activation=layer.geometry.activation)
+        return config
 
     # --- checkpoints ---
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.blueprints import Geometry
+from esper.blueprints import BehindHidden, Geometry
 from esper.blueprints.block_call import first_tensor
 from esper.errors import UserError
 from esper.randomness import global_draws_kept
+from esper.seeds.hidden_layers import HiddenLayer, hidden_layers
 from esper.seeds.roles import ROLES, with_role
 from esper.seeds.tracing import Watch, watching
 from esper.seeds.wrappers import host_modules
@@ -29,12 +31,16 @@ NO_HIDDEN = "sites.match=auto finds no hidden layer in this host"
 
 @dataclass
 class Site:
-    """A module of the host whose output carries seeds; ``borrowed`` says that its weights serve elsewhere in the host too."""
+    """A module of the host whose output carries seeds; ``borrowed`` says that its weights serve elsewhere in the host too.
+
+    ``hidden`` is the hidden layer before it, where that was asked for and there is one that can be widened.
+    """
 
     name: str
     module: nn.Module
     geometry: Geometry
     borrowed: bool = False
+    hidden: HiddenLayer | None = None
 
 
 @dataclass
@@ -51,12 +57,14 @@ class _Seen:
         return 1 if len(self.output) > 3 else len(self.output) - 1
 
 
-def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forward, blocks: bool = False) -> list[Site]:
+def find_sites(
+    model: nn.Module, match: list[str], per_site: int, forward: Forward, blocks: bool = False, widths: bool = False
+) -> list[Site]:
     """Sites of ``model`` that match, in the order of its modules.
 
-    A pattern is a glob over module names, a role (``esper.seeds.roles``) or ``auto``; ``blocks`` makes ``auto`` look for the
-    host's residual blocks. ``forward`` runs the model once on a sample batch (evaluation mode, no gradients, RNG kept), so
-    that shapes and roles are known.
+    A pattern is a glob over module names, a role (``esper.seeds.roles``) or ``auto``; ``blocks`` makes ``auto`` look for the host's
+    residual blocks, ``widths`` for layers behind hidden layers. ``forward`` runs the model once on a sample batch (evaluation mode, no
+    gradients, RNG kept), so that shapes and roles are known.
 
     ``auto`` leaves out what cannot carry seeds and says so in the log: layers that are never called, since another module reads their
     weights (``nn.MultiheadAttention`` its ``out_proj``'s) or nobody does.
@@ -67,7 +75,15 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     modules = host_modules(model)
     auto, hidden = list(match) == ["auto"], False
     patterns = list(match)
-    if auto:
+    behind: dict[str, HiddenLayer] = {}
+    if widths:
+        with quiet_evaluation(model):
+            behind = hidden_layers(modules, forward)
+    if auto and widths:
+        patterns = list(behind)
+        if not patterns:
+            raise UserError("blueprint=width finds no hidden layer that it could widen in this host; choose another blueprint.")
+    elif auto:
         patterns, hidden = _automatic(model, modules, blocks)
     if not patterns:
         raise UserError("sites.match=[] names no module, so nothing could grow; give patterns, or auto.")
@@ -93,7 +109,10 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     for name in chosen:
         if reasons[name] is None:
             borrowed = any(id(parameter) in watch.borrowed for parameter in named[name].parameters(recurse=False))
-            sites.append(Site(name, named[name], _geometry(name, seen[name], per_site), borrowed))
+            geometry = _geometry(name, seen[name], per_site)
+            if name in behind:
+                geometry = _behind(geometry, behind[name])
+            sites.append(Site(name, named[name], geometry, borrowed, behind.get(name)))
     return sites
 
 
@@ -224,3 +243,8 @@ def _geometry(name: str, seen: _Seen, per_site: int) -> Geometry:
         raise UserError(f"sites.per_site={per_site} is more than the {width} features of site '{name}'; ask for at most {width}.")
     positions = max(1, shape.numel() // (width * max(1, shape[0])))
     return Geometry(width, per_site, 1 if first else -1, len(shape) - 2 if first else 0, positions, seen.residual)
+
+
+def _behind(geometry: Geometry, hidden: HiddenLayer) -> Geometry:
+    bias = hidden.module.bias is not None
+    return BehindHidden(**dataclasses.asdict(geometry), source=hidden.module.in_features, activation=hidden.activation, bias=bias)

@@ -1,0 +1,336 @@
+"""Width growth of the host itself: units found, added, started, learnt and exported, against plain torch in float64."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from growing import HOSTS, Loop, Notebook, batch, build, germinate, sample_loss, short
+from torch import Tensor, nn
+from torch.nn import functional
+
+from esper import load_model
+from esper.blueprints import MLP, BehindHidden, Width
+from esper.engine.attach import attach
+from esper.engine.learning.branch_optimizer import BranchLearning
+from esper.engine.learning.new_units import Seen, gradmax, tiny
+from esper.errors import UserError
+from esper.grafting.config import LinearConfig
+from esper.lifecycle import Stage
+from esper.seeds.hidden_layers import hidden_layers
+from esper.seeds.sites import find_sites
+
+AT_ONCE: dict[str, Any] = {
+    "grafting": LinearConfig(ramp="0step"),
+    "lifecycle": short(training_min="0step", grafting_min="60step", grafting_max="90step"),
+    "learning": BranchLearning(0.01),
+}
+
+
+class Deep(nn.Module):
+    """Three layers behind each other, with another activation and a dropout between them; ``skip`` is no hidden layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.skip = nn.Linear(6, 5), nn.Linear(5, 4, bias=False), nn.Linear(4, 3), nn.Linear(3, 3)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = functional.gelu(self.a(x))
+        return self.skip(self.c(self.drop(torch.tanh(self.b(hidden)))))
+
+
+def deep() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Deep()
+
+
+@pytest.fixture(autouse=True)
+def _deep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HOSTS, "deep", deep)
+
+
+def grown(host: str, blueprint: Width, site: str, **changes: Any) -> Loop:
+    settings = AT_ONCE | {"blueprint": blueprint} | changes
+    return Loop(host, settings=settings, commands={3: [germinate(site)]})
+
+
+def plain_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    return sample_loss(model, (data[0] if data[0].dtype == torch.int64 else data[0].double(), data[1])).mean()
+
+
+def test_hidden_layers_are_found_by_what_they_compute() -> None:
+    model = deep().eval()
+    found = hidden_layers(dict(model.named_modules()), lambda: model(torch.randn(9, 6)))
+    assert {name: (layer.name, layer.activation) for name, layer in found.items()} == {"b": ("a", "gelu"), "c": ("b", "tanh")}
+    net = build("mlp").eval()
+    pairs = hidden_layers(dict(net.named_modules()), lambda: net(torch.randn(9, 6)))
+    assert {name: (layer.name, layer.activation) for name, layer in pairs.items()} == {"fc2": ("fc1", "relu"), "head": ("fc2", "relu")}
+    decoder = build("decoder").eval()
+    pairs = hidden_layers(dict(decoder.named_modules()), lambda: decoder(batch("decoder")[0]))
+    assert {name: layer.name for name, layer in pairs.items()} == {f"blocks.{n}.mlp.fc2": f"blocks.{n}.mlp.fc1" for n in range(3)}
+
+
+def test_layers_that_share_weights_or_run_twice_are_left_alone() -> None:
+    model: Any = deep().eval()
+    model.extra = nn.Linear(5, 4, bias=False)
+    model.extra.weight = model.b.weight
+    assert not hidden_layers(dict(model.named_modules()), lambda: model(torch.randn(9, 6)))
+    once: Any = deep().eval()
+    assert not hidden_layers(dict(once.named_modules()), lambda: [once(torch.randn(9, 6)) for _ in range(2)])
+
+
+def test_auto_takes_the_layers_behind_hidden_layers() -> None:
+    model = deep()
+    sites = find_sites(model, ["auto"], 1, lambda: model(torch.randn(9, 6)), widths=True)
+    assert [(site.name, site.geometry) for site in sites] == [
+        ("b", BehindHidden(4, 1, source=6, activation="gelu", bias=True)),
+        ("c", BehindHidden(3, 1, source=5, activation="tanh", bias=False)),
+    ]
+    with pytest.raises(UserError, match="blueprint=width finds no hidden layer"):
+        find_sites(nn.Sequential(nn.Linear(6, 3)), ["auto"], 1, lambda: None, widths=True)
+
+
+@pytest.mark.parametrize(("host", "site"), [("deep", "b"), ("deep", "c"), ("mlp", "fc2"), ("decoder", "blocks.1.mlp.fc2")])
+def test_a_widened_host_has_the_outputs_and_gradients_of_wider_layers(host: str, site: str) -> None:
+    """At α = 1 the engine's forward and backward are those of the exported host, whose own layers are wider."""
+    loop = grown(host, Width(units=6), site)
+    loop.until(Stage.GRAFTING)
+    loop.run(12)
+    plain, live = loop.grow.export().double().eval(), loop.model.double().eval()
+    number = loop.grow.registry.by_name[site]
+    changed = loop.grow.registry.sites[number]
+    wider, reader = plain.get_submodule(changed.hidden.name), plain.get_submodule(site)  # type: ignore[union-attr]
+    before = build(host)
+    assert wider.out_features == before.get_submodule(changed.hidden.name).out_features + 6  # type: ignore[union-attr]
+    assert type(reader) is nn.Linear and reader.in_features == wider.out_features and type(plain) is type(before)
+    assert float(reader.weight.detach()[:, -6:].abs().max()) > 1e-3, "the new units have learnt"
+    bank = loop.grow.registry.layers[number].bank("width")
+    bank.stacks.double()
+    data = loop.batch(50)
+    data = (data[0].double(), data[1]) if data[0].is_floating_point() else data
+    ours, theirs = sample_loss(live, data).mean(), sample_loss(plain, data).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    live.zero_grad()
+    ours.backward()
+    theirs.backward()
+    assert wider.weight.grad is not None and reader.weight.grad is not None
+    torch.testing.assert_close(bank.stacks["w1"].grad[0], wider.weight.grad[-6:].t(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(bank.stacks["w2"].grad[0], reader.weight.grad[:, -6:].t(), rtol=1e-5, atol=1e-7)
+    assert ("b1" in bank.stacks) == (wider.bias is not None)
+    old = wider.out_features - 6
+    torch.testing.assert_close(live.get_submodule(changed.hidden.name).weight.grad, wider.weight.grad[:old], rtol=1e-5, atol=1e-7)  # type: ignore[union-attr]
+
+
+def test_layers_widened_on_both_sides_are_exported_as_they_are() -> None:
+    commands = {3: [germinate("b"), germinate("c")]}
+    loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4)}, commands=commands).run(20)
+    plain: Any = loop.grow.export().eval()
+    assert (plain.a.out_features, plain.b.in_features, plain.b.out_features, plain.c.in_features) == (9, 9, 8, 8)
+    x = loop.batch(60)[0]
+    torch.testing.assert_close(plain(x), loop.model.eval()(x))
+
+
+def test_a_saved_wide_host_is_loaded_into_a_fresh_one(tmp_path: Path) -> None:
+    loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4)}, commands={3: [germinate("b"), germinate("c")]}).run(20)
+    path, x = loop.grow.save(tmp_path / "model"), loop.batch(60)[0]
+    torch.testing.assert_close(load_model(path, deep())(x), loop.model.eval()(x))
+    with pytest.raises(UserError, match="does not fit this host"):
+        load_model(path, build("mlp"))
+    description = json.loads((path / "model.json").read_text())
+    description["grown"][0][0]["units"] = 10**9
+    (path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="would hold more than the file of weights"):
+        load_model(path, deep())
+
+
+@pytest.mark.parametrize(("start", "preserves"), [("zero", True), ("paired", True), ("gradmax", True), ("tiny", False)])
+def test_a_start_changes_the_output_or_not_as_it_says(start: str, preserves: bool) -> None:
+    loop = grown("deep", Width(units=2, start=start), "b").run(3)
+    state = loop.host_state()
+    bare = deep().double().eval()
+    bare.load_state_dict(state)
+    branch = loop.grow.registry.branches[0]
+    bank = loop.grow.registry.layers[0].bank("width")
+    values = {name: value.double() for name, value in bank.values(branch.slot).items()}
+    x = torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    delta = bank.blueprint.forward({name: value.unsqueeze(0) for name, value in values.items()}, x.unsqueeze(0))
+    assert bool(delta.abs().max() < 1e-7) == preserves
+    assert bool(values["w2"].any()) == (start != "zero") and bool(values["w1"].any()) == (start != "gradmax")
+
+
+def test_drawn_weights_are_as_large_as_the_layers_present_ones() -> None:
+    def first(spread: str) -> Any:
+        loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4, start="paired", spread=spread)})
+        with torch.no_grad():
+            loop.model.a.weight.mul_(7.0)
+            loop.model.b.weight.mul_(0.2)
+        loop.port.script = {1: [germinate("b")]}
+        loop.run(1)
+        return loop, loop.grow.registry.layers[0].bank("width").stacks
+
+    loop, stacks = first("host")
+    torch.testing.assert_close(stacks["w1"].std(correction=0), loop.model.a.weight.std(), rtol=0.05, atol=0.0)
+    torch.testing.assert_close(stacks["w2"].std(correction=0), loop.model.b.weight.std(), rtol=0.05, atol=0.0)
+    _, plain = first("fan_in")
+    assert float(plain["w1"].detach().abs().max()) <= 6**-0.5 and float(plain["w2"].detach().abs().max()) <= 0.5
+
+
+def seen_at(model: nn.Module, data: tuple[Tensor, Tensor]) -> Seen:
+    """What ``b`` of the deep host reads and answers, by plain hooks."""
+    held: dict[str, Any] = {}
+    model.a.register_forward_pre_hook(lambda _, inputs: held.update(read=inputs[0].detach()))
+
+    def answered(_: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        held.update(hidden=inputs[0].detach(), output=output)
+
+    model.b.register_forward_hook(answered)
+    plain_loss(model, data).backward()
+    return Seen(held["read"], held["hidden"], held["output"].grad)
+
+
+def test_gradmax_makes_the_gradient_of_incoming_weights_as_large_as_it_can_be() -> None:
+    model = deep().double().eval()
+    data = batch("mlp", 5, 64)
+    seen, length = seen_at(model, data), 1.3
+
+    def gradient_norm(outgoing: Tensor) -> float:
+        """Of zero incoming weights, in a really wider net."""
+        wide: Any = copy.deepcopy(model)
+        incoming = torch.zeros(6, 2, dtype=torch.float64, requires_grad=True)
+        wide.b.register_forward_hook(lambda _, __, output: output + torch.tanh(held["x"] @ incoming) @ outgoing)
+        held: dict[str, Tensor] = {}
+        wide.a.register_forward_pre_hook(lambda _, inputs: held.update(x=inputs[0]))
+        plain_loss(wide, data).backward()
+        return float(incoming.grad.norm())
+
+    best = gradient_norm(gradmax(seen, 2) * length)
+    sizes = torch.linalg.svdvals(seen.gradient.mT @ seen.read)
+    assert best == pytest.approx(length * float(sizes[:2].square().sum().sqrt()), rel=1e-9)
+    draws = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        other = torch.linalg.qr(torch.randn(4, 2, dtype=torch.float64, generator=draws))[0].mT * length
+        assert gradient_norm(other) <= best * (1 + 1e-12)
+
+
+def test_tiny_is_the_best_low_rank_answer_to_what_the_present_units_cannot_do() -> None:
+    draws = torch.Generator().manual_seed(2)
+    read, hidden, gradient = (torch.randn(50, width, dtype=torch.float64, generator=draws) for width in (6, 5, 4))
+    incoming, outgoing = tiny(Seen(read, hidden, gradient), 2)
+    present = torch.cat([hidden, torch.ones(50, 1, dtype=torch.float64)], 1)
+    rest = -gradient - present @ torch.linalg.lstsq(present, -gradient).solution
+    assert float((present.mT @ rest).abs().max()) < 1e-10
+    error = float((rest - read @ incoming @ outgoing).norm())
+    full = read @ torch.linalg.lstsq(read, rest).solution
+    left, sizes, right = torch.linalg.svd(full, full_matrices=False)
+    best = (left[:, :2] * sizes[:2]) @ right[:2]  # reduced-rank regression: the fit, cut to rank 2
+    assert error == pytest.approx(float((rest - best).norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_new_units_along_the_gradient_lower_the_loss_more_than_drawn_ones(activation: str) -> None:
+    host, site = ("deep", "b") if activation == "gelu" else ("mlp", "fc2")
+    slopes = {}
+    for start in ("tiny", "paired"):
+        loop = grown(host, Width(units=4, start=start, spread="host"), site)
+        loop.run(3)
+        bank, (branch,) = loop.grow.registry.layers[0].bank("width"), loop.grow.registry.branches.entries
+        if start == "paired":
+            with torch.no_grad():
+                bank.stacks["w2"][branch.slot, 2:] *= 0.5  # else the pair is silent
+        data, registry = loop.batch(2), loop.grow.registry
+        loop.run(2)
+        losses = []
+        for alpha in (0.0, 0.02):
+            registry.branches.alpha[branch.id] = alpha
+            registry.set_alphas({0})
+            losses.append(float(sample_loss(loop.model.eval(), data).mean().detach()))
+        slopes[start] = losses[1] - losses[0]
+    assert slopes["tiny"] < 0.0 and slopes["tiny"] < slopes["paired"]
+
+
+@pytest.mark.parametrize(
+    ("blueprint", "host", "site", "reason"),
+    [
+        (Width(units=4, start="gradmax"), "mlp", "fc2", "needs an activation with a slope at zero, and relu has none"),
+        (Width(units=5, start="tiny"), "mlp", "fc2", "takes units of relu in pairs"),
+        (Width(units=9, start="gradmax"), "deep", "b", "has 4 directions here, and blueprint.units=9 asks for more"),
+    ],
+)
+def test_directions_that_there_are_not_are_refused(blueprint: Width, host: str, site: str, reason: str) -> None:
+    loop = grown(host, blueprint, site).run(4)
+    status, said = loop.port.acks[f"germinate-{site}-0"]
+    assert status == "refused" and reason in said and not loop.grow.registry.branches.entries
+    loop.run(3)
+
+
+def test_a_layer_is_widened_or_grown_upon_not_both() -> None:
+    commands = {2: [germinate("b")], 3: [germinate("b", id="again", blueprint="mlp")], 4: [germinate("c", blueprint="mlp", id="other")]}
+    loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4)}, commands=commands).run(6)
+    assert loop.port.acks["germinate-b-0"][0] == loop.port.acks["other"][0] == "applied"
+    assert loop.port.acks["again"][0] == "refused"
+    commands = {2: [germinate("c")], 3: [germinate("b", blueprint="mlp", id="hidden")]}
+    loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4)}, commands=commands).run(5)
+    assert loop.port.acks["hidden"] == ("refused", "'b' is being widened by what grew at 'c'")
+    commands = {2: [germinate("b", blueprint="mlp")], 3: [germinate("c", id="wide")]}
+    loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4)}, commands=commands).run(5)
+    assert loop.port.acks["wide"] == ("refused", "branches that grew on 'b' would not fit it when it is wider")
+
+
+def test_what_cannot_be_widened_is_refused_before_training() -> None:
+    data: Any = [batch("mlp")]
+    with pytest.raises(UserError, match="fits none of the 1 sites; at 'a': width needs a linear layer behind a hidden layer"):
+        attach(deep(), loss=sample_loss, total_steps=9, judge=data, sites=["a"], blueprint=Width())
+    with pytest.raises(UserError, match=r"learns by lifecycle\.objective=shadow alone"):
+        attach(deep(), loss=sample_loss, total_steps=9, judge=data, blueprint="width", lifecycle=short(objective="reconstruction"))
+    with pytest.raises(UserError, match=r"grows units in pairs, and blueprint\.units=3 is odd"):
+        Width(units=3, start="paired")
+
+
+def test_units_train_in_isolation_and_a_resumed_loop_goes_on_with_the_same_bits() -> None:
+    lifecycle = short(training_min="6step", training_max="40step")
+    settings = AT_ONCE | {"blueprint": Width(units=4, start="gradmax"), "lifecycle": lifecycle}
+
+    def end(loop: Loop, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        loop.run(steps)
+        return loop.host_state(), loop.grow.export().state_dict()
+
+    whole = end(Loop("deep", settings=settings, commands={3: [germinate("b")]}), 30)
+    first = Loop("deep", settings=settings, commands={3: [germinate("b")]}).run(14)
+    rng = torch.get_rng_state()
+    second = Loop("deep", seeds=False)
+    second.model.load_state_dict(first.host_state())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    second.step_number = first.step_number
+    second._grow = attach(
+        second.model, loss=sample_loss, total_steps=400, optimizer=second.optimizer, port=Notebook(), judge=[first.batch(900, 64)],
+        per_site=2, telemetry=None, state=first.grow.state(), **settings,
+    )  # fmt: skip
+    torch.set_rng_state(rng)
+    for mine, theirs in zip(end(second, 16), whole, strict=True):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_an_average_of_the_weights_follows_new_units() -> None:
+    loop = grown("deep", Width(units=4), "b")
+    averaged = torch.optim.swa_utils.AveragedModel(loop.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.0))
+    loop.grow.follow(averaged)
+    for _ in range(12):
+        loop.step()
+        averaged.update_parameters(loop.model)
+    x = loop.batch(60)[0]
+    torch.testing.assert_close(averaged.module.eval()(x), loop.model.eval()(x))
+    copy.deepcopy(loop.model)(x)
+
+
+def test_mlp_branches_beside_a_host_that_could_be_widened_are_exported_as_ever() -> None:
+    loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4)}, commands={2: [germinate("c", blueprint="mlp")]}).run(12)
+    assert isinstance(loop.grow.registry.layers[1].bank("mlp").blueprint, MLP)
+    x = loop.batch(60)[0]
+    torch.testing.assert_close(loop.grow.export().eval()(x), loop.model.eval()(x))
