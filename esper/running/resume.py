@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from esper.checkpoint import store
 from esper.checkpoint.tree import fitting
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash
@@ -137,7 +139,8 @@ def fork_state(state: State, before: RootConfig, config: RootConfig) -> tuple[St
     with fitting():
         state, said = {**state, **no_provenance()}, []
         if _kind(config.optimizer) != _kind(before.optimizer):
-            state["trainer"] = _without_optimizer(state["trainer"])
+            anew = "muon" in (_kind(config.optimizer), _kind(before.optimizer))
+            state["trainer"] = _without_optimizer(state["trainer"], anew)
             said.append(f"optimizer={_kind(config.optimizer)} begins without what {_kind(before.optimizer)} had gathered")
         if _kind(config.controller) != _kind(before.controller):
             state["controller"] = json.dumps(_new_controller(config, state["trainer"]["grow"]))
@@ -151,18 +154,41 @@ def _kind(part: Any) -> str:
     return f"{part.name} {target}" if target else str(part.name)
 
 
-def _without_optimizer(trainer: State) -> State:
-    """The host's optimizer has seen no gradient yet, in every snapshot that a rollback may return to as well."""
+def _without_optimizer(trainer: State, branches: bool) -> State:
+    """The host's optimizer has seen no gradient yet, in every snapshot that a rollback may return to as well.
+
+    Nor has that of the ``branches``, where they learn by other rules than before: the moments of AdamW mean nothing to Muon.
+    """
     grow, governor = trainer["grow"], trainer["governor"]
     guard = grow["guard"]
-    states = [{**kept, "snapshot": _emptied(kept["snapshot"])} for kept in guard["states"]]
+    states = [{**kept, "snapshot": _emptied(kept["snapshot"], branches)} for kept in guard["states"]]
     if governor is not None and governor["snapshot"] is not None:
-        governor = {**governor, "snapshot": _emptied(governor["snapshot"])}
-    return {**_emptied(trainer), "grow": {**grow, "guard": {**guard, "states": states}}, "governor": governor}
+        governor = {**governor, "snapshot": _emptied(governor["snapshot"], branches)}
+    if branches:
+        grow = {**grow, "garden": {**grow["garden"], "banks": _unlearnt(grow["garden"]["banks"])}}
+    return {**_emptied(trainer, False), "grow": {**grow, "guard": {**guard, "states": states}}, "governor": governor}
 
 
-def _emptied(holder: State) -> State:
-    return {**holder, "optimizer": None if holder["optimizer"] is None else [{} for _ in holder["optimizer"]]}
+def _emptied(holder: State, branches: bool) -> State:
+    emptied = {**holder, "optimizer": None if holder["optimizer"] is None else [{} for _ in holder["optimizer"]]}
+    return {**emptied, "branches": _unlearnt(holder["branches"])} if branches else emptied
+
+
+def _unlearnt(tree: Any, name: str = "") -> Any:
+    """Branches as banks and snapshots keep them, with moments and steps of zero; ``rows`` are ``[value, first, second]``."""
+    if name in ("moments", "steps"):
+        return _zeros(tree)
+    if name == "rows":
+        return {kind: [values[0], *_zeros(values[1:])] for kind, values in tree.items()}
+    return {key: _unlearnt(value, key) for key, value in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _zeros(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _zeros(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_zeros(value) for value in tree]
+    return torch.zeros_like(tree) if isinstance(tree, torch.Tensor) else 0
 
 
 def _new_controller(config: RootConfig, grow: State) -> Any:

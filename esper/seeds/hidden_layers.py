@@ -29,8 +29,8 @@ class HiddenLayer:
 def hidden_layers(modules: dict[str, nn.Module], forward: Callable[[], Any]) -> dict[str, HiddenLayer]:
     """By the name of the layer that reads it, every hidden layer: what goes into that layer *is* an activation of its output.
 
-    The model runs once in evaluation mode, so dropout between them does nothing. Layers that share a weight with another module, or run
-    more than once, are left out.
+    The model runs in evaluation mode, so dropout between them does nothing. Layers that share a weight with another module, run more than
+    once, or whose output serves elsewhere too, are left out.
     """
     layers = {name: module for name, module in modules.items() if type(module) is nn.Linear}
     holders = [id(parameter) for module in modules.values() for parameter in module._parameters.values() if parameter is not None]
@@ -56,7 +56,30 @@ def hidden_layers(modules: dict[str, nn.Module], forward: Callable[[], Any]) -> 
         for handle in handles:
             handle.remove()
     once = {name for name, count in calls.items() if count == 1 and holders.count(id(layers[name].weight)) == 1}
-    return {name: hidden for name, hidden in found.items() if name in once and hidden.name in once}
+    candidates = {name: hidden for name, hidden in found.items() if name in once and hidden.name in once}
+    pairs = {name: (hidden.module, layers[name]) for name, hidden in candidates.items()}
+    if not pairs or _bear_one_more(list(pairs.values()), forward):
+        return candidates
+    return {name: hidden for name, hidden in candidates.items() if _bear_one_more([pairs[name]], forward)}
+
+
+def _bear_one_more(pairs: list[tuple[nn.Linear, nn.Linear]], forward: Callable[[], Any]) -> bool:
+    """Whether the host gives what it gave with one more unit in these hidden layers, which nothing is read from."""
+    before = forward()
+    layers = list(dict.fromkeys(layer for pair in pairs for layer in pair))
+    kept = [(layer, layer.weight, layer.bias, layer.in_features, layer.out_features) for layer in layers]
+    try:
+        for hidden, reader in pairs:
+            unit = {"w1": hidden.weight[:1].t().detach(), "w2": hidden.weight.new_zeros(1, reader.out_features)}
+            widen(hidden, reader, 1, unit)
+        after = forward()
+    except Exception:  # whatever a host's own code says to another width
+        return False
+    finally:
+        for layer, weight, bias, inputs, outputs in kept:
+            layer.weight, layer.bias, layer.in_features, layer.out_features = weight, bias, inputs, outputs
+    alike = before.shape == after.shape if isinstance(before, Tensor) and isinstance(after, Tensor) else before is None
+    return alike and (before is None or torch.allclose(before, after, rtol=1e-3, atol=1e-5))
 
 
 def _activation_of(values: Tensor, given: Tensor) -> str | None:

@@ -85,6 +85,30 @@ def test_layers_that_share_weights_or_run_twice_are_left_alone() -> None:
     assert not hidden_layers(dict(once.named_modules()), lambda: [once(torch.randn(9, 6)) for _ in range(2)])
 
 
+class Reused(nn.Module):
+    """The second of two hidden layers is looked at from elsewhere, too."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b, self.c = how, nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.b(torch.tanh(self.a(x)))
+        answer = self.c(torch.tanh(hidden))
+        return answer + (hidden if self.how == "skip" else hidden.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("how", ["skip", "mean"])
+def test_a_hidden_layer_that_serves_elsewhere_too_is_not_widened(how: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Reused(how).eval()
+    x, before = torch.randn(9, 6), {name: id(parameter) for name, parameter in model.named_parameters()}
+    assert list(hidden_layers(dict(model.named_modules()), lambda: model(x))) == ["b"]
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert [(layer.in_features, layer.out_features) for layer in (model.a, model.b, model.c)] == [(6, 5), (5, 4), (4, 4)]
+
+
 def test_auto_takes_the_layers_behind_hidden_layers() -> None:
     model = deep()
     sites = find_sites(model, ["auto"], 1, lambda: model(torch.randn(9, 6)), widths=True)

@@ -28,6 +28,8 @@ SCRIPT = "controller.script=[{at: 50%, command: germinate, count: 1}]"
 PAIRS = {
     "sgd to adamw": (("optimizer=sgd",), ("optimizer=adamw",), "optimizer=adamw begins without what sgd had gathered"),
     "adamw to sgd": ((), ("optimizer=sgd",), "optimizer=sgd begins without what adamw had gathered"),
+    "adamw to muon": ((), ("optimizer=muon",), "optimizer=muon begins without what adamw had gathered"),
+    "muon to adamw": (("optimizer=muon",), ("optimizer=adamw",), "optimizer=adamw begins without what muon had gathered"),
     "heuristic to random": (("controller=heuristic",), ("controller=random",), "controller=random begins without the memory of heuristic"),
     "random to heuristic": ((), ("controller=heuristic",), "controller=heuristic begins without the memory of random"),
     "none to scheduled": (
@@ -60,8 +62,24 @@ def test_an_optimizer_that_begins_anew_is_the_one_of_a_rollback_too(finished: Pa
     snapshots = [state["governor"]["snapshot"], *(kept["snapshot"] for kept in state["grow"]["guard"]["states"])]
     for holder in (state, *snapshots):
         assert holder["optimizer"] and all(memory == {} for memory in holder["optimizer"])
+    banks = state["grow"]["garden"]["banks"]
+    assert any(bank["steps"].any() for site in banks.values() for bank in site.values()), "branches learn by AdamW all the same"
     kept = fork(place, ["optimizer.lr=1e-4"]).state["trainer"]
     assert all(isinstance(memory["exp_avg"], torch.Tensor) for memory in kept["optimizer"])
+
+
+def test_branches_that_learn_by_another_rule_begin_anew_too(finished: Path, tmp_path: Path) -> None:
+    states = [store.read(path) for path in store.checkpoints(finished / store.FOLDER)]
+    step = max(checkpoint.step for checkpoint, state in states if state["trainer"]["grow"]["guard"]["states"])
+    state = fork(copied(finished, tmp_path) / store.FOLDER / f"{step:09d}", ["optimizer=muon"]).state["trainer"]
+    for site in state["grow"]["garden"]["banks"].values():
+        for bank in site.values():
+            moments = [moment for pair in bank["moments"].values() for moment in pair]
+            assert not bank["steps"].any() and not any(moment.any() for moment in moments)
+            assert any(stack.any() for stack in bank["stacks"].values())
+    for kept in state["grow"]["guard"]["states"]:
+        for branch in kept["snapshot"]["branches"].values():
+            assert not any(moment.any() for row in branch["rows"].values() for moment in row[1:])
 
 
 def test_a_fork_with_nothing_left_to_train_is_refused(finished: Path, tmp_path: Path) -> None:
