@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from esper.blueprints.glu import GLU
     from esper.blueprints.low_rank import LowRank
     from esper.blueprints.mlp import MLP
-    from esper.blueprints.width import Width
+    from esper.blueprints.width import WideConv, Width
 
 __all__ = [
     "BLUEPRINTS",
@@ -30,6 +30,7 @@ __all__ = [
     "Geometry",
     "LowRank",
     "SlotBank",
+    "WideConv",
     "Width",
     "blueprint_of",
 ]
@@ -45,6 +46,6 @@ _MODULES = {
     "esper.blueprints.glu": ("GLU",),
     "esper.blueprints.low_rank": ("LowRank",),
     "esper.blueprints.mlp": ("MLP",),
-    "esper.blueprints.width": ("Width",),
+    "esper.blueprints.width": ("WideConv", "Width"),
 }
 __getattr__ = names_of(__name__, {name: module for module, names in _MODULES.items() for name in names})

@@ -45,8 +45,14 @@ class Geometry:
 
 @dataclass(frozen=True)
 class BehindHidden(Geometry):
-    """A linear layer behind a hidden layer that reads ``source`` features, with an ``activation``, and a ``bias`` or none."""
+    """A layer behind a hidden layer that reads ``source`` features, with an ``activation``, and a ``bias`` or none.
+
+    Convolutions have ``kernels``, the hidden layer's and the site's own; ``group`` is the number of channels of a normalization group
+    between them, 0 where there is none.
+    """
 
     source: int = 0
     activation: str = ""
     bias: bool = True
+    kernels: tuple[tuple[int, ...], ...] = ()
+    group: int = 0

@@ -61,6 +61,7 @@ def _check_card(card: dict[str, Any]) -> None:
     _is(card.get("site"), str, "site")
     if "hidden" in card:
         _is(card["hidden"], str, "hidden")
+        _is(card.get("norm"), str, "norm")
         _count(card.get("units"), "units")
         return
     _count(card.get("width"), "width")

@@ -99,7 +99,8 @@ def _block_output(x: Tensor, group: BlockGroup) -> Tensor:
 def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) -> Tensor:
     branches = len(group.branches)
     if group.bank.blueprint.spatial:
-        reads = chunk.transpose(0, 1) if _reads_chunk(group) else x.unsqueeze(1)
+        whole = x if group.bank.source is None else group.bank.source.activation.to(x.dtype)
+        reads = chunk.transpose(0, 1) if _reads_chunk(group) else whole.unsqueeze(1)
     elif group.bank.source is not None:
         reads = _whole(group.bank.source.activation.to(x.dtype), group.bank.source.activation.dim() - 1)
     else:

@@ -22,7 +22,7 @@ from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
-from esper.seeds.hidden_layers import not_listening, widen
+from esper.seeds.hidden_layers import LAYERS, not_listening, widen
 from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
 from esper.seeds.registry import SeedRegistry
 from esper.seeds.wrappers import unwrapped
@@ -64,10 +64,11 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) 
     hidden = [host.get_submodule(card["hidden"]) if "hidden" in card else None for card in cards]
     for card, module, wider in zip(cards, modules, hidden, strict=True):
         if wider is not None:
-            if not isinstance(wider, nn.Linear) or not isinstance(module, nn.Linear):
-                raise KeyError(f"'{card['hidden']}' and '{card['site']}' as linear layers")
-            budget.spend([(card["units"], wider.in_features), (module.out_features, card["units"])])
-            widen(wider, module, card["units"])
+            if not isinstance(wider, LAYERS) or type(module) is not type(wider):
+                raise KeyError(f"'{card['hidden']}' and '{card['site']}' as layers of one kind")
+            norm = host.get_submodule(card["norm"]) if card["norm"] else None
+            budget.spend([(card["units"], *wider.weight.shape[1:]), (len(module.weight), card["units"], *module.weight.shape[2:])])
+            widen(wider, module, card["units"], norm if isinstance(norm, nn.GroupNorm) else None)
             continue
         if card["folded"]:
             if card["bias"] and module.bias is None:
@@ -89,12 +90,15 @@ def _apart(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[Branch]
 def _widened(registry: SeedRegistry, branch: Branch, module: nn.Module, plain: nn.Module) -> Card:
     """Put a branch's hidden units into the host's own hidden layer."""
     site, bank = registry.sites[branch.site], registry.layers[branch.site].bank(branch.blueprint)
-    assert isinstance(bank, SlotBank) and site.hidden is not None and isinstance(module, nn.Linear)
+    assert isinstance(bank, SlotBank) and site.hidden is not None and isinstance(module, LAYERS)
     hidden, values = plain.get_submodule(site.hidden.name), bank.values(branch.slot)
-    assert isinstance(hidden, nn.Linear)
-    units = values["w2"].shape[0]
-    widen(hidden, module, units, values, float(registry.branches.alpha[branch.id]))
-    return {"site": site.name, "hidden": site.hidden.name, "units": units}
+    norm = plain.get_submodule(site.hidden.norm_name) if site.hidden.norm is not None else None
+    assert isinstance(hidden, LAYERS) and (norm is None or isinstance(norm, nn.GroupNorm))
+    rows, columns = values["w1"], float(registry.branches.alpha[branch.id]) * values["w2"]
+    if isinstance(module, nn.Linear):
+        rows, columns = rows.t(), columns.t()
+    widen(hidden, module, len(rows), norm, rows, columns, values)
+    return {"site": site.name, "hidden": site.hidden.name, "norm": site.hidden.norm_name, "units": len(rows)}
 
 
 def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.Module, inner: set[int], blended: list[Branch]) -> Card:

@@ -14,16 +14,27 @@ from torch import Tensor, nn
 from esper.blueprints.width import ACTIVATIONS
 
 BETWEEN = 4
-"""Linear layers called last among which a layer's hidden layer is looked for."""
+"""Layers and norms called last among which a layer's hidden layer is looked for."""
+
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """A linear layer of the host whose activation one other linear layer reads."""
+    """A layer of the host whose activation, normalized by ``norm`` before where there is one, one other layer of its kind reads."""
 
     name: str
-    module: nn.Linear
+    module: Layer
     activation: str
+    norm: nn.GroupNorm | None = None
+    norm_name: str = ""
+
+    @property
+    def group(self) -> int:
+        """Channels that can be added one by one: 1, or those of a normalization group."""
+        return 1 if self.norm is None else self.norm.num_channels // self.norm.num_groups
 
 
 def hidden_layers(modules: dict[str, nn.Module], forward: Callable[[], Any]) -> dict[str, HiddenLayer]:
@@ -32,54 +43,73 @@ def hidden_layers(modules: dict[str, nn.Module], forward: Callable[[], Any]) -> 
     The model runs in evaluation mode, so dropout between them does nothing. Layers that share a weight with another module, run more than
     once, or whose output serves elsewhere too, are left out.
     """
-    layers = {name: module for name, module in modules.items() if type(module) is nn.Linear}
+    layers: dict[str, Layer] = {name: module for name, module in modules.items() if _is_plain(module)}  # type: ignore[misc]
+    norms = {name: module for name, module in modules.items() if type(module) is nn.GroupNorm and module.affine}
     holders = [id(parameter) for module in modules.values() for parameter in module._parameters.values() if parameter is not None]
-    calls: dict[str, int] = dict.fromkeys(layers, 0)
-    recent: deque[tuple[str, Tensor]] = deque(maxlen=BETWEEN)
+    calls: dict[str, int] = dict.fromkeys((*layers, *norms), 0)
+    recent: deque[tuple[str, str, Tensor]] = deque(maxlen=BETWEEN)
     found: dict[str, HiddenLayer] = {}
 
     def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             calls[name] += 1
-            for other, values in recent:
+            for other, norm, values in list(recent):
+                if name in norms and not norm and values.shape == inputs[0].shape and torch.equal(values, inputs[0]):
+                    recent.append((other, name, output.detach().clone()))
                 activation = _activation_of(values, inputs[0])
-                if activation is not None:
-                    found[name] = HiddenLayer(other, layers[other], activation)
-            recent.append((name, output.detach().clone()))  # the host may go on in place
+                if name in layers and activation is not None and type(layers[other]) is type(module):
+                    between = norms[norm] if norm else None
+                    found[name] = HiddenLayer(other, layers[other], activation, between, norm)
+            if name in layers:
+                recent.append((name, "", output.detach().clone()))  # the host may go on in place
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(note(name)) for name, module in (*layers.items(), *norms.items())]
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
-    once = {name for name, count in calls.items() if count == 1 and holders.count(id(layers[name].weight)) == 1}
-    candidates = {name: hidden for name, hidden in found.items() if name in once and hidden.name in once}
-    pairs = {name: (hidden.module, layers[name]) for name, hidden in candidates.items()}
-    if not pairs or _bear_one_more(list(pairs.values()), forward):
+    held = {**layers, **norms}
+    once = {name for name, count in calls.items() if count == 1 and holders.count(id(held[name].weight)) == 1} | {""}
+    candidates = {name: hidden for name, hidden in found.items() if {name, hidden.name, hidden.norm_name} <= once}
+    pairs = {name: (hidden, layers[name]) for name, hidden in candidates.items()}
+    if not pairs or _bear_more(list(pairs.values()), forward):
         return candidates
-    return {name: hidden for name, hidden in candidates.items() if _bear_one_more([pairs[name]], forward)}
+    return {name: hidden for name, hidden in candidates.items() if _bear_more([pairs[name]], forward)}
 
 
-def _bear_one_more(pairs: list[tuple[nn.Linear, nn.Linear]], forward: Callable[[], Any]) -> bool:
-    """Whether the host gives what it gave with one more unit in these hidden layers, which nothing is read from."""
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) in (nn.Conv1d, nn.Conv2d):
+        return bool(module.groups == 1 and module.padding_mode == "zeros")
+    return type(module) is nn.Linear
+
+
+def _bear_more(pairs: list[tuple[HiddenLayer, Layer]], forward: Callable[[], Any]) -> bool:
+    """Whether the host gives what it gave with more units in these hidden layers, which nothing is read from."""
     before = forward()
-    layers = list(dict.fromkeys(layer for pair in pairs for layer in pair))
-    kept = [(layer, layer.weight, layer.bias, layer.in_features, layer.out_features) for layer in layers]
+    modules = [part for hidden, reader in pairs for part in (hidden.module, reader, hidden.norm) if part is not None]
+    kept = [
+        (module, dict(module._parameters), {name: getattr(module, name) for name in _SIZES if hasattr(module, name)}) for module in modules
+    ]
     try:
         for hidden, reader in pairs:
-            unit = {"w1": hidden.weight[:1].t().detach(), "w2": hidden.weight.new_zeros(1, reader.out_features)}
-            widen(hidden, reader, 1, unit)
+            rows, columns = hidden.module.weight[: hidden.group], reader.weight[:, : hidden.group]
+            widen(hidden.module, reader, hidden.group, hidden.norm, rows.detach(), torch.zeros_like(columns))
         after = forward()
     except Exception:  # whatever a host's own code says to another width
         return False
     finally:
-        for layer, weight, bias, inputs, outputs in kept:
-            layer.weight, layer.bias, layer.in_features, layer.out_features = weight, bias, inputs, outputs
+        for module, parameters, sizes in kept:
+            module._parameters.update(parameters)
+            for name, size in sizes.items():
+                setattr(module, name, size)
     alike = before.shape == after.shape if isinstance(before, Tensor) and isinstance(after, Tensor) else before is None
-    return alike and (before is None or torch.allclose(before, after, rtol=1e-3, atol=1e-5))
+    return bool(alike and (before is None or torch.allclose(before, after, rtol=1e-3, atol=1e-5)))
+
+
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "num_channels", "num_groups")
 
 
 def _activation_of(values: Tensor, given: Tensor) -> str | None:
@@ -124,22 +154,45 @@ def not_listening(modules: list[nn.Module]) -> Iterator[None]:
             module._forward_pre_hooks.update(hooks)
 
 
-def widen(hidden: nn.Linear, reader: nn.Linear, units: int, values: dict[str, Tensor] | None = None, alpha: float = 1.0) -> None:
-    """Give ``hidden`` ``units`` more outputs and ``reader`` as many inputs, in place, with the ``values`` of a branch (None: zeros).
+def widen(
+    hidden: Layer,
+    reader: Layer,
+    units: int,
+    norm: nn.GroupNorm | None = None,
+    rows: Tensor | None = None,
+    columns: Tensor | None = None,
+    vectors: dict[str, Tensor] | None = None,
+) -> None:
+    """Give ``hidden`` ``units`` more outputs and ``reader`` as many inputs, and ``norm`` between them as many channels, in place.
 
-    Where either has been widened from its other side already, the new units know nothing of the units that came so.
+    ``rows`` ``[units, Cin, …]`` and ``columns`` ``[C, units, …]`` are their weights, ``vectors`` the new units' ``b1``, ``norm_scale`` and
+    ``norm_shift`` (None: zeros, ones for a scale). Where a layer has been widened from its other side already, the new units know nothing
+    of the units that came so.
     """
-    values = values or {}
+    vectors = vectors or {}
     with torch.no_grad():
-        rows = hidden.weight.new_zeros(units, hidden.in_features)
-        columns = reader.weight.new_zeros(reader.out_features, units)
-        if values:
-            rows[:, : values["w1"].shape[0]] = values["w1"].t()
-            columns[: values["w2"].shape[1]] = alpha * values["w2"].t()
-        hidden.weight = nn.Parameter(torch.cat([hidden.weight, rows]))
-        reader.weight = nn.Parameter(torch.cat([reader.weight, columns], 1))
-        if hidden.bias is not None:
-            more = values["b1"].to(hidden.bias) if "b1" in values else hidden.bias.new_zeros(units)
-            hidden.bias = nn.Parameter(torch.cat([hidden.bias, more]))
-    hidden.out_features += units
-    reader.in_features += units
+        wide, long = (
+            hidden.weight.new_zeros(units, *hidden.weight.shape[1:]),
+            reader.weight.new_zeros(len(reader.weight), units, *reader.weight.shape[2:]),
+        )
+        if rows is not None and columns is not None:
+            wide[:, : rows.shape[1]] = rows
+            long[: len(columns)] = columns
+        hidden.weight = nn.Parameter(torch.cat([hidden.weight, wide]))
+        reader.weight = nn.Parameter(torch.cat([reader.weight, long], 1))
+        _lengthen(hidden, "bias", units, vectors.get("b1"), 0.0)
+        if norm is not None:
+            _lengthen(norm, "weight", units, vectors.get("norm_scale"), 1.0)
+            _lengthen(norm, "bias", units, vectors.get("norm_shift"), 0.0)
+            norm.num_groups += norm.num_groups * units // norm.num_channels
+            norm.num_channels += units
+    for layer, name in ((hidden, "out"), (reader, "in")):
+        size = f"{name}_features" if isinstance(layer, nn.Linear) else f"{name}_channels"
+        setattr(layer, size, getattr(layer, size) + units)
+
+
+def _lengthen(module: nn.Module, name: str, units: int, more: Tensor | None, otherwise: float) -> None:
+    present = getattr(module, name)
+    if present is not None:
+        added = present.new_full((units,), otherwise) if more is None else more.to(present)
+        setattr(module, name, nn.Parameter(torch.cat([present, added])))

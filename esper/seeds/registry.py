@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Generator, nn
 
-from esper.blueprints import BLUEPRINTS, BehindHidden, Block, BlockBank, Blueprint, SlotBank, Width
+from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, SlotBank, WideConv, Width
 from esper.flags import Flags
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
@@ -188,16 +188,22 @@ class SeedRegistry:
             if isinstance(config, Block):
                 layer.banks[blueprint] = BlockBank(config, stack_of(self.model, self.sites[number].name), self.device)
             else:
-                layer.banks[blueprint] = bank = SlotBank(self._fitted(config, layer), layer.geometry, self.device)
+                layer.banks[blueprint] = bank = SlotBank(self._fitted(config, self.sites[number]), layer.geometry, self.device)
                 bank.source = layer.source if isinstance(config, Width) else None
         return layer.bank(blueprint)
 
-    def _fitted(self, config: Blueprint, layer: SeedLayer) -> Blueprint:
-        """The blueprint as it is at this site: new hidden units have the hidden layer's activation."""
-        if isinstance(config, Width) and config.activation == "auto":
-            assert isinstance(layer.geometry, BehindHidden)
-            return dataclasses.replace(config, activation=layer.geometry.activation)
-        return config
+    def _fitted(self, config: Blueprint, site: Site) -> Blueprint:
+        """The blueprint as it is at this site: new hidden units are like those of the hidden layer."""
+        if not isinstance(config, Width) or site.hidden is None:
+            return config
+        activation = site.hidden.activation if config.activation == "auto" else config.activation
+        if isinstance(site.hidden.module, nn.Linear):
+            return dataclasses.replace(config, activation=activation)
+        layers, norm = (site.hidden.module, site.module), site.hidden.norm
+        paths = tuple((layer.stride, layer.padding, layer.dilation) for layer in layers)
+        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        group, eps = (0, 1e-5) if norm is None else (site.hidden.group, norm.eps)
+        return WideConv(**own | {"activation": activation}, group=group, eps=eps, paths=paths)
 
     # --- checkpoints ---
 

@@ -111,7 +111,7 @@ def find_sites(
             borrowed = any(id(parameter) in watch.borrowed for parameter in named[name].parameters(recurse=False))
             geometry = _geometry(name, seen[name], per_site)
             if name in behind:
-                geometry = _behind(geometry, behind[name])
+                geometry = _behind(geometry, behind[name], named[name])
             sites.append(Site(name, named[name], geometry, borrowed, behind.get(name)))
     return sites
 
@@ -245,6 +245,11 @@ def _geometry(name: str, seen: _Seen, per_site: int) -> Geometry:
     return Geometry(width, per_site, 1 if first else -1, len(shape) - 2 if first else 0, positions, seen.residual)
 
 
-def _behind(geometry: Geometry, hidden: HiddenLayer) -> Geometry:
-    bias = hidden.module.bias is not None
-    return BehindHidden(**dataclasses.asdict(geometry), source=hidden.module.in_features, activation=hidden.activation, bias=bias)
+def _behind(geometry: Geometry, hidden: HiddenLayer, reader: nn.Module) -> Geometry:
+    layer = hidden.module
+    facts: dict[str, Any] = {**dataclasses.asdict(geometry), "activation": hidden.activation, "bias": layer.bias is not None}
+    if isinstance(layer, nn.Linear):
+        return BehindHidden(**facts, source=layer.in_features)
+    assert isinstance(reader, (nn.Conv1d, nn.Conv2d))
+    group = 0 if hidden.norm is None else hidden.group
+    return BehindHidden(**facts, source=layer.in_channels, kernels=(layer.kernel_size, reader.kernel_size), group=group)

@@ -31,6 +31,9 @@ AT_ONCE: dict[str, Any] = {
 }
 
 
+X = torch.randn(9, 6, generator=torch.Generator().manual_seed(8))
+
+
 class Deep(nn.Module):
     """Three layers behind each other, with another activation and a dropout between them; ``skip`` is no hidden layer."""
 
@@ -50,9 +53,24 @@ def deep() -> nn.Module:
         return Deep()
 
 
+class Series(nn.Sequential):
+    """Convolutions of another stride, padding and dilation behind each other, over a series."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.dim() == 3 else x.unsqueeze(1))
+
+
+def series() -> nn.Module:
+    layers = [nn.Conv1d(1, 5, 3, padding=2), nn.SiLU(), nn.Conv1d(5, 4, 3, stride=2, padding=2, dilation=2), nn.Flatten(), nn.Linear(16, 3)]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Series(*layers)
+
+
 @pytest.fixture(autouse=True)
 def _deep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HOSTS, "deep", deep)
+    monkeypatch.setitem(HOSTS, "series", series)
 
 
 def grown(host: str, blueprint: Width, site: str, **changes: Any) -> Loop:
@@ -66,10 +84,10 @@ def plain_loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
 
 def test_hidden_layers_are_found_by_what_they_compute() -> None:
     model = deep().eval()
-    found = hidden_layers(dict(model.named_modules()), lambda: model(torch.randn(9, 6)))
+    found = hidden_layers(dict(model.named_modules()), lambda: model(X))
     assert {name: (layer.name, layer.activation) for name, layer in found.items()} == {"b": ("a", "gelu"), "c": ("b", "tanh")}
     net = build("mlp").eval()
-    pairs = hidden_layers(dict(net.named_modules()), lambda: net(torch.randn(9, 6)))
+    pairs = hidden_layers(dict(net.named_modules()), lambda: net(X))
     assert {name: (layer.name, layer.activation) for name, layer in pairs.items()} == {"fc2": ("fc1", "relu"), "head": ("fc2", "relu")}
     decoder = build("decoder").eval()
     pairs = hidden_layers(dict(decoder.named_modules()), lambda: decoder(batch("decoder")[0]))
@@ -80,9 +98,9 @@ def test_layers_that_share_weights_or_run_twice_are_left_alone() -> None:
     model: Any = deep().eval()
     model.extra = nn.Linear(5, 4, bias=False)
     model.extra.weight = model.b.weight
-    assert not hidden_layers(dict(model.named_modules()), lambda: model(torch.randn(9, 6)))
+    assert not hidden_layers(dict(model.named_modules()), lambda: model(X))
     once: Any = deep().eval()
-    assert not hidden_layers(dict(once.named_modules()), lambda: [once(torch.randn(9, 6)) for _ in range(2)])
+    assert not hidden_layers(dict(once.named_modules()), lambda: [once(X) for _ in range(2)])
 
 
 class Reused(nn.Module):
@@ -111,7 +129,7 @@ def test_a_hidden_layer_that_serves_elsewhere_too_is_not_widened(how: str) -> No
 
 def test_auto_takes_the_layers_behind_hidden_layers() -> None:
     model = deep()
-    sites = find_sites(model, ["auto"], 1, lambda: model(torch.randn(9, 6)), widths=True)
+    sites = find_sites(model, ["auto"], 1, lambda: model(X), widths=True)
     assert [(site.name, site.geometry) for site in sites] == [
         ("b", BehindHidden(4, 1, source=6, activation="gelu", bias=True)),
         ("c", BehindHidden(3, 1, source=5, activation="tanh", bias=False)),
@@ -149,6 +167,64 @@ def test_a_widened_host_has_the_outputs_and_gradients_of_wider_layers(host: str,
     assert ("b1" in bank.stacks) == (wider.bias is not None)
     old = wider.out_features - 6
     torch.testing.assert_close(live.get_submodule(changed.hidden.name).weight.grad, wider.weight.grad[:old], rtol=1e-5, atol=1e-7)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("host", "site", "units"), [("cnn_group", "stages.0.blocks.0.conv2", 4), ("series", "2", 3)])
+def test_new_channels_have_the_outputs_and_gradients_of_wider_convolutions(host: str, site: str, units: int, tmp_path: Path) -> None:
+    loop = grown(host, Width(units=units), site)
+    loop.until(Stage.GRAFTING)
+    loop.run(12)
+    path = loop.grow.save(tmp_path / "model")
+    plain, live = loop.grow.export().double().eval(), loop.model.double().eval()
+    number = loop.grow.registry.by_name[site]
+    hidden: Any = loop.grow.registry.sites[number].hidden
+    wider, reader, before = plain.get_submodule(hidden.name), plain.get_submodule(site), build(host)
+    assert (
+        type(plain) is type(before) and reader.in_channels == wider.out_channels == before.get_submodule(hidden.name).out_channels + units
+    )
+    assert float(reader.weight.detach()[:, -units:].abs().max()) > 1e-3, "the new channels have learnt"
+    bank = loop.grow.registry.layers[number].bank("width")
+    bank.stacks.double()
+    data = loop.batch(50)
+    inputs = (data[0].double() if host == "cnn_group" else data[0].double().unsqueeze(1), data[1])
+    ours, theirs = sample_loss(live, inputs).mean(), sample_loss(plain, inputs).mean()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    live.zero_grad()
+    ours.backward()
+    theirs.backward()
+    pairs = {"w1": wider.weight.grad[-units:], "w2": reader.weight.grad[:, -units:], "b1": wider.bias.grad[-units:]}
+    if hidden.norm is not None:
+        norm = plain.get_submodule(hidden.norm_name)
+        assert norm.num_channels == wider.out_channels and norm.num_channels // norm.num_groups == hidden.group
+        pairs |= {"norm_scale": norm.weight.grad[-units:], "norm_shift": norm.bias.grad[-units:]}
+    for name, gradient in pairs.items():
+        torch.testing.assert_close(bank.stacks[name].grad[0], gradient, rtol=1e-5, atol=1e-7)
+    loaded = load_model(path, build(host)).double()
+    torch.testing.assert_close(loaded(inputs[0]), plain(inputs[0]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["zero", "paired"])
+def test_new_channels_are_silent_at_first(start: str) -> None:
+    loop = grown("cnn_group", Width(units=4, start=start), "stages.0.blocks.0.conv2").run(3)
+    bank = loop.grow.registry.layers[loop.grow.registry.by_name["stages.0.blocks.0.conv2"]].bank("width")
+    x = torch.randn(3, 1, 4, 8, 8)
+    delta = bank.blueprint.forward({name: stack.detach() for name, stack in bank.stacks.items()}, x)
+    assert float(delta.abs().max()) < 1e-5 and bool(bank.stacks["w2"].any()) == (start == "paired")
+
+
+def test_channels_that_a_norm_or_a_start_cannot_bear_are_refused() -> None:
+    for blueprint, reason in [
+        (Width(units=3), "normalized in groups of 2; blueprint.units must be a multiple of that"),
+        (Width(units=2, start="paired"), "must be a multiple of two times that"),
+        (Width(units=4, start="gradmax"), "start=gradmax is for linear layers"),
+    ]:
+        loop = grown("cnn_group", Width(units=12), "stages.0.blocks.0.conv2")
+        loop.grow.registry.blueprints["width"] = blueprint
+        loop.run(4)
+        assert reason in loop.port.acks["germinate-stages.0.blocks.0.conv2-0"][1]
+    with pytest.raises(UserError, match="blueprint=width finds no hidden layer"):
+        model = build("cnn_batch")
+        attach(model, loss=sample_loss, total_steps=9, judge=[batch("cnn_batch")], blueprint=Width())
 
 
 def test_layers_widened_on_both_sides_are_exported_as_they_are() -> None:
@@ -309,7 +385,7 @@ def test_a_layer_is_widened_or_grown_upon_not_both() -> None:
 
 def test_what_cannot_be_widened_is_refused_before_training() -> None:
     data: Any = [batch("mlp")]
-    with pytest.raises(UserError, match="fits none of the 1 sites; at 'a': width needs a linear layer behind a hidden layer"):
+    with pytest.raises(UserError, match="fits none of the 1 sites; at 'a': width needs a layer behind a hidden layer"):
         attach(deep(), loss=sample_loss, total_steps=9, judge=data, sites=["a"], blueprint=Width())
     with pytest.raises(UserError, match=r"learns by lifecycle\.objective=shadow alone"):
         attach(deep(), loss=sample_loss, total_steps=9, judge=data, blueprint="width", lifecycle=short(objective="reconstruction"))

@@ -16,6 +16,7 @@ from esper.blueprints import SlotBank, Width
 from esper.engine.extra_passes import shapes_of, untouched_buffers
 from esper.errors import UserError
 from esper.seeds import Branch
+from esper.seeds.hidden_layers import LAYERS
 
 if TYPE_CHECKING:
     from esper.engine.measurements import Measurements
@@ -91,9 +92,9 @@ class NewUnits:
         bank, site = self.registry.layers[branch.site].bank(branch.blueprint), self.registry.sites[branch.site]
         if not isinstance(bank, SlotBank) or not isinstance(bank.blueprint, Width):
             return
-        assert site.hidden is not None and isinstance(site.module, nn.Linear)
+        assert site.hidden is not None and isinstance(site.module, LAYERS)
         first, second = site.hidden.module.weight.double(), site.module.weight.double()
-        rows, columns = first.norm(dim=1).mean(), second.norm(dim=0).mean()
+        rows, columns = first.flatten(1).norm(dim=1).mean(), second.transpose(0, 1).flatten(1).norm(dim=1).mean()
         w1, w2 = bank.stacks["w1"][branch.slot], bank.stacks["w2"][branch.slot]
         blueprint = bank.blueprint
         if blueprint.start in ("gradmax", "tiny"):
