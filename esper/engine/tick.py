@@ -13,11 +13,11 @@ from esper.engine.costs import Stopwatch
 from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
-from esper.engine.learning.inheritance import Untying
 from esper.engine.learning.new_units import NewUnits
 from esper.engine.measurements import Faults, Measured, Measurements
 from esper.engine.telemetry import Observer
 from esper.engine.transitions import LEAVING, Transitions
+from esper.engine.untying import Untying
 from esper.grafting import step_many
 from esper.grafting.base import MAX_ERROR_RATE
 from esper.grafting.custom import CustomStrategy
