@@ -34,7 +34,7 @@ class Stream(Dataset[Batch]):
 
     def gather(self, indices: Tensor) -> Batch:
         """Inputs and targets ``[N, length]`` of the windows at ``indices`` (int64 ``[N]``, on the data's device)."""
-        windows = self._windows[indices].long()
+        windows = self._windows[indices].long() & 0xFFFF  # 16 bits lie there as signed ones, which every device can gather
         return windows[:, :-1], windows[:, 1:]
 
     def __getitem__(self, index: int) -> Batch:
@@ -57,7 +57,8 @@ class Stream(Dataset[Batch]):
     def _mapped(self) -> Tensor:
         import numpy as np
 
-        mapped = np.memmap(self.path, dtype=np.dtype(self.dtype), mode="c", shape=(self.tokens,))  # never written to; torch warns of "r"
+        dtype = np.dtype("int16" if self.dtype == "uint16" else self.dtype)
+        mapped = np.memmap(self.path, dtype=dtype, mode="c", shape=(self.tokens,))  # never written to; torch warns of "r"
         return torch.from_numpy(mapped)
 
     def __reduce__(self) -> tuple[Any, ...]:

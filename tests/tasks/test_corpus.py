@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,6 +122,13 @@ def test_a_process_that_was_slower_takes_what_the_quicker_one_made(place: Path, 
     monkeypatch.setattr(module, "_write", overtaken)
     corpus = prepared(settings(place))
     assert corpus.sets["train"]["documents"] > 20 and len(list(corpus.folder.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("uint8", 255), ("uint16", 65535)])
+def test_a_stream_gives_every_token_that_its_type_holds(tmp_path: Path, dtype: str, most: int) -> None:
+    np.array([0, 1, most // 2, most // 2 + 1, most], dtype=dtype).tofile(tmp_path / "tokens")
+    inputs, targets = Stream(tmp_path / "tokens", dtype, 5, 4)[0]
+    assert [*inputs.tolist(), int(targets[-1])] == [0, 1, most // 2, most // 2 + 1, most]
 
 
 @pytest.mark.usefixtures("processes")
