@@ -227,9 +227,12 @@ def test_channels_that_a_norm_or_a_start_cannot_bear_are_refused() -> None:
         attach(model, loss=sample_loss, total_steps=9, judge=[batch("cnn_batch")], blueprint=Width())
 
 
-def test_layers_widened_on_both_sides_are_exported_as_they_are() -> None:
+@pytest.mark.parametrize("ramp", ["0step", "40step"])
+def test_layers_widened_on_both_sides_are_exported_as_they_are(ramp: str) -> None:
     commands = {3: [germinate("b"), germinate("c")]}
-    loop = Loop("deep", settings=AT_ONCE | {"blueprint": Width(units=4)}, commands=commands).run(20)
+    settings = AT_ONCE | {"blueprint": Width(units=4), "grafting": LinearConfig(ramp=ramp)}
+    loop = Loop("deep", settings=settings, commands=commands).run(24)
+    assert (float(loop.grow.registry.branches.alpha[0]) < 0.6) == (ramp != "0step")
     plain: Any = loop.grow.export().eval()
     assert (plain.a.out_features, plain.b.in_features, plain.b.out_features, plain.c.in_features) == (9, 9, 8, 8)
     x = loop.batch(60)[0]
