@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from esper.blueprints.conv import Conv
     from esper.blueprints.geometry import BehindHidden, Geometry
     from esper.blueprints.glu import GLU
+    from esper.blueprints.heads import Heads
     from esper.blueprints.low_rank import LowRank
     from esper.blueprints.mlp import MLP
     from esper.blueprints.width import WideConv, Width
@@ -28,6 +29,7 @@ __all__ = [
     "Blueprint",
     "Conv",
     "Geometry",
+    "Heads",
     "LowRank",
     "SlotBank",
     "WideConv",
@@ -44,6 +46,7 @@ _MODULES = {
     "esper.blueprints.conv": ("Conv",),
     "esper.blueprints.geometry": ("BehindHidden", "Geometry"),
     "esper.blueprints.glu": ("GLU",),
+    "esper.blueprints.heads": ("Heads",),
     "esper.blueprints.low_rank": ("LowRank",),
     "esper.blueprints.mlp": ("MLP",),
     "esper.blueprints.width": ("WideConv", "Width"),

@@ -28,6 +28,9 @@ from esper.errors import UserError
 class Block(BlockSettings):
     """Depth growth; ``output_layers`` names the layers whose zeroing makes a block the identity (else the host says)."""
 
+    reads_input = False
+    """Whether what grew reads the site's input and is added to its output; else it reads the output, and takes its place."""
+
     def fits(self, geometry: Geometry) -> str | None:
         """Only modules that map their input to its own shape."""
         return None if geometry.residual else "block needs a residual block (a module whose output has its input's shape)"
@@ -66,6 +69,10 @@ class Block(BlockSettings):
         """Which of the host's blocks each block of a branch is a copy of."""
         chosen = list(sources) if self.source == "stack" else [sources[-1]]
         return [chosen[number % len(chosen)] for number in range(self.blocks)]
+
+    def blank(self, sources: Sequence[nn.Module]) -> nn.Module:
+        """A module of the right shapes, whose values are to be replaced."""
+        return assembled([bare(source) for source in self.originals(sources)])
 
     def _one(self, source: nn.Module, generator: torch.Generator) -> nn.Module:
         block = bare(source)
@@ -111,6 +118,8 @@ class BlockBank(nn.Module):
         self.steps: dict[str, int] = {}
         self.tied: set[str] = set()
         self.call = PLAIN
+        self.source: Any = None
+        """What hears the site's input, where that is read (``esper.seeds.hidden_layers``)."""
         self._sources = tuple(sources)  # a tuple, so that the host's blocks are no children of their own growth
         self._next = 0
 
@@ -164,7 +173,7 @@ class BlockBank(nn.Module):
         self.blocks, self.moments, self.steps = nn.ModuleDict(), {}, {}
         self._next, self.tied = int(state["next"]), set(state.get("tied", []))
         for key, saved in state["blocks"].items():
-            block = assembled([bare(source) for source in self.blueprint.originals(self._sources)])
+            block = self.blueprint.blank(self._sources)
             own, moments = _tensors(block), state["moments"][key]
             if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
                 raise ValueError(f"the saved block {key} is not built like the host's")
@@ -182,6 +191,8 @@ class BlockBank(nn.Module):
     def delta(self, slot: int, y: Tensor, learning: bool) -> Tensor:
         """``B(y) − y``, called as the host last called its own; without ``learning`` no gradient flows to the block's parameters.
 
+        Where the blueprint ``reads_input``, ``B(x)`` of what the site read.
+
         To parameters of the host's it always does: they learn whatever stage the branch is in.
         """
         block, parameters = self.blocks[str(slot)], None
@@ -189,6 +200,8 @@ class BlockBank(nn.Module):
             parameters = dict[str, Tensor](self.originals(slot))
         elif not learning:
             parameters = {name: value.detach() for name, value in block.named_parameters()}
+        if self.blueprint.reads_input:
+            return self.call.answer(block, self.source.activation, parameters)
         return self.call.answer(block, y, parameters) - y
 
     def scale_gradient(self, slot: int, factor: float) -> None:

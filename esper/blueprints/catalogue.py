@@ -7,9 +7,10 @@ import dataclasses
 from esper.blueprints.affine import Affine
 from esper.blueprints.base import Blueprint
 from esper.blueprints.block import Block
-from esper.blueprints.config import BlockSettings, BlueprintSettings
+from esper.blueprints.config import BlockSettings, BlueprintSettings, HeadsSettings
 from esper.blueprints.conv import Conv
 from esper.blueprints.glu import GLU
+from esper.blueprints.heads import Heads
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.mlp import MLP
 from esper.blueprints.width import Width
@@ -22,9 +23,10 @@ BLUEPRINTS: dict[str, type[Blueprint] | type[Block]] = {
     "conv": Conv,
     "block": Block,
     "width": Width,
+    "heads": Heads,
 }
 
 
-def blueprint_of(settings: BlueprintSettings | BlockSettings) -> Blueprint | Block:
+def blueprint_of(settings: BlueprintSettings | BlockSettings | HeadsSettings) -> Blueprint | Block:
     """The blueprint that has these settings."""
     return BLUEPRINTS[settings.name](**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})

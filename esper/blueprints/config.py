@@ -112,6 +112,15 @@ class BlockSettings:
             raise UserError(f"blueprint.state=copied needs copies, and blueprint.start={self.start} has none; use reset or zero.")
 
 
+@dataclass
+class HeadsSettings:
+    """Attention heads of the host itself, as large as the present ones."""
+
+    name: str = "heads"
+    receptive_field: str = setting("layer", choices=("layer",), help="new heads read what the layer reads")
+    heads: int = setting(1, low=1, high=1024, help="heads of one branch")
+
+
 CONFIGS: dict[str, type] = {
     "affine": AffineSettings,
     "low_rank": LowRankSettings,
@@ -120,4 +129,5 @@ CONFIGS: dict[str, type] = {
     "conv": ConvSettings,
     "block": BlockSettings,
     "width": WidthSettings,
+    "heads": HeadsSettings,
 }

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.blueprints import BLUEPRINTS, Block, Width
+from esper.blueprints import BLUEPRINTS, Block, Heads, Width
+from esper.blueprints.heads import is_attention
 from esper.engine.arguments import check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
 from esper.engine.grow import Grow, GrowSettings
@@ -32,9 +33,10 @@ from esper.lifecycle.config import OBJECTIVES
 from esper.lifecycle.duration import parse
 from esper.randomness import global_draws_kept
 from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
-from esper.seeds.block_trial import refuse_unanswering
+from esper.seeds.block_trial import refuse_rigid, refuse_unanswering
 from esper.seeds.layer import device_of
 from esper.seeds.registry import AnyBlueprint
+from esper.seeds.wrappers import host_modules
 
 
 @global_draws_kept()
@@ -108,10 +110,14 @@ def attach(
     patterns = [sites] if isinstance(sites, str) else list(sites)
     widens = isinstance(chosen, Width)
     per_site = 1 if isinstance(chosen, Block) or widens else per_site
-    if widens and lifecycle.objective != "shadow":
+    if isinstance(chosen, (Width, Heads)) and lifecycle.objective != "shadow":
         raise UserError(
-            f"blueprint=width learns by lifecycle.objective=shadow alone, not by {lifecycle.objective}: new units read elsewhere."
+            f"blueprint={chosen.name} learns by lifecycle.objective=shadow alone, not {lifecycle.objective}: it reads another activation."
         )
+    if isinstance(chosen, Heads) and patterns == ["auto"]:
+        patterns = [name for name, module in host_modules(model).items() if is_attention(module)]
+        if not patterns:
+            raise UserError("blueprint=heads finds no attention layer to which it could add heads in this host; choose another blueprint.")
     moved = to_device(sample, device_of(model))
     forward = probing(loss, model, moved)
     with untouched_buffers(model):
@@ -119,6 +125,8 @@ def attach(
         _refuse_misfits(chosen, found)
         if isinstance(chosen, Block):
             refuse_unanswering(model, found, forward)
+        if isinstance(chosen, Heads):
+            refuse_rigid(model, found, forward)
     steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
     total_ticks = max(1, total_steps // steps_per_tick)
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch

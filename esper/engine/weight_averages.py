@@ -108,6 +108,8 @@ class Follower:
         layer.attach(self.model.get_submodule(site.name))
         if site.hidden is not None:
             layer.listen(self.model.get_submodule(site.hidden.name))
+        elif self.registry.layers[self.registry.by_name[site.name]].source is not None:
+            layer.listen(self.model.get_submodule(site.name))
         return layer.train(site.module.training)
 
     def _rebuild(self, number: int, here: list[Branch]) -> None:
@@ -135,6 +137,7 @@ class Follower:
             return twin
         twin = BlockBank(bank.blueprint, stack_of(self.model, layer.name), self.device)
         twin.tied = set(bank.tied)
+        twin.source = None if bank.source is None else layer.source
         twin.blocks = copy.deepcopy(bank.blocks).to(self.device)
         for parameter in twin.blocks.parameters():
             parameter.grad = None

@@ -59,6 +59,9 @@ def _check_host(host: dict[str, Any]) -> None:
 
 def _check_card(card: dict[str, Any]) -> None:
     _is(card.get("site"), str, "site")
+    if "heads" in card:
+        _count(card["heads"], "heads")
+        return
     if "hidden" in card:
         _is(card["hidden"], str, "hidden")
         _is(card.get("norm"), str, "norm")

@@ -25,11 +25,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, T, width]`` to the same; position t sees positions up to t."""
-        n, length, width = x.shape
+        n, length = x.shape[:2]
         query, key, value = self.qkv(x).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        mapped: Tensor = self.output(mixed.transpose(1, 2).reshape(n, length, width))
+        mapped: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return mapped
 
 

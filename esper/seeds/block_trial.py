@@ -6,9 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
+from esper.blueprints.block import bare
 from esper.blueprints.block_call import Call, first_tensor
+from esper.blueprints.heads import add_heads
 from esper.errors import UserError
 from esper.seeds.sites import Forward, Site, quiet_evaluation
 
@@ -31,6 +34,36 @@ def refuse_unanswering(model: nn.Module, sites: list[Site], forward: Forward) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+def refuse_rigid(model: nn.Module, sites: list[Site], forward: Forward) -> None:
+    """Run the model once; a copy of each site's attention layer with one silent head more has to answer what the layer answered.
+
+    Raises:
+        UserError: it does not, so that no heads can be added there.
+    """
+    handles = [site.module.register_forward_hook(_wider_trial(site.name), with_kwargs=True) for site in sites]
+    try:
+        with quiet_evaluation(model):
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _wider_trial(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+    def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+        twin, kind = bare(module), type(module).__name__
+        try:
+            add_heads(twin, 1)
+            answer = twin(*inputs, **named)
+            why = "" if torch.allclose(answer, output, rtol=1e-3, atol=1e-5) else "gives other values"
+        except Exception as error:  # whatever a host's own code raises
+            why = f"fails: {' '.join(str(error).split()).rstrip('.')}"
+        if why:
+            raise UserError(f"blueprint 'heads': heads cannot be added at '{name}': with one head more, a {kind} {why}.")
+
+    return hook
 
 
 def _trial(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:

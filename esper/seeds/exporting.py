@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry, SlotBank, Width
+from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry, Heads, SlotBank, Width
 from esper.blueprints.block import assembled
+from esper.blueprints.heads import add_heads, is_attention
 from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
@@ -38,8 +39,8 @@ def export(registry: SeedRegistry) -> nn.Module:
 def export_with_cards(registry: SeedRegistry) -> tuple[nn.Module, list[Card]]:
     """The plain model, and one JSON-able card for every site at which it differs from the host."""
     inner = [_hooks_before(site.module) for site in registry.sites]
-    listening = [site.hidden.module for site in registry.sites if site.hidden is not None]
-    with _detached(registry), not_listening(list(listening)), unwrapped(registry.model):
+    listening = [site.module if site.hidden is None else site.hidden.module for site in registry.sites]
+    with _detached(registry), not_listening(listening), unwrapped(registry.model):
         plain = copy.deepcopy(registry.model)
     cards = []
     modules = [plain.get_submodule(site.name) for site in registry.sites]  # found before any of them is replaced
@@ -63,6 +64,14 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) 
     modules = [host.get_submodule(card["site"]) for card in cards]
     hidden = [host.get_submodule(card["hidden"]) if "hidden" in card else None for card in cards]
     for card, module, wider in zip(cards, modules, hidden, strict=True):
+        if "heads" in card:
+            if not is_attention(module):
+                raise KeyError(f"'{card['site']}' as an attention layer")
+            attention: Any = module
+            size = attention.output.in_features // attention.heads * card["heads"]
+            budget.spend([(3 * size, attention.qkv.in_features), (attention.output.out_features, size)])
+            add_heads(module, card["heads"])
+            continue
         if wider is not None:
             if not isinstance(wider, LAYERS) or type(module) is not type(wider):
                 raise KeyError(f"'{card['hidden']}' and '{card['site']}' as layers of one kind")
@@ -83,13 +92,17 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) 
 
 def _apart(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
     """Branches that are hidden units of the host, and all others."""
-    wide = [isinstance(registry.layers[branch.site].bank(branch.blueprint).blueprint, Width) for branch in branches]
+    wide = [isinstance(registry.layers[branch.site].bank(branch.blueprint).blueprint, (Width, Heads)) for branch in branches]
     return list(itertools.compress(branches, wide)), [branch for branch, is_wide in zip(branches, wide, strict=True) if not is_wide]
 
 
 def _widened(registry: SeedRegistry, branch: Branch, module: nn.Module, plain: nn.Module) -> Card:
     """Put a branch's hidden units into the host's own hidden layer."""
     site, bank = registry.sites[branch.site], registry.layers[branch.site].bank(branch.blueprint)
+    if isinstance(bank, BlockBank):
+        block: Any = bank.plain(branch.slot)
+        add_heads(module, block.heads, block, float(registry.branches.alpha[branch.id]))
+        return {"site": site.name, "heads": block.heads}
     assert isinstance(bank, SlotBank) and site.hidden is not None and isinstance(module, LAYERS)
     hidden, values = plain.get_submodule(site.hidden.name), bank.values(branch.slot)
     norm = plain.get_submodule(site.hidden.norm_name) if site.hidden.norm is not None else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from esper.blueprints import Block, Blueprint, Width
+from esper.blueprints import Block, Blueprint, Heads, Width
 from esper.checkpoint.tree import fitting, kept
 from esper.engine.attach import attach
 from esper.engine.extra_passes import freeze_statistics, host_buffers, host_parameters
@@ -77,10 +77,9 @@ class Trainer:
         self.task = task
         self.device = device
         _refuse_sparse(host)
-        if config.compile and isinstance(growth.blueprint, Width):
-            raise UserError(
-                "trainer.compile=true cannot see what blueprint=width listens to: use trainer.compile=false, or another blueprint."
-            )
+        if config.compile and isinstance(growth.blueprint, (Width, Heads)):
+            name = growth.blueprint.name
+            raise UserError(f"trainer.compile=true cannot see what blueprint={name} listens to: use trainer.compile=false, or another one.")
         self.scheduler = scheduler
         self.model = host.to(device).requires_grad_(not config.freeze_host)
         self.port: Port = port or NullPort()

@@ -40,6 +40,7 @@ RUNS = {
         "grafting.ramp=0step", "trainer.ema=0.9",
     ),
     "wider": ("model.activation=tanh", "blueprint=width", "blueprint.start=gradmax", "blueprint.units=4", "trainer.ema=0.9"),
+    "more heads": (*TRANSFORMER, "blueprint=heads", "trainer.ema=0.9"),
     "wider channels": ("model=cnn", "blueprint=width", "blueprint.units=16", "trainer.batch_size=16"),
     "wider, muon": (*TRANSFORMER, "blueprint=width", "blueprint.start=tiny", "optimizer=muon", "lifecycle=direct", "grafting.ramp=0step"),
     "blocks, dropout": ("model=cnn", "blueprint=block", "sites.per_site=1", "trainer.batch_size=16"),

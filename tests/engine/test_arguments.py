@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bare dict": ({"judge": {"x": X, "y": Y}}, "judge is one batch"),
     "bare tensor": ({"judge": X}, "judge is one batch"),
     "judge": ({"judge": 3}, "judge is an int; it takes batches: a list of them, or a DataLoader."),
-    "module": ({"blueprint": nn.Linear(2, 2)}, "blueprint is a Linear; it takes a name (affine, low_rank, mlp, glu, conv, block, width)"),
+    "module": ({"blueprint": nn.Linear(2, 2)}, "blueprint is a Linear; it takes a name (affine, low_rank, mlp, glu, conv, block, "),
     "blueprint's class": ({"blueprint": MLP}, "blueprint is the class MLP; give an object of it, as in blueprint=MLP()."),
 }  # fmt: skip
 

@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one of several": ({"sites": ["fc1", "nowhere"]}, "'nowhere'"),
     "no pattern": ({"sites": []}, "give patterns, or auto"),
     "too many seeds": ({"per_site": 8}, "per_site=8 is more than the 7 features of site 'fc2'; ask for at most 7"),
-    "blueprint": ({"blueprint": "moss"}, "no blueprint 'moss'; there are affine, low_rank, mlp, glu, conv, block, width"),
+    "blueprint": ({"blueprint": "moss"}, "no blueprint 'moss'; there are affine, low_rank, mlp, glu, conv, block, width, heads"),
     "fits nowhere": ({"blueprint": "conv"}, "'conv' fits none of the 2 sites; at 'fc1': .*convolution"),
     "no block": ({"blueprint": "block"}, "residual block"),
     "not a block": ({"blueprint": Block(), "sites": ["fc*"]}, "fits none of the 2 sites"),
