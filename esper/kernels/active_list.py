@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def write_roster(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
+def write_active_list(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
     """``order[bank]`` = (count, its active seeds ascending); ``rank[seed]`` = its place there, -1 for an inactive seed.
 
     ``rank[seeds]`` is the count over all banks. One program does it, SB seeds at a time, beside those that copy what passes.
@@ -34,6 +34,6 @@ def write_roster(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, 
 
 
 @triton.jit
-def roster_kernel(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
-    """:func:`write_roster` alone, where another copies what passes."""
-    write_roster(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, SB)
+def active_list_kernel(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
+    """:func:`write_active_list` alone, where another copies what passes."""
+    write_active_list(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, SB)

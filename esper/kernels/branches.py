@@ -11,7 +11,7 @@ from torch.library import triton_op, wrap_triton
 from esper.kernels import chunk_backward, chunk_forward, launch
 from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
 from esper.kernels.geometry import chunk_width
-from esper.kernels.telemetry import Partial, Roster, evenness, finish, health_group, moments_of_means, pass_through, read
+from esper.kernels.telemetry import ActiveList, Partial, evenness, finish, health_group, moments_of_means, pass_through, read
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
 
@@ -24,30 +24,30 @@ def branches(
     seeds, rows, banks = alpha.shape[0], x.shape[0] * x.shape[1], split_banks(kinds, parameters)
     y, live, power = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
     health = x.new_empty(seeds if measure else 0, 4, dtype=torch.float32)
-    partial, roster = Partial.empty(x, seeds, measure, copies=True), Roster.empty(alpha, None, route, len(banks))
-    read(x, partial, seeds, near_zero, y, roster)
+    partial, active = Partial.empty(x, seeds, measure, copies=True), ActiveList.empty(alpha, None, route, len(banks))
+    read(x, partial, seeds, near_zero, y, active)
     together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
         kind, bank, last = KINDS[name], layers(name, tensors), number == len(banks) - 1
         plan = forward_plan(x, seeds, kind, bank, measure)
         sums = alpha.new_empty(plan.programs, 3)
         wrap_triton(chunk_forward.chunk_forward_kernel)[(plan.programs,)](
-            x, y, alpha, route, roster.order[number], roster.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+            x, y, alpha, route, active.order[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
             **shape_of(kind, bank, x, seeds, plan), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
             STAGES=plan.stages, PLAIN_STAGES=forward_plan(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=plan.warps,
         )  # fmt: skip
         if last and measure:
-            moments_of_means(x, partial, roster)
-        settle(x, y, roster, sums, partial, live, power, health, number, plan, together and last)
+            moments_of_means(x, partial, active)
+        settle(x, y, active, sums, partial, live, power, health, number, plan, together and last)
     if measure and not together:
-        health = finish(x, partial, roster)
+        health = finish(x, partial, active)
     return y, live, power, health
 
 
 def settle(
-    x: Tensor, y: Tensor, roster: Roster, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
+    x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
     plan: launch.Launch, last: bool,
 ) -> None:  # fmt: skip
     """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``settle_kernel``."""
@@ -55,7 +55,7 @@ def settle(
     place = min(128, launch.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch.limits(x.device).processors * 4 // seeds))
     wrap_triton(chunk_forward.settle_kernel)[(seeds, shares)](
-        x, y, roster.alpha, roster.route, roster.order[number], roster.rank, sums, live, power, *partial.sums, health,
+        x, y, active.alpha, active.route, active.order[number], active.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
         PB=health_group(seeds)[1], num_warps=4,
@@ -79,16 +79,16 @@ def branches_backward(
     seeds = live.shape[0]
     dx = torch.empty_like(x)
     banks = split_banks(kinds, parameters)
-    roster = Roster.empty(live, lesson, route, len(banks))
-    pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), roster, seeds, 0.0)
+    active = ActiveList.empty(live, lesson, route, len(banks))
+    pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), active, seeds, 0.0)
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, plan = bank_backward(x, dy, dx, live, lesson, route, roster.order[number], name, tensors)
-        grads += collect(found[:-1], tensors, roster, x, number, plan)
+        found, plan = bank_backward(x, dy, dx, live, lesson, route, active.order[number], name, tensors)
+        grads += collect(found[:-1], tensors, active, x, number, plan)
         if lesson is not None:
             wrap_triton(chunk_backward.residual_kernel)[(seeds,)](
-                found[-1], residual, route, roster.order[number], roster.rank, x.shape[0] * x.shape[1], plan.programs, number,
+                found[-1], residual, route, active.order[number], active.rank, x.shape[0] * x.shape[1], plan.programs, number,
                 BM=plan.rows, num_warps=1,
             )  # fmt: skip
     return dx, grads, residual
@@ -123,15 +123,15 @@ def bank_backward(
     return [*partial, residual], plan
 
 
-def collect(sums: list[Tensor], tensors: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
+def collect(sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
     """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
     targets = [torch.empty_like(tensor) for tensor in tensors]
-    sizes, seeds = [tensor[0].numel() for tensor in tensors], roster.alpha.shape[0]
+    sizes, seeds = [tensor[0].numel() for tensor in tensors], active.alpha.shape[0]
     block = min(1024, launch.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
     wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
-        *pairs, roster.route, roster.order[number], roster.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
+        *pairs, active.route, active.order[number], active.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip

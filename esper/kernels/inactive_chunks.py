@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper.kernels.active_list import write_roster
+from esper.kernels.active_list import write_active_list
 from esper.kernels.triton_helpers import chunk_size, chunk_start, row_offsets
 
 
@@ -19,14 +19,14 @@ def passing_kernel(
 ):  # fmt: skip
     """One program: SB neighbouring seeds, every ``parts``-th block of BM rows; CB places a chunk, in several rounds if WIDE.
 
-    ALL takes every seed (nothing is active); otherwise those without an active branch, and one more program writes the roster.
+    ALL takes every seed (nothing is active); otherwise those without an active branch, and one more program writes the active list.
     Outputs as in the forward kernel, with ``stats[part, seed]`` for the partial sums. FULL: chunks of exactly CB places, whole
     blocks of rows and groups of seeds.
     """
     groups = tl.cdiv(seeds, SB)
     if not ALL:
         if tl.program_id(0) == groups * parts:
-            write_roster(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, RB)
+            write_active_list(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, RB)
             return
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     seed = group * SB + tl.arange(0, SB)

@@ -11,7 +11,7 @@ from torch.library import triton_op, wrap_triton
 from esper.kernels import inactive_chunks as passing
 from esper.kernels import launch
 from esper.kernels import telemetry_kernels as measure
-from esper.kernels.active_list import roster_kernel
+from esper.kernels.active_list import active_list_kernel
 from esper.kernels.geometry import as_rows, chunk_width
 
 NARROW = 16
@@ -105,8 +105,8 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class Roster:
-    """Which seeds are active: ``order [banks, S + 1]`` and ``rank [S + 1]``, see ``write_roster``; found from ``alpha`` and ``lesson``."""
+class ActiveList:
+    """Which seeds are active: ``order [banks, S + 1]`` and ``rank [S + 1]``, see ``write_active_list``; found from ``alpha`` and ``lesson``."""
 
     alpha: Tensor
     lesson: Tensor | None
@@ -115,8 +115,8 @@ class Roster:
     rank: Tensor
 
     @classmethod
-    def empty(cls, alpha: Tensor, lesson: Tensor | None, route: Tensor, banks: int) -> Roster:
-        """Room for a site's roster, which the copying kernels write."""
+    def empty(cls, alpha: Tensor, lesson: Tensor | None, route: Tensor, banks: int) -> ActiveList:
+        """Room for a site's active list, which the copying kernels write."""
         return cls(alpha, lesson, route, route.new_empty(banks, alpha.shape[0] + 1), route.new_empty(alpha.shape[0] + 1))
 
     @property
@@ -126,67 +126,67 @@ class Roster:
 
     @property
     def constants(self) -> dict[str, int]:
-        """Banks, and seeds that the roster's program takes at once."""
+        """Banks, and seeds that the program that writes it takes at once."""
         return {"BANKS": self.order.shape[0], "RB": min(1024, launch.power_of_two(self.alpha.shape[0]))}
 
 
-def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, roster: Roster | None = None) -> None:
-    """Measure ``x`` as ``partial`` asks; with ``y`` and ``roster`` also copy the chunks without an active branch, and fill the roster."""
+def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None) -> None:
+    """Measure ``x`` as ``partial`` asks; with ``y`` and ``active`` also copy the chunks without an active branch, and fill ``active``."""
     if partial.telemetry and partial.whole:
-        read_rows(x, y, partial, roster, seeds, near_zero)
+        read_rows(x, y, partial, active, seeds, near_zero)
     else:
-        pass_through(x, y, partial, roster, seeds, near_zero)
+        pass_through(x, y, partial, active, seeds, near_zero)
 
 
-def read_rows(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | None, seeds: int, near_zero: float) -> None:
+def read_rows(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveList | None, seeds: int, near_zero: float) -> None:
     """Whole rows, measured and copied."""
-    copies, (outer, inner, width) = roster is not None, x.shape
+    copies, (outer, inner, width) = active is not None, x.shape
     plan = rows_plan(x, seeds, copies)
     assert plan is not None, "Partial.whole promises that whole rows fit"
     rows, target = outer * inner, x if y is None else y
-    alpha, _, *who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
+    alpha, _, *who = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
     wrap_triton(measure.rows_kernel)[(plan.parts + copies,)](
         x, target, alpha, *who, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
         seeds, width, rows, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SP=plan.seeds, CP=plan.places, **evenness(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
-        STAGES=plan.stages, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=plan.warps,
+        STAGES=plan.stages, **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=plan.warps,
     )  # fmt: skip
 
 
-def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | None, seeds: int, near_zero: float) -> None:
-    """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without a ``roster``.
+def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveList | None, seeds: int, near_zero: float) -> None:
+    """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without ``active``.
 
     Narrow chunks that need no measuring are copied with everything else: what the active ones are copied in vain costs less than
     looking which of them are.
     """
     outer, inner, width = x.shape
-    if y is not None and roster is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
+    if y is not None and active is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
         y.copy_(x)
-        constants = {"LESSONS": roster.lesson is not None, "BANKS": roster.constants["BANKS"], "SB": roster.constants["RB"]}
-        wrap_triton(roster_kernel)[(1,)](*roster.tensors, seeds, **constants, num_warps=4)
+        constants = {"LESSONS": active.lesson is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
+        wrap_triton(active_list_kernel)[(1,)](*active.tensors, seeds, **constants, num_warps=4)
         return
-    plan, copies = passing_plan(x, seeds), roster is not None
+    plan, copies = passing_plan(x, seeds), active is not None
     target = x if y is None else y
-    who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
+    who = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
     wrap_triton(passing.passing_kernel)[(-(-seeds // plan.seeds) * plan.parts + copies,)](
         x, target, *who, partial.stats, partial.means, partial.pivots,
         seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,
-        LESSONS=roster is not None and roster.lesson is not None,
-        **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
+        LESSONS=active is not None and active.lesson is not None,
+        **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=4,
     )  # fmt: skip
 
 
-def moments_of_means(x: Tensor, partial: Partial, roster: Roster | None) -> None:
+def moments_of_means(x: Tensor, partial: Partial, active: ActiveList | None) -> None:
     """Second pass over ``means``: row totals, and every seed's moments with them."""
     seeds, block = partial.pivots.shape[0], means_block(x)
     group = min(16384 // block, launch.power_of_two(seeds))
     wrap_triton(measure.moments_kernel)[(partial.blocks,)](
-        partial.means, partial.pivots if roster is None else roster.rank, partial.moments, partial.totals,
-        seeds, x.shape[2], x.shape[0] * x.shape[1], **evenness(x.shape[2], seeds), WHOLE=partial.whole and roster is not None,
+        partial.means, partial.pivots if active is None else active.rank, partial.moments, partial.totals,
+        seeds, x.shape[2], x.shape[0] * x.shape[1], **evenness(x.shape[2], seeds), WHOLE=partial.whole and active is not None,
         BM=block, SB=group, ONCE=group >= seeds, num_warps=8,
     )  # fmt: skip
 
@@ -196,12 +196,12 @@ def health_group(seeds: int) -> tuple[int, int]:
     return (1, 512) if seeds <= 1024 else (128, 32)
 
 
-def finish(x: Tensor, partial: Partial, roster: Roster | None) -> Tensor:
-    """Reduce partial sums to ``health [seeds, 4]``; with a ``roster``, those of a site with branches."""
+def finish(x: Tensor, partial: Partial, active: ActiveList | None) -> Tensor:
+    """Reduce partial sums to ``health [seeds, 4]``; with ``active``, those of a site with branches."""
     seeds = partial.pivots.shape[0]
     health, (group, parts) = x.new_empty(seeds, 4, dtype=torch.float32), health_group(seeds)
     wrap_triton(measure.finish_kernel)[(-(-seeds // group),)](
-        partial.pivots if roster is None else roster.rank, *partial.sums, health, *partial.size(x), **evenness(x.shape[2], seeds),
-        WHOLE=partial.whole, CHOICE=roster is not None, SB=group, PB=parts, num_warps=4,
+        partial.pivots if active is None else active.rank, *partial.sums, health, *partial.size(x), **evenness(x.shape[2], seeds),
+        WHOLE=partial.whole, CHOICE=active is not None, SB=group, PB=parts, num_warps=4,
     )  # fmt: skip
     return health

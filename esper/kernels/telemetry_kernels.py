@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper.kernels.active_list import write_roster
+from esper.kernels.active_list import write_active_list
 from esper.kernels.triton_helpers import chunk_size, chunk_start, few_active, row_offsets
 
 
@@ -22,14 +22,14 @@ def rows_kernel(
     ``moments[part, seed]`` = Σm, Σm², Σm·T, with m a row's chunk mean and T its total; ``totals[part]`` = ΣT, ΣT²;
     ``stats[part, seed]`` = Σ(x-p)², near-zero count. FULL: no place of the tile is padding.
 
-    COPY also brings the chunks without an active branch to ``y``, and one more program writes the roster. If more than a few seeds are
+    COPY also brings the chunks without an active branch to ``y``, and one more program writes the active list. If more than a few seeds are
     active (see ``few_active``), theirs are not even read: the rest leaves ``means[seed, row]`` instead of moments, as the forward
     kernel does for the active ones.
     """
     part = tl.program_id(0)
     if COPY:
         if part == parts:
-            write_roster(alpha, alpha, route, order, rank, seeds, BANKS, False, RB)
+            write_active_list(alpha, alpha, route, order, rank, seeds, BANKS, False, RB)
             return
     seed, place = tl.arange(0, SP), tl.arange(0, CP)
     start = chunk_start(seed, seeds, width, C, EVEN)
