@@ -7,8 +7,8 @@ import triton.language as tl
 
 
 @triton.jit
-def write_active_list(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
-    """``order[bank]`` = (count, its active seeds ascending); ``rank[seed]`` = its place there, -1 for an inactive seed.
+def write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
+    """``active_seeds[bank]`` = (count, its active seeds ascending); ``rank[seed]`` = its place there, -1 for an inactive seed.
 
     ``rank[seeds]`` is the count over all banks. One program does it, SB seeds at a time, beside those that copy what passes.
     """
@@ -24,16 +24,16 @@ def write_active_list(alpha, lesson, route, order, rank, seeds, BANKS: tl.conste
             owner = tl.load(route + seed * 3, mask=known, other=-1)
             mine = (active & (owner == bank)).to(tl.int32)
             place = count + tl.cumsum(mine, 0) - mine
-            tl.store(order + bank * (seeds + 1) + 1 + place, seed, mask=mine != 0)
+            tl.store(active_seeds + bank * (seeds + 1) + 1 + place, seed, mask=mine != 0)
             idle = (bank == 0) & ((owner < 0) | (active == 0))
             tl.store(rank + seed, tl.where(mine != 0, place, -1), mask=known & ((mine != 0) | idle))
             count += tl.sum(mine)
-        tl.store(order + bank * (seeds + 1), count)
+        tl.store(active_seeds + bank * (seeds + 1), count)
         active_in_all += count
     tl.store(rank + seeds, active_in_all)
 
 
 @triton.jit
-def active_list_kernel(alpha, lesson, route, order, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
+def active_list_kernel(alpha, lesson, route, active_seeds, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
     """:func:`write_active_list` alone, where another copies what passes."""
-    write_active_list(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, SB)
+    write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS, LESSONS, SB)

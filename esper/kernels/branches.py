@@ -32,7 +32,7 @@ def branches(
         plan = forward_plan(x, seeds, kind, bank, measure)
         sums = alpha.new_empty(plan.programs, 3)
         wrap_triton(chunk_forward.chunk_forward_kernel)[(plan.programs,)](
-            x, y, alpha, route, active.order[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+            x, y, alpha, route, active.active_seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
             **shape_of(kind, bank, x, seeds, plan), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
@@ -55,7 +55,7 @@ def settle(
     place = min(128, launch.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch.limits(x.device).processors * 4 // seeds))
     wrap_triton(chunk_forward.settle_kernel)[(seeds, shares)](
-        x, y, active.alpha, active.route, active.order[number], active.rank, sums, live, power, *partial.sums, health,
+        x, y, active.alpha, active.route, active.active_seeds[number], active.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
         PB=health_group(seeds)[1], num_warps=4,
@@ -84,18 +84,26 @@ def branches_backward(
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, plan = bank_backward(x, dy, dx, live, lesson, route, active.order[number], name, tensors)
+        found, plan = bank_backward(x, dy, dx, live, lesson, route, active.active_seeds[number], name, tensors)
         grads += collect(found[:-1], tensors, active, x, number, plan)
         if lesson is not None:
             wrap_triton(chunk_backward.residual_kernel)[(seeds,)](
-                found[-1], residual, route, active.order[number], active.rank, x.shape[0] * x.shape[1], plan.programs, number,
+                found[-1], residual, route, active.active_seeds[number], active.rank, x.shape[0] * x.shape[1], plan.programs, number,
                 BM=plan.rows, num_warps=1,
             )  # fmt: skip
     return dx, grads, residual
 
 
 def bank_backward(
-    x: Tensor, dy: Tensor, dx: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, order: Tensor, name: str, tensors: list[Tensor]
+    x: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    live: Tensor,
+    lesson: Tensor | None,
+    route: Tensor,
+    active_seeds: Tensor,
+    name: str,
+    tensors: list[Tensor],
 ) -> tuple[list[Tensor], launch.Launch]:
     """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
     seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], layers(name, tensors)
@@ -109,7 +117,7 @@ def bank_backward(
     settings = {"LESSONS": lesson is not None, "PRECISION": PRECISION, "num_warps": plan.warps, "num_stages": plan.stages}
     blocks = 1 if kind.affine else -(-bank.hidden // plan.hidden)
     wrap_triton(chunk_backward.chunk_backward_kernel)[(plan.programs, blocks)](
-        x, dy, dx, live, lessons, route, order, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+        x, dy, dx, live, lessons, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
@@ -118,7 +126,7 @@ def bank_backward(
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
         wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(alone.programs,)](
-            x, dy, dx, live, lessons, route, order, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
+            x, dy, dx, live, lessons, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
         )
     return [*partial, residual], plan
 
@@ -131,7 +139,7 @@ def collect(sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Te
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
     wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
-        *pairs, active.route, active.order[number], active.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
+        *pairs, active.route, active.active_seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip

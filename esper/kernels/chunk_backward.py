@@ -27,7 +27,7 @@ def hidden_slopes(x, into, gate, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.
 
 @triton.jit
 def chunk_backward_kernel(
-    x, dy, dx, live, lesson, route, order, w1, b1, wg, bg, w2, b2, dw1, db1, dwg, dbg, dw2, db2, residual,
+    x, dy, dx, live, lesson, route, active_seeds, w1, b1, wg, bg, w2, b2, dw1, db1, dwg, dbg, dw2, db2, residual,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
@@ -41,7 +41,7 @@ def chunk_backward_kernel(
     """
     pid, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HB
     blocks = tl.cdiv(rows, BM)
-    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), blocks)
+    seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), blocks)
     if parts == 0:
         return
     strength = tl.load(live + seed)
@@ -156,14 +156,14 @@ def chunk_backward_kernel(
 
 @triton.jit
 def chunk_input_gradient_kernel(
-    x, dy, dx, live, lesson, route, order, w1, b1, wg, bg, w2,
+    x, dy, dx, live, lesson, route, active_seeds, w1, b1, wg, bg, w2,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LESSONS: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx`` alone, block after block of hidden units, where one block cannot hold them all."""
     blocks = tl.cdiv(rows, BM)
-    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), blocks)
+    seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), blocks)
     if parts == 0:
         return
     strength = tl.load(live + seed)
@@ -230,15 +230,15 @@ def add_slot(partial, target, into, block, N: tl.constexpr, place, count, parts,
 
 
 @triton.jit
-def seed_parts(order, rows, programs, BM: tl.constexpr):
+def seed_parts(active_seeds, rows, programs, BM: tl.constexpr):
     """Active seeds of a bank (at least 1), and programs of each; see ``assignment``."""
-    count = tl.maximum(tl.load(order), 1)
+    count = tl.maximum(tl.load(active_seeds), 1)
     return count, tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
 
 
 @triton.jit
 def collect_kernel(
-    p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, order, rank, seeds, rows, programs, bank,
+    p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, active_seeds, rank, seeds, rows, programs, bank,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, N5: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +255,7 @@ def collect_kernel(
         here = here & ((tl.load(route + seed * 3 + 2, mask=known, other=0) & 2) == 0)
         place = tl.load(rank + seed, mask=known, other=-1)
         holder = tl.maximum(holder, tl.max(tl.where(here, place, -1)))
-    count, most = seed_parts(order, rows, programs, BM)
+    count, most = seed_parts(active_seeds, rows, programs, BM)
     parts, into = tl.where(holder < 0, 0, most), slot.to(tl.int64)
     # Where each tensor's blocks begin, without values from calls: a tracer takes what feeds an address for written.
     B1: tl.constexpr = (N0 + BN - 1) // BN
@@ -272,11 +272,11 @@ def collect_kernel(
 
 
 @triton.jit
-def residual_kernel(partial, residual, route, order, rank, rows, programs, bank, BM: tl.constexpr):
+def residual_kernel(partial, residual, route, active_seeds, rank, rows, programs, bank, BM: tl.constexpr):
     """``residual[seed]`` = sum of its ``partial[program]``; one program a seed."""
     seed = tl.program_id(0)
     place = tl.load(rank + seed)
     if (place < 0) | (tl.load(route + seed * 3) != bank):
         return
-    count, parts = seed_parts(order, rows, programs, BM)
+    count, parts = seed_parts(active_seeds, rows, programs, BM)
     add_parts(partial, residual, seed, tl.arange(0, 1), 1, place, count, parts, 1)

@@ -129,7 +129,7 @@ def walk(
 
 @triton.jit
 def chunk_forward_kernel(
-    x, y, alpha, route, order, rank, w1, b1, wg, bg, w2, b2, partial, means, pivots,
+    x, y, alpha, route, active_seeds, rank, w1, b1, wg, bg, w2, b2, partial, means, pivots,
     seeds, width, rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
@@ -142,7 +142,7 @@ def chunk_forward_kernel(
     ``means[seed, row]`` the row's chunk mean minus the pivot p, the chunk's mean in row 0. FULL: no place of a tile is padding.
     TELEMETRY is left out where ``rows_kernel`` has measured all chunks (see ``few_active``); the walk then has PLAIN_STAGES.
     """
-    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, BM))
+    seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, BM))
     if parts == 0:
         return
     strength = tl.load(alpha + seed).to(tl.float32)
@@ -178,7 +178,7 @@ def chunk_forward_kernel(
 
 @triton.jit
 def settle_kernel(
-    x, y, alpha, route, order, rank, partial, live, power, pivots, moments, totals, stats, health,
+    x, y, alpha, route, active_seeds, rank, partial, live, power, pivots, moments, totals, stats, health,
     seeds, width, rows, programs, tile_rows, bank, inner, xo, xi, xc, yo, yi, yc, blocks, parts,
     BM: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr,
     TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, FINISH: tl.constexpr, PB: tl.constexpr,
@@ -200,7 +200,7 @@ def settle_kernel(
     if FINISH == 0:
         if active == 0:
             return
-    count = tl.maximum(tl.load(order), 1)
+    count = tl.maximum(tl.load(active_seeds), 1)
     most = tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, tile_rows)), 1), 128)
     part = tl.arange(0, 128)
     known = active & (part < most)

@@ -11,7 +11,7 @@ from esper.kernels.triton_helpers import chunk_size, chunk_start, row_offsets
 
 @triton.jit
 def passing_kernel(
-    x, y, alpha, lesson, route, order, rank, stats, means, pivots,
+    x, y, alpha, lesson, route, active_seeds, rank, stats, means, pivots,
     seeds, width, rows, parts, inner, xo, xi, xc, yo, yi, yc, near_zero,
     BM: tl.constexpr, SB: tl.constexpr, CB: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     COPY: tl.constexpr, TELEMETRY: tl.constexpr, ALL: tl.constexpr, FLAT: tl.constexpr, STAGES: tl.constexpr,
@@ -26,7 +26,7 @@ def passing_kernel(
     groups = tl.cdiv(seeds, SB)
     if not ALL:
         if tl.program_id(0) == groups * parts:
-            write_active_list(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, RB)
+            write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS, LESSONS, RB)
             return
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     seed = group * SB + tl.arange(0, SB)

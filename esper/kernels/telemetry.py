@@ -106,12 +106,12 @@ class Partial:
 
 @dataclass(frozen=True)
 class ActiveList:
-    """Which seeds are active: ``order [banks, S + 1]`` and ``rank [S + 1]``, see ``write_active_list``; found from ``alpha`` and ``lesson``."""
+    """Which seeds are active: ``active_seeds [banks, S + 1]`` and ``rank [S + 1]``, see ``write_active_list``; found from ``alpha`` and ``lesson``."""
 
     alpha: Tensor
     lesson: Tensor | None
     route: Tensor
-    order: Tensor
+    active_seeds: Tensor
     rank: Tensor
 
     @classmethod
@@ -122,12 +122,12 @@ class ActiveList:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the copying kernels take them."""
-        return self.alpha, self.alpha if self.lesson is None else self.lesson, self.route, self.order, self.rank
+        return self.alpha, self.alpha if self.lesson is None else self.lesson, self.route, self.active_seeds, self.rank
 
     @property
     def constants(self) -> dict[str, int]:
         """Banks, and seeds that the program that writes it takes at once."""
-        return {"BANKS": self.order.shape[0], "RB": min(1024, launch.power_of_two(self.alpha.shape[0]))}
+        return {"BANKS": self.active_seeds.shape[0], "RB": min(1024, launch.power_of_two(self.alpha.shape[0]))}
 
 
 def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None) -> None:

@@ -11,7 +11,7 @@ from esper.kernels.triton_helpers import chunk_size, chunk_start, few_active, ro
 
 @triton.jit
 def rows_kernel(
-    x, y, alpha, route, order, rank, means, moments, totals, stats, pivots,
+    x, y, alpha, route, active_seeds, rank, means, moments, totals, stats, pivots,
     seeds, width, rows, parts, inner, xo, xi, xc, yo, yi, yc, near_zero,
     BM: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     COPY: tl.constexpr, FLAT: tl.constexpr, STAGES: tl.constexpr, BANKS: tl.constexpr, RB: tl.constexpr,
@@ -29,7 +29,7 @@ def rows_kernel(
     part = tl.program_id(0)
     if COPY:
         if part == parts:
-            write_active_list(alpha, alpha, route, order, rank, seeds, BANKS, False, RB)
+            write_active_list(alpha, alpha, route, active_seeds, rank, seeds, BANKS, False, RB)
             return
     seed, place = tl.arange(0, SP), tl.arange(0, CP)
     start = chunk_start(seed, seeds, width, C, EVEN)

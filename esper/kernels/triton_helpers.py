@@ -34,18 +34,18 @@ def chunk_size(start, seed, seeds, width, C: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def assignment(order, pid, programs, blocks):
-    """Which seed and row part a program works on: ``order`` holds a bank's count of active seeds, then the seeds.
+def assignment(active_seeds, pid, programs, blocks):
+    """Which seed and row part a program works on: ``active_seeds`` holds a bank's count of active seeds, then the seeds.
 
     Programs are dealt out over the active seeds alone, so that few of them still fill the device. Returns (seed, part, parts);
     parts is 0 for a program without work.
     """
-    count = tl.load(order)
+    count = tl.load(active_seeds)
     parts = tl.minimum(programs // tl.maximum(count, 1), blocks)
     parts = tl.minimum(tl.maximum(parts, 1), 128)
     parts = tl.where(pid < count * parts, parts, 0)
     rank = pid % tl.maximum(count, 1)
-    seed = tl.load(order + 1 + rank, mask=parts > 0, other=0)
+    seed = tl.load(active_seeds + 1 + rank, mask=parts > 0, other=0)
     return seed, pid // tl.maximum(count, 1), parts
 
 

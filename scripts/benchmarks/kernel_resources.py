@@ -23,7 +23,7 @@ from esper.kernels.launch import Launch, Limits
 
 DEVICES = {80: Limits((8, 0), 108, 166_912), 89: Limits((8, 9), 34, 101_376, 65536, 1536), 90: Limits((9, 0), 132, 232_448)}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "order", "rank"}
+ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "active_seeds", "rank"}
 
 
 DIRECTIONS = ("forward", "backward", "backward with lessons", "input gradient")
