@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from esper.kernels import chunk_backward, chunk_forward, launch
-from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
+from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
 from esper.kernels.geometry import chunk_width
 from esper.kernels.telemetry import ActiveList, Partial, evenness, finish, health_group, moments_of_means, pass_through, read
 
@@ -28,7 +28,7 @@ def branches(
     read(x, partial, seeds, near_zero, y, active)
     together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
-        kind, bank, last = KINDS[name], layers(name, tensors), number == len(banks) - 1
+        kind, bank, last = KINDS[name], bank_tensors(name, tensors), number == len(banks) - 1
         plan = forward_plan(x, seeds, kind, bank, measure)
         sums = alpha.new_empty(plan.programs, 3)
         wrap_triton(chunk_forward.chunk_forward_kernel)[(plan.programs,)](
@@ -106,11 +106,11 @@ def bank_backward(
     tensors: list[Tensor],
 ) -> tuple[list[Tensor], launch.Launch]:
     """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
-    seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], layers(name, tensors)
+    seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
     plan = backward_plan(x, seeds, kind, bank, lesson is not None)
     partial = [tensor.new_empty(plan.programs, *tensor.shape[1:]) for tensor in tensors]
     residual = live.new_empty(plan.programs)
-    into, whole = layers(name, partial), kind.affine or plan.hidden >= bank.hidden
+    into, whole = bank_tensors(name, partial), kind.affine or plan.hidden >= bank.hidden
     lessons = live if lesson is None else lesson
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
     common = shape_of(kind, bank, x, seeds, plan)
@@ -170,7 +170,7 @@ def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health:
 branches.register_autograd(_differentiate, setup_context=_save)
 
 
-def shape_of(kind: Kind, bank: Layers, x: Tensor, seeds: int, plan: launch.Launch) -> dict[str, object]:
+def shape_of(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, plan: launch.Launch) -> dict[str, object]:
     """The constants that a kernel is compiled for; none of them changes before a bank doubles."""
     outer, inner, width = x.shape
     chunk = chunk_width(width, seeds)
@@ -182,19 +182,19 @@ def shape_of(kind: Kind, bank: Layers, x: Tensor, seeds: int, plan: launch.Launc
     }  # fmt: skip
 
 
-def forward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, measure: bool) -> launch.Launch:
+def forward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch.Launch:
     """Launch settings of the forward kernel for this site and bank."""
     chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
     return launch.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), measure)
 
 
-def backward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, lessons: bool) -> launch.Launch:
+def backward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, lessons: bool) -> launch.Launch:
     """Launch settings of the backward kernels for this site and bank."""
     chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
     return launch.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), lessons)
 
 
-def input_gradient_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, plan: launch.Launch) -> launch.Launch:
+def input_gradient_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, plan: launch.Launch) -> launch.Launch:
     """Launch settings of the kernel for ``dx`` alone, where the backward's ``plan`` splits the hidden units."""
     chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
     return launch.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch.limits(x.device), plan)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
+from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
 from esper.kernels.geometry import chunk_bounds, feature_owner, padded_index
 
 
@@ -84,12 +84,12 @@ def _derivative(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return h, torch.ones_like(h)
 
 
-def _rows(bank: Layers, chosen: Chosen, dtype: torch.dtype) -> Layers:
+def _rows(bank: BankTensors, chosen: Chosen, dtype: torch.dtype) -> BankTensors:
     names = ("w1", "b1", "w2", "b2", "wg", "bg")
-    return Layers(**{name: getattr(bank, name).index_select(0, chosen.slots).to(dtype) for name in names})
+    return BankTensors(**{name: getattr(bank, name).index_select(0, chosen.slots).to(dtype) for name in names})
 
 
-def _hidden(c: Tensor, p: Layers, kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _hidden(c: Tensor, p: BankTensors, kind: BranchKind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden units, and what they multiply the gradient by for both pre-activations; the value side's raw numbers last."""
     h = c @ p.w1 + p.b1[:, None] if kind.bias else c @ p.w1
     if kind.gated:
@@ -99,7 +99,7 @@ def _hidden(c: Tensor, p: Layers, kind: Kind) -> tuple[Tensor, Tensor, Tensor, T
     return a, slope, slope, h
 
 
-def delta(c: Tensor, p: Layers, kind: Kind, echo: Tensor) -> Tensor:
+def delta(c: Tensor, p: BankTensors, kind: BranchKind, echo: Tensor) -> Tensor:
     """δ of chunks ``c [k, rows, C]``; ``echo [k]`` is 1 where the input is subtracted."""
     if kind.affine:
         out = c * p.w1[:, None] + p.b2[:, None]
@@ -125,7 +125,7 @@ def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: lis
     power = torch.zeros_like(alpha)
     y = x
     for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
-        bank = layers(name, tensors)
+        bank = bank_tensors(name, tensors)
         chosen = Chosen.of((route[:, 0] == number) & (alpha != 0), route, bank.capacity)
         chunks = site.read(x, chosen)
         out = delta(chunks, _rows(bank, chosen, x.dtype), KINDS[name], _echo(route, chosen, x.dtype))
@@ -156,7 +156,7 @@ def backward(
     taught = torch.zeros_like(live, dtype=torch.bool) if lesson is None else lesson[:, 1] != 0
     dx, grads, residual = dy, [], torch.zeros_like(live)
     for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
-        bank, kind = layers(name, tensors), KINDS[name]
+        bank, kind = bank_tensors(name, tensors), KINDS[name]
         chosen = Chosen.of((route[:, 0] == number) & ((live != 0) | taught), route, bank.capacity)
         c, arriving, p = site.read(x, chosen), site.read(dy, chosen), _rows(bank, chosen, x.dtype)
         echo, isolated = _echo(route, chosen, x.dtype)[:, None, None], taught[chosen.seeds][:, None, None]
@@ -180,7 +180,7 @@ def backward(
     return (dx.clone() if dx is dy else dx), grads, residual
 
 
-def _gradients(c: Tensor, g: Tensor, p: Layers, kind: Kind) -> tuple[list[Tensor], Tensor]:
+def _gradients(c: Tensor, g: Tensor, p: BankTensors, kind: BranchKind) -> tuple[list[Tensor], Tensor]:
     """Gradients of a bank's stacks in their order, and of the chunk, given ``g``, the gradient of δ."""
     if kind.affine:
         return [(g * c).sum(1), g.sum(1)], g * p.w1[:, None]

@@ -68,7 +68,7 @@ class Fused:
         return grown.y if dim == -1 else grown.y.movedim(-1, dim)
 
     def _parameters(self) -> list[Tensor]:
-        return [bank.stacks[name] for bank, kind in zip(self.banks, self.kinds.split(","), strict=True) for name in KINDS[kind].order]
+        return [bank.stacks[name] for bank, kind in zip(self.banks, self.kinds.split(","), strict=True) for name in KINDS[kind].stack_names]
 
     def _note_ratios(self, ratios: dict[int, Tensor], power: Tensor, statistics: Tensor, rows: int) -> None:
         owned = [end - start for start, end in (self.geometry.bounds(seed) for seed in self.seeds.tolist())]
@@ -139,11 +139,11 @@ def kind_of(blueprint: Blueprint) -> str | None:
     if blueprint.receptive_field != "chunk" or blueprint.spatial:
         return None
     name = f"mlp_{blueprint.activation}" if isinstance(blueprint, MLP) else blueprint.name
-    return name if name in KINDS and set(KINDS[name].order) == set(blueprint.shapes(1, 1, Geometry(1, 1))) else None
+    return name if name in KINDS and set(KINDS[name].stack_names) == set(blueprint.shapes(1, 1, Geometry(1, 1))) else None
 
 
 def bank_fits(bank: SlotBank, geometry: Geometry) -> bool:
     """Whether the kernels can take this bank's widths."""
     kind = kind_of(bank.blueprint)
     assert kind is not None
-    return fits(geometry.width, geometry.seeds, kind, [bank.stacks[name] for name in KINDS[kind].order])
+    return fits(geometry.width, geometry.seeds, kind, [bank.stacks[name] for name in KINDS[kind].stack_names])

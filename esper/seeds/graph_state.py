@@ -144,7 +144,7 @@ class CompiledSites:
             assert isinstance(bank, SlotBank)
             bank.reserve(2)  # sizes 0 and 1 are compiled in
             kinds.append(str(kind_of(bank.blueprint)))
-            stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].order]
+            stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].stack_names]
             fits = fits and bank_fits(bank, self.registry.layers[number].geometry)
         self.sites[number].triton = fits and self._by_kernel(number)
         self.sites[number].hold(",".join(kinds), stacks)

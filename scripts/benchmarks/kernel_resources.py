@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from esper.kernels import chunk_backward, chunk_forward, launch
 from esper.kernels import telemetry_kernels as measure
-from esper.kernels.branch_kinds import KINDS, Kind
+from esper.kernels.branch_kinds import KINDS, BranchKind
 from esper.kernels.launch import Launch, Limits
 
 DEVICES = {80: Limits((8, 0), 108, 166_912), 89: Limits((8, 9), 34, 101_376, 65536, 1536), 90: Limits((9, 0), 132, 232_448)}
@@ -31,7 +31,7 @@ SITES = ("4096x64", "3072x1000", "8192x64")
 """Width x seeds at which the whole-row telemetry kernel is compiled."""
 
 
-def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, direction: str, plain_stages: int) -> dict[str, object]:
+def constants(kind: BranchKind, chunk: int, hidden: int, plan: Launch, direction: str, plain_stages: int) -> dict[str, object]:
     """Compile-time arguments of the kernel for a contiguous site of even chunks; ``plain_stages`` see the forward kernel."""
     padded = launch.power_of_two(chunk, 16)
     common = {

@@ -51,7 +51,7 @@ def make_case(
     chunk, parameters = chunk_width(width, seeds), []
     bounds = chunk_bounds(width, seeds)
     for number, name in enumerate(names):
-        for part in KINDS[name].order:
+        for part in KINDS[name].stack_names:
             shape = stack_shape(part, capacity[number], chunk, hidden)
             stack = torch.randn(shape, generator=g) / max(1, shape[1] if len(shape) == 3 else 1) ** 0.5
             for seed in (bank == number).nonzero()[:, 0].tolist():
