@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from esper.kernels import chunk_backward, chunk_forward, launch
+from esper.kernels import chunk_backward, chunk_forward, launch_rules
 from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
 from esper.kernels.geometry import chunk_width
 from esper.kernels.telemetry import ActiveList, Partial, evenness, finish, health_group, moments_of_means, pass_through, read
@@ -48,12 +48,12 @@ def branches(
 
 def settle(
     x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
-    plan: launch.Launch, last: bool,
+    plan: launch_rules.Launch, last: bool,
 ) -> None:  # fmt: skip
     """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``settle_kernel``."""
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
-    place = min(128, launch.power_of_two(chunk_width(width, seeds)))
-    shares = max(1, min(16, launch.limits(x.device).processors * 4 // seeds))
+    place = min(128, launch_rules.power_of_two(chunk_width(width, seeds)))
+    shares = max(1, min(16, launch_rules.limits(x.device).processors * 4 // seeds))
     wrap_triton(chunk_forward.settle_kernel)[(seeds, shares)](
         x, y, active.alpha, active.route, active.active_seeds[number], active.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
@@ -104,7 +104,7 @@ def bank_backward(
     active_seeds: Tensor,
     name: str,
     tensors: list[Tensor],
-) -> tuple[list[Tensor], launch.Launch]:
+) -> tuple[list[Tensor], launch_rules.Launch]:
     """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
     seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
     plan = backward_plan(x, seeds, kind, bank, lesson is not None)
@@ -131,17 +131,19 @@ def bank_backward(
     return [*partial, residual], plan
 
 
-def collect(sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
+def collect(
+    sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Tensor, number: int, plan: launch_rules.Launch
+) -> list[Tensor]:
     """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
     targets = [torch.empty_like(tensor) for tensor in tensors]
     sizes, seeds = [tensor[0].numel() for tensor in tensors], active.alpha.shape[0]
-    block = min(1024, launch.power_of_two(max(sizes)))
+    block = min(1024, launch_rules.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
     wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
         *pairs, active.route, active.active_seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
-        BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
+        BM=plan.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip
     return targets
 
@@ -170,11 +172,11 @@ def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health:
 branches.register_autograd(_differentiate, setup_context=_save)
 
 
-def shape_of(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, plan: launch.Launch) -> dict[str, object]:
+def shape_of(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, plan: launch_rules.Launch) -> dict[str, object]:
     """The constants that a kernel is compiled for; none of them changes before a bank doubles."""
     outer, inner, width = x.shape
     chunk = chunk_width(width, seeds)
-    padded, even = launch.power_of_two(chunk, 16), width % seeds == 0
+    padded, even = launch_rules.power_of_two(chunk, 16), width % seeds == 0
     return {
         "C": chunk, "EVEN": even, "FULL": even and chunk == padded and outer * inner % plan.rows == 0, "FLAT": outer == 1,
         "H": bank.hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows,
@@ -182,19 +184,19 @@ def shape_of(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, plan: l
     }  # fmt: skip
 
 
-def forward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch.Launch:
+def forward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch_rules.Launch:
     """Launch settings of the forward kernel for this site and bank."""
-    chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), measure)
+    chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
+    return launch_rules.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), measure)
 
 
-def backward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, lessons: bool) -> launch.Launch:
+def backward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, lessons: bool) -> launch_rules.Launch:
     """Launch settings of the backward kernels for this site and bank."""
-    chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), lessons)
+    chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
+    return launch_rules.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), lessons)
 
 
-def input_gradient_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, plan: launch.Launch) -> launch.Launch:
+def input_gradient_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, plan: launch_rules.Launch) -> launch_rules.Launch:
     """Launch settings of the kernel for ``dx`` alone, where the backward's ``plan`` splits the hidden units."""
-    chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch.limits(x.device), plan)
+    chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
+    return launch_rules.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch_rules.limits(x.device), plan)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from esper.kernels import inactive_chunks as passing
-from esper.kernels import launch
+from esper.kernels import launch_rules
 from esper.kernels import telemetry_kernels as measure
 from esper.kernels.active_list import active_list_kernel
 from esper.kernels.geometry import as_rows, chunk_width
@@ -45,19 +45,19 @@ def evenness(width: int, seeds: int) -> dict[str, object]:
     return {"C": chunk_width(width, seeds), "EVEN": width % seeds == 0}
 
 
-def passing_plan(x: Tensor, seeds: int) -> launch.PassingLaunch:
+def passing_plan(x: Tensor, seeds: int) -> launch_rules.PassingLaunch:
     """Launch settings of the copying kernel for this site."""
-    return launch.passing(x.shape[2], seeds, x.shape[0] * x.shape[1], launch.limits(x.device))
+    return launch_rules.passing(x.shape[2], seeds, x.shape[0] * x.shape[1], launch_rules.limits(x.device))
 
 
-def rows_plan(x: Tensor, seeds: int, copies: bool) -> launch.WholeRowsLaunch | None:
+def rows_plan(x: Tensor, seeds: int, copies: bool) -> launch_rules.WholeRowsLaunch | None:
     """Launch settings of the kernel over whole rows for this site; None where a row is too wide for it."""
-    return launch.whole_rows(x.shape[2], seeds, x.shape[0] * x.shape[1], x.element_size(), launch.limits(x.device), copies)
+    return launch_rules.whole_rows(x.shape[2], seeds, x.shape[0] * x.shape[1], x.element_size(), launch_rules.limits(x.device), copies)
 
 
 def means_block(x: Tensor) -> int:
     """Rows a program of the second pass over row means."""
-    return min(128, launch.power_of_two(x.shape[0] * x.shape[1]))
+    return min(128, launch_rules.power_of_two(x.shape[0] * x.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ActiveList:
     @property
     def constants(self) -> dict[str, int]:
         """Banks, and seeds that the program that writes it takes at once."""
-        return {"BANKS": self.active_seeds.shape[0], "RB": min(1024, launch.power_of_two(self.alpha.shape[0]))}
+        return {"BANKS": self.active_seeds.shape[0], "RB": min(1024, launch_rules.power_of_two(self.alpha.shape[0]))}
 
 
 def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None) -> None:
@@ -183,7 +183,7 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveLi
 def moments_of_means(x: Tensor, partial: Partial, active: ActiveList | None) -> None:
     """Second pass over ``means``: row totals, and every seed's moments with them."""
     seeds, block = partial.pivots.shape[0], means_block(x)
-    group = min(16384 // block, launch.power_of_two(seeds))
+    group = min(16384 // block, launch_rules.power_of_two(seeds))
     wrap_triton(measure.moments_kernel)[(partial.blocks,)](
         partial.means, partial.pivots if active is None else active.rank, partial.moments, partial.totals,
         seeds, x.shape[2], x.shape[0] * x.shape[1], **evenness(x.shape[2], seeds), WHOLE=partial.whole and active is not None,

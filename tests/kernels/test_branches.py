@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.kernels import branches as branches_module
-from esper.kernels import launch, reference, reference_branches, telemetry
+from esper.kernels import launch_rules, reference, reference_branches, telemetry
 from esper.kernels.branches import branches, branches_backward
 from esper.kernels.geometry import as_rows
 from tests.kernels.sites import DEVICE, error, make_case
@@ -112,7 +112,7 @@ def test_strided_and_channels_first_input():
 def test_few_and_many_active_seeds_are_measured_alike(monkeypatch, whole, active, dtype):
     """Up to a quarter of the seeds: whole rows measure all chunks; beyond, and where rows are too wide, active ones measure theirs."""
     if not whole:
-        monkeypatch.setattr(launch, "whole_rows", lambda *_: None)
+        monkeypatch.setattr(launch_rules, "whole_rows", lambda *_: None)
     case = make_case(45, 44, 8, "mlp_relu,affine", hidden=6, share=1.0, dtype=dtype)
     case.alpha.copy_(torch.arange(8) < active)
     check(case)

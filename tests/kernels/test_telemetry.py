@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from esper.kernels import launch, reference
+from esper.kernels import launch_rules, reference
 from esper.kernels.telemetry import telemetry
 from tests.kernels.sites import DEVICE, error
 
@@ -15,7 +15,7 @@ SHAPES = [(64, 32, 4), (37, 30, 7), (33, 10, 10), (20, 8, 1), (9, 300, 2), (40, 
 @pytest.mark.parametrize(("rows", "width", "seeds"), SHAPES)
 def test_both_routes_agree_with_the_reference(monkeypatch, rows, width, seeds, dtype, whole):
     if not whole:
-        monkeypatch.setattr(launch, "whole_rows", lambda *_: None)
+        monkeypatch.setattr(launch_rules, "whole_rows", lambda *_: None)
     x = (torch.randn(rows, width, generator=torch.Generator().manual_seed(0)) + 3).to(dtype).to(DEVICE)
     assert error(telemetry(x, seeds, 0.5), reference.telemetry(x.double(), seeds, 0.5)) <= 1e-5
 
