@@ -1,4 +1,4 @@
-"""`scripts/bench kernel_sweep`: times launch candidates on the GPU at hand; the rule in esper/kernels/launch.py is read off its CSV."""
+"""`scripts/bench kernel_sweep`: times launch candidates on the GPU at hand; the rule in esper/kernels/launch_rules.py is read off its CSV."""
 
 from __future__ import annotations
 
