@@ -10,7 +10,7 @@ from esper.kernels.triton_helpers import chunk_size, chunk_start, row_offsets
 
 
 @triton.jit
-def passing_kernel(
+def inactive_chunks_kernel(
     x, y, alpha, lesson, route, active_seeds, rank, stats, means, pivots,
     seeds, width, rows, parts, inner, xo, xi, xc, yo, yi, yc, near_zero,
     BM: tl.constexpr, SB: tl.constexpr, CB: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,

@@ -213,7 +213,7 @@ def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, item
 
 
 @dataclass(frozen=True)
-class PassingLaunch:
+class InactiveChunksLaunch:
     """Rows, seeds and places of a tile, pipeline stages, row parts."""
 
     rows: int
@@ -223,12 +223,12 @@ class PassingLaunch:
     parts: int
 
 
-def passing(width: int, seeds: int, rows: int, limit: Limits) -> PassingLaunch:
+def inactive_chunks(width: int, seeds: int, rows: int, limit: Limits) -> InactiveChunksLaunch:
     """Settings of the copying kernel: tiles of whole neighbouring chunks, 256 features wide where chunks allow."""
     place = min(power_of_two(-(-width // seeds)), 256)
     group = max(1, min(power_of_two(seeds), 256 // place))
     block = max(1, min(16, power_of_two(rows)))
-    return PassingLaunch(block, group, place, 3, row_parts(-(-seeds // group), rows, block, 4, limit))
+    return InactiveChunksLaunch(block, group, place, 3, row_parts(-(-seeds // group), rows, block, 4, limit))
 
 
 @dataclass(frozen=True)

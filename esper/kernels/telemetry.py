@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from esper.kernels import inactive_chunks as passing
-from esper.kernels import launch_rules
+from esper.kernels import inactive_chunks, launch_rules
 from esper.kernels import telemetry_kernels as measure
 from esper.kernels.active_list import active_list_kernel
 from esper.kernels.geometry import as_rows, chunk_width
@@ -45,9 +44,9 @@ def evenness(width: int, seeds: int) -> dict[str, object]:
     return {"C": chunk_width(width, seeds), "EVEN": width % seeds == 0}
 
 
-def passing_plan(x: Tensor, seeds: int) -> launch_rules.PassingLaunch:
+def inactive_chunks_launch(x: Tensor, seeds: int) -> launch_rules.InactiveChunksLaunch:
     """Launch settings of the copying kernel for this site."""
-    return launch_rules.passing(x.shape[2], seeds, x.shape[0] * x.shape[1], launch_rules.limits(x.device))
+    return launch_rules.inactive_chunks(x.shape[2], seeds, x.shape[0] * x.shape[1], launch_rules.limits(x.device))
 
 
 def rows_plan(x: Tensor, seeds: int, copies: bool) -> launch_rules.WholeRowsLaunch | None:
@@ -83,7 +82,7 @@ class Partial:
     def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> Partial:
         """Buffers for a site's ``x [outer, inner, W]``, of no size where nothing is measured; ``copies``: there are branches."""
         rows, plan = (x.shape[0] * x.shape[1] if telemetry else 0), rows_plan(x, seeds, copies)
-        parts = passing_plan(x, seeds).parts if plan is None else plan.parts
+        parts = inactive_chunks_launch(x, seeds).parts if plan is None else plan.parts
         blocks = -(-rows // means_block(x))
         most = max(parts, blocks) if telemetry else 0
 
@@ -166,11 +165,11 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveLi
         constants = {"LESSONS": active.lesson is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
         wrap_triton(active_list_kernel)[(1,)](*active.tensors, seeds, **constants, num_warps=4)
         return
-    plan, copies = passing_plan(x, seeds), active is not None
+    plan, copies = inactive_chunks_launch(x, seeds), active is not None
     target = x if y is None else y
     who = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
-    wrap_triton(passing.passing_kernel)[(-(-seeds // plan.seeds) * plan.parts + copies,)](
+    wrap_triton(inactive_chunks.inactive_chunks_kernel)[(-(-seeds // plan.seeds) * plan.parts + copies,)](
         x, target, *who, partial.stats, partial.means, partial.pivots,
         seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,

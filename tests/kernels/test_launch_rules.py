@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from esper.kernels.launch_rules import Limits
 
 from esper.kernels import launch_rules
+from esper.kernels.launch_rules import Limits
 
 DEVICES = {
     "A100": Limits((8, 0), 108, 166_912),
