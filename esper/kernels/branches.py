@@ -29,18 +29,18 @@ def branches(
     together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
         kind, bank, last = KINDS[name], bank_tensors(name, tensors), number == len(banks) - 1
-        plan = forward_plan(x, seeds, kind, bank, measure)
-        sums = alpha.new_empty(plan.programs, 3)
-        wrap_triton(chunk_forward.chunk_forward_kernel)[(plan.programs,)](
+        launch = forward_launch(x, seeds, kind, bank, measure)
+        sums = alpha.new_empty(launch.programs, 3)
+        wrap_triton(chunk_forward.chunk_forward_kernel)[(launch.programs,)](
             x, y, alpha, route, active.active_seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
-            **shape_of(kind, bank, x, seeds, plan), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
-            STAGES=plan.stages, PLAIN_STAGES=forward_plan(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=plan.warps,
+            **shape_of(kind, bank, x, seeds, launch), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
+            STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=launch.warps,
         )  # fmt: skip
         if last and measure:
             moments_of_means(x, partial, active)
-        settle(x, y, active, sums, partial, live, power, health, number, plan, together and last)
+        settle(x, y, active, sums, partial, live, power, health, number, launch, together and last)
     if measure and not together:
         health = finish(x, partial, active)
     return y, live, power, health
@@ -48,7 +48,7 @@ def branches(
 
 def settle(
     x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
-    plan: launch_rules.Launch, last: bool,
+    launch: launch_rules.Launch, last: bool,
 ) -> None:  # fmt: skip
     """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``settle_kernel``."""
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
@@ -56,7 +56,7 @@ def settle(
     shares = max(1, min(16, launch_rules.limits(x.device).processors * 4 // seeds))
     wrap_triton(chunk_forward.settle_kernel)[(seeds, shares)](
         x, y, active.alpha, active.route, active.active_seeds[number], active.rank, sums, live, power, *partial.sums, health,
-        seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
+        seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
         PB=health_group(seeds)[1], num_warps=4,
     )  # fmt: skip
@@ -84,12 +84,12 @@ def branches_backward(
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, plan = bank_backward(x, dy, dx, live, lesson, route, active.active_seeds[number], name, tensors)
-        grads += collect(found[:-1], tensors, active, x, number, plan)
+        found, launch = bank_backward(x, dy, dx, live, lesson, route, active.active_seeds[number], name, tensors)
+        grads += collect(found[:-1], tensors, active, x, number, launch)
         if lesson is not None:
             wrap_triton(chunk_backward.residual_kernel)[(seeds,)](
-                found[-1], residual, route, active.active_seeds[number], active.rank, x.shape[0] * x.shape[1], plan.programs, number,
-                BM=plan.rows, num_warps=1,
+                found[-1], residual, route, active.active_seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
+                BM=launch.rows, num_warps=1,
             )  # fmt: skip
     return dx, grads, residual
 
@@ -107,32 +107,32 @@ def bank_backward(
 ) -> tuple[list[Tensor], launch_rules.Launch]:
     """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
     seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
-    plan = backward_plan(x, seeds, kind, bank, lesson is not None)
-    partial = [tensor.new_empty(plan.programs, *tensor.shape[1:]) for tensor in tensors]
-    residual = live.new_empty(plan.programs)
-    into, whole = bank_tensors(name, partial), kind.affine or plan.hidden >= bank.hidden
+    launch = backward_launch(x, seeds, kind, bank, lesson is not None)
+    partial = [tensor.new_empty(launch.programs, *tensor.shape[1:]) for tensor in tensors]
+    residual = live.new_empty(launch.programs)
+    into, whole = bank_tensors(name, partial), kind.affine or launch.hidden >= bank.hidden
     lessons = live if lesson is None else lesson
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
-    common = shape_of(kind, bank, x, seeds, plan)
-    settings = {"LESSONS": lesson is not None, "PRECISION": PRECISION, "num_warps": plan.warps, "num_stages": plan.stages}
-    blocks = 1 if kind.affine else -(-bank.hidden // plan.hidden)
-    wrap_triton(chunk_backward.chunk_backward_kernel)[(plan.programs, blocks)](
+    common = shape_of(kind, bank, x, seeds, launch)
+    settings = {"LESSONS": lesson is not None, "PRECISION": PRECISION, "num_warps": launch.warps, "num_stages": launch.stages}
+    blocks = 1 if kind.affine else -(-bank.hidden // launch.hidden)
+    wrap_triton(chunk_backward.chunk_backward_kernel)[(launch.programs, blocks)](
         x, dy, dx, live, lessons, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
-        alone = input_gradient_plan(x, seeds, kind, bank, plan)
+        alone = input_gradient_launch(x, seeds, kind, bank, launch)
         common = shape_of(kind, bank, x, seeds, alone)
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
         wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(alone.programs,)](
             x, dy, dx, live, lessons, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
         )
-    return [*partial, residual], plan
+    return [*partial, residual], launch
 
 
 def collect(
-    sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Tensor, number: int, plan: launch_rules.Launch
+    sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Tensor, number: int, launch: launch_rules.Launch
 ) -> list[Tensor]:
     """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
     targets = [torch.empty_like(tensor) for tensor in tensors]
@@ -141,9 +141,9 @@ def collect(
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
     wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
-        *pairs, active.route, active.active_seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
+        *pairs, active.route, active.active_seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
-        BM=plan.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
+        BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip
     return targets
 
@@ -172,31 +172,31 @@ def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health:
 branches.register_autograd(_differentiate, setup_context=_save)
 
 
-def shape_of(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, plan: launch_rules.Launch) -> dict[str, object]:
+def shape_of(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, launch: launch_rules.Launch) -> dict[str, object]:
     """The constants that a kernel is compiled for; none of them changes before a bank doubles."""
     outer, inner, width = x.shape
     chunk = chunk_width(width, seeds)
     padded, even = launch_rules.power_of_two(chunk, 16), width % seeds == 0
     return {
-        "C": chunk, "EVEN": even, "FULL": even and chunk == padded and outer * inner % plan.rows == 0, "FLAT": outer == 1,
-        "H": bank.hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows,
+        "C": chunk, "EVEN": even, "FULL": even and chunk == padded and outer * inner % launch.rows == 0, "FLAT": outer == 1,
+        "H": bank.hidden, "CP": padded, "HB": launch.hidden, "BM": launch.rows,
         "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation,
     }  # fmt: skip
 
 
-def forward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch_rules.Launch:
+def forward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch_rules.Launch:
     """Launch settings of the forward kernel for this site and bank."""
     chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
     return launch_rules.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), measure)
 
 
-def backward_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, lessons: bool) -> launch_rules.Launch:
+def backward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, lessons: bool) -> launch_rules.Launch:
     """Launch settings of the backward kernels for this site and bank."""
     chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
     return launch_rules.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), lessons)
 
 
-def input_gradient_plan(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, plan: launch_rules.Launch) -> launch_rules.Launch:
-    """Launch settings of the kernel for ``dx`` alone, where the backward's ``plan`` splits the hidden units."""
+def input_gradient_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, launch: launch_rules.Launch) -> launch_rules.Launch:
+    """Launch settings of the kernel for ``dx`` alone, where the backward's ``launch`` splits the hidden units."""
     chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
-    return launch_rules.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch_rules.limits(x.device), plan)
+    return launch_rules.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch_rules.limits(x.device), launch)

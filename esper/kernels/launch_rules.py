@@ -179,8 +179,8 @@ def backward_shared(
     return most + (3 * matrix + block * hidden * itemsize if split else 3 * block * chunk * 4)
 
 
-def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, plan: Launch) -> Launch:
-    """Settings of the kernel for ``dx`` alone, beside a backward ``plan`` whose block does not hold all hidden units.
+def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, launch: Launch) -> Launch:
+    """Settings of the kernel for ``dx`` alone, beside a backward ``launch`` whose block does not hold all hidden units.
 
     With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (timed
     likewise); else blocks of the plan's size, read again for every tile.
@@ -188,7 +188,7 @@ def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: i
     used = input_gradient_shared(64, chunk, hidden, gated, itemsize, 1, False)
     if limit.wgmma and itemsize == 2 and not gated and hidden <= 128 and used <= limit.shared:
         return Launch(64, hidden, 4, 1, programs(seeds, resident(255, 4, used, limit), limit))
-    block, tile, stages = min(plan.rows, 64), plan.hidden, plan.stages
+    block, tile, stages = min(launch.rows, 64), launch.hidden, launch.stages
     while input_gradient_shared(block, chunk, tile, gated, itemsize, stages, True) > limit.shared:
         if stages > 1:
             stages -= 1
@@ -197,7 +197,7 @@ def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: i
         else:
             tile //= 2
             assert tile >= 16, "no block fits"
-    return Launch(block, tile, plan.warps, stages, programs(seeds, 1, limit))
+    return Launch(block, tile, launch.warps, stages, programs(seeds, 1, limit))
 
 
 def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool) -> int:

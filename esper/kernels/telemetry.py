@@ -49,7 +49,7 @@ def inactive_chunks_launch(x: Tensor, seeds: int) -> launch_rules.InactiveChunks
     return launch_rules.inactive_chunks(x.shape[2], seeds, x.shape[0] * x.shape[1], launch_rules.limits(x.device))
 
 
-def rows_plan(x: Tensor, seeds: int, copies: bool) -> launch_rules.WholeRowsLaunch | None:
+def whole_rows_launch(x: Tensor, seeds: int, copies: bool) -> launch_rules.WholeRowsLaunch | None:
     """Launch settings of the kernel over whole rows for this site; None where a row is too wide for it."""
     return launch_rules.whole_rows(x.shape[2], seeds, x.shape[0] * x.shape[1], x.element_size(), launch_rules.limits(x.device), copies)
 
@@ -81,8 +81,8 @@ class Partial:
     @classmethod
     def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> Partial:
         """Buffers for a site's ``x [outer, inner, W]``, of no size where nothing is measured; ``copies``: there are branches."""
-        rows, plan = (x.shape[0] * x.shape[1] if telemetry else 0), rows_plan(x, seeds, copies)
-        parts = inactive_chunks_launch(x, seeds).parts if plan is None else plan.parts
+        rows, launch = (x.shape[0] * x.shape[1] if telemetry else 0), whole_rows_launch(x, seeds, copies)
+        parts = inactive_chunks_launch(x, seeds).parts if launch is None else launch.parts
         blocks = -(-rows // means_block(x))
         most = max(parts, blocks) if telemetry else 0
 
@@ -90,8 +90,8 @@ class Partial:
             return x.new_empty(*shape, dtype=torch.float32)
 
         sums = room(seeds), room(most, seeds, 3), room(most, 2), room(parts if telemetry else 0, seeds, 3)
-        leaves_means = plan is None or copies
-        return cls(*sums, room(seeds, rows if leaves_means else 0), parts, blocks, plan is not None, telemetry)
+        leaves_means = launch is None or copies
+        return cls(*sums, room(seeds, rows if leaves_means else 0), parts, blocks, launch is not None, telemetry)
 
     @property
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -140,16 +140,16 @@ def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | 
 def read_rows(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveList | None, seeds: int, near_zero: float) -> None:
     """Whole rows, measured and copied."""
     copies, (outer, inner, width) = active is not None, x.shape
-    plan = rows_plan(x, seeds, copies)
-    assert plan is not None, "Partial.whole promises that whole rows fit"
+    launch = whole_rows_launch(x, seeds, copies)
+    assert launch is not None, "Partial.whole promises that whole rows fit"
     rows, target = outer * inner, x if y is None else y
     alpha, _, *who = (x,) * 5 if active is None else active.tensors  # never touched without it
-    full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
-    wrap_triton(measure.rows_kernel)[(plan.parts + copies,)](
+    full = width == seeds * launch.places and seeds == launch.seeds and rows % launch.rows == 0
+    wrap_triton(measure.rows_kernel)[(launch.parts + copies,)](
         x, target, alpha, *who, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
-        seeds, width, rows, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=plan.rows, SP=plan.seeds, CP=plan.places, **evenness(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
-        STAGES=plan.stages, **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=plan.warps,
+        seeds, width, rows, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
+        BM=launch.rows, SP=launch.seeds, CP=launch.places, **evenness(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
+        STAGES=launch.stages, **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=launch.warps,
     )  # fmt: skip
 
 
@@ -165,15 +165,15 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveLi
         constants = {"LESSONS": active.lesson is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
         wrap_triton(active_list_kernel)[(1,)](*active.tensors, seeds, **constants, num_warps=4)
         return
-    plan, copies = inactive_chunks_launch(x, seeds), active is not None
+    launch, copies = inactive_chunks_launch(x, seeds), active is not None
     target = x if y is None else y
     who = (x,) * 5 if active is None else active.tensors  # never touched without it
-    full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
-    wrap_triton(inactive_chunks.inactive_chunks_kernel)[(-(-seeds // plan.seeds) * plan.parts + copies,)](
+    full = width == seeds * launch.places and seeds % launch.seeds == 0 and outer * inner % launch.rows == 0
+    wrap_triton(inactive_chunks.inactive_chunks_kernel)[(-(-seeds // launch.seeds) * launch.parts + copies,)](
         x, target, *who, partial.stats, partial.means, partial.pivots,
-        seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
-        COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,
+        seeds, width, outer * inner, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
+        BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places, **evenness(width, seeds), FULL=full,
+        COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=launch.stages,
         LESSONS=active is not None and active.lesson is not None,
         **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=4,
     )  # fmt: skip

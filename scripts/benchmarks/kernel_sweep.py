@@ -1,4 +1,4 @@
-"""`scripts/bench kernel_sweep`: times launch candidates on the GPU at hand; the rule in esper/kernels/launch_rules.py is read off its CSV."""
+"""`scripts/bench kernel_sweep`: times launch candidates on the GPU at hand; esper/kernels/launch_rules.py is read off its CSV."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def sweep(what: str, seeds: int, hidden: int, kind: str):
 
     steps = {"telemetry": lambda: telemetry(p.x, seeds, NEAR_ZERO), "backward": backward, "input_gradient": backward}
     rule = "whole_rows" if what in ("telemetry", "copying") else what
-    for plan in candidates(what, seeds, hidden):
-        with mock.patch.object(launch_rules, rule, lambda *_, plan=plan: plan):
-            yield plan, attempt(steps.get(what, forward), OutOfResources)
+    for launch in candidates(what, seeds, hidden):
+        with mock.patch.object(launch_rules, rule, lambda *_, launch=launch: launch):
+            yield launch, attempt(steps.get(what, forward), OutOfResources)
 
 
 def candidates(what: str, seeds: int, hidden: int) -> list[Launch] | list[InactiveChunksLaunch] | list[WholeRowsLaunch]:

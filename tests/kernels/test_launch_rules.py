@@ -37,11 +37,11 @@ def test_every_branch_the_kernels_take_fits(device):
         if split:
             sizes = (alone.rows, chunk, alone.hidden, gated, itemsize, alone.stages)
             assert launch_rules.input_gradient_shared(*sizes, alone.hidden < hidden) <= limit.shared
-        for plan in (forward, backward, alone):
-            assert plan.rows >= 16
-            assert plan.hidden >= 16
-            assert plan.programs >= 64
-            assert plan.programs // limit.processors * plan.warps * 32 <= limit.threads
+        for launch in (forward, backward, alone):
+            assert launch.rows >= 16
+            assert launch.hidden >= 16
+            assert launch.programs >= 64
+            assert launch.programs // limit.processors * launch.warps * 32 <= limit.threads
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -49,11 +49,13 @@ def test_telemetry_of_whole_rows_fits_whatever_the_width_and_precision(device):
     limit = DEVICES[device]
     for width, seeds, itemsize in itertools.product((64, 3072, 4096, 8192), (1, 12, 64, 1000, 4096), (2, 4)):
         for copies in (False, True):
-            plan = launch_rules.whole_rows(width, seeds, 65536, itemsize, limit, copies) if seeds <= width else None
-            if plan is None:
+            launch = launch_rules.whole_rows(width, seeds, 65536, itemsize, limit, copies) if seeds <= width else None
+            if launch is None:
                 continue
-            assert launch_rules.whole_rows_shared(plan.rows, plan.seeds * plan.places, itemsize, plan.stages, copies) <= limit.shared
-            assert plan.warps * 32 <= 1024
+            assert (
+                launch_rules.whole_rows_shared(launch.rows, launch.seeds * launch.places, itemsize, launch.stages, copies) <= limit.shared
+            )
+            assert launch.warps * 32 <= 1024
     assert launch_rules.whole_rows(8192, 64, 65536, 4, DEVICES["16 GB Ada"]).stages == 4, "five stages of 32 KB are more than it has"
 
 
