@@ -40,21 +40,21 @@ def branches(
         )  # fmt: skip
         if last and measure:
             moments_of_means(x, partial, active)
-        settle(x, y, active, sums, partial, live, power, health, number, launch, together and last)
+        contain(x, y, active, sums, partial, live, power, health, number, launch, together and last)
     if measure and not together:
         health = finish(x, partial, active)
     return y, live, power, health
 
 
-def settle(
+def contain(
     x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
     launch: launch_rules.Launch, last: bool,
 ) -> None:  # fmt: skip
-    """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``settle_kernel``."""
+    """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``containment_kernel``."""
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
     place = min(128, launch_rules.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch_rules.limits(x.device).processors * 4 // seeds))
-    wrap_triton(chunk_forward.settle_kernel)[(seeds, shares)](
+    wrap_triton(chunk_forward.containment_kernel)[(seeds, shares)](
         x, y, active.alpha, active.route, active.active_seeds[number], active.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,

@@ -177,7 +177,7 @@ def chunk_forward_kernel(
 
 
 @triton.jit
-def settle_kernel(
+def containment_kernel(
     x, y, alpha, route, active_seeds, rank, partial, live, power, pivots, moments, totals, stats, health,
     seeds, width, rows, programs, tile_rows, bank, inner, xo, xi, xc, yo, yi, yc, blocks, parts,
     BM: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr,
