@@ -76,7 +76,7 @@ def all_blocks_delta(x, delta, w1, b1, wg, bg, w2, slot, size, C: tl.constexpr, 
 
 
 @triton.jit
-def walk(
+def forward_tiles(
     x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
     rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, FULL: tl.constexpr,
@@ -159,13 +159,13 @@ def chunk_forward_kernel(
         pivot = tl.sum(tl.load(x + (start + col).to(tl.int64) * xc, mask=col < size, other=0.0).to(tl.float32)) / size
         if part == 0:
             tl.store(pivots + seed, pivot)
-        spread, close, power = walk(
+        spread, close, power = forward_tiles(
             x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
             C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, STAGES, PRECISION,
         )  # fmt: skip
     else:
-        spread, close, power = walk(
+        spread, close, power = forward_tiles(
             x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
             C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, PLAIN_STAGES, PRECISION,
