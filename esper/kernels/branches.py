@@ -85,9 +85,9 @@ def branches_backward(
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
         found, launch = bank_backward(x, dy, dx, live, lesson, route, active.active_seeds[number], name, tensors)
-        grads += collect(found[:-1], tensors, active, x, number, launch)
+        grads += sum_gradients(found[:-1], tensors, active, x, number, launch)
         if lesson is not None:
-            wrap_triton(chunk_backward.residual_kernel)[(seeds,)](
+            wrap_triton(chunk_backward.sum_residuals_kernel)[(seeds,)](
                 found[-1], residual, route, active.active_seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
                 BM=launch.rows, num_warps=1,
             )  # fmt: skip
@@ -131,7 +131,7 @@ def bank_backward(
     return [*partial, residual], launch
 
 
-def collect(
+def sum_gradients(
     sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Tensor, number: int, launch: launch_rules.Launch
 ) -> list[Tensor]:
     """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
@@ -140,7 +140,7 @@ def collect(
     block = min(1024, launch_rules.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
-    wrap_triton(chunk_backward.collect_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
+    wrap_triton(chunk_backward.sum_gradients_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
         *pairs, active.route, active.active_seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,

@@ -35,7 +35,7 @@ def chunk_backward_kernel(
 ):  # fmt: skip
     """One program: one active seed, one block of HB hidden units, every ``parts``-th block of BM rows.
 
-    Parameter gradients are partial sums ``[program, …]`` that ``collect_kernel`` adds up. INPUT also writes ``dx``,
+    Parameter gradients are partial sums ``[program, …]`` that ``sum_gradients_kernel`` adds up. INPUT also writes ``dx``,
     possible when one block holds all hidden units. A lesson ``(scale, weight)`` with weight ≠ 0 learns
     ``weight·½‖δ + scale·dy‖²`` instead, and lets ``dy`` pass.
     """
@@ -237,7 +237,7 @@ def seed_parts(active_seeds, rows, programs, BM: tl.constexpr):
 
 
 @triton.jit
-def collect_kernel(
+def sum_gradients_kernel(
     p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, active_seeds, rank, seeds, rows, programs, bank,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, N5: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
@@ -272,7 +272,7 @@ def collect_kernel(
 
 
 @triton.jit
-def residual_kernel(partial, residual, route, active_seeds, rank, rows, programs, bank, BM: tl.constexpr):
+def sum_residuals_kernel(partial, residual, route, active_seeds, rank, rows, programs, bank, BM: tl.constexpr):
     """``residual[seed]`` = sum of its ``partial[program]``; one program a seed."""
     seed = tl.program_id(0)
     place = tl.load(rank + seed)
