@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
+def write_active_list(alpha, objective, route, active_seeds, rank, seeds, BANKS: tl.constexpr, OBJECTIVES: tl.constexpr, SB: tl.constexpr):
     """``active_seeds[bank]`` = (count, its active seeds ascending); ``rank[seed]`` = its place there, -1 for an inactive seed.
 
     ``rank[seeds]`` is the count over all banks. One program does it, SB seeds at a time, beside those that copy what passes.
@@ -19,8 +19,8 @@ def write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS: tl
             seed = first + tl.arange(0, SB)
             known = seed < seeds
             active = tl.load(alpha + seed, mask=known, other=0.0) != 0.0
-            if LESSONS:
-                active = active | (tl.load(lesson + seed * 2 + 1, mask=known, other=0.0) != 0.0)
+            if OBJECTIVES:
+                active = active | (tl.load(objective + seed * 2 + 1, mask=known, other=0.0) != 0.0)
             owner = tl.load(route + seed * 3, mask=known, other=-1)
             mine = (active & (owner == bank)).to(tl.int32)
             place = count + tl.cumsum(mine, 0) - mine
@@ -34,6 +34,6 @@ def write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS: tl
 
 
 @triton.jit
-def active_list_kernel(alpha, lesson, route, active_seeds, rank, seeds, BANKS: tl.constexpr, LESSONS: tl.constexpr, SB: tl.constexpr):
+def active_list_kernel(alpha, objective, route, active_seeds, rank, seeds, BANKS: tl.constexpr, OBJECTIVES: tl.constexpr, SB: tl.constexpr):
     """:func:`write_active_list` alone, where another copies what passes."""
-    write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS, LESSONS, SB)
+    write_active_list(alpha, objective, route, active_seeds, rank, seeds, BANKS, OBJECTIVES, SB)

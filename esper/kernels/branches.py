@@ -18,7 +18,7 @@ PRECISION = "ieee"  # float32 products in float32; the compiler's default would 
 
 @triton_op("esper::branches", mutates_args=())
 def branches(
-    x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
+    x: Tensor, alpha: Tensor, route: Tensor, objective: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, live, power, health)`` for ``x [outer, inner, W]``, as ``reference_branches.forward``; ``health [S, 4]`` if ``measure``."""
     seeds, rows, banks = alpha.shape[0], x.shape[0] * x.shape[1], split_banks(kinds, parameters)
@@ -64,7 +64,7 @@ def contain(
 
 @branches.register_fake
 def _(
-    x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
+    x: Tensor, alpha: Tensor, route: Tensor, objective: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     health = x.new_empty(alpha.shape[0] if measure else 0, 4, dtype=torch.float32)
     return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha), health
@@ -72,21 +72,21 @@ def _(
 
 @triton_op("esper::branches_backward", mutates_args=())
 def branches_backward(
-    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+    x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """``(dx, gradients, residual)`` as ``reference_branches.backward``."""
     assert dy.shape == x.shape, f"gradient {tuple(dy.shape)} of an output {tuple(x.shape)}"
     seeds = live.shape[0]
     dx = torch.empty_like(x)
     banks = split_banks(kinds, parameters)
-    active = ActiveList.empty(live, lesson, route, len(banks))
+    active = ActiveList.empty(live, objective, route, len(banks))
     pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), active, seeds, 0.0)
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, launch = bank_backward(x, dy, dx, live, lesson, route, active.active_seeds[number], name, tensors)
+        found, launch = bank_backward(x, dy, dx, live, objective, route, active.active_seeds[number], name, tensors)
         grads += sum_gradients(found[:-1], tensors, active, x, number, launch)
-        if lesson is not None:
+        if objective is not None:
             wrap_triton(chunk_backward.sum_residuals_kernel)[(seeds,)](
                 found[-1], residual, route, active.active_seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
                 BM=launch.rows, num_warps=1,
@@ -99,7 +99,7 @@ def bank_backward(
     dy: Tensor,
     dx: Tensor,
     live: Tensor,
-    lesson: Tensor | None,
+    objective: Tensor | None,
     route: Tensor,
     active_seeds: Tensor,
     name: str,
@@ -107,17 +107,17 @@ def bank_backward(
 ) -> tuple[list[Tensor], launch_rules.Launch]:
     """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
     seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
-    launch = backward_launch(x, seeds, kind, bank, lesson is not None)
+    launch = backward_launch(x, seeds, kind, bank, objective is not None)
     partial = [tensor.new_empty(launch.programs, *tensor.shape[1:]) for tensor in tensors]
     residual = live.new_empty(launch.programs)
     into, whole = bank_tensors(name, partial), kind.affine or launch.hidden >= bank.hidden
-    lessons = live if lesson is None else lesson
+    objectives = live if objective is None else objective
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
     common = shape_of(kind, bank, x, seeds, launch)
-    settings = {"LESSONS": lesson is not None, "PRECISION": PRECISION, "num_warps": launch.warps, "num_stages": launch.stages}
+    settings = {"OBJECTIVES": objective is not None, "PRECISION": PRECISION, "num_warps": launch.warps, "num_stages": launch.stages}
     blocks = 1 if kind.affine else -(-bank.hidden // launch.hidden)
     wrap_triton(chunk_backward.chunk_backward_kernel)[(launch.programs, blocks)](
-        x, dy, dx, live, lessons, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+        x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
@@ -126,7 +126,7 @@ def bank_backward(
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
         wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(alone.programs,)](
-            x, dy, dx, live, lessons, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
+            x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
         )
     return [*partial, residual], launch
 
@@ -150,22 +150,22 @@ def sum_gradients(
 
 @branches_backward.register_fake
 def _(
-    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+    x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], torch.empty_like(live)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, route, lesson, kinds, parameters, _, _ = inputs
-    ctx.kinds, ctx.taught, live = kinds, lesson is not None, output[1]
+    x, _, route, objective, kinds, parameters, _, _ = inputs
+    ctx.kinds, ctx.has_objective, live = kinds, objective is not None, output[1]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, live, route, *([lesson] if lesson is not None else []), *parameters)
+    ctx.save_for_backward(x, live, route, *([objective] if objective is not None else []), *parameters)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health: Tensor) -> tuple[Any, ...]:
     x, live, route, *rest = ctx.saved_tensors
-    lesson, parameters = (rest[0], rest[1:]) if ctx.taught else (None, rest)
-    dx, grads, _ = branches_backward(x, dy, live, lesson, route, ctx.kinds, list(parameters))
+    objective, parameters = (rest[0], rest[1:]) if ctx.has_objective else (None, rest)
+    dx, grads, _ = branches_backward(x, dy, live, objective, route, ctx.kinds, list(parameters))
     return dx, None, None, None, None, grads, None, None
 
 
@@ -190,10 +190,10 @@ def forward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, m
     return launch_rules.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), measure)
 
 
-def backward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, lessons: bool) -> launch_rules.Launch:
+def backward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, objectives: bool) -> launch_rules.Launch:
     """Launch settings of the backward kernels for this site and bank."""
     chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
-    return launch_rules.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), lessons)
+    return launch_rules.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), objectives)
 
 
 def input_gradient_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, launch: launch_rules.Launch) -> launch_rules.Launch:

@@ -27,16 +27,16 @@ def hidden_slopes(x, into, gate, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.
 
 @triton.jit
 def chunk_backward_kernel(
-    x, dy, dx, live, lesson, route, active_seeds, w1, b1, wg, bg, w2, b2, dw1, db1, dwg, dbg, dw2, db2, residual,
+    x, dy, dx, live, objective, route, active_seeds, w1, b1, wg, bg, w2, b2, dw1, db1, dwg, dbg, dw2, db2, residual,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    LESSONS: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    OBJECTIVES: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, one block of HB hidden units, every ``parts``-th block of BM rows.
 
     Parameter gradients are partial sums ``[program, …]`` that ``sum_gradients_kernel`` adds up. INPUT also writes ``dx``,
-    possible when one block holds all hidden units. A lesson ``(scale, weight)`` with weight ≠ 0 learns
+    possible when one block holds all hidden units. An objective ``(scale, weight)`` with weight ≠ 0 learns
     ``weight·½‖δ + scale·dy‖²`` instead, and lets ``dy`` pass.
     """
     pid, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HB
@@ -46,8 +46,8 @@ def chunk_backward_kernel(
         return
     strength = tl.load(live + seed)
     scale, weight = 0.0, 0.0
-    if LESSONS:
-        scale, weight = tl.load(lesson + seed * 2), tl.load(lesson + seed * 2 + 1)
+    if OBJECTIVES:
+        scale, weight = tl.load(objective + seed * 2), tl.load(objective + seed * 2 + 1)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
     echo = tl.load(route + seed * 3 + 2) & 1
     start = chunk_start(seed, seeds, width, C, EVEN)
@@ -67,8 +67,8 @@ def chunk_backward_kernel(
     else:
         dtype = x.dtype.element_ty
         into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, dtype)
-        # Without lessons α multiplies the weights once instead of dy in every tile.
-        back = out if LESSONS else (out * strength).to(dtype)
+        # Without objectives α multiplies the weights once instead of dy in every tile.
+        back = out if OBJECTIVES else (out * strength).to(dtype)
         g_into, g_out, g_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([HB, CP], tl.float32), tl.zeros([16, HB], tl.float32)
         if GATED:
             g_gate, g_gate_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([16, HB], tl.float32)
@@ -82,7 +82,7 @@ def chunk_backward_kernel(
         gb = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         arriving = gb.to(tl.float32)
         g = arriving
-        if LESSONS:
+        if OBJECTIVES:
             g = strength * arriving
             if weight != 0.0:
                 wide = tile.to(tl.float32)
@@ -101,7 +101,7 @@ def chunk_backward_kernel(
         if AFFINE:
             g_shift += tl.sum(g, 0)
             g_factor += tl.sum(g * tile.to(tl.float32), 0)
-            d_tile = (g if LESSONS else strength * g) * factor[None, :]
+            d_tile = (g if OBJECTIVES else strength * g) * factor[None, :]
         else:
             # In this order the fewest tiles are alive at once.
             hidden, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
@@ -122,11 +122,11 @@ def chunk_backward_kernel(
                     d_tile = tl.dot(d_switch, tl.trans(gate), acc=d_tile, input_precision=PRECISION)
         if INPUT:
             if echo != 0:
-                d_tile -= g if LESSONS else strength * g
-            total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if LESSONS else d_tile)  # never 0·NaN
+                d_tile -= g if OBJECTIVES else strength * g
+            total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if OBJECTIVES else d_tile)  # never 0·NaN
             writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
             tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
-    rest = 1.0 if LESSONS else strength
+    rest = 1.0 if OBJECTIVES else strength
     if not AFFINE:
         g_out *= rest
         g_shift, g_bias = tl.sum(g_shift, 0) / 16, tl.sum(g_bias, 0) / 16
@@ -149,17 +149,17 @@ def chunk_backward_kernel(
         if GATED:
             tl.store(dwg + pid * C * H + col[:, None] * H + (first + unit)[None, :], g_gate, mask=real[:, None] & known[None, :])
             tl.store(dbg + pid * H + first + unit, g_gate_bias, mask=known)
-    if LESSONS:  # as above
+    if OBJECTIVES:  # as above
         if first == 0:
             tl.store(residual + pid, tl.sum(missed))
 
 
 @triton.jit
 def chunk_input_gradient_kernel(
-    x, dy, dx, live, lesson, route, active_seeds, w1, b1, wg, bg, w2,
+    x, dy, dx, live, objective, route, active_seeds, w1, b1, wg, bg, w2,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LESSONS: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, OBJECTIVES: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx`` alone, block after block of hidden units, where one block cannot hold them all."""
     blocks = tl.cdiv(rows, BM)
@@ -168,8 +168,8 @@ def chunk_input_gradient_kernel(
         return
     strength = tl.load(live + seed)
     weight = 0.0
-    if LESSONS:
-        weight = tl.load(lesson + seed * 2 + 1)
+    if OBJECTIVES:
+        weight = tl.load(objective + seed * 2 + 1)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
     echo = (tl.load(route + seed * 3 + 2) & 1).to(tl.float32)
     through = tl.where(weight == 0.0, strength, 0.0)

@@ -104,47 +104,47 @@ class Kernels:
 
     def branches(
         self, site: str, x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
-        near_zero: float | None = None, lesson: Tensor | None = None,
+        near_zero: float | None = None, objective: Tensor | None = None,
     ) -> Grown:  # fmt: skip
         """``y = x + α·δ(x)`` for ``x [..., W]``, with gradients for ``x`` and the parameters; telemetry of ``x`` if ``near_zero``.
 
         ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the
-        banks, comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``lesson`` see ``reference_branches.backward``.
+        banks, comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``objective`` see ``reference_branches.backward``.
         """
         taken = self.path(site, x) if fits(x.shape[-1], alpha.shape[0], kinds, parameters) else "torch"
         if taken == "torch":
-            return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
+            return _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
         from esper.kernels.branches import branches
 
         try:
             y, live, power, health = branches(
-                as_rows(x), alpha, route, lesson, kinds, parameters, near_zero is not None, 0.0 if near_zero is None else near_zero
+                as_rows(x), alpha, route, objective, kinds, parameters, near_zero is not None, 0.0 if near_zero is None else near_zero
             )
         except Exception as error:
             self._contain(site, error)
-            return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
+            return _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
         grown = Grown(y.view(x.shape), live, power, None if near_zero is None else health)
-        if self.checking and not self._sound(site, x.detach(), grown, alpha, route, kinds, parameters, near_zero, lesson):
-            return _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
+        if self.checking and not self._sound(site, x.detach(), grown, alpha, route, kinds, parameters, near_zero, objective):
+            return _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
         return grown
 
     @torch.no_grad()
     def _sound(
         self, site: str, x: Tensor, grown: Grown, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
-        near_zero: float | None, lesson: Tensor | None,
+        near_zero: float | None, objective: Tensor | None,
     ) -> bool:  # fmt: skip
         """Whether everything the kernels gave here is what the reference gives; backward too, of a gradient like ``y``."""
         from esper.kernels.branches import branches_backward
 
-        expected = _by_reference(x, alpha, route, kinds, parameters, near_zero, lesson)
+        expected = _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
         allowed = TOLERANCE[x.dtype]
         pairs = [("output", grown.y, expected.y, allowed), ("containment", grown.live, expected.live, 1e-6)]
         pairs.append(("power", grown.power, expected.power, 2 * allowed))
         if grown.health is not None and expected.health is not None:
             pairs.append(("telemetry", grown.health, expected.health, 1e-3))
         arriving = expected.y.reshape(-1, x.shape[-1])
-        dx, gradients, _ = branches_backward(as_rows(x), as_rows(arriving), expected.live, lesson, route, kinds, parameters)
-        wanted = _reference_gradients(x, arriving, expected.live, lesson, route, kinds, parameters)
+        dx, gradients, _ = branches_backward(as_rows(x), as_rows(arriving), expected.live, objective, route, kinds, parameters)
+        wanted = _reference_gradients(x, arriving, expected.live, objective, route, kinds, parameters)
         pairs.append(("input gradient", dx.view(x.shape), wanted[0].view(x.shape), allowed))
         pairs += [(f"gradient {number}", *pair, allowed) for number, pair in enumerate(zip(gradients, wanted[1], strict=True))]
         return all(self._agree(site, what, found, right, tolerance) for what, found, right, tolerance in pairs)
@@ -177,10 +177,10 @@ class Kernels:
 
 
 def _reference_gradients(
-    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: Sequence[Tensor]
+    x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        return reference_branches.backward(x.reshape(-1, x.shape[-1]), dy, live, lesson, route, kinds, list(parameters))
+        return reference_branches.backward(x.reshape(-1, x.shape[-1]), dy, live, objective, route, kinds, list(parameters))
 
 
 def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
@@ -191,12 +191,12 @@ def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
 
 
 def _by_reference(
-    x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: Sequence[Tensor], near_zero: float | None, lesson: Tensor | None
+    x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: Sequence[Tensor], near_zero: float | None, objective: Tensor | None
 ) -> Grown:
     """In the activation's own precision, as the kernels: autocast would make 16-bit products of float32 activations."""
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        arguments = (rows, alpha, route, lesson, kinds, *parameters)
+        arguments = (rows, alpha, route, objective, kinds, *parameters)
         y, live, power = ReferenceBranches.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     health = None if near_zero is None else reference.telemetry(rows, alpha.shape[0], near_zero)
     return Grown(y.view(x.shape), live, power, health)

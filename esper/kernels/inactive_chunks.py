@@ -11,11 +11,11 @@ from esper.kernels.triton_helpers import chunk_size, chunk_start, row_offsets
 
 @triton.jit
 def inactive_chunks_kernel(
-    x, y, alpha, lesson, route, active_seeds, rank, stats, means, pivots,
+    x, y, alpha, objective, route, active_seeds, rank, stats, means, pivots,
     seeds, width, rows, parts, inner, xo, xi, xc, yo, yi, yc, near_zero,
     BM: tl.constexpr, SB: tl.constexpr, CB: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     COPY: tl.constexpr, TELEMETRY: tl.constexpr, ALL: tl.constexpr, FLAT: tl.constexpr, STAGES: tl.constexpr,
-    BANKS: tl.constexpr, LESSONS: tl.constexpr, RB: tl.constexpr,
+    BANKS: tl.constexpr, OBJECTIVES: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     """One program: SB neighbouring seeds, every ``parts``-th block of BM rows; CB places a chunk, in several rounds if WIDE.
 
@@ -26,7 +26,7 @@ def inactive_chunks_kernel(
     groups = tl.cdiv(seeds, SB)
     if not ALL:
         if tl.program_id(0) == groups * parts:
-            write_active_list(alpha, lesson, route, active_seeds, rank, seeds, BANKS, LESSONS, RB)
+            write_active_list(alpha, objective, route, active_seeds, rank, seeds, BANKS, OBJECTIVES, RB)
             return
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     seed = group * SB + tl.arange(0, SB)
@@ -35,8 +35,8 @@ def inactive_chunks_kernel(
         strength = tl.load(alpha + seed, mask=mine, other=0.0)
         bank = tl.load(route + seed * 3, mask=mine, other=-1)
         awake = strength != 0.0
-        if LESSONS:
-            awake = awake | (tl.load(lesson + seed * 2 + 1, mask=mine, other=0.0) != 0.0)
+        if OBJECTIVES:
+            awake = awake | (tl.load(objective + seed * 2 + 1, mask=mine, other=0.0) != 0.0)
         mine = mine & ((bank < 0) | (awake == 0))
         if tl.max(mine.to(tl.int32)) == 0:
             return

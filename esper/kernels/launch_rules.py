@@ -129,11 +129,13 @@ def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: i
     return weights + tiles + block * max(hidden, chunk) * itemsize + padding(chunk, hidden, gated)
 
 
-def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False) -> Launch:
+def backward(
+    chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, objectives: bool = False
+) -> Launch:
     """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
 
     Timed likewise: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps
-    and two stages. ``lessons``: the kernel also computes δ, for the isolated objectives.
+    and two stages. ``objectives``: the kernel also computes δ, for the isolated objectives.
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
@@ -145,9 +147,9 @@ def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, 
     warps = 4 if products * chunk * tile <= 8192 else 8
     block = (32 if chunk < 128 else 16) if itemsize > 2 else 128 if products * chunk * tile <= 2048 or (quick and tile < hidden) else 64
     block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
-    block = max(16, block // 2) if lessons else block  # δ and what it misses are two more tiles in registers
+    block = max(16, block // 2) if objectives else block  # δ and what it misses are two more tiles in registers
     stages = 3 if warps == 4 else 2
-    while backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons) > limit.shared:
+    while backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, objectives) > limit.shared:
         if stages > 1:
             stages -= 1
         elif block > 16:
@@ -155,26 +157,26 @@ def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, 
         else:
             tile //= 2
             assert tile >= 16, "no block fits"
-    used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons)
+    used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, objectives)
     registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
     # All blocks of hidden units at once, so that what one reads is still in the cache for the others.
     return Launch(block, tile, warps, stages, max(seeds, limit.processors * resident(registers, warps, used, limit) * tile // hidden))
 
 
 def backward_shared(
-    block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool = False, lessons: bool = False
+    block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool = False, objectives: bool = False
 ) -> int:
     """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32.
 
-    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx``, and δ, which ``lessons`` need, takes three
+    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx``, and δ, which ``objectives`` need, takes three
     more matrices of weights and a hidden tile; unsplit, δ is three more tiles (seen: one to three).
     """
     matrix = chunk * hidden * itemsize
     tiles, units = 2 * stages * block * chunk * itemsize, (3 if gated else 2) * block * hidden * itemsize
-    if split and not lessons:
+    if split and not objectives:
         return (5 if gated else 3) * matrix + tiles + units
     most = (5 if gated else 3) * matrix + tiles + max(units, block * chunk * 4)
-    if not lessons:
+    if not objectives:
         return most
     return most + (3 * matrix + block * hidden * itemsize if split else 3 * block * chunk * 4)
 

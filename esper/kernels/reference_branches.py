@@ -145,24 +145,24 @@ def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: lis
 
 
 def backward(
-    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+    x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """``(dx [rows, W], a gradient for each parameter, residual [S])`` for ``live`` as :func:`forward` returned it.
 
-    A lesson ``[S, 2]`` of ``(scale, weight)`` with weight ≠ 0 makes the seed learn ``weight·½‖δ + scale·dy‖²`` in isolation (scale
+    An objective ``[S, 2]`` of ``(scale, weight)`` with weight ≠ 0 makes the seed learn ``weight·½‖δ + scale·dy‖²`` in isolation (scale
     = η·B: functional gradient; scale = 0: reconstruction); then ``dx = dy`` on its chunk, ``residual`` is the squared norm.
     """
     site = Site.of(x, live.shape[0])
-    taught = torch.zeros_like(live, dtype=torch.bool) if lesson is None else lesson[:, 1] != 0
+    has_objective = torch.zeros_like(live, dtype=torch.bool) if objective is None else objective[:, 1] != 0
     dx, grads, residual = dy, [], torch.zeros_like(live)
     for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
         bank, kind = bank_tensors(name, tensors), KINDS[name]
-        chosen = Chosen.of((route[:, 0] == number) & ((live != 0) | taught), route, bank.capacity)
+        chosen = Chosen.of((route[:, 0] == number) & ((live != 0) | has_objective), route, bank.capacity)
         c, arriving, p = site.read(x, chosen), site.read(dy, chosen), _rows(bank, chosen, x.dtype)
-        echo, isolated = _echo(route, chosen, x.dtype)[:, None, None], taught[chosen.seeds][:, None, None]
+        echo, isolated = _echo(route, chosen, x.dtype)[:, None, None], has_objective[chosen.seeds][:, None, None]
         g = live[chosen.seeds].to(x.dtype)[:, None, None] * arriving
-        if lesson is not None:
-            scale, weight = lesson[chosen.seeds].to(x.dtype)[:, :, None, None].unbind(1)
+        if objective is not None:
+            scale, weight = objective[chosen.seeds].to(x.dtype)[:, :, None, None].unbind(1)
             missed = delta(c, p, kind, echo[:, 0, 0]) + scale * arriving
             missed = torch.where(isolated & site.mask[chosen.seeds][:, None], missed, 0)
             g = torch.where(isolated, weight * missed, g)
@@ -199,15 +199,15 @@ def _gradients(c: Tensor, g: Tensor, p: BankTensors, kind: BranchKind) -> tuple[
 
 
 class ReferenceBranches(torch.autograd.Function):
-    """:func:`forward` and :func:`backward` as one differentiable step; α, routes and lessons carry no gradient."""
+    """:func:`forward` and :func:`backward` as one differentiable step; α, routes and objectives carry no gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, *parameters: Tensor
+        ctx: Any, x: Tensor, alpha: Tensor, route: Tensor, objective: Tensor | None, kinds: str, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ``(y, live, power)``."""
         y, live, power = forward(x, alpha, route, kinds, list(parameters))
-        ctx.save_for_backward(x, live, route, lesson, *parameters)
+        ctx.save_for_backward(x, live, route, objective, *parameters)
         ctx.kinds = kinds
         ctx.mark_non_differentiable(live, power)
         return y, live, power
@@ -215,6 +215,6 @@ class ReferenceBranches(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and the parameters."""
-        x, live, route, lesson, *parameters = ctx.saved_tensors
-        dx, grads, _ = backward(x, dy, live, lesson, route, ctx.kinds, parameters)
+        x, live, route, objective, *parameters = ctx.saved_tensors
+        dx, grads, _ = backward(x, dy, live, objective, route, ctx.kinds, parameters)
         return dx, None, None, None, None, *grads

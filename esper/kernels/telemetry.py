@@ -105,23 +105,23 @@ class Partial:
 
 @dataclass(frozen=True)
 class ActiveList:
-    """Which seeds are active: ``active_seeds [banks, S + 1]`` and ``rank [S + 1]``, see ``write_active_list``; found from ``alpha`` and ``lesson``."""
+    """Which seeds are active: ``active_seeds [banks, S + 1]`` and ``rank [S + 1]``, see ``write_active_list``; found from ``alpha`` and ``objective``."""
 
     alpha: Tensor
-    lesson: Tensor | None
+    objective: Tensor | None
     route: Tensor
     active_seeds: Tensor
     rank: Tensor
 
     @classmethod
-    def empty(cls, alpha: Tensor, lesson: Tensor | None, route: Tensor, banks: int) -> ActiveList:
+    def empty(cls, alpha: Tensor, objective: Tensor | None, route: Tensor, banks: int) -> ActiveList:
         """Room for a site's active list, which the copying kernels write."""
-        return cls(alpha, lesson, route, route.new_empty(banks, alpha.shape[0] + 1), route.new_empty(alpha.shape[0] + 1))
+        return cls(alpha, objective, route, route.new_empty(banks, alpha.shape[0] + 1), route.new_empty(alpha.shape[0] + 1))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the copying kernels take them."""
-        return self.alpha, self.alpha if self.lesson is None else self.lesson, self.route, self.active_seeds, self.rank
+        return self.alpha, self.alpha if self.objective is None else self.objective, self.route, self.active_seeds, self.rank
 
     @property
     def constants(self) -> dict[str, int]:
@@ -162,7 +162,7 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveLi
     outer, inner, width = x.shape
     if y is not None and active is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
         y.copy_(x)
-        constants = {"LESSONS": active.lesson is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
+        constants = {"OBJECTIVES": active.objective is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
         wrap_triton(active_list_kernel)[(1,)](*active.tensors, seeds, **constants, num_warps=4)
         return
     launch, copies = inactive_chunks_launch(x, seeds), active is not None
@@ -174,7 +174,7 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveLi
         seeds, width, outer * inner, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places, **evenness(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=launch.stages,
-        LESSONS=active is not None and active.lesson is not None,
+        OBJECTIVES=active is not None and active.objective is not None,
         **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=4,
     )  # fmt: skip
 

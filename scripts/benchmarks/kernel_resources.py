@@ -26,7 +26,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "active_seeds", "rank"}
 
 
-DIRECTIONS = ("forward", "backward", "backward with lessons", "input gradient")
+DIRECTIONS = ("forward", "backward", "backward with objectives", "input gradient")
 SITES = ("4096x64", "3072x1000", "8192x64")
 """Width x seeds at which the whole-row telemetry kernel is compiled."""
 
@@ -41,7 +41,7 @@ def constants(kind: BranchKind, chunk: int, hidden: int, launch: Launch, directi
     if direction == "forward":
         stages = {"STAGES": launch.stages, "PLAIN_STAGES": plain_stages}
         return {**common, **stages, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
-    common |= {"LESSONS": "lessons" in direction, "gc": 1, "dc": 1}
+    common |= {"OBJECTIVES": "objectives" in direction, "gc": 1, "dc": 1}
     return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": launch.hidden >= hidden}
 
 
@@ -80,10 +80,10 @@ def registers_and_spills(binary: bytes) -> tuple[int, int]:
 def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capability: int) -> dict[str, object] | None:
     """Compile one kernel of the branches with its rule's settings and report; None where the rule does not launch it."""
     kind, limit, backward = KINDS[name], DEVICES[capability], direction != "forward"
-    padded, units, lessons = launch_rules.power_of_two(chunk, 16), launch_rules.power_of_two(hidden, 16), "lessons" in direction
+    padded, units, objectives = launch_rules.power_of_two(chunk, 16), launch_rules.power_of_two(hidden, 16), "objectives" in direction
     widths = (padded, units, kind.gated, kind.affine, ITEMSIZE[dtype], 64, limit)
     launch, plain = (
-        launch_rules.backward(*widths, lessons) if backward else launch_rules.forward(*widths),
+        launch_rules.backward(*widths, objectives) if backward else launch_rules.forward(*widths),
         launch_rules.forward(*widths, False),
     )
     if direction == "input gradient" and launch.hidden >= units:
@@ -96,7 +96,7 @@ def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capabili
         ITEMSIZE[dtype],
         launch.stages if backward else max(launch.stages, plain.stages),
     )
-    bound = launch_rules.backward_shared(*sizes, units > launch.hidden, lessons) if backward else launch_rules.forward_shared(*sizes)
+    bound = launch_rules.backward_shared(*sizes, units > launch.hidden, objectives) if backward else launch_rules.forward_shared(*sizes)
     if direction == "input gradient":
         launch = launch_rules.input_gradient(padded, units, kind.gated, ITEMSIZE[dtype], 64, limit, launch)
         sizes = (launch.rows, padded, launch.hidden, kind.gated, ITEMSIZE[dtype], launch.stages)

@@ -23,14 +23,14 @@ DEVICES = {
 def test_every_branch_the_kernels_take_fits(device):
     limit = DEVICES[device]
     widths, yes_no = (16, 32, 64, 128), (False, True)
-    for chunk, hidden, gated, itemsize, lessons in itertools.product(widths, (*widths, 256), yes_no, (2, 4), yes_no):
+    for chunk, hidden, gated, itemsize, objectives in itertools.product(widths, (*widths, 256), yes_no, (2, 4), yes_no):
         forward = launch_rules.forward(chunk, hidden, gated, False, itemsize, 64, limit)
         plain = launch_rules.forward(chunk, hidden, gated, False, itemsize, 64, limit, telemetry=False)
-        backward = launch_rules.backward(chunk, hidden, gated, False, itemsize, 64, limit, lessons)
+        backward = launch_rules.backward(chunk, hidden, gated, False, itemsize, 64, limit, objectives)
         split = hidden > backward.hidden
         assert launch_rules.forward_shared(forward.rows, chunk, forward.hidden, gated, itemsize, forward.stages) <= limit.shared
         sizes = (backward.rows, chunk, backward.hidden, gated, itemsize, backward.stages)
-        assert launch_rules.backward_shared(*sizes, split, lessons) <= limit.shared
+        assert launch_rules.backward_shared(*sizes, split, objectives) <= limit.shared
         assert (plain.rows, plain.hidden, plain.warps) == (forward.rows, forward.hidden, forward.warps), "one kernel holds both walks"
         assert launch_rules.forward_shared(plain.rows, chunk, plain.hidden, gated, itemsize, plain.stages) <= limit.shared
         alone = launch_rules.input_gradient(chunk, hidden, gated, itemsize, 64, limit, backward) if split else backward
@@ -72,9 +72,9 @@ def test_compiled_kernels_need_no_more_shared_memory_than_estimated(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = "import sys; from scripts.benchmarks.kernel_resources import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "--out", str(out), "--shapes", "32x32", "--kinds", "mlp_relu", "--dtypes", "bf16"]
-    command += ["--directions", "forward", "backward", "backward with lessons", "--sites", "3072x1000"]
+    command += ["--directions", "forward", "backward", "backward with objectives", "--sites", "3072x1000"]
     subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2], capture_output=True, timeout=300)
     rows = list(csv.DictReader(out.open()))
     assert {row["capability"] for row in rows} == {"80", "89", "90"}
     assert all(int(row["shared"]) <= int(row["estimate"]) <= int(row["limit"]) for row in rows)
-    assert all(int(row["spilled"]) == 0 for row in rows if "lessons" not in row["kernel"])
+    assert all(int(row["spilled"]) == 0 for row in rows if "objectives" not in row["kernel"])
