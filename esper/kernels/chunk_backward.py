@@ -49,7 +49,7 @@ def chunk_backward_kernel(
     if OBJECTIVES:
         scale, weight = tl.load(objective + seed * 2), tl.load(objective + seed * 2 + 1)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
-    echo = tl.load(route + seed * 3 + 2) & 1
+    subtract = tl.load(route + seed * 3 + 2) & 1
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col, unit = tl.arange(0, CP), tl.arange(0, HB)
@@ -94,7 +94,7 @@ def chunk_backward_kernel(
                         delta = block_delta(tile, delta, into, gate, out, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
                     else:
                         delta = all_blocks_delta(tile, delta, w1, b1, wg, bg, w2, slot, size, C, H, CP, HB, BIAS, GATED, ACT, PRECISION)
-                delta = tl.where(mask, delta + shift[None, :] - wide * echo + scale * arriving, 0.0)
+                delta = tl.where(mask, delta + shift[None, :] - wide * subtract + scale * arriving, 0.0)
                 missed += tl.sum(delta * delta, 1)
                 g = weight * delta
             gb = g.to(tile.dtype)
@@ -121,7 +121,7 @@ def chunk_backward_kernel(
                 if GATED:
                     d_tile = tl.dot(d_switch, tl.trans(gate), acc=d_tile, input_precision=PRECISION)
         if INPUT:
-            if echo != 0:
+            if subtract != 0:
                 d_tile -= g if OBJECTIVES else strength * g
             total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if OBJECTIVES else d_tile)  # never 0·NaN
             writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
@@ -171,7 +171,7 @@ def chunk_input_gradient_kernel(
     if OBJECTIVES:
         weight = tl.load(objective + seed * 2 + 1)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
-    echo = (tl.load(route + seed * 3 + 2) & 1).to(tl.float32)
+    subtract = (tl.load(route + seed * 3 + 2) & 1).to(tl.float32)
     through = tl.where(weight == 0.0, strength, 0.0)
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
@@ -195,7 +195,7 @@ def chunk_input_gradient_kernel(
             for first in range(0, H, HB):
                 into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, tile.dtype)
                 d_tile = block_input_gradient(tile, g, d_tile, into, gate, out, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
-        total = arriving.to(tl.float32) * (1.0 - echo * through) + d_tile
+        total = arriving.to(tl.float32) * (1.0 - subtract * through) + d_tile
         writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
         tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
 

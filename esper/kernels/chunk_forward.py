@@ -77,7 +77,7 @@ def all_blocks_delta(x, delta, w1, b1, wg, bg, w2, slot, size, C: tl.constexpr, 
 
 @triton.jit
 def forward_tiles(
-    x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
+    x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
     rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
@@ -109,7 +109,7 @@ def forward_tiles(
                 delta = block_delta(tile, delta, into, gate, out, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
             else:
                 delta = all_blocks_delta(tile, delta, w1, b1, wg, bg, w2, slot, size, C, H, CP, HB, BIAS, GATED, ACT, PRECISION)
-        if echo != 0:
+        if subtract != 0:
             delta -= wide
         result = wide + strength * delta
         square = delta * delta if FULL else tl.where(mask, delta * delta, 0.0)
@@ -147,7 +147,7 @@ def chunk_forward_kernel(
         return
     strength = tl.load(alpha + seed).to(tl.float32)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
-    echo = tl.load(route + seed * 3 + 2) & 1
+    subtract = tl.load(route + seed * 3 + 2) & 1
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     pivot = 0.0
@@ -160,13 +160,13 @@ def chunk_forward_kernel(
         if part == 0:
             tl.store(pivots + seed, pivot)
         spread, close, power = forward_tiles(
-            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
+            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
             C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, STAGES, PRECISION,
         )  # fmt: skip
     else:
         spread, close, power = forward_tiles(
-            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
+            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
             C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, PLAIN_STAGES, PRECISION,
         )  # fmt: skip

@@ -99,17 +99,17 @@ def _hidden(c: Tensor, p: BankTensors, kind: BranchKind) -> tuple[Tensor, Tensor
     return a, slope, slope, h
 
 
-def delta(c: Tensor, p: BankTensors, kind: BranchKind, echo: Tensor) -> Tensor:
-    """δ of chunks ``c [k, rows, C]``; ``echo [k]`` is 1 where the input is subtracted."""
+def delta(c: Tensor, p: BankTensors, kind: BranchKind, subtract: Tensor) -> Tensor:
+    """δ of chunks ``c [k, rows, C]``; ``subtract [k]`` is 1 where the input is subtracted."""
     if kind.affine:
         out = c * p.w1[:, None] + p.b2[:, None]
     else:
         out = _hidden(c, p, kind)[0] @ p.w2
         out = out + p.b2[:, None] if kind.bias else out
-    return out - echo[:, None, None] * c
+    return out - subtract[:, None, None] * c
 
 
-def _echo(route: Tensor, chosen: Chosen, dtype: torch.dtype) -> Tensor:
+def _subtract(route: Tensor, chosen: Chosen, dtype: torch.dtype) -> Tensor:
     return (route[chosen.seeds, 2] & 1).to(dtype)
 
 
@@ -128,7 +128,7 @@ def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: lis
         bank = bank_tensors(name, tensors)
         chosen = Chosen.of((route[:, 0] == number) & (alpha != 0), route, bank.capacity)
         chunks = site.read(x, chosen)
-        out = delta(chunks, _rows(bank, chosen, x.dtype), KINDS[name], _echo(route, chosen, x.dtype))
+        out = delta(chunks, _rows(bank, chosen, x.dtype), KINDS[name], _subtract(route, chosen, x.dtype))
         out = out.masked_fill(~site.mask[chosen.seeds][:, None], 0)
         strength = alpha[chosen.seeds].to(x.dtype)
         squares = out.square() if x.dtype == torch.float64 else out.float().square()
@@ -159,18 +159,18 @@ def backward(
         bank, kind = bank_tensors(name, tensors), KINDS[name]
         chosen = Chosen.of((route[:, 0] == number) & ((live != 0) | has_objective), route, bank.capacity)
         c, arriving, p = site.read(x, chosen), site.read(dy, chosen), _rows(bank, chosen, x.dtype)
-        echo, isolated = _echo(route, chosen, x.dtype)[:, None, None], has_objective[chosen.seeds][:, None, None]
+        subtract, isolated = _subtract(route, chosen, x.dtype)[:, None, None], has_objective[chosen.seeds][:, None, None]
         g = live[chosen.seeds].to(x.dtype)[:, None, None] * arriving
         if objective is not None:
             scale, weight = objective[chosen.seeds].to(x.dtype)[:, :, None, None].unbind(1)
-            missed = delta(c, p, kind, echo[:, 0, 0]) + scale * arriving
+            missed = delta(c, p, kind, subtract[:, 0, 0]) + scale * arriving
             missed = torch.where(isolated & site.mask[chosen.seeds][:, None], missed, 0)
             g = torch.where(isolated, weight * missed, g)
             seat = chosen.seeds if chosen.real is None else torch.where(chosen.real, chosen.seeds, site.seeds)
             sums = chosen.only_real(missed.square().sum((1, 2))).to(residual.dtype)
             residual = torch.cat([residual, residual[:1]]).scatter(0, seat, sums)[: site.seeds]
         found, d_chunk = _gradients(c, g, p, kind)
-        d_chunk = torch.where(isolated, 0, d_chunk - echo * g)
+        d_chunk = torch.where(isolated, 0, d_chunk - subtract * g)
         dx = dx + site.spread(chosen.only_real(d_chunk), chosen)
         frozen = (route[chosen.seeds, 2] & 2) != 0
         for tensor, gradient in zip(tensors, found, strict=True):
