@@ -10,7 +10,7 @@ from torch.library import triton_op, wrap_triton
 
 from esper.kernels import chunk_backward, chunk_forward, launch_rules
 from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
-from esper.kernels.geometry import chunk_width
+from esper.kernels.chunk_layout import chunk_width
 from esper.kernels.telemetry import ActiveList, Partial, evenness, finish, health_group, moments_of_means, pass_through, read
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32

@@ -15,8 +15,8 @@ from esper.errors import UserError
 from esper.flags import Flags, chosen_by_hash
 from esper.kernels import reference, reference_branches
 from esper.kernels.branch_kinds import KINDS
+from esper.kernels.chunk_layout import as_rows
 from esper.kernels.config import KernelConfig, refused
-from esper.kernels.geometry import as_rows
 from esper.kernels.reference_branches import ReferenceBranches
 
 MAX_CHUNK, MAX_HIDDEN = 128, 256

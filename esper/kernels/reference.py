@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from esper.kernels.geometry import chunk_bounds, feature_owner, gather_chunks
+from esper.kernels.chunk_layout import chunk_bounds, feature_owner, gather_chunks
 
 
 def telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
-from esper.kernels.geometry import chunk_bounds, feature_owner, padded_index
+from esper.kernels.chunk_layout import chunk_bounds, feature_owner, padded_index
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.library import triton_op, wrap_triton
 from esper.kernels import inactive_chunks, launch_rules
 from esper.kernels import telemetry_kernels as measure
 from esper.kernels.active_list import active_list_kernel
-from esper.kernels.geometry import as_rows, chunk_width
+from esper.kernels.chunk_layout import as_rows, chunk_width
 
 NARROW = 16
 """Places below which a chunk is no longer copied by itself: at 3 of them that took six times as long as a plain copy."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
-from esper.kernels.geometry import as_rows, gather_chunks
+from esper.kernels.chunk_layout import as_rows, gather_chunks
 from esper.kernels.torch_ops import branches as reference_branches
 from esper.kernels.torch_ops import reference_telemetry
 

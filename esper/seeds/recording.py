@@ -7,7 +7,7 @@ from torch import Tensor
 
 from esper.blueprints import Geometry
 from esper.kernels import Kernels
-from esper.kernels.geometry import feature_owner
+from esper.kernels.chunk_layout import feature_owner
 from esper.kernels.reference import telemetry
 
 

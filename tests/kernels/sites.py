@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esper.kernels.branch_kinds import KINDS, split_banks
-from esper.kernels.geometry import chunk_bounds, chunk_width
+from esper.kernels.chunk_layout import chunk_bounds, chunk_width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

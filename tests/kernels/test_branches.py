@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from esper.kernels import branches as branches_module
 from esper.kernels import launch_rules, reference, reference_branches, telemetry
 from esper.kernels.branches import branches, branches_backward
-from esper.kernels.geometry import as_rows
+from esper.kernels.chunk_layout import as_rows
 from tests.kernels.sites import DEVICE, error, make_case
 
 KINDS = ["affine", "low_rank", "mlp_relu", "mlp_gelu", "mlp_silu", "glu", "affine,mlp_gelu,glu"]
@@ -58,7 +58,7 @@ def check(case, x=None, objective=None):
 
 def untouched(case, width):
     """Features whose seeds have nothing blended."""
-    from esper.kernels.geometry import feature_owner
+    from esper.kernels.chunk_layout import feature_owner
 
     idle = (case.route[:, 0] < 0) | (case.alpha == 0)
     return idle[feature_owner(width, case.alpha.shape[0], case.alpha.device)]

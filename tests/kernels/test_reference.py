@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from esper.kernels.geometry import as_rows, chunk_bounds, feature_owner, gather_chunks
+from esper.kernels.chunk_layout import as_rows, chunk_bounds, feature_owner, gather_chunks
 from esper.kernels.reference import telemetry
 from esper.kernels.reference_branches import ReferenceBranches, backward, forward
 from tests.kernels.sites import make_case
