@@ -31,7 +31,7 @@ _said: set[str] = set()
 
 
 @dataclass(frozen=True)
-class Grown:
+class BranchesOutput:
     """What a site's branches returned: ``y`` like ``x``; ``live [S]`` = α, 0 where inactive or contained; ``power [S]`` = Σδ²;
     ``health [S, 4]`` or None."""
 
@@ -105,7 +105,7 @@ class Kernels:
     def branches(
         self, site: str, x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
         near_zero: float | None = None, objective: Tensor | None = None,
-    ) -> Grown:  # fmt: skip
+    ) -> BranchesOutput:  # fmt: skip
         """``y = x + α·δ(x)`` for ``x [..., W]``, with gradients for ``x`` and the parameters; telemetry of ``x`` if ``near_zero``.
 
         ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the
@@ -123,14 +123,14 @@ class Kernels:
         except Exception as error:
             self._contain(site, error)
             return _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
-        grown = Grown(y.view(x.shape), live, power, None if near_zero is None else health)
-        if self.checking and not self._sound(site, x.detach(), grown, alpha, route, kinds, parameters, near_zero, objective):
+        output = BranchesOutput(y.view(x.shape), live, power, None if near_zero is None else health)
+        if self.checking and not self._sound(site, x.detach(), output, alpha, route, kinds, parameters, near_zero, objective):
             return _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
-        return grown
+        return output
 
     @torch.no_grad()
     def _sound(
-        self, site: str, x: Tensor, grown: Grown, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
+        self, site: str, x: Tensor, output: BranchesOutput, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
         near_zero: float | None, objective: Tensor | None,
     ) -> bool:  # fmt: skip
         """Whether everything the kernels gave here is what the reference gives; backward too, of a gradient like ``y``."""
@@ -138,10 +138,10 @@ class Kernels:
 
         expected = _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
         allowed = TOLERANCE[x.dtype]
-        pairs = [("output", grown.y, expected.y, allowed), ("containment", grown.live, expected.live, 1e-6)]
-        pairs.append(("power", grown.power, expected.power, 2 * allowed))
-        if grown.health is not None and expected.health is not None:
-            pairs.append(("telemetry", grown.health, expected.health, 1e-3))
+        pairs = [("output", output.y, expected.y, allowed), ("containment", output.live, expected.live, 1e-6)]
+        pairs.append(("power", output.power, expected.power, 2 * allowed))
+        if output.health is not None and expected.health is not None:
+            pairs.append(("telemetry", output.health, expected.health, 1e-3))
         arriving = expected.y.reshape(-1, x.shape[-1])
         dx, gradients, _ = branches_backward(as_rows(x), as_rows(arriving), expected.live, objective, route, kinds, parameters)
         wanted = _reference_gradients(x, arriving, expected.live, objective, route, kinds, parameters)
@@ -192,11 +192,11 @@ def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
 
 def _by_reference(
     x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: Sequence[Tensor], near_zero: float | None, objective: Tensor | None
-) -> Grown:
+) -> BranchesOutput:
     """In the activation's own precision, as the kernels: autocast would make 16-bit products of float32 activations."""
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         arguments = (rows, alpha, route, objective, kinds, *parameters)
         y, live, power = ReferenceBranches.apply(*arguments)  # type: ignore[no-untyped-call]  # torch does not annotate it
     health = None if near_zero is None else reference.telemetry(rows, alpha.shape[0], near_zero)
-    return Grown(y.view(x.shape), live, power, health)
+    return BranchesOutput(y.view(x.shape), live, power, health)
