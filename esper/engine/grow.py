@@ -277,7 +277,7 @@ class Grow:
         last_step = (self.steps + 1) % self.settings.steps_per_tick == 0
         self.observer.prepare(upcoming if last_step else 0)
         if self.registry.kernels is not None:
-            self.registry.kernels.begin(upcoming)
+            self.registry.kernels.begin_tick(upcoming)
         self.replay.wanted = bool(self.registry.in_stage(Stage.TRAINING, Stage.GRAFTING))
         layers = self.registry.layers
         asleep = not self.replay.wanted and not any(layer.plan for layer in layers)

@@ -41,7 +41,7 @@ class BranchesOutput:
     health: Tensor | None
 
 
-def missing(device: torch.device | None = None) -> str:
+def unavailable_reason(device: torch.device | None = None) -> str:
     """Why the kernels cannot run here, or for a model on ``device``, in words; empty where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -63,28 +63,28 @@ class Kernels:
         self.config = config
         self.flags = Flags() if flags is None else flags
         self.alerts: list[tuple[str, str]] = []
-        self.checking = False
-        self.aside = False  # set while MACs are counted: the seed layers then take their groups' products
-        why = missing(device if config.name == "triton" else None)  # under auto the model may still be moved
+        self.canary_due = False
+        self.suspended = False  # set while MACs are counted: the seed layers then take their groups' products
+        why = unavailable_reason(device if config.name == "triton" else None)  # under auto the model may still be moved
         if config.name == "triton" and why:
             raise refused(why)
-        self.possible = config.name != "torch" and not why
+        self.available = config.name != "torch" and not why
         if config.name == "auto" and why and why not in _said:
             _said.add(why)
             _log.info("kernel=auto takes plain torch: %s.", why)
 
-    def begin(self, tick: int) -> None:
+    def begin_tick(self, tick: int) -> None:
         """Say which tick it is; a fixed fraction of ticks, the same in every repetition, is checked."""
-        self.checking = self.possible and chosen_by_hash("canary", str(tick), self.config.canary)
+        self.canary_due = self.available and chosen_by_hash("canary", str(tick), self.config.canary)
 
-    def takes(self, device: torch.device) -> bool:
+    def usable_on(self, device: torch.device) -> bool:
         """Whether branches on this device are for the kernels at all: on a GPU, or where ``triton`` insists (the interpreter)."""
-        return self.possible and (device.type == "cuda" or self.config.name == "triton")
+        return self.available and (device.type == "cuda" or self.config.name == "triton")
 
     def path(self, site: str, x: Tensor) -> str:
         """``"triton"`` or ``"torch"`` for this site and activation."""
         fits = x.dtype in TOLERANCE and x.numel() > 0 and (x.is_cuda or self.config.name == "triton")
-        return "triton" if self.possible and fits and self.flags.on("kernels", site) else "torch"
+        return "triton" if self.available and fits and self.flags.on("kernels", site) else "torch"
 
     def telemetry(self, site: str, x: Tensor, seeds: int, near_zero: float) -> Tensor:
         """Health ``[S, 4]`` of ``x [..., W]`` (see ``reference.telemetry``); reads ``x`` once and writes nothing like it."""
@@ -97,7 +97,7 @@ class Kernels:
         except Exception as error:
             self._contain(site, error)
             return reference.telemetry(x, seeds, near_zero)
-        if not self.checking:
+        if not self.canary_due:
             return health
         expected = reference.telemetry(x.reshape(-1, x.shape[-1]), seeds, near_zero)
         return health if self._agree(site, "telemetry", health, expected, 1e-3) else expected
@@ -124,7 +124,7 @@ class Kernels:
             self._contain(site, error)
             return _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
         output = BranchesOutput(y.view(x.shape), live, power, None if near_zero is None else health)
-        if self.checking and not self._sound(site, x.detach(), output, alpha, route, kinds, parameters, near_zero, objective):
+        if self.canary_due and not self._sound(site, x.detach(), output, alpha, route, kinds, parameters, near_zero, objective):
             return _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
         return output
 
@@ -157,7 +157,7 @@ class Kernels:
         far = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
         if same and far <= tolerance:
             return True
-        self.checking = False  # one mismatch a tick is enough
+        self.canary_due = False  # one mismatch a tick is enough
         self._fell_short(site, MISMATCH, f"kernel {what} at {site} is {far:.1e} from the reference (allowed {tolerance:.0e})")
         return False
 

@@ -14,7 +14,7 @@ from esper.blueprints import Block, Blueprint
 from esper.config import RootConfig
 from esper.engine.extra_passes import host_parameters
 from esper.flags import FEATURES, environment
-from esper.kernels.dispatch import missing
+from esper.kernels.dispatch import unavailable_reason
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.number_format import count, duration, short
@@ -148,9 +148,9 @@ def _flags(trainer: Trainer) -> Table:
         everywhere = "all sites" if len(chosen) == len(verdicts) else ", ".join(chosen) or "no site"
         table.add_row(feature, everywhere, ", ".join(off) or "–", because or "–")
     assert registry.kernels is not None
-    if not registry.kernels.possible:
+    if not registry.kernels.available:
         config = registry.kernels.config.name
-        table.caption = f"kernel={config} takes plain torch everywhere here" + (": " + missing() if config != "torch" else "")
+        table.caption = f"kernel={config} takes plain torch everywhere here" + (": " + unavailable_reason() if config != "torch" else "")
         table.caption_justify = "left"
     return table
 

@@ -33,7 +33,7 @@ def blend(x: Tensor, plan: BranchGroups, geometry: Geometry, recording: Recordin
             groups.append(group)
         elif isinstance(group, Fused):
             group.forwards += 1
-            if group.kernels.aside:
+            if group.kernels.suspended:
                 groups += group.apart()
             else:
                 y = group(x, None if recording is None else recording.statistics, ratios)

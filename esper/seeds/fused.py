@@ -85,7 +85,7 @@ def fuse(
 
     ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.
     """
-    if kernels is None or not kernels.takes(device):
+    if kernels is None or not kernels.usable_on(device):
         return plan
     taken: list[Group] = []
     seeds: set[int] = set()

@@ -111,7 +111,7 @@ class CompiledSites:
 
     def _by_kernel(self, number: int) -> bool:
         kernels, name = self.registry.kernels, self.registry.sites[number].name
-        if kernels is None or not kernels.takes(self.registry.device) or self.registry.device.type == "cpu":
+        if kernels is None or not kernels.usable_on(self.registry.device) or self.registry.device.type == "cpu":
             return False
         return kernels.flags.on("kernels", name)
 
@@ -120,7 +120,7 @@ class CompiledSites:
     def _outside(self) -> bool:
         """Whether something lives that cannot be in the graph: a branch of another kind, a second one on a chunk, or a canary."""
         registry, kernels = self.registry, self.registry.kernels
-        if kernels is not None and kernels.possible and kernels.config.canary > 0.0:
+        if kernels is not None and kernels.available and kernels.config.canary > 0.0:
             return True
         for number in range(len(registry.layers)):
             living = registry.living_at(number)

@@ -92,7 +92,7 @@ def test_counting_macs_sees_what_the_fused_pass_stands_for():
         counted = blend(x, fused, geometry)
     with plain.counting("step", "groups"):
         expected = blend(x, groups, geometry)
-    assert meter.total == plain.total > 0 and torch.equal(counted, expected) and not kernels.aside
+    assert meter.total == plain.total > 0 and torch.equal(counted, expected) and not kernels.suspended
 
 
 def test_what_the_kernels_cannot_take_stays_outside():

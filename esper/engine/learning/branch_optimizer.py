@@ -83,7 +83,7 @@ class BranchOptimizer:
         if not found:
             self.norms = {}
         kernels = self.registry.kernels
-        fused = kernels is not None and kernels.takes(self.registry.device)
+        fused = kernels is not None and kernels.usable_on(self.registry.device)
         alone = [part for part in found if fused and isinstance(part, BankRows) and part.for_kernel]
         self.readings.post([part.step(self.learning, factor) for part in alone], partial(self._noted, alone, self.scaled))
         rows = [part for part in found if part not in alone]
