@@ -11,7 +11,15 @@ from torch.library import triton_op, wrap_triton
 from esper.kernels import chunk_backward, chunk_forward, launch_rules
 from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
 from esper.kernels.chunk_layout import chunk_width
-from esper.kernels.telemetry import ActiveList, Partial, evenness, finish, health_group, moments_of_means, pass_through, read
+from esper.kernels.telemetry import (
+    ActiveList,
+    PartialSums,
+    chunk_constants,
+    copy_inactive_chunks,
+    finish,
+    health_group,
+    moments_of_means,
+)
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
 
@@ -24,8 +32,8 @@ def branches(
     seeds, rows, banks = alpha.shape[0], x.shape[0] * x.shape[1], split_banks(kinds, parameters)
     y, live, power = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
     health = x.new_empty(seeds if measure else 0, 4, dtype=torch.float32)
-    partial, active = Partial.empty(x, seeds, measure, copies=True), ActiveList.empty(alpha, None, route, len(banks))
-    read(x, partial, seeds, near_zero, y, active)
+    partial, active = PartialSums.empty(x, seeds, measure, copies=True), ActiveList.empty(alpha, None, route, len(banks))
+    measure(x, partial, seeds, near_zero, y, active)
     together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
         kind, bank, last = KINDS[name], bank_tensors(name, tensors), number == len(banks) - 1
@@ -35,7 +43,7 @@ def branches(
             x, y, alpha, route, active.active_seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
-            **shape_of(kind, bank, x, seeds, launch), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
+            **kernel_constants(kind, bank, x, seeds, launch), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
             STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=launch.warps,
         )  # fmt: skip
         if last and measure:
@@ -47,7 +55,7 @@ def branches(
 
 
 def contain(
-    x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
+    x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: PartialSums, live: Tensor, power: Tensor, health: Tensor, number: int,
     launch: launch_rules.Launch, last: bool,
 ) -> None:  # fmt: skip
     """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``containment_kernel``."""
@@ -57,7 +65,7 @@ def contain(
     wrap_triton(chunk_forward.containment_kernel)[(seeds, shares)](
         x, y, active.alpha, active.route, active.active_seeds[number], active.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
-        BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
+        BM=32, BC=place, **chunk_constants(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
         PB=health_group(seeds)[1], num_warps=4,
     )  # fmt: skip
 
@@ -80,7 +88,7 @@ def branches_backward(
     dx = torch.empty_like(x)
     banks = split_banks(kinds, parameters)
     active = ActiveList.empty(live, objective, route, len(banks))
-    pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), active, seeds, 0.0)
+    copy_inactive_chunks(dy, dx, PartialSums.empty(x, seeds, False, copies=True), active, seeds, 0.0)
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
@@ -113,7 +121,7 @@ def bank_backward(
     into, whole = bank_tensors(name, partial), kind.affine or launch.hidden >= bank.hidden
     objectives = live if objective is None else objective
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
-    common = shape_of(kind, bank, x, seeds, launch)
+    common = kernel_constants(kind, bank, x, seeds, launch)
     settings = {"OBJECTIVES": objective is not None, "PRECISION": PRECISION, "num_warps": launch.warps, "num_stages": launch.stages}
     blocks = 1 if kind.affine else -(-bank.hidden // launch.hidden)
     wrap_triton(chunk_backward.chunk_backward_kernel)[(launch.programs, blocks)](
@@ -122,7 +130,7 @@ def bank_backward(
     )  # fmt: skip
     if not whole:
         alone = input_gradient_launch(x, seeds, kind, bank, launch)
-        common = shape_of(kind, bank, x, seeds, alone)
+        common = kernel_constants(kind, bank, x, seeds, alone)
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
         wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(alone.programs,)](
@@ -172,7 +180,7 @@ def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health:
 branches.register_autograd(_differentiate, setup_context=_save)
 
 
-def shape_of(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, launch: launch_rules.Launch) -> dict[str, object]:
+def kernel_constants(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, launch: launch_rules.Launch) -> dict[str, object]:
     """The constants that a kernel is compiled for; none of them changes before a bank doubles."""
     outer, inner, width = x.shape
     chunk = chunk_width(width, seeds)

@@ -140,7 +140,7 @@ def chunk_forward_kernel(
 
     The matrices stay in shared memory over all blocks. ``partial[program]`` gets Σ(x-p)², the near-zero count and Σδ²,
     ``means[seed, row]`` the row's chunk mean minus the pivot p, the chunk's mean in row 0. FULL: no place of a tile is padding.
-    TELEMETRY is left out where ``rows_kernel`` has measured all chunks (see ``few_active``); the walk then has PLAIN_STAGES.
+    TELEMETRY is left out where ``whole_rows_kernel`` has measured all chunks (see ``few_active``); the walk then has PLAIN_STAGES.
     """
     seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, BM))
     if parts == 0:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from esper.kernels import inactive_chunks, launch_rules
-from esper.kernels import telemetry_kernels as measure
+from esper.kernels import inactive_chunks, launch_rules, telemetry_kernels
 from esper.kernels.active_list import active_list_kernel
 from esper.kernels.chunk_layout import as_rows, chunk_width
 
@@ -19,8 +18,8 @@ NARROW = 16
 
 @triton_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
-    partial = Partial.empty(x, seeds, telemetry=True, copies=False)
-    read(x, partial, seeds, near_zero)
+    partial = PartialSums.empty(x, seeds, telemetry=True, copies=False)
+    measure(x, partial, seeds, near_zero)
     if not partial.whole:
         moments_of_means(x, partial, None)
     return finish(x, partial, None)
@@ -39,7 +38,7 @@ def telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     return measured
 
 
-def evenness(width: int, seeds: int) -> dict[str, object]:
+def chunk_constants(width: int, seeds: int) -> dict[str, object]:
     """The constants that say how wide chunks are, and whether all are."""
     return {"C": chunk_width(width, seeds), "EVEN": width % seeds == 0}
 
@@ -60,7 +59,7 @@ def means_block(x: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class Partial:
+class PartialSums:
     """Partial sums that several kernels fill.
 
     ``moments [max(parts, blocks), S, 3]`` and ``totals [.., 2]`` of ``parts`` programs over whole rows or ``blocks`` of rows in the second
@@ -79,7 +78,7 @@ class Partial:
     telemetry: bool
 
     @classmethod
-    def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> Partial:
+    def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> PartialSums:
         """Buffers for a site's ``x [outer, inner, W]``, of no size where nothing is measured; ``copies``: there are branches."""
         rows, launch = (x.shape[0] * x.shape[1] if telemetry else 0), whole_rows_launch(x, seeds, copies)
         parts = inactive_chunks_launch(x, seeds).parts if launch is None else launch.parts
@@ -129,31 +128,35 @@ class ActiveList:
         return {"BANKS": self.active_seeds.shape[0], "RB": min(1024, launch_rules.power_of_two(self.alpha.shape[0]))}
 
 
-def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None) -> None:
+def measure(
+    x: Tensor, partial: PartialSums, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None
+) -> None:
     """Measure ``x`` as ``partial`` asks; with ``y`` and ``active`` also copy the chunks without an active branch, and fill ``active``."""
     if partial.telemetry and partial.whole:
-        read_rows(x, y, partial, active, seeds, near_zero)
+        measure_whole_rows(x, y, partial, active, seeds, near_zero)
     else:
-        pass_through(x, y, partial, active, seeds, near_zero)
+        copy_inactive_chunks(x, y, partial, active, seeds, near_zero)
 
 
-def read_rows(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveList | None, seeds: int, near_zero: float) -> None:
+def measure_whole_rows(x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float) -> None:
     """Whole rows, measured and copied."""
     copies, (outer, inner, width) = active is not None, x.shape
     launch = whole_rows_launch(x, seeds, copies)
     assert launch is not None, "Partial.whole promises that whole rows fit"
     rows, target = outer * inner, x if y is None else y
-    alpha, _, *who = (x,) * 5 if active is None else active.tensors  # never touched without it
+    alpha, _, *active_tensors = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * launch.places and seeds == launch.seeds and rows % launch.rows == 0
-    wrap_triton(measure.rows_kernel)[(launch.parts + copies,)](
-        x, target, alpha, *who, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
+    wrap_triton(telemetry_kernels.whole_rows_kernel)[(launch.parts + copies,)](
+        x, target, alpha, *active_tensors, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
         seeds, width, rows, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=launch.rows, SP=launch.seeds, CP=launch.places, **evenness(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
+        BM=launch.rows, SP=launch.seeds, CP=launch.places, **chunk_constants(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
         STAGES=launch.stages, **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=launch.warps,
     )  # fmt: skip
 
 
-def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveList | None, seeds: int, near_zero: float) -> None:
+def copy_inactive_chunks(
+    x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float
+) -> None:
     """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without ``active``.
 
     Narrow chunks that need no measuring are copied with everything else: what the active ones are copied in vain costs less than
@@ -167,25 +170,25 @@ def pass_through(x: Tensor, y: Tensor | None, partial: Partial, active: ActiveLi
         return
     launch, copies = inactive_chunks_launch(x, seeds), active is not None
     target = x if y is None else y
-    who = (x,) * 5 if active is None else active.tensors  # never touched without it
+    active_tensors = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * launch.places and seeds % launch.seeds == 0 and outer * inner % launch.rows == 0
     wrap_triton(inactive_chunks.inactive_chunks_kernel)[(-(-seeds // launch.seeds) * launch.parts + copies,)](
-        x, target, *who, partial.stats, partial.means, partial.pivots,
+        x, target, *active_tensors, partial.stats, partial.means, partial.pivots,
         seeds, width, outer * inner, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places, **evenness(width, seeds), FULL=full,
+        BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places, **chunk_constants(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=launch.stages,
         OBJECTIVES=active is not None and active.objective is not None,
         **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=4,
     )  # fmt: skip
 
 
-def moments_of_means(x: Tensor, partial: Partial, active: ActiveList | None) -> None:
+def moments_of_means(x: Tensor, partial: PartialSums, active: ActiveList | None) -> None:
     """Second pass over ``means``: row totals, and every seed's moments with them."""
     seeds, block = partial.pivots.shape[0], means_block(x)
     group = min(16384 // block, launch_rules.power_of_two(seeds))
-    wrap_triton(measure.moments_kernel)[(partial.blocks,)](
+    wrap_triton(telemetry_kernels.moments_kernel)[(partial.blocks,)](
         partial.means, partial.pivots if active is None else active.rank, partial.moments, partial.totals,
-        seeds, x.shape[2], x.shape[0] * x.shape[1], **evenness(x.shape[2], seeds), WHOLE=partial.whole and active is not None,
+        seeds, x.shape[2], x.shape[0] * x.shape[1], **chunk_constants(x.shape[2], seeds), WHOLE=partial.whole and active is not None,
         BM=block, SB=group, ONCE=group >= seeds, num_warps=8,
     )  # fmt: skip
 
@@ -195,12 +198,12 @@ def health_group(seeds: int) -> tuple[int, int]:
     return (1, 512) if seeds <= 1024 else (128, 32)
 
 
-def finish(x: Tensor, partial: Partial, active: ActiveList | None) -> Tensor:
+def finish(x: Tensor, partial: PartialSums, active: ActiveList | None) -> Tensor:
     """Reduce partial sums to ``health [seeds, 4]``; with ``active``, those of a site with branches."""
     seeds = partial.pivots.shape[0]
     health, (group, parts) = x.new_empty(seeds, 4, dtype=torch.float32), health_group(seeds)
-    wrap_triton(measure.finish_kernel)[(-(-seeds // group),)](
-        partial.pivots if active is None else active.rank, *partial.sums, health, *partial.size(x), **evenness(x.shape[2], seeds),
+    wrap_triton(telemetry_kernels.finish_kernel)[(-(-seeds // group),)](
+        partial.pivots if active is None else active.rank, *partial.sums, health, *partial.size(x), **chunk_constants(x.shape[2], seeds),
         WHOLE=partial.whole, CHOICE=active is not None, SB=group, PB=parts, num_warps=4,
     )  # fmt: skip
     return health

@@ -10,7 +10,7 @@ from esper.kernels.triton_helpers import chunk_size, chunk_start, few_active, ro
 
 
 @triton.jit
-def rows_kernel(
+def whole_rows_kernel(
     x, y, alpha, route, active_seeds, rank, means, moments, totals, stats, pivots,
     seeds, width, rows, parts, inner, xo, xi, xc, yo, yi, yc, near_zero,
     BM: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
@@ -107,7 +107,7 @@ def moments_kernel(
 ):  # fmt: skip
     """From ``means[seed, row]``: row totals ``T = Σ size·m`` of one block of BM rows, then every seed's Σm, Σm² and Σm·T in it.
 
-    ONCE: SB holds all seeds, and nothing is read twice. Nothing to do where ``rows_kernel`` has done it.
+    ONCE: SB holds all seeds, and nothing is read twice. Nothing to do where ``whole_rows_kernel`` has done it.
     """
     if WHOLE:
         if few_active(rank, seeds, WHOLE):
@@ -164,7 +164,7 @@ def finish(
 ):  # fmt: skip
     """``health[seed]`` = mean, variance, near-zero fraction, correlation.
 
-    ``moments`` come from ``parts`` programs of ``rows_kernel`` if that measured all seeds, else from ``blocks`` of ``moments_kernel``.
+    ``moments`` come from ``parts`` programs of ``whole_rows_kernel`` if that measured all seeds, else from ``blocks`` of ``moments_kernel``.
     CHOICE: which of the two is known on the device alone; ``stats`` then hold one entry of an active seed, unless its ``spread`` and
     ``close`` are already ``known``, and ``parts`` of any other.
     """

@@ -16,8 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from esper.kernels import chunk_backward, chunk_forward, launch_rules
-from esper.kernels import telemetry_kernels as measure
+from esper.kernels import chunk_backward, chunk_forward, launch_rules, telemetry_kernels
 from esper.kernels.branch_kinds import KINDS, BranchKind
 from esper.kernels.launch_rules import Launch, Limits
 
@@ -131,7 +130,7 @@ def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: b
         "FULL": width == seeds * launch.places and seeds == launch.seeds, "COPY": copies, "BANKS": int(copies),
         "RB": launch_rules.power_of_two(seeds), "yc": 1,
     }  # fmt: skip
-    binary = compiled(measure.rows_kernel, fixed, dtype, launch.warps, capability)
+    binary = compiled(telemetry_kernels.whole_rows_kernel, fixed, dtype, launch.warps, capability)
     name = "telemetry, copying" if copies else "telemetry"
     about = {"kernel": name, "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
     settings = {"rows": launch.rows, "hidden_block": 0, "warps": launch.warps, "stages": launch.stages, "programs": launch.parts}
