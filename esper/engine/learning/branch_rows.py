@@ -87,10 +87,10 @@ class BankRows:
 
     def step(self, learning: BranchLearning, factor: float) -> Tensor:
         """One launch for all of it; the gradients' norms ``[capacity]``."""
-        from esper.kernels.adamw import Settings, adamw
+        from esper.kernels.adamw import AdamWSettings, adamw
 
         rate, (beta1, beta2) = learning.lr * factor, learning.betas
-        settings = Settings(rate, float(learning.warmup), beta1, beta2, learning.eps, learning.weight_decay, learning.clip)
+        settings = AdamWSettings(rate, float(learning.warmup), beta1, beta2, learning.eps, learning.weight_decay, learning.clip)
         held = list(zip(self.values, self.gradients, self.first, self.second, strict=True))
         return adamw(held, self.learning, self._bank.steps, settings)
 
