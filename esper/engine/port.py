@@ -111,9 +111,9 @@ def _controller(given: Any, seed: int) -> Any:
         return CONFIGS[given]().build(seed)
     if callable(getattr(given, "build", None)):
         return given.build(seed)
-    unavailable_reason = [name for name in ("observe", "decide", "state", "load_state") if not callable(getattr(given, name, None))]
-    if unavailable_reason:
-        raise UserError(f"{type(given).__name__} is no controller: it has no method {unavailable_reason[0]}; see docs/own-controller.md.")
+    missing = [name for name in ("observe", "decide", "state", "load_state") if not callable(getattr(given, name, None))]
+    if missing:
+        raise UserError(f"{type(given).__name__} is no controller: it has no method {missing[0]}; see docs/own-controller.md.")
     return given
 
 

@@ -15,9 +15,9 @@ from esper.kernels.telemetry import (
     ActiveList,
     PartialSums,
     chunk_constants,
-    copy_inactive_chunks,
     finish,
     health_group,
+    measure_and_copy,
     moments_of_means,
 )
 
@@ -33,18 +33,19 @@ def branches(
     y, live, power = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
     health = x.new_empty(seeds if measure else 0, 4, dtype=torch.float32)
     partial, active = PartialSums.empty(x, seeds, measure, copies=True), ActiveList.empty(alpha, None, route, len(banks))
-    measure(x, partial, seeds, near_zero, y, active)
+    measure_and_copy(x, partial, seeds, near_zero, y, active)
     together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
         kind, bank, last = KINDS[name], bank_tensors(name, tensors), number == len(banks) - 1
         launch = forward_launch(x, seeds, kind, bank, measure)
         sums = alpha.new_empty(launch.programs, 3)
         wrap_triton(chunk_forward.chunk_forward_kernel)[(launch.programs,)](
-            x, y, alpha, route, active.active_seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+            x, y, alpha, route, active.seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
             **kernel_constants(kind, bank, x, seeds, launch), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
-            STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=launch.warps,
+            STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION,
+            num_warps=launch.warps,
         )  # fmt: skip
         if last and measure:
             moments_of_means(x, partial, active)
@@ -63,7 +64,7 @@ def contain(
     place = min(128, launch_rules.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch_rules.limits(x.device).processors * 4 // seeds))
     wrap_triton(chunk_forward.containment_kernel)[(seeds, shares)](
-        x, y, active.alpha, active.route, active.active_seeds[number], active.rank, sums, live, power, *partial.sums, health,
+        x, y, active.alpha, active.route, active.seeds[number], active.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **chunk_constants(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
         PB=health_group(seeds)[1], num_warps=4,
@@ -88,15 +89,15 @@ def branches_backward(
     dx = torch.empty_like(x)
     banks = split_banks(kinds, parameters)
     active = ActiveList.empty(live, objective, route, len(banks))
-    copy_inactive_chunks(dy, dx, PartialSums.empty(x, seeds, False, copies=True), active, seeds, 0.0)
+    measure_and_copy(dy, PartialSums.empty(x, seeds, False, copies=True), seeds, 0.0, dx, active)
     grads: list[Tensor] = []
     residual = torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, launch = bank_backward(x, dy, dx, live, objective, route, active.active_seeds[number], name, tensors)
+        found, launch = bank_backward(x, dy, dx, live, objective, route, active.seeds[number], name, tensors)
         grads += sum_gradients(found[:-1], tensors, active, x, number, launch)
         if objective is not None:
             wrap_triton(chunk_backward.sum_residuals_kernel)[(seeds,)](
-                found[-1], residual, route, active.active_seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
+                found[-1], residual, route, active.seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
                 BM=launch.rows, num_warps=1,
             )  # fmt: skip
     return dx, grads, residual
@@ -149,7 +150,7 @@ def sum_gradients(
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
     wrap_triton(chunk_backward.sum_gradients_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
-        *pairs, active.route, active.active_seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
+        *pairs, active.route, active.seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip

@@ -109,7 +109,8 @@ class Kernels:
         """``y = x + α·δ(x)`` for ``x [..., W]``, with gradients for ``x`` and the parameters; telemetry of ``x`` if ``near_zero``.
 
         ``alpha`` float32 ``[S]``; ``route`` int32 ``[S, 3]`` = (bank or -1, slot, bits; 0: δ = net(x) - x, 1: frozen); ``kinds`` names the
-        banks, comma-separated (``KINDS``), ``parameters`` their stacks one after another. ``objective`` see ``reference_branches.backward``.
+        banks, comma-separated (``KINDS``), ``parameters`` their stacks one after another; for ``objective`` see
+        ``reference_branches.backward``.
         """
         taken = self.path(site, x) if fits(x.shape[-1], alpha.shape[0], kinds, parameters) else "torch"
         if taken == "torch":

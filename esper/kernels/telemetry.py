@@ -19,7 +19,7 @@ NARROW = 16
 @triton_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     partial = PartialSums.empty(x, seeds, telemetry=True, copies=False)
-    measure(x, partial, seeds, near_zero)
+    measure_and_copy(x, partial, seeds, near_zero)
     if not partial.whole:
         moments_of_means(x, partial, None)
     return finish(x, partial, None)
@@ -104,12 +104,12 @@ class PartialSums:
 
 @dataclass(frozen=True)
 class ActiveList:
-    """Which seeds are active: ``active_seeds [banks, S + 1]`` and ``rank [S + 1]``, see ``write_active_list``; found from ``alpha`` and ``objective``."""
+    """Which seeds are active: ``seeds [banks, S + 1]`` and ``rank [S + 1]`` as ``write_active_list`` fills them from the other tensors."""
 
     alpha: Tensor
     objective: Tensor | None
     route: Tensor
-    active_seeds: Tensor
+    seeds: Tensor
     rank: Tensor
 
     @classmethod
@@ -120,29 +120,29 @@ class ActiveList:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the copying kernels take them."""
-        return self.alpha, self.alpha if self.objective is None else self.objective, self.route, self.active_seeds, self.rank
+        return self.alpha, self.alpha if self.objective is None else self.objective, self.route, self.seeds, self.rank
 
     @property
     def constants(self) -> dict[str, int]:
-        """Banks, and seeds that the program that writes it takes at once."""
-        return {"BANKS": self.active_seeds.shape[0], "RB": min(1024, launch_rules.power_of_two(self.alpha.shape[0]))}
+        """The number of banks, and of the seeds that the program that writes the list takes at once."""
+        return {"BANKS": self.seeds.shape[0], "RB": min(1024, launch_rules.power_of_two(self.alpha.shape[0]))}
 
 
-def measure(
+def measure_and_copy(
     x: Tensor, partial: PartialSums, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None
 ) -> None:
     """Measure ``x`` as ``partial`` asks; with ``y`` and ``active`` also copy the chunks without an active branch, and fill ``active``."""
     if partial.telemetry and partial.whole:
-        measure_whole_rows(x, y, partial, active, seeds, near_zero)
+        measure_and_copy_rows(x, y, partial, active, seeds, near_zero)
     else:
-        copy_inactive_chunks(x, y, partial, active, seeds, near_zero)
+        measure_and_copy_tiles(x, y, partial, active, seeds, near_zero)
 
 
-def measure_whole_rows(x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float) -> None:
+def measure_and_copy_rows(x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float) -> None:
     """Whole rows, measured and copied."""
     copies, (outer, inner, width) = active is not None, x.shape
     launch = whole_rows_launch(x, seeds, copies)
-    assert launch is not None, "Partial.whole promises that whole rows fit"
+    assert launch is not None, "PartialSums.whole promises that whole rows fit"
     rows, target = outer * inner, x if y is None else y
     alpha, _, *active_tensors = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * launch.places and seeds == launch.seeds and rows % launch.rows == 0
@@ -154,7 +154,7 @@ def measure_whole_rows(x: Tensor, y: Tensor | None, partial: PartialSums, active
     )  # fmt: skip
 
 
-def copy_inactive_chunks(
+def measure_and_copy_tiles(
     x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float
 ) -> None:
     """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without ``active``.
@@ -175,7 +175,8 @@ def copy_inactive_chunks(
     wrap_triton(inactive_chunks.inactive_chunks_kernel)[(-(-seeds // launch.seeds) * launch.parts + copies,)](
         x, target, *active_tensors, partial.stats, partial.means, partial.pivots,
         seeds, width, outer * inner, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places, **chunk_constants(width, seeds), FULL=full,
+        BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places,
+        **chunk_constants(width, seeds), FULL=full,
         COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=launch.stages,
         OBJECTIVES=active is not None and active.objective is not None,
         **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=4,

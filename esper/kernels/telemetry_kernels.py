@@ -164,7 +164,8 @@ def finish(
 ):  # fmt: skip
     """``health[seed]`` = mean, variance, near-zero fraction, correlation.
 
-    ``moments`` come from ``parts`` programs of ``whole_rows_kernel`` if that measured all seeds, else from ``blocks`` of ``moments_kernel``.
+    ``moments`` come from ``parts`` programs of ``whole_rows_kernel`` if it measured all seeds, else from ``blocks`` of
+    ``moments_kernel``.
     CHOICE: which of the two is known on the device alone; ``stats`` then hold one entry of an active seed, unless its ``spread`` and
     ``close`` are already ``known``, and ``parts`` of any other.
     """

@@ -126,7 +126,8 @@ def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: b
         return None
     chunk, even = -(-width // seeds), width % seeds == 0
     fixed = {
-        "BM": launch.rows, "SP": launch.seeds, "CP": launch.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": launch.stages, "xc": 1,
+        "BM": launch.rows, "SP": launch.seeds, "CP": launch.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": launch.stages,
+        "xc": 1,
         "FULL": width == seeds * launch.places and seeds == launch.seeds, "COPY": copies, "BANKS": int(copies),
         "RB": launch_rules.power_of_two(seeds), "yc": 1,
     }  # fmt: skip

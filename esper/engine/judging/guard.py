@@ -103,7 +103,7 @@ class Guard:
         if not self.baselines:
             self.calm, self.lowest = None, math.inf
 
-    def begin_tick(self, tick: int) -> None:
+    def begin(self, tick: int) -> None:
         """Keep the state of the host for branches whose blending begins with the next forward."""
         new = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id not in self.baselines]
         if not new:
