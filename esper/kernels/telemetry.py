@@ -138,7 +138,9 @@ def measure_and_copy(
         measure_and_copy_tiles(x, y, partial, active, seeds, near_zero)
 
 
-def measure_and_copy_rows(x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float) -> None:
+def measure_and_copy_rows(
+    x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float
+) -> None:
     """Whole rows, measured and copied."""
     copies, (outer, inner, width) = active is not None, x.shape
     launch = whole_rows_launch(x, seeds, copies)
