@@ -13,7 +13,7 @@ from tests.kernels.sites import DEVICE, make_case
 
 
 def test_auto_says_once_that_it_takes_torch(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "missing", lambda *_: "no CUDA GPU was found")
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: "no CUDA GPU was found")
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.INFO, "esper.kernels"):
         first, _ = Kernels(KernelConfig("auto")), Kernels(KernelConfig("auto"))
@@ -22,7 +22,7 @@ def test_auto_says_once_that_it_takes_torch(monkeypatch, caplog):
 
 
 def test_triton_refuses_in_one_sentence(monkeypatch):
-    monkeypatch.setattr(dispatch, "missing", lambda *_: "Triton is not installed")
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: "Triton is not installed")
     with pytest.raises(UserError, match=r"^kernel=triton was asked for, but Triton is not installed; use kernel=auto"):
         Kernels(KernelConfig("triton"))
 
