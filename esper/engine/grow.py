@@ -280,7 +280,7 @@ class Grow:
             self.registry.kernels.begin_tick(upcoming)
         self.replay.wanted = bool(self.registry.in_stage(Stage.TRAINING, Stage.GRAFTING))
         layers = self.registry.layers
-        asleep = not self.replay.wanted and not any(layer.plan for layer in layers)
+        asleep = not self.replay.wanted and not any(layer.groups for layer in layers)
         if asleep != self.replay.asleep:
             for hidden in (self.replay, *layers):
                 hidden.asleep = asleep  # all at once, so that a compiled host has no more graphs than it needs

@@ -186,7 +186,7 @@ class Measurements:
 
     def forget_step(self) -> None:
         """Let no failure of the present step's forwards count."""
-        for group in (group for layer in self.registry.layers for group in layer.plan):
+        for group in (group for layer in self.registry.layers for group in layer.groups):
             take_errors([group])
             group.failures.zero_()
             group.forwards = 0
@@ -204,7 +204,7 @@ class Measurements:
         """Shares of forwards that failed, and the branches that must go for other reasons; says which fossils are not finite."""
         raised, self.objective.raised = self.objective.raised, {}
         for layer in self.registry.layers:
-            raised |= take_errors(layer.plan)
+            raised |= take_errors(layer.groups)
         self._post_failures()
         rates, self.rates = self.rates, {}
         learner = self.branch_optimizer
@@ -231,7 +231,7 @@ class Measurements:
         if compiled.sites and not self.passes.replay.asleep:
             members = [compiled.members(number) for number in range(len(compiled.sites))]
             self.readings.post(compiled.tallies(), partial(self._note_tallies, members))
-        groups = [group for layer in self.registry.layers for group in layer.plan if group.forwards]
+        groups = [group for layer in self.registry.layers for group in layer.groups if group.forwards]
         if groups:
             shares = [group.failures / group.forwards for group in groups]
             self.readings.post(shares, partial(self._note_shares, [group.branches for group in groups]))
@@ -264,7 +264,7 @@ class Measurements:
         return {
             "metric": self.metric,
             "rates": {str(branch): rate for branch, rate in self.rates.items()},
-            "plans": [[[group.forwards, group.failures] for group in layer.plan] for layer in self.registry.layers],
+            "plans": [[[group.forwards, group.failures] for group in layer.groups] for layer in self.registry.layers],
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -272,6 +272,6 @@ class Measurements:
         self.metric = state["metric"]
         self.rates = {int(branch): float(rate) for branch, rate in state["rates"].items()}
         for layer, counters in zip(self.registry.layers, state["plans"], strict=True):
-            for group, (forwards, failures) in zip(layer.plan, counters, strict=True):
+            for group, (forwards, failures) in zip(layer.groups, counters, strict=True):
                 group.forwards = int(forwards)
                 group.failures.copy_(failures)

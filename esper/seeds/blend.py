@@ -21,25 +21,25 @@ from esper.seeds.fused import Fused
 from esper.seeds.recording import Recording
 
 
-def blend(x: Tensor, plan: BranchGroups, geometry: Geometry, recording: Recording | None = None) -> Tensor:
+def blend(x: Tensor, groups: BranchGroups, geometry: Geometry, recording: Recording | None = None) -> Tensor:
     """``x`` plus what the plan's branches add; same shape and dtype.
 
     Where a recording wants it, it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).
     """
     y, ratios = x, None if recording is None else recording.ratios
-    groups: list[Group] = []
-    for group in plan:
+    plain: list[Group] = []
+    for group in groups:
         if isinstance(group, Group):
-            groups.append(group)
+            plain.append(group)
         elif isinstance(group, Fused):
             group.forwards += 1
             if group.kernels.suspended:
-                groups += group.apart()
+                plain += group.apart()
             else:
                 y = group(x, None if recording is None else recording.statistics, ratios)
-    if groups:
-        y = _add_groups(x, y, groups, geometry, ratios)
-    for group in plan:
+    if plain:
+        y = _add_groups(x, y, plain, geometry, ratios)
+    for group in groups:
         if isinstance(group, Injection):
             with each_once(y.device):
                 y = y.index_add(group.dim, group.target, group.addition.to(y.dtype))

@@ -103,20 +103,20 @@ class Part:
 
 def build(parts: list[Part], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> BranchGroups:
     """Group the parts of one site by bank; branches on the same chunk (generations) go to groups of their own."""
-    plan: BranchGroups = []
+    groups: BranchGroups = []
     gathered: dict[tuple[str, int], list[Part]] = {}
     for part in parts:
         bank = banks[part.branch.blueprint]
         if isinstance(bank, BlockBank):
             alpha = made_on([part.alpha], device)
-            plan.append(BlockGroup(bank, [part.branch.id], part.branch.slot, alpha, part.learning, _zeros(1, device)))
+            groups.append(BlockGroup(bank, [part.branch.id], part.branch.slot, alpha, part.learning, _zeros(1, device)))
             continue
         layer = 0
         while any(other.branch.row == part.branch.row for other in gathered.get((part.branch.blueprint, layer), [])):
             layer += 1
         gathered.setdefault((part.branch.blueprint, layer), []).append(part)
-    plan[:0] = [_group(group, banks[name], geometry, device) for (name, _), group in gathered.items()]
-    return plan
+    groups[:0] = [_group(group, banks[name], geometry, device) for (name, _), group in gathered.items()]
+    return groups
 
 
 def _group(parts: list[Part], bank: SlotBank | BlockBank, geometry: Geometry, device: torch.device) -> Group:

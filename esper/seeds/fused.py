@@ -79,25 +79,25 @@ class Fused:
 
 
 def fuse(
-    plan: BranchGroups, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device
+    groups: BranchGroups, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device
 ) -> BranchGroups:
     """The plan with what the kernels can take in one leading ``Fused``; as it is where they are not used.
 
     ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.
     """
     if kernels is None or not kernels.usable_on(device):
-        return plan
+        return groups
     taken: list[Group] = []
     seeds: set[int] = set()
-    for group in plan:
+    for group in groups:
         if isinstance(group, Group) and kind_of(group.bank.blueprint) is not None:
             mine = {seed_of[branch] for branch in group.branches}
             if not mine & seeds and bank_fits(group.bank, geometry):
                 taken.append(group)
                 seeds |= mine
     if not taken:
-        return plan
-    left = [group for group in plan if not any(group is other for other in taken)]
+        return groups
+    left = [group for group in groups if not any(group is other for other in taken)]
     return [_fused(taken, site, geometry, seed_of, kernels), *left]
 
 

@@ -36,7 +36,7 @@ class Hidden:
 
 
 class SeedLayer(nn.Module, Hidden):
-    """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` as the present ``plan`` says.
+    """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` as the present ``groups`` says.
 
     ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
     ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
@@ -50,7 +50,7 @@ class SeedLayer(nn.Module, Hidden):
         self.name = site.name
         self.geometry = site.geometry
         self.banks = nn.ModuleDict()
-        self.plan: BranchGroups = []
+        self.groups: BranchGroups = []
         self.recording: Recording | None = None
         self.rooted = False
         self.kernels: Kernels | None = None
@@ -62,11 +62,11 @@ class SeedLayer(nn.Module, Hidden):
     def forward(self, x: Tensor) -> Tensor:
         """``[…, width]`` (or channels first) → the same shape and dtype."""
         recording = self.recording
-        if (self.plan or recording is not None) and not self._fits(x):
+        if (self.groups or recording is not None) and not self._fits(x):
             self._refuse(x)
         if recording is not None:
             recording.read(x, self.name, self.kernels)
-        y = blend(x, self.plan, self.geometry, recording) if self.plan else x
+        y = blend(x, self.groups, self.geometry, recording) if self.groups else x
         if recording is not None and torch.is_grad_enabled():
             if recording.keep and not y.requires_grad:
                 # Data entering the host: an objective wants the gradient there all the same. A copy, because the host may

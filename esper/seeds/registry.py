@@ -216,7 +216,7 @@ class SeedRegistry:
         for number in sorted(self._changed):  # the plans of other sites are what their forwards follow already
             parts = [self._part(branch, self.learns(branch)) for branch in self.blended(number)]
             self._main[number] = self._built(parts, number)
-            self.layers[number].plan = self._main[number]
+            self.layers[number].groups = self._main[number]
         self.compiled.refresh(self._changed)
         self._changed.clear()
 
@@ -258,7 +258,7 @@ class SeedRegistry:
 
     def structure(self) -> tuple[tuple[str, int, bool], ...]:
         """What the present plans compute, as a key: two gardens' forwards of equal structure cost the same MACs."""
-        return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.plan)
+        return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.groups)
 
     @contextmanager
     def shadow(self) -> Iterator[BranchGroups]:
@@ -266,65 +266,65 @@ class SeedRegistry:
         groups: BranchGroups = []
         learning = self.in_stage(Stage.TRAINING)
         replaced = {branch.replaces for branch in learning}
-        with self._plans():
+        with self._keeping_groups():
             for number, layer in enumerate(self.layers):
                 blended = [self._part(branch, learning=False) for branch in self.blended(number) if branch.id not in replaced]
                 training = [Part(branch, self._shadow_alpha(branch), True) for branch in learning if branch.site == number]
-                layer.plan = self._built(blended, number)
+                layer.groups = self._built(blended, number)
                 mine = self._built(training, number)
                 for group in mine:
                     assert not isinstance(group, Injection)
                     if isinstance(group, BlockGroup):
                         group.aside = True
                     groups.append(group)
-                layer.plan = [*layer.plan, *mine]
+                layer.groups = [*layer.groups, *mine]
             yield groups
 
     @contextmanager
     def without(self, *branches: Branch) -> Iterator[None]:
         """Within: forwards in which these branches are off."""
         off = {branch.id for branch in branches}
-        with self._plans():
+        with self._keeping_groups():
             for number in sorted({branch.site for branch in branches}):
                 layer = self.layers[number]
                 parts = [self._part(b, learning=False) for b in self.blended(number) if b.id not in off]
-                layer.plan = self._built(parts, number)
+                layer.groups = self._built(parts, number)
             yield
 
     @contextmanager
     def exchanged(self, off: Branch, on: Branch) -> Iterator[None]:
         """Within: forwards in which ``on`` is in the place of ``off``, at its α."""
         number, alpha = off.site, float(self.branches.alpha[off.id])
-        with self._plans():
+        with self._keeping_groups():
             parts = [Part(on, alpha, False) if b is off else self._part(b, learning=False) for b in self.blended(number)]
-            self.layers[number].plan = self._built(parts, number)
+            self.layers[number].groups = self._built(parts, number)
             yield
 
     @contextmanager
     def injecting(self, injections: dict[int, Injection]) -> Iterator[None]:
         """Within: forwards that add the given tensors at the given sites."""
-        with self._plans():
+        with self._keeping_groups():
             for number, injection in injections.items():
-                self.layers[number].plan = [*self.layers[number].plan, injection]
+                self.layers[number].groups = [*self.layers[number].groups, injection]
             yield
 
     @contextmanager
-    def _plans(self) -> Iterator[None]:
-        before = [(layer.plan, layer.recording) for layer in self.layers]
+    def _keeping_groups(self) -> Iterator[None]:
+        before = [(layer.groups, layer.recording) for layer in self.layers]
         for layer in self.layers:
             layer.recording = None
         try:
             yield
         finally:
-            for layer, (plan, recording) in zip(self.layers, before, strict=True):
-                layer.plan, layer.recording = plan, recording
+            for layer, (groups, recording) in zip(self.layers, before, strict=True):
+                layer.groups, layer.recording = groups, recording
 
     def _built(self, parts: list[Part], number: int) -> BranchGroups:
         """The plan of a site: what the kernels can take in one pass, the rest group by group."""
         geometry = self.layers[number].geometry
-        plan = build(parts, self.banks(number), geometry, self.device)
+        groups = build(parts, self.banks(number), geometry, self.device)
         return fuse(
-            plan, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device
+            groups, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device
         )
 
     def _part(self, branch: Branch, learning: bool) -> Part:

@@ -210,7 +210,7 @@ class AnyCommands(RuleBasedStateMachine):
             if branch.stage not in (*BLENDED, S.CULLED):
                 assert float(registry.branches.alpha[branch.id]) == 0.0
         for number, layer in enumerate(registry.layers):
-            planned = sorted(id for group in layer.plan for id in group.branches)
+            planned = sorted(id for group in layer.groups for id in group.branches)
             assert planned == sorted(b.id for b in registry.blended(number))
 
     @invariant()

@@ -26,13 +26,13 @@ def activation(shape: tuple[int, ...]) -> Tensor:
 def assert_as_one_by_one(name: str, site: str, seeds: list[int], residual: bool = False) -> None:
     geometry, shape = SITES[site]
     bank, parts = filled_bank((BLUEPRINTS | CONVS)[name], geometry, seeds, residual)
-    plan = build(parts, {bank.blueprint.name: bank}, geometry, torch.device("cpu"))
-    assert len(plan) == 1, "one batched product for all branches of a bank"
+    groups = build(parts, {bank.blueprint.name: bank}, geometry, torch.device("cpu"))
+    assert len(groups) == 1, "one batched product for all branches of a bank"
     x = activation(shape)
     upstream = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     inputs = [x, *bank.stacks.values()]
     results = []
-    for y in (blend(x, plan, geometry), blended_one_by_one(x, bank, parts)):
+    for y in (blend(x, groups, geometry), blended_one_by_one(x, bank, parts)):
         results.append((y, *torch.autograd.grad(y, inputs, upstream)))
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-10)
@@ -55,12 +55,12 @@ def test_the_gradient_is_the_derivative(name: str, site: str, monkeypatch: pytes
     blueprint = (BLUEPRINTS | CONVS)[name]
     smooth = replace(blueprint, activation="silu") if hasattr(blueprint, "activation") else blueprint  # a kink has no derivative
     bank, parts = filled_bank(smooth, geometry, [0, 1])
-    plan = build(parts, {bank.blueprint.name: bank}, geometry, torch.device("cpu"))
+    groups = build(parts, {bank.blueprint.name: bank}, geometry, torch.device("cpu"))
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
         rows = dict(zip(bank.stacks, values, strict=True))
         monkeypatch.setattr(bank, "gather", lambda slots, *_: {key: value.index_select(0, slots) for key, value in rows.items()})
-        return blend(x, plan, geometry)
+        return blend(x, groups, geometry)
 
     values = [stack.detach().clone().requires_grad_() for stack in bank.stacks.values()]
     assert torch.autograd.gradcheck(function, (activation(shape), *values), atol=1e-6)
@@ -72,9 +72,9 @@ def test_the_full_gradient_flows_upstream_at_every_alpha(alpha: float):
     geometry = Geometry(6, 2)
     bank, parts = filled_bank(MLP(hidden=5, activation="gelu"), geometry, [0, 1])
     parts = [Part(part.branch, alpha, True) for part in parts]
-    plan = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
+    groups = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
     x, upstream = activation((4, 6)), torch.randn(4, 6, dtype=torch.float64)
-    (received,) = torch.autograd.grad(blend(x, plan, geometry), x, upstream)
+    (received,) = torch.autograd.grad(blend(x, groups, geometry), x, upstream)
 
     def delta(row: Tensor) -> Tensor:
         return (blended_one_by_one(row[None], bank, [Part(p.branch, 1.0, True) for p in parts]) - row[None])[0]
@@ -113,19 +113,19 @@ def test_generations_on_one_chunk_add_up():
     bank, parts = filled_bank(MLP(hidden=5), geometry, [1, 1])
     for part in parts:
         part.branch.row = 1
-    plan = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
-    assert len(plan) == 2
+    groups = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
+    assert len(groups) == 2
     x = activation((4, 6))
-    torch.testing.assert_close(blend(x, plan, geometry), blended_one_by_one(x, bank, parts))
+    torch.testing.assert_close(blend(x, groups, geometry), blended_one_by_one(x, bank, parts))
 
 
 def test_ratios_are_the_rms_of_what_a_branch_adds_over_its_chunk():
     geometry = Geometry(7, 3)
     bank, parts = filled_bank(MLP(hidden=5), geometry, [0, 1, 2])
-    plan = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
+    groups = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
     x = activation((5, 7)).detach()
     recording = Recording(geometry, near_zero=1e-3)
-    y = blend(x, plan, geometry, recording)
+    y = blend(x, groups, geometry, recording)
     ratios = recording.ratios
     assert ratios is not None
     for part in parts:
@@ -137,9 +137,9 @@ def test_ratios_are_the_rms_of_what_a_branch_adds_over_its_chunk():
 def test_half_precision_stays_half_precision():
     geometry = Geometry(6, 3)
     bank, parts = filled_bank(MLP(hidden=5), geometry, [0, 1])
-    plan = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
+    groups = build(parts, {"mlp": bank}, geometry, torch.device("cpu"))
     x = activation((4, 6)).detach()
-    y = blend(x.bfloat16(), plan, geometry)
+    y = blend(x.bfloat16(), groups, geometry)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.double(), blended_one_by_one(x, bank, parts), rtol=0.05, atol=0.05)
 
@@ -158,8 +158,8 @@ def test_what_does_not_learn_is_counted_apart_from_what_does():
 def test_a_block_adds_to_what_the_branches_beside_it_gave() -> None:
     loop = Loop("transformer", settings={"blueprint": "block"}, commands={1: [germinate("blocks.0")]})
     loop.until(Stage.EVALUATING, most=100)
-    layer = next(layer for layer in loop.grow.registry.layers if layer.plan)
-    (group,) = layer.plan
+    layer = next(layer for layer in loop.grow.registry.layers if layer.groups)
+    (group,) = layer.groups
     assert isinstance(group, BlockGroup)
     loop.model.eval()  # no dropout
     x = torch.randn(2, 5, layer.geometry.width, generator=torch.Generator().manual_seed(0))

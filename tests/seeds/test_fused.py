@@ -48,11 +48,11 @@ def test_one_pass_equals_the_groups(width: int):
     assert [type(group) for group in fused] == [Fused]
     x = torch.randn(7, 3, width, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     outcomes = []
-    for plan, owned in ((plain, twin), (fused, banks)):
+    for groups, owned in ((plain, twin), (fused, banks)):
         leaf = x.clone().requires_grad_()
         recording = Recording(geometry, 1e-3)
         recording.read(leaf)
-        y = blend(leaf, plan, geometry, recording)
+        y = blend(leaf, groups, geometry, recording)
         y.square().sum().backward()
         gradients = {f"{name}.{key}": stack.grad for name, bank in owned.items() for key, stack in bank.stacks.items()}
         outcomes.append((y.detach(), leaf.grad, gradients, recording.ratios))
@@ -101,5 +101,5 @@ def test_what_the_kernels_cannot_take_stays_outside():
     wide.allocate(0, torch.Generator().manual_seed(0), silent=True)
     branch = Branch(0, 0, 0, 0, "mlp", 0, 1, "linear", 0, 0)
     kernels = Kernels(KernelConfig("triton"))
-    plan = build([Part(branch, 1.0, True)], {"mlp": wide}, geometry, DEVICE)
-    assert fuse(plan, "site", geometry, {0: 0}, kernels, DEVICE) is plan
+    groups = build([Part(branch, 1.0, True)], {"mlp": wide}, geometry, DEVICE)
+    assert fuse(groups, "site", geometry, {0: 0}, kernels, DEVICE) is groups
