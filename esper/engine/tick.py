@@ -222,7 +222,7 @@ class TickBoundary:
     # --- tell ---
 
     def tell(self, tick: int) -> None:
-        """Plans follow the new stages; telemetry goes out where it is due, and the port hears that the tick is over."""
+        """Groups follow the new stages; telemetry goes out where it is due, and the port hears that the tick is over."""
         self.registry.refresh()
         if self.observer.due:
             self.observer.publish(tick)

@@ -43,7 +43,7 @@ class Follower:
         self._bare()
         self.layers = [self._layer(site) for site in registry.sites]
         self._banks: list[Any] = [None] * len(registry.sites)
-        self._keeping_groups: list[Any] = [[]] * len(registry.sites)
+        self._built_for: list[Any] = [[]] * len(registry.sites)
         HostAlone.on(averaged)  # what grew is saved with the grown, and fits no fresh copy
         expect_host_alone(averaged)
         self.sync()
@@ -113,7 +113,7 @@ class Follower:
             known = {b.id: {n: v.clone() for n, v in self._values(b).items()} for b in here if (b.id, b.slot) in before}
         site = self.model.get_submodule(layer.name)
         layer.banks = nn.ModuleDict({name: self._twin(bank, site) for name, bank in self.registry.banks(number).items()})
-        self._keeping_groups[number] = []
+        self._built_for[number] = []
         for branch in here:
             if branch.id in known:
                 _put(self._values(branch), known[branch.id])
@@ -136,10 +136,10 @@ class Follower:
     def _plan(self, number: int) -> None:
         registry, layer = self.registry, self.layers[number]
         blended = registry.blended(number)
-        if [branch.id for branch in blended] != self._keeping_groups[number] or (blended and not layer.groups):
+        if [branch.id for branch in blended] != self._built_for[number] or (blended and not layer.groups):
             banks = {name: layer.bank(name) for name in layer.banks}
             layer.groups = build([registry._part(branch, learning=False) for branch in blended], banks, layer.geometry, self.device)
-            self._keeping_groups[number] = [branch.id for branch in blended]
+            self._built_for[number] = [branch.id for branch in blended]
         for group in layer.groups:
             assert not isinstance(group, Injection)
             group.alpha.copy_(registry.branches.alpha[group.branches])

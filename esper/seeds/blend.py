@@ -22,7 +22,7 @@ from esper.seeds.recording import Recording
 
 
 def blend(x: Tensor, groups: BranchGroups, geometry: Geometry, recording: Recording | None = None) -> Tensor:
-    """``x`` plus what the plan's branches add; same shape and dtype.
+    """``x`` plus what the branches of the groups add; same shape and dtype.
 
     Where a recording wants it, it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).
     """

@@ -94,7 +94,7 @@ BranchGroups = list[Any]
 
 @dataclass(frozen=True)
 class Part:
-    """A branch to put into a plan: its alpha now and whether the task's gradient reaches its parameters."""
+    """A branch to put into a group: its alpha now and whether the task's gradient reaches its parameters."""
 
     branch: Branch
     alpha: float

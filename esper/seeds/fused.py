@@ -1,4 +1,4 @@
-"""The chunk-receptive branches of a site in one pass a direction: the plan's groups handed to ``esper.kernels``."""
+"""The chunk-receptive branches of a site in one pass a direction: the site's groups handed to ``esper.kernels``."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Fused:
 def fuse(
     groups: BranchGroups, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device
 ) -> BranchGroups:
-    """The plan with what the kernels can take in one leading ``Fused``; as it is where they are not used.
+    """The groups with one leading ``Fused`` that holds all that the kernels can take; unchanged where the kernels are not used.
 
     ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.
     """

@@ -48,7 +48,7 @@ class CompiledSites:
         return registry
 
     def refresh(self, numbers: Iterable[int]) -> None:
-        """The plans of these sites have changed.
+        """The groups of these sites have changed.
 
         Whether the graph is left is one state of the whole host, so that it is compiled once for it and not site by site.
         """

@@ -36,7 +36,7 @@ class Hidden:
 
 
 class SeedLayer(nn.Module, Hidden):
-    """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` as the present ``groups`` says.
+    """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` with the branches of the present ``groups``.
 
     ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
     ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.

@@ -1,4 +1,4 @@
-"""The registry of a model: its sites, the table of their seeds, the branches that grew, and the plans its forwards follow."""
+"""The registry of a model: its sites, the table of their seeds, the branches that grew, and the groups that its forwards add."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class SeedRegistry:
         return branch
 
     def release(self, branch: Branch) -> None:
-        """End a branch; it stays in the table as a record. Its slot is freed with the next ``refresh``, when no plan has it."""
+        """End a branch; it stays in the table as a record. Its slot is freed with the next ``refresh``, when no group has it."""
         branch.alive = False
         self.released.append(branch)
         self.touch(branch.site)
@@ -201,19 +201,19 @@ class SeedRegistry:
             self.touch(number)
         self.refresh()
 
-    # --- plans ---
+    # --- groups ---
 
     def touch(self, site: int) -> None:
-        """Say that the plan of a site must be made again (a stage changed, or a branch came or went)."""
+        """Say that the groups of a site must be built again (a stage changed, or a branch came or went)."""
         self._changed.add(site)
         self._found.clear()
 
     def refresh(self) -> None:
-        """Bring every forward's plan and alphas up to date, and free the slots of ended branches; called once a tick."""
+        """Bring every forward's groups and alphas up to date, and free the slots of ended branches; called once a tick."""
         for branch in self.released:
             self.layers[branch.site].bank(branch.blueprint).free(branch.slot)
         self.released = []
-        for number in sorted(self._changed):  # the plans of other sites are what their forwards follow already
+        for number in sorted(self._changed):  # the other sites' groups are up to date
             parts = [self._part(branch, self.learns(branch)) for branch in self.blended(number)]
             self._main[number] = self._built(parts, number)
             self.layers[number].groups = self._main[number]
@@ -221,7 +221,7 @@ class SeedRegistry:
         self._changed.clear()
 
     def set_alphas(self, sites: set[int]) -> None:
-        """Copy the table's alphas into the plans of these sites."""
+        """Copy the table's alphas into the groups of these sites."""
         for number in sites:
             for group in self._main[number]:
                 assert not isinstance(group, Injection)
@@ -257,7 +257,7 @@ class SeedRegistry:
         return list(self._found[stages])
 
     def structure(self) -> tuple[tuple[str, int, bool], ...]:
-        """What the present plans compute, as a key: two gardens' forwards of equal structure cost the same MACs."""
+        """A key of the MACs that the present groups cost: two registries with equal keys cost the same."""
         return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.groups)
 
     @contextmanager
@@ -320,7 +320,7 @@ class SeedRegistry:
                 layer.groups, layer.recording = groups, recording
 
     def _built(self, parts: list[Part], number: int) -> BranchGroups:
-        """The plan of a site: what the kernels can take in one pass, the rest group by group."""
+        """The groups of a site: one for all that the kernels can take, and the rest."""
         geometry = self.layers[number].geometry
         groups = build(parts, self.banks(number), geometry, self.device)
         return fuse(

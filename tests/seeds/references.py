@@ -36,7 +36,7 @@ SITES: dict[str, tuple[Geometry, tuple[int, ...]]] = {
 
 
 def filled_bank(blueprint: Blueprint, geometry: Geometry, seeds: list[int], residual: bool = False) -> tuple[SlotBank, list[Part]]:
-    """A float64 bank with one branch a seed, nowhere silent, and the parts that put them into a plan."""
+    """A float64 bank with one branch a seed, nowhere silent, and the parts that put them into groups."""
     bank = SlotBank(blueprint, geometry, torch.device("cpu"))
     parts = []
     draws = torch.Generator().manual_seed(5)

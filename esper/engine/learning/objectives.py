@@ -216,7 +216,7 @@ class Objective:
             self.raised |= dict.fromkeys(branches, error)
 
     def _measured(self, purpose: str, batch: Any) -> float:
-        """The mean loss of a forward as the plans are now, no gradients."""
+        """The mean loss of a forward with the present groups, no gradients."""
         key = (purpose, self.registry.structure(), shapes_of(batch))
         with torch.no_grad(), self.meter.counting("objective", key):
             return float(self.loss(self.registry.model, batch).mean())
