@@ -138,7 +138,7 @@ class Follower:
         blended = registry.blended(number)
         if [branch.id for branch in blended] != self._built_for[number] or (blended and not layer.groups):
             banks = {name: layer.bank(name) for name in layer.banks}
-            layer.groups = build([registry._part(branch, learning=False) for branch in blended], banks, layer.geometry, self.device)
+            layer.groups = build([registry.member(branch, learning=False) for branch in blended], banks, layer.geometry, self.device)
             self._built_for[number] = [branch.id for branch in blended]
         for group in layer.groups:
             assert not isinstance(group, Injection)

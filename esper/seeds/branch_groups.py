@@ -93,7 +93,7 @@ BranchGroups = list[Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupMember:
     """A branch to put into a group: its alpha now and whether the task's gradient reaches its parameters."""
 
     branch: Branch
@@ -101,44 +101,44 @@ class Part:
     learning: bool
 
 
-def build(parts: list[Part], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> BranchGroups:
+def build(members: list[GroupMember], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> BranchGroups:
     """Group the parts of one site by bank; branches on the same chunk (generations) go to groups of their own."""
     groups: BranchGroups = []
-    gathered: dict[tuple[str, int], list[Part]] = {}
-    for part in parts:
-        bank = banks[part.branch.blueprint]
+    gathered: dict[tuple[str, int], list[GroupMember]] = {}
+    for member in members:
+        bank = banks[member.branch.blueprint]
         if isinstance(bank, BlockBank):
-            alpha = made_on([part.alpha], device)
-            groups.append(BlockGroup(bank, [part.branch.id], part.branch.slot, alpha, part.learning, _zeros(1, device)))
+            alpha = made_on([member.alpha], device)
+            groups.append(BlockGroup(bank, [member.branch.id], member.branch.slot, alpha, member.learning, _zeros(1, device)))
             continue
         layer = 0
-        while any(other.branch.row == part.branch.row for other in gathered.get((part.branch.blueprint, layer), [])):
+        while any(other.branch.row == member.branch.row for other in gathered.get((member.branch.blueprint, layer), [])):
             layer += 1
-        gathered.setdefault((part.branch.blueprint, layer), []).append(part)
+        gathered.setdefault((member.branch.blueprint, layer), []).append(member)
     groups[:0] = [_group(group, banks[name], geometry, device) for (name, _), group in gathered.items()]
     return groups
 
 
-def _group(parts: list[Part], bank: SlotBank | BlockBank, geometry: Geometry, device: torch.device) -> Group:
+def _group(members: list[GroupMember], bank: SlotBank | BlockBank, geometry: Geometry, device: torch.device) -> Group:
     assert isinstance(bank, SlotBank)
-    seeds = [part.branch.seed for part in parts]
+    seeds = [member.branch.seed for member in members]
     index, mask = geometry.features(seeds)
     padded = not bool(mask.all())
     real = mask.flatten().nonzero().flatten()
-    learning = torch.tensor([part.learning for part in parts])
-    residual = torch.tensor([float(part.branch.residual) for part in parts])
+    learning = torch.tensor([member.learning for member in members])
+    residual = torch.tensor([float(member.branch.residual) for member in members])
     return Group(
         bank=bank,
-        branches=[part.branch.id for part in parts],
-        slots=made_on([part.branch.slot for part in parts], device),
+        branches=[member.branch.id for member in members],
+        slots=made_on([member.branch.slot for member in members], device),
         index=on_device(index.flatten(), device),
         mask=on_device(mask, device) if padded else None,
         real=on_device(real, device) if padded else None,
         target=on_device(index.flatten()[real], device),
-        alpha=made_on([part.alpha for part in parts], device),
+        alpha=made_on([member.alpha for member in members], device),
         learning=None if bool(learning.all()) else on_device(learning, device),
         residual=on_device(residual, device) if bool(residual.any()) else None,
-        failures=_zeros(len(parts), device),
+        failures=_zeros(len(members), device),
         seeds=made_on(seeds, device) if geometry.width % geometry.seeds == 0 else None,
         learns=bool(learning.any()),
     )

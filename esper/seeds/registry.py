@@ -16,7 +16,7 @@ from esper.lifecycle import SeedTable, Stage
 from esper.lifecycle.history import History
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
-from esper.seeds.branch_groups import BlockGroup, BranchGroups, Injection, Part, build
+from esper.seeds.branch_groups import BlockGroup, BranchGroups, GroupMember, Injection, build
 from esper.seeds.branches import Branch, BranchTable
 from esper.seeds.device_copy import on_device
 from esper.seeds.fused import fuse
@@ -214,8 +214,8 @@ class SeedRegistry:
             self.layers[branch.site].bank(branch.blueprint).free(branch.slot)
         self.released = []
         for number in sorted(self._changed):  # the other sites' groups are up to date
-            parts = [self._part(branch, self.learns(branch)) for branch in self.blended(number)]
-            self._main[number] = self._built(parts, number)
+            members = [self.member(branch, self.learns(branch)) for branch in self.blended(number)]
+            self._main[number] = self._built(members, number)
             self.layers[number].groups = self._main[number]
         self.compiled.refresh(self._changed)
         self._changed.clear()
@@ -268,8 +268,8 @@ class SeedRegistry:
         replaced = {branch.replaces for branch in learning}
         with self._keeping_groups():
             for number, layer in enumerate(self.layers):
-                blended = [self._part(branch, learning=False) for branch in self.blended(number) if branch.id not in replaced]
-                training = [Part(branch, self._shadow_alpha(branch), True) for branch in learning if branch.site == number]
+                blended = [self.member(branch, learning=False) for branch in self.blended(number) if branch.id not in replaced]
+                training = [GroupMember(branch, self._shadow_alpha(branch), True) for branch in learning if branch.site == number]
                 layer.groups = self._built(blended, number)
                 mine = self._built(training, number)
                 for group in mine:
@@ -287,8 +287,8 @@ class SeedRegistry:
         with self._keeping_groups():
             for number in sorted({branch.site for branch in branches}):
                 layer = self.layers[number]
-                parts = [self._part(b, learning=False) for b in self.blended(number) if b.id not in off]
-                layer.groups = self._built(parts, number)
+                members = [self.member(b, learning=False) for b in self.blended(number) if b.id not in off]
+                layer.groups = self._built(members, number)
             yield
 
     @contextmanager
@@ -296,8 +296,8 @@ class SeedRegistry:
         """Within: forwards in which ``on`` is in the place of ``off``, at its α."""
         number, alpha = off.site, float(self.branches.alpha[off.id])
         with self._keeping_groups():
-            parts = [Part(on, alpha, False) if b is off else self._part(b, learning=False) for b in self.blended(number)]
-            self.layers[number].groups = self._built(parts, number)
+            members = [GroupMember(on, alpha, False) if b is off else self.member(b, learning=False) for b in self.blended(number)]
+            self.layers[number].groups = self._built(members, number)
             yield
 
     @contextmanager
@@ -319,16 +319,21 @@ class SeedRegistry:
             for layer, (groups, recording) in zip(self.layers, before, strict=True):
                 layer.groups, layer.recording = groups, recording
 
-    def _built(self, parts: list[Part], number: int) -> BranchGroups:
+    def _built(self, members: list[GroupMember], number: int) -> BranchGroups:
         """The groups of a site: one for all that the kernels can take, and the rest."""
         geometry = self.layers[number].geometry
-        groups = build(parts, self.banks(number), geometry, self.device)
+        groups = build(members, self.banks(number), geometry, self.device)
         return fuse(
-            groups, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device
+            groups,
+            self.sites[number].name,
+            geometry,
+            {member.branch.id: member.branch.seed for member in members},
+            self.kernels,
+            self.device,
         )
 
-    def _part(self, branch: Branch, learning: bool) -> Part:
-        return Part(branch, float(self.branches.alpha[branch.id]), learning)
+    def member(self, branch: Branch, learning: bool) -> GroupMember:
+        return GroupMember(branch, float(self.branches.alpha[branch.id]), learning)
 
     def _shadow_alpha(self, branch: Branch) -> float:
         """α of a TRAINING branch in shadow forwards: 1, or that of the branch in whose place it learns."""

@@ -21,7 +21,7 @@ from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
 from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
-from esper.seeds.branch_groups import BlockGroup, Group, Injection, Part, build
+from esper.seeds.branch_groups import BlockGroup, Group, GroupMember, Injection, build
 from esper.seeds.exceptions import containable, take_errors
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -140,9 +140,9 @@ class Objective:
                 continue
             if self.kind == "functional_gradient" and recording.gradient is None:
                 continue  # nothing came back to this site: nothing to learn from, and the readiness stays unknown
-            parts = [Part(branch, 1.0, True) for branch in training if branch.site == number]
+            members = [GroupMember(branch, 1.0, True) for branch in training if branch.site == number]
             x = recording.input
-            for group in build(parts, self.registry.banks(number), layer.geometry, x.device):
+            for group in build(members, self.registry.banks(number), layer.geometry, x.device):
                 assert not isinstance(group, Injection)
                 key = (number, group.cost_key(), shapes_of(batch))
                 with (
