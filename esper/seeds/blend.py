@@ -17,7 +17,7 @@ from esper.blueprints.unique_scatter import each_once
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, Group, Injection
 from esper.seeds.chunk_access import Fork, Put, take
 from esper.seeds.exceptions import contained
-from esper.seeds.fused import Fused
+from esper.seeds.fused_group import FusedGroup
 from esper.seeds.recording import Recording
 
 
@@ -31,10 +31,10 @@ def blend(x: Tensor, groups: BranchGroups, geometry: Geometry, recording: Record
     for group in groups:
         if isinstance(group, Group):
             plain.append(group)
-        elif isinstance(group, Fused):
+        elif isinstance(group, FusedGroup):
             group.forwards += 1
             if group.kernels.suspended:
-                plain += group.apart()
+                plain += group.split()
             else:
                 y = group(x, None if recording is None else recording.statistics, ratios)
     if plain:

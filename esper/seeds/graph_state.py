@@ -13,7 +13,7 @@ from esper.blueprints import Block, SlotBank
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
 from esper.seeds.device_copy import on_device
-from esper.seeds.fused import FROZEN, SUBTRACT, bank_fits, kind_of
+from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, kind_of
 from esper.seeds.graph_ops import GraphSite
 
 if TYPE_CHECKING:

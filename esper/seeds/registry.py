@@ -19,7 +19,7 @@ from esper.randomness import generator
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, GroupMember, Injection, build
 from esper.seeds.branches import Branch, BranchTable
 from esper.seeds.device_copy import on_device
-from esper.seeds.fused import fuse
+from esper.seeds.fused_group import fuse
 from esper.seeds.graph_state import CompiledSites
 from esper.seeds.layer import SeedLayer, device_of
 from esper.seeds.sites import Site

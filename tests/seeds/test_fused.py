@@ -13,7 +13,7 @@ from esper.kernels import KernelConfig, Kernels
 from esper.seeds.blend import blend
 from esper.seeds.branch_groups import GroupMember, build
 from esper.seeds.branches import Branch
-from esper.seeds.fused import Fused, fuse
+from esper.seeds.fused_group import FusedGroup, fuse
 from esper.seeds.recording import Recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,7 +45,7 @@ def test_one_pass_equals_the_groups(width: int):
     kernels = Kernels(KernelConfig("triton"))
     plain = build(members, twin, geometry, DEVICE)
     fused = fuse(build(members, banks, geometry, DEVICE), "site", geometry, {b.id: b.seed for b in branches}, kernels, DEVICE)
-    assert [type(group) for group in fused] == [Fused]
+    assert [type(group) for group in fused] == [FusedGroup]
     x = torch.randn(7, 3, width, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     outcomes = []
     for groups, owned in ((plain, twin), (fused, banks)):

@@ -20,7 +20,7 @@ SUBTRACT, FROZEN = 1, 2
 
 
 @dataclass
-class Fused:
+class FusedGroup:
     """Groups with at most one branch a seed, as the kernels take them; to the rest of the engine it is a group like others.
 
     ``seeds`` ``[A]`` are the branches' seeds; ``route`` int32 ``[S, 3]`` says each seed's bank, its slot, whether δ = net − id and whether
@@ -49,7 +49,7 @@ class Fused:
         """What decides the MACs of a forward and backward."""
         return self.key
 
-    def apart(self) -> list[Group]:
+    def split(self) -> list[Group]:
         """The groups it was made of, with the alphas of now."""
         for group, alpha in zip(self.groups, self.alpha.split([len(g.branches) for g in self.groups]), strict=True):
             group.alpha.copy_(alpha)
@@ -81,7 +81,7 @@ class Fused:
 def fuse(
     groups: BranchGroups, site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels | None, device: torch.device
 ) -> BranchGroups:
-    """The groups with one leading ``Fused`` that holds all that the kernels can take; unchanged where the kernels are not used.
+    """The groups with one leading ``FusedGroup`` that holds all that the kernels can take; unchanged where the kernels are not used.
 
     ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.
     """
@@ -98,10 +98,10 @@ def fuse(
     if not taken:
         return groups
     left = [group for group in groups if not any(group is other for other in taken)]
-    return [_fused(taken, site, geometry, seed_of, kernels), *left]
+    return [_fused_group(taken, site, geometry, seed_of, kernels), *left]
 
 
-def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels) -> Fused:
+def _fused_group(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int, int], kernels: Kernels) -> FusedGroup:
     device = groups[0].alpha.device
     route = torch.full((geometry.seeds, 3), -1, dtype=torch.int32, device=device)
     for number, group in enumerate(groups):
@@ -114,7 +114,7 @@ def _fused(groups: list[Group], site: str, geometry: Geometry, seed_of: dict[int
         with each_once(device):
             route.index_copy_(0, made_on([seed_of[branch] for branch in group.branches], device), entries)
     branches = [branch for group in groups for branch in group.branches]
-    return Fused(
+    return FusedGroup(
         site=site,
         kernels=kernels,
         geometry=geometry,
