@@ -15,7 +15,7 @@ from torch import Tensor
 from esper.blueprints import Geometry
 from esper.blueprints.unique_scatter import each_once
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, Group, Injection
-from esper.seeds.chunk_access import Fork, Put, take
+from esper.seeds.chunk_access import AddToChunks, ReadChunks, read_chunks
 from esper.seeds.exceptions import contained
 from esper.seeds.fused_group import FusedGroup
 from esper.seeds.recording import Recording
@@ -54,7 +54,7 @@ def chunks_of(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> Tenso
     if isinstance(group, BlockGroup):
         return x.unsqueeze(0)
     dim = _axis(x, geometry)
-    return _in_rows(take(x, group, dim, geometry.seeds), group, dim)
+    return _in_rows(read_chunks(x, group, dim, geometry.seeds), group, dim)
 
 
 def _axis(x: Tensor, geometry: Geometry) -> int:
@@ -158,7 +158,7 @@ def _contained(delta: Tensor, group: Group | BlockGroup) -> Tensor:
 def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
     """``y`` plus what the groups make of ``x``."""
     dim = _axis(x, geometry)
-    through, *chosen = Fork.apply(x, groups, dim, geometry.seeds)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+    through, *chosen = ReadChunks.apply(x, groups, dim, geometry.seeds)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     additions = []
     for group, chunks in zip(groups, chosen, strict=True):
         chunk = _in_rows(chunks, group, dim)
@@ -168,7 +168,7 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
             _note_ratios(ratios, group.branches, added, chunk)
         additions.append(_in_place(added.to(y.dtype), x, group, dim))
         group.forwards += 1
-    blended: Tensor = Put.apply(through if y is x else y, groups, dim, geometry.seeds, *additions)  # type: ignore[no-untyped-call]
+    blended: Tensor = AddToChunks.apply(through if y is x else y, groups, dim, geometry.seeds, *additions)  # type: ignore[no-untyped-call]
     return blended
 
 
