@@ -89,7 +89,7 @@ class Injection:
 
 
 BranchGroups = list[Any]
-"""Groups of branches to add, in order: ``Group``, ``BlockGroup``, ``Injection``, or ``esper.seeds.fused_group.FusedGroup``, always first."""
+"""Groups of branches to add, in order: ``Group``, ``BlockGroup``, ``Injection``, or ``FusedGroup``, always first."""
 
 
 @dataclass(frozen=True)

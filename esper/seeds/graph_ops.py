@@ -142,8 +142,8 @@ def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
         y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.leaves)
         y, health = y.view(x.shape), reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero) if due else power
     with torch.no_grad():
-        site.tally.add_to_chunks_((site.alpha > 0) & (live.detach() == 0))
-        site.forwards.add_to_chunks_(1.0)
+        site.tally.add_((site.alpha > 0) & (live.detach() == 0))
+        site.forwards.add_(1.0)
         if due:
             site.health.copy_(health.detach())
             site.power.copy_(power.detach() * site.alpha.square())  # α of this forward: the next one's may be there when it is read

@@ -165,7 +165,7 @@ def test_a_model_of_the_same_class_without_seeds_does_not_lend_its_graph() -> No
     with torch.no_grad():
         bank = run.grow.registry.layers[0].bank("mlp")
         for stack in bank.parameters():
-            stack.add_to_chunks_(1.0)
+            stack.add_(1.0)
     torch.testing.assert_close(run.call(x), run.model(x))
     with run.grow.registry.without(*run.grow.registry.branches.living()):
         assert not torch.allclose(run.call(x), run.model(x))
