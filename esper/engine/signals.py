@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esper.blueprints import SlotBank
 from esper.seeds import Branch, SeedRegistry
-from esper.seeds.device_copy import made_on
+from esper.seeds.device_copy import tensor_on
 
 
 class LossSignal:
@@ -76,7 +76,7 @@ def gradient_norms(registry: SeedRegistry, branches: list[Branch]) -> tuple[list
         if isinstance(bank, SlotBank):
             gradients = [stack.grad for stack in bank.stacks.values() if stack.grad is not None]
             if gradients:
-                slots = made_on([branch.slot for branch in group], bank.steps.device)
+                slots = tensor_on([branch.slot for branch in group], bank.steps.device)
                 squares = torch.stack([gradient[slots].float().flatten(1).square().sum(1) for gradient in gradients]).sum(0)
                 names.append([branch.id for branch in group])
                 counts.append(sum(gradient[0].numel() for gradient in gradients))

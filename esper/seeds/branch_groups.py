@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, Geometry, SlotBank
 from esper.seeds.branches import Branch
-from esper.seeds.device_copy import made_on, on_device
+from esper.seeds.device_copy import tensor_on, to_device
 
 
 @dataclass
@@ -108,7 +108,7 @@ def build(members: list[GroupMember], banks: dict[str, SlotBank | BlockBank], ge
     for member in members:
         bank = banks[member.branch.blueprint]
         if isinstance(bank, BlockBank):
-            alpha = made_on([member.alpha], device)
+            alpha = tensor_on([member.alpha], device)
             groups.append(BlockGroup(bank, [member.branch.id], member.branch.slot, alpha, member.learning, _zeros(1, device)))
             continue
         layer = 0
@@ -130,16 +130,16 @@ def _group(members: list[GroupMember], bank: SlotBank | BlockBank, geometry: Geo
     return Group(
         bank=bank,
         branches=[member.branch.id for member in members],
-        slots=made_on([member.branch.slot for member in members], device),
-        index=on_device(index.flatten(), device),
-        mask=on_device(mask, device) if padded else None,
-        real=on_device(real, device) if padded else None,
-        target=on_device(index.flatten()[real], device),
-        alpha=made_on([member.alpha for member in members], device),
-        learning=None if bool(learning.all()) else on_device(learning, device),
-        residual=on_device(residual, device) if bool(residual.any()) else None,
+        slots=tensor_on([member.branch.slot for member in members], device),
+        index=to_device(index.flatten(), device),
+        mask=to_device(mask, device) if padded else None,
+        real=to_device(real, device) if padded else None,
+        target=to_device(index.flatten()[real], device),
+        alpha=tensor_on([member.alpha for member in members], device),
+        learning=None if bool(learning.all()) else to_device(learning, device),
+        residual=to_device(residual, device) if bool(residual.any()) else None,
         failures=_zeros(len(members), device),
-        seeds=made_on(seeds, device) if geometry.width % geometry.seeds == 0 else None,
+        seeds=tensor_on(seeds, device) if geometry.width % geometry.seeds == 0 else None,
         learns=bool(learning.any()),
     )
 

@@ -13,7 +13,7 @@ from esper.kernels import Kernels
 from esper.kernels.branch_kinds import KINDS
 from esper.kernels.dispatch import fits
 from esper.seeds.branch_groups import BranchGroups, Group
-from esper.seeds.device_copy import made_on
+from esper.seeds.device_copy import tensor_on
 
 SUBTRACT, FROZEN = 1, 2
 """Bits of a route: δ = net − id, and parameters that do not learn."""
@@ -112,7 +112,7 @@ def _fused_group(groups: list[Group], site: str, geometry: Geometry, seed_of: di
             bits += (~group.learning).to(bits.dtype) * FROZEN
         entries = torch.stack([torch.full_like(bits, number), group.slots, bits], 1).int()
         with each_once(device):
-            route.index_copy_(0, made_on([seed_of[branch] for branch in group.branches], device), entries)
+            route.index_copy_(0, tensor_on([seed_of[branch] for branch in group.branches], device), entries)
     branches = [branch for group in groups for branch in group.branches]
     return FusedGroup(
         site=site,
@@ -122,7 +122,7 @@ def _fused_group(groups: list[Group], site: str, geometry: Geometry, seed_of: di
         banks=[group.bank for group in groups],
         kinds=",".join(str(kind_of(group.bank.blueprint)) for group in groups),
         branches=branches,
-        seeds=made_on([seed_of[branch] for branch in branches], device),
+        seeds=tensor_on([seed_of[branch] for branch in branches], device),
         route=route,
         alpha=torch.cat([group.alpha for group in groups]),
         failures=torch.zeros(len(branches), device=device),

@@ -12,7 +12,7 @@ from torch import Tensor
 from esper.blueprints import Block, SlotBank
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
-from esper.seeds.device_copy import on_device
+from esper.seeds.device_copy import to_device
 from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, kind_of
 from esper.seeds.graph_ops import GraphSite
 
@@ -77,7 +77,7 @@ class CompiledSites:
             return
         rows, branches = self._where
         values = torch.zeros(self.registry.table.rows).index_copy_(0, rows, self.registry.branches.alpha[branches])
-        self._alphas.copy_(on_device(values, self._alphas.device), non_blocking=True)
+        self._alphas.copy_(to_device(values, self._alphas.device), non_blocking=True)
 
     def tallies(self) -> list[Tensor]:
         """Of every site, how often each seed's branch was contained, and then, of every site, in how many forwards."""
@@ -166,7 +166,7 @@ class CompiledSites:
             entries.append([names.index(branch.blueprint), branch.slot, bits])
         if entries:
             route[[branch.seed for branch in inside]] = torch.tensor(entries, dtype=torch.int32)
-        self.sites[number].route.copy_(on_device(route, registry.device), non_blocking=True)
+        self.sites[number].route.copy_(to_device(route, registry.device), non_blocking=True)
 
 
 def _gone() -> None:

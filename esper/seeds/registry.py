@@ -18,7 +18,7 @@ from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, GroupMember, Injection, build
 from esper.seeds.branches import Branch, BranchTable
-from esper.seeds.device_copy import on_device
+from esper.seeds.device_copy import to_device
 from esper.seeds.fused_group import fuse
 from esper.seeds.graph_state import CompiledSites
 from esper.seeds.layer import SeedLayer, device_of
@@ -225,7 +225,7 @@ class SeedRegistry:
         for number in sites:
             for group in self._main[number]:
                 assert not isinstance(group, Injection)
-                group.alpha.copy_(on_device(self.branches.alpha[group.branches], self.device))
+                group.alpha.copy_(to_device(self.branches.alpha[group.branches], self.device))
         self.compiled.set_alphas()
 
     def blended(self, site: int) -> list[Branch]:

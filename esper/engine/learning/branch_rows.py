@@ -14,7 +14,7 @@ from torch import Tensor
 from esper.blueprints import BlockBank, SlotBank
 from esper.blueprints.unique_scatter import each_once
 from esper.seeds import Branch
-from esper.seeds.device_copy import made_on
+from esper.seeds.device_copy import tensor_on
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class BankRows:
         mask = [False] * bank.capacity
         for branch in branches:
             mask[branch.slot] = True
-        return made_on(mask, bank.steps.device)
+        return tensor_on(mask, bank.steps.device)
 
     def count(self, moving: Tensor) -> Tensor:
         """Count a step of every slot that moves; float ``[capacity]``, the steps with this one."""
