@@ -26,7 +26,7 @@ from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
 from esper.messages import Alert
 from esper.seeds import Branch, SeedRegistry
-from esper.seeds.exceptions import take_errors
+from esper.seeds.branch_exceptions import take_errors
 
 REPEATED = 3
 """Ticks at which a branch's code, or the strategy that blends it, may raise before the branch goes."""

@@ -1,7 +1,7 @@
 """The forward pass of the branches at a site, on plain torch: ``y = x + Σ α·δ(x)``, with every branch contained.
 
 A branch whose δ holds a non-finite value adds nothing to that forward, is counted, and lets no gradient through: the host
-cannot feel it. One whose code raises adds nothing either (``esper.seeds.exceptions``).
+cannot feel it. One whose code raises adds nothing either (``esper.seeds.branch_exceptions``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from esper.blueprints import Geometry
 from esper.blueprints.unique_scatter import each_once
+from esper.seeds.branch_exceptions import run_contained
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, Group, Injection
 from esper.seeds.chunk_access import AddToChunks, ReadChunks, read_chunks
-from esper.seeds.exceptions import contained
 from esper.seeds.fused_group import FusedGroup
 from esper.seeds.recording import Recording
 
@@ -162,7 +162,7 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
     additions = []
     for group, chunks in zip(groups, chosen, strict=True):
         chunk = _in_rows(chunks, group, dim)
-        delta = contained(group, chunk, partial(_group_output, through, chunk, group, geometry))
+        delta = run_contained(group, chunk, partial(_group_output, through, chunk, group, geometry))
         added = _contained(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
         if ratios is not None:
             _note_ratios(ratios, group.branches, added, chunk)
@@ -174,7 +174,7 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
 
 def _add_block(x: Tensor, y: Tensor, group: BlockGroup, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
     whole = chunks_of(x, group, geometry)
-    delta = contained(group, whole, partial(_block_output, x, group))
+    delta = run_contained(group, whole, partial(_block_output, x, group))
     added = _contained(delta, group) * group.alpha.to(delta.dtype)
     if ratios is not None:
         _note_ratios(ratios, group.branches, added, whole)

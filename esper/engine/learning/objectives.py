@@ -21,8 +21,8 @@ from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
 from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
+from esper.seeds.branch_exceptions import containable, take_errors
 from esper.seeds.branch_groups import BlockGroup, Group, GroupMember, Injection, build
-from esper.seeds.exceptions import containable, take_errors
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Line search of the functional gradient: steps as shares of the activation's RMS."""

@@ -21,7 +21,7 @@ def containable(error: Exception) -> bool:
     return not (isinstance(error, UserError) or full)
 
 
-def contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+def run_contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     """What ``compute`` gives, or zeros shaped as ``like`` where it raises or gives another shape; ``group.error`` then says so."""
     if torch.compiler.is_compiling():  # nothing of a graph runs while it is traced
         return compute()
