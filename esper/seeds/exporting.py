@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry
 from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
+from esper.seeds.compiled_modules import unwrapped
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
 from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
 from esper.seeds.registry import SeedRegistry
-from esper.seeds.wrappers import unwrapped
 
 Card = dict[str, Any]
 

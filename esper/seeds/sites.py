@@ -16,9 +16,9 @@ from esper.blueprints import Geometry
 from esper.blueprints.block_call import first_tensor
 from esper.errors import UserError
 from esper.randomness import global_draws_kept
+from esper.seeds.compiled_modules import host_modules
 from esper.seeds.roles import ROLES, with_role
 from esper.seeds.tracing import Watch, watching
-from esper.seeds.wrappers import host_modules
 
 log = logging.getLogger(__name__)
 
