@@ -18,9 +18,9 @@ from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, GroupMember, Injection, build
 from esper.seeds.branches import Branch, BranchTable
+from esper.seeds.compiled_sites import CompiledSites
 from esper.seeds.device_copy import to_device
 from esper.seeds.fused_group import fuse
-from esper.seeds.graph_state import CompiledSites
 from esper.seeds.layer import SeedLayer, device_of
 from esper.seeds.sites import Site
 
