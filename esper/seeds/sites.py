@@ -18,7 +18,7 @@ from esper.errors import UserError
 from esper.randomness import global_draws_kept
 from esper.seeds.compiled_modules import host_modules
 from esper.seeds.roles import ROLES, with_role
-from esper.seeds.tracing import Watch, watching
+from esper.seeds.tracing import ForwardTrace, tracing
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,9 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     for pattern in patterns:
         if pattern not in roles and not any(fnmatchcase(name, pattern) for name in named):
             raise UserError(f"No module of the host matches sites.match '{pattern}'; there are: {', '.join(named) or 'none'}.")
-    with watching(model, modules) as watch:
-        seen = _probe(model, named, forward, watch)
-    found = {role: with_role(role, watch.calls, named) for role in roles}
+    with tracing(model, modules) as trace:
+        seen = _probe(model, named, forward, trace)
+    found = {role: with_role(role, trace.calls, named) for role in roles}
     for role in roles:
         if not found[role]:
             raise UserError(f"sites.match={role} finds no such module in this host; name the modules, or try {' or '.join(ROLES)}.")
@@ -87,12 +87,12 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     if hidden:  # the last layer that is called gives the host's output
         called = [name for name in chosen if name in seen]
         chosen = [name for name in chosen if name not in called[-1:]]
-    reasons = {name: _unfit(name, modules, seen.get(name), watch) for name in chosen}
+    reasons = {name: _unfit(name, modules, seen.get(name), trace) for name in chosen}
     _leave_out(reasons, auto)
     sites = []
     for name in chosen:
         if reasons[name] is None:
-            borrowed = any(id(parameter) in watch.borrowed for parameter in named[name].parameters(recurse=False))
+            borrowed = any(id(parameter) in trace.borrowed for parameter in named[name].parameters(recurse=False))
             sites.append(Site(name, named[name], _geometry(name, seen[name], per_site), borrowed))
     return sites
 
@@ -132,13 +132,13 @@ def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool) ->
     return linear, True
 
 
-def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, watch: Watch) -> str | None:
+def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, trace: ForwardTrace) -> str | None:
     """Why a module cannot carry seeds, or None."""
     if seen is None:
         module = modules[name]
-        if module in watch.called:
+        if module in trace.called:
             return "it gives no tensor when the host runs"
-        if any(id(parameter) in watch.borrowed for parameter in module.parameters()):
+        if any(id(parameter) in trace.borrowed for parameter in module.parameters()):
             parent = name.rpartition(".")[0]
             reader = type(modules[parent]).__name__ if parent in modules else "the host"
             return f"{reader} reads its weights and never calls it, so what grew there would not be felt"
@@ -156,7 +156,7 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, watch: Watch) -> dict[str, _Seen]:
+def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, trace: ForwardTrace) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = {}
 
     def remember(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
@@ -165,7 +165,7 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, wa
             if tensor is not None:
                 same = source is not None and source.shape == tensor.shape
                 block = same and any(True for _ in module.children())
-                seen[name] = _Seen(tensor.shape, watch.node(tensor).axis, block)
+                seen[name] = _Seen(tensor.shape, trace.node(tensor).axis, block)
 
         return hook
 
