@@ -74,7 +74,7 @@ def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.
     geometry = site.geometry
     card: Card = {"site": site.name, "width": geometry.width, "dim": _dim(geometry), "folded": False}
     blueprints: list[object] = [registry.layers[number].bank(branch.blueprint).blueprint for branch in blended]
-    bare = not (site.borrowed or inner or any(branch.residual for branch in blended))
+    bare = not (site.read_elsewhere or inner or any(branch.residual for branch in blended))
     if bare and foldable(module, plain, blueprints):
         fold(module, [_term(registry, branch) for branch in blended])
         return card | {"folded": True, "bias": module.bias is not None}

@@ -29,12 +29,12 @@ NO_HIDDEN = "sites.match=auto finds no hidden layer in this host"
 
 @dataclass
 class Site:
-    """A module of the host whose output carries seeds; ``borrowed`` says that its weights serve elsewhere in the host too."""
+    """A module of the host whose output carries seeds; ``read_elsewhere`` says that its weights serve elsewhere in the host too."""
 
     name: str
     module: nn.Module
     geometry: Geometry
-    borrowed: bool = False
+    read_elsewhere: bool = False
 
 
 @dataclass
@@ -92,8 +92,8 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     sites = []
     for name in chosen:
         if reasons[name] is None:
-            borrowed = any(id(parameter) in trace.borrowed for parameter in named[name].parameters(recurse=False))
-            sites.append(Site(name, named[name], _geometry(name, seen[name], per_site), borrowed))
+            read_elsewhere = any(id(parameter) in trace.read_elsewhere for parameter in named[name].parameters(recurse=False))
+            sites.append(Site(name, named[name], _geometry(name, seen[name], per_site), read_elsewhere))
     return sites
 
 
@@ -138,7 +138,7 @@ def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, trace: 
         module = modules[name]
         if module in trace.called:
             return "it gives no tensor when the host runs"
-        if any(id(parameter) in trace.borrowed for parameter in module.parameters()):
+        if any(id(parameter) in trace.read_elsewhere for parameter in module.parameters()):
             parent = name.rpartition(".")[0]
             reader = type(modules[parent]).__name__ if parent in modules else "the host"
             return f"{reader} reads its weights and never calls it, so what grew there would not be felt"

@@ -46,7 +46,7 @@ class ModuleCall:
 class ForwardTrace(TorchFunctionMode):
     """Follows the tensors of one forward through functions and modules.
 
-    ``called`` are the modules that were, ``calls`` their calls in the order in which they ended, ``borrowed`` the ids of the parameters
+    ``called`` are the modules that were, ``calls`` their calls in the order in which they ended, ``read_elsewhere`` the ids of the parameters
     that were read by a function outside of the forward of the module that holds them.
     """
 
@@ -54,7 +54,7 @@ class ForwardTrace(TorchFunctionMode):
         super().__init__()
         self.called: set[nn.Module] = set()
         self.calls: list[ModuleCall] = []
-        self.borrowed: set[int] = set()
+        self.read_elsewhere: set[int] = set()
         self._holders: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -120,7 +120,7 @@ class ForwardTrace(TorchFunctionMode):
         for tensor in tensors[:1] if kind in _LIKE else tensors:
             holders = self._holders.get(id(tensor))
             if holders is not None and not any(self._inside and self._inside[-1] is holder for holder in holders):
-                self.borrowed.add(id(tensor))
+                self.read_elsewhere.add(id(tensor))
 
 
 @contextmanager
