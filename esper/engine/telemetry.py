@@ -176,14 +176,14 @@ class Observer:
 
     def _shown(self, number: int) -> list[Branch]:
         """The living branches of a site that are their seeds' own: none that only learns to take another's place."""
-        return [branch for branch in self.registry.living_at(number) if not branch.aside]
+        return [branch for branch in self.registry.living_at(number) if not branch.excluded]
 
     def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
         """What the device knows of a site, and how it goes into its rows."""
         recording = self.registry.layers[number].recording
         if recording is not None and recording.statistics is not None:
             known = self.registry.branches
-            alive = sorted(branch for branch in recording.ratios or () if known[branch].alive and not known[branch].aside)
+            alive = sorted(branch for branch in recording.ratios or () if known[branch].alive and not known[branch].excluded)
             ratios = [recording.ratios[branch] for branch in alive] if recording.ratios else []
             seeds = [self.registry.branches[branch].seed for branch in alive]
 
@@ -226,7 +226,7 @@ class Observer:
         registry, table = self.registry, self.registry.table
         measured = self.health[registry.site_of(row)][registry.seed_of(row)].tolist()
         alphas = [
-            float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row and not branch.aside
+            float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row and not branch.excluded
         ]
         known = [float(table.ages(slice(row, row + 1), self.tick())), float(table.generation[row]), float(table.score[row])]
         return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]

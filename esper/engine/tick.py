@@ -160,7 +160,7 @@ class TickBoundary:
     def _remove_failing(self, tick: int, measured: Measured) -> None:
         suspects = {branch for branch, rate in measured.error_rates.items() if not rate <= self.config.error_rate} | measured.trouble.keys()
         living = [branch for branch in self.registry.branches.living() if branch.id in suspects] if suspects else []
-        for branch in [branch for branch in living if branch.replaces < 0 or not branch.aside]:
+        for branch in [branch for branch in living if branch.replaces < 0 or not branch.excluded]:
             rate = measured.error_rates.get(branch.id, 0.0)
             cause = measured.trouble.get(branch.id)
             if cause is None and not rate <= self.config.error_rate:
@@ -181,7 +181,7 @@ class TickBoundary:
 
     def _open_gates(self, tick: int) -> None:
         table = self.registry.table
-        candidates = [branch for branch in self.registry.in_stage(*FORWARD) if not branch.aside]
+        candidates = [branch for branch in self.registry.in_stage(*FORWARD) if not branch.excluded]
         ages = table.age[[branch.row for branch in candidates]].tolist() if candidates else []
         due = [b for b, age in zip(candidates, ages, strict=True) if age >= self.ages.minimum[b.stage]]
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]

@@ -45,7 +45,7 @@ class Branch:
     """Looks at the judge set that the trial has cost."""
 
     @property
-    def aside(self) -> bool:
+    def excluded(self) -> bool:
         """Whether it is no forward's, though its stage may say so: it is held, or learns in another's place."""
         return self.held or (self.replaces >= 0 and self.stage is Stage.TRAINING)
 
