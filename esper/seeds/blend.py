@@ -92,7 +92,7 @@ def branch_outputs(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> 
 
 def _block_output(x: Tensor, group: BlockGroup) -> Tensor:
     devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices=devices, enabled=group.aside):
+    with torch.random.fork_rng(devices=devices, enabled=group.fork_rng):
         return group.bank.delta(group.slot, _guarded(x.unsqueeze(0), 0, 1).squeeze(0), group.learning).unsqueeze(0)
 
 

@@ -53,7 +53,7 @@ class Group:
 class BlockGroup:
     """One grown block; ``alpha`` and ``failures`` have shape ``[1]``.
 
-    ``aside``: the block's own dropout draws from a copy of the RNG, so that the host's masks stay those of the live forward.
+    ``fork_rng``: the block's own dropout draws from a copy of the RNG, so that the host's masks stay those of the live forward.
     """
 
     bank: BlockBank
@@ -62,7 +62,7 @@ class BlockGroup:
     alpha: Tensor
     learning: bool
     failures: Tensor
-    aside: bool = False
+    fork_rng: bool = False
     forwards: int = 0
     error: Exception | None = None
 

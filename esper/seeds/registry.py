@@ -275,7 +275,7 @@ class SeedRegistry:
                 for group in mine:
                     assert not isinstance(group, Injection)
                     if isinstance(group, BlockGroup):
-                        group.aside = True
+                        group.fork_rng = True
                     groups.append(group)
                 layer.groups = [*layer.groups, *mine]
             yield groups
