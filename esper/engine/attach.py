@@ -136,7 +136,7 @@ def attach(
         count_macs=count_macs,
         debug=debug,
     )
-    registry.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
+    registry.layers[-1].forces_grad = not any(p.requires_grad for p in model.parameters())
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
     return Grow(registry, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
 

@@ -56,7 +56,7 @@ class Observer:
         if self.objective.keeps_activations:
             keep = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
         for number, layer in enumerate(self.registry.layers):
-            layer.due, layer.keeps = self.due, number in keep
+            layer.telemetry_due, layer.keeps_activation = self.due, number in keep
             if self.due or number in keep:
                 layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep)
             elif layer.recording is not None:

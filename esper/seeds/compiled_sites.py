@@ -35,7 +35,7 @@ class CompiledSites:
         self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         begin = weakref.WeakMethod(self._begin)
         self.near_zero = 0.0
-        self.outside = False
+        self.leaves_graph = False
         for layer in registry.layers:
             layer.number = graph.number_of(lambda: (begin() or _gone)())
             weakref.finalize(layer, graph.forget, layer.number)
@@ -56,10 +56,10 @@ class CompiledSites:
         if not numbers:
             return
         registry, outside = self.registry, self._outside()
-        changed = numbers if outside == self.outside else list(range(len(registry.layers)))
-        self.outside = outside
+        changed = numbers if outside == self.leaves_graph else list(range(len(registry.layers)))
+        self.leaves_graph = outside
         for layer in registry.layers:
-            layer.outside = outside
+            layer.leaves_graph = outside
         if self.sites:
             for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
                 self._hold(number)
@@ -157,7 +157,7 @@ class CompiledSites:
 
     def _route(self, number: int) -> None:
         registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
-        names, inside = self._names(number), [] if self.outside else registry.blended(number)
+        names, inside = self._names(number), [] if self.leaves_graph else registry.blended(number)
         route = torch.full((seeds, 3), -1, dtype=torch.int32)
         entries = []
         self._members[number] = {branch.seed: branch.id for branch in inside}

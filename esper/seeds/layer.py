@@ -52,11 +52,11 @@ class SeedLayer(nn.Module, Hidden):
         self.banks = nn.ModuleDict()
         self.groups: BranchGroups = []
         self.recording: Recording | None = None
-        self.rooted = False
+        self.forces_grad = False
         self.kernels: Kernels | None = None
         self.due = False
         self.keeps = False
-        self.outside = False
+        self.leaves_graph = False
         self.number = -1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class SeedLayer(nn.Module, Hidden):
             if y.requires_grad:
                 y = y.clone() if y._is_view() else y  # autograd drops the hooks of a view on which the host goes on in place
                 y.register_hook(recording.keep_gradient)
-        if self.rooted and torch.is_grad_enabled() and not y.requires_grad:
+        if self.forces_grad and torch.is_grad_enabled() and not y.requires_grad:
             y = y.detach().requires_grad_().clone()  # a clone, since the host may go on in place
         return y
 
@@ -105,16 +105,16 @@ class SeedLayer(nn.Module, Hidden):
     def _on_output(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             return self.grown(inputs, named, output)
-        if self.outside or self.keeps:
+        if self.leaves_graph or self.keeps:
             return _outside_the_graph(self, inputs, named, output)
-        if self.asleep and not self.due and not self.rooted:
+        if self.asleep and not self.due and not self.forces_grad:
             return None
         return on_first(output, self._in_graph)
 
     def _in_graph(self, x: Tensor) -> Tensor:
         if not self._fits(x):
             _refuse_outside(self, x)
-        return grown_in_graph(x, self.number, not self.asleep, self.due, self.rooted)
+        return grown_in_graph(x, self.number, not self.asleep, self.due, self.forces_grad)
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         """The module's output with what grew on the first tensor in it."""
