@@ -37,8 +37,8 @@ class CompiledSites:
         self.near_zero = 0.0
         self.leaves_graph = False
         for layer in registry.layers:
-            layer.number = graph.number_of(lambda: (begin() or _gone)())
-            weakref.finalize(layer, graph.forget, layer.number)
+            layer.graph_number = graph.register_layer(lambda: (begin() or _gone)())
+            weakref.finalize(layer, graph.unregister_layer, layer.graph_number)
 
     @property
     def registry(self) -> SeedRegistry:
@@ -55,14 +55,14 @@ class CompiledSites:
         numbers = sorted(numbers)
         if not numbers:
             return
-        registry, outside = self.registry, self._outside()
-        changed = numbers if outside == self.leaves_graph else list(range(len(registry.layers)))
-        self.leaves_graph = outside
+        registry, leaves = self.registry, self._must_leave_graph()
+        changed = numbers if leaves == self.leaves_graph else list(range(len(registry.layers)))
+        self.leaves_graph = leaves
         for layer in registry.layers:
-            layer.leaves_graph = outside
+            layer.leaves_graph = leaves
         if self.sites:
             for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
-                self._hold(number)
+                self._set_parameters(number)
             for number in changed:
                 self._route(number)
             first = self.registry.first_row
@@ -106,7 +106,7 @@ class CompiledSites:
                 alpha = self._alphas[first : first + seeds]
                 site = GraphSite(layer.geometry, self.near_zero, alpha, route, self._by_kernel(number))
                 self.sites.append(site)
-                graph.SITES[layer.number] = site
+                graph.SITES[layer.graph_number] = site
         self.refresh(range(len(self.sites)))
 
     def _by_kernel(self, number: int) -> bool:
@@ -117,7 +117,7 @@ class CompiledSites:
 
     # --- one site ---
 
-    def _outside(self) -> bool:
+    def _must_leave_graph(self) -> bool:
         """Whether something lives that cannot be in the graph: a branch of another kind, a second one on a chunk, or a canary."""
         registry, kernels = self.registry, self.registry.kernels
         if kernels is not None and kernels.available and kernels.config.canary > 0.0:
@@ -135,7 +135,7 @@ class CompiledSites:
         config = self.registry.blueprints[blueprint]
         return not isinstance(config, Block) and kind_of(config) is not None
 
-    def _hold(self, number: int) -> None:
+    def _set_parameters(self, number: int) -> None:
         stacks: list[Tensor] = []
         kinds: list[str] = []
         fits = True
@@ -147,7 +147,7 @@ class CompiledSites:
             stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].stack_names]
             fits = fits and bank_fits(bank, self.registry.layers[number].geometry)
         self.sites[number].triton = fits and self._by_kernel(number)
-        self.sites[number].hold(",".join(kinds), stacks)
+        self.sites[number].set_parameters(",".join(kinds), stacks)
 
     def _names(self, number: int) -> list[str]:
         """Blueprints that grew anywhere and that the graph can hold here."""

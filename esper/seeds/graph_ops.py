@@ -26,7 +26,7 @@ from esper.kernels.torch_ops import reference_telemetry
 SITES: dict[int, GraphSite] = {}
 """By the number of the seed layer; an entry goes with its layer."""
 
-_BEGIN: dict[int, Callable[[], None]] = {}
+_ON_FIRST_GRAPH: dict[int, Callable[[], None]] = {}
 _numbers = count()
 
 
@@ -67,7 +67,7 @@ class GraphSite:
     def _take(self, probe: Tensor) -> None:
         self.squares, probe.grad = probe.grad, None
 
-    def hold(self, kinds: str, stacks: list[Tensor]) -> None:
+    def set_parameters(self, kinds: str, stacks: list[Tensor]) -> None:
         """Hand these stacks to the graph, whose slots may double without compiling anything."""
         known = {id(stack): leaf for stack, leaf in zip(self._stacks, self.leaves, strict=True) if stack.data_ptr() == leaf.data_ptr()}
         leaves = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in stacks]
@@ -89,30 +89,30 @@ def _leaf(stack: Tensor) -> Tensor:
     return leaf
 
 
-def number_of(begin: Callable[[], None]) -> int:
+def register_layer(begin: Callable[[], None]) -> int:
     """A number for a seed layer; ``begin`` is called when a graph with the layer awake is about to be made."""
     number = next(_numbers)
-    _BEGIN[number] = begin
+    _ON_FIRST_GRAPH[number] = begin
     return number
 
 
-def forget(number: int) -> None:
+def unregister_layer(number: int) -> None:
     """The layer is gone."""
-    _BEGIN.pop(number, None)
+    _ON_FIRST_GRAPH.pop(number, None)
     SITES.pop(number, None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _ready(number: int) -> bool:
+def _make_ready(number: int) -> bool:
     """Called by the compiler itself, once a graph: from here on the site's tensors are kept up to date."""
     if number not in SITES:
-        _BEGIN[number]()
+        _ON_FIRST_GRAPH[number]()
     return True
 
 
-def grown_in_graph(x: Tensor, number: int, awake: bool, due: bool, rooted: bool) -> Tensor:
+def forward_in_graph(x: Tensor, number: int, awake: bool, due: bool, forces_grad: bool) -> Tensor:
     """What the seed layer of this number makes of ``x``, for the compiler to look into."""
-    _ready(number)
+    _make_ready(number)
     site = SITES[number]
     dim = site.geometry.dim
     last = x if dim == -1 else x.movedim(dim, -1)
@@ -121,17 +121,17 @@ def grown_in_graph(x: Tensor, number: int, awake: bool, due: bool, rooted: bool)
         y = _blended(last, site, due)
     elif due:
         site.health.copy_(_health(last, site))
-    if (due and x.requires_grad) or rooted:
-        y = Watched.apply(y, site.probe)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+    if (due and x.requires_grad) or forces_grad:
+        y = GradientProbe.apply(y, site.probe)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     return y if dim == -1 else y.movedim(-1, dim)
 
 
-def _takes(x: Tensor, site: GraphSite) -> bool:
+def _uses_triton(x: Tensor, site: GraphSite) -> bool:
     return site.triton and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
-    if _takes(x, site):
+    if _uses_triton(x, site):
         from esper.kernels.branches import branches
 
         rows = as_rows(x)
@@ -153,7 +153,7 @@ def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
 
 
 def _health(x: Tensor, site: GraphSite) -> Tensor:
-    if not _takes(x, site):
+    if not _uses_triton(x, site):
         measured: Tensor = reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero)
         return measured
     from esper.kernels.telemetry import telemetry
@@ -161,7 +161,7 @@ def _health(x: Tensor, site: GraphSite) -> Tensor:
     return telemetry(x, site.geometry.seeds, site.near_zero)
 
 
-class Watched(torch.autograd.Function):
+class GradientProbe(torch.autograd.Function):
     """``x`` itself; backward gives ``probe`` the sum of squares of every chunk's gradient, and lets the gradient pass."""
 
     @staticmethod

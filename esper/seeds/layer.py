@@ -14,7 +14,7 @@ from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
 from esper.seeds.branch_groups import BranchGroups
-from esper.seeds.graph_ops import grown_in_graph
+from esper.seeds.graph_ops import forward_in_graph
 from esper.seeds.recording import Recording
 from esper.seeds.sites import Site
 
@@ -38,11 +38,11 @@ class Hidden:
 class SeedLayer(nn.Module, Hidden):
     """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` with the branches of the present ``groups``.
 
-    ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
+    ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``forces_grad`` makes the output
     ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
 
-    A compiled host has ``esper.seeds.graph_ops`` in its place. Of the layer itself its graph knows ``asleep``, ``due`` (telemetry is) and
-    ``outside`` (branches blend that are not for the graph) or ``keeps`` (an objective asks for activations): the graph is left for it.
+    A compiled host has ``esper.seeds.graph_ops`` in its place. Of the layer itself its graph knows ``asleep``, ``telemetry_due`` (telemetry is) and
+    ``leaves_graph`` (branches blend that are not for the graph) or ``keeps_activation`` (an objective asks for activations): the graph is left for it.
     """
 
     def __init__(self, site: Site) -> None:
@@ -54,10 +54,10 @@ class SeedLayer(nn.Module, Hidden):
         self.recording: Recording | None = None
         self.forces_grad = False
         self.kernels: Kernels | None = None
-        self.due = False
-        self.keeps = False
+        self.telemetry_due = False
+        self.keeps_activation = False
         self.leaves_graph = False
-        self.number = -1
+        self.graph_number = -1
 
     def forward(self, x: Tensor) -> Tensor:
         """``[…, width]`` (or channels first) → the same shape and dtype."""
@@ -105,16 +105,16 @@ class SeedLayer(nn.Module, Hidden):
     def _on_output(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             return self.grown(inputs, named, output)
-        if self.leaves_graph or self.keeps:
+        if self.leaves_graph or self.keeps_activation:
             return _outside_the_graph(self, inputs, named, output)
-        if self.asleep and not self.due and not self.forces_grad:
+        if self.asleep and not self.telemetry_due and not self.forces_grad:
             return None
         return on_first(output, self._in_graph)
 
     def _in_graph(self, x: Tensor) -> Tensor:
         if not self._fits(x):
             _refuse_outside(self, x)
-        return grown_in_graph(x, self.number, not self.asleep, self.due, self.forces_grad)
+        return forward_in_graph(x, self.graph_number, not self.asleep, self.telemetry_due, self.forces_grad)
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         """The module's output with what grew on the first tensor in it."""
