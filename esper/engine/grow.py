@@ -205,7 +205,7 @@ class Grow:
             self.boundary.run(self.tick_number)
         self.readings.send()
         if at_boundary:
-            self.registry.compiled.forget_tallies()
+            self.registry.compiled.reset_counts()
         self._prepare()
         return True
 
@@ -230,7 +230,7 @@ class Grow:
         self.objective.failed.clear()
         self.objective.raised.clear()
         self.branch_optimizer.clear()
-        self.registry.compiled.forget_tallies()
+        self.registry.compiled.reset_counts()
         self.measurements.forget_step()
 
     def observe(self, values: dict[str, float], primary: str | None = None, maximize: bool = True) -> None:

@@ -230,7 +230,7 @@ class Measurements:
         compiled = self.registry.compiled
         if compiled.sites and not self.passes.replay.asleep:
             members = [compiled.members(number) for number in range(len(compiled.sites))]
-            self.readings.post(compiled.tallies(), partial(self._note_tallies, members))
+            self.readings.post(compiled.containment_counts(), partial(self._note_contained, members))
         groups = [group for layer in self.registry.layers for group in layer.groups if group.forwards]
         if groups:
             shares = [group.failures / group.forwards for group in groups]
@@ -239,10 +239,10 @@ class Measurements:
             group.failures.zero_()
             group.forwards = 0
 
-    def _note_tallies(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
-        for mine, tally, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
+    def _note_contained(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
+        for mine, contained, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
             if mine and float(forwards) > 0.0:
-                found = (tally / forwards).tolist()
+                found = (contained / forwards).tolist()
                 self.rates.update((branch, found[seed]) for seed, branch in mine.items())
 
     def _note_shares(self, names: list[list[int]], shares: list[Tensor]) -> None:

@@ -55,11 +55,11 @@ class CompiledSites:
         numbers = sorted(numbers)
         if not numbers:
             return
-        registry, leaves = self.registry, self._must_leave_graph()
-        changed = numbers if leaves == self.leaves_graph else list(range(len(registry.layers)))
-        self.leaves_graph = leaves
+        registry, parameters = self.registry, self._must_leave_graph()
+        changed = numbers if parameters == self.leaves_graph else list(range(len(registry.layers)))
+        self.leaves_graph = parameters
         for layer in registry.layers:
-            layer.leaves_graph = leaves
+            layer.leaves_graph = parameters
         if self.sites:
             for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
                 self._set_parameters(number)
@@ -79,18 +79,18 @@ class CompiledSites:
         values = torch.zeros(self.registry.table.rows).index_copy_(0, rows, self.registry.branches.alpha[branches])
         self._alphas.copy_(to_device(values, self._alphas.device), non_blocking=True)
 
-    def tallies(self) -> list[Tensor]:
+    def containment_counts(self) -> list[Tensor]:
         """Of every site, how often each seed's branch was contained, and then, of every site, in how many forwards."""
-        return [site.tally for site in self.sites] + [site.forwards for site in self.sites]
+        return [site.contained for site in self.sites] + [site.forwards for site in self.sites]
 
     def members(self, number: int) -> dict[int, int]:
         """The branches of a site that are in the graph, by seed."""
         return self._members[number]
 
-    def forget_tallies(self) -> None:
+    def reset_counts(self) -> None:
         """Count contained forwards anew."""
         if self.sites:
-            torch._foreach_zero_([tensor for site in self.sites for tensor in (site.tally, site.forwards)])
+            torch._foreach_zero_([tensor for site in self.sites for tensor in (site.contained, site.forwards)])
 
     # --- the start ---
 

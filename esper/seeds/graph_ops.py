@@ -34,8 +34,8 @@ _numbers = count()
 class GraphSite:
     """One site's tensors, ``[S]`` float32 unless said otherwise.
 
-    In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``leaves``, the stacks of the banks that ``kinds`` names.
-    Out: ``tally``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
+    In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``parameters``, the stacks of the banks that ``kinds`` names.
+    Out: ``contained``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
     ``power``, Σ(αδ)² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
     gradient at every chunk.
     """
@@ -46,8 +46,8 @@ class GraphSite:
     route: Tensor
     triton: bool
     kinds: str = ""
-    leaves: list[Tensor] = field(default_factory=list)
-    tally: Tensor = field(init=False)
+    parameters: list[Tensor] = field(default_factory=list)
+    contained: Tensor = field(init=False)
     forwards: Tensor = field(init=False)
     health: Tensor = field(init=False)
     power: Tensor = field(init=False)
@@ -58,7 +58,7 @@ class GraphSite:
 
     def __post_init__(self) -> None:
         seeds, device = self.geometry.seeds, self.alpha.device
-        self.tally, self.power = torch.zeros(seeds, device=device), torch.zeros(seeds, device=device)
+        self.contained, self.power = torch.zeros(seeds, device=device), torch.zeros(seeds, device=device)
         self.forwards, self.rows = torch.zeros(1, device=device), torch.zeros(1, device=device)
         self.health = torch.full((seeds, 4), float("nan"), device=device)
         self.probe = torch.zeros(seeds, device=device, requires_grad=True)
@@ -69,9 +69,9 @@ class GraphSite:
 
     def set_parameters(self, kinds: str, stacks: list[Tensor]) -> None:
         """Hand these stacks to the graph, whose slots may double without compiling anything."""
-        known = {id(stack): leaf for stack, leaf in zip(self._stacks, self.leaves, strict=True) if stack.data_ptr() == leaf.data_ptr()}
-        leaves = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in stacks]
-        self.kinds, self.leaves, self._stacks = kinds, leaves, stacks
+        known = {id(stack): leaf for stack, leaf in zip(self._stacks, self.parameters, strict=True) if stack.data_ptr() == leaf.data_ptr()}
+        parameters = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in stacks]
+        self.kinds, self.parameters, self._stacks = kinds, parameters, stacks
 
 
 def _leaf(stack: Tensor) -> Tensor:
@@ -135,14 +135,14 @@ def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
         from esper.kernels.branches import branches
 
         rows = as_rows(x)
-        y, live, power, health = branches(rows, site.alpha, site.route, None, site.kinds, site.leaves, due, site.near_zero)
+        y, live, power, health = branches(rows, site.alpha, site.route, None, site.kinds, site.parameters, due, site.near_zero)
         y = y.view(x.shape)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.leaves)
+        y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.parameters)
         y, health = y.view(x.shape), reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero) if due else power
     with torch.no_grad():
-        site.tally.add_((site.alpha > 0) & (live.detach() == 0))
+        site.contained.add_((site.alpha > 0) & (live.detach() == 0))
         site.forwards.add_(1.0)
         if due:
             site.health.copy_(health.detach())
