@@ -55,11 +55,11 @@ class CompiledSites:
         numbers = sorted(numbers)
         if not numbers:
             return
-        registry, parameters = self.registry, self._must_leave_graph()
-        changed = numbers if parameters == self.leaves_graph else list(range(len(registry.layers)))
-        self.leaves_graph = parameters
+        registry, leaves = self.registry, self._must_leave_graph()
+        changed = numbers if leaves == self.leaves_graph else list(range(len(registry.layers)))
+        self.leaves_graph = leaves
         for layer in registry.layers:
-            layer.leaves_graph = parameters
+            layer.leaves_graph = leaves
         if self.sites:
             for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
                 self._set_parameters(number)
