@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from esper.randomness import GlobalDraws, global_draws_kept, seed_for, seed_global_draws
-from esper.seeds.layer import ATTRIBUTE, Attached, Hidden, device_of
+from esper.seeds.layer import ATTRIBUTE, ModelHook, OpaqueToCompiler, device_of
 
 
-class DropoutReplay(Attached, Hidden):
+class DropoutReplay(ModelHook, OpaqueToCompiler):
     """Remembers the global generators as they were before the host's last forward, so that another forward draws the same masks."""
 
     def __init__(self, model: nn.Module) -> None:

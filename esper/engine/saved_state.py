@@ -16,7 +16,7 @@ from esper.checkpoint import store
 from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.errors import UserError
 from esper.seeds import SeedRegistry
-from esper.seeds.layer import ATTRIBUTE, Attached
+from esper.seeds.layer import ATTRIBUTE, ModelHook
 
 Tree = dict[str, Any]
 
@@ -91,7 +91,7 @@ def _shape(entry: Any) -> str:
     return "absent" if entry is None else f"{entry[0]} {entry[1]}"
 
 
-class HostAlone(Attached):
+class HostAlone(ModelHook):
     """Leaves the seeds' tensors out of a model's ``state_dict()``; an object, since torch writes attributes on this hook."""
 
     @classmethod

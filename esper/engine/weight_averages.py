@@ -24,7 +24,7 @@ from esper.errors import UserError
 from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
 from esper.seeds.branch_groups import Injection, build
-from esper.seeds.layer import ATTRIBUTE, Attached, device_of
+from esper.seeds.layer import ATTRIBUTE, ModelHook, device_of
 
 AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
 """Stages in which the average keeps values of its own for a branch."""
@@ -95,7 +95,7 @@ class Follower:
         for module in self.model.modules():
             module._modules.pop(ATTRIBUTE, None)
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached))]:
+                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, ModelHook))]:
                     del hooks[key]
                     module._forward_hooks_with_kwargs.pop(key, None)
 

@@ -22,7 +22,7 @@ from esper.seeds.branches import Branch
 from esper.seeds.compiled_modules import unwrapped
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
-from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
+from esper.seeds.layer import ATTRIBUTE, ModelHook, SeedLayer, mark, unmark
 from esper.seeds.registry import SeedRegistry
 
 Card = dict[str, Any]
@@ -193,7 +193,7 @@ def _detached(registry: SeedRegistry) -> Iterator[None]:
     dicts = [own._forward_pre_hooks, own._forward_hooks, own._state_dict_hooks, *(site.module._forward_hooks for site in registry.sites)]
     before = [(hooks, dict(hooks)) for hooks in dicts]
     for hooks in dicts:
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached))]:
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, ModelHook))]:
             del hooks[key]
     for site in registry.sites:
         del site.module._modules[ATTRIBUTE]

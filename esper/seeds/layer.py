@@ -22,11 +22,11 @@ ATTRIBUTE = "seed_layer"
 """Name under which the layer hangs on its site's module."""
 
 
-class Attached:
+class ModelHook:
     """Base of what else hangs on a model by a hook of its own, so that an export leaves it behind."""
 
 
-class Hidden:
+class OpaqueToCompiler:
     """Base of what ``torch.compile`` must not look into, since every change in it would have the host compiled anew.
 
     ``asleep`` is what a compiled host knows of it: asleep, it is not in the graph.
@@ -35,7 +35,7 @@ class Hidden:
     asleep = False
 
 
-class SeedLayer(nn.Module, Hidden):
+class SeedLayer(nn.Module, OpaqueToCompiler):
     """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` with the branches of the present ``groups``.
 
     ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``forces_grad`` makes the output
