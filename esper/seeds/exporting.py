@@ -22,7 +22,7 @@ from esper.seeds.branches import Branch
 from esper.seeds.compiled_modules import unwrapped
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
-from esper.seeds.layer import ATTRIBUTE, ModelHook, SeedLayer, mark, unmark
+from esper.seeds.layer import ATTRIBUTE, ModelHook, SeedLayer, mark_for_compiler, unmark_for_compiler
 from esper.seeds.registry import SeedRegistry
 
 Card = dict[str, Any]
@@ -197,13 +197,13 @@ def _detached(registry: SeedRegistry) -> Iterator[None]:
             del hooks[key]
     for site in registry.sites:
         del site.module._modules[ATTRIBUTE]
-        unmark(site.module)
+        unmark_for_compiler(site.module)
     try:
         yield
     finally:
         for site, layer in zip(registry.sites, registry.layers, strict=True):
             site.module._modules[ATTRIBUTE] = layer
-            mark(site.module)
+            mark_for_compiler(site.module)
         for hooks, saved in before:
             hooks.clear()
             hooks.update(saved)

@@ -100,7 +100,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
         """Hang on a module: as its child, so that ``to``, ``state_dict`` and DDP see it, and as its forward hook."""
         module.add_module(ATTRIBUTE, self)
         module.register_forward_hook(self._on_output, with_kwargs=True)
-        mark(module)
+        mark_for_compiler(module)
 
     def _on_output(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
@@ -127,7 +127,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
         return result
 
 
-def mark(module: nn.Module) -> None:
+def mark_for_compiler(module: nn.Module) -> None:
     """Let a compiler tell a module with seeds from one of the same class without.
 
     Graphs belong to code, not to a model, and are not compiled anew for a hook: a second model of the class, compiled without seeds,
@@ -136,8 +136,8 @@ def mark(module: nn.Module) -> None:
     module.__dict__.setdefault("forward", MethodType(type(module).forward, module))
 
 
-def unmark(module: nn.Module) -> None:
-    """Undo ``mark``."""
+def unmark_for_compiler(module: nn.Module) -> None:
+    """Undo ``mark_for_compiler``."""
     own = module.__dict__.get("forward")
     if isinstance(own, MethodType) and own.__func__ is type(module).forward:
         del module.__dict__["forward"]
