@@ -69,7 +69,7 @@ class Replacing:
             raise UserError(reason)
         predecessor = self.registry.branch_at(row)
         assert predecessor is not None
-        successor = self.registry.succeed(predecessor, blueprint or predecessor.blueprint)
+        successor = self.registry.germinate_successor(predecessor, blueprint or predecessor.blueprint)
         if start == "copy":
             with torch.no_grad():
                 restore_branch(self.registry, successor.id, branch_state(self.registry, predecessor.id))
@@ -134,7 +134,7 @@ class Replacing:
     def _enter(self, branch: Branch, stage: Stage) -> None:
         branch.stage = stage
         branch.path.append((stage.name, self.transitions.tick))
-        self.registry.touch(branch.site)
+        self.registry.mark_changed(branch.site)
 
     def _worth(self, branch: Branch) -> str:
         return f"gain {branch.gain:.4g} over it, bound {branch.bound:.4g}"

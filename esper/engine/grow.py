@@ -289,7 +289,7 @@ class Grow:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale
 
     def _count(self, batch: Any) -> None:
-        key = (self.registry.structure(), shapes_of(batch))
+        key = (self.registry.cost_key(), shapes_of(batch))
         if not self.meter.knows("step", key):
             self.passes.count_step(key, batch)
         self.meter.add("step", key)

@@ -135,7 +135,7 @@ class ExtraPasses:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _loss(self, batch: Any) -> float:
-        key = ("counterfactual", self.registry.structure(), shapes_of(batch))
+        key = ("counterfactual", self.registry.cost_key(), shapes_of(batch))
         with self.replay.again(), self.meter.counting("objective", key):
             return float(self.loss(self.registry.model, batch).mean())
 

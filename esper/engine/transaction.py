@@ -68,7 +68,7 @@ class Before:
             setattr(registry.branches, name, value)
         for number, before in enumerate(self._slots):
             _free_new(registry, number, before)
-            registry.touch(number)
+            registry.mark_changed(number)
         registry.released = self._released
         transitions.counts, transitions.leaving = self._counts, self._leaving
         transitions.objective.readiness, transitions.objective.failed = self._readiness, self._failed

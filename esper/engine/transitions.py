@@ -107,7 +107,7 @@ class Transitions:
         name = target.name.lower()
         if name in self.counts:
             self.counts[name] += 1
-        self.registry.touch(branch.site)
+        self.registry.mark_changed(branch.site)
 
     def _begin_grafting(self, branch: Branch) -> None:
         config = self.strategies[branch.strategy]

@@ -61,9 +61,9 @@ class SeedRegistry:
         self.by_name = {site.name: number for number, site in enumerate(sites)}
         self.device = device_of(model)
         self._changed: set[int] = set()
-        self._found: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
+        self._cached: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
         self.released: list[Branch] = []
-        self._main: list[BranchGroups] = [[] for _ in sites]
+        self._live_groups: list[BranchGroups] = [[] for _ in sites]
         self.compiled = CompiledSites(self)
         for site, layer in zip(sites, self.layers, strict=True):
             layer.to(self.device)
@@ -114,7 +114,7 @@ class SeedRegistry:
         self.table.branch[row] = branch.id
         return branch
 
-    def succeed(self, branch: Branch, blueprint: str) -> Branch:
+    def germinate_successor(self, branch: Branch, blueprint: str) -> Branch:
         """Allocate a branch that is to learn in the place of another, which stays its seed's. Draws from a generator of its own."""
         site = self.sites[branch.site]
         draws = generator(self.seed, "successor", site.name, branch.seed, len(self.branches))
@@ -146,14 +146,14 @@ class SeedRegistry:
             residual=not self.silent and not isinstance(bank, BlockBank),
         )
         self.branches.add(branch)
-        self.touch(number)
+        self.mark_changed(number)
         return branch
 
     def release(self, branch: Branch) -> None:
         """End a branch; it stays in the table as a record. Its slot is freed with the next ``refresh``, when no group has it."""
         branch.alive = False
         self.released.append(branch)
-        self.touch(branch.site)
+        self.mark_changed(branch.site)
 
     def bank(self, number: int, blueprint: str) -> SlotBank | BlockBank:
         """The bank of a blueprint at a site, made where there is none yet."""
@@ -198,15 +198,15 @@ class SeedRegistry:
             if not held or self.site_of(branch.row) != branch.site or self.seed_of(branch.row) != branch.seed:
                 raise ValueError(f"branch {branch.id} has no parameters where it should")
         for number in range(len(self.sites)):
-            self.touch(number)
+            self.mark_changed(number)
         self.refresh()
 
     # --- groups ---
 
-    def touch(self, site: int) -> None:
+    def mark_changed(self, site: int) -> None:
         """Say that the groups of a site must be built again (a stage changed, or a branch came or went)."""
         self._changed.add(site)
-        self._found.clear()
+        self._cached.clear()
 
     def refresh(self) -> None:
         """Bring every forward's groups and alphas up to date, and free the slots of ended branches; called once a tick."""
@@ -215,15 +215,15 @@ class SeedRegistry:
         self.released = []
         for number in sorted(self._changed):  # the other sites' groups are up to date
             members = [self.member(branch, self.learns(branch)) for branch in self.blended(number)]
-            self._main[number] = self._built(members, number)
-            self.layers[number].groups = self._main[number]
+            self._live_groups[number] = self._build_groups(members, number)
+            self.layers[number].groups = self._live_groups[number]
         self.compiled.refresh(self._changed)
         self._changed.clear()
 
     def set_alphas(self, sites: set[int]) -> None:
         """Copy the table's alphas into the groups of these sites."""
         for number in sites:
-            for group in self._main[number]:
+            for group in self._live_groups[number]:
                 assert not isinstance(group, Injection)
                 group.alpha.copy_(to_device(self.branches.alpha[group.branches], self.device))
         self.compiled.set_alphas()
@@ -234,12 +234,12 @@ class SeedRegistry:
 
     def living_at(self, site: int) -> list[Branch]:
         """Living branches of a site, by id."""
-        if site not in self._found:
+        if site not in self._cached:
             for number in range(len(self.sites)):
-                self._found[number] = []
+                self._cached[number] = []
             for branch in self.branches.living():
-                self._found[branch.site].append(branch)
-        return self._found[site]
+                self._cached[branch.site].append(branch)
+        return self._cached[site]
 
     def learns(self, branch: Branch) -> bool:
         """Whether the task's gradient reaches a branch's parameters."""
@@ -252,11 +252,11 @@ class SeedRegistry:
 
     def in_stage(self, *stages: Stage) -> list[Branch]:
         """Living branches in one of these stages, by id."""
-        if stages not in self._found:
-            self._found[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
-        return list(self._found[stages])
+        if stages not in self._cached:
+            self._cached[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
+        return list(self._cached[stages])
 
-    def structure(self) -> tuple[tuple[str, int, bool], ...]:
+    def cost_key(self) -> tuple[tuple[str, int, bool], ...]:
         """A key of the MACs that the present groups cost: two registries with equal keys cost the same."""
         return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.groups)
 
@@ -270,8 +270,8 @@ class SeedRegistry:
             for number, layer in enumerate(self.layers):
                 blended = [self.member(branch, learning=False) for branch in self.blended(number) if branch.id not in replaced]
                 training = [GroupMember(branch, self._shadow_alpha(branch), True) for branch in learning if branch.site == number]
-                layer.groups = self._built(blended, number)
-                mine = self._built(training, number)
+                layer.groups = self._build_groups(blended, number)
+                mine = self._build_groups(training, number)
                 for group in mine:
                     assert not isinstance(group, Injection)
                     if isinstance(group, BlockGroup):
@@ -288,7 +288,7 @@ class SeedRegistry:
             for number in sorted({branch.site for branch in branches}):
                 layer = self.layers[number]
                 members = [self.member(b, learning=False) for b in self.blended(number) if b.id not in off]
-                layer.groups = self._built(members, number)
+                layer.groups = self._build_groups(members, number)
             yield
 
     @contextmanager
@@ -297,7 +297,7 @@ class SeedRegistry:
         number, alpha = off.site, float(self.branches.alpha[off.id])
         with self._keeping_groups():
             members = [GroupMember(on, alpha, False) if b is off else self.member(b, learning=False) for b in self.blended(number)]
-            self.layers[number].groups = self._built(members, number)
+            self.layers[number].groups = self._build_groups(members, number)
             yield
 
     @contextmanager
@@ -319,7 +319,7 @@ class SeedRegistry:
             for layer, (groups, recording) in zip(self.layers, before, strict=True):
                 layer.groups, layer.recording = groups, recording
 
-    def _built(self, members: list[GroupMember], number: int) -> BranchGroups:
+    def _build_groups(self, members: list[GroupMember], number: int) -> BranchGroups:
         """The groups of a site: one for all that the kernels can take, and the rest."""
         geometry = self.layers[number].geometry
         groups = build(members, self.banks(number), geometry, self.device)

@@ -219,7 +219,7 @@ class Governor:
             grow.replacing.end(branch, f"governor: {anomaly.what}")
         else:
             name += f", which stays because it is {branch.stage.name}"
-        grow.registry.touch(branch.site)
+        grow.registry.mark_changed(branch.site)
         grow.registry.refresh()
         return name
 

@@ -186,7 +186,7 @@ class Guard:
         if best is None:
             return
         self.transitions.drop(branch)
-        self.registry.touch(branch.site)
+        self.registry.mark_changed(branch.site)
         self.signal.load(best.signal)
         self.returned(best.snapshot.tick)
         self.on_return()

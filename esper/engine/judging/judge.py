@@ -123,7 +123,7 @@ class Judge:
             with quiet_evaluation(model), untouched_buffers(model), drawing_alike(self.data), self._recalibrated(norms):
                 for batch in self.data:
                     batch = to_device(batch, self.device)
-                    with self.meter.counting("judge", (self.registry.structure(), shapes_of(batch))):
+                    with self.meter.counting("judge", (self.registry.cost_key(), shapes_of(batch))):
                         values.append(self.loss(model, batch).detach().reshape(-1).double().cpu())
         finally:
             for layer, recording in zip(self.registry.layers, recordings, strict=True):
@@ -148,7 +148,7 @@ class Judge:
                 norm.training = True
             try:
                 for batch in self.recent:
-                    with self.meter.counting("judge", ("recalibrate", self.registry.structure(), shapes_of(batch))):
+                    with self.meter.counting("judge", ("recalibrate", self.registry.cost_key(), shapes_of(batch))):
                         self.loss(model, batch)
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):

@@ -114,7 +114,7 @@ class Objective:
             if not math.isfinite(host_loss):
                 return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             with self.replay.again(), self.registry.shadow() as groups:
-                key = (self.registry.structure(), shapes_of(batch))
+                key = (self.registry.cost_key(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
                     loss = self.loss(model, batch).mean()
                     if not self._looked:
@@ -217,7 +217,7 @@ class Objective:
 
     def _measured(self, purpose: str, batch: Any) -> float:
         """The mean loss of a forward with the present groups, no gradients."""
-        key = (purpose, self.registry.structure(), shapes_of(batch))
+        key = (purpose, self.registry.cost_key(), shapes_of(batch))
         with torch.no_grad(), self.meter.counting("objective", key):
             return float(self.loss(self.registry.model, batch).mean())
 
