@@ -31,7 +31,7 @@ from esper.lifecycle.config import OBJECTIVES
 from esper.lifecycle.duration import parse
 from esper.randomness import global_draws_kept
 from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
-from esper.seeds.block_trial import refuse_unanswering
+from esper.seeds.block_trial import refuse_uncallable_blocks
 from esper.seeds.layer import device_of
 from esper.seeds.registry import AnyBlueprint
 
@@ -112,7 +112,7 @@ def attach(
         found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
         _refuse_misfits(chosen, found)
         if isinstance(chosen, Block):
-            refuse_unanswering(model, found, forward)
+            refuse_uncallable_blocks(model, found, forward)
     steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
     total_ticks = max(1, total_steps // steps_per_tick)
     per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch

@@ -13,7 +13,7 @@ from esper.errors import UserError
 from esper.seeds.sites import Forward, Site, quiet_evaluation
 
 
-def refuse_unanswering(model: nn.Module, sites: list[Site], forward: Forward) -> None:
+def refuse_uncallable_blocks(model: nn.Module, sites: list[Site], forward: Forward) -> None:
     """Run the model once; a copy of one block of each kind is called as the host called it, on what the block gave.
 
     Raises:
