@@ -45,7 +45,7 @@ class Blueprint(BlueprintSettings):
     spatial = False
     output = ""
 
-    def fits(self, geometry: Geometry) -> str | None:
+    def misfit(self, geometry: Geometry) -> str | None:
         """Why a branch cannot grow at such a site, or None."""
         return None
 

@@ -24,11 +24,11 @@ from esper.errors import UserError
 class Block(BlockSettings):
     """Depth growth; ``output_layers`` names the layers whose zeroing makes the block the identity (else the host says)."""
 
-    def fits(self, geometry: Geometry) -> str | None:
+    def misfit(self, geometry: Geometry) -> str | None:
         """Only modules that map their input to its own shape."""
         return None if geometry.residual else "block needs a residual block (a module whose output has its input's shape)"
 
-    def unsilenced(self, block: nn.Module) -> str | None:
+    def silencing_misfit(self, block: nn.Module) -> str | None:
         """Why the block's output cannot be put at zero as ``start`` asks, or None."""
         if self.start == "copy":
             return None
@@ -43,7 +43,7 @@ class Block(BlockSettings):
 
     def silence(self, block: nn.Module) -> None:
         """Zero the parameters of the block's last layers; raises UserError where nobody says which they are."""
-        reason = self.unsilenced(block)
+        reason = self.silencing_misfit(block)
         if reason is not None:
             raise UserError(f"{reason}.")
         with torch.no_grad():

@@ -187,9 +187,9 @@ def _refuse_words(lifecycle: LifecycleConfig) -> None:
 
 
 def _refuse_misfits(blueprint: AnyBlueprint, sites: list[Site]) -> None:
-    reasons = {site.name: blueprint.fits(site.geometry) for site in sites}
+    reasons = {site.name: blueprint.misfit(site.geometry) for site in sites}
     if isinstance(blueprint, Block):
-        reasons = {site.name: reasons[site.name] or blueprint.unsilenced(site.module) for site in sites}
+        reasons = {site.name: reasons[site.name] or blueprint.silencing_misfit(site.module) for site in sites}
     if sites and all(reason is not None for reason in reasons.values()):
         name, reason = next(iter(reasons.items()))
         raise UserError(f"blueprint '{blueprint.name}' fits none of the {len(sites)} sites; at '{name}': {reason}.")

@@ -100,9 +100,9 @@ class SeedRegistry:
             return f"there is no blueprint '{blueprint}'; there are {', '.join(self.blueprints)}"
         site, config = self.sites[self.site_of(row)], self.blueprints[blueprint]
         geometry = site.geometry
-        reason = config.fits(geometry)
+        reason = config.misfit(geometry)
         if reason is None and isinstance(config, Block):
-            reason = config.unsilenced(site.module)
+            reason = config.silencing_misfit(site.module)
         if reason is None and blueprint == "block" and geometry.seeds != 1:
             reason = f"block fills its site, but {geometry.seeds} seeds share this one (sites.per_site=1 is needed)"
         return reason
