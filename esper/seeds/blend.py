@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
-from esper.blueprints.unique_scatter import each_once
+from esper.blueprints.unique_indices import unique_indices
 from esper.seeds.branch_exceptions import run_contained
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, Group, Injection
 from esper.seeds.chunk_access import AddToChunks, ReadChunks, read_chunks
@@ -41,7 +41,7 @@ def blend(x: Tensor, groups: BranchGroups, geometry: Geometry, recording: Record
         y = _add_groups(x, y, plain, geometry, ratios)
     for group in groups:
         if isinstance(group, Injection):
-            with each_once(y.device):
+            with unique_indices(y.device):
                 y = y.index_add(group.dim, group.target, group.addition.to(y.dtype))
         elif isinstance(group, BlockGroup):
             y = _add_block(x, y, group, geometry, ratios)

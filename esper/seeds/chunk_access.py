@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.blueprints.unique_scatter import each_once
+from esper.blueprints.unique_indices import unique_indices
 from esper.seeds.branch_groups import Group
 
 
@@ -30,7 +30,7 @@ def read_chunks(x: Tensor, group: Group, dim: int, seeds: int) -> Tensor:
 
 def add_to_chunks_(y: Tensor, added: Tensor, group: Group, dim: int, seeds: int) -> None:
     """Add ``[…, A, C, …]`` to the group's chunks of ``y``, in place; padding is left out."""
-    with each_once(y.device):
+    with unique_indices(y.device):
         if group.seeds is None:
             flat = added.flatten(dim, dim + 1)
             y.index_add_(dim, group.target, flat if group.real is None else flat.index_select(dim, group.real))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import MLP, Blueprint, Geometry, SlotBank
-from esper.blueprints.unique_scatter import each_once
+from esper.blueprints.unique_indices import unique_indices
 from esper.kernels import Kernels
 from esper.kernels.branch_kinds import KINDS
 from esper.kernels.dispatch import fits
@@ -59,7 +59,7 @@ class FusedGroup:
         """``x + Σ α·δ(x)``, shaped as ``x``; counts contained branches, and notes ``ratios`` where ``statistics`` are at hand."""
         dim = self.geometry.dim
         rows = x if dim == -1 else x.movedim(dim, -1)
-        with each_once(x.device):
+        with unique_indices(x.device):
             alpha = torch.zeros(self.geometry.seeds, device=x.device).index_copy(0, self.seeds, self.alpha.float())
         grown = self.kernels.branches(self.site, rows, alpha, self.route, self.kinds, self._parameters())
         self.failures += (self.alpha > 0) & (grown.live.detach()[self.seeds] == 0)
@@ -111,7 +111,7 @@ def _fused_group(groups: list[Group], site: str, geometry: Geometry, seed_of: di
         if group.learning is not None:
             bits += (~group.learning).to(bits.dtype) * FROZEN
         entries = torch.stack([torch.full_like(bits, number), group.slots, bits], 1).int()
-        with each_once(device):
+        with unique_indices(device):
             route.index_copy_(0, tensor_on([seed_of[branch] for branch in group.branches], device), entries)
     branches = [branch for group in groups for branch in group.branches]
     return FusedGroup(

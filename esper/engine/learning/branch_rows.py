@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.blueprints.unique_scatter import each_once
+from esper.blueprints.unique_indices import unique_indices
 from esper.seeds import Branch
 from esper.seeds.device_copy import tensor_on
 
@@ -49,7 +49,7 @@ class SlotRows:
         """Count a step of every branch here; float ``[A]``, the steps with this one."""
         if self._whole:
             return self._bank.steps.add_(1)
-        with each_once(self._slots.device):
+        with unique_indices(self._slots.device):
             self._bank.steps[self._slots] += 1
         return self._bank.steps[self._slots]
 
@@ -62,7 +62,7 @@ class SlotRows:
         if not self._whole:
             for number, stepped in enumerate((self.values, self.first, self.second)):
                 for row, tensor in zip(self._kept, stepped, strict=True):
-                    with each_once(tensor.device):
+                    with unique_indices(tensor.device):
                         row[number].index_copy_(0, self._slots, tensor)
 
     def _rows(self, tensor: Tensor) -> Tensor:
