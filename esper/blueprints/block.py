@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.block_call import PLAIN
+from esper.blueprints.block_call import PLAIN_CALL
 from esper.blueprints.config import BlockSettings
 from esper.blueprints.geometry import Geometry
 from esper.errors import UserError
@@ -88,7 +88,7 @@ class BlockBank(nn.Module):
         self.blocks = nn.ModuleDict()
         self.moments: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self.steps: dict[str, int] = {}
-        self.call = PLAIN
+        self.call = PLAIN_CALL
         self._site = [site]  # in a list: the host's block must not become a child of its own growth
         self._next = 0
 

@@ -14,7 +14,7 @@ from esper.errors import UserError
 
 
 @dataclass(frozen=True)
-class Call:
+class BlockCall:
     """What the host gives beside the activation: masks, positions, another stream. A cache of keys is not handed on.
 
     ``key`` is the name under which the activation comes, empty where it is the first argument; ``cached`` the positions that the
@@ -27,10 +27,10 @@ class Call:
     cached: int = 0
 
     @classmethod
-    def of(cls, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Call:
+    def of(cls, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> BlockCall:
         """The call that a module has just answered."""
         if len(inputs) == 1 and not named:
-            return PLAIN
+            return PLAIN_CALL
         values = [*inputs, *named.values()]
         cached = max((int(value.get_seq_length()) for value in values if _is_cache(value)), default=0)
         key = "" if inputs else next((name for name, value in named.items() if isinstance(value, Tensor)), "")
@@ -51,12 +51,12 @@ class Call:
         assert result is not None, f"{type(block).__name__} gives no tensor"
         return result
 
-    def detached(self) -> Call:
+    def detached(self) -> BlockCall:
         """The same without the graph that its tensors come from."""
-        return Call(_detached(self.rest), _detached(self.named), self.key, self.cached)
+        return BlockCall(_detached(self.rest), _detached(self.named), self.key, self.cached)
 
 
-PLAIN = Call()
+PLAIN_CALL = BlockCall()
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from esper.blueprints.block_call import Call, first_tensor
+from esper.blueprints.block_call import BlockCall, first_tensor
 from esper.errors import UserError
 from esper.seeds.sites import Forward, Site, quiet_evaluation
 
@@ -45,7 +45,7 @@ def _trial(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         if x is None:
             raise UserError(f"blueprint 'block' cannot grow at '{name}': {kind} gives no tensor.")
         try:
-            y = Call.of(inputs, named).answer(twin, x)
+            y = BlockCall.of(inputs, named).answer(twin, x)
         except Exception as error:  # whatever a host's own code raises
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"blueprint 'block' cannot grow at '{name}': a second {kind} behind it fails: {why}.") from error

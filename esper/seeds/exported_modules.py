@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.block_call import PLAIN, Call, on_first
+from esper.blueprints.block_call import PLAIN_CALL, BlockCall, on_first
 from esper.blueprints.plain_modules import linear
 
 
@@ -54,7 +54,7 @@ class GrownBlock(nn.Module):
         self.start, self.end, self.dim = 0, width, dim
         self.alpha = alpha
 
-    def forward(self, x: Tensor, call: Call = PLAIN) -> Tensor:
+    def forward(self, x: Tensor, call: BlockCall = PLAIN_CALL) -> Tensor:
         """``[…]`` → the same shape; ``call`` is how the host called its own block."""
         return self.alpha * (call.answer(self.block, x) - x)
 
@@ -102,14 +102,14 @@ class GrownSite(nn.Module):
         """As the host's module, plus its branches (on the first of its outputs, where it gives several)."""
         output = self.module(*inputs, **named)
         if self.blocks:
-            call = Call.of(inputs, named)
+            call = BlockCall.of(inputs, named)
             return on_first(output, lambda x: self._grown(x, call))
         return self._grown(output) if isinstance(output, Tensor) else on_first(output, self._grown)
 
     def __getattr__(self, name: str) -> Any:
         return _of_module(self, name)
 
-    def _grown(self, x: Tensor, call: Call = PLAIN) -> Tensor:
+    def _grown(self, x: Tensor, call: BlockCall = PLAIN_CALL) -> Tensor:
         if self.shared:
             added = self.branches(x)
         else:
@@ -144,7 +144,7 @@ class Deepened(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """``B(module(x))``, on the first of the module's outputs, where it gives several; ``B`` is called as the module was."""
         output = self.module(*inputs, **named)
-        call = Call.of(inputs, named)
+        call = BlockCall.of(inputs, named)
         return on_first(output, lambda x: call.answer(self.block, x))
 
     def __getattr__(self, name: str) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.blueprints.block_call import Call, on_first
+from esper.blueprints.block_call import BlockCall, on_first
 from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
@@ -120,7 +120,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
         """The module's output with what grew on the first tensor in it."""
         blocks = [bank for bank in self.banks.values() if isinstance(bank, BlockBank)] if self.banks else []
         for bank in blocks:
-            bank.call = Call.of(inputs, named)
+            bank.call = BlockCall.of(inputs, named)
         result = on_first(output, self)
         for bank in blocks:
             bank.call = bank.call.detached()  # an objective may still ask for the block's answer
