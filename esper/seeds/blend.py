@@ -93,7 +93,7 @@ def branch_outputs(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> 
 def _block_output(x: Tensor, group: BlockGroup) -> Tensor:
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices=devices, enabled=group.fork_rng):
-        return group.bank.delta(group.slot, _guarded(x.unsqueeze(0), 0, 1).squeeze(0), group.learning).unsqueeze(0)
+        return group.bank.delta(group.slot, _branch_inputs(x.unsqueeze(0), 0, 1).squeeze(0), group.learning).unsqueeze(0)
 
 
 def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) -> Tensor:
@@ -102,7 +102,7 @@ def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) ->
         reads = chunk.transpose(0, 1) if _reads_chunk(group) else x.unsqueeze(1)
     else:
         reads = chunk if _reads_chunk(group) else _whole(x, _axis(x, geometry))
-    reads = _guarded(reads, 1 if group.bank.blueprint.spatial else 0, branches)
+    reads = _branch_inputs(reads, 1 if group.bank.blueprint.spatial else 0, branches)
     with torch.set_grad_enabled(torch.is_grad_enabled() and group.learns):
         rows = group.bank.gather(group.slots, group.learning, x.dtype)
     delta = group.bank.blueprint.forward(rows, reads)
@@ -124,35 +124,35 @@ def _reads_chunk(group: Group) -> bool:
     return group.bank.blueprint.receptive_field == "chunk"
 
 
-def _guarded(reads: Tensor, dim: int, branches: int) -> Tensor:
+def _branch_inputs(reads: Tensor, dim: int, branches: int) -> Tensor:
     """What the branches along ``dim`` read; one whose gradient is not finite sends none back, and spoils no other's."""
     shape = list(reads.shape)
     shape[dim] = branches
     reads = reads.expand(shape)
     if reads.requires_grad:
         axes = tuple(axis for axis in range(reads.dim()) if axis != dim)
-        reads.register_hook(lambda gradient: _sound_alone(gradient, axes))
+        reads.register_hook(lambda gradient: _finite_gradients(gradient, axes))
     return reads
 
 
-def _plainly_finite(x: Tensor) -> bool:
+def _known_finite(x: Tensor) -> bool:
     """Whether one look shows that all of ``x`` is finite: a finite sum has no other summands. Only a CPU can look without waiting."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(float(x.detach().sum()))
 
 
-def _sound_alone(gradient: Tensor | None, axes: tuple[int, ...]) -> Tensor | None:
-    if gradient is None or gradient.numel() == 0 or _plainly_finite(gradient):
+def _finite_gradients(gradient: Tensor | None, axes: tuple[int, ...]) -> Tensor | None:
+    if gradient is None or gradient.numel() == 0 or _known_finite(gradient):
         return gradient
     largest = torch.linalg.vector_norm(gradient, ord=float("inf"), dim=axes, keepdim=True)
     return torch.where(torch.isfinite(largest), gradient, torch.zeros((), dtype=gradient.dtype, device=gradient.device))
 
 
-def _contained(delta: Tensor, group: Group | BlockGroup) -> Tensor:
-    if _plainly_finite(delta):
+def _zero_where_not_finite(delta: Tensor, group: Group | BlockGroup) -> Tensor:
+    if _known_finite(delta):
         return delta
-    sound = torch.isfinite(delta.detach()).flatten(1).all(1)
-    group.failures += ~sound
-    return torch.where(sound.view(-1, *([1] * (delta.dim() - 1))), delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
+    finite = torch.isfinite(delta.detach()).flatten(1).all(1)
+    group.failures += ~finite
+    return torch.where(finite.view(-1, *([1] * (delta.dim() - 1))), delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
 
 
 def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
@@ -163,7 +163,7 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
     for group, chunks in zip(groups, chosen, strict=True):
         chunk = _in_rows(chunks, group, dim)
         delta = run_contained(group, chunk, partial(_group_output, through, chunk, group, geometry))
-        added = _contained(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
+        added = _zero_where_not_finite(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
         if ratios is not None:
             _note_ratios(ratios, group.branches, added, chunk)
         additions.append(_in_place(added.to(y.dtype), x, group, dim))
@@ -175,7 +175,7 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
 def _add_block(x: Tensor, y: Tensor, group: BlockGroup, geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
     whole = chunks_of(x, group, geometry)
     delta = run_contained(group, whole, partial(_block_output, x, group))
-    added = _contained(delta, group) * group.alpha.to(delta.dtype)
+    added = _zero_where_not_finite(delta, group) * group.alpha.to(delta.dtype)
     if ratios is not None:
         _note_ratios(ratios, group.branches, added, whole)
     return y + added.squeeze(0).to(y.dtype)
