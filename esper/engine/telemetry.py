@@ -52,13 +52,13 @@ class Observer:
     def prepare(self, upcoming: int) -> None:
         """Give each site the recording that its next forward should fill, if any; ``upcoming`` 0 is no tick."""
         self.due = upcoming > 0 and upcoming % self.config.every == 0
-        keep: set[int] = set()
+        keep_activation: set[int] = set()
         if self.objective.keeps_activations:
-            keep = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
+            keep_activation = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
         for number, layer in enumerate(self.registry.layers):
-            layer.telemetry_due, layer.keeps_activation = self.due, number in keep
-            if self.due or number in keep:
-                layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep)
+            layer.telemetry_due, layer.keeps_activation = self.due, number in keep_activation
+            if self.due or number in keep_activation:
+                layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep_activation)
             elif layer.recording is not None:
                 layer.recording = None
 

@@ -68,7 +68,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
             recording.read(x, self.name, self.kernels)
         y = blend(x, self.groups, self.geometry, recording) if self.groups else x
         if recording is not None and torch.is_grad_enabled():
-            if recording.keep and not y.requires_grad:
+            if recording.keep_activation and not y.requires_grad:
                 # Data entering the host: an objective wants the gradient there all the same. A copy, because the host may
                 # go on in place, which autograd forbids on a leaf.
                 y = y.detach().requires_grad_().clone()
