@@ -19,7 +19,7 @@ from esper.blueprints.low_rank import LowRank
 from esper.blueprints.mlp import MLP
 
 #: The parameters that δ is linear in: a branch's α goes into them.
-LAST: dict[type[Blueprint], tuple[str, ...]] = {
+LINEAR_PARAMETERS: dict[type[Blueprint], tuple[str, ...]] = {
     Affine: ("scale", "shift"),
     LowRank: ("up",),
     MLP: ("w2", "b2"),
@@ -88,7 +88,7 @@ def plain_net(blueprint: Blueprint, values: Parameters, spatial: int, alpha: flo
     build = _BUILDERS.get(type(blueprint))
     if build is None:
         return Stacked(blueprint, values, spatial), alpha
-    last = LAST[type(blueprint)]
+    last = LINEAR_PARAMETERS[type(blueprint)]
     scaled = {name: value * alpha if name in last else value for name, value in values.items()}
     return build(blueprint, scaled, spatial), 1.0
 
