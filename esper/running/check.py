@@ -230,7 +230,7 @@ def _memory(trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:
     for site in registry.sites:
         if isinstance(blueprint, Block):
             grown += _own_parameters(site.module)
-        elif blueprint.fits(site.geometry) is None:
+        elif blueprint.misfit(site.geometry) is None:
             grown += sum(blueprint.parameters(site.geometry, seed) for seed in range(site.geometry.seeds))
     parts = ", ".join(f"{name} {_size(size)}" for name, size in cost.bytes.items())
     everything = f"every seed grown at once as {registry.default_blueprint} would add {_size(4 * COPIES * grown)}"

@@ -38,11 +38,12 @@ class OpaqueToCompiler:
 class SeedLayer(nn.Module, OpaqueToCompiler):
     """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` with the branches of the present ``groups``.
 
-    ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``forces_grad`` makes the output
-    ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
+    ``recording`` is set for forwards whose activations and gradients will be read. ``forces_grad`` makes the output require a gradient
+    where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
 
-    A compiled host has ``esper.seeds.graph_ops`` in its place. Of the layer itself its graph knows ``asleep``, ``telemetry_due`` (telemetry is) and
-    ``leaves_graph`` (branches blend that are not for the graph) or ``keeps_activation`` (an objective asks for activations): the graph is left for it.
+    The graph of a compiled host contains ``esper.seeds.graph_ops`` instead. It depends on four flags of the layer: ``asleep``;
+    ``telemetry_due``; ``leaves_graph``, where a blended branch cannot be in the graph; and ``keeps_activation``, where an objective needs
+    the activations. The last two break the graph at this site.
     """
 
     def __init__(self, site: Site) -> None:

@@ -46,8 +46,8 @@ class ModuleCall:
 class ForwardTrace(TorchFunctionMode):
     """Follows the tensors of one forward through functions and modules.
 
-    ``called`` are the modules that were, ``calls`` their calls in the order in which they ended, ``read_elsewhere`` the ids of the parameters
-    that were read by a function outside of the forward of the module that holds them.
+    ``called`` holds the modules that were called, and ``calls`` their calls in the order in which they ended. ``read_elsewhere`` holds the
+    ids of parameters that a function read outside the forward of their own module.
     """
 
     def __init__(self, model: nn.Module) -> None:
