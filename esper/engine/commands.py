@@ -11,8 +11,7 @@ from esper.engine.branch_replacement import Replacing
 from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.measurements import Measured
-from esper.engine.transaction import Before
-from esper.engine.transitions import Transitions
+from esper.engine.transitions import Transaction, Transitions
 from esper.errors import UserError
 from esper.grafting import hand_over
 from esper.lifecycle import GATES, Stage
@@ -154,13 +153,13 @@ class Executor:
 
     def _do_all(self, actions: list[Action], command: str, measured: Measured) -> None:
         """Every action or none: after an exception all of them are undone. A UserError is a refusal."""
-        before = Before(self.transitions, [action.row for action in actions])
+        transaction = Transaction(self.transitions, [action.row for action in actions])
         try:
             with self.transitions.together():
                 for action in actions:
                     self._do(action, f"command {command}", measured)
         except BaseException as error:
-            before.restore()
+            transaction.restore()
             if isinstance(error, UserError):
                 raise Refused(str(error)) from error
             raise
