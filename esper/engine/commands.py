@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from esper.engine.branch_replacement import Replacing
-from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.measurements import Measured
+from esper.engine.signals import GraftingSignals
 from esper.engine.transitions import Transaction, Transitions
 from esper.errors import UserError
 from esper.grafting import hand_over

@@ -23,7 +23,6 @@ from esper.engine.commands import Executor
 from esper.engine.costs import Meter, Stopwatch
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of
-from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Judge, LossFunction
@@ -33,7 +32,7 @@ from esper.engine.learning.objectives import Objective
 from esper.engine.measurements import ExtraPasses, Faults, Measurements
 from esper.engine.port import NullPort, Port, memory_of
 from esper.engine.saved_state import host_alone, read_state, refuse_misfit, topology
-from esper.engine.signals import LossSignal
+from esper.engine.signals import GraftingSignals, LossSignal
 from esper.engine.telemetry import Observer
 from esper.engine.tick import TickBoundary
 from esper.engine.transitions import Transitions

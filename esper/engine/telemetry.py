@@ -13,9 +13,9 @@ from torch import Tensor
 from esper.blueprints import Block, Blueprint
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import host_parameters
+from esper.engine.learning.branch_rows import gradient_norms
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
-from esper.engine.signals import gradient_norms
 from esper.engine.snapshot import present_values
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS, Column

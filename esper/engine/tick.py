@@ -9,10 +9,10 @@ import torch
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
 from esper.engine.costs import Stopwatch
-from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.measurements import Faults, Measured, Measurements
+from esper.engine.signals import GraftingSignals
 from esper.engine.telemetry import Observer
 from esper.engine.transitions import Transitions
 from esper.grafting import STRATEGY_NAMES, step_many

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from esper.blueprints import SlotBank
 from esper.engine.device_readings import Readings
-from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows
+from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows, by_bank
 from esper.engine.learning.branch_rows import BranchLearning as BranchLearning
-from esper.engine.signals import by_bank
 from esper.seeds import Branch, SeedRegistry
 
 PATIENCE = 10

@@ -1,4 +1,4 @@
-"""What the branch optimizer steps: parameters, gradients and moments of branches, a branch a row.
+"""The tensors of branches, a branch a row: parameters, gradients and moments, as the branch optimizer steps them.
 
 On a CPU the rows are those of the branches that learn. On a GPU they are the whole bank's: gathering costs more launches there than
 the other slots cost work, and ``learning`` says which rows may move.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esper.blueprints import BlockBank, SlotBank
 from esper.blueprints.unique_indices import unique_indices
-from esper.seeds import Branch
+from esper.seeds import Branch, SeedRegistry
 from esper.seeds.device_copy import tensor_on
 
 
@@ -146,3 +146,44 @@ class BlockRows:
 
 
 Rows = SlotRows | BlockRows
+
+
+def branch_values(registry: SeedRegistry, branch: Branch) -> list[Tensor]:
+    """The branch's parameters, detached copies."""
+    bank = registry.layers[branch.site].bank(branch.blueprint)
+    if isinstance(bank, SlotBank):
+        return list(bank.values(branch.slot).values())
+    return [value.detach().clone() for value in bank.blocks[str(branch.slot)].parameters()]
+
+
+def gradient_norms(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[list[int]], list[int], list[Tensor]]:
+    """By bank: the branches that have a gradient, the number of their parameters each, and the gradient's L2 norms ``[branches]``."""
+    names: list[list[int]] = []
+    counts: list[int] = []
+    norms: list[Tensor] = []
+    for (site, blueprint), group in by_bank(branches).items():
+        bank = registry.layers[site].bank(blueprint)
+        if isinstance(bank, SlotBank):
+            gradients = [stack.grad for stack in bank.stacks.values() if stack.grad is not None]
+            if gradients:
+                slots = tensor_on([branch.slot for branch in group], bank.steps.device)
+                squares = torch.stack([gradient[slots].float().flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+                names.append([branch.id for branch in group])
+                counts.append(sum(gradient[0].numel() for gradient in gradients))
+                norms.append(squares.sqrt())
+            continue
+        for branch in group:
+            gradients = [p.grad for p in bank.blocks[str(branch.slot)].parameters() if p.grad is not None]
+            if gradients:
+                names.append([branch.id])
+                counts.append(sum(gradient.numel() for gradient in gradients))
+                norms.append(torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt().view(1))
+    return names, counts, norms
+
+
+def by_bank(branches: list[Branch]) -> dict[tuple[int, str], list[Branch]]:
+    """The branches of each (site, blueprint), whose parameters lie in one bank."""
+    gathered: dict[tuple[int, str], list[Branch]] = {}
+    for branch in branches:
+        gathered.setdefault((branch.site, branch.blueprint), []).append(branch)
+    return gathered
