@@ -15,8 +15,7 @@ from esper.blueprints import BLUEPRINTS, Block
 from esper.engine.arguments import check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
 from esper.engine.grow import Grow, GrowSettings
-from esper.engine.learning.branch_optimizer import BranchLearning
-from esper.engine.learning.learning_rate import HostRate
+from esper.engine.learning.branch_optimizer import BranchLearning, HostRate
 from esper.engine.learning.losses import as_tensor_loss, probing
 from esper.engine.port import Port, controlled_port, remind
 from esper.engine.saved_state import read_state

@@ -26,8 +26,7 @@ from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Judge, LossFunction
-from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer
-from esper.engine.learning.learning_rate import HostRate
+from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer, HostRate
 from esper.engine.learning.objectives import Objective
 from esper.engine.measurements import ExtraPasses, Faults, Measurements
 from esper.engine.port import NullPort, Port, memory_of

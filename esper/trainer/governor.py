@@ -9,8 +9,10 @@ last good snapshot. Neither the tick count nor the data order goes back, so the 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -25,11 +27,10 @@ from esper.lifecycle import Stage
 from esper.lifecycle.transitions import refusal
 from esper.messages import Alert
 from esper.seeds import Branch
-from esper.trainer.robust_bands import Band
 
 JUMP = 100.0
-"""Between two snapshots the largest weight may grow by this factor; a host whose weights were all zero may grow from TINY."""
-TINY = 1e-2
+"""Between two snapshots the largest weight may grow by this factor; a host whose weights were all zero may grow from SMALLEST_WEIGHT."""
+SMALLEST_WEIGHT = 1e-2
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Governor:
         with torch.no_grad():
             norms = torch._foreach_norm(parameters, float("inf")) if parameters else [torch.zeros(())]
             largest = float(torch.stack([norm.float() for norm in norms]).max())
-        if not math.isfinite(largest) or largest > JUMP * max(self._largest, TINY):
+        if not math.isfinite(largest) or largest > JUMP * max(self._largest, SMALLEST_WEIGHT):
             return f"the largest weight is {largest:.3g}, and was {self._largest:.3g} at the snapshot before"
         taken = Snapshot(grow.registry.model, grow.optimizer, grow.registry, grow.tick_number)
         if not taken.healthy:
@@ -276,3 +277,57 @@ def fewest(items: Sequence[Item], usual_without: Callable[[Sequence[Item]], bool
             return fewest(half, usual_without, off)
     of_second = fewest(second, usual_without, [*off, *first])
     return [*fewest(first, usual_without, [*off, *of_second]), *of_second]
+
+
+WINDOW = 64
+WARM = 20
+REFRESH = 8
+SMALLEST_VALUE = 1e-12
+
+
+class Band:
+    """Median and median absolute deviation of the logarithms of the last ``WINDOW`` accepted values.
+
+    A value is out of band when its logarithm lies more than ``spreads`` robust standard deviations (1.4826·MAD, Hampel 1974)
+    above the median and the value itself more than ``factor`` times it; before ``WARM`` values only non-finite ones are.
+    Nothing up to the largest of the first ``WARM`` values is out of band: a host that has learnt its data by heart has losses
+    of almost nothing, and a batch with one mistake in it is a hundred times that, but no harm.
+    """
+
+    def __init__(self, spreads: float, factor: float) -> None:
+        self.spreads, self.factor = spreads, factor
+        self.logs: deque[float] = deque(maxlen=WINDOW)
+        self.limit = math.inf
+        self.start = 0.0
+        self._seen = 0
+        self._since = 0
+
+    def out(self, value: float) -> bool:
+        """Whether this value is not finite or out of band; a sensor that gives nothing finite has failed."""
+        return not math.isfinite(value) or value > self.limit
+
+    def accept(self, value: float) -> None:
+        """Take in a value that is in band."""
+        self.logs.append(math.log(max(abs(value), SMALLEST_VALUE)))
+        self._since += 1
+        if self._seen < WARM:
+            self._seen += 1
+            self.start = max(self.start, abs(value))
+        if len(self.logs) >= WARM and (self._since >= REFRESH or math.isinf(self.limit)):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self._since = 0
+        centre = median(self.logs)
+        spread = 1.4826 * median(abs(value - centre) for value in self.logs)
+        self.limit = max(self.start, math.exp(min(700.0, centre + max(self.spreads * spread, math.log(self.factor)))))
+
+    def state(self) -> dict[str, Any]:
+        """Everything, for a checkpoint."""
+        return {"logs": list(self.logs), "limit": self.limit, "start": self.start, "seen": self._seen, "since": self._since}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.logs = deque((float(value) for value in state["logs"]), maxlen=WINDOW)
+        self.limit, self.start = float(state["limit"]), float(state["start"])
+        self._seen, self._since = int(state["seen"]), int(state["since"])
