@@ -29,7 +29,7 @@ from esper.messages import Alert
 from esper.seeds import Branch
 
 JUMP = 100.0
-"""Between two snapshots the largest weight may grow by this factor; a host whose weights were all zero may grow from SMALLEST_WEIGHT."""
+"""Factor by which the largest weight may grow between two snapshots; weights that were all zero may grow from SMALLEST_WEIGHT."""
 SMALLEST_WEIGHT = 1e-2
 
 
