@@ -1,10 +1,10 @@
-"""What ``attach`` was given, looked at before anything is done with it: one sentence for every mistake."""
+"""Checks of the arguments of ``attach``, before anything is done with them: one sentence for every mistake."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from esper.errors import UserError
 from esper.flags import FlagsConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
+from esper.lifecycle.config import OBJECTIVES
 from esper.seeds import TelemetryConfig
 
 #: What a number counts; none of them makes sense below one.
@@ -65,6 +66,7 @@ def check_arguments(given: dict[str, Any]) -> None:
         _check_loss(name, given[name])
     _check_judge(given["judge"])
     _check_blueprint(given["blueprint"])
+    _check_lifecycle(given["lifecycle"] or LifecycleConfig())
 
 
 def _check_model(model: Any) -> None:
@@ -95,6 +97,9 @@ def _check_judge(judge: Any) -> None:
         raise UserError("judge is one batch; it takes batches: give [batch], or a DataLoader of data kept for judging.")
     if isinstance(judge, str) or not isinstance(judge, Iterable):
         raise UserError(f"judge is {_a(judge)}; it takes batches: a list of them, or a DataLoader.")
+    if isinstance(judge, Iterator):  # empty after one look, so that every branch would be culled
+        kind = type(judge).__name__
+        raise UserError(f"judge=… is a {kind}, which can be gone through only once; give a list of batches or a DataLoader.")
 
 
 def _check_blueprint(blueprint: Any) -> None:
@@ -105,6 +110,13 @@ def _check_blueprint(blueprint: Any) -> None:
         raise UserError(f"blueprint is {_a(blueprint)}; it takes a name ({names}) or an object derived from esper.blueprints.Blueprint.")
     if not isinstance(blueprint, str):
         _check_settings(blueprint)
+
+
+def _check_lifecycle(lifecycle: LifecycleConfig) -> None:
+    for key, accepted in (("objective", OBJECTIVES), ("clock", ("step", "epoch"))):
+        given = getattr(lifecycle, key)
+        if given not in accepted:
+            raise UserError(f"lifecycle.{key}={given} is not accepted; it takes {' or '.join(accepted)}.")
 
 
 def _check_settings(blueprint: Blueprint | Block) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from esper.blueprints import BLUEPRINTS, Block
 from esper.engine.arguments import check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
 from esper.engine.grow import Grow, GrowSettings
+from esper.engine.judging.judge import LossFunction
 from esper.engine.learning.branch_optimizer import BranchLearning, HostRate
 from esper.engine.learning.losses import as_tensor_loss, probing
 from esper.engine.port import Port, controlled_port, remind
@@ -25,8 +26,7 @@ from esper.flags import Flags, FlagsConfig
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.grafting import GraftingConfig, Rule, longest_ramp, strategy_of
 from esper.kernels import KernelConfig, Kernels
-from esper.lifecycle import LifecycleConfig, resolve
-from esper.lifecycle.config import OBJECTIVES
+from esper.lifecycle import Ages, LifecycleConfig, resolve
 from esper.lifecycle.duration import parse
 from esper.randomness import global_draws_kept
 from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
@@ -96,53 +96,82 @@ def attach(
     """
     check_arguments(locals())
     model, kept = fit(model), None if state is None else read_state(state)
-    loss = as_tensor_loss(loss)
-    lifecycle = lifecycle or LifecycleConfig()
-    chosen = _blueprint(blueprint)
-    strategy = _strategy(grafting)
-    _refuse_words(lifecycle)
-    _refuse_spent(judge)
-    sample = _sample(sample, judge)
-    patterns = [sites] if isinstance(sites, str) else list(sites)
-    per_site = 1 if isinstance(chosen, Block) else per_site
-    moved = to_device(sample, device_of(model))
-    forward = probing(loss, model, moved)
-    with untouched_buffers(model):
-        found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block))
-        _refuse_misfits(chosen, found)
-        if isinstance(chosen, Block):
-            refuse_uncallable_blocks(model, found, forward)
-    steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
-    total_ticks = max(1, total_steps // steps_per_tick)
-    per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
-    worst = partial(longest_ramp, strategy)
-    ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst, _decided(port, controller))
-    flagged = Flags(flags, type(model).__name__)
-    flagged.refuse_unmatched([site.name for site in found])
-    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
-    rate = HostRate(optimizer, kept)
-    own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
-    registry = SeedRegistry(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels, flagged)
+    lifecycle, loss = lifecycle or LifecycleConfig(), as_tensor_loss(loss)
+    branch_kind, strategy, rate = _blueprint(blueprint), _strategy(grafting), HostRate(optimizer, kept)
+    found = _find_sites(model, branch_kind, sites, per_site, loss, _sample(sample, judge))
+    length = _Length(total_steps, steps_per_epoch, lifecycle.clock)
     settings = GrowSettings(
         lifecycle=lifecycle,
-        ages=ages,
+        ages=length.ages(lifecycle, strategy, warmup, _decided(port, controller)),
         grafting=strategy,
-        telemetry=_per_tick(telemetry or TelemetryConfig(), steps_per_tick),
-        learning=dataclasses.replace(learning or rate.learning(), warmup=own_warmup),
-        total_ticks=total_ticks,
-        steps_per_tick=steps_per_tick,
+        telemetry=length.per_tick(telemetry or TelemetryConfig()),
+        learning=dataclasses.replace(learning or rate.learning(), warmup=parse(warmup).ticks(total_steps, steps_per_epoch) or 1),
+        total_ticks=length.ticks,
+        steps_per_tick=length.steps_per_tick,
         accumulate=accumulate,
         count_macs=count_macs,
         debug=debug,
     )
-    registry.layers[-1].forces_grad = not any(p.requires_grad for p in model.parameters())
+    registry = _registry(model, found, branch_kind, seed, lifecycle, kernel, flags)
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
     return Grow(registry, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
 
 
-def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:
-    """``every`` counted in ticks: with an epoch's clock, ten of them would leave a controller without news for most of a run."""
-    return dataclasses.replace(telemetry, every=max(1, telemetry.every // steps_per_tick))
+@dataclasses.dataclass(frozen=True)
+class _Length:
+    """The run's length, and the ticks that ``clock`` makes of its steps."""
+
+    steps: int
+    steps_per_epoch: int
+    clock: str
+
+    @property
+    def steps_per_tick(self) -> int:
+        return self.steps_per_epoch if self.clock == "epoch" else 1
+
+    @property
+    def ticks(self) -> int:
+        return max(1, self.steps // self.steps_per_tick)
+
+    def ages(self, lifecycle: LifecycleConfig, strategy: GraftingConfig, warmup: str, decided: bool) -> Ages:
+        per_epoch = 1 if self.clock == "epoch" else self.steps_per_epoch
+        worst = partial(longest_ramp, strategy)
+        return resolve(lifecycle, strategy.ramp, warmup, self.ticks, per_epoch, self.steps_per_tick, worst, decided)
+
+    def per_tick(self, telemetry: TelemetryConfig) -> TelemetryConfig:
+        """``every`` counted in ticks: with an epoch's clock, ten of them would leave a controller without news for most of a run."""
+        return dataclasses.replace(telemetry, every=max(1, telemetry.every // self.steps_per_tick))
+
+
+def _registry(
+    model: nn.Module,
+    sites: list[Site],
+    blueprint: AnyBlueprint,
+    seed: int,
+    lifecycle: LifecycleConfig,
+    kernel: str | KernelConfig,
+    flags: FlagsConfig | None,
+) -> SeedRegistry:
+    flagged = Flags(flags, type(model).__name__)
+    flagged.refuse_unmatched([site.name for site in sites])
+    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
+    registry = SeedRegistry(model, sites, blueprint, seed, lifecycle.objective != "reconstruction", kernels, flagged)
+    registry.layers[-1].forces_grad = not any(p.requires_grad for p in model.parameters())
+    return registry
+
+
+def _find_sites(
+    model: nn.Module, blueprint: AnyBlueprint, sites: str | list[str], per_site: int, loss: LossFunction, sample: Any
+) -> list[Site]:
+    """The sites that match; each can carry the blueprint, or a UserError says why none can."""
+    patterns, block = [sites] if isinstance(sites, str) else list(sites), isinstance(blueprint, Block)
+    forward = probing(loss, model, to_device(sample, device_of(model)))
+    with untouched_buffers(model):
+        found = find_sites(model, patterns, 1 if block else per_site, forward, blocks=block)
+        _refuse_misfits(blueprint, found)
+        if block:
+            refuse_uncallable_blocks(model, found, forward)
+    return found
 
 
 def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dict[str, Any] | None) -> Port | None:
@@ -178,13 +207,6 @@ def _strategy(grafting: str | GraftingConfig | Rule) -> GraftingConfig:
     return made
 
 
-def _refuse_words(lifecycle: LifecycleConfig) -> None:
-    for key, accepted in (("objective", OBJECTIVES), ("clock", ("step", "epoch"))):
-        given = getattr(lifecycle, key)
-        if given not in accepted:
-            raise UserError(f"lifecycle.{key}={given} is not accepted; it takes {' or '.join(accepted)}.")
-
-
 def _refuse_misfits(blueprint: AnyBlueprint, sites: list[Site]) -> None:
     reasons = {site.name: blueprint.misfit(site.geometry) for site in sites}
     if isinstance(blueprint, Block):
@@ -192,12 +214,6 @@ def _refuse_misfits(blueprint: AnyBlueprint, sites: list[Site]) -> None:
     if sites and all(reason is not None for reason in reasons.values()):
         name, reason = next(iter(reasons.items()))
         raise UserError(f"blueprint '{blueprint.name}' fits none of the {len(sites)} sites; at '{name}': {reason}.")
-
-
-def _refuse_spent(judge: Iterable[Any] | None) -> None:
-    if isinstance(judge, Iterator):  # empty after one look, so that every branch would be culled
-        kind = type(judge).__name__
-        raise UserError(f"judge=… is a {kind}, which can be gone through only once; give a list of batches or a DataLoader.")
 
 
 def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:
