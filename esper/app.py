@@ -16,6 +16,7 @@ import esper
 from esper import custom, secrets
 from esper.cli import conf, help, programs
 from esper.cli import system_errors as files
+from esper.config import conf_folder
 from esper.errors import Preempted, Terminated, TrackerError, UserError
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _hydra(words: Sequence[str]) -> int:
     own = [word for folder in conf.own() for word in ("--config-dir", str(folder))]
     sys.argv = ["esper", *own, *quoted(words)]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf.folder()), config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except OSError as error:
         if begun or files.known(error):
             raise

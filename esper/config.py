@@ -16,8 +16,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import esper
 from esper import secrets
 from esper.custom import OPTIONS as CUSTOM
 from esper.errors import UserError
@@ -94,7 +96,7 @@ def options(group: str) -> dict[str, type]:
     return {**known, "custom": CUSTOM[group]} if group in CUSTOM else known
 
 
-def defaults(kind: type, name: str) -> dict[str, Any]:
+def option_values(kind: type, name: str) -> dict[str, Any]:
     """The plain values of the dataclass ``kind`` that nothing overrides, as the option ``name``."""
     return {**dataclasses.asdict(kind()), "name": name}
 
@@ -102,6 +104,30 @@ def defaults(kind: type, name: str) -> dict[str, Any]:
 def root_defaults() -> dict[str, Any]:
     """The keys outside the groups, with the values that nothing overrides."""
     return {key: value for key, value in dataclasses.asdict(RootConfig()).items() if key not in (*GROUPS, *PRESETS)}
+
+
+def conf_folder() -> Path:
+    """``conf`` inside the installed package, or beside it in a checkout."""
+    package = Path(esper.__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def conf_root() -> dict[str, Any]:
+    """``conf/config.yaml`` as it is written."""
+    import yaml
+
+    tree: dict[str, Any] = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
+    return tree
+
+
+def default_options() -> dict[str, str]:
+    """Group -> the option that ``conf/config.yaml`` chooses when none is named."""
+    chosen: dict[str, str] = {}
+    for entry in conf_root()["defaults"]:
+        if isinstance(entry, dict):
+            chosen.update({str(key).split()[-1]: str(value) for key, value in entry.items()})
+    return {group: name for group, name in chosen.items() if group in GROUPS}
 
 
 def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = None) -> RootConfig:

@@ -19,10 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from esper import secrets
 from esper.cli import conf, overrides
 from esper.cli import hydra_settings as internals
+from esper.cli.conf import LauncherConfig
 from esper.cli.machine import refuse_impossible
-from esper.compare.config import LauncherConfig
-from esper.compare.sweep.arms import refuse_overridden_arm, set_by
-from esper.config import GROUPS, PRESETS, RootConfig, build, options, structure
+from esper.cli.preset_files import keys_set_by, refuse_overridden_arm
+from esper.config import GROUPS, PRESETS, RootConfig, build, conf_folder, options, structure
 from esper.custom import variable
 from esper.errors import UserError
 
@@ -117,7 +117,7 @@ def _session() -> Iterator[None]:
     GlobalHydra.instance().clear()
     prepare_hydra()
     try:
-        with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3", job_name="esper"):
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="esper"):
             for own in conf.own():
                 _also(own)
             yield
@@ -172,10 +172,10 @@ def _with_value(sweep: Override, text: str) -> Override:
 
 def _refuse_unfitting_preset(tree: DictConfig) -> None:
     """Raise UserError where an experiment, arm or debug file sets a key that the chosen option of a group does not have."""
-    places = (conf.folder(), *conf.own())
+    places = (conf_folder(), *conf.own())
     for preset in PRESETS:
         name = tree.hydra.runtime.choices.get(preset)
-        for key in set_by(name, [place / preset for place in places]) if name else ():
+        for key in keys_set_by(name, [place / preset for place in places]) if name else ():
             group, _, leaf = key.partition(".")
             kind = options(group).get(tree[group].get("name")) if leaf and group in GROUPS else None
             if kind is not None and leaf.partition(".")[0] not in {field.name for field in fields(kind)}:
@@ -200,7 +200,7 @@ def _compose(parsed: list[Override]) -> Composed:
     internals.check_tree(tree.hydra)
     if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
-        refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
+        refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf_folder(), *conf.own())])
     launcher = dict(tree.hydra.launcher)
     if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
         structure(LauncherConfig, launcher, "hydra.launcher")

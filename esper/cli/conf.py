@@ -7,23 +7,23 @@ that are a dataclass and no file.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-import esper
 from esper import config
-from esper.compare.config import LauncherConfig
 from esper.config import GROUPS, PRESETS
 from esper.errors import UserError
+from esper.fields import setting
 
 
-def folder() -> Path:
-    """``conf`` inside the installed package, or beside it in a checkout."""
-    package = Path(esper.__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+@dataclass
+class LauncherConfig:
+    """The keys of ``hydra.launcher`` that esper defines."""
+
+    workers: int = setting(0, low=0, help="processes at once; 0: one per GPU, or per core where there is no GPU")
+    threads: int = setting(1, low=1, help="CPU threads of numerical libraries in each")
+    retry: bool = setting(False, help="run jobs again that failed in an earlier start of the same sweep")
 
 
 #: The user's own folders of options (``--config-dir``), laid out as ``conf`` is.
@@ -68,18 +68,18 @@ def options(group: str) -> list[str]:
 
 
 def _esper_options(group: str) -> set[str]:
-    files = {path.stem for path in (folder() / group).glob("*.yaml")}
+    files = {path.stem for path in (config.conf_folder() / group).glob("*.yaml")}
     return files | set(config.options(group)) if group in GROUPS else files
 
 
 def has_file(group: str, name: str) -> bool:
     """Whether a file makes the option; other options are a dataclass and nothing else."""
-    return any((place / group / f"{name}.yaml").is_file() for place in (folder(), *_own))
+    return any((place / group / f"{name}.yaml").is_file() for place in (config.conf_folder(), *_own))
 
 
 def description(group: str, name: str) -> str:
     """What an option is, in one line: its dataclass's, or the first comment of its file."""
-    for place in (folder(), *_own):
+    for place in (config.conf_folder(), *_own):
         path = place / group / f"{name}.yaml"
         if path.is_file():
             comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -94,8 +94,8 @@ def register() -> None:
     store = ConfigStore.instance()
     for group in GROUPS:
         for name, kind in config.options(group).items():
-            if not (folder() / group / f"{name}.yaml").is_file():
-                store.store(group=group, name=name, node=config.defaults(kind, name), provider="esper")
+            if not (config.conf_folder() / group / f"{name}.yaml").is_file():
+                store.store(group=group, name=name, node=config.option_values(kind, name), provider="esper")
     store.store(name="root", node=config.root_defaults(), provider="esper")
     workers = {"_target_": "hydra_plugins.esper_workers.WorkersLauncher", **dataclasses.asdict(LauncherConfig())}
     store.store(group="hydra/launcher", name="workers", node=workers, provider="esper")
@@ -109,10 +109,10 @@ def register_for_sweeps() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for path in sorted((folder() / "sweep").glob("*/*.yaml")):
+    for path in sorted((config.conf_folder() / "sweep").glob("*/*.yaml")):
         group, name = path.parent.name, path.stem
         store.repo[group].pop(path.name, None)
-        node = config.defaults(config.options(group)[name], name)
+        node = config.option_values(config.options(group)[name], name)
         store.store(group=f"{group}/single", name=name, node=node, provider="esper")
 
 
@@ -122,21 +122,6 @@ def groups() -> dict[str, list[str]]:
     return {group: names for group, names in found.items() if names or group in PRESETS}
 
 
-def root() -> dict[str, Any]:
-    """``conf/config.yaml`` as it is written."""
-    tree: dict[str, Any] = yaml.safe_load((folder() / "config.yaml").read_text(encoding="utf-8"))
-    return tree
-
-
 def root_keys() -> dict[str, Any]:
     """The keys outside the groups, with their values."""
-    return config.root_defaults() | {key: value for key, value in root().items() if key not in ("defaults", "hydra")}
-
-
-def defaults() -> dict[str, str]:
-    """Group -> the option chosen when none is named."""
-    chosen: dict[str, str] = {}
-    for entry in root()["defaults"]:
-        if isinstance(entry, dict):
-            chosen.update({str(key).split()[-1]: str(value) for key, value in entry.items()})
-    return {group: name for group, name in chosen.items() if group in GROUPS}
+    return config.root_defaults() | {key: value for key, value in config.conf_root().items() if key not in ("defaults", "hydra")}

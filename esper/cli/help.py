@@ -10,7 +10,7 @@ from typing import Any
 
 from esper.cli import conf
 from esper.cli.programs import programs
-from esper.config import GROUPS, PRESETS, RootConfig, accepted, listing, nearest, options, shown
+from esper.config import GROUPS, PRESETS, RootConfig, accepted, default_options, listing, nearest, options, shown
 from esper.errors import UserError
 
 ABOUT = "neural networks that grow while they train, and proof of whether growing paid"
@@ -43,12 +43,12 @@ def text(words: Sequence[str] = ()) -> str:
     for word in words:
         group, _, option = word.partition("=")
         if group in GROUPS:
-            return _group(group, option or conf.defaults()[group], alone=bool(option))
+            return _group(group, option or default_options()[group], alone=bool(option))
     return _everything()
 
 
 def _everything() -> str:
-    chosen = conf.defaults()
+    chosen = default_options()
     lines = [f"esper: {ABOUT}", "", USAGE, "Programs:"]
     lines += [f"  {name:<12} {program.help}" for name, program in programs().items()]
     lines += ["", "Groups (* is the default; esper --help GROUP explains the keys, esper --cfg job prints every value):"]

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from esper.blueprints import blueprint_of
-from esper.cli import conf
-from esper.config import GROUPS, RootConfig, config_hash, listing, nearest, options, plain
+from esper.config import GROUPS, RootConfig, config_hash, default_options, listing, nearest, options, plain
 from esper.controllers import Controller
 from esper.engine.port import Port
 from esper.errors import UserError
@@ -146,7 +145,7 @@ def _called(part: Any) -> str:
 
 def _choices(config: RootConfig, chosen: dict[str, str]) -> dict[str, str]:
     """The options, of all groups, that are not the ones of conf/config.yaml, as settings of a run's name."""
-    usual = conf.defaults()
+    usual = default_options()
     names = {group: chosen.get(group) or str(getattr(getattr(config, group), "name", usual[group])) for group in usual}
     return {f"{group}.name": name for group, name in names.items() if name != usual[group]}
 
