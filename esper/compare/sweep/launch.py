@@ -16,6 +16,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
+from esper.cli import conf
 from esper.cli.compose import from_hydra
 from esper.cli.conf import LauncherConfig
 from esper.compare.sweep.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
