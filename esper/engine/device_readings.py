@@ -27,10 +27,11 @@ class Readings:
 
     def post(self, tensors: list[Tensor], read: Read) -> None:
         """Have ``read`` called with copies of these tensors on the CPU, float32: now or at the beginning of the next step."""
+        detached = [tensor.detach() for tensor in tensors]
         if self.late:
-            self._posted.append(([tensor.detach() for tensor in tensors], read))
+            self._posted.append((detached, read))
         else:
-            read(tensors)
+            read(detached)
 
     def send(self) -> None:
         """End of a step: what was posted is on its way."""
