@@ -217,9 +217,10 @@ class Observer:
         return list(self.health)
 
     def load(self, state: list[Tensor]) -> None:
-        """Take over a saved state."""
-        for row, saved in zip(self.health, state, strict=True):
-            row.copy_(saved)
+        """Take over a saved state; columns that were appended since stay NaN until the next telemetry."""
+        for rows, saved in zip(self.health, state, strict=True):
+            rows.fill_(float("nan"))
+            rows[:, : saved.shape[1]] = saved
 
     def row(self, row: int) -> list[float]:
         """A telemetry row of a seed: what was measured last, and the rest as it is now."""

@@ -18,7 +18,7 @@ from esper.grafting.momentum import MOMENTUM
 from esper.grafting.performance import PERFORMANCE
 from esper.grafting.stability import STABILITY
 
-#: In the order of their index, which states and checkpoints hold: append only.
+#: By name; branches and checkpoints hold the names.
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy for strategy in (LINEAR, DRIFT, MOMENTUM, ADAPTIVE, STABILITY, GRAD_NORM, PERFORMANCE)
 }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from esper.grafting import STRATEGY_NAMES, initial_state
+from esper.grafting.state import widened
 from esper.lifecycle import Stage
 
 
@@ -86,14 +87,14 @@ class BranchTable:
             Branch(**(saved | {"stage": Stage(saved["stage"]), "path": [(str(name), int(tick)) for name, tick in saved["path"]]}))
             for saved in state["entries"]
         ]
-        count = len(entries)
+        count, grafting = len(entries), widened(state["grafting"])
         expected = ((count,), (count,), tuple(initial_state(count).shape))
-        if tuple(tuple(state[name].shape) for name in ("alpha", "fade_from", "grafting")) != expected:
+        if tuple(tuple(column.shape) for column in (state["alpha"], state["fade_from"], grafting)) != expected:
             raise ValueError("the table of branches and its columns are of different lengths")
         if [branch.id for branch in entries] != list(range(count)):
             raise ValueError("branches are not numbered by position")
         self.entries = entries
-        self.alpha, self.fade_from, self.grafting = state["alpha"], state["fade_from"], state["grafting"]
+        self.alpha, self.fade_from, self.grafting = state["alpha"], state["fade_from"], grafting
 
     def living(self) -> list[Branch]:
         """Branches whose parameters exist."""

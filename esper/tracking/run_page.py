@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from esper.lifecycle.stages import Stage
-from esper.messages import Metrics, Telemetry
+from esper.messages import COLUMNS, Metrics, Telemetry
 from esper.report.number_format import count, short
 from esper.tracking.tracker import rows
 
@@ -20,15 +20,17 @@ ENDS = ("fossilized", "culled", "cancelled", "rolled_back")
 BLENDED = tuple(range(Stage.GRAFTING, Stage.FOSSILIZED + 1))
 LEARNT = (int(Stage.TRAINING), *BLENDED)
 
-MEANS: dict[str, tuple[int, ...]] = {
+STAGES_OF: dict[str, tuple[int, ...]] = {
     "alpha": BLENDED,
     "gain": BLENDED,
     "branch_rms_ratio": BLENDED,
-    "grad_ratio": LEARNT,
     "variance": (int(Stage.DORMANT), *LEARNT),
     "near_zero": (int(Stage.DORMANT), *LEARNT),
 }
-"""Columns whose mean is published, and the stages in which they say something; seeds that wait or rest are counted alone."""
+"""The stages in which a column's mean is published, where they are not LEARNT; seeds that wait or rest are counted alone."""
+WITHOUT_MEAN = ("stage", "age", "generation", "mean", "correlation", "grad_norm")
+"""Columns whose mean over the seeds of a stage says little."""
+MEANS = {column: STAGES_OF.get(column, LEARNT) for column in COLUMNS if column not in WITHOUT_MEAN}
 
 
 def page_description(summary: Mapping[str, Any]) -> str:

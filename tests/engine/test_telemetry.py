@@ -193,6 +193,14 @@ def test_rows_are_written_where_the_port_wants_them_whatever_was_there():
     assert not any((rows == 777.0).any() for rows in said)
 
 
+def test_a_state_from_before_a_column_was_appended_is_taken_over_and_the_column_is_not_measured_yet():
+    observer = Loop(settings={"telemetry": TelemetryConfig(every=1)}).run(2).grow.observer
+    saved = [rows.clone() for rows in observer.state()]
+    observer.load([rows[:, :-1] for rows in saved])
+    for rows, before in zip(observer.health, saved, strict=True):
+        assert torch.equal(rows[:, :-1].nan_to_num(), before[:, :-1].nan_to_num()) and rows[:, -1].isnan().all()
+
+
 def test_nobody_needs_to_listen():
     port = NullPort()
     port.started(0, 1, [])
