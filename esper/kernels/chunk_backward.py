@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from esper.kernels.activations import activate, activate_gradient
 from esper.kernels.chunk_forward import all_blocks_delta, block_delta, hidden_units, load_block
-from esper.kernels.triton_helpers import activate, activate_gradient, assignment, chunk_size, chunk_start, row_offsets
+from esper.kernels.triton_helpers import assignment, chunk_size, chunk_start, row_offsets
 
 
 @triton.jit

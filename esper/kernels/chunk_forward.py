@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from esper.kernels.activations import activate
 from esper.kernels.telemetry_kernels import finish
 from esper.kernels.triton_helpers import (
-    activate,
     assignment,
     chunk_size,
     chunk_start,
