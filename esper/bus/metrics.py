@@ -199,17 +199,17 @@ ONE_EXPORT_S = 1.0  # instruments are asked one by one, and the server not for e
 class PrometheusEndpoint:
     """Serves ``/metrics`` on loopback until closed; every scrape takes fresh readings."""
 
-    def __init__(self, port: int, source: Source, state: TrainerState) -> None:
+    def __init__(self, tcp_port: int, source: Source, state: TrainerState) -> None:
         from prometheus_client import CollectorRegistry, start_http_server
 
         self._source, self._state = source, state
         registry = CollectorRegistry()
         registry.register(self)
         try:
-            self._server, self._thread = start_http_server(port, "127.0.0.1", registry)
+            self._server, self._thread = start_http_server(tcp_port, "127.0.0.1", registry)
         except OSError as error:
-            raise UserError(f"bus.metrics_port={port} cannot be served ({error.strerror}): give a free port, or 0 for none") from None
-        self.port = self._server.server_port
+            raise UserError(f"bus.metrics_port={tcp_port} cannot be served ({error.strerror}): give a free port, or 0 for none") from None
+        self.tcp_port = self._server.server_port
 
     def describe(self) -> list[Any]:
         """Nothing in advance: readings are taken when somebody asks."""

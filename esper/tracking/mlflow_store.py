@@ -69,8 +69,8 @@ def check_uri(uri: str, key: str, otherwise: str) -> None:
 def _check_server(uri: str, key: str, otherwise: str) -> None:
     parts = urlsplit(uri)
     try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname or "", port), ANSWER_S).close()
+        tcp_port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname or "", tcp_port), ANSWER_S).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}={uri} does not answer ({str(reason).lower()}); start the server (mlflow server), {otherwise}.") from error

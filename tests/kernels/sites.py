@@ -71,6 +71,7 @@ def error(out: Tensor, expected: Tensor) -> float:
     """Relative root mean square of the difference; infinite where anything is not finite."""
     if not torch.isfinite(out).all():
         return float("inf")
+    out, expected = out.detach(), expected.detach()
     return float((out.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)) if out.numel() else 0.0
 
 

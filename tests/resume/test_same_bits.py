@@ -48,7 +48,7 @@ def test_the_bits_do_not_depend_on_a_server_elsewhere_that_holds_the_bus(
     server, folder = EmbeddedServer(tmp_path / "server"), tmp_path / "day" / "run"
     monkeypatch.setenv("ESPER_BUS_PASSWORD", server.note.password)
     try:
-        words = ("bus=redis", f"bus.url=redis://127.0.0.1:{server.note.port}/0", "controller.timing=lockstep")
+        words = ("bus=redis", f"bus.url=redis://127.0.0.1:{server.note.tcp_port}/0", "controller.timing=lockstep")
         run(configure(*words, f"output={tmp_path}"), folder, quiet=True)
     finally:
         server.stop()
