@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from esper.checkpoint import store
-from esper.checkpoint.store import Checkpoint, Copy
+from esper.checkpoint import disk
+from esper.checkpoint.disk import Checkpoint, Copy
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Saver:
         try:
             if not self._settled():
                 return
-            checkpoint = store.write(taken, self.folder)
-            store.retain(self.folder, self.retention.keep, self.retention.best, self.retention.hours)
+            checkpoint = disk.write(taken, self.folder)
+            disk.retain(self.folder, self.retention.keep, self.retention.best, self.retention.hours)
             self._written(checkpoint)
         except BaseException as error:  # a full disk: said where training is, by the next save or at the end
             self._error = error

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting, join, kept, split
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
@@ -363,8 +363,8 @@ class Grow:
 
     def save_branches(self, folder: str | Path) -> Path:
         """Write ``state()`` as a checkpoint under ``folder``; returns its path, which ``attach(state=…)`` takes."""
-        copy = store.copy(self._whole_state(), self.steps, self.tick_number, topology(self.registry), None)
-        return store.write(copy, Path(folder)).path
+        copy = disk.copy(self._whole_state(), self.steps, self.tick_number, topology(self.registry), None)
+        return disk.write(copy, Path(folder)).path
 
     def load_branches(self, saved: str | Path | dict[str, Any]) -> None:
         """Take over the seeds and branches of a ``state()``, or of what ``save_branches`` wrote; the host stays as it is.

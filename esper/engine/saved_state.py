@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.errors import UserError
 from esper.seeds import SeedRegistry
@@ -26,12 +26,12 @@ def read_state(state: Tree | str | Path) -> Tree:
     if isinstance(state, Mapping) or state is None:
         return _of_grow(state, "The state")
     place = Path(state)
-    if not (place / store.MANIFEST).is_file():
-        kept = store.checkpoints(place)
+    if not (place / disk.MANIFEST).is_file():
+        kept = disk.checkpoints(place)
         if not kept:
             raise UserError(f"There is nothing in {place} to go on from; give what save_branches wrote, its folder, or no state.")
         place = kept[-1]
-    return _of_grow(store.read(place)[1], str(place))
+    return _of_grow(disk.read(place)[1], str(place))
 
 
 def _of_grow(state: Any, where: str) -> Tree:

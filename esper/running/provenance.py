@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import esper
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting
 from esper.errors import UserError
 from esper.report.summary_file import NAME as SUMMARY
@@ -125,7 +125,7 @@ def _version(package: str) -> str:
 def note_session(folder: Path, since: int, environment: dict[str, Any]) -> None:
     """A session begins after step ``since``. Entries of earlier sessions beyond that step are removed, since their work is done again."""
     earlier = [session for session in sessions(folder) if session["since"] < since]
-    if since and not earlier and store.checkpoints(folder / store.FOLDER):  # a fork begins with none of its own
+    if since and not earlier and disk.checkpoints(folder / disk.FOLDER):  # a fork begins with none of its own
         earlier = [{"since": 0, "environment": _of_summary(folder)}]
     if not earlier or earlier[-1]["environment"] != environment:
         earlier.append({"since": since, "environment": environment})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash
 from esper.errors import UserError
@@ -72,13 +72,13 @@ def locate(place: Path) -> tuple[Path, Path | None]:
     """(run folder, checkpoint or None) for a path to either."""
     if (place / CONFIG).exists():
         return place.resolve(), None
-    if not (place / store.MANIFEST).exists():
+    if not (place / disk.MANIFEST).exists():
         raise UserError(f"{place} is no run's folder (it has no {CONFIG}) and no checkpoint; name one, or use resume=auto.")
     folder = place.resolve().parent.parent
-    if place.resolve().parent.name != store.FOLDER or not (folder / CONFIG).exists():
+    if place.resolve().parent.name != disk.FOLDER or not (folder / CONFIG).exists():
         raise UserError(
             f"{place} is a checkpoint apart from its run, whose {CONFIG} says how to go on: put it back as "
-            f"<run folder>/{store.FOLDER}/<step> and name that. What grow.save_branches wrote is for "
+            f"<run folder>/{disk.FOLDER}/<step> and name that. What grow.save_branches wrote is for "
             "attach(state=…) and grow.load_branches."
         )
     return folder, place.resolve()
@@ -97,7 +97,7 @@ def is_over(folder: Path, chosen: Path | None) -> bool:
     """Whether the run came to its end, and ``chosen``, if one was, is the checkpoint of it."""
     if status(folder) != "FINISHED":
         return False
-    return chosen is None or store.read_manifest(chosen).step >= int(read_summary(folder)["steps"])
+    return chosen is None or disk.read_manifest(chosen).step >= int(read_summary(folder)["steps"])
 
 
 def total_steps(config: RootConfig) -> int:
@@ -109,11 +109,11 @@ def total_steps(config: RootConfig) -> int:
 def saved_state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:
     """The state of the checkpoint ``chosen``, else of the newest; ``fall_back`` passes over damaged ones. None where there is none."""
     if chosen is not None:
-        return store.read(chosen)[1]
-    kept = store.checkpoints(folder / store.FOLDER)
+        return disk.read(chosen)[1]
+    kept = disk.checkpoints(folder / disk.FOLDER)
     if fall_back or not kept:
         return state_in(folder)
-    return store.read(kept[-1])[1]
+    return disk.read(kept[-1])[1]
 
 
 def state_in(folder: Path) -> Any:
@@ -121,7 +121,7 @@ def state_in(folder: Path) -> Any:
 
     Raises UserError where there are checkpoints and none is whole.
     """
-    found = store.newest(folder / store.FOLDER)
+    found = disk.newest(folder / disk.FOLDER)
     for refusal in found[2] if found else ():
         print(f"esper: {refusal}", file=sys.stderr)
     return None if found is None else found[1]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.config import RootConfig, plain
 from esper.export.saved_model import FOLDER as MODEL
 from esper.export.saved_model import host_card, save_model
@@ -57,7 +57,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     """
     refuse_unreachable(config)
     folder = folder.resolve()
-    if state is None and (status(folder) == "FINISHED" or store.checkpoints(folder / store.FOLDER)):
+    if state is None and (status(folder) == "FINISHED" or disk.checkpoints(folder / disk.FOLDER)):
         refuse_occupied(folder)
     refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
