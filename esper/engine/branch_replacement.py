@@ -81,10 +81,10 @@ class Replacing:
     def watch(self, tick: int, measured: Measured) -> None:
         """Once a tick: failing trials end, those that are due are judged, and those whose time is up end."""
         for branch in self.trials():
-            rate = measured.error_rates.get(branch.id, 0.0)
+            error_rate = measured.error_rates.get(branch.id, 0.0)
             cause = measured.trouble.get(branch.id)
-            if cause is None and not rate <= self.config.error_rate:
-                cause = f"{rate:.0%} of its forwards were not finite"
+            if cause is None and not error_rate <= self.config.error_rate:
+                cause = f"{error_rate:.0%} of its forwards were not finite"
             if cause is not None:
                 self.end(branch, cause)
                 continue

@@ -79,7 +79,7 @@ class Grow:
         self.settings = settings
         self.loss = loss
         self.optimizer = rate.optimizer
-        self.rate = rate
+        self.host_rate = rate
         self.scaler = scaler
         self.port: Port = NullPort() if port is None else port
         self.meter = Meter(registry.kernels)
@@ -191,7 +191,7 @@ class Grow:
         self._unscale(learning)
         if self.observer.due:
             self.observer.note_gradients(self._scale)
-        factor = self.rate.factor()
+        factor = self.host_rate.factor()
         if learning:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
@@ -304,7 +304,7 @@ class Grow:
     def _whole_state(self) -> dict[str, Any]:
         """By reference: seeds and branches, the rates that they follow, the judge's batches, the controller's memory."""
         judge = {"recent": []} if self.judge is None else self.judge.state()
-        return {"grow": self.grown_state(), **self.rate.state(), **judge, "controller": memory_of(self.port)}
+        return {"grow": self.grown_state(), **self.host_rate.state(), **judge, "controller": memory_of(self.port)}
 
     def grown_state(self) -> dict[str, Any]:
         """Everything that seeds and branches depend on, by reference, as the checkpoints of a run hold it."""

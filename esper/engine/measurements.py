@@ -169,7 +169,7 @@ class Measurements:
         self.metric: float | None = None
         self.batch: Any = None
         self.scale = 1.0
-        self.rates: dict[int, float] = {}
+        self.error_rates: dict[int, float] = {}
         self.gradient_norms: dict[int, float] = {}
 
     def observe(self, metric: float) -> None:
@@ -206,7 +206,7 @@ class Measurements:
         for layer in self.registry.layers:
             raised |= take_errors(layer.groups)
         self._post_failures()
-        rates, self.rates = self.rates, {}
+        rates, self.error_rates = self.error_rates, {}
         learner = self.branch_optimizer
         rates.update(dict.fromkeys((*self.objective.failed, *learner.failures), 1.0))
         overflow = "" if self.scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self.scale:g}"
@@ -243,11 +243,11 @@ class Measurements:
         for mine, contained, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
             if mine and float(forwards) > 0.0:
                 found = (contained / forwards).tolist()
-                self.rates.update((branch, found[seed]) for seed, branch in mine.items())
+                self.error_rates.update((branch, found[seed]) for seed, branch in mine.items())
 
     def _note_shares(self, names: list[list[int]], shares: list[Tensor]) -> None:
         for branches, found in zip(names, shares, strict=True):
-            self.rates.update(zip(branches, found.tolist(), strict=True))
+            self.error_rates.update(zip(branches, found.tolist(), strict=True))
 
     # --- signals of strategies ---
 
@@ -263,14 +263,14 @@ class Measurements:
         """The measurements gathered so far, for a checkpoint; taken between two steps, when the last batch is no longer needed."""
         return {
             "metric": self.metric,
-            "rates": {str(branch): rate for branch, rate in self.rates.items()},
+            "rates": {str(branch): rate for branch, rate in self.error_rates.items()},
             "plans": [[[group.forwards, group.failures] for group in layer.groups] for layer in self.registry.layers],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state; the registry has taken over its own."""
         self.metric = state["metric"]
-        self.rates = {int(branch): float(rate) for branch, rate in state["rates"].items()}
+        self.error_rates = {int(branch): float(rate) for branch, rate in state["rates"].items()}
         for layer, counters in zip(self.registry.layers, state["plans"], strict=True):
             for group, (forwards, failures) in zip(layer.groups, counters, strict=True):
                 group.forwards = int(forwards)

@@ -158,13 +158,15 @@ class TickBoundary:
         self.replacing.watch(tick, measured)
 
     def _remove_failing(self, tick: int, measured: Measured) -> None:
-        suspects = {branch for branch, rate in measured.error_rates.items() if not rate <= self.config.error_rate} | measured.trouble.keys()
+        suspects = {
+            branch for branch, rate in measured.error_rates.items() if not error_rate <= self.config.error_rate
+        } | measured.trouble.keys()
         living = [branch for branch in self.registry.branches.living() if branch.id in suspects] if suspects else []
         for branch in [branch for branch in living if branch.replaces < 0 or not branch.excluded]:
-            rate = measured.error_rates.get(branch.id, 0.0)
+            error_rate = measured.error_rates.get(branch.id, 0.0)
             cause = measured.trouble.get(branch.id)
-            if cause is None and not rate <= self.config.error_rate:
-                cause = f"{rate:.0%} of its forwards were not finite"
+            if cause is None and not error_rate <= self.config.error_rate:
+                cause = f"{error_rate:.0%} of its forwards were not finite"
             if cause is None or branch.stage in (Stage.GERMINATED, Stage.FOSSILIZED, Stage.CULLED):
                 continue
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
