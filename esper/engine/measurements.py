@@ -214,16 +214,16 @@ class Measurements:
         self.objective.failed.clear()
         learner.failures.clear()
         trouble |= self.faults.note(raised, tick)
-        for number, rate in rates.items():
-            self._note_fossil(self.registry.branches[number], rate, tick)
+        for number, error_rate in rates.items():
+            self._note_fossil(self.registry.branches[number], error_rate, tick)
         return rates, trouble
 
-    def _note_fossil(self, branch: Branch, rate: float, tick: int) -> None:
-        if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
+    def _note_fossil(self, branch: Branch, error_rate: float, tick: int) -> None:
+        if branch.stage is Stage.FOSSILIZED and error_rate > 0 and not branch.unsound:
             site = self.registry.sites[branch.site].name
             text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
             self.faults.port.emit(Alert(tick=tick, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed))
-        branch.unsound = rate > 0
+        branch.unsound = error_rate > 0
 
     def _post_failures(self) -> None:
         """Ask the device in which share of its forwards each branch was contained; read now, or at the next tick on a GPU."""

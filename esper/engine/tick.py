@@ -158,9 +158,8 @@ class TickBoundary:
         self.replacing.watch(tick, measured)
 
     def _remove_failing(self, tick: int, measured: Measured) -> None:
-        suspects = {
-            branch for branch, rate in measured.error_rates.items() if not error_rate <= self.config.error_rate
-        } | measured.trouble.keys()
+        failing = {branch for branch, share in measured.error_rates.items() if not share <= self.config.error_rate}
+        suspects = failing | measured.trouble.keys()
         living = [branch for branch in self.registry.branches.living() if branch.id in suspects] if suspects else []
         for branch in [branch for branch in living if branch.replaces < 0 or not branch.excluded]:
             error_rate = measured.error_rates.get(branch.id, 0.0)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-WINDOW_S = 5.0  # the rate is that of the last seconds, so that slow stages show
+WINDOW_S = 5.0  # the speed is that of the last seconds, so that slow stages show
 PLAIN_S = 10.0  # without a terminal: a line this often
 
 
@@ -58,7 +58,7 @@ class ProgressState:
                     self._stages[message.site][message.seed] = message.target
 
     def mark(self) -> None:
-        """Note the time, for the rate; call it about as often as the bar is drawn."""
+        """Note the time, for the speed; call it about as often as the bar is drawn."""
         now = self._clock()
         self._times.append((now, self.steps, self.tick))
         while len(self._times) > 2 and now - self._times[0][0] > WINDOW_S:
@@ -70,15 +70,15 @@ class ProgressState:
         return self.values.get("cost/steps", float(self.tick))
 
     @property
-    def rate(self) -> float | None:
+    def steps_per_second(self) -> float | None:
         """Steps per second of late."""
         return self._per_second(1)
 
     @property
     def left_s(self) -> float | None:
         """Seconds to go at the present pace."""
-        rate = self._per_second(2)
-        return (self.total - self.tick) / rate if rate else None
+        speed = self._per_second(2)
+        return (self.total - self.tick) / speed if speed else None
 
     def _per_second(self, column: int) -> float | None:
         if len(self._times) < 2:
@@ -118,7 +118,7 @@ class ProgressState:
             parts.append(f"seeds: {stages}")
         if self.overhead is not None:
             parts.append(f"shadow+judge {self.overhead:.0%}")
-        parts += [f"{short(self.rate, 3)} steps/s", f"{duration(self.left_s)} left"]
+        parts += [f"{short(self.steps_per_second, 3)} steps/s", f"{duration(self.left_s)} left"]
         return " · ".join(parts)
 
 

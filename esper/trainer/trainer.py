@@ -232,9 +232,9 @@ class Trainer:
 
     def _step(self, step: int) -> dict[str, float]:
         """One step; the values to record, none where telemetry is not due."""
-        rate = self.scheduler.factor(step, self.total)
+        lr_factor = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
+            group["lr"] = group["initial_lr"] * lr_factor
         losses = []
         for micro in range(self.config.accumulate):
             number = step * self.config.accumulate + micro
@@ -258,7 +258,7 @@ class Trainer:
         if self.governor is not None:
             self.governor.measure()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._said_of(step, float(mean), rate) if (step + 1) % self._publish_every == 0 else {}
+        return self._said_of(step, float(mean), lr_factor) if (step + 1) % self._publish_every == 0 else {}
 
     def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
         """Loss and gradient norm as numbers; waits for the device once. A scaler itself skips steps that overflow."""
@@ -283,13 +283,13 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
-    def _said_of(self, step: int, loss: float, rate: float) -> dict[str, float]:
+    def _said_of(self, step: int, loss: float, lr_factor: float) -> dict[str, float]:
         if not math.isfinite(loss) and self.scaler is None and self.governor is None:
             raise UserError(
                 f"The training loss is {loss} after step {step + 1}; lower optimizer.lr, check the data, or run with debug=nan, "
                 "which names the operation."
             )
-        return {"train/loss": loss, "train/lr_factor": rate}
+        return {"train/loss": loss, "train/lr_factor": lr_factor}
 
     def _validate(self) -> dict[str, float]:
         values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}

@@ -95,7 +95,7 @@ def test_a_rate_set_by_hand_is_followed_from_where_it_began() -> None:
     again[1].param_groups[0].pop("initial_lr")
     second = attached(again, state=grow.state())
     assert second.settings.learning.lr == grow.settings.learning.lr
-    assert second.settings.learning.lr * second.rate.factor() == pytest.approx(0.001)
+    assert second.settings.learning.lr * second.host_rate.factor() == pytest.approx(0.001)
 
 
 def test_a_state_that_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:

@@ -99,4 +99,4 @@ def test_a_cycle_that_climbs_a_hundredfold_never_drives_branches_beyond_their_ow
     assert seen[4:] == pytest.approx([1e-3 * rate / 0.1 for (rate,) in host[4:]])
     given: dict[str, Any] = {"optimizer": grow.optimizer, "total_steps": 60, "lifecycle": short(), "controller": scheduled()}
     second = attach(build("mlp"), loss=sample_loss, judge=JUDGE, sites="fc1", state=grow.state(), **given)
-    assert second.rate.peak == grow.host_rate.peak == pytest.approx(100.0)
+    assert second.host_rate.peak == grow.host_rate.peak == pytest.approx(100.0)
