@@ -130,7 +130,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
     registry = grow.registry
     gates = {
         name: GateSummary(closest=gate.closest, threshold=gate.threshold, asked=gate.asked, passed=gate.passed)
-        for name, gate in grow.gates.records.items()
+        for name, gate in grow.gates.counts.items()
     }
     spent = grow.clock.seconds
     seconds = SecondsSummary(total=grow.clock.total, shadow=spent.get("shadow", 0.0), judge=spent.get("judge", 0.0))

@@ -162,4 +162,4 @@ def test_a_site_that_no_gradient_reaches_teaches_nothing_and_ends_in_its_cull():
     loop.model.fc1.register_forward_hook(lambda module, inputs, output: output.detach())
     loop.run(10)
     assert [said.target for said in loop.port.transitions if said.site == "fc1"][2] == Stage.CULLED
-    assert loop.grow.gates.records["readiness"].passed == 1, "the other site's gate opened"
+    assert loop.grow.gates.counts["readiness"].passed == 1, "the other site's gate opened"
