@@ -1,4 +1,4 @@
-"""Commands from the bus: each is planned first, by a trial over the table of seeds; only an allowed plan is carried out."""
+"""Commands from the bus: a trial over the table of seeds turns each into actions, which are carried out only if all are allowed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Executor:
         return "applied", ""
 
     def _one(self, command: Command, tick: int, measured: Measured) -> None:
-        self._do_all(self._PLAN_(command, self.transitions.machine.trial(), tick), command.id, measured)
+        self._do_all(self._actions_of(command, self.transitions.machine.trial(), tick), command.id, measured)
 
     def _each(self, batch: ApplyEach, tick: int, measured: Measured) -> tuple[str, str]:
         """Apply every command of a batch on its own; the status of the whole, and the reason of each refusal."""
@@ -166,12 +166,12 @@ class Executor:
 
     # --- working out ---
 
-    def _PLAN_(self, command: Command, trial: Trial, tick: int) -> list[Action]:
+    def _actions_of(self, command: Command, trial: Trial, tick: int) -> list[Action]:
         match command:
             case Germinate():
                 return [self._germinate(command, trial)]
             case ApplyTogether():
-                return [action for part in _parts(command) for action in self._PLAN_(_without_own(part, command), trial, tick)]
+                return [action for part in _parts(command) for action in self._actions_of(_without_own(part, command), trial, tick)]
             case EmergencyStop():
                 return self._stop(command.select, trial)
             case SetStage():

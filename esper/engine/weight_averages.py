@@ -60,7 +60,7 @@ class Follower:
             if key != self._banks[number]:
                 self._rebuild(number, here)
                 self._banks[number] = key
-            self._PLAN_(number)
+            self._update_groups(number)
         for branch in living:
             if branch.stage not in AVERAGED:
                 _put(self._values(branch), _values(self.registry.layers[branch.site], branch))
@@ -133,7 +133,7 @@ class Follower:
             parameter.grad = None
         return twin
 
-    def _PLAN_(self, number: int) -> None:
+    def _update_groups(self, number: int) -> None:
         registry, layer = self.registry, self.layers[number]
         blended = registry.blended(number)
         if [branch.id for branch in blended] != self._built_for[number] or (blended and not layer.groups):
