@@ -160,7 +160,7 @@ class MlflowRun:
                 case Telemetry():
                     self._note(self._averages.points(message))
                 case RunStarted():
-                    self._averages.plan(message.total_ticks)
+                    self._averages.set_length(message.total_ticks)
                     if self._before is not None:
                         self._averages.go_on(self._before.seeds_until(message.tick))
                         self._alerts.update(self._before.alerts_until(message.tick))

@@ -130,7 +130,7 @@ class SeedAverages:
         self._known: dict[str, set[int]] = {}
         self._next: dict[str, int] = {}
 
-    def plan(self, total_ticks: int) -> None:
+    def set_length(self, total_ticks: int) -> None:
         """Spread the points over a run of this length."""
         self._stride = max(1, math.ceil(total_ticks / self._points))
 
