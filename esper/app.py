@@ -226,7 +226,7 @@ def _job(tree: DictConfig) -> float:
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
-    """The sentence and the code of a run or sweep that somebody ended; ``run`` put its folder into ``stop``."""
+    """The sentence and the exit code of a run or sweep that was ended from outside; ``run`` put its folder into ``stop``."""
     kept = f"; what there is so far lies in {stop.args[0]}" if stop.args else ""
     if isinstance(stop, Preempted):
         return _say(f"ended by SIGTERM, everything is saved: {stop} goes on", PREEMPTED)

@@ -48,7 +48,7 @@ GROUPS: dict[str, str] = {
 #: Groups of files that override others (``@package _global_``); none is chosen by default.
 PRESETS = ("experiment", "arm", "debug")
 
-#: What a result does not depend on: where it is written, what it is called and who watches.
+#: Settings on which a result does not depend: its place, its name and its trackers.
 UNHASHED = ("name", "tags", "output", "resume", "tracking", "compare", *PRESETS)
 
 
@@ -165,7 +165,7 @@ def structure(kind: type, values: Mapping[str, Any], path: str) -> Any:
     """An instance of the dataclass ``kind`` from plain ``values``; ``path`` is its dotted name in the config.
 
     Raises:
-        UserError: naming the key, what is accepted, and the nearest right spelling.
+        UserError: naming the key, the accepted values, and the nearest right spelling.
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
@@ -259,7 +259,7 @@ _WORDS = {
 
 
 def accepted(hint: Any, metadata: Mapping[str, Any]) -> str:
-    """What a key takes, in words: ``a whole number from 1 to 8 [ticks]``."""
+    """The values that a key accepts, in words: ``a whole number from 1 to 8 [ticks]``."""
     choices, low, high, unit = (metadata.get(key) for key in ("choices", "low", "high", "unit"))
     if choices:
         return listing(choices)

@@ -39,7 +39,7 @@ class GlobalDraws:
         self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on from here, but for torch's own generators: plain values and tensors."""
+        """The state for a checkpoint, without torch's own generators: plain values and tensors."""
         version, words, gauss = self._python
         found: dict[str, Any] = {"python": {"version": version, "words": torch.tensor(words), "gauss": gauss}}
         if self._numpy is not None:
@@ -91,5 +91,5 @@ def seed_global_draws(seed: int) -> None:
 
 
 def _numpy() -> Any:
-    """NumPy, if somebody imported it: the engine itself does without."""
+    """NumPy, if it has been imported: the engine itself does without."""
     return sys.modules.get("numpy")

@@ -42,7 +42,7 @@ class Block(BlockSettings):
         return f"{type(block).__name__} has no layer '{missing[0]}' to put at zero" if missing else None
 
     def silence(self, block: nn.Module) -> None:
-        """Zero the parameters of the block's last layers; raises UserError where nobody says which they are."""
+        """Zero the parameters of the block's last layers; raises UserError where it is not known which they are."""
         reason = self.silencing_misfit(block)
         if reason is not None:
             raise UserError(f"{reason}.")

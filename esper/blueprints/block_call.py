@@ -15,7 +15,7 @@ from esper.errors import UserError
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What the host gives beside the activation: masks, positions, another stream. A cache of keys is not handed on.
+    """The arguments that the host gives beside the activation: masks, positions, another stream. A cache of keys is not passed on.
 
     ``key`` is the name under which the activation comes, empty where it is the first argument; ``cached`` the positions that the
     host's cache holds, those of this call among them.
@@ -38,7 +38,7 @@ class BlockCall:
         return cls(tuple(map(_but_caches, inputs[1:])), kept, key, cached)
 
     def answer(self, block: nn.Module, y: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """What ``block`` makes of ``y``, with other ``parameters`` than its own where given.
+        """The output of ``block`` for ``y``, with other ``parameters`` than its own where given.
 
         Raises:
             UserError: the host goes on from a cache in which this block has no keys.

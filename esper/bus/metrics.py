@@ -212,7 +212,7 @@ class PrometheusEndpoint:
         self.tcp_port = self._server.server_port
 
     def describe(self) -> list[Any]:
-        """Nothing in advance: readings are taken when somebody asks."""
+        """Nothing in advance: readings are taken at every scrape."""
         return []
 
     def collect(self) -> Iterator[Any]:

@@ -218,7 +218,7 @@ class OrderedConsumer:
         self._consumer.ack(deliveries)
 
     def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
+        """Handling these takes long: while this consumer reads, no other consumer is given them."""
         self._consumer.keep(deliveries, on)
 
     def handled(self) -> dict[str, Id]:

@@ -49,7 +49,7 @@ def parse_id(id: str | bytes) -> Id:
 
 
 def read_id(value: object) -> Id | None:
-    """An id read from a server, where anybody may have written; None for other bytes (epoch and sequence have 64 bits each)."""
+    """An id read from a server, to which others may write; None for other bytes (epoch and sequence have 64 bits each)."""
     found = _ID.fullmatch(value) if isinstance(value, bytes) else None
     id = (int(found[1]), int(found[2])) if found else (LARGEST + 1, 0)
     return id if max(id) <= LARGEST else None
@@ -147,7 +147,7 @@ class Consumer(Protocol):
         """Acknowledge after handling."""
 
     def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
-        """Handling these takes longer than ``claim_s``: as long as this consumer reads, nobody is given them, itself included.
+        """Handling these takes longer than ``claim_s``: as long as this consumer reads, no consumer is given them, itself included.
 
         They count as delivered once; a consumer that reads no more loses them to others like any message. With ``on=False`` they
         are messages like any other again.
@@ -200,7 +200,7 @@ class Bus(Protocol):
 
 
 class LocalBus(Bus, Protocol):
-    """A bus inside one process, on which nothing is kept that nobody reads."""
+    """A bus inside one process; messages that no group reads are not kept."""
 
     def has_readers(self, stream: str, run: str) -> bool:
         """Whether any consumer group reads this stream."""

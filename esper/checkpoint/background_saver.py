@@ -14,7 +14,7 @@ from esper.checkpoint.disk import Checkpoint, Copy
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept: the newest ``keep``, the ``best`` by validation, and everything younger than ``hours``."""
+    """The checkpoints to keep: the newest ``keep``, the ``best`` by validation, and all younger than ``hours``."""
 
     keep: int = 2
     best: int = 1

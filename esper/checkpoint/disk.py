@@ -201,7 +201,7 @@ def _own_digest(manifest: dict[str, Any]) -> str:
 
 
 def _throw_away(path: Path) -> None:
-    """Renamed first, so that nobody ever sees half of it."""
+    """Renamed first, so that half of it is never seen."""
     if path.exists():
         away = path.parent / f".{path.name}.{os.getpid()}.gone"
         _discard(away)

@@ -31,7 +31,7 @@ Content = Sequence[memoryview | bytes]
 
 @dataclass(frozen=True)
 class Written:
-    """Size of a file and the SHA-256 of each of its pieces of ``piece`` bytes (the last is what is left)."""
+    """Size of a file and the SHA-256 of each of its pieces of ``piece`` bytes (the last is the rest)."""
 
     bytes: int
     piece: int

@@ -33,7 +33,7 @@ def _one_hash_a_part(manifest: Tree) -> Tree:
 
 
 def _said_nothing(state: Tree) -> Tree:
-    """Up to version 2 nobody remembered which alerts had been given: those of before are given once more."""
+    """Up to version 2 the alerts that had been given were not saved: earlier ones are given once more."""
     grown = {**state, "grow": {**state["grow"], "said": []}} if "grow" in state else state
     return {**grown, "trainer": _said_nothing({**state["trainer"], "said": []})} if "trainer" in state else grown
 
@@ -84,7 +84,7 @@ UPGRADES: dict[int, Upgrade] = {
 
 
 def manifest_of_today(manifest: Tree) -> Tree:
-    """A verified manifest in the form of ``SCHEMA``; its ``schema`` still says what the state on disk is."""
+    """A verified manifest in the form of ``SCHEMA``; its ``schema`` is still that of the state on disk."""
     for version in range(manifest["schema"], SCHEMA):
         manifest = UPGRADES[version].manifest(manifest)
     return manifest

@@ -22,7 +22,7 @@ TENSOR, FLOAT = "$tensor", "$float"
 
 @dataclass(frozen=True)
 class Still:
-    """A part of a state whose tensors nobody will write to any more, so that they need no copy."""
+    """A part of a state whose tensors no longer change, so that they need no copy."""
 
     tree: Any
 

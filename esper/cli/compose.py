@@ -1,4 +1,4 @@
-"""Hydra's composition, held to sentences: what the command line says becomes a checked ``RootConfig``."""
+"""Hydra's composition, with its errors as sentences: the command line becomes a checked ``RootConfig``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def option(group: str, name: str) -> dict[str, Any]:
 
 
 def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
-    """Composes what will run: the run itself, or the first job of a sweep and one job for every further value; returns the first.
+    """Composes the runs: the run itself, or the first job of a sweep and one job for every further value; returns the first.
 
     Raises:
         UserError: anything that is not accepted, before the first job starts.
@@ -88,7 +88,7 @@ def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
 
 
 def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
-    """The checked config from what Hydra composed and the options it chose by group."""
+    """The checked config from Hydra's composed tree and the options that it chose by group."""
     return build(_values(tree, resolve=True), {preset: choices.get(preset) for preset in PRESETS})
 
 
@@ -100,9 +100,9 @@ def _values(tree: DictConfig, resolve: bool) -> dict[str, Any]:
 
 
 def prepare_hydra() -> None:
-    """Give Hydra the options that are no files, and what stands in ``${…}``.
+    """Give Hydra the options that are not files, and the resolvers of ``${…}``.
 
-    ``${unique:}`` is six characters that keep apart two runs of the same name and second; ``${oc.env:}`` reads what the user allows.
+    ``${unique:}`` is six characters that distinguish runs of the same name and second; ``${oc.env:}`` reads variables that the user allows.
     """
     from secrets import token_hex
 
@@ -113,7 +113,7 @@ def prepare_hydra() -> None:
 
 @contextmanager
 def _session() -> Iterator[None]:
-    """Hydra's loader over ``conf/``; what it raises becomes a sentence."""
+    """Hydra's loader over ``conf/``; its exceptions become sentences."""
     GlobalHydra.instance().clear()
     prepare_hydra()
     try:
@@ -184,7 +184,7 @@ def _refuse_unfitting_preset(tree: DictConfig) -> None:
 
 
 def _compose(parsed: list[Override]) -> Composed:
-    """Groups first, so that keys can be checked against what was chosen; then everything."""
+    """Groups first, so that keys can be checked against the chosen options; then everything."""
     internals.check_words(parsed)
     chosen = [item for item in parsed if overrides.is_group(item)]
     for item in chosen:

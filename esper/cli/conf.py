@@ -78,7 +78,7 @@ def has_file(group: str, name: str) -> bool:
 
 
 def description(group: str, name: str) -> str:
-    """What an option is, in one line: its dataclass's, or the first comment of its file."""
+    """The description of an option in one line: from its dataclass, or the first comment of its file."""
     for place in (config.conf_folder(), *_own):
         path = place / group / f"{name}.yaml"
         if path.is_file():
@@ -88,7 +88,7 @@ def description(group: str, name: str) -> str:
 
 
 def register() -> None:
-    """Give Hydra what no file says: the options that are a dataclass with another name, the keys of the root, our launcher."""
+    """Give Hydra the options that are dataclasses and not files, the keys of the root, and esper's launcher."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -104,7 +104,7 @@ def register() -> None:
 def register_for_sweeps() -> None:
     """Move options of single runs to ``<group>/single``: those of ``conf/sweep`` take their names and build on them.
 
-    Hydra warns of a file that has the name of an option in its store. ``register`` puts the options back for what comes after.
+    Hydra warns of a file that has the name of an option in its store. ``register`` puts the options back for later compositions.
     """
     from hydra.core.config_store import ConfigStore
 

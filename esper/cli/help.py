@@ -35,7 +35,7 @@ RECIPES = {
 
 
 def text(words: Sequence[str] = ()) -> str:
-    """What ``--help`` prints beside ``words``: all there is, or one group where a word names it.
+    """The text of ``--help`` beside ``words``: everything, or one group where a word names it.
 
     Raises:
         UserError: an option that the group does not have.
@@ -81,7 +81,7 @@ def _group(group: str, option: str, alone: bool) -> str:
 
 
 def _keys(kind: type, values: Mapping[str, Any], path: str) -> list[str]:
-    """The keys of a dataclass, and of those within it, with what they mean and what they accept."""
+    """The keys of a dataclass, and of those within it, with their meanings and accepted values."""
     hints, lines = typing.get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         name, value = f"{path}.{field.name}", values[field.name]

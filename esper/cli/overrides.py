@@ -1,4 +1,4 @@
-"""Checks what was typed, override by override, so that every mistake is a sentence and none is Hydra's traceback."""
+"""Checks of the typed overrides, one by one, so that every mistake is answered by a sentence and none by Hydra's traceback."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def quoted(words: Sequence[str]) -> list[str]:
     """The words as Hydra must have them.
 
     Option names that its grammar would read as numbers are quoted (``debug=nan``), and keys of which no file knows are added:
-    arguments of the user's own parts (``model.args.width=64``), and what stands in braces (``compare.fresh_seeds={again:1000}``).
+    arguments of the user's own parts (``model.args.width=64``), and values in braces (``compare.fresh_seeds={again:1000}``).
     """
     return [_quote(word) for word in words]
 

@@ -42,7 +42,7 @@ class OwnProgram(Program):
         """The function.
 
         Raises:
-            UserError: as ``esper.custom.locate``; a class, or what cannot be called.
+            UserError: as ``esper.custom.locate``; a class, or an object that cannot be called.
         """
         key = f"programs.{self.name}"
         found: Any = custom.locate(self.target, key)

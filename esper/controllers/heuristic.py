@@ -17,7 +17,7 @@ from esper.processes import ControllerPlace
 
 @dataclass
 class HeuristicConfig(ControllerPlace):
-    """When a wave of germinations starts, how large it is, where it goes, and what it may cost."""
+    """The beginning, size, places and cost limit of a wave of germinations."""
 
     name: str = "heuristic"
     germinate_at: str = setting("10%", unit="duration or empty", help="time of the first wave; empty: only plateaus start waves")

@@ -84,7 +84,7 @@ _HEARD = ("events", "acks", "telemetry")
 class ControllerRunner:
     """Feeds a controller the messages of the run, and sends its commands, each tick's followed by Decided.
 
-    Make it before the run starts: a stream that nobody listens to is not kept.
+    Make it before the run starts: a stream without a reader is not kept.
     """
 
     def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller", debug: bool = False) -> None:

@@ -22,7 +22,7 @@ from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.config import OBJECTIVES
 from esper.seeds import TelemetryConfig
 
-#: What a number counts; none of them makes sense below one.
+#: The things that each number counts; none makes sense below one.
 _COUNTS = {
     "total_steps": "the optimizer steps of the run",
     "per_site": "the seeds that share a site",
@@ -40,7 +40,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "state": ((Mapping, str, Path), "what grow.state() gave, or where save_branches wrote it"),
     "seed": (Integral, "a whole number"),
 }
-#: What objects of any kind can do, and how they are asked for.
+#: The method that an object of any kind must have, and the words for it.
 _METHODS = {"scaler": ("get_scale", "the loop's torch.amp.GradScaler"), "port": ("started", "an esper.engine.port.Port")}
 _KERNELS = KernelConfig.__dataclass_fields__["name"].metadata["choices"]
 
@@ -120,7 +120,7 @@ def _check_lifecycle(lifecycle: LifecycleConfig) -> None:
 
 
 def _check_settings(blueprint: Blueprint | Block) -> None:
-    """What grew is saved with its blueprint's settings: better said now than after the training."""
+    """Branches are saved with their blueprint's settings: an error now is better than one after the training."""
     for name, value in dataclasses.asdict(blueprint).items():
         try:
             json.dumps(value)
@@ -132,6 +132,6 @@ def _check_settings(blueprint: Blueprint | Block) -> None:
 
 
 def _a(value: Any) -> str:
-    """``a dict``, ``an int``; the class's own name where that is what was given."""
+    """``a dict``, ``an int``; the class's own name where a class was given."""
     name = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     return name if isinstance(value, type) else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -1,4 +1,4 @@
-"""``attach``: put seeds on a model, in one call, for esper's own loop and for anybody else's."""
+"""``attach``: put seeds on a model, in one call, for esper's own loop and for every other."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def attach(
     """Put seeds on ``model`` and return the handle that a training loop calls.
 
     Args:
-        model: the host, already on its device. Its outputs and gradients stay what they were until something is blended.
+        model: the host, already on its device. Its outputs and gradients do not change until something is blended.
         total_steps: optimizer steps of the run; durations in ``%`` refer to it.
         loss: ``loss(model, batch)``: one value (the mean), one a sample, or an output with ``.loss``; default the model's own,
             ``model(**batch).loss``.
@@ -83,12 +83,12 @@ def attach(
         scaler: the loop's ``GradScaler``, if it has one.
         kernel: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, or settings with a canary.
         flags: at which sites growth and kernels are on, as in ``FlagsConfig(growth=GrowthFlag(block=["head"]))`` of ``esper.flags``.
-        controller: who decides what grows: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
-            or an object of your own; ``None`` for nobody, so that every seed stays dormant.
+        controller: decides about growth: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
+            or an object of your own; with ``None`` every seed stays dormant.
         port: a bus to hear and command over, instead of a ``controller`` in this process.
-        debug: raise what the code of a branch, strategy or controller raises, instead of going on without it.
-        state: what ``grow.state()`` gave on a model of the same topology, or where ``save_branches`` wrote it, to go on from. The model
-            and the optimizer have what the loop saved of them by then.
+        debug: raise the exceptions of a branch, strategy or controller, instead of continuing without it.
+        state: the result of ``grow.state()`` on a model of the same topology, or the path of ``save_branches``, to continue from. The model
+            and the optimizer must already have their saved states.
 
     Raises:
         UserError: an argument of another kind, a pattern that matches no module, a schedule that cannot end, a blueprint that fits no
@@ -183,7 +183,7 @@ def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dic
 
 
 def _decided(port: Port | None, controller: Any) -> bool:
-    """Whether anybody may ever let something grow; a port may say so of who commands over it."""
+    """Whether anything may ever grow; a port may say that no command will come over it."""
     return getattr(controller, "name", controller) != "none" and bool(getattr(port, "decided", True))
 
 

@@ -228,7 +228,7 @@ class Executor:
         return Action("move", row, target=target)
 
     def _cancel(self, row: int, trial: Trial, tick: int) -> Action:
-        """What is under way at a seed: a replacement, or else its branch."""
+        """Cancel the replacement under way at a seed, or else its branch."""
         return Action("withdraw", row) if self.replacing.on(row) else self._move(row, Stage.CANCELLED, trial, tick)
 
     def _replace(self, command: ReplaceBranch, trial: Trial) -> Action:

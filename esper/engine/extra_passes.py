@@ -33,7 +33,7 @@ class DropoutReplay(ModelHook, OpaqueToCompiler):
             remember_rng(self.anchor, self.number)
 
     def look(self) -> None:
-        """Remember the generators as they are now, if anybody wants it."""
+        """Remember the present state of the generators, if it is wanted."""
         if torch.is_grad_enabled():
             self.remember()
 
@@ -73,7 +73,7 @@ LOOK = seed_for(0, "a look at data")
 
 @contextmanager
 def drawing_alike(data: Any) -> Iterator[None]:
-    """Within, whoever goes through ``data`` draws what was drawn the last time; every generator is put back afterwards.
+    """Within, an iteration over ``data`` repeats the draws of the last one; every generator is put back afterwards.
 
     A DataLoader draws a base seed when it is gone through, shuffled or not, from its own generator or from the global one.
     """

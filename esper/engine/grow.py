@@ -232,7 +232,7 @@ class Grow:
         self.measurements.forget_step()
 
     def observe(self, values: dict[str, float], primary: str | None = None, maximize: bool = True) -> None:
-        """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
+        """Held-out measurements, which are published; strategies see the ``primary`` one (turned so that larger is better)."""
         if primary is not None:
             self.measurements.observe(values[primary] if maximize else -values[primary])
         self.port.emit(Metrics(tick=self.tick_number, values={key: float(value) for key, value in values.items()}))
@@ -268,7 +268,7 @@ class Grow:
                 bank.scale_gradient(branch.slot, 1.0 / self._scale)
 
     def _prepare(self) -> None:
-        """Set up what the next forward must record, and the averages as the model is now."""
+        """Set up the recordings of the next forward, and bring the averages up to date with the model."""
         for follower in self.followers:
             follower.sync()
         upcoming = self.tick_number + 1
@@ -349,7 +349,7 @@ class Grow:
             self.strategy_signals.weights.load(state["averages"], self.device)
             self.known_averages = list(state.get("followers", []))
             self.gates.load(state)
-            before = {"kernels": {"": 1}} if MISMATCH in self.gates.said else {}  # what told of a mismatch before there were flags
+            before = {"kernels": {"": 1}} if MISMATCH in self.gates.said else {}  # before there were flags, the alert told of a mismatch
             self.registry.flags.load(state.get("flags", before))
             self.executor.load(state["refusals"])
             self.branch_optimizer.load(state)
@@ -367,7 +367,7 @@ class Grow:
         return disk.write(copy, Path(folder)).path
 
     def load_branches(self, saved: str | Path | dict[str, Any]) -> None:
-        """Take over the seeds and branches of a ``state()``, or of what ``save_branches`` wrote; the host stays as it is.
+        """Take over the seeds and branches of a ``state()``, or of a folder of ``save_branches``; the host does not change.
 
         Raises UserError for another host, other sites, or a file that is not whole.
         """

@@ -44,9 +44,9 @@ def _of_grow(state: Any, where: str) -> Tree:
 
 
 def topology(registry: SeedRegistry) -> Tree:
-    """What must agree before a tensor is loaded: the host's tensors and modules' classes, the sites with their seeds (JSON-able).
+    """The parts that must agree before a tensor is loaded: the host's tensors and modules' classes, the sites and seeds (JSON-able).
 
-    What a module does is known by its class alone: a function called in ``forward`` is not seen.
+    A module is known by its class alone: a function called in ``forward`` is not seen.
     """
     model = registry.model
     named = {**host_parameters(model), **host_buffers(model)}

@@ -31,7 +31,7 @@ STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
 class Observer:
     """Reads the seeds of a registry every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
 
-    ``tick`` tells which is now. Rows are given to the port when ``readings`` bring what the device measured.
+    ``tick`` gives the present tick. Rows go to the port when ``readings`` bring the device's measurements.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Observer:
         return [branch for branch in self.registry.living_at(number) if not branch.excluded]
 
     def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
-        """What the device knows of a site, and how it goes into its rows."""
+        """The device's measurements of a site, and the function that writes them into its rows."""
         recording = self.registry.layers[number].recording
         if recording is not None and recording.statistics is not None:
             known = self.registry.branches
@@ -223,7 +223,7 @@ class Observer:
             rows[:, : saved.shape[1]] = saved
 
     def row(self, row: int) -> list[float]:
-        """A telemetry row of a seed: what was measured last, and the rest as it is now."""
+        """A telemetry row of a seed: the last measurements, and the present values of the rest."""
         registry, table = self.registry, self.registry.table
         measured = self.health[registry.site_of(row)][registry.seed_of(row)].tolist()
         alphas = [
@@ -233,7 +233,7 @@ class Observer:
         return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]
 
     def site_cards(self) -> list[dict[str, Any]]:
-        """What the bus is told of each site when the run starts."""
+        """The description of each site for the bus, when the run starts."""
         host = sum(parameter.numel() for parameter in host_parameters(self.registry.model).values())
         return [self._card(number, host) for number in range(len(self.registry.sites))]
 

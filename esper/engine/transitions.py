@@ -214,7 +214,7 @@ class Transaction:
         self._readiness, self._failed = dict(transitions.objective.readiness), set(transitions.objective.failed)
 
     def restore(self) -> None:
-        """Put everything back; what was allocated since is freed."""
+        """Put everything back, and free slots that were allocated since."""
         transitions, registry = self.transitions, self.transitions.registry
         for name, column in self._table.items():
             registry.table.columns[name][self._rows] = column

@@ -1,6 +1,6 @@
-"""Averages of a model's weights that follow what grows: torch's ``AveragedModel``, Lightning's callbacks, or a plain copy.
+"""Averages of a model's weights that grow with the model: torch's ``AveragedModel``, Lightning's callbacks, or a plain copy.
 
-An average is a copy of the model that somebody moves towards it, tensor by tensor in the order of its modules. So the copy gets the same
+An average is a copy of the model that is moved towards it, tensor by tensor in the order of its modules. The copy gets the same
 seed layers, with banks of the same shapes, and the averaging covers the branches as well.
 
 A branch enters the average when its FINE_TUNING begins. Until then, and after it is on its way out, the average has it as it is: it is not
@@ -31,7 +31,7 @@ AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
 
 
 class Follower:
-    """One average of the model of ``registry``. ``sync`` it whenever the registry has changed, before anybody averages again.
+    """One average of the model of ``registry``. ``sync`` it whenever the registry has changed, before the next averaging.
 
     ``known`` are averaged values of branches, from ``state``, where the average goes on from an earlier one.
     """
@@ -44,7 +44,7 @@ class Follower:
         self.layers = [self._layer(site) for site in registry.sites]
         self._banks: list[Any] = [None] * len(registry.sites)
         self._built_for: list[Any] = [[]] * len(registry.sites)
-        HostAlone.on(averaged)  # what grew is saved with the grown, and fits no fresh copy
+        HostAlone.on(averaged)  # branches are saved with ``state``, and fit no fresh copy
         expect_host_alone(averaged)
         self.sync()
         for number, values in (known or {}).items():
@@ -119,7 +119,7 @@ class Follower:
                 _put(self._values(branch), known[branch.id])
 
     def _twin(self, bank: SlotBank | BlockBank, site: nn.Module) -> SlotBank | BlockBank:
-        """A bank with the present values and no history: nobody learns in it."""
+        """A bank with the present values and no history, since nothing learns in it."""
         twin: SlotBank | BlockBank
         if isinstance(bank, SlotBank):
             twin = SlotBank(bank.blueprint, bank.geometry, self.device)

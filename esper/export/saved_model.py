@@ -27,7 +27,7 @@ FORMAT, VERSION = "esper model", 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 FOLDER = "model"
 
-#: Attribute of a host that was loaded: what had grown in it, run after run. Saving it again says so too.
+#: Attribute of a loaded host: the branches that had grown in it, run after run. A new save includes them.
 GROWN_BEFORE = "grown_before"
 
 Description = dict[str, Any]
@@ -133,7 +133,7 @@ def load_weights(host: nn.Module, path: str) -> nn.Module:
 def load_into(
     host: nn.Module, path: Path, description: Description, blueprints: tuple[type[Blueprint], ...] = (), as_saved: bool = False
 ) -> nn.Module:
-    """Build what grew into ``host`` and load the tensors, every name strictly; ``as_saved``: the host takes the dtypes of the file."""
+    """Build the branches into ``host`` and load the tensors, every name strictly; ``as_saved``: the host takes the dtypes of the file."""
     from safetensors.torch import load_file
 
     from esper.export.description import Budget, unfit
@@ -198,7 +198,7 @@ def _take_dtypes(host: nn.Module, tensors: dict[str, torch.Tensor], description:
 
 
 def host_card(model: Description, task: Any) -> Description:
-    """What builds the host again: the model group's settings and what a host asks of a task."""
+    """The description that rebuilds the host: the model group's settings and the task's shape."""
     shape = {"name": task.name, "inputs": task.inputs, "input_shape": list(task.input_shape), "outputs": task.outputs}
     return {"model": {**model, "weights": ""}, "task": shape}
 

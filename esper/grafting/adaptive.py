@@ -61,7 +61,7 @@ def keep_score(config: AdaptiveConfig, state: Tensor, context: GraftingContext) 
     """Scores ``[n, choices]`` in -1..1 and the columns that hold them.
 
     The choice in force is paid by how much the counterfactual gain, as a share of the loss, grew since the measurement
-    before. Only counterfactual gains count: a loss that falls by itself pays nobody.
+    before. Only counterfactual gains count: a loss that falls by itself pays no strategy.
     """
     paid, choice = columns(state, f"paid_{CHOICES[0]}", len(CHOICES)), column(state, "choice")
     gain = context.counterfactual / (context.loss.abs() + _EPS)

@@ -1,4 +1,4 @@
-"""The ramp that all grafting strategies share: what they read, how far they may go in a tick, when they give up.
+"""The ramp that all grafting strategies share: their signals, their limits in a tick, and the end of a failing one.
 
 A strategy only says how many ticks of ramp it would like to cover (``Plan.advance``; 1 is the speed of ``linear``).
 Here that wish becomes alpha, under the rules common to all: a paused branch keeps its whole state; a branch in trouble
@@ -18,7 +18,7 @@ from torch import Tensor
 from esper.grafting.config import GraftingConfig, HoldingConfig
 from esper.grafting.state import STATE_WIDTH, column, initial_state, with_columns
 
-#: A share of failed ticks above this aborts, whatever the strategy.
+#: A share of failed ticks above this aborts, under every strategy.
 MAX_ERROR_RATE = 0.5
 #: Signals beyond this count as non-finite: their squares would overflow float32.
 LARGEST_SIGNAL = 1e18
@@ -26,7 +26,7 @@ LARGEST_SIGNAL = 1e18
 
 @dataclass(frozen=True)
 class GraftingContext:
-    """What is known of ``n`` branches at a tick; every field is a tensor ``[n]``, float32 unless said otherwise.
+    """The signals of ``n`` branches at a tick; every field is a tensor ``[n]``, float32 unless said otherwise.
 
     ``metric`` and ``counterfactual`` count only where their mask says that they were measured at this tick; elsewhere
     their value is never looked at. The other signals are always known. The signals belong to the alpha now in force.
@@ -76,7 +76,7 @@ class GraftingContext:
 class GraftingOutput:
     """Result of a tick; tensors ``[n]``.
 
-    ``alpha`` is what the forward uses next. ``abort`` branches keep the alpha and state they had and are to be culled;
+    ``alpha`` is that of the next forward. ``abort`` branches keep the alpha and state they had and are to be culled;
     ``done`` branches have reached ``alpha_max``, where they stay.
     """
 
@@ -166,6 +166,6 @@ def hand_over(state: Tensor, rows: Tensor, context: GraftingContext) -> Tensor:
 
 
 def longest_ramp(config: GraftingConfig, ramp: int) -> int:
-    """Ticks, not counting paused ones, after which a branch has reached ``alpha_max`` whatever its signals said."""
+    """Ticks, not counting paused ones, after which a branch has reached ``alpha_max`` under any signals."""
     max_hold = config.max_hold if isinstance(config, HoldingConfig) else 0.0
     return ramp if max_hold == 0.0 else math.ceil(ramp * (1.0 + max_hold)) + 1

@@ -1,4 +1,4 @@
-"""What a strategy remembers of each branch: one float32 matrix ``[n, STATE_WIDTH]`` whose columns have names.
+"""The memory of the strategies about each branch: one float32 matrix ``[n, STATE_WIDTH]`` whose columns have names.
 
 All strategies share the layout, so that branches on different strategies sit in one tensor that checkpoints as it is.
 Every column starts at zero: a fresh branch is a row of zeros.

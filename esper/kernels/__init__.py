@@ -1,4 +1,4 @@
-"""Seed layer kernels: Triton on a GPU, plain torch everywhere else. ``dispatch.Kernels`` is what the seed layers call."""
+"""Seed layer kernels: Triton on a GPU, plain torch everywhere else. The seed layers call ``dispatch.Kernels``."""
 
 from typing import TYPE_CHECKING
 

@@ -10,7 +10,7 @@ import triton.language as tl
 def write_active_list(alpha, objective, route, active_seeds, rank, seeds, BANKS: tl.constexpr, OBJECTIVES: tl.constexpr, SB: tl.constexpr):
     """``active_seeds[bank]`` = (count, its active seeds ascending); ``rank[seed]`` = its place there, -1 for an inactive seed.
 
-    ``rank[seeds]`` is the count over all banks. One program does it, SB seeds at a time, beside those that copy what passes.
+    ``rank[seeds]`` is the count over all banks. One program writes it, SB seeds at a time, beside the programs that copy inactive chunks.
     """
     active_in_all = 0
     for bank in tl.static_range(BANKS):
@@ -35,5 +35,5 @@ def write_active_list(alpha, objective, route, active_seeds, rank, seeds, BANKS:
 
 @triton.jit
 def active_list_kernel(alpha, objective, route, active_seeds, rank, seeds, BANKS: tl.constexpr, OBJECTIVES: tl.constexpr, SB: tl.constexpr):
-    """:func:`write_active_list` alone, where another copies what passes."""
+    """:func:`write_active_list` alone, where the inactive chunks are copied otherwise."""
     write_active_list(alpha, objective, route, active_seeds, rank, seeds, BANKS, OBJECTIVES, SB)

@@ -204,7 +204,7 @@ def chunk_input_gradient_kernel(
 @triton.jit
 def block_input_gradient(tile, g, d_tile, into, gate, back, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr,
                          GATED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Adds what one block of hidden units gives to ``dx``; α is in its out weights ``back`` or in ``g``."""
+    """Add the part of one block of hidden units to ``dx``; α is in its out weights ``back`` or in ``g``."""
     _, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
     d_hidden = tl.dot(g, tl.trans(back), input_precision=PRECISION)
     d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)

@@ -59,7 +59,7 @@ def hidden_units(x, into, gate, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.c
 @triton.jit
 def block_delta(x, delta, into, gate, out, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
                 ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Adds what one block of hidden units gives to δ."""
+    """Add the part of one block of hidden units to δ."""
     value, switch = hidden_units(x, into, gate, b1, bg, slot, first, H, BIAS, GATED, PRECISION)
     hidden = tl.sigmoid(switch) * value if GATED else activate(value, ACT)
     return tl.dot(hidden.to(x.dtype), out, acc=delta, input_precision=PRECISION)

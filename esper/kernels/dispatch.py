@@ -1,4 +1,4 @@
-"""The one door to the kernels: picks the path for a site, runs it, and now and then checks it against the reference."""
+"""The interface to the kernels: chooses the implementation for a site, runs it, and checks it against the reference at some ticks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class BranchesOutput:
-    """What a site's branches returned: ``y`` like ``x``; ``live [S]`` = α, 0 where inactive or contained; ``power [S]`` = Σδ²;
+    """The result of a site's branches: ``y`` like ``x``; ``live [S]`` = α, 0 where inactive or contained; ``power [S]`` = Σδ²;
     ``health [S, 4]`` or None."""
 
     y: Tensor
@@ -134,7 +134,7 @@ class Kernels:
         self, site: str, x: Tensor, output: BranchesOutput, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor],
         near_zero: float | None, objective: Tensor | None,
     ) -> bool:  # fmt: skip
-        """Whether everything the kernels gave here is what the reference gives; backward too, of a gradient like ``y``."""
+        """Whether all results of the kernels here agree with the reference; backward too, for a gradient like ``y``."""
         from esper.kernels.branches import branches_backward
 
         expected = _by_reference(x, alpha, route, kinds, parameters, near_zero, objective)
@@ -163,7 +163,7 @@ class Kernels:
         return False
 
     def _contain(self, site: str, error: Exception) -> None:
-        """Take note of what a kernel raised, so that the reference gives the answer; full memory and what the user can mend go on."""
+        """Note a kernel's exception, so that the reference answers; full memory and errors that the user can mend are raised."""
         if isinstance(error, (UserError, torch.OutOfMemoryError)):
             raise error
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -185,7 +185,7 @@ def _reference_gradients(
 
 
 def fits(width: int, seeds: int, kinds: str, parameters: list[Tensor]) -> bool:
-    """Whether chunks and hidden widths are within what the kernels take; wider ones go to the library's products."""
+    """Whether chunks and hidden widths are within the kernels' limits; wider ones take the library's products."""
     chunk = -(-width // seeds)
     hidden = max((p.shape[2] for p in parameters if p.dim() == 3 and p.shape[1] == chunk), default=1)
     return chunk <= MAX_CHUNK and hidden <= MAX_HIDDEN and all(kind in KINDS for kind in kinds.split(","))

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Limits:
-    """What the rule needs of a device: multiprocessors, shared memory a block may use (bytes), registers and threads of one of them."""
+    """Properties of a device: multiprocessors, shared memory of a block (bytes), registers and threads of a multiprocessor."""
 
     capability: tuple[int, int]
     processors: int
@@ -159,7 +159,7 @@ def backward(
             assert tile >= 16, "no block fits"
     used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, objectives)
     registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
-    # All blocks of hidden units at once, so that what one reads is still in the cache for the others.
+    # All blocks of hidden units at once, so that the rows that one reads are still in the cache for the others.
     return Launch(block, tile, warps, stages, max(seeds, limit.processors * resident(registers, warps, used, limit) * tile // hidden))
 
 
@@ -248,7 +248,7 @@ class WholeRowsLaunch:
 def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 
-    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, and nothing spills (seen in
+    With more than 512 seeds the sums of every seed fill registers too: twice the warps, and nothing spills (seen in
     `scripts/bench kernel_resources`); a kernel that also ``copies`` has no room for it. Shared memory holds the tiles that are under
     way, and shrinks the stages. One that copies fares best with fewer stages and programs.
     """

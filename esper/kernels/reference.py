@@ -1,4 +1,4 @@
-"""What the kernels must compute, in plain torch: the path of a CPU, and what every kernel is tested against."""
+"""The reference in plain torch: the implementation on a CPU, and the expected result of every kernel."""
 
 from __future__ import annotations
 

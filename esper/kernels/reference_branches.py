@@ -90,7 +90,7 @@ def _tensors(bank: BankTensors, active: ActiveBranches, dtype: torch.dtype) -> B
 
 
 def _hidden(c: Tensor, p: BankTensors, kind: BranchKind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden units, and what they multiply the gradient by for both pre-activations; the value side's raw numbers last."""
+    """Hidden units, their derivatives by both pre-activations, and the value side's pre-activations."""
     h = c @ p.w1 + p.b1[:, None] if kind.bias else c @ p.w1
     if kind.gated:
         gate = torch.sigmoid(c @ p.wg + p.bg[:, None])

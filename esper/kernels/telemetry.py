@@ -161,7 +161,7 @@ def measure_and_copy_tiles(
 ) -> None:
     """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without ``active``.
 
-    Narrow chunks that need no measuring are copied with everything else: what the active ones are copied in vain costs less than
+    Narrow chunks that need no measuring are copied with everything else: copying the active ones in vain costs less than
     looking which of them are.
     """
     outer, inner, width = x.shape

@@ -1,4 +1,4 @@
-"""The torch path as registered ops: what a compiled host's graph calls where Triton is not to be had.
+"""The torch implementation as registered ops, which a compiled host's graph calls without Triton.
 
 An op is opaque to the compiler, so that on a CPU it may look at values (which seeds are active) without breaking the graph.
 """

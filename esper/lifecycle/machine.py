@@ -1,4 +1,4 @@
-"""The state machine: which transitions are allowed now, what they change in the table, and who has outlived a stage."""
+"""The state machine: the transitions that are allowed now, their changes to the table, and the seeds that have outlived a stage."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Machine(Rules):
         return [(row, TIMEOUT[Stage(stage)]) for row, stage in zip(rows[late].tolist(), stages[late].tolist(), strict=True)]
 
     def trial(self) -> Trial:
-        """What would become of the seeds if some went on, without moving any."""
+        """The stages that seeds would have after some transitions, without moving any."""
         return Trial(self)
 
 

@@ -60,7 +60,7 @@ class Ending:
             self._publish(trainer, status, interrupted)
 
     def summarize(self, trainer: Trainer, status: str) -> Summary:
-        """Make the summary of what the trainer has done up to now."""
+        """Make the summary of the training so far."""
         self.summary = summarize(self.setup.config, trainer, self.setup.folder, self.links.info.run, status, self.links.port.alerts)
         return self.summary
 

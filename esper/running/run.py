@@ -50,10 +50,10 @@ class Result:
 def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None, controls: Collection[str] | None = None) -> Result:
     """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to go on from.
 
-    ``controls`` are those that are trained too: what a sweep's report shows, or (None) all that the run has.
+    ``controls`` are those that are trained too: those of a sweep's report, or (None) all that the run has.
 
     Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; the results so far are kept, and the exception is raised again.
-    Raises UserError for what the user can mend.
+    Raises UserError for errors that the user can mend.
     """
     refuse_unreachable(config)
     folder = folder.resolve()

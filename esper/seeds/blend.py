@@ -22,7 +22,7 @@ from esper.seeds.recording import Recording
 
 
 def blend(x: Tensor, groups: BranchGroups, geometry: Geometry, recording: Recording | None = None) -> Tensor:
-    """``x`` plus what the branches of the groups add; same shape and dtype.
+    """``x`` plus the additions of the groups' branches; same shape and dtype.
 
     Where a recording wants it, it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).
     """
@@ -50,7 +50,7 @@ def blend(x: Tensor, groups: BranchGroups, geometry: Geometry, recording: Record
 
 
 def chunks_of(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> Tensor:
-    """What the group's branches write to: ``[A, rows, C]`` (features), ``[A, batch, C, …]`` (spatial) or ``[1, …]`` (block)."""
+    """The chunks to which the group's branches write: ``[A, rows, C]`` (features), ``[A, batch, C, …]`` (spatial) or ``[1, …]`` (block)."""
     if isinstance(group, BlockGroup):
         return x.unsqueeze(0)
     dim = _axis(x, geometry)
@@ -75,7 +75,7 @@ def _in_rows(chosen: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def _in_place(added: Tensor, x: Tensor, group: Group, dim: int) -> Tensor:
-    """The way back: what ``_in_rows`` gives → ``[…, A, C, …]``."""
+    """The inverse of ``_in_rows``: its result → ``[…, A, C, …]``."""
     if group.bank.blueprint.spatial:
         return added.transpose(0, 1)
     lead = (*x.shape[:dim], *x.shape[dim + 1 :])
@@ -125,7 +125,7 @@ def _reads_chunk(group: Group) -> bool:
 
 
 def _branch_inputs(reads: Tensor, dim: int, branches: int) -> Tensor:
-    """What the branches along ``dim`` read; one whose gradient is not finite sends none back, and spoils no other's."""
+    """The inputs of the branches along ``dim``. A branch whose gradient is not finite sends none back, and spoils no other's."""
     shape = list(reads.shape)
     shape[dim] = branches
     reads = reads.expand(shape)
@@ -156,7 +156,7 @@ def _zero_where_not_finite(delta: Tensor, group: Group | BlockGroup) -> Tensor:
 
 
 def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, ratios: dict[int, Tensor] | None) -> Tensor:
-    """``y`` plus what the groups make of ``x``."""
+    """``y`` plus the additions of the groups for ``x``."""
     dim = _axis(x, geometry)
     through, *chosen = ReadChunks.apply(x, groups, dim, geometry.seeds)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     additions = []

@@ -1,4 +1,4 @@
-"""Trying out, before anything grows, whether a host's blocks can be called a second time on what they gave."""
+"""A trial, before anything grows, whether a host's blocks can be called a second time on their own output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esper.seeds.sites import Forward, Site, quiet_evaluation
 
 
 def refuse_uncallable_blocks(model: nn.Module, sites: list[Site], forward: Forward) -> None:
-    """Run the model once; a copy of one block of each kind is called as the host called it, on what the block gave.
+    """Run the model once; a copy of one block of each kind is called as the host called the block, on the block's output.
 
     Raises:
         UserError: the copy does not answer, or with another shape, so that no block could grow there.

@@ -1,4 +1,4 @@
-"""Calling the code of a branch: what it raises is kept for the engine, and the branch adds nothing to that forward.
+"""Calling the code of a branch: an exception is kept for the engine, and the branch adds nothing to that forward.
 
 The host cannot feel a branch that raises, just as it cannot feel one that gives NaN.
 """
@@ -22,7 +22,7 @@ def containable(error: Exception) -> bool:
 
 
 def run_contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """What ``compute`` gives, or zeros shaped as ``like`` where it raises or gives another shape; ``group.error`` then says so."""
+    """The result of ``compute``; zeros shaped as ``like``, with ``group.error``, where it raises or has another shape."""
     if torch.compiler.is_compiling():  # nothing of a graph runs while it is traced
         return compute()
     try:
@@ -38,7 +38,7 @@ def run_contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[],
 
 
 def take_errors(groups: Iterable[Any]) -> dict[int, Exception]:
-    """By branch, what its group raised since this was last asked; the groups forget it."""
+    """By branch, the exception of its group since the last call; the groups forget it."""
     found: dict[int, Exception] = {}
     for group in groups:
         error = getattr(group, "error", None)

@@ -1,4 +1,4 @@
-"""Groups of branches: what a site's forward adds, as tensors that the forward can use without looking at single seeds."""
+"""Groups of branches, as tensors that a site's forward adds without looking at single seeds."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Group:
     learns: bool = True
     forwards: int = 0
     error: Exception | None = None
-    """What the blueprint's code raised last, until the engine has taken note."""
+    """The last exception of the blueprint's code, until the engine has taken it."""
 
     def bank_parameters(self) -> list[nn.Parameter]:
         """The stacked parameters these branches are rows of."""
         return list(self.bank.stacks.values())
 
     def cost_key(self) -> tuple[str, int, bool]:
-        """What decides the MACs of a forward and backward."""
+        """The key on which the MACs of a forward and backward depend."""
         return self.bank.blueprint.name, len(self.branches), self.learns
 
 
@@ -71,7 +71,7 @@ class BlockGroup:
         return list(self.bank.blocks[str(self.slot)].parameters())
 
     def cost_key(self) -> tuple[str, int, bool]:
-        """What decides the MACs of a forward and backward."""
+        """The key on which the MACs of a forward and backward depend."""
         return self.bank.blueprint.name, 1, self.learning
 
 

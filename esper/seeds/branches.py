@@ -1,4 +1,4 @@
-"""The table of branches: what grew, where its parameters lie, how far it is blended in, and what its life has been."""
+"""The table of branches: their blueprints, the slots of their parameters, their α, and their history."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esper.lifecycle import Stage
 
 @dataclass
 class Branch:
-    """What never changes about a branch, and its path; the numbers that a tick changes are columns of the table."""
+    """The fixed properties of a branch, and its path; the numbers that change at every tick are columns of the table."""
 
     id: int
     site: int

@@ -76,7 +76,7 @@ class AddToChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient itself for ``x``, its chunks for what was added."""
+        """The gradient itself for ``x``, its chunks for the additions."""
         (gradient,) = gradients
         wanted = ctx.needs_input_grad[4:]
         parts = (read_chunks(gradient, group, ctx.dim, ctx.seeds) if want else None for group, want in zip(ctx.groups, wanted, strict=True))

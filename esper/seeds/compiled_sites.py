@@ -1,4 +1,4 @@
-"""Keeping what a compiled host's graph reads up to date with the table of branches: see ``esper.seeds.graph_ops``."""
+"""The tensors that a compiled host's graph reads, kept up to date with the table of branches: see ``esper.seeds.graph_ops``."""
 
 from __future__ import annotations
 

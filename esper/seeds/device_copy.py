@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on ``device``; on a GPU it is under way when this returns, and in order with what is launched next."""
+    """A copy of a CPU tensor on ``device``; on a GPU it is under way when this returns, and in order with later launches."""
     if device.type == "cpu":
         return values
     if device.type != "cuda":

@@ -1,6 +1,6 @@
 """From a grown model to a plain one: the same outputs, nothing of esper's machinery, no seed that never grew.
 
-``export_with_cards`` also says what was built in where, so that ``regraft`` can build the same modules into a fresh host and
+``export_with_cards`` also describes the modules and their places, so that ``regraft`` can build them into a fresh host and
 a saved state fits it.
 """
 
@@ -69,7 +69,7 @@ def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) 
 
 
 def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.Module, inner: set[int]) -> Card:
-    """Fold or build in what grew at a site; ``inner`` are the host's own hooks on the module that what grew comes after."""
+    """Fold or build in the branches of a site; ``inner`` are the host's own hooks on the module that run before them."""
     site, blended = registry.sites[number], registry.blended(number)
     geometry = site.geometry
     card: Card = {"site": site.name, "width": geometry.width, "dim": _dim(geometry), "folded": False}
@@ -178,7 +178,7 @@ def _hooks_before(module: nn.Module) -> set[int]:
 
 
 def _move_hooks(module: nn.Module, outer: nn.Module, inner: set[int]) -> None:
-    """Give ``outer`` the forward hooks that saw what had grown on ``module``: all but the ``inner`` ones, with their flags."""
+    """Give ``outer`` the forward hooks that ran after the branches of ``module``: all but the ``inner`` ones, with their flags."""
     for key in [key for key in module._forward_hooks if key not in inner]:
         for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
             held = getattr(module, kind)

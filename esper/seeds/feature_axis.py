@@ -55,7 +55,7 @@ _POOLS = {f"{kind}_pool{n}d": n for n in (1, 2, 3) for kind in ("max", "avg", "l
 
 
 def axis_after(kind: str, call: Callable[[Tensor], Tensor], given: list[TracedInput], out: torch.Size) -> int | None:
-    """The axis of the features in what a function of this kind gave for some tensors; None where nobody can tell.
+    """The axis of the features in the result of a function of this kind for some tensors; None where it is not known.
 
     ``call`` is the function with another tensor in the place of those given. Where streams meet, the features stay where the
     oldest has them.

@@ -46,7 +46,7 @@ class FusedGroup:
         return [stack for bank in self.banks for stack in bank.stacks.values()]
 
     def cost_key(self) -> tuple[str, int, bool]:
-        """What decides the MACs of a forward and backward."""
+        """The key on which the MACs of a forward and backward depend."""
         return self.key
 
     def split(self) -> list[Group]:
@@ -135,7 +135,7 @@ def _fused_group(groups: list[Group], site: str, geometry: Geometry, seed_of: di
 
 
 def kind_of(blueprint: Blueprint) -> str | None:
-    """What the kernels call the branches of this blueprint, or None where they know none such."""
+    """The kernels' name for the branches of this blueprint, or None where they do not support it."""
     if blueprint.receptive_field != "chunk" or blueprint.spatial:
         return None
     name = f"mlp_{blueprint.activation}" if isinstance(blueprint, MLP) else blueprint.name

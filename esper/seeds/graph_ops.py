@@ -1,11 +1,11 @@
-"""What a compiled host's graph holds of a site: tensors that stay where they are, and registered ops over them.
+"""A site in a compiled host's graph: tensors at fixed addresses, and registered ops over them.
 
-α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps; what a forward and
-backward found is written to tensors that the engine reads. So the graph is left for nobody, and of all that happens in the
+α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps; the results of a forward and
+backward are written to tensors that the engine reads. So the graph never breaks, and of all that happens in the
 life of a seed nothing compiles it anew. Asleep a site is not in it at all, unless telemetry is due: those are the four
 graphs that there may be of a host.
 
-A compiled graph must reach all this through ``SITES``: sizes of what hangs on torch's own modules are compiled in.
+A compiled graph must reach all this through ``SITES``: sizes of attributes of torch's own modules are compiled in.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _make_ready(number: int) -> bool:
 
 
 def forward_in_graph(x: Tensor, number: int, awake: bool, due: bool, forces_grad: bool) -> Tensor:
-    """What the seed layer of this number makes of ``x``, for the compiler to look into."""
+    """The output of the seed layer of this number for ``x``, for the compiler to trace."""
     _make_ready(number)
     site = SITES[number]
     dim = site.geometry.dim

@@ -23,13 +23,13 @@ ATTRIBUTE = "seed_layer"
 
 
 class ModelHook:
-    """Base of what else hangs on a model by a hook of its own, so that an export leaves it behind."""
+    """Base of other objects with a hook of their own on the model, so that an export leaves them out."""
 
 
 class OpaqueToCompiler:
-    """Base of what ``torch.compile`` must not look into, since every change in it would have the host compiled anew.
+    """Base of objects that ``torch.compile`` must not trace, since every change in them would compile the host anew.
 
-    ``asleep`` is what a compiled host knows of it: asleep, it is not in the graph.
+    A compiled host knows only ``asleep``: asleep, the object is not in the graph.
     """
 
     asleep = False
@@ -118,7 +118,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
         return forward_in_graph(x, self.graph_number, not self.asleep, self.telemetry_due, self.forces_grad)
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        """The module's output with what grew on the first tensor in it."""
+        """The module's output with the branches on its first tensor."""
         blocks = [bank for bank in self.banks.values() if isinstance(bank, BlockBank)] if self.banks else []
         for bank in blocks:
             bank.call = BlockCall.of(inputs, named)
@@ -132,7 +132,7 @@ def mark_for_compiler(module: nn.Module) -> None:
     """Let a compiler tell a module with seeds from one of the same class without.
 
     Graphs belong to code, not to a model, and are not compiled anew for a hook: a second model of the class, compiled without seeds,
-    would lend its graph to this one, whose seeds nobody would feel. They are for a ``forward`` of the module's own.
+    would lend its graph to this one, whose seeds would have no effect. A ``forward`` of the module's own prevents it.
     """
     module.__dict__.setdefault("forward", MethodType(type(module).forward, module))
 

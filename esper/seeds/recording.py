@@ -1,4 +1,4 @@
-"""What one forward and backward pass showed of a site: read only at the ticks at which somebody asks."""
+"""The measurements of one forward and backward pass at a site, made only at ticks that need them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ AnyBlueprint = Blueprint | Block
 
 
 class SeedRegistry:
-    """Owns what is attached to ``model``. Rows of ``table`` are numbered site by site, seed by seed."""
+    """Owns everything that is attached to ``model``. Rows of ``table`` are numbered site by site, seed by seed."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class SeedRegistry:
     # --- checkpoints ---
 
     def topology(self) -> dict[str, Any]:
-        """What a saved state must agree with before a tensor of it is looked at (JSON-able)."""
+        """The description that a saved state must match before its tensors are read (JSON-able)."""
         sites = [
             {"name": site.name, "width": site.geometry.width, "seeds": site.geometry.seeds, "dim": site.geometry.dim} for site in self.sites
         ]
@@ -183,7 +183,7 @@ class SeedRegistry:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state of a registry of the same topology. Raises ValueError where it does not fit."""
         self.table.load(state["table"])
-        self.history.load(state.get("history", {}))  # nobody kept one at first
+        self.history.load(state.get("history", {}))  # the first versions kept none
         self.branches.load(state["branches"])
         for number, layer in enumerate(self.layers):
             for blueprint, saved in state["banks"][layer.name].items():

@@ -1,4 +1,4 @@
-"""Sites by role, worked out from what the host computes: one forward is watched, and the modules' tensors are followed.
+"""Sites by role, derived from the host's computation: one forward is traced, and the modules' tensors are followed.
 
 ``mlp_hidden``  a linear layer whose output reaches another linear layer through a nonlinearity and nothing but elementwise
                 operations: the hidden layer of a perceptron, gated ones included, before its activation;

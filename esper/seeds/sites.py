@@ -58,8 +58,8 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     host's residual blocks. ``forward`` runs the model once on a sample batch (evaluation mode, no gradients, RNG kept), so
     that shapes and roles are known.
 
-    ``auto`` leaves out what cannot carry seeds and says so in the log: layers that are never called, since another module reads their
-    weights (``nn.MultiheadAttention`` its ``out_proj``'s) or nobody does.
+    ``auto`` leaves out modules that cannot carry seeds, and logs them: layers that are never called, since another module reads their
+    weights (``nn.MultiheadAttention`` those of its ``out_proj``) or they are unused.
 
     Raises UserError for a pattern that matches nothing (it lists the modules there are), and for a named module that cannot carry seeds,
     and for more seeds than features.
@@ -114,7 +114,7 @@ def _leave_out(reasons: dict[str, str | None], auto: bool) -> None:
 
 
 def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool) -> tuple[list[str], bool]:
-    """What ``auto`` looks for, and whether these are all the layers of the host, whose last one is no hidden layer."""
+    """The patterns for ``auto``, and whether they are all the layers of the host, of which the last is not hidden."""
     if blocks:
         found = [name for name, module in modules.items() if hasattr(module, "output_layers")]
         if not found:

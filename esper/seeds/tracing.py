@@ -1,4 +1,4 @@
-"""Watching one forward of a host: where its tensors came from, on which axis their features lie, whose weights are read."""
+"""A trace of one forward of a host: the origin of its tensors, the axis of their features, and the weights that are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from esper.seeds.feature_axis import TracedInput, axis_after, axis_of_kind, is_linear
 
 _LIKE = frozenset(("to", "type_as", "view_as", "reshape_as", "expand_as"))
-"""Functions whose first tensor is read; any other says only of what kind or shape the result shall be."""
+"""Functions that read their first tensor; any other tensor only gives the dtype or shape of the result."""
 
 
 @dataclass(eq=False)
@@ -106,12 +106,12 @@ class ForwardTrace(TorchFunctionMode):
         return note
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
-        """A forward pre-hook: what is read now is read by this module."""
+        """A forward pre-hook: this module reads whatever is read from here on."""
         self._inside.append(module)
         self.called.add(module)
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """A forward hook that ends what ``enter`` began."""
+        """A forward hook, the end of ``enter``."""
         self._inside.pop()
 
     def _note_reading(self, kind: str, tensors: list[Tensor]) -> None:
@@ -165,6 +165,6 @@ def _kind(func: Any) -> str:
 
 
 def _called_with(func: Any, args: Any, named: dict[str, Any], other: Tensor) -> Any:
-    """What ``func`` gives for ``other`` in the place of its tensors."""
+    """The result of ``func`` with ``other`` in the place of its tensors."""
     replaced = {key: other if isinstance(value, Tensor) else value for key, value in named.items()}
     return func(*(other if isinstance(value, Tensor) else value for value in args), **replaced)

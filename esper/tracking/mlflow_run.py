@@ -53,7 +53,7 @@ class MlflowRun:
         """Open the store, and see that it takes the run whose folder this is.
 
         Raises:
-            UserError: it does not, with what can be done about it.
+            UserError: it does not, with the remedy.
         """
         from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
 
@@ -108,7 +108,7 @@ class MlflowRun:
     def _unnoted(self, experiment: str) -> str:
         """The MLflow run that a killed process created for this run and did not live to note, or nothing.
 
-        Neither one that ended, nor that of an attempt that was set aside: whoever runs again in an empty folder begins anew.
+        Neither one that ended, nor that of an attempt that was set aside: a new run in an empty folder begins anew.
         """
         info = self._info
         quote = '"' if "'" in info.run else "'"
@@ -125,7 +125,7 @@ class MlflowRun:
         self._before = EarlierValues(self._client, run_id)
 
     def _describe(self) -> None:
-        """Parameters, data set and the full config; a continued run sends only what is new."""
+        """Parameters, data set and the full config; a continued run sends only new ones."""
         from mlflow.entities import Param
 
         info, client = self._info, self._client

@@ -43,7 +43,7 @@ def check_store(config: MlflowConfig, outputs: str) -> None:
     """Refuse a server that does not answer, a file that is no database, and a URI that MLflow has no store for.
 
     Raises:
-        UserError: naming the URI and what to do.
+        UserError: naming the URI and the remedy.
     """
     check_uri(tracking_uri(config, outputs), "tracking.uri", OTHERWISE)
 
@@ -52,7 +52,7 @@ def check_uri(uri: str, key: str, otherwise: str) -> None:
     """The same for a URI that was given by ``key``; ``otherwise`` is the alternative that the sentence offers.
 
     Raises:
-        UserError: naming the URI and what to do.
+        UserError: naming the URI and the remedy.
     """
     secrets.check(key, uri)
     scheme = uri.partition("://")[0].partition("+")[0]
@@ -101,7 +101,7 @@ def _damaged(path: Path) -> bool:
 
 
 def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE) -> MlflowClient:
-    """A client of the store at ``uri`` that prints nothing and calls nobody; ``key`` and ``otherwise`` as in ``check_uri``.
+    """A client of the store at ``uri`` that prints nothing and makes no other connection; ``key`` and ``otherwise`` as in ``check_uri``.
 
     Raises:
         UserError: a folder, which MLflow 3 no longer writes; a database whose driver is missing or that cannot be opened.

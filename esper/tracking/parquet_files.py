@@ -1,8 +1,8 @@
 """The Parquet files of a run's folder, written with every option of ``tracking``: seeds, transitions, gates and metrics.
 
-While the run goes on, its rows are small complete files under ``.parts``; a run that is killed loses at most what was not
+While the run goes on, its rows are small complete files under ``.parts``; a run that is killed loses at most the rows that were not
 flushed. At the end they are streamed into one file each, which appears under its name only when it is whole.
-A resumed run says again what came after its checkpoint: of the earlier parts only rows up to that tick are kept.
+A resumed run repeats the messages after its checkpoint: of the earlier parts only rows up to that tick are kept.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ParquetFiles:
     def _limits(self, stream: str) -> dict[int, int | None]:
         """By session, the last tick that counts: where the earliest later session took over, or the run ended; None for all.
 
-        A session counts in every table of its stream, also where it said nothing: then what it replaced was not said again.
+        A session counts in every table of its stream, also where it sent no message: then the replaced rows were not repeated.
         """
         import pyarrow.parquet as pq
 

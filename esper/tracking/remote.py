@@ -34,7 +34,7 @@ SOCKET = "ESPER_TRACKER"
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Before Open, as early as can be: import what is needed and try whether the store takes this run."""
+    """Before Open, as early as can be: import the libraries, and test whether the store takes this run."""
 
     config: MlflowConfig
     outputs: str
@@ -148,7 +148,7 @@ class RemoteMlflow:
             self._stop()
 
     def _raise_error(self, reply: Reply) -> None:
-        """Raise what the other side says went wrong: UserError for what the user can mend."""
+        """Raise the error of the other side: a UserError where the user can mend it."""
         if reply.refused:
             raise UserError(reply.error)
         if reply.error:

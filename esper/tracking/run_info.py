@@ -22,7 +22,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     ``folder`` is the run's own folder and ``outputs`` the root of all runs, both absolute. ``started_ms`` (milliseconds
     since 1970) anchors every timestamp: a value of tick t is stamped ``started_ms + t``, so that saying it twice says
-    it once. ``changed`` holds what differs from the defaults, flattened, and ``chosen`` the parts that every run has (model, task, …).
+    it once. ``changed`` holds the settings that differ from the defaults, flattened, and ``chosen`` the parts that every run has (model, task, …).
     ``parent`` is the MLflow run of a sweep.
     ``primary`` names the metric that decides, ``direction`` is ``max`` or ``min``.
     """
@@ -63,7 +63,7 @@ def differences(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 NAME_LENGTH = 100  # characters of a run's name; MLflow's table shows its beginning
 UNNAMED = ("seed", "name", "output", "tags", "arm", "resume", "bus.", "tracking.", "compare.", "model.name", "task.name")
-"""Settings that a name does not repeat: it has them in its own place, or they do not change what is trained."""
+"""Settings that a name does not repeat: it has them in its own place, or they do not change the training."""
 
 
 def readable_name(what: str, changed: Mapping[str, str], seed: int, arm: str = "") -> str:

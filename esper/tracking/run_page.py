@@ -121,7 +121,7 @@ class SeedAverages:
     One prefix a site, because MLflow's page has a section for every prefix.
 
     A stage that was ever seen at a site keeps being counted, so that its curve comes down to zero. Means run over the
-    seeds in the stage at that tick whose value is finite: a gain that nobody judged yet, say, is left out.
+    seeds in the stage at that tick whose value is finite: a gain that was not judged yet, for example, is left out.
     """
 
     def __init__(self, points: int) -> None:

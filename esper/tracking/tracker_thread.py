@@ -70,7 +70,7 @@ class TrackerRunner:
         """After ``start``: wait until every tracker is open, so that no run is trained that a tracker cannot record.
 
         Raises:
-            UserError: one does not, with what can be done about it.
+            UserError: one does not, with the remedy.
         """
         self._opened.wait()
         if self.errors:
@@ -131,7 +131,7 @@ class TrackerRunner:
         self._status = self._status or status
         self._grace_s = grace_s
         self._closing.set()
-        if self._thread.ident is None:  # it never began: nobody else gives its places on the bus back
+        if self._thread.ident is None:  # it never began, so its places on the bus must be given back here
             for consumer in self._consumers.values():
                 consumer.close()
         elif self._thread.is_alive():

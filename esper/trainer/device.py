@@ -68,7 +68,7 @@ def numerics(config: TrainerConfig) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what one step frees for the next one, instead of giving it back to the system in between.
+    """Have glibc's malloc keep the memory that one step frees for the next, instead of returning it to the system in between.
 
     Every page given back is faulted in again, zeroed, at its next use: with the C library's own thresholds
     (``mallopt(3)``, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD) thousands of times a step. Other C libraries are left as they are.

@@ -1,4 +1,4 @@
-"""The governor: keeps the host from harm. It watches loss, gradient, activations and updates, and rolls back what goes wrong.
+"""The governor protects the host. It watches loss, gradient, activations and updates, and rolls back steps that go wrong.
 
 Before each optimizer step it asks whether this step's forward and backward look healthy. If they do, the weights they ran
 on are verified, and from time to time a snapshot of them is taken. If not, the step is not made: the branch that caused the
@@ -48,7 +48,7 @@ class Watch:
 
 @dataclass
 class Anomaly:
-    """What went wrong, when, and the branches that did it."""
+    """The description of an anomaly, its step, and the branches that caused it."""
 
     step: int
     what: str

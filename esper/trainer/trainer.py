@@ -52,7 +52,7 @@ class Growth:
     kernel: KernelConfig = field(default_factory=KernelConfig)
     flags: FlagsConfig = field(default_factory=FlagsConfig)
     decided: bool = True
-    """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
+    """Whether anything may ever grow; otherwise the lifecycle's durations do not matter."""
 
 
 class Trainer:
@@ -92,7 +92,7 @@ class Trainer:
         self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()
         self.said: set[str] = set()  # alerts that are given once a run
-        seed_global_draws(seed_for(seed, "dropout"))  # dropout layers of a host, and what else is in it, know no other generator
+        seed_global_draws(seed_for(seed, "dropout"))  # dropout and other layers of a host know no other generator
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
         if self.average is not None:
             self.grow.follow(self.average, keep=True)
@@ -268,7 +268,7 @@ class Trainer:
         return values[0], values[1]
 
     def _gradient_norm(self) -> Tensor | None:
-        """The norm of the host's gradient, which is clipped; None where nobody asks for it."""
+        """The norm of the host's gradient, which is clipped; None where it is not needed."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip <= 0.0 and self.governor is None:

@@ -28,7 +28,7 @@ class SavedState(msgspec.Struct):
 
     ``started`` is the run's RunStarted, which a controller hears again after ``load_state``, as in a resumed run.
     ``heard`` is the last message of every stream and producer that ``state`` has seen; ``said`` are the commands of
-    the last decision, which are sent again because nobody knows whether they arrived: the trainer knows their ids.
+    the last decision, which are sent again because it is not known whether they arrived: the trainer knows their ids.
     """
 
     tick: int = -1
@@ -39,7 +39,7 @@ class SavedState(msgspec.Struct):
 
 
 class ExternalRunner:
-    """Feeds a controller what a run says and answers every tick; its state is on disk before a command leaves."""
+    """Gives a controller the messages of a run and answers every tick; its state is on disk before a command leaves."""
 
     def __init__(self, bus: RemoteBus, run: str, controller: Controller, folder: Path) -> None:
         self._controller, self._folder = controller, folder

@@ -68,11 +68,11 @@ class Deliveries:
     # --- opening ---
 
     def begin_read(self) -> None:
-        """A read begins: all that was opened so far is in somebody's hands."""
+        """A read begins: the caller holds all entries that were opened so far."""
         self._fresh.clear()
 
     def abandon_read(self) -> None:
-        """The read broke off: the entries that it had taken are in nobody's hands."""
+        """The read broke off: no caller holds the entries that it had taken."""
         for name in self._fresh:
             self._held.pop(name, None)
 

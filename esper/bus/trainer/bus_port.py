@@ -50,7 +50,7 @@ class Runner(Protocol):
 
 
 class BackgroundThread:
-    """Runs ``work`` in a daemon thread; ``check`` and ``join`` raise what ended it."""
+    """Runs ``work`` in a daemon thread; ``check`` and ``join`` raise the exception that ended it."""
 
     def __init__(self, work: Callable[[], object], name: str) -> None:
         self._work = work
@@ -79,7 +79,7 @@ class BusPort:
     """Implements the engine's Port over a bus.
 
     Parts of the training process that read the bus (an in-process controller or tracker) attach their consumers to
-    ``bus.local`` before ``started``; a stream that nobody in the process reads is not kept for it.
+    ``bus.local`` before ``started``; a stream that nothing in the process reads is not kept for it.
 
     Args:
         bus: from ``open_bus``.

@@ -20,7 +20,7 @@ class SiteRing:
     """Rows of one site: number ``n`` lies at ``n % len(rows)``, and those from ``read`` up to ``written`` wait.
 
     One thread writes: it fills a row that does not wait, and then counts it in ``written``. The reader counts in ``read``
-    the rows that it has copied. Neither needs a lock against the other, and a row that is being filled is nobody else's.
+    the rows that it has copied. Neither needs a lock against the other, and no other thread touches a row that is being filled.
     """
 
     buffer: Tensor  # float32 [rows, seeds, columns]

@@ -146,7 +146,7 @@ class SweepWriter:
 
 
 def end(run: MlflowRun, status: str, summary: Mapping[str, Any]) -> None:
-    """Close a job's run. An interrupted one is resumed later, so its figures and model are left out: somebody waits for this end."""
+    """Close a job's run. An interrupted one is resumed later, so its figures and model are left out: the user waits for this end."""
     if status == "KILLED":
         run.config = dataclasses.replace(run.config, figures=False, model=False)
     run.close(status, summary)

@@ -73,7 +73,7 @@ def _tree(config: RootConfig) -> dict[str, Any]:
 
 
 def set_aside(folder: Path) -> None:
-    """Keep what an unfinished attempt left, under another name: a retry starts in an empty folder."""
+    """Keep the files of an unfinished attempt under another name: a retry starts in an empty folder."""
     if folder.exists():
         number = 1
         while (aside := folder.with_name(f"{folder.name}{ASIDE}{number}")).exists():

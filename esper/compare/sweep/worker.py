@@ -124,7 +124,7 @@ def _stop(signum: int, frame: object) -> NoReturn:
 
 
 def _follow(sweep: int) -> None:
-    """Send SIGTERM to this process when the sweep's is gone: nobody waits for the answer any more."""
+    """Send SIGTERM to this process when the sweep's process is gone: its answer is no longer awaited."""
     while os.getppid() == sweep:
         time.sleep(ORPHANED_S)
     os.kill(os.getpid(), signal.SIGTERM)

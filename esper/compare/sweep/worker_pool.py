@@ -25,7 +25,7 @@ from esper.errors import Terminated
 DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
 SAVE_S = 25.0  # how long all jobs together may take to save their state after a scheduler's SIGTERM, which leaves 30 s
-LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: a job that is killed then resumes from its newest checkpoint
+LEAVE_S = 4.0  # and after Ctrl-C, where the user waits: a job that is killed then resumes from its newest checkpoint
 Request = dict[str, Any]
 Answer = dict[str, Any]
 

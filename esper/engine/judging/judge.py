@@ -88,7 +88,7 @@ class Judge:
         return gains
 
     def exchange(self, successor: Branch, predecessor: Branch, error: float) -> Gain:
-        """What a branch is worth in the place of another, whichever of them is there: losses with the other minus those with it."""
+        """The gain of a branch in the place of another, whichever is present: losses with the other minus losses with it."""
         self.registry.refresh()
         there, away = (successor, predecessor) if predecessor.held else (predecessor, successor)
         now = self._losses()

@@ -40,7 +40,7 @@ class BranchOptimizer:
         self.registry = registry
         self.learning = learning
         self.readings = Readings(registry.device) if readings is None else readings
-        self._overflown = True  # nobody knows yet
+        self._overflown = True  # not known yet
         self._groups: tuple[list[Branch], dict[tuple[int, str], list[Branch]]] = [], {}
         self._masks: dict[tuple[int, str], tuple[SlotBank, list[int], Tensor]] = {}
         self.failures: dict[int, int] = {}
@@ -68,7 +68,7 @@ class BranchOptimizer:
         self.clear()
 
     def _step_on_device(self, branches: list[Branch], factor: float) -> None:
-        """Whole banks at once, each in one launch where Triton is; who may move is a mask."""
+        """Whole banks at once, each in one launch with Triton; a mask says which slots may move."""
         self.readings.post([], lambda _: self.norms.clear())
         found: list[BankRows | BlockRows] = []
         if branches != self._groups[0]:
@@ -245,7 +245,7 @@ class HostRate:
         return BranchLearning(highest, float(self._groups[self.initial.index(highest)].get("weight_decay", 0.0)))
 
     def factor(self) -> float:
-        """What the branches' rate is multiplied by in this step; asked for in every step, so that ``peak`` is known."""
+        """The factor of the branches' learning rate in this step; called in every step, so that ``peak`` is known."""
         starts = [_start(group, first) for group, first in zip(self._groups, self.initial, strict=False)]
         highest = max(starts, default=0.0)
         if not highest:

@@ -1,4 +1,4 @@
-"""What TRAINING seeds learn from, with the live forward and the host's gradients untouched.
+"""The objectives of TRAINING seeds; they leave the live forward and the host's gradients untouched.
 
 Gradients are kept apart (``pending``) until the branch optimizer takes them at the tick, so that clipping the host's
 gradients by their norm does not feel a TRAINING seed either.
@@ -84,13 +84,13 @@ class Objective:
         self.pending = {}
 
     def forget(self, branch: int) -> None:
-        """Drop what is known of a branch that left TRAINING."""
+        """Forget a branch that left TRAINING."""
         self.readiness.pop(branch, None)
         self.failed.discard(branch)
         self.raised.pop(branch, None)
 
     def state(self) -> dict[str, Any]:
-        """What is remembered between two steps; gradients are not (a checkpoint is taken when none are pending)."""
+        """The memory between two steps, without gradients (a checkpoint is taken when none are pending)."""
         return {
             "readiness": {str(branch): value for branch, value in self.readiness.items()},
             "failed": sorted(self.failed),
@@ -130,7 +130,7 @@ class Objective:
             if branch.id not in raised:
                 self._score(branch.id, fall)
 
-    # --- regression on what the backward brought to the site ---
+    # --- regression on the gradient at the site ---
 
     def _regress(self, training: list[Branch], batch: Any, scale: float) -> None:
         for number in sorted({branch.site for branch in training}):
@@ -207,7 +207,7 @@ class Objective:
 
     @contextmanager
     def _containing(self, branches: list[int]) -> Iterator[None]:
-        """Within, what the code of these branches raises is theirs alone: they learn nothing from this batch."""
+        """Within, an exception in the code of these branches is noted for them, and they learn nothing from this batch."""
         try:
             yield
         except Exception as error:
