@@ -115,7 +115,7 @@ def _hydras_own(words: Sequence[str]) -> int:
 
 
 def _in_its_place(asked: Composed) -> Start | None:
-    """The run that ``resume=auto`` goes on with, None for a new run or a sweep; before Hydra makes or changes any folder.
+    """The run that ``resume=auto`` continues, None for a new run or a sweep; found before Hydra makes or changes any folder.
 
     Raises:
         UserError: another run or sweep has the folder, or runs with this very configuration.

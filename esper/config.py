@@ -82,7 +82,7 @@ class RootConfig:
     debug: str = setting("", help="file of conf/debug that the run was composed with")
 
     def __post_init__(self) -> None:
-        """Refuse names that are no part of a path: the run's folder is ``<output>/<date>/<time>-<name>-<letters>``."""
+        """Refuse names that cannot be part of a path: the run's folder is ``<output>/<date>/<time>-<name>-<letters>``."""
         if not self.name or "/" in self.name:
             raise UserError(f"name={self.name} is not accepted: it becomes part of a folder's name; give a word without /.")
         if not self.output:

@@ -41,7 +41,7 @@ class Allowed:
     folder: Path
 
     def imports(self, module: str) -> bool:
-        """Whether ``module`` or a package that it lies in was named."""
+        """Whether ``module`` or one of its packages was named."""
         return any(module == name or module.startswith(f"{name}.") for name in self.packages)
 
 

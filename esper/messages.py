@@ -245,7 +245,7 @@ class PauseGrafting(Command):
 
 @message
 class ResumeGrafting(Command):
-    """Let a paused ramp go on from where it stands."""
+    """Continue a paused ramp from its present α."""
 
     select: Selector
 
@@ -310,7 +310,7 @@ class Decided(Command):
 
 @message
 class ClaimCheck(Message):
-    """Stands for a message whose bytes lie in a file: ``digest`` (SHA-256, hex) names it, ``size`` is its bytes."""
+    """Represents a message whose bytes are in a file: ``digest`` (SHA-256, hex) names it, ``size`` is its bytes."""
 
     digest: str
     size: int

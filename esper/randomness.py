@@ -19,7 +19,7 @@ def seed_for(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU generator of its own for one purpose, the same on every machine."""
+    """A separate CPU generator for one purpose, the same on every machine."""
     made = torch.Generator(device="cpu")
     made.manual_seed(seed_for(seed, *purpose))
     return made

@@ -68,7 +68,7 @@ class Block(BlockSettings):
 
 
 def _redraw(block: nn.Module, generator: torch.Generator) -> None:
-    """Draw every matrix anew in ±1/√fan_in; vectors go back to one (norm scales) or zero."""
+    """Draw new values for every matrix in ±1/√fan_in; vectors return to one (norm scales) or zero."""
     with torch.no_grad():
         for module in block.modules():
             for name, parameter in module.named_parameters(recurse=False):

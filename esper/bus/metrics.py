@@ -88,7 +88,7 @@ TRAINER = "trainer"  # the process that exports; the counters of other processes
 
 @dataclass(frozen=True)
 class Reading:
-    """One value of a metric that is no histogram; ``labels`` are values, in the order of the metric's names."""
+    """One value of a metric that is not a histogram; ``labels`` are values, in the order of the metric's names."""
 
     metric: Metric
     value: float
@@ -127,7 +127,7 @@ class TrainerState:
             self.stages.update(site.get("stages") or [int(Stage.DORMANT)] * int(site.get("seeds", 0)))
 
     def moved(self, seed: int, source: int, target: int) -> None:
-        """A seed changed stage; block branches (seed −1) are no seeds."""
+        """A seed changed stage; block branches (seed −1) are not seeds."""
         if seed >= 0:
             self.stages[source] -= 1
             self.stages[target] += 1

@@ -161,7 +161,7 @@ class CausalOrder:
         return found
 
     def _may_go(self, delivery: Delivery, overdue: bool) -> bool:
-        """Whether the message may be released; one that goes before a cause of its own is counted."""
+        """Whether the message may be released; one released before one of its causes is counted."""
         causes = [(producer, parse_id(id)) for producer, _, id in (name.rpartition("/") for name in delivery.after)]
         awaited = any(id > self._released.get(producer, (0, 0)) for producer, id in causes)
         if awaited and not overdue:

@@ -175,7 +175,7 @@ class Bus(Protocol):
 
     @property
     def local(self) -> LocalBus:
-        """The in-process bus on which parts of the training process meet: itself where there is no server."""
+        """The in-process bus for parts of the training process: the bus itself where there is no server."""
 
     def producer(self, stream: str, run: str, name: str = "main") -> Producer:
         """The producer ``name`` of ``stream`` (one of STREAMS) of ``run``, in a new epoch."""
@@ -217,7 +217,7 @@ class RemoteProducer(Producer, Protocol):
 
 
 class RemoteBus(Bus, Protocol):
-    """A bus whose messages leave the process, sent by a thread of its own so that no training step waits."""
+    """A bus whose messages leave the process, sent by its own thread so that no training step waits."""
 
     @property
     def reachable(self) -> bool:

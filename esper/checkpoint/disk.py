@@ -181,7 +181,7 @@ def _out_of_reach(error: UserError) -> bool:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of later steps: the run goes on from ``step``, or begins anew (−1)."""
+    """Delete checkpoints of later steps: the run continues from ``step``, or begins again (−1)."""
     for path in checkpoints(folder):
         if int(path.name) > step:
             _throw_away(path)

@@ -43,7 +43,7 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def kept(tree: Any) -> Any:
-    """The tree with copies of its tensors, to be kept: tensors that were read lie in the file's own memory."""
+    """The tree with copies of its tensors, which may be kept: tensors that were read share the file's memory."""
     if isinstance(tree, Tensor):
         return tree.clone()
     if isinstance(tree, dict):

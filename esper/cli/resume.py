@@ -56,7 +56,7 @@ def go_on(start: Start) -> int:
 
 
 def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> Start:
-    """The run in ``place`` (its folder, or one of its checkpoints) as it goes on.
+    """The run to continue in ``place`` (its folder, or one of its checkpoints).
 
     ``fall_back`` passes over damaged checkpoints to the newest that is whole; else they are refused.
     Raises UserError for a run that is finished or running, and for an override that would change the bits.
@@ -82,7 +82,7 @@ def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> S
 
 
 def fork(place: Path, words: Sequence[str] = ()) -> Start:
-    """A new run, in a folder of its own, that begins with the state in ``place`` and its settings with ``words`` changed.
+    """A new run, in its own folder, that begins with the state in ``place`` and with its settings changed by ``words``.
 
     An optimizer or a controller of another kind than the run had begins anew, which is said on stderr. Raises UserError where
     there is no state, or none that fits, or nothing is left to train.
@@ -112,7 +112,7 @@ def fork(place: Path, words: Sequence[str] = ()) -> Start:
 
 
 def auto(config: RootConfig, folder: Path) -> Start | None:
-    """The run that ``resume=auto`` goes on with, or None; a new run of this config would lie in ``folder``."""
+    """The run that ``resume=auto`` continues, or None; the folder of a new run of this config would be ``folder``."""
     found = unfinished(config, folder)
     if found is None:
         print(f"resume=auto: no unfinished run of this configuration under {config.output}; a new one begins", file=sys.stderr)

@@ -41,7 +41,7 @@ def sentence(error: OSError) -> str:
 
 
 def refuse_unusable(words: Sequence[str]) -> None:
-    """Raise UserError where esper cannot even begin: no current folder, or words that are no text."""
+    """Raise UserError where esper cannot even begin: no current folder, or words that are not text."""
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -89,7 +89,7 @@ def _environments_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _environments(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Difference]:
-    """Differences of the environments, for every step from which one of the runs had another one; each is told once."""
+    """Differences of the environments, for every step from which one of the runs had another one; each is reported once."""
     said: set[str] = set()
     for step in sorted({life["since"] for life in (*a, *b)}):
         here, there = (_at(step, lives) for lives in (a, b))

@@ -157,7 +157,7 @@ class Plateau:
         return tick - self.since if self.best is not None else 0
 
     def restart(self, tick: int) -> None:
-        """Count anew from ``tick``: something was done about it."""
+        """Start counting again at ``tick``, after an action."""
         self.since = tick
 
     def state(self) -> dict[str, Any]:

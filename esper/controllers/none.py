@@ -35,4 +35,4 @@ class NoController:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to go on from."""
+        """There is no state to load."""

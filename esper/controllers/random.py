@@ -1,4 +1,4 @@
-"""``random``: the control arm. It germinates a set number of seeds, at places and times drawn by lot."""
+"""``random``: the control arm. It germinates a set number of seeds, at random places and times."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class RandomController:
         return sorted(lot.randint(first, last) for _ in range(self.config.count))
 
     def _lot(self, *purpose: str | int) -> random.Random:
-        """A generator of its own for one purpose, so that all that a checkpoint needs is how many draws there were."""
+        """A separate generator for one purpose, so that a checkpoint needs only the number of draws."""
         text = "\x1f".join(map(str, (self.seed, CONTROLLER, *purpose)))
         return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big"))
 
@@ -103,7 +103,7 @@ class RandomController:
         return commands
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; the times are drawn again when the run goes on."""
+        """JSON-able; the times are drawn again when the run continues."""
         return {"view": self.view.state(), "attempts": self.attempts.state(), "draws": self.draws}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ class ControllerRunner:
             self._hear_all(stream)
 
     def serve(self, block_s: float = 1.0, idle_s: float | None = None) -> str | None:
-        """In a process of its own: decide on every tick that ends, until the run does.
+        """In its own process: decide on every tick that ends, until the run ends.
 
         Args:
             block_s: how long one read waits, in seconds.

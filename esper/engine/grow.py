@@ -132,7 +132,7 @@ class Grow:
         self._begin(state)
 
     def _begin(self, state: dict[str, Any] | None) -> None:
-        """Say that the run starts, or goes on from ``state``."""
+        """Announce that the run starts, or continues from ``state``."""
         if state is not None:
             self._take_over(state["grow"])
             if self.judge is not None:

@@ -141,7 +141,7 @@ class ExtraPasses:
 
 
 class Measurements:
-    """Gathers the measurements of the next tick; ``take`` hands them over and starts anew.
+    """Gathers the measurements of the next tick; ``take`` returns them and starts again.
 
     ``asks_counterfactual(branch)`` says whether the strategy that blends a branch asks for it, which costs two forwards a branch every
     ``every`` ticks.

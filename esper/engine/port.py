@@ -27,7 +27,7 @@ class Port(Protocol):
         """The run begins; one dict a site."""
 
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
-        """The run is over: FINISHED, FAILED or KILLED."""
+        """The run has ended: FINISHED, FAILED or KILLED."""
 
     def emit(self, event: Message) -> None:
         """Something happened: a transition, the answer of a gate, an alert, metrics, a report."""
@@ -48,7 +48,7 @@ class Port(Protocol):
         """The result of a command."""
 
     def end_tick(self, tick: int) -> None:
-        """Everything about this tick has been said; a lockstep controller decides here."""
+        """The tick has ended, and all its events were sent; a lockstep controller decides here."""
 
     def close(self) -> None:
         """Release the port's resources."""
@@ -68,7 +68,7 @@ class NullPort:
     def close(self) -> None: ...
 
     def slot(self, site: str, seeds: int) -> Tensor:
-        """A place of no port's."""
+        """A tensor that no port reuses."""
         return torch.empty(seeds, len(COLUMNS))
 
     def commands(self, tick: int) -> list[Command]:

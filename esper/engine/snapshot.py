@@ -115,7 +115,7 @@ def _cloned(saved: OptimizerState) -> OptimizerState:
 
 
 def _clone(value: Tensor) -> Tensor:
-    """A copy that files can hold: a momentum of sparse gradients is sparse itself, and goes on as well from a dense one."""
+    """A copy that files can hold: a momentum of sparse gradients is itself sparse, and continues just as well from a dense one."""
     return value.to_dense() if value.is_sparse else value.clone()
 
 

@@ -50,7 +50,7 @@ class Observer:
         self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in registry.sites]
 
     def prepare(self, upcoming: int) -> None:
-        """Give each site the recording that its next forward should fill, if any; ``upcoming`` 0 is no tick."""
+        """Give each site the recording that its next forward should fill, if any; ``upcoming`` is 0 where no tick follows."""
         self.due = upcoming > 0 and upcoming % self.config.every == 0
         keep_activation: set[int] = set()
         if self.objective.keeps_activations:
@@ -154,7 +154,7 @@ class Observer:
         self.readings.post([tensor for tensors, _ in measured for tensor in tensors], read)
 
     def _page(self, number: int) -> Tensor | Callable[[], Tensor]:
-        """A site's rows with the columns that are known without the device: as they are now, whenever the others come."""
+        """A site's rows with the present values of the columns that are known without the device; the others may come later."""
         site = self.registry.sites[number]
 
         def known(rows: Tensor) -> Tensor:

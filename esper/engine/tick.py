@@ -86,7 +86,7 @@ class TickBoundary:
     # --- ramp ---
 
     def ramp(self, tick: int, measured: Measured) -> Measured:
-        """Every seed is one tick older; alphas of GRAFTING branches climb, alphas of CULLED ones fade.
+        """Make every seed one tick older, let the alphas of GRAFTING branches climb, and those of CULLED ones fade.
 
         Returns the measurements, with the branches that their strategy gave up among those in trouble.
         """
@@ -150,7 +150,7 @@ class TickBoundary:
     # --- judge ---
 
     def judge(self, tick: int, measured: Measured) -> None:
-        """Failing and harmful branches go, then gates open for the others, and trials of replacements are judged."""
+        """Remove failing and harmful branches, open gates for the others, and judge the trials of replacements."""
         self._remove_failing(tick, measured)
         self.guard.watch(tick)
         self.guard.settle(tick)
@@ -174,7 +174,7 @@ class TickBoundary:
             self._count_failure(branch, tick)
 
     def _count_failure(self, branch: Branch, tick: int) -> None:
-        """A site at which branches fail again and again grows no more, where the flag says so."""
+        """Stop growth at a site where branches fail repeatedly, if the flag says so."""
         site = self.registry.sites[branch.site].name
         if self.registry.flags.fail("growth", site):
             text = f"nothing grows at {site} from here on: {self.registry.flags.verdict('growth', site).why}"
@@ -201,7 +201,7 @@ class TickBoundary:
     # --- age ---
 
     def age(self, tick: int) -> None:
-        """Seeds leave stages that they have outlived, the guard keeps the host for new blendings, waiting seeds get training slots."""
+        """Move seeds out of outlived stages, let the guard keep the host for new blendings, and give waiting seeds training slots."""
         self._end_outlived()
         self.guard.settle(tick)
         self.guard.begin(tick)
@@ -215,7 +215,7 @@ class TickBoundary:
             self.transitions.move(row, target, cause)
 
     def _promote(self) -> None:
-        """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
+        """Move GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
         for branch in [] if self.signals.loss.diverging else self.registry.in_stage(Stage.GERMINATED):
             if self.machine.refusal(branch.row, Stage.TRAINING) is None:
                 self.transitions.move(branch.row, Stage.TRAINING, "a training slot is free")
@@ -223,7 +223,7 @@ class TickBoundary:
     # --- tell ---
 
     def tell(self, tick: int) -> None:
-        """Groups follow the new stages; telemetry goes out where it is due, and the port hears that the tick is over."""
+        """Update the groups for the new stages, publish telemetry where it is due, and end the tick on the port."""
         self.registry.refresh()
         if self.observer.due:
             self.observer.publish(tick)

@@ -25,7 +25,7 @@ from esper.seeds import Branch, SeedRegistry
 
 
 class Transitions:
-    """Moves seeds between stages: the machine decides whether, this class carries out the effects, and the port is told.
+    """Moves seeds between stages: the machine decides whether, and this class carries out the effects and informs the port.
 
     ``leaving`` are the blended branches that have been culled or rolled back at this tick: the guard decides whether the host returns.
     """

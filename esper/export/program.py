@@ -1,4 +1,4 @@
-"""A model as a program that runs without Python code of its own: ``torch.export``, and ONNX made from that.
+"""A model as a program that runs without its Python code: ``torch.export``, and ONNX made from that.
 
 A program accepts the model's inputs: any stride, any batch size, and any length where the model takes several. What torch cannot
 keep open is said in a sentence.

@@ -26,7 +26,7 @@ def untouched_global_rng() -> Iterator[None]:
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every parameter anew from ``generator``, in the order of the modules; reset every buffer.
+    """Draw every parameter from ``generator``, in the order of the modules; reset every buffer.
 
     Linear and convolution: uniform in ± 1/√fan_in, weight and bias (torch's own default); embeddings N(0, 0.02²);
     norms: weight 1, bias 0, running statistics reset.

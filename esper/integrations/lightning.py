@@ -59,7 +59,7 @@ class GrowCallback(Callback):
             self.grow.tick(torch.stack(losses).mean() if losses else None)  # type: ignore[union-attr]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that the run is over; ``callback.grow.export()`` gives the plain module."""
+        """End the run; ``callback.grow.export()`` gives the plain module."""
         self.grow.close()  # type: ignore[union-attr]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

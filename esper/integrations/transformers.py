@@ -65,7 +65,7 @@ class GrowCallback(TrainerCallback):
             self.grow.save_branches(Path(args.output_dir or "", f"checkpoint-{state.global_step}", self._run))  # type: ignore[union-attr]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Say that the run is over; ``callback.grow.export()`` gives the plain model."""
+        """End the run; ``callback.grow.export()`` gives the plain model."""
         if args.load_best_model_at_end and (best := Path(state.best_model_checkpoint or "")).name:  # that host has just come back
             then = TrainerState.load_from_json(str(best / "trainer_state.json"))
             self.grow.load_branches(_beside(then, best.parent))  # type: ignore[union-attr]

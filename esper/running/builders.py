@@ -89,7 +89,7 @@ def build_growth(config: RootConfig) -> Growth:
 def build_trainer(
     config: RootConfig, task: Task, device: torch.device, port: Port | None = None, steps: int | None = None, state: Any = None
 ) -> Trainer:
-    """The training of a run; ``steps`` overrides its length (controls), ``state`` is a checkpoint's to go on from.
+    """The training of a run; ``steps`` overrides its length (controls), ``state`` is that of a checkpoint to continue from.
 
     Raises:
         UserError: parts that do not fit each other, or the memory.

@@ -28,7 +28,7 @@ TRACE = "trace.json.gz"  # for chrome://tracing or Perfetto
 
 
 class WeightChecksums:
-    """Called after every step of a session that begins after step ``since`` (−1: anew). Later lines of earlier sessions are removed."""
+    """Called after every step of a session that begins after step ``since`` (−1: at the start); later lines of earlier sessions go."""
 
     def __init__(self, folder: Path, since: int) -> None:
         self.path = folder / WEIGHTS

@@ -62,7 +62,7 @@ def check(config: RootConfig) -> str:
 
 
 def _sites(config: RootConfig, trainer: Trainer, forward: Forward) -> Table:
-    """One row a site and blueprint that fits it; a site that no blueprint fits has a row of its own."""
+    """One row a site and blueprint that fits it; a site that no blueprint fits has one row."""
     registry = trainer.grow.registry
     table = Table(title=f"Sites: {len(registry.sites)} with {registry.table.rows} seeds", title_justify="left", title_style="bold")
     for name in ("pattern", "module", "shape", "features", "seeds", "blueprint"):

@@ -30,7 +30,7 @@ SKIPPED = (
 
 
 class Checkpointer:
-    """Called between two steps of a session that begins after step ``since`` (−1: anew).
+    """Called between two steps of a session that begins after step ``since`` (−1: at the start).
 
     The port and the controller are saved with the trainer. The trackers must have kept everything said before a checkpoint counts.
     """

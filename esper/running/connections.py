@@ -1,4 +1,4 @@
-"""A run's bus with its port, controller and trackers: in this process, or reached over the bus where they have a process of their own."""
+"""A run's bus with its port, controller and trackers: in this process, or reached over the bus where they have their own process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for parts
 
 @dataclass(frozen=True)
 class Setup:
-    """A run as it was asked for: settings, folder, task, device, and the checkpoint's state that it goes on from, if any.
+    """A requested run: settings, folder, task, device, and the checkpoint's state that it continues from, if any.
 
     ``controls`` are the control runs that it makes.
     """
@@ -103,7 +103,7 @@ class ExternalController:
         """Nothing for the trainer's checkpoint."""
 
     def load_state(self, state: None) -> None:
-        """Nothing to go on from."""
+        """There is no state to load."""
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -166,7 +166,7 @@ def no_provenance() -> dict[str, Any]:
 
 
 def refuse_other_data(state: Any, task: Task, folder: Path) -> None:
-    """Raise UserError for a state that is no run's, or of a run that was trained on other data than ``task`` has now."""
+    """Raise UserError for a state that does not belong to a run, or to a run on other data than the present data of ``task``."""
     with fitting():
         before = str({part: state[part] for part in PARTS}["data"])
     if before and before != task.digest:
@@ -177,7 +177,7 @@ def refuse_other_data(state: Any, task: Task, folder: Path) -> None:
 
 
 def other_versions(state: Any, device: torch.device) -> str:
-    """A sentence where another version or processor computed the state than would go on from it, empty for the same or not known ones."""
+    """A sentence where another version or processor computed the state than would continue from it; empty for the same or unknown ones."""
     now = _versions(device)
     with fitting():
         then = {name: str(state["versions"].get(name, number)) for name, number in now.items()}

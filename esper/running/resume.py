@@ -1,4 +1,4 @@
-"""The run that another one goes on from: where it lies, its configuration, and the state that a resumed run or a fork begins with."""
+"""The run that another one continues: its folder, its configuration, and the state that a resumed run or a fork begins with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 @dataclass
 class Start:
-    """A run about to go on: its config, its folder, and the state that it begins from (None: the beginning)."""
+    """A run about to continue: its config, its folder, and the state that it begins with (None: the beginning)."""
 
     config: RootConfig
     folder: Path
@@ -128,7 +128,7 @@ def state_in(folder: Path) -> Any:
 
 
 def fork_state(state: State, before: RootConfig, config: RootConfig) -> tuple[State, list[str]]:
-    """(the state that a run of ``config`` begins with, a sentence for each part of it that begins anew).
+    """(the state that a run of ``config`` begins with, a sentence for each part of it that begins again).
 
     A fork takes over all of a saved state but the memory of an optimizer or a controller that it replaces by another.
 

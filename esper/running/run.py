@@ -48,7 +48,7 @@ class Result:
 
 
 def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None, controls: Collection[str] | None = None) -> Result:
-    """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to go on from.
+    """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to continue from.
 
     ``controls`` are those that are trained too: those of a sweep's report, or (None) all that the run has.
 

@@ -44,7 +44,7 @@ class FolderLock:
         self._over = True
 
     def refuse_removed(self) -> None:
-        """Raise Removed where the folder was deleted or moved: the run's files would be lost, or lie in a new folder."""
+        """Raise Removed where the folder was deleted or moved: the run's files would be lost, or written to a new folder."""
         if not self._there():
             raise Removed(errno.ENOENT, "was removed while its run was under way", str(self._folder))
 

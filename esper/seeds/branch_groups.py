@@ -102,7 +102,7 @@ class GroupMember:
 
 
 def build(members: list[GroupMember], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> BranchGroups:
-    """Group the parts of one site by bank; branches on the same chunk (generations) go to groups of their own."""
+    """Group the members of one site by bank; branches on the same chunk (generations) go to different groups."""
     groups: BranchGroups = []
     gathered: dict[tuple[str, int], list[GroupMember]] = {}
     for member in members:

@@ -47,7 +47,7 @@ class Branch:
 
     @property
     def excluded(self) -> bool:
-        """Whether it is no forward's, though its stage may say so: it is held, or learns in another's place."""
+        """Whether no forward adds it, although its stage may say so: it is held, or learns in another's place."""
         return self.held or (self.replaces >= 0 and self.stage is Stage.TRAINING)
 
 

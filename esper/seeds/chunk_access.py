@@ -63,7 +63,7 @@ class ReadChunks(torch.autograd.Function):
 
 
 class AddToChunks(torch.autograd.Function):
-    """A copy of ``x`` with something added to every group's chunks; backward hands the one gradient on as it is."""
+    """A copy of ``x`` with something added to every group's chunks; backward passes on the one gradient unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: Sequence[Group], dim: int, seeds: int, *added: Tensor) -> Tensor:

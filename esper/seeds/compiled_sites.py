@@ -88,7 +88,7 @@ class CompiledSites:
         return self._members[number]
 
     def reset_counts(self) -> None:
-        """Count contained forwards anew."""
+        """Reset the counts of contained forwards."""
         if self.sites:
             torch._foreach_zero_([tensor for site in self.sites for tensor in (site.contained, site.forwards)])
 

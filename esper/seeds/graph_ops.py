@@ -166,7 +166,7 @@ class GradientProbe(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, probe: Tensor) -> Tensor:
-        """``x [..., W]`` and ``probe [S]``. A copy, because the host may go on in place; a compiler reads ``x`` in its stead."""
+        """``x [..., W]`` and ``probe [S]``. A copy, because the host may continue in place; a compiler reads ``x`` instead."""
         ctx.seeds = probe.shape[0]
         return x.clone()
 

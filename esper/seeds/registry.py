@@ -115,7 +115,7 @@ class SeedRegistry:
         return branch
 
     def germinate_successor(self, branch: Branch, blueprint: str) -> Branch:
-        """Allocate a branch that is to learn in the place of another, which stays its seed's. Draws from a generator of its own."""
+        """Allocate a branch that will learn in the place of another, which its seed keeps. Draws from a separate generator."""
         site = self.sites[branch.site]
         draws = generator(self.seed, "successor", site.name, branch.seed, len(self.branches))
         successor = self._grown(branch.row, blueprint, branch.strategy, draws)
@@ -176,7 +176,7 @@ class SeedRegistry:
         return {"sites": sites, "blueprint": self.default_blueprint, "silent": self.silent}
 
     def state(self) -> dict[str, Any]:
-        """The table of seeds, the branches and the banks they lie in, by reference."""
+        """The table of seeds, the branches and their banks, by reference."""
         banks = {layer.name: {name: bank.state() for name, bank in self.banks(n).items()} for n, layer in enumerate(self.layers)}
         return {"table": self.table.state(), "history": self.history.state(), "branches": self.branches.state(), "banks": banks}
 

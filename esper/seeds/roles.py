@@ -150,7 +150,7 @@ def _blocks(calls: list[ModuleCall]) -> set[str]:
 
 
 def _in_a_list(stack: str, name: str, module: nn.Module) -> bool:
-    """Whether the block ``name`` lies in a list of blocks inside ``stack``."""
+    """Whether the block ``name`` is in a list of blocks inside ``stack``."""
     if not name.startswith(f"{stack}."):
         return False
     parent = name.removeprefix(f"{stack}.").rpartition(".")[0]
@@ -158,7 +158,7 @@ def _in_a_list(stack: str, name: str, module: nn.Module) -> bool:
 
 
 def _skips(call: ModuleCall) -> bool:
-    """Whether a path of sums (and what may stand beside them) leads from the block's output back to its input."""
+    """Whether a path of sums (and functions that keep them) leads from the block's output back to its input."""
     seen: set[tuple[int, bool]] = set()
     open_nodes = [(call.output, False)]
     while open_nodes:

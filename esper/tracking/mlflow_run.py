@@ -36,7 +36,7 @@ STAGES = {stage.name.lower(): int(stage) for stage in Stage}
 
 
 class MlflowRun:
-    """Writes to the store itself: seconds of import and of Python, so it belongs into a process of its own.
+    """Writes to the store itself: seconds of import and of Python, so it belongs in its own process.
 
     Timestamps are the run's start plus the tick in milliseconds: a value sent twice is stored once. NaN is stored as
     NaN, infinities too (the store would turn them into 1.8e308); ``metrics.parquet`` keeps the values.
@@ -151,7 +151,7 @@ class MlflowRun:
         self._client.log_inputs(self.run_id, [DatasetInput(entry, [])])
 
     def record(self, messages: Sequence[Message]) -> None:
-        """Metrics as they are, telemetry as aggregates, alerts as a count; everything else is in the files."""
+        """Metrics unchanged, telemetry as aggregates, alerts as a count; everything else is in the files."""
         for message in messages:
             match message:
                 case Metrics():

@@ -40,7 +40,7 @@ SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databrick
 
 
 def check_store(config: MlflowConfig, outputs: str) -> None:
-    """Refuse a server that does not answer, a file that is no database, and a URI that MLflow has no store for.
+    """Refuse a server that does not answer, a file that is not a database, and a URI for which MLflow has no store.
 
     Raises:
         UserError: naming the URI and the remedy.

@@ -87,7 +87,7 @@ class ParquetFiles:
             self.flush()
 
     def _started(self, tick: int) -> None:
-        """A tracker in a process of its own may hear a run end, or die, and go on: there the events begin a new session."""
+        """A tracker in its own process may see a run end, or die, and continue: there the events begin a new session."""
         self._end = None
         if self._heard:
             self._begin_session("events", tick)

@@ -123,7 +123,7 @@ class ProgressState:
 
 
 class ProgressBar:
-    """Draws on standard error; where that is no terminal, a plain line now and then.
+    """Draws on standard error; where that is not a terminal, a plain line from time to time.
 
     Give it a TrackerRunner of its own, so that a slow store does not stop the bar.
 

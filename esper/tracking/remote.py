@@ -166,7 +166,7 @@ class RemoteMlflow:
 
 
 class MlflowSubprocess(RemoteMlflow):
-    """Hands everything to a process of its own, so that training keeps its interpreter to itself; its errors come back as TrackerError."""
+    """Passes everything to its own process, so that training has its interpreter to itself; its errors come back as TrackerError."""
 
     def __init__(self, config: MlflowConfig) -> None:
         super().__init__(config)
@@ -192,7 +192,7 @@ class MlflowSubprocess(RemoteMlflow):
         self._send(Prepare(self.config, str(outputs), str(folder)))
 
     def open(self, info: RunInfo) -> None:
-        """Wait until the MLflow run exists (seconds; the caller is a thread of its own)."""
+        """Wait until the MLflow run exists (seconds; the caller is a separate thread)."""
         if self._process is None:
             self.prepare(Path(info.folder), Path(info.outputs))
         try:

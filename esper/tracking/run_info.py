@@ -21,8 +21,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Identity and circumstances of one run.
 
     ``folder`` is the run's own folder and ``outputs`` the root of all runs, both absolute. ``started_ms`` (milliseconds
-    since 1970) anchors every timestamp: a value of tick t is stamped ``started_ms + t``, so that saying it twice says
-    it once. ``changed`` holds the settings that differ from the defaults, flattened, and ``chosen`` the parts that every run has (model, task, …).
+    since 1970) anchors every timestamp: a value of tick t is stamped ``started_ms + t``, so a repeated message stores
+    it once. ``changed`` holds the settings that differ from the defaults, flattened, and ``chosen`` each run's parts (model, task, …).
     ``parent`` is the MLflow run of a sweep.
     ``primary`` names the metric that decides, ``direction`` is ``max`` or ``min``.
     """

@@ -94,7 +94,7 @@ class TrackerRunner:
         return self._settled.wait(timeout_s) and not self.errors
 
     def try_model(self, model: nn.Module, sample: Tensor) -> None:
-        """Export the model as it is now, as ``log_model`` will export the final one, and keep nothing.
+        """Export the present model in the way of ``log_model`` with the final one, and keep nothing.
 
         Raises:
             UserError: a model that torch.export cannot trace.

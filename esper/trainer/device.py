@@ -40,7 +40,7 @@ def describe(device: torch.device, config: TrainerConfig) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device's or the CPU's memory could not be had; torch has a class of its own for the former alone."""
+    """Whether the device's or the CPU's memory was exhausted; torch has an exception class only for the former."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -76,7 +76,7 @@ class Governor:
         grow.guard.on_return = self.restart
 
     def restart(self) -> None:
-        """The host is in an earlier state: learn anew which values are usual, and take a new snapshot."""
+        """The host has returned to an earlier state: learn the usual values again, and take a new snapshot."""
         self.bands, self._before, self._measured = _bands(), [], {}
         self.bad = dict.fromkeys(self.bands, 0)
         self._largest, self.snapshot = math.inf, None

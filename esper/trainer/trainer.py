@@ -301,7 +301,7 @@ class Trainer:
         return values
 
     def _check_finite(self, which: str, loss: float) -> None:
-        """Say, once a set, that its loss is no number; where training goes on well that is the data's doing."""
+        """Say, once for each set, that its loss is not a number; if training goes well, the data are the cause."""
         if not math.isfinite(loss) and which not in self.said:
             self.said.add(which)
             text = f"the {which} loss is {loss}; if the training loss is not, look for NaN or infinities in the {which} data"

@@ -51,7 +51,7 @@ class Pending(msgspec.Struct, gc=False):
 
 @dataclass
 class Group:
-    """Where a consumer group stands in one log."""
+    """The position of a consumer group in one log."""
 
     next: int = 0
     pending: dict[str, Pending] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""``esper control <run folder>``: a controller in a process of its own, which may be killed and started again."""
+"""``esper control <run folder>``: a controller in its own process, which may be killed and restarted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEND_S = 10.0
 
 
 class SavedState(msgspec.Struct):
-    """The memory of a controller process, with which it goes on after a kill as if nothing had happened.
+    """The memory of a controller process, from which it continues after a kill as if nothing had happened.
 
     ``started`` is the run's RunStarted, which a controller hears again after ``load_state``, as in a resumed run.
     ``heard`` is the last message of every stream and producer that ``state`` has seen; ``said`` are the commands of
@@ -113,7 +113,7 @@ class ExternalRunner:
             self._save(name)
 
     def _rewind(self, tick: int) -> None:
-        """The trainer goes on from its checkpoint of ``tick``: so do we."""
+        """The trainer continues from its checkpoint of ``tick``, and so does the controller."""
         heard = self._saved.heard
         name = f"tick-{tick}.json"
         if (self._folder / name).exists():

@@ -68,7 +68,7 @@ class TelemetryRing:
         return ring.rows[ring.written % len(ring.rows)]
 
     def put(self, tick: int, site: str, rows: Tensor) -> None:
-        """Take ``rows`` (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, anything else by copying it there.
+        """Take ``rows`` (float32 ``[seeds, columns]``, CPU): a filled ``slot`` without a copy, anything else by copying it there.
 
         By torch: between two steps neither side is in the processor's caches, and there its copy takes a third of numpy's time.
         """

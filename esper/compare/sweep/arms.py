@@ -74,7 +74,7 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
 
 
 def refuse_unknown_blocks(blocks: Sequence[str], settings: Iterable[str]) -> None:
-    """Refuse a name in ``compare.block`` that is no key of any job: the key that was meant would make arms instead.
+    """Refuse a name in ``compare.block`` that is not a key of any job: the intended key would make arms instead.
 
     Args:
         blocks: ``compare.block``.
@@ -95,7 +95,7 @@ def refuse_unknown_blocks(blocks: Sequence[str], settings: Iterable[str]) -> Non
 
 
 def refuse_repeated(layout: Layout) -> None:
-    """Refuse a sweep in which a run occurs twice: each would count as a pair of its own.
+    """Refuse a sweep in which a run occurs twice: both would count as pairs.
 
     Raises:
         UserError: naming the run and its two jobs.

@@ -196,7 +196,7 @@ def serve_run(writer: SweepWriter, stream: BinaryIO) -> None:
 
 
 def listen(writer: SweepWriter, server: socket.socket) -> None:
-    """Serve every job in a thread of its own, until the process ends."""
+    """Serve every job in its own thread, until the process ends."""
 
     def serve(connection: socket.socket) -> None:
         with connection, connection.makefile("rwb") as stream:

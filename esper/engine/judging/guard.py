@@ -224,7 +224,7 @@ class Guard:
         return best
 
     def returned(self, tick: int) -> None:
-        """The host is again as at ``tick``: states that were kept later are forgotten, and kept anew."""
+        """The host has returned to ``tick``: forget states that were kept later, and keep new ones."""
         self.baselines = {number: kept for number, kept in self.baselines.items() if kept.tick <= tick}
         self.calm, self.lowest = None, self.signal.fast if math.isfinite(self.signal.fast) else math.inf
 

@@ -97,7 +97,7 @@ class Judge:
         return lower_bound(then - now if predecessor.held else now - then, error)
 
     def losses(self, without: list[Branch]) -> Tensor:
-        """Losses ``[n]`` float64 on the judge set with some branches off, all others as they are now."""
+        """Losses ``[n]`` float64 on the judge set with some branches off and all others unchanged."""
         self.registry.refresh()
         with self.registry.without(*without):
             return self._losses()
@@ -132,7 +132,7 @@ class Judge:
 
     @contextmanager
     def _recalibrated(self, norms: list[Any]) -> Iterator[None]:
-        """Within: statistics of these norms measured anew on recent training batches, for the branches as they are now.
+        """Within: the statistics of these norms are measured on recent training batches, for the present branches.
 
         Norms that the user froze (evaluation mode) keep theirs.
         """
