@@ -16,7 +16,7 @@ from esper.report.summary_file import read_summary
 from esper.running.callbacks import read_checksums
 from esper.running.run_folder import CONFIG, read_config
 from esper.tracking.run_info import flatten
-from esper.trainer.outcome import untimed
+from esper.trainer.evaluation import untimed
 
 METRICS = "metrics.parquet"
 USAGE = "usage: esper compare fingerprint <run folder> <run folder>"

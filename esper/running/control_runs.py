@@ -153,7 +153,7 @@ def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> st
     import torch
 
     from esper.running.builders import build_host
-    from esper.trainer.outcome import fingerprint
+    from esper.trainer.evaluation import fingerprint
 
     tree = plain(config)
     relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from esper.blueprints.block_call import first_tensor
 from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.seeds.sites import quiet_evaluation
-from esper.trainer.evaluate import evaluate
+from esper.trainer.evaluation import evaluate
 from esper.trainer.trainer import Trainer
 
 WARM, LEAST, ENOUGH_S = 3, 5, 1.5

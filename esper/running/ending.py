@@ -14,7 +14,7 @@ from esper.report.summary_file import BranchSummary, GateSummary, SecondsSummary
 from esper.running.callbacks import TRACE
 from esper.running.connections import Connections, Setup, let_payloads_go, let_them_read
 from esper.running.provenance import environment, sessions
-from esper.trainer.outcome import fingerprint
+from esper.trainer.evaluation import fingerprint
 from esper.trainer.trainer import Trainer
 
 #: Exceptions after which a run can go on where it was stopped.

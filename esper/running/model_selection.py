@@ -11,7 +11,7 @@ from torch import nn
 from esper.engine.port import Port
 from esper.messages import Alert
 from esper.report.summary_file import GrownSummary, Summary
-from esper.trainer.outcome import fingerprint
+from esper.trainer.evaluation import fingerprint
 from esper.trainer.trainer import Trainer
 
 CODE = "never_grown_kept"

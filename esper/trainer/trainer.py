@@ -34,9 +34,8 @@ from esper.tasks.base import Task
 from esper.tasks.loading import Batches
 from esper.trainer.config import OptimizerConfig, TrainerConfig
 from esper.trainer.device import TYPES, is_out_of_memory
-from esper.trainer.evaluate import Repeated, evaluate, held_out
+from esper.trainer.evaluation import Outcome, Repeated, evaluate, held_out
 from esper.trainer.governor import Governor, Watch
-from esper.trainer.outcome import Outcome
 from esper.trainer.schedule import Schedule
 
 

@@ -20,7 +20,7 @@ from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
 from esper.seeds import Recording, TelemetryConfig
-from esper.trainer.outcome import untimed
+from esper.trainer.evaluation import untimed
 
 S = Stage
 
