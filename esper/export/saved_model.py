@@ -137,7 +137,7 @@ def load_into(
     from safetensors.torch import load_file
 
     from esper.export.description import Budget, unfit
-    from esper.seeds.exporting import regraft
+    from esper.seeds.exporting import rebuild_branches
 
     _refuse_changed(path, description.get("sha256"))
     try:
@@ -149,7 +149,7 @@ def load_into(
         if any(description["grown"]):
             budget.spend(tuple(value.shape) for value in host.state_dict().values())
         for cards in description["grown"]:
-            regraft(host, cards, lambda entry: _blueprint(entry, blueprints), budget)
+            rebuild_branches(host, cards, lambda entry: _blueprint(entry, blueprints), budget)
     except UserError:
         raise
     except Exception as error:  # whatever a blueprint's or a host's own code says to settings that are not its own

@@ -1,6 +1,6 @@
 """From a grown model to a plain one: the same outputs, nothing of esper's machinery, no seed that never grew.
 
-``export_with_cards`` also describes the modules and their places, so that ``regraft`` can build them into a fresh host and
+``export_with_cards`` also describes the modules and their places, so that ``rebuild_branches`` can build them into a fresh host and
 a saved state fits it.
 """
 
@@ -49,7 +49,7 @@ def export_with_cards(registry: SeedRegistry) -> tuple[nn.Module, list[Card]]:
     return plain, cards
 
 
-def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
+def rebuild_branches(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
     """Build modules of the same shapes as the cards say into a fresh host; their values come from a saved state.
 
     ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.export.description``) is asked before anything is.
