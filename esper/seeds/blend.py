@@ -54,14 +54,14 @@ def chunks_of(x: Tensor, group: Group | BlockGroup, geometry: Geometry) -> Tenso
     if isinstance(group, BlockGroup):
         return x.unsqueeze(0)
     dim = _axis(x, geometry)
-    return _in_rows(read_chunks(x, group, dim, geometry.seeds), group, dim)
+    return _to_rows(read_chunks(x, group, dim, geometry.seeds), group, dim)
 
 
 def _axis(x: Tensor, geometry: Geometry) -> int:
     return geometry.dim if geometry.dim >= 0 else x.dim() - 1
 
 
-def _in_rows(chosen: Tensor, group: Group, dim: int) -> Tensor:
+def _to_rows(chosen: Tensor, group: Group, dim: int) -> Tensor:
     """``[…, A, C, …]`` → ``[A, rows, C]``, or ``[A, batch, C, …]`` for a blueprint that sees positions.
 
     Where positions lie behind the features, they stay the axis that is contiguous: whole runs are copied, nothing is transposed.
@@ -74,8 +74,8 @@ def _in_rows(chosen: Tensor, group: Group, dim: int) -> Tensor:
     return chosen.reshape(-1, branches, width).transpose(0, 1)
 
 
-def _in_place(added: Tensor, x: Tensor, group: Group, dim: int) -> Tensor:
-    """The inverse of ``_in_rows``: its result → ``[…, A, C, …]``."""
+def _from_rows(added: Tensor, x: Tensor, group: Group, dim: int) -> Tensor:
+    """The inverse of ``_to_rows``: its result → ``[…, A, C, …]``."""
     if group.bank.blueprint.spatial:
         return added.transpose(0, 1)
     lead = (*x.shape[:dim], *x.shape[dim + 1 :])
@@ -114,7 +114,7 @@ def _group_output(x: Tensor, chunk: Tensor, group: Group, geometry: Geometry) ->
 
 
 def _whole(x: Tensor, dim: int) -> Tensor:
-    """All features: ``[1, rows, W]``, with the contiguous axis that ``_in_rows`` gives chunks."""
+    """All features: ``[1, rows, W]``, with the contiguous axis that ``_to_rows`` gives chunks."""
     if dim + 1 < x.dim():
         return x.movedim(dim, 0).reshape(1, x.shape[dim], -1).transpose(1, 2)
     return x.reshape(1, -1, x.shape[dim])
@@ -161,12 +161,12 @@ def _add_groups(x: Tensor, y: Tensor, groups: list[Group], geometry: Geometry, r
     through, *chosen = ReadChunks.apply(x, groups, dim, geometry.seeds)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     additions = []
     for group, chunks in zip(groups, chosen, strict=True):
-        chunk = _in_rows(chunks, group, dim)
+        chunk = _to_rows(chunks, group, dim)
         delta = run_contained(group, chunk, partial(_group_output, through, chunk, group, geometry))
         added = _zero_where_not_finite(delta, group) * group.alpha.to(delta.dtype).view(-1, *([1] * (delta.dim() - 1)))
         if ratios is not None:
             _note_ratios(ratios, group.branches, added, chunk)
-        additions.append(_in_place(added.to(y.dtype), x, group, dim))
+        additions.append(_from_rows(added.to(y.dtype), x, group, dim))
         group.forwards += 1
     blended: Tensor = AddToChunks.apply(through if y is x else y, groups, dim, geometry.seeds, *additions)  # type: ignore[no-untyped-call]
     return blended
