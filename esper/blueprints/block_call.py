@@ -73,7 +73,7 @@ def first_tensor(output: Any) -> Tensor | None:
     return values[0] if values and isinstance(values[0], Tensor) else None
 
 
-def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``output`` with ``change`` applied to the tensor that ``first_tensor`` finds in it.
 
     A nested tensor, which torch's encoder makes of padded sequences, is changed sequence by sequence.

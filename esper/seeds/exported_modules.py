@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.block_call import PLAIN_CALL, BlockCall, on_first
+from esper.blueprints.block_call import PLAIN_CALL, BlockCall, map_first_tensor
 from esper.blueprints.plain_modules import linear
 
 
@@ -103,8 +103,8 @@ class GrownSite(nn.Module):
         output = self.module(*inputs, **named)
         if self.blocks:
             call = BlockCall.of(inputs, named)
-            return on_first(output, lambda x: self._grown(x, call))
-        return self._grown(output) if isinstance(output, Tensor) else on_first(output, self._grown)
+            return map_first_tensor(output, lambda x: self._grown(x, call))
+        return self._grown(output) if isinstance(output, Tensor) else map_first_tensor(output, self._grown)
 
     def __getattr__(self, name: str) -> Any:
         return _of_module(self, name)
@@ -145,7 +145,7 @@ class Deepened(nn.Module):
         """``B(module(x))``, on the first of the module's outputs, where it gives several; ``B`` is called as the module was."""
         output = self.module(*inputs, **named)
         call = BlockCall.of(inputs, named)
-        return on_first(output, lambda x: call.answer(self.block, x))
+        return map_first_tensor(output, lambda x: call.answer(self.block, x))
 
     def __getattr__(self, name: str) -> Any:
         return _of_module(self, name)

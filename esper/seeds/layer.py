@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.blueprints.block_call import BlockCall, on_first
+from esper.blueprints.block_call import BlockCall, map_first_tensor
 from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
@@ -110,7 +110,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
             return _outside_the_graph(self, inputs, named, output)
         if self.asleep and not self.telemetry_due and not self.forces_grad:
             return None
-        return on_first(output, self._in_graph)
+        return map_first_tensor(output, self._in_graph)
 
     def _in_graph(self, x: Tensor) -> Tensor:
         if not self._fits(x):
@@ -122,7 +122,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
         blocks = [bank for bank in self.banks.values() if isinstance(bank, BlockBank)] if self.banks else []
         for bank in blocks:
             bank.call = BlockCall.of(inputs, named)
-        result = on_first(output, self)
+        result = map_first_tensor(output, self)
         for bank in blocks:
             bank.call = bank.call.detached()  # an objective may still ask for the block's answer
         return result
