@@ -34,10 +34,10 @@ SMALLEST_WEIGHT = 1e-2
 
 
 @dataclass(frozen=True)
-class Watch:
-    """How the governor watches, in steps: snapshots every ``every``; ``patience`` bad steps in a row are an anomaly; more than
+class GovernorSettings:
+    """Durations in steps: a snapshot every ``every`` steps; ``patience`` bad steps in a row are an anomaly.
 
-    ``failures`` rollbacks within ``span`` stop the run.
+    More than ``failures`` rollbacks within ``span`` stop the run.
     """
 
     every: int
@@ -62,8 +62,8 @@ class Anomaly:
 class Governor:
     """Guards one ``Grow`` and its host's optimizer."""
 
-    def __init__(self, grow: Grow, watch: Watch) -> None:
-        self.grow, self.watch = grow, watch
+    def __init__(self, grow: Grow, settings: GovernorSettings) -> None:
+        self.grow, self.settings = grow, settings
         self.bands = _bands()
         self.bad = dict.fromkeys(self.bands, 0)
         self.anomalies: list[Anomaly] = []
@@ -100,7 +100,7 @@ class Governor:
         for name, value in values.items():
             if not self.bands[name].out(value):
                 self.bands[name].accept(value)
-        if not any(self.bad.values()) and (self.snapshot is None or step % self.watch.every == 0):
+        if not any(self.bad.values()) and (self.snapshot is None or step % self.settings.every == 0):
             what = self._take()
             if what is not None:
                 return Anomaly(step, what)
@@ -136,10 +136,10 @@ class Governor:
         grow.forget_step()  # the forwards that looked for a culprit too
         self.bad = dict.fromkeys(self.bands, 0)
         self.anomalies.append(anomaly)
-        self.rollbacks = [step for step in self.rollbacks if anomaly.step - step < self.watch.span] + [anomaly.step]
+        self.rollbacks = [step for step in self.rollbacks if anomaly.step - step < self.settings.span] + [anomaly.step]
         where = "nothing to go back to" if self.snapshot is None else f"back to the state of tick {self.snapshot.tick}"
         grow.port.emit(Alert(tick=tick, level="error", code="rolled_back", text=f"{anomaly}; {where}"))
-        if self.snapshot is None or len(self.rollbacks) > self.watch.failures:
+        if self.snapshot is None or len(self.rollbacks) > self.settings.failures:
             self._give_up()
 
     def _give_up(self) -> None:
@@ -150,7 +150,7 @@ class Governor:
                 "the weights it began with, and optimizer.lr."
             )
         raise UserError(
-            f"The run was rolled back {len(self.rollbacks)} times within {self.watch.span} steps, so it is stopped: {story}. "
+            f"The run was rolled back {len(self.rollbacks)} times within {self.settings.span} steps, so it is stopped: {story}. "
             "Look at the data of these steps, lower optimizer.lr, or resume from an earlier checkpoint."
         )
 
@@ -161,7 +161,7 @@ class Governor:
             if not math.isfinite(value):
                 return f"the {name} is {value}"
             self.bad[name] = self.bad[name] + 1 if band.out(value) else 0
-            patience = 1 if name in ("update", "activation") else self.watch.patience
+            patience = 1 if name in ("update", "activation") else self.settings.patience
             if self.bad[name] >= patience:
                 return f"the {name} is {value:.3g}, and up to {band.limit:.3g} would be usual"
         return None

@@ -35,7 +35,7 @@ from esper.tasks.loading import Batches
 from esper.trainer.config import OptimizerConfig, TrainerConfig
 from esper.trainer.device import TYPES, is_out_of_memory
 from esper.trainer.evaluation import Outcome, Repeated, evaluate, held_out
-from esper.trainer.governor import Governor, Watch
+from esper.trainer.governor import Governor, GovernorSettings
 from esper.trainer.schedule import Schedule
 
 
@@ -95,7 +95,7 @@ class Trainer:
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
         if self.average is not None:
             self.grow.follow(self.average, keep=True)
-        self.governor = Governor(self.grow, self._watch()) if config.governor else None
+        self.governor = Governor(self.grow, self._governor_settings()) if config.governor else None
         if state is not None:
             self._take_over(state)
         self._publish_every = growth.telemetry.every
@@ -128,9 +128,9 @@ class Trainer:
             state=state,
         )
 
-    def _watch(self) -> Watch:
+    def _governor_settings(self) -> GovernorSettings:
         every = max(1, parse(self.config.governor_snapshot).ticks(self.total, self.steps_per_epoch))
-        return Watch(every, self.config.governor_patience, self.config.governor_failures, max(100, self.total // 10))
+        return GovernorSettings(every, self.config.governor_patience, self.config.governor_failures, max(100, self.total // 10))
 
     # --- checkpoints ---
 
