@@ -27,7 +27,7 @@ class Readings:
 
     def post(self, tensors: list[Tensor], read: Read) -> None:
         """Have ``read`` called with copies of these tensors on the CPU, float32: now or at the beginning of the next step."""
-        detached = [tensor.detach() for tensor in tensors]
+        detached = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
         if self.late:
             self._posted.append((detached, read))
         else:
