@@ -1,9 +1,9 @@
 """Replacing a kept branch in place: another learns in its place, is tried, and stays only if the judge finds it better, twice.
 
-First it learns in shadow forwards in which it has the place of the branch that is there; the live forward does not feel it. Where the
-judge finds it better by ``lifecycle.gain``, it takes the place, frozen, and the other is held as it is: a rollback puts parameters,
-moments, α and stage back to the bit, because nothing has touched them. After ``lifecycle.evaluating_min`` the judge compares both
-again, and only then the one that was there goes.
+The successor first learns in shadow forwards, in which it has the place of the present branch; the live forward is not affected. If the
+judge finds it better by ``lifecycle.gain``, it takes the place, frozen, and the present branch is held unchanged. A rollback therefore
+restores parameters, moments, α and stage to the bit. After ``lifecycle.evaluating_min`` the judge compares both again, and only then
+the earlier branch is culled.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ LOOK = seed_for(0, "a look at data")
 def drawing_alike(data: Any) -> Iterator[None]:
     """Within, an iteration over ``data`` repeats the draws of the last one; every generator is put back afterwards.
 
-    A DataLoader draws a base seed when it is gone through, shuffled or not, from its own generator or from the global one.
+    A DataLoader draws a base seed at every iteration, shuffled or not, from its own generator or from the global one.
     """
     own = _generators_of(data)
     with global_draws_kept():

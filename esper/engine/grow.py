@@ -146,7 +146,7 @@ class Grow:
     def after_backward(self, batch: Any, loss: Tensor | float | None = None) -> None:
         """Call after ``loss.backward()`` of each micro-batch, with that batch as the model saw it (on its device).
 
-        TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) spares a measuring forward, and serves
+        TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) saves a measuring forward, and is used
         where ``tick`` is given none.
         """
         if loss is not None:
@@ -167,7 +167,7 @@ class Grow:
     def set_aside(self) -> None:
         """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, out of clipping before the tick.
 
-        ``after_backward`` does it; call it yourself, right after the backward pass, only where you clip before you call that.
+        ``after_backward`` calls it. Call it yourself, right after the backward pass, only if you clip before ``after_backward``.
         """
         if self.scaler is not None:
             self.objective.set_aside(parameter for layer in self.registry.layers for parameter in layer.parameters())
@@ -175,7 +175,7 @@ class Grow:
     def tick(self, metric: Tensor | float | None = None) -> bool:
         """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of the losses given to ``after_backward``.
 
-        Returns whether this was a tick. A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
+        Returns whether this was a tick. A step that the gradient scaler skipped is not one: no seed ages and no branch moves.
         """
         losses, self._losses = self._losses, []
         self.readings.arrive()
@@ -240,8 +240,9 @@ class Grow:
     def follow(self, averaged: nn.Module, keep: bool = False) -> None:
         """Let an average of the model grow as the model does: torch's ``AveragedModel``, or any copy that is moved towards it.
 
-        Go on averaging as before. ``averaged.state_dict()`` stays the host's. The averaged branches are in ``state()``, so a loop that
-        resumes from one follows its averages anew, in the same order. With ``keep``, ``export`` and ``save`` give the average.
+        Continue averaging as before. ``averaged.state_dict()`` remains that of the host. The averaged branches are in ``state()``, so a
+        loop that resumes from one calls ``follow`` again for its averages, in the same order. With ``keep``, ``export`` and ``save`` give
+        the average.
 
         Raises UserError where there is no copy of the model in it.
         """
@@ -297,7 +298,7 @@ class Grow:
     def state(self) -> dict[str, Any]:
         """A copy of all but the host and its optimizer, taken between two steps: plain values and tensors on the CPU.
 
-        With host and optimizer as they were, ``attach(state=…)`` goes on from it with the same bits.
+        With the host and optimizer of that moment, ``attach(state=…)`` continues from it with the same bits.
         """
         return dict(join(*split(self._whole_state())))
 
@@ -333,7 +334,7 @@ class Grow:
     def _take_over(self, state: dict[str, Any]) -> None:
         """Take over a ``grown_state``; the caller prepares the next forward afterwards.
 
-        Raises UserError for a state of another topology, before a tensor of it is looked at, and for one that does not fit.
+        Raises UserError for a state of another topology, before its tensors are read, and for one that does not fit.
         """
         with fitting():
             refuse_misfit(state.get("topology"), topology(self.registry), "The saved state")

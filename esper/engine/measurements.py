@@ -50,10 +50,10 @@ class Measured:
 
 
 class Faults:
-    """Exceptions of the user's own parts, contained: each is said once, with its traceback in the log; a branch that repeats them goes.
+    """Contains exceptions of the user's own parts: each is reported once, with its traceback in the log; a branch that repeats them goes.
 
-    ``said`` are the alerts that have been given, saved with the run. With ``debug`` nothing is contained: the exception is raised again,
-    from the line where it came from.
+    ``said`` holds the alerts that have been given, saved with the run. With ``debug`` the exception is raised again instead, with its own
+    traceback.
     """
 
     def __init__(self, registry: SeedRegistry, port: Port, said: set[str], debug: bool) -> None:

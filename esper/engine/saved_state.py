@@ -1,6 +1,6 @@
-"""Saved states of seeds and branches: reading one, checking that it fits a model, and telling the host's tensors from the seeds'.
+"""Saved states of seeds and branches: reading one, checking that it fits a model, and separating the host's tensors from the seeds'.
 
-The host and its optimizer are the loop's own to save and to load, before it attaches.
+The loop itself saves the host and its optimizer, and loads them before it attaches.
 """
 
 from __future__ import annotations

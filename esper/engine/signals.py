@@ -43,7 +43,7 @@ class LossSignal:
         return math.sqrt(2.0 * self.variance * 0.1 / 1.9)
 
     def steadiness(self) -> float:
-        """``1 − max(0, fast − slow) / |slow|``, cut at 0: 1 is a loss that stands still or falls, NaN one never seen.
+        """``1 − max(0, fast − slow) / |slow|``, at least 0: 1 for a loss that is constant or falls, NaN before the first loss.
 
         Only a rise counts against it: a host that is still learning has not been unsettled.
         """

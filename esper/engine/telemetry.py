@@ -29,7 +29,7 @@ STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
 
 
 class Observer:
-    """Reads the seeds of a registry every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
+    """Reads the seeds of a registry every ``telemetry.every`` ticks; ``due`` says that the coming tick is one of them.
 
     ``tick`` gives the present tick. Rows go to the port when ``readings`` bring the device's measurements.
     """
@@ -121,10 +121,10 @@ class Observer:
         self.readings.post(squares, read)
 
     def _parameters_beside(self, number: int) -> list[torch.nn.Parameter]:
-        """The host's parameters that branches at a site are measured against: those of the site's module.
+        """The host's parameters with which branches at a site are compared: those of the site's module.
 
-        Where it has none (flattened inputs, an activation): those of the next module, in order of definition, that has some of
-        its own, and of the whole host where none follows.
+        If it has none (flattened inputs, an activation), those of the next module with parameters, in order of definition; if there is
+        no such module, those of the whole host.
         """
         own = self._site_parameters(number)
         if own:

@@ -3,8 +3,8 @@
 An average is a copy of the model that is moved towards it, tensor by tensor in the order of its modules. The copy gets the same
 seed layers, with banks of the same shapes, and the averaging covers the branches as well.
 
-A branch enters the average when its FINE_TUNING begins. Until then, and after it is on its way out, the average has it as it is: it is not
-what it will be, and an average over all steps would remember the zeros that it started with. What FOSSILIZED branches have no longer moves.
+A branch enters the average when its FINE_TUNING begins. Before that, and once it is being removed, the average holds its present values: an
+average over all steps would include the zeros that it started with. The values of FOSSILIZED branches no longer change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
 class Follower:
     """One average of the model of ``registry``. ``sync`` it whenever the registry has changed, before the next averaging.
 
-    ``known`` are averaged values of branches, from ``state``, where the average goes on from an earlier one.
+    ``known`` holds averaged values of branches, from ``state``, where the average continues an earlier one.
     """
 
     def __init__(self, registry: SeedRegistry, averaged: nn.Module, known: dict[str, Any] | None = None) -> None:

@@ -1,7 +1,7 @@
 """The forward pass of the branches at a site, on plain torch: ``y = x + Σ α·δ(x)``, with every branch contained.
 
-A branch whose δ holds a non-finite value adds nothing to that forward, is counted, and lets no gradient through: the host
-cannot feel it. One whose code raises adds nothing either (``esper.seeds.branch_exceptions``).
+A branch whose δ contains a value that is not finite adds nothing to that forward, is counted, and passes on no gradient, so that it
+cannot affect the host. A branch whose code raises an exception adds nothing either (``esper.seeds.branch_exceptions``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from esper.seeds.recording import Recording
 def blend(x: Tensor, groups: BranchGroups, geometry: Geometry, recording: Recording | None = None) -> Tensor:
     """``x`` plus the additions of the groups' branches; same shape and dtype.
 
-    Where a recording wants it, it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).
+    A recording that asks for it receives, by branch id, the RMS of ``α·δ`` over that of the chunk (0-dim tensors).
     """
     y, ratios = x, None if recording is None else recording.ratios
     plain: list[Group] = []
@@ -64,7 +64,7 @@ def _axis(x: Tensor, geometry: Geometry) -> int:
 def _to_rows(chosen: Tensor, group: Group, dim: int) -> Tensor:
     """``[…, A, C, …]`` → ``[A, rows, C]``, or ``[A, batch, C, …]`` for a blueprint that sees positions.
 
-    Where positions lie behind the features, they stay the axis that is contiguous: whole runs are copied, nothing is transposed.
+    If positions come after the features, they remain the contiguous axis: whole runs are copied, and nothing is transposed.
     """
     branches, width = chosen.shape[dim : dim + 2]
     if group.bank.blueprint.spatial:

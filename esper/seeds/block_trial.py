@@ -17,7 +17,7 @@ def refuse_uncallable_blocks(model: nn.Module, sites: list[Site], forward: Forwa
     """Run the model once; a copy of one block of each kind is called as the host called the block, on the block's output.
 
     Raises:
-        UserError: the copy does not answer, or with another shape, so that no block could grow there.
+        UserError: the copy fails, or gives another shape, so that no block could grow there.
     """
     tried: set[type[nn.Module]] = set()
     handles = []

@@ -1,6 +1,6 @@
 """Calling the code of a branch: an exception is kept for the engine, and the branch adds nothing to that forward.
 
-The host cannot feel a branch that raises, just as it cannot feel one that gives NaN.
+A branch that raises cannot affect the host, just as one that gives NaN cannot.
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ class CompiledSites:
         return registry
 
     def refresh(self, numbers: Iterable[int]) -> None:
-        """The groups of these sites have changed.
+        """Update the graph's tensors, since the groups of these sites have changed.
 
-        Whether the graph is left is one state of the whole host, so that it is compiled once for it and not site by site.
+        The graph breaks at all sites or at none, so that the host is compiled once for it and not site by site.
         """
         numbers = sorted(numbers)
         if not numbers:

@@ -1,4 +1,4 @@
-"""From a grown model to a plain one: the same outputs, nothing of esper's machinery, no seed that never grew.
+"""From a grown model to a plain one: the same outputs, without esper's machinery and without seeds that never grew.
 
 ``export_with_cards`` also describes the modules and their places, so that ``rebuild_branches`` can build them into a fresh host and
 a saved state fits it.
@@ -50,9 +50,9 @@ def export_with_cards(registry: SeedRegistry) -> tuple[nn.Module, list[Card]]:
 
 
 def rebuild_branches(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
-    """Build modules of the same shapes as the cards say into a fresh host; their values come from a saved state.
+    """Build modules of the shapes that the cards state into a fresh host; their values come from a saved state.
 
-    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.export.description``) is asked before anything is.
+    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.export.description``) is asked before each.
     Raises KeyError or AttributeError where the host has no such module.
     """
     modules = [host.get_submodule(card["site"]) for card in cards]

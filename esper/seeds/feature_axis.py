@@ -1,7 +1,7 @@
-"""Which axis of a tensor holds its features: followed function by function, from the layers that put them somewhere.
+"""The axis of a tensor that holds its features, followed function by function from the layers that determine it.
 
-Linear layers, layer norms and embeddings put them last, convolutions and batch norms on the axis before the positions;
-transposing moves them, reshaping may merge them with another axis, and everything else leaves them where they are.
+Linear layers, layer norms and embeddings put features last; convolutions and batch norms put them on the axis before the positions.
+Transposing moves them, reshaping may merge them with another axis, and all other functions keep their axis.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ _POOLS = {f"{kind}_pool{n}d": n for n in (1, 2, 3) for kind in ("max", "avg", "l
 def axis_after(kind: str, call: Callable[[Tensor], Tensor], given: list[TracedInput], out: torch.Size) -> int | None:
     """The axis of the features in the result of a function of this kind for some tensors; None where it is not known.
 
-    ``call`` is the function with another tensor in the place of those given. Where streams meet, the features stay where the
-    oldest has them.
+    ``call`` is the function with another tensor in the place of those given. Where streams meet, the features have the axis of the
+    oldest.
     """
     dims = len(out)
     if not dims:

@@ -21,7 +21,7 @@ SUBTRACT, FROZEN = 1, 2
 
 @dataclass
 class FusedGroup:
-    """Groups with at most one branch a seed, as the kernels take them; to the rest of the engine it is a group like others.
+    """Groups with at most one branch a seed, in the form of the kernels; for the rest of the engine it is a group like others.
 
     ``seeds`` ``[A]`` are the branches' seeds; ``route`` int32 ``[S, 3]`` says each seed's bank, its slot, whether δ = net − id and whether
     the branch is frozen.
@@ -83,7 +83,7 @@ def fuse(
 ) -> BranchGroups:
     """The groups with one leading ``FusedGroup`` that holds all that the kernels can take; unchanged where the kernels are not used.
 
-    ``seed_of`` gives the seed of each branch. A second generation on the same chunk stays outside: one branch a seed.
+    ``seed_of`` gives the seed of each branch. A second generation on the same chunk is not included: a seed has one branch.
     """
     if kernels is None or not kernels.usable_on(device):
         return groups

@@ -1,11 +1,10 @@
 """A site in a compiled host's graph: tensors at fixed addresses, and registered ops over them.
 
-α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps; the results of a forward and
-backward are written to tensors that the engine reads. So the graph never breaks, and of all that happens in the
-life of a seed nothing compiles it anew. Asleep a site is not in it at all, unless telemetry is due: those are the four
-graphs that there may be of a host.
+α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps. The results of a forward and
+backward are written to tensors that the engine reads. Therefore the graph has no breaks, and no event in the life of a seed compiles it
+again. A site that is asleep is not in the graph, unless telemetry is due. A host has therefore at most four graphs.
 
-A compiled graph must reach all this through ``SITES``: sizes of attributes of torch's own modules are compiled in.
+A compiled graph must reach these tensors through ``SITES``, because sizes of attributes of torch's own modules are compiled in.
 """
 
 from __future__ import annotations

@@ -131,8 +131,8 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
 def mark_for_compiler(module: nn.Module) -> None:
     """Let a compiler tell a module with seeds from one of the same class without.
 
-    Graphs belong to code, not to a model, and are not compiled anew for a hook: a second model of the class, compiled without seeds,
-    would lend its graph to this one, whose seeds would have no effect. A ``forward`` of the module's own prevents it.
+    Graphs belong to code, not to a model, and are not compiled again for a hook. A second model of the class, compiled without seeds, would
+    lend its graph to this one, and its seeds would have no effect. A ``forward`` of the module's own prevents this.
     """
     module.__dict__.setdefault("forward", MethodType(type(module).forward, module))
 

@@ -2,7 +2,7 @@
 
 ``mlp_hidden``  a linear layer whose output reaches another linear layer through a nonlinearity and nothing but elementwise
                 operations: the hidden layer of a perceptron, gated ones included, before its activation;
-``residual``    a block that gives its input plus something (post-norm blocks too): where the residual stream leaves it;
+``residual``    the output of a block that adds something to its input (post-norm blocks too);
 ``conv_out``    a convolution's output (1-D or 2-D).
 """
 

@@ -61,8 +61,8 @@ def find_sites(model: nn.Module, match: list[str], per_site: int, forward: Forwa
     ``auto`` leaves out modules that cannot carry seeds, and logs them: layers that are never called, since another module reads their
     weights (``nn.MultiheadAttention`` those of its ``out_proj``) or they are unused.
 
-    Raises UserError for a pattern that matches nothing (it lists the modules there are), and for a named module that cannot carry seeds,
-    and for more seeds than features.
+    Raises UserError for a pattern that matches nothing (it lists the modules), for a named module that cannot carry seeds, and for more
+    seeds than features.
     """
     modules = host_modules(model)
     auto, hidden = list(match) == ["auto"], False
@@ -183,7 +183,7 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, tr
 def quiet_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and the global generators are put back afterwards.
 
-    Attention takes its ordinary path: on torch's fast one layers are read instead of called, and nested tensors have no shape.
+    Attention takes its ordinary path: torch's fast path reads layers instead of calling them, and its nested tensors have no shape.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -34,7 +34,7 @@ class GateCounts:
 class Gatekeeper:
     """Answers gates for the branches of a registry; a value that is missing or not finite opens none.
 
-    ``ramp_end`` is the alpha at which each strategy's ramp is over, as float32 holds it. ``said`` are the alerts given once a run.
+    ``ramp_end`` is the alpha at the end of each strategy's ramp, in float32. ``said`` holds the alerts that are given once a run.
     """
 
     def __init__(

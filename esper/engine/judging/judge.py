@@ -52,8 +52,8 @@ def lower_bound(differences: Tensor, error: float) -> Gain:
 class Judge:
     """Judges branches on the batches of ``data``; ``loss(model, batch)`` gives one value a sample, or one a batch.
 
-    Of the last look, ``on`` are the losses ``[n]`` with everything on and ``off`` those without each branch; ``spoiled`` says how many
-    were not finite with the branch off, so by no fault of its own.
+    For the last look, ``on`` holds the losses ``[n]`` with everything on, ``off`` those without each branch, and ``spoiled`` the number of
+    losses that were not finite with the branch off, which is not its fault.
     """
 
     def __init__(self, registry: SeedRegistry, loss: LossFunction, data: Iterable[Any], device: torch.device, meter: Meter) -> None:

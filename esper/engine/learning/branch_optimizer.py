@@ -32,8 +32,8 @@ class BranchOptimizer:
 
     Of a gradient that was scaled for half precision, only the last of ``PATIENCE`` such steps in a row is a failure.
 
-    On a GPU nothing waits for the device: a branch whose gradient is not finite is held there and then, and norms and failures are
-    known when ``readings`` arrive.
+    On a GPU nothing waits for the device: a branch whose gradient is not finite is held on the device at once, and norms and failures
+    are known when ``readings`` arrive.
     """
 
     def __init__(self, registry: SeedRegistry, learning: BranchLearning, readings: Readings | None = None) -> None:
@@ -49,7 +49,7 @@ class BranchOptimizer:
 
     @torch.no_grad()
     def step(self, branches: list[Branch], factor: float, scaled: frozenset[int] = frozenset()) -> None:
-        """One step of the given branches with ``lr · factor · warm-up``; uses and then drops the gradients at hand.
+        """One step of the given branches with ``lr · factor · warm-up``; uses and then drops the present gradients.
 
         ``scaled`` are the branches whose gradient came in under a loss scale. ``norms`` then holds the L2 norm of the gradient
         of each branch that had one, before clipping; one that overflowed under the scale has none.

@@ -1,7 +1,7 @@
 """The objectives of TRAINING seeds; they leave the live forward and the host's gradients untouched.
 
-Gradients are kept apart (``pending``) until the branch optimizer takes them at the tick, so that clipping the host's
-gradients by their norm does not feel a TRAINING seed either.
+Gradients are kept in ``pending`` until the branch optimizer takes them at the tick, so that a TRAINING seed does not affect the
+clipping of the host's gradients either.
 """
 
 from __future__ import annotations
