@@ -1,4 +1,4 @@
-"""Saving beside training: the state is copied between two steps, and a thread brings the copy to disk."""
+"""Saving during training: the state is copied between two steps, and a thread writes the copy to disk."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Retention:
 
 
 class Saver:
-    """Writes one copy at a time. ``settled`` is asked, in the thread, before a checkpoint may count: everything said before
+    """Writes copies of the state to disk in a thread, one at a time. An error of the thread is raised by the next call.
 
-    the copy was taken is kept where it belongs; a False leaves the earlier checkpoint as the newest. ``written`` hears of
-    each. An error of the thread is raised by the next call.
+    ``settled`` is called in the thread before a checkpoint counts. It tells whether every message published before the copy was taken
+    is stored by the trackers; if not, the earlier checkpoint stays the newest. ``written`` is called with each checkpoint.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, take: Callable[[], Copy], wait: bool = False) -> bool:
-        """Take a copy and write it; where the one before is still being written, wait for it or skip this one.
+        """Take a copy and write it. While the copy before is being written, this one is skipped, or waits for it if ``wait``.
 
-        Returns whether a copy was taken. ``wait`` also waits until this one is on disk.
+        Returns whether a copy was taken. With ``wait`` it is on disk when this returns.
         """
         if self.busy and not wait:
             self.skipped += 1

@@ -1,6 +1,6 @@
-"""The versions of a checkpoint's form; older checkpoints are upgraded on reading, one version after the other.
+"""The versions of the checkpoint format; older checkpoints are upgraded on reading, one version after the other.
 
-Raising ``SCHEMA`` takes an entry in ``UPGRADES`` for the version before and a sample of it in ``tests/checkpoint/samples``.
+A new ``SCHEMA`` needs an entry in ``UPGRADES`` for the version before, and a sample of that in ``tests/checkpoint/samples``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _of_unknown_origin(state: Tree) -> Tree:
 
 
 def _without_dead_columns(state: Tree) -> Tree:
-    """Up to version 5 the table of seeds had three columns that nothing read: the branches know their blueprint and strategy."""
+    """Up to version 5 the table of seeds had three unused columns: the branches know their blueprint and strategy."""
     if "trainer" in state:
         return {**state, "trainer": _without_dead_columns(state["trainer"])}
     if "grow" not in state:

@@ -43,7 +43,7 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def kept(tree: Any) -> Any:
-    """The tree with copies of its tensors, which may be kept: tensors that were read share the file's memory."""
+    """The tree with copies of its tensors, which may outlive the file that tensors are read from."""
     if isinstance(tree, Tensor):
         return tree.clone()
     if isinstance(tree, dict):
@@ -53,7 +53,7 @@ def kept(tree: Any) -> Any:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Within: a state of another form is refused in words, instead of by the first error on the way."""
+    """Context in which a state of another form raises a UserError, instead of whatever error comes first."""
     try:
         yield
     except UserError:

@@ -11,7 +11,7 @@ from esper.processes import ControllerPlace
 
 @dataclass
 class NoneConfig(ControllerPlace):
-    """Nothing but where it lives."""
+    """No settings but the place where the controller runs."""
 
     name: str = "none"
 

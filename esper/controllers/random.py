@@ -19,7 +19,7 @@ from esper.processes import ControllerPlace
 
 @dataclass
 class RandomConfig(ControllerPlace):
-    """How many seeds, between when and when."""
+    """The number of seeds, and the span in which they germinate."""
 
     name: str = "random"
     count: int = setting(4, low=0, high=10**6, unit="seeds", help="seeds that germinate in the run; a refused one is replaced")
@@ -81,7 +81,7 @@ class RandomController:
         return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big"))
 
     def decide(self, tick: int) -> list[Command]:
-        """Germinate as many as are due and neither applied nor under way."""
+        """Germinate the seeds that are due and neither applied nor under way."""
         due = sum(time <= tick for time in self.times) - self.attempts.applied - len(self.attempts.open)
         commands: list[Command] = []
         for n in range(due):

@@ -1,4 +1,4 @@
-"""The latest transitions of each seed, in a ring, over all the branches that it ever had."""
+"""A ring of each seed's latest transitions, over all the branches that it ever had."""
 
 from __future__ import annotations
 

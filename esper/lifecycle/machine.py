@@ -114,7 +114,7 @@ class Machine(Rules):
 
 
 class Trial(Rules):
-    """Transitions worked out one after another and not made: over a machine's table, with the rows that have moved so far."""
+    """A dry run of transitions over a machine's table, which remembers the rows that would have moved."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine.table, machine.ages, machine.reseed, machine.training_slots)

@@ -49,7 +49,7 @@ def check_store(config: MlflowConfig, outputs: str) -> None:
 
 
 def check_uri(uri: str, key: str, otherwise: str) -> None:
-    """The same for a URI that was given by ``key``; ``otherwise`` is the alternative that the sentence offers.
+    """Check a URI that the user gave as ``key``; ``otherwise`` is the alternative that the error message offers.
 
     Raises:
         UserError: naming the URI and the remedy.
@@ -88,7 +88,7 @@ def _check_file(path: Path, key: str, otherwise: str) -> None:
 
 
 def _damaged(path: Path) -> bool:
-    """Whether SQLite itself finds fault with the file, which is read through up to a size; one that is in use is left to MLflow."""
+    """Whether SQLite finds the file damaged. Large files are read in part only; a file in use is left to MLflow."""
     question = "PRAGMA quick_check(1)" if path.stat().st_size <= CHECKED else "SELECT count(*) FROM sqlite_master"
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=ANSWER_S)) as store:
@@ -230,7 +230,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def living_run(client: MlflowClient, uri: str, run_id: str, whose: str, anew: str) -> Run:
-    """The MLflow run to be continued; ``whose`` begins the sentence that refuses it, ``anew`` is the alternative that it offers.
+    """The MLflow run to be continued; the error message begins with ``whose`` and offers ``anew`` as the alternative.
 
     Raises:
         UserError: it was deleted, in MLflow's pages or for good.

@@ -25,7 +25,7 @@ PLAIN_S = 10.0  # without a terminal: a line this often
 
 
 class ProgressState:
-    """Where a run stands.
+    """The progress of a run.
 
     Metrics used: ``train/loss``, the primary one, ``cost/steps``, ``cost/seconds``, ``cost/shadow_seconds`` and
     ``cost/judge_seconds``.
@@ -71,12 +71,12 @@ class ProgressState:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Steps per second of late."""
+        """Recent steps per second."""
         return self._per_second(1)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to go at the present pace."""
+        """Remaining seconds at the present pace."""
         speed = self._per_second(2)
         return (self.total - self.tick) / speed if speed else None
 
@@ -138,7 +138,7 @@ class ProgressBar:
         self._bar: Progress | None = None
 
     def open(self, info: RunInfo) -> None:
-        """Nothing is drawn before the run says how long it is."""
+        """Draw nothing yet: the length of the run is not known."""
         from rich.console import Console
 
         self._console = self._console or Console(stderr=True, file=sys.stderr)
@@ -178,7 +178,7 @@ class ProgressBar:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def flush(self) -> None:
-        """Nothing is held."""
+        """Nothing is buffered."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Leave the last state on the screen."""

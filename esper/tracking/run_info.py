@@ -69,8 +69,8 @@ UNNAMED = ("seed", "name", "output", "tags", "arm", "resume", "bus.", "tracking.
 def readable_name(what: str, changed: Mapping[str, str], seed: int, arm: str = "") -> str:
     """A name that a person can read in a list of runs and tell from the others, like ``mlp-digits controller=none seed=0``.
 
-    ``what`` runs, then the arm or, where there is none, the settings that differ from the defaults: groups first, the rest by name,
-    as many as there is room for. The seed comes last, as in the names of a sweep's runs.
+    The name starts with ``what``, then the arm or, without one, the settings that differ from the defaults: groups first, others by name,
+    as many as fit. The seed comes last, as in the names of a sweep's runs.
     """
     named = {key.removesuffix(".name") for key in changed if key.endswith(".name")}
 

@@ -100,7 +100,7 @@ def main_points(message: Metrics, primary: str) -> list[Point]:
 
 
 def main_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Its numbers: the deciding metric on the test set, and by how much that is better than the host alone."""
+    """The numbers of the first section: the deciding metric on the test set, and its advantage over the host alone."""
     name = str(summary.get("primary", "")).replace("validation/", "test/", 1)
     final = ((summary.get("metrics") or {}).get("final") or {}).get(name)
     if final is None:
@@ -135,7 +135,7 @@ class SeedAverages:
         self._stride = max(1, math.ceil(total_ticks / self._points))
 
     def go_on(self, said: dict[str, tuple[int, set[int]]]) -> None:
-        """By site, the tick at which an earlier session of this run last gave points, and the stages it had seen."""
+        """Continue after an earlier session; by site, the tick of its last points and the stages that it had seen."""
         for site, (tick, stages) in said.items():
             self._next[site] = tick - tick % self._stride + self._stride
             self._known[site] = set(stages)

@@ -32,13 +32,13 @@ def evaluate(model: nn.Module, task: Task, batches: Batches) -> dict[str, float]
 
 
 def held_out(task: Task, which: str, device: torch.device, batch_size: int = 512) -> Batches:
-    """The batches of ``judge``, ``validation`` or ``test`` in their own order."""
+    """The batches of the ``judge``, ``validation`` or ``test`` set, in the order of the data."""
     dataset = getattr(task, which)
     return Batches(dataset, batch_size, 0, task.collate, device=device, shuffle=False, drop_last=False)
 
 
 class Repeated:
-    """Batches as an iterable that can be gone through again and again, as a judge needs it."""
+    """Batches that can be iterated any number of times, as a judge does."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -49,7 +49,7 @@ class Repeated:
 
 @dataclass
 class Outcome:
-    """Held-out measurements (``test/…`` only once the training is finished), history ``(tick, name, value)``, optimizer steps."""
+    """Result of a training: held-out measurements, history ``(tick, name, value)`` and optimizer steps. ``test/…`` is there at the end."""
 
     final: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Outcome:
     steps: int = 0
 
     def state(self) -> dict[str, Any]:
-        """Everything that is known before the end, for a checkpoint."""
+        """The measurements so far, for a checkpoint."""
         return {"steps": self.steps, "best": dict(self.best), "history": _packed(self.history)}
 
     def load(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 Before each optimizer step it asks whether this step's forward and backward look healthy. If they do, the weights they ran
 on are verified, and from time to time a snapshot of them is taken. If not, the step is not made: the branch that caused the
 anomaly is looked for by switching branches off on the same batch, and host, optimizer and the other branches return to the
-last good snapshot. Neither the tick count nor the data order goes back, so the run goes on behind the fault.
+last good snapshot. Neither the tick count nor the data order goes back: the run continues with the next batch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALLEST_WEIGHT = 1e-2
 
 @dataclass(frozen=True)
 class GovernorSettings:
-    """Durations in steps: a snapshot every ``every`` steps; ``patience`` bad steps in a row are an anomaly.
+    """When snapshots are taken (every ``every`` steps) and anomalies declared (after ``patience`` bad steps in a row).
 
     More than ``failures`` rollbacks within ``span`` stop the run.
     """
@@ -76,7 +76,7 @@ class Governor:
         grow.guard.on_return = self.restart
 
     def restart(self) -> None:
-        """The host has returned to an earlier state: learn the usual values again, and take a new snapshot."""
+        """After the host returned to an earlier state: forget the usual values, and take a new snapshot."""
         self.bands, self._before, self._measured = _bands(), [], {}
         self.bad = dict.fromkeys(self.bands, 0)
         self._largest, self.snapshot = math.inf, None
@@ -84,11 +84,11 @@ class Governor:
 
     @property
     def measures_update(self) -> bool:
-        """Whether the size of the coming update is measured: at the ticks at which the seeds' health is read too."""
+        """Whether the size of the coming update is measured: at the same ticks as the seeds' health."""
         return self.grow.observer.due
 
     def admit(self, step: int, loss: float, gradient: float | None) -> Anomaly | None:
-        """Whether the optimizer may make ``step`` after this loss and gradient norm; an anomaly is returned, not raised.
+        """Judge this step's loss and gradient norm: None if the optimizer may make ``step``, else the anomaly.
 
         ``gradient`` None: a gradient scaler looks after it.
         """
@@ -109,7 +109,7 @@ class Governor:
         return None
 
     def measure(self) -> None:
-        """After the optimizer's step and the tick: how large the update was, and the activations, for the next step to judge."""
+        """Note the size of the update and of the activations after the optimizer's step and the tick; the next ``admit`` judges them."""
         if not self._before:
             return
         with torch.no_grad():
@@ -167,9 +167,9 @@ class Governor:
         return None
 
     def _take(self) -> str | None:
-        """A snapshot of weights that this step's forward has verified; or why they are not healthy, in words.
+        """Take a snapshot of the weights that this step's forward has verified. Returns why they are not healthy, or None.
 
-        A flipped bit may hide in a weight that no activation of this batch has felt: the largest magnitude tells.
+        A flipped bit may hide in a weight that no activation of this batch depends on, so the largest magnitude is checked too.
         """
         grow, parameters = self.grow, self._parameters()
         with torch.no_grad():
@@ -190,7 +190,7 @@ class Governor:
     # --- finding the cause ---
 
     def _culprits(self, batch: Any) -> list[Branch]:
-        """The fewest branches without which this batch's loss is usual again; where several single ones would do, a younger one."""
+        """The smallest set of branches whose absence makes this batch's loss usual again; of several alike, the youngest."""
         registry = self.grow.registry
         blended = [branch for number in range(len(registry.sites)) for branch in registry.blended(number)]
         if not blended or self._usual(self._loss(batch, [])) or not self._usual(self._loss(batch, blended)):
@@ -263,10 +263,11 @@ Item = TypeVar("Item")
 
 
 def fewest(items: Sequence[Item], usual_without: Callable[[Sequence[Item]], bool], off: Sequence[Item] = ()) -> list[Item]:
-    """Of ``items`` the fewest without which all is usual, where it is without all of them and not without ``off`` alone.
+    """The smallest subset of ``items`` whose absence makes the loss usual again.
 
-    ``usual_without(some)`` costs a forward. One among n is found in at most two for each halving of n, several in as many each; where any
-    of several would do, that is named which comes first.
+    The caller knows that the loss is usual without all of them, and not with only those in ``off`` absent. ``usual_without(some)`` costs
+    a forward. Bisection finds a single culprit among n in at most two forwards for each halving of n, and each of several culprits in as
+    many. Where any one of several would do, the first of them is returned.
     """
     if len(items) <= 1:
         return list(items)
@@ -290,8 +291,8 @@ class Band:
 
     A value is out of band when its logarithm lies more than ``spreads`` robust standard deviations (1.4826·MAD, Hampel 1974)
     above the median and the value itself more than ``factor`` times it; before ``WARM`` values only non-finite ones are.
-    Nothing up to the largest of the first ``WARM`` values is out of band: a host that has learnt its data by heart has losses
-    of almost nothing, and a batch with one mistake in it is a hundred times that, but no harm.
+    Nothing up to the largest of the first ``WARM`` values is out of band: once a host has memorised its data, its loss is
+    almost zero, and a batch with a single mistake in it has a hundred times that loss without being harmful.
     """
 
     def __init__(self, spreads: float, factor: float) -> None:
@@ -307,7 +308,7 @@ class Band:
         return not math.isfinite(value) or value > self.limit
 
     def accept(self, value: float) -> None:
-        """Take in a value that is in band."""
+        """Add a value that is in band."""
         self.logs.append(math.log(max(abs(value), SMALLEST_VALUE)))
         self._since += 1
         if self._seen < WARM:

@@ -152,7 +152,7 @@ class Trainer:
 
     @torch.no_grad()
     def _take_over(self, state: dict[str, Any]) -> None:
-        """Take over a ``state``, all but ``grow``, which was there before the run was announced."""
+        """Load everything of ``state`` but ``grow``, which was loaded before the run was announced."""
         with fitting():
             for kind, tensors in (("host", host_parameters(self.model)), ("buffers", host_buffers(self.model))):
                 for name, value in tensors.items():
@@ -174,7 +174,7 @@ class Trainer:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     def _remember_batches(self) -> None:
-        """Give the judge the training batches it would remember at this step (norm statistics are recalibrated on them)."""
+        """Give the judge the training batches that it would hold at this step; norm statistics are recalibrated on them."""
         if self.grow.judge is not None:
             number = self.outcome.steps * self.config.accumulate
             for earlier in range(max(0, number - RECENT), number):
@@ -226,11 +226,11 @@ class Trainer:
             self._record(values, primary)
 
     def validates(self, steps: int) -> bool:
-        """Whether the validation set is looked at after so many steps."""
+        """Whether the validation set is measured after this many steps."""
         return steps % self._validate_every == 0 or steps == self.total
 
     def _step(self, step: int) -> dict[str, float]:
-        """One step; the values to record, none where telemetry is not due."""
+        """Make one step. Returns the values to record, none where telemetry is not due."""
         lr_factor = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
@@ -260,14 +260,14 @@ class Trainer:
         return self._said_of(step, float(mean), lr_factor) if (step + 1) % self._publish_every == 0 else {}
 
     def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
-        """Loss and gradient norm as numbers; waits for the device once. A scaler itself skips steps that overflow."""
+        """Loss and gradient norm as numbers; waits for the device once. No norm with a scaler, which skips overflows by itself."""
         if norm is None or self.scaler is not None:
             return float(loss), None
         values = torch.stack([loss.float(), norm.float()]).tolist()
         return values[0], values[1]
 
     def _gradient_norm(self) -> Tensor | None:
-        """The norm of the host's gradient, which is clipped; None where it is not needed."""
+        """Clip the host's gradient and return its norm before clipping; None where it is not needed."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip <= 0.0 and self.governor is None:
@@ -300,7 +300,7 @@ class Trainer:
         return values
 
     def _check_finite(self, which: str, loss: float) -> None:
-        """Say, once for each set, that its loss is not a number; if training goes well, the data are the cause."""
+        """Raise an alert, once for each set, that its loss is not a number; if training goes well, the data are the cause."""
         if not math.isfinite(loss) and which not in self.said:
             self.said.add(which)
             text = f"the {which} loss is {loss}; if the training loss is not, look for NaN or infinities in the {which} data"
@@ -344,7 +344,7 @@ class Trainer:
 
 
 def _refuse_sparse(host: nn.Module) -> None:
-    """Neither AdamW nor clipping takes sparse gradients, and both would say so only in the midst of the first step."""
+    """Raise UserError for sparse gradients: AdamW and clipping refuse them too, but only in the middle of the first step."""
     for name, module in host.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UserError(
@@ -354,7 +354,7 @@ def _refuse_sparse(host: nn.Module) -> None:
 
 
 def _average(decay: float, model: nn.Module) -> AveragedModel | None:
-    """An exponential moving average of weights and norm statistics, none for a decay of 0."""
+    """An exponential moving average of weights and norm statistics; None for a decay of 0."""
     if not decay:
         return None
     moved = get_ema_multi_avg_fn(decay)
