@@ -100,7 +100,7 @@ def _over(folder: Path, error: NoAnswer) -> UserError:
 
 
 def _refuse_second(folder: Path, found: Invitation, part: str) -> None:
-    """Two of a kind would both command the run, or both write its files."""
+    """Raise UserError for a second controller or tracker: both would command the run, or write its files."""
     process = found.info["config"][part].get("process")
     if process != "external":
         raise UserError(

@@ -135,7 +135,7 @@ class Consumer(Protocol):
 
     @property
     def answered(self) -> bool:
-        """Whether the last read reached the bus; where it did not, an empty result does not mean that there are no messages."""
+        """Whether the last read reached the bus; if not, an empty result does not mean that there are no messages."""
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first.
@@ -154,7 +154,7 @@ class Consumer(Protocol):
         """
 
     def handled(self) -> dict[str, Id]:
-        """By producer, up to where the group had acknowledged all when this member first looked; complete once a read gave something."""
+        """By producer, up to where the group had acknowledged all when this member joined; complete once a read returned messages."""
 
     def close(self) -> None:
         """Release; messages that were not acknowledged stay pending for another member to claim."""

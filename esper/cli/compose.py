@@ -38,7 +38,7 @@ class Composed:
 
     @property
     def folder(self) -> Path:
-        """The run's folder, or the sweep's; where the user names none, one of which there will be another when Hydra makes it."""
+        """The run's folder, or the sweep's; without a name from the user it is only an example, since Hydra makes up another."""
         HydraConfig.instance().set_config(self.tree)  # what ${hydra:…} refers to
         internals = self.tree.hydra
         return Path(str(internals.sweep.dir if self.multirun else internals.run.dir))

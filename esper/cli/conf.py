@@ -1,7 +1,7 @@
-"""The options of the groups: esper's dataclasses, the files under ``conf/`` that say otherwise, and the user's own files.
+"""The options of the groups: esper's dataclasses, the files under ``conf/`` that override them, and the user's own files.
 
-All of it is read without Hydra, so that help is quick and spelling can be checked first. ``register`` hands Hydra the options
-that are a dataclass and no file.
+All of it is read without Hydra, so that help is quick and spelling can be checked first. ``register`` gives Hydra the options
+that exist as dataclasses only.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _own: list[Path] = []
 
 
 def forget() -> None:
-    """Take nothing but esper's own options in, until ``add``."""
+    """Forget all options but esper's own."""
     _own.clear()
 
 
 def add(path: str) -> Path:
-    """Take the options under ``path`` in; returns it as an absolute path.
+    """Add the options under ``path``, which is returned as an absolute path.
 
     Raises:
         UserError: no such folder, or files in it for which there is no group, or that would hide one of esper's own.

@@ -1,4 +1,4 @@
-"""Settings that surely cannot work on this machine, refused before torch is imported; in doubt, torch decides when the run starts."""
+"""Refusal of settings that cannot work on this machine, before torch is imported; in doubt, torch decides when the run starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgp
 
 
 def may_have_gpu() -> bool:
-    """False where torch would surely find no GPU."""
+    """Whether torch may find a GPU; False only if it certainly finds none."""
     return sys.platform != "linux" or any(Path(trace).exists() for trace in TRACES)
 
 

@@ -17,7 +17,7 @@ _HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path]) -> None:
     """Refuse an override of a key that an arm's file sets: Hydra would silently let the override win.
 
-    The option of a group may be chosen where the arm sets only some of its keys; there the arm has the last word.
+    The option of a group may be chosen if the arm sets only some of its keys, which then take precedence.
 
     Args:
         typed: groups and dotted keys set on the command line.
@@ -37,7 +37,7 @@ def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path
 
 
 def keys_set_by(preset: str, folders: Sequence[Path]) -> dict[str, str]:
-    """The dotted keys and groups that a preset sets, each with the file that does: its own, or one that its defaults take in."""
+    """The dotted keys and groups that a preset sets, each with the file that sets it: its own, or one from its defaults."""
     found: dict[str, str] = {}
     files = [preset]
     for file in files:  # grows on the way
@@ -51,13 +51,13 @@ def keys_set_by(preset: str, folders: Sequence[Path]) -> dict[str, str]:
 
 
 def _package(text: str) -> str:
-    """Where the header ``# @package`` puts the keys of a file; empty for the top."""
+    """The package in a file's header ``# @package``, below which its keys lie; empty for the top."""
     header = _HEADER.search(text)
     return header[1] if header and header[1] != "_global_" else ""
 
 
 def _taken_in(tree: dict[str, Any]) -> list[str]:
-    """The files that this one takes in: ``defaults: [base]``."""
+    """The files that this one includes by ``defaults: [base]``."""
     entries = [entry for entry in tree.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
     return [entry.split()[-1].removeprefix("/arm/").partition("@")[0] for entry in entries]
 

@@ -1,7 +1,7 @@
 """The programs behind the first word of the command line, loaded when they are called.
 
-Beside esper's own there are those that the user's ``esper.yaml`` names, each a function of a package that was allowed. Entry points of
-installed packages would be a shorter way, and would let any of them add a program without the user's decision.
+Besides esper's own there are those that the user's ``esper.yaml`` names, each a function of an allowed package. Entry points of
+installed packages would be simpler, but would let any package add a program without the user's decision.
 """
 
 from __future__ import annotations

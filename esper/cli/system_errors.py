@@ -30,7 +30,7 @@ STORAGE = {
 
 
 def known(error: OSError) -> bool:
-    """Whether there is a sentence for it; an error that the user did not cause keeps its traceback."""
+    """Whether there is a sentence for this error; one that the user did not cause keeps its traceback."""
     return error.errno in STORAGE or isinstance(error, Removed)
 
 

@@ -1,4 +1,4 @@
-"""``esper check``: tables of a run that is not carried out: its sites, its stages in steps, its cost."""
+"""``esper check``: tables about a run without carrying it out: its sites, its stages in steps, its cost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COPIES = 4
 
 
 def check(config: RootConfig) -> str:
-    """The tables as text. Trains nothing that stays: a few steps are timed on a host that is thrown away.
+    """The tables as text. Only a few steps are trained, to time them, on a host that is thrown away.
 
     Raises UserError for everything that the run itself would refuse before its first step.
     """

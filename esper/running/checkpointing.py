@@ -32,7 +32,7 @@ SKIPPED = (
 class Checkpointer:
     """Called between two steps of a session that begins after step ``since`` (−1: at the start).
 
-    The port and the controller are saved with the trainer. The trackers must have kept everything said before a checkpoint counts.
+    The port and the controller are saved with the trainer. A checkpoint counts once the trackers have stored all messages before it.
     """
 
     def __init__(self, setup: Setup, links: Connections, since: int) -> None:
@@ -101,7 +101,7 @@ class Checkpointer:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: the first SIGTERM waits for the end of the step; a second one has its usual effect."""
+        """Context in which the first SIGTERM waits for the end of the step; a second one has its usual effect."""
         if not self.every:
             yield
             return
@@ -123,7 +123,7 @@ class Checkpointer:
 
 
 def _score(trainer: Trainer) -> float | None:
-    """The last validation value of the primary metric, however long ago, turned so that larger is better; None for none or no number."""
+    """The last validation value of the primary metric, negated if smaller is better; None if there is none or it is not a number."""
     name = f"validation/{trainer.task.primary}"
     value = next((value for _, key, value in reversed(trainer.outcome.history) if key == name), None)
     if value is None or value != value:

@@ -18,7 +18,7 @@ CODE = "never_grown_kept"
 
 
 def worse_than_alone(grown: float | None, alone: float | None, direction: str) -> bool:
-    """Whether the host alone is better by this metric; no number is worse where it is the grown one's, and never better."""
+    """Whether the host alone is better by this metric. A grown host whose value is not a number is worse than any number."""
     if alone is None or not math.isfinite(alone):
         return False
     if grown is None or not math.isfinite(grown):

@@ -1,7 +1,7 @@
-"""Where the numbers of a run come from beside its configuration: data, versions, machine, threads, git state.
+"""What a run's numbers depend on besides its configuration: data, versions, machine, threads, git state.
 
-``environment`` tells everything that is known now. A run's folder keeps it in ``environments.json`` for each session, and a checkpoint
-keeps the part of it by which a resumed run may compute other bits, with the digest of the data.
+``environment`` collects all of it. A run's folder keeps it in ``environments.json`` for each session. A checkpoint keeps the digest of
+the data, and those versions that may change the bits of a resumed run.
 """
 
 from __future__ import annotations
@@ -161,12 +161,12 @@ def provenance(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def no_provenance() -> dict[str, Any]:
-    """That of a state which a new run begins with: its data and versions are its own."""
+    """The provenance of a state that a new run begins with: it has no data or versions yet."""
     return {"data": "", "versions": {}}
 
 
 def refuse_other_data(state: Any, task: Task, folder: Path) -> None:
-    """Raise UserError for a state that does not belong to a run, or to a run on other data than the present data of ``task``."""
+    """Raise UserError for a state that is not a run's, or that was trained on other data than ``task`` has now."""
     with fitting():
         before = str({part: state[part] for part in PARTS}["data"])
     if before and before != task.digest:

@@ -31,10 +31,10 @@ class Start:
 
 
 def unfinished(config: RootConfig, named: Path | None = None) -> Path | None:
-    """The newest run of this very configuration that did not come to its end, under ``config.output`` or in the folder ``named``.
+    """The newest unfinished run of exactly this configuration, under ``config.output`` or in the folder ``named``.
 
-    A folder of which that cannot be told is passed over, and said. Raises UserError where a process runs one: beside it, going on
-    and beginning anew would both do the same work twice.
+    Unreadable folders are skipped with a message. Raises UserError while a process is running such a run, since both continuing
+    it and starting over would do the same work twice.
     """
     wanted, output = config_hash(config), Path(config.output)
     folders = {path.parent.resolve() for path in (*_at_depths(output, LOCK), *_at_depths(output, SUMMARY))}
@@ -94,7 +94,7 @@ def saved_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def is_over(folder: Path, chosen: Path | None) -> bool:
-    """Whether the run came to its end, and ``chosen``, if one was, is the checkpoint of it."""
+    """Whether the run finished, and the ``chosen`` checkpoint, if any, is the one of its end."""
     if status(folder) != "FINISHED":
         return False
     return chosen is None or disk.read_manifest(chosen).step >= int(read_summary(folder)["steps"])
@@ -107,7 +107,7 @@ def total_steps(config: RootConfig) -> int:
 
 
 def saved_state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:
-    """The state of the checkpoint ``chosen``, else of the newest; ``fall_back`` passes over damaged ones. None where there is none."""
+    """The state of the checkpoint ``chosen``, else of the newest; with ``fall_back`` damaged ones are skipped. None if there is none."""
     if chosen is not None:
         return disk.read(chosen)[1]
     kept = disk.checkpoints(folder / disk.FOLDER)
@@ -117,9 +117,9 @@ def saved_state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:
 
 
 def state_in(folder: Path) -> Any:
-    """The state in the newest checkpoint of a run that is whole, None where it has none; prints a sentence for each that it passed over.
+    """The state in a run's newest complete checkpoint, None if it has no checkpoint; prints a sentence for each that is skipped.
 
-    Raises UserError where there are checkpoints and none is whole.
+    Raises UserError if there are checkpoints and none is complete.
     """
     found = disk.newest(folder / disk.FOLDER)
     for refusal in found[2] if found else ():
@@ -130,7 +130,7 @@ def state_in(folder: Path) -> Any:
 def fork_state(state: State, before: RootConfig, config: RootConfig) -> tuple[State, list[str]]:
     """(the state that a run of ``config`` begins with, a sentence for each part of it that begins again).
 
-    A fork takes over all of a saved state but the memory of an optimizer or a controller that it replaces by another.
+    A fork takes over the whole saved state, except that of an optimizer or a controller that it replaces by another.
 
     ``before`` is the configuration of the run that saved ``state``. Raises UserError for a state that is not a run's.
     """
@@ -152,7 +152,7 @@ def _kind(part: Any) -> str:
 
 
 def _without_optimizer(trainer: State) -> State:
-    """The host's optimizer has seen no gradient yet, in every snapshot that a rollback may return to as well."""
+    """The state with a fresh optimizer for the host, also in the snapshots that a rollback may return to."""
     grow, governor = trainer["grow"], trainer["governor"]
     guard = grow["guard"]
     states = [{**kept, "snapshot": _emptied(kept["snapshot"])} for kept in guard["states"]]
@@ -166,7 +166,7 @@ def _emptied(holder: State) -> State:
 
 
 def _new_controller(config: RootConfig, grow: State) -> Any:
-    """The state of a controller that has decided nothing, but sees the stages that the seeds are in."""
+    """The state of a new controller that has decided nothing, but knows the stages of the seeds."""
     fresh = build_controller(config, config.task.build()).state()
     if isinstance(fresh, dict) and "view" in fresh:
         seeds = [(site["name"], seed) for site in grow["topology"]["sites"] for seed in range(site["seeds"])]

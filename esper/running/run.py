@@ -114,7 +114,7 @@ def _carry_out(setup: Setup, trackers: Sequence[Tracker]) -> Result:
 
 
 def _begin(setup: Setup, links: Connections) -> Trainer:
-    """The trainer, after everything that could refuse the run was tried, and the trackers stand."""
+    """Build the trainer and open the trackers, after everything that could refuse the run was checked."""
     config, folder, state = setup.config, setup.folder, setup.state
     if state is not None:
         load_state(state, links.controller, links.port)
@@ -132,7 +132,7 @@ def _begin(setup: Setup, links: Connections) -> Trainer:
 
 @contextmanager
 def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
-    """Within: where the run cannot begin, its trainer is closed."""
+    """Context that closes the trainer if the run cannot begin."""
     try:
         yield
     except BaseException:
@@ -142,7 +142,7 @@ def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
 
 
 def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpointer: Checkpointer) -> None:
-    """All steps that are left, until the last checkpoint is on the disk."""
+    """Train the remaining steps, and wait until the last checkpoint is on disk."""
     after_step = _after_step(setup.lock, checksums, checkpointer)
     with checkpointer.listening(), profiled(trainer, after_step, setup.config.trainer.profile, setup.folder) as callback:
         log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
@@ -151,7 +151,7 @@ def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpoin
 
 
 def _after_step(lock: FolderLock, checksums: WeightChecksums, checkpointer: Checkpointer) -> Callback:
-    """The weights' checksum is written before a checkpoint counts on it; the folder is looked after at every evaluation."""
+    """The callback after every step: the weights' checksum is written before the checkpoint, the folder checked at every evaluation."""
 
     def after(trainer: Trainer) -> None:
         if trainer.validates(trainer.outcome.steps):

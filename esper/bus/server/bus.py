@@ -258,7 +258,7 @@ class ServerBus:
             self._local.close()
 
     def _say_what_is_left(self) -> None:
-        """Training does not wait for the server, so its end is the first moment at which the user must be told."""
+        """Warn about unsent messages; training does not wait for the server, so the user learns of them only at its end."""
         if unsent := sum(outbox.waiting for outbox in self._outboxes if not outbox.fenced):
             spool = self.folder / SPOOL
             log.warning(UNSENT.format(count=unsent, address=self.address, spool=spool, folder=self.folder.parent))

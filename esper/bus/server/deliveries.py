@@ -1,4 +1,4 @@
-"""The messages in the hands of one consumer: opened, held until they are acknowledged, or given up on."""
+"""The messages that one consumer holds until they are acknowledged or given up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CAME_LATE = (
 
 @dataclass
 class Held:
-    """Where a handed-out message lies: key of its stream, entry id there, and its stored payload if it has one."""
+    """The place of a message that was handed out: key of its stream, entry id there, and its stored payload if it has one."""
 
     key: str
     entry: bytes
