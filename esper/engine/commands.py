@@ -325,6 +325,7 @@ class Executor:
         else:
             assert action.kind == "strategy" and branch is not None
             branch.strategy = action.strategy
+            self.registry.mark_changed(branch.site)
             if branch.stage is Stage.GRAFTING:
                 self._hand_over(branch.id, measured)
 

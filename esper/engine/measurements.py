@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +39,7 @@ class Measured:
     """The measurements of one tick; every mapping is by branch id.
 
     ``metric`` is the primary held-out metric if one came since the last tick, turned so that larger is better. ``error_rates`` are
-    the shares of forwards that were not finite, ``trouble`` the reasons, in words, for which a branch must go.
+    the shares of forwards that were not finite, where there were any, ``trouble`` the reasons, in words, for which a branch must go.
     """
 
     metric: float | None = None
@@ -170,7 +170,8 @@ class Measurements:
         self.batch: Any = None
         self.scale = 1.0
         self.error_rates: dict[int, float] = {}
-        self.gradient_norms: dict[int, float] = {}
+        self.unsound: set[int] = set()
+        self.gradient_norms: Mapping[int, float] = {}
 
     def observe(self, metric: float) -> None:
         """A held-out metric, turned so that larger is better; the next tick alone sees it."""
@@ -180,7 +181,7 @@ class Measurements:
         """The last micro-batch of the step, and the loss scale of its backward pass."""
         self.batch, self.scale = batch, scale
 
-    def note_gradients(self, norms: dict[int, float]) -> None:
+    def note_gradients(self, norms: Mapping[int, float]) -> None:
         """The norms of the branches' gradients in the last step."""
         self.gradient_norms = norms
 
@@ -224,6 +225,7 @@ class Measurements:
             text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
             self.faults.port.emit(Alert(tick=tick, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed))
         branch.unsound = error_rate > 0
+        (self.unsound.add if branch.unsound else self.unsound.discard)(branch.id)
 
     def _post_failures(self) -> None:
         """Ask the device in which share of its forwards each branch was contained; read now, or at the next tick on a GPU."""
@@ -242,12 +244,21 @@ class Measurements:
     def _note_contained(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
         for mine, contained, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
             if mine and float(forwards) > 0.0:
-                found = (contained / forwards).tolist()
-                self.error_rates.update((branch, found[seed]) for seed, branch in mine.items())
+                found = (contained / forwards).tolist() if bool(contained.any()) else None
+                if found is not None:
+                    self.error_rates.update((branch, found[seed]) for seed, branch in mine.items() if found[seed] != 0.0)
+                self._note_sound(mine.values())
 
     def _note_shares(self, names: list[list[int]], shares: list[Tensor]) -> None:
         for branches, found in zip(names, shares, strict=True):
-            self.error_rates.update(zip(branches, found.tolist(), strict=True))
+            if bool(found.any()):
+                self.error_rates.update((branch, rate) for branch, rate in zip(branches, found.tolist(), strict=True) if rate != 0.0)
+            self._note_sound(branches)
+
+    def _note_sound(self, branches: Iterable[int]) -> None:
+        """Note the error rate 0 of fossils that were unsound; for other branches it is no news."""
+        if self.unsound:
+            self.error_rates.update((branch, 0.0) for branch in branches if branch in self.unsound and branch not in self.error_rates)
 
     # --- signals of strategies ---
 
@@ -271,6 +282,7 @@ class Measurements:
         """Take over a saved state; the registry has taken over its own."""
         self.metric = state["metric"]
         self.error_rates = {int(branch): float(rate) for branch, rate in state["rates"].items()}
+        self.unsound = {branch.id for branch in self.registry.branches.entries if branch.unsound}
         for layer, counters in zip(self.registry.layers, state["plans"], strict=True):
             for group, (forwards, failures) in zip(layer.groups, counters, strict=True):
                 group.forwards = int(forwards)

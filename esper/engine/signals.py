@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from esper.engine.learning.branch_rows import branch_values
 from esper.engine.measurements import Measured
-from esper.grafting import GraftingConfig, GraftingContext, signals_of
+from esper.grafting import STRATEGY_NAMES, GraftingConfig, GraftingContext, signals_of
 from esper.grafting.drift import weight_drift
 from esper.seeds import Branch, SeedRegistry
 
@@ -89,6 +90,22 @@ class WeightAverages:
         self.averages = {int(branch): [value.to(device) for value in values] for branch, values in state.items()}
 
 
+@dataclass(frozen=True)
+class _StrategyColumns:
+    """The values of ``n`` branches that change only with the branches or their strategies.
+
+    ``ids``, ``rows`` and ``strategies`` (positions in STRATEGY_NAMES) are int64 ``[n]``, the ends of the ramps float32 ``[n]``. ``signals``
+    are those that any of the strategies reads.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    strategies: Tensor
+    alpha_min: Tensor
+    alpha_max: Tensor
+    signals: frozenset[str]
+
+
 class GraftingSignals:
     """Gathers the signals for the strategies of one registry; ``ramp`` is the length of a full ramp [ticks]."""
 
@@ -98,31 +115,57 @@ class GraftingSignals:
         self.loss = loss
         self.ramp = ramp
         self.weights = WeightAverages()
+        self._columns: tuple[list[Branch], _StrategyColumns] = [], self._gather([])
 
     def asks(self, branch: Branch, signal: str) -> bool:
         """Whether the strategy of a branch reads this signal."""
         return signal in signals_of(self.strategies[branch.strategy])
 
+    def ids_and_strategies(self, branches: list[Branch]) -> tuple[Tensor, Tensor]:
+        """The branches' ids and the positions of their strategies in STRATEGY_NAMES, int64 ``[n]`` each."""
+        columns = self._columns_of(branches)
+        return columns.ids, columns.strategies
+
     def context(self, branches: list[Branch], measured: Measured) -> GraftingContext:
-        """The signals of ``n`` branches at one tick, each a tensor ``[n]``."""
-        n = len(branches)
-        configs = [self.strategies[branch.strategy] for branch in branches]
-        rows = [branch.row for branch in branches]
-        counterfactual = [measured.counterfactual.get(branch.id) for branch in branches]
+        """The signals of ``n`` branches at one tick, each a tensor ``[n]``; 0 where no strategy of theirs reads them."""
+        n, columns = len(branches), self._columns_of(branches)
+        nothing = torch.zeros(n)
+        counterfactual = known = None
+        if measured.counterfactual:
+            found = [measured.counterfactual.get(branch.id) for branch in branches]
+            counterfactual = torch.tensor([0.0 if value is None else value for value in found])
+            known = torch.tensor([value is not None for value in found])
         return GraftingContext(
             ramp=torch.full((n,), float(max(1, self.ramp))),
-            alpha_min=torch.tensor([config.alpha_min for config in configs]),
-            alpha_max=torch.tensor([config.alpha_max for config in configs]),
-            paused=self.registry.table.paused[rows],
+            alpha_min=columns.alpha_min,
+            alpha_max=columns.alpha_max,
+            paused=self.registry.table.paused[columns.rows],
             metric=torch.full((n,), 0.0 if measured.metric is None else measured.metric),
             metric_known=torch.full((n,), measured.metric is not None),
             loss=torch.full((n,), self.loss.fast),
             loss_variance=torch.full((n,), self.loss.variance),
-            grad_norm=torch.tensor([measured.gradient_norms.get(branch.id, 0.0) for branch in branches]),
-            drift=self._drift(branches),
-            counterfactual=torch.tensor([0.0 if value is None else value for value in counterfactual]),
-            counterfactual_known=torch.tensor([value is not None for value in counterfactual]),
-            error_rate=torch.tensor([measured.error_rates.get(branch.id, 0.0) for branch in branches]),
+            grad_norm=_by_branch(measured.gradient_norms, branches) if "grad_norm" in columns.signals else nothing,
+            drift=self._drift(branches) if "drift" in columns.signals else nothing,
+            counterfactual=nothing if counterfactual is None else counterfactual,
+            counterfactual_known=torch.zeros(n, dtype=torch.bool) if known is None else known,
+            error_rate=_by_branch(measured.error_rates, branches) if measured.error_rates else nothing,
+        )
+
+    def _columns_of(self, branches: list[Branch]) -> _StrategyColumns:
+        """The columns of these branches, gathered anew when the list of branches is another one."""
+        if branches is not self._columns[0]:
+            self._columns = branches, self._gather(branches)
+        return self._columns[1]
+
+    def _gather(self, branches: list[Branch]) -> _StrategyColumns:
+        configs = [self.strategies[branch.strategy] for branch in branches]
+        return _StrategyColumns(
+            ids=torch.tensor([branch.id for branch in branches], dtype=torch.int64),
+            rows=torch.tensor([branch.row for branch in branches], dtype=torch.int64),
+            strategies=torch.tensor([STRATEGY_NAMES.index(branch.strategy) for branch in branches], dtype=torch.int64),
+            alpha_min=torch.tensor([config.alpha_min for config in configs]),
+            alpha_max=torch.tensor([config.alpha_max for config in configs]),
+            signals=frozenset(signal for name in {branch.strategy for branch in branches} for signal in signals_of(self.strategies[name])),
         )
 
     def _drift(self, branches: list[Branch]) -> Tensor:
@@ -131,3 +174,8 @@ class GraftingSignals:
         if asking:
             drift[[branches.index(branch) for branch in asking]] = self.weights.drift(self.registry, asking)
         return drift
+
+
+def _by_branch(values: Mapping[int, float], branches: list[Branch]) -> Tensor:
+    """The branches' values ``[n]``; 0 for a branch without one."""
+    return torch.tensor([values.get(branch.id, 0.0) for branch in branches])

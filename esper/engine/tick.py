@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
@@ -15,7 +16,7 @@ from esper.engine.measurements import Faults, Measured, Measurements
 from esper.engine.signals import GraftingSignals
 from esper.engine.telemetry import Observer
 from esper.engine.transitions import Transitions
-from esper.grafting import STRATEGY_NAMES, step_many
+from esper.grafting import step_many
 from esper.grafting.base import MAX_ERROR_RATE
 from esper.grafting.custom import CustomStrategy
 from esper.lifecycle import Ages, LifecycleConfig, Stage
@@ -69,6 +70,7 @@ class TickBoundary:
         self.faults = faults
         self.replacing = replacing
         self.clock = clock
+        self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # with their seeds, and least ages
 
     def run(self, tick: int) -> None:
         """One tick, from the measurements of the step before it to the news for the controller."""
@@ -102,14 +104,13 @@ class TickBoundary:
 
     def _step_strategies(self, branches: list[Branch], tick: int, measured: Measured) -> Measured:
         table = self.registry.branches
-        ids = [branch.id for branch in branches]
-        index = torch.tensor([STRATEGY_NAMES.index(branch.strategy) for branch in branches])
+        ids, index = self.signals.ids_and_strategies(branches)
         context = self.signals.context(branches, measured)
         out = step_many(index, self.transitions.strategies, table.grafting[ids], context)
         trouble = {**measured.trouble, **self._raised_by_rules(branches, tick)}
         table.alpha[ids] = out.alpha
         table.grafting[ids] = out.state
-        gone = [branch for branch, abort in zip(branches, out.abort.tolist(), strict=True) if abort]
+        gone = [branches[place] for place in out.abort.nonzero().flatten().tolist()]
         for branch in gone:
             trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} {GAVE_UP}")
         self.say_given_up([branch for branch in gone if measured.error_rates.get(branch.id, 0.0) <= MAX_ERROR_RATE], tick)
@@ -182,9 +183,14 @@ class TickBoundary:
 
     def _open_gates(self, tick: int) -> None:
         table = self.registry.table
-        candidates = [branch for branch in self.registry.in_stage(*FORWARD) if not branch.excluded]
-        ages = table.age[[branch.row for branch in candidates]].tolist() if candidates else []
-        due = [b for b, age in zip(candidates, ages, strict=True) if age >= self.ages.minimum[b.stage]]
+        candidates = self.registry.in_stage(*FORWARD)
+        if candidates is not self._candidates[0]:
+            seeds = torch.tensor([branch.row for branch in candidates], dtype=torch.int64)
+            least = torch.tensor([self.ages.minimum[branch.stage] for branch in candidates], dtype=torch.int64)
+            self._candidates = candidates, seeds, least
+        _, seeds, least = self._candidates
+        old = (table.age[seeds] >= least).nonzero().flatten().tolist() if candidates else []
+        due = [branch for branch in (candidates[place] for place in old) if not branch.excluded]
         looking = [b for b in due if b.stage in (Stage.EVALUATING, Stage.FINE_TUNING)]
         for branch in due:
             if branch not in looking and self.gates.ask(branch, FORWARD[branch.stage], tick):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from esper.kernels import chunk_backward, chunk_forward, launch_rules
 from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
@@ -24,7 +24,7 @@ from esper.kernels.telemetry import (
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
 
 
-@triton_op("esper::branches", mutates_args=())
+@custom_op("esper::branches", mutates_args=())
 def branches(
     x: Tensor, alpha: Tensor, route: Tensor, objective: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -39,11 +39,12 @@ def branches(
         kind, bank, last = KINDS[name], bank_tensors(name, tensors), number == len(banks) - 1
         launch = forward_launch(x, seeds, kind, bank, measure)
         sums = alpha.new_empty(launch.programs, 3)
-        wrap_triton(chunk_forward.chunk_forward_kernel)[(launch.programs,)](
+        chunk_forward.chunk_forward_kernel[(launch.programs,)](
             x, y, alpha, route, active.seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
-            **kernel_constants(kind, bank, x, seeds, launch), TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
+            **kernel_constants(kind, bank, x, seeds, launch), XR=row_distance(x), YR=row_distance(y),
+            TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
             STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION,
             num_warps=launch.warps,
         )  # fmt: skip
@@ -63,7 +64,7 @@ def contain(
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
     place = min(128, launch_rules.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch_rules.limits(x.device).processors * 4 // seeds))
-    wrap_triton(chunk_forward.containment_kernel)[(seeds, shares)](
+    chunk_forward.containment_kernel[(seeds, shares)](
         x, y, active.alpha, active.route, active.seeds[number], active.rank, sums, live, power, *partial.sums, health,
         seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **chunk_constants(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
@@ -79,11 +80,11 @@ def _(
     return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha), health
 
 
-@triton_op("esper::branches_backward", mutates_args=())
+@custom_op("esper::branches_backward", mutates_args=())
 def branches_backward(
     x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """``(dx, gradients, residual)`` as ``reference_branches.backward``."""
+    """``(dx, gradients, residual)`` as ``reference_branches.backward``; ``residual`` is empty without an ``objective``."""
     assert dy.shape == x.shape, f"gradient {tuple(dy.shape)} of an output {tuple(x.shape)}"
     seeds = live.shape[0]
     dx = torch.empty_like(x)
@@ -91,12 +92,12 @@ def branches_backward(
     active = ActiveList.empty(live, objective, route, len(banks))
     measure_and_copy(dy, PartialSums.empty(x, seeds, False, copies=True), seeds, 0.0, dx, active)
     grads: list[Tensor] = []
-    residual = torch.zeros_like(live)
+    residual = live.new_empty(0) if objective is None else torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
         found, launch = bank_backward(x, dy, dx, live, objective, route, active.seeds[number], name, tensors)
         grads += sum_gradients(found[:-1], tensors, active, x, number, launch)
         if objective is not None:
-            wrap_triton(chunk_backward.sum_residuals_kernel)[(seeds,)](
+            chunk_backward.sum_residuals_kernel[(seeds,)](
                 found[-1], residual, route, active.seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
                 BM=launch.rows, num_warps=1,
             )  # fmt: skip
@@ -122,19 +123,20 @@ def bank_backward(
     into, whole = bank_tensors(name, partial), kind.affine or launch.hidden >= bank.hidden
     objectives = live if objective is None else objective
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
-    common = kernel_constants(kind, bank, x, seeds, launch)
+    distances = {"XR": row_distance(x), "GR": row_distance(dy), "DR": row_distance(dx)}
+    common = kernel_constants(kind, bank, x, seeds, launch) | distances
     settings = {"OBJECTIVES": objective is not None, "PRECISION": PRECISION, "num_warps": launch.warps, "num_stages": launch.stages}
     blocks = 1 if kind.affine else -(-bank.hidden // launch.hidden)
-    wrap_triton(chunk_backward.chunk_backward_kernel)[(launch.programs, blocks)](
+    chunk_backward.chunk_backward_kernel[(launch.programs, blocks)](
         x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
         alone = input_gradient_launch(x, seeds, kind, bank, launch)
-        common = kernel_constants(kind, bank, x, seeds, alone)
+        common = kernel_constants(kind, bank, x, seeds, alone) | distances
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
-        wrap_triton(chunk_backward.chunk_input_gradient_kernel)[(alone.programs,)](
+        chunk_backward.chunk_input_gradient_kernel[(alone.programs,)](
             x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
         )
     return [*partial, residual], launch
@@ -149,7 +151,7 @@ def sum_gradients(
     block = min(1024, launch_rules.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
-    wrap_triton(chunk_backward.sum_gradients_kernel)[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
+    chunk_backward.sum_gradients_kernel[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
         *pairs, active.route, active.seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
@@ -161,7 +163,11 @@ def sum_gradients(
 def _(
     x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], torch.empty_like(live)
+    return (
+        torch.empty_like(x),
+        [torch.empty_like(tensor) for tensor in parameters],
+        live.new_empty(0 if objective is None else live.shape[0]),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -191,6 +197,14 @@ def kernel_constants(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int,
         "H": bank.hidden, "CP": padded, "HB": launch.hidden, "BM": launch.rows,
         "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation,
     }  # fmt: skip
+
+
+def row_distance(x: Tensor) -> int:
+    """Distance of two rows in memory, for ``tile_pointers``.
+
+    0 where neighbouring features are not neighbours, rows are not evenly apart, or a block of rows needs 64 bits.
+    """
+    return x.stride(1) if x.shape[0] == 1 and x.stride(2) == 1 and x.stride(1) < 1 << 22 else 0
 
 
 def forward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch_rules.Launch:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from esper.kernels.activations import activate, activate_gradient
 from esper.kernels.chunk_forward import all_blocks_delta, block_delta, hidden_units, load_block
-from esper.kernels.triton_helpers import assignment, chunk_size, chunk_start, row_offsets
+from esper.kernels.triton_helpers import assignment, chunk_size, chunk_start, tile_pointers
 
 
 @triton.jit
@@ -32,7 +32,8 @@ def chunk_backward_kernel(
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    OBJECTIVES: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    OBJECTIVES: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, one block of HB hidden units, every ``parts``-th block of BM rows.
 
@@ -55,7 +56,6 @@ def chunk_backward_kernel(
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col, unit = tl.arange(0, CP), tl.arange(0, HB)
     inside = col < size
-    column = (start + col).to(tl.int64)
     shift = tl.zeros([CP], tl.float32)
     if BIAS:
         shift = tl.load(b2 + slot * C + col, mask=inside, other=0.0)
@@ -77,8 +77,8 @@ def chunk_backward_kernel(
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & inside[None, :]
-        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
-        arrives = dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc
+        reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
+        arrives = tile_pointers(dy, block, start, col, inner, go, gi, gc, BM, GR, FLAT)
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
         gb = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         arriving = gb.to(tl.float32)
@@ -125,7 +125,7 @@ def chunk_backward_kernel(
             if subtract != 0:
                 d_tile -= g if OBJECTIVES else strength * g
             total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if OBJECTIVES else d_tile)  # never 0·NaN
-            writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
+            writes = tile_pointers(dx, block, start, col, inner, do, di, dc, BM, DR, FLAT)
             tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
     rest = 1.0 if OBJECTIVES else strength
     if not AFFINE:
@@ -160,7 +160,8 @@ def chunk_input_gradient_kernel(
     x, dy, dx, live, objective, route, active_seeds, w1, b1, wg, bg, w2,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, OBJECTIVES: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, OBJECTIVES: tl.constexpr, FLAT: tl.constexpr,
+    XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx`` alone, block after block of hidden units, where one block cannot hold them all."""
     blocks = tl.cdiv(rows, BM)
@@ -177,15 +178,14 @@ def chunk_input_gradient_kernel(
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col = tl.arange(0, CP)
-    column = (start + col).to(tl.int64)
     if H <= HB:
         into, gate, out = load_block(w1, wg, w2, slot, 0, size, C, H, CP, HB, GATED, x.dtype.element_ty)
         back = (out * through).to(x.dtype.element_ty)
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & (col < size)[None, :]
-        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
-        arrives = dy + row_offsets(row, inner, go, gi, FLAT)[:, None] + column[None, :] * gc
+        reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
+        arrives = tile_pointers(dy, block, start, col, inner, go, gi, gc, BM, GR, FLAT)
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
         arriving = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         d_tile = tl.zeros([BM, CP], tl.float32)
@@ -197,7 +197,7 @@ def chunk_input_gradient_kernel(
                 into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, tile.dtype)
                 d_tile = block_input_gradient(tile, g, d_tile, into, gate, out, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
         total = arriving.to(tl.float32) * (1.0 - subtract * through) + d_tile
-        writes = dx + row_offsets(row, inner, do, di, FLAT)[:, None] + column[None, :] * dc
+        writes = tile_pointers(dx, block, start, col, inner, do, di, dc, BM, DR, FLAT)
         tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
 
 

@@ -13,6 +13,7 @@ from esper.kernels.triton_helpers import (
     chunk_start,
     few_active,
     row_offsets,
+    tile_pointers,
     weight_tile,
     weight_tile_rows,
 )
@@ -81,12 +82,12 @@ def forward_tiles(
     rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    TELEMETRY: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TELEMETRY: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, YR: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The forward kernel's walk over rows; returns Σ(x-p)², the near-zero count (both 0 without TELEMETRY) and Σδ²."""
     col = tl.arange(0, CP)
     inside = col < size
-    column = (start + col).to(tl.int64)
     if AFFINE:
         scale = tl.load(w1 + slot * C + col, mask=inside, other=0.0)
         shift = tl.load(b2 + slot * C + col, mask=inside, other=0.0)
@@ -97,7 +98,7 @@ def forward_tiles(
     spread, close = tl.zeros([BM, CP // 8], tl.float32), tl.zeros([BM, CP // 8], tl.float32)
     for block in tl.range(part, tl.cdiv(rows, BM), parts, num_stages=STAGES):
         row = block * BM + tl.arange(0, BM)
-        reads = x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column[None, :] * xc
+        reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
         mask = (row < rows)[:, None] & inside[None, :]
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
         wide = tile.to(tl.float32)
@@ -116,7 +117,7 @@ def forward_tiles(
         if HALF:
             square = tl.where(mask & (tl.abs(result) > 65504.0), float("inf"), square)
         power += tl.sum(square, 1)
-        writes = y + row_offsets(row, inner, yo, yi, FLAT)[:, None] + column[None, :] * yc
+        writes = tile_pointers(y, block, start, col, inner, yo, yi, yc, BM, YR, FLAT)
         tl.store(writes, result.to(y.dtype.element_ty)) if FULL else tl.store(writes, result.to(y.dtype.element_ty), mask=mask)
         if TELEMETRY:
             centred = wide - pivot if FULL else tl.where(mask, wide - pivot, 0.0)
@@ -133,7 +134,7 @@ def chunk_forward_kernel(
     seeds, width, rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr,
+    TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, YR: tl.constexpr,
     STAGES: tl.constexpr, PLAIN_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, every ``parts``-th block of BM rows (see ``assignment``).
@@ -162,13 +163,13 @@ def chunk_forward_kernel(
         spread, close, power = forward_tiles(
             x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
-            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, STAGES, PRECISION,
+            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, XR, YR, STAGES, PRECISION,
         )  # fmt: skip
     else:
         spread, close, power = forward_tiles(
             x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
-            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, PLAIN_STAGES, PRECISION,
+            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, XR, YR, PLAIN_STAGES, PRECISION,
         )  # fmt: skip
     entry = partial + tl.program_id(0) * 3
     tl.store(entry, spread)

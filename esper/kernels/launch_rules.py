@@ -80,6 +80,7 @@ def resident(registers: int, warps: int, shared: int, limit: Limits) -> int:
     return max(1, min(limit.registers // (threads * registers), limit.threads // threads, limit.shared // max(shared, 1)))
 
 
+@lru_cache(maxsize=1024)  # asked anew at every call of an op
 def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, telemetry: bool = True) -> Launch:
     """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
 
@@ -129,6 +130,7 @@ def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: i
     return weights + tiles + block * max(hidden, chunk) * itemsize + padding(chunk, hidden, gated)
 
 
+@lru_cache(maxsize=1024)
 def backward(
     chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, objectives: bool = False
 ) -> Launch:
@@ -144,8 +146,10 @@ def backward(
     # Accumulators may take half of the registers, a quarter where 128 rows at once then make up for the second kernel.
     while tile > 16 and products * chunk * tile > limit.registers // (4 if quick else 2):
         tile //= 2
-    warps = 4 if products * chunk * tile <= 8192 else 8
-    block = (32 if chunk < 128 else 16) if itemsize > 2 else 128 if products * chunk * tile <= 2048 or (quick and tile < hidden) else 64
+    size, warps = products * chunk * tile, 4 if products * chunk * tile <= 8192 else 8
+    block = (32 if chunk < 128 else 16) if itemsize > 2 else 128 if size <= 2048 or (quick and tile < hidden) else 64
+    if itemsize == 2 and tile == 16 and size <= 2048 and chunk != 32:  # 128 rows spill at 64, and keep others from running at 16
+        block, warps = 32, 1 if chunk == 16 else 4
     block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
     block = max(16, block // 2) if objectives else block  # δ and what it misses are two more tiles in registers
     stages = 3 if warps == 4 else 2
@@ -181,6 +185,7 @@ def backward_shared(
     return most + (3 * matrix + block * hidden * itemsize if split else 3 * block * chunk * 4)
 
 
+@lru_cache(maxsize=1024)
 def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, launch: Launch) -> Launch:
     """Settings of the kernel for ``dx`` alone, beside a backward ``launch`` whose block does not hold all hidden units.
 
@@ -225,6 +230,7 @@ class InactiveChunksLaunch:
     parts: int
 
 
+@lru_cache(maxsize=1024)
 def inactive_chunks(width: int, seeds: int, rows: int, limit: Limits) -> InactiveChunksLaunch:
     """Settings of the copying kernel: tiles of whole neighbouring chunks, 256 features wide where chunks allow."""
     place = min(power_of_two(-(-width // seeds)), 256)
@@ -245,6 +251,7 @@ class WholeRowsLaunch:
     stages: int
 
 
+@lru_cache(maxsize=1024)
 def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 

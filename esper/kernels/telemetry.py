@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import custom_op
 
 from esper.kernels import inactive_chunks, launch_rules, telemetry_kernels
 from esper.kernels.active_list import active_list_kernel
@@ -16,7 +16,7 @@ NARROW = 16
 """Places below which a chunk is no longer copied by itself: at 3 of them that took six times as long as a plain copy."""
 
 
-@triton_op("esper::telemetry", mutates_args=())
+@custom_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     partial = PartialSums.empty(x, seeds, telemetry=True, copies=False)
     measure_and_copy(x, partial, seeds, near_zero)
@@ -79,16 +79,20 @@ class PartialSums:
 
     @classmethod
     def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> PartialSums:
-        """Buffers for a site's ``x [outer, inner, W]``, of no size where nothing is measured; ``copies``: there are branches."""
-        rows, launch = (x.shape[0] * x.shape[1] if telemetry else 0), whole_rows_launch(x, seeds, copies)
+        """Buffers for a site's ``x [outer, inner, W]``; a single one for all without ``telemetry``. ``copies``: there are branches."""
+        launch = whole_rows_launch(x, seeds, copies)
+        if not telemetry:
+            untouched = x.new_empty(seeds, dtype=torch.float32)
+            return cls(untouched, untouched, untouched, untouched, untouched, 0, 0, launch is not None, False)
+        rows = x.shape[0] * x.shape[1]
         parts = inactive_chunks_launch(x, seeds).parts if launch is None else launch.parts
         blocks = -(-rows // means_block(x))
-        most = max(parts, blocks) if telemetry else 0
+        most = max(parts, blocks)
 
         def room(*shape: int) -> Tensor:
             return x.new_empty(*shape, dtype=torch.float32)
 
-        sums = room(seeds), room(most, seeds, 3), room(most, 2), room(parts if telemetry else 0, seeds, 3)
+        sums = room(seeds), room(most, seeds, 3), room(most, 2), room(parts, seeds, 3)
         leaves_means = launch is None or copies
         return cls(*sums, room(seeds, rows if leaves_means else 0), parts, blocks, launch is not None, telemetry)
 
@@ -148,7 +152,7 @@ def measure_and_copy_rows(
     rows, target = outer * inner, x if y is None else y
     alpha, _, *active_tensors = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * launch.places and seeds == launch.seeds and rows % launch.rows == 0
-    wrap_triton(telemetry_kernels.whole_rows_kernel)[(launch.parts + copies,)](
+    telemetry_kernels.whole_rows_kernel[(launch.parts + copies,)](
         x, target, alpha, *active_tensors, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
         seeds, width, rows, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=launch.rows, SP=launch.seeds, CP=launch.places, **chunk_constants(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
@@ -168,13 +172,13 @@ def measure_and_copy_tiles(
     if y is not None and active is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
         y.copy_(x)
         constants = {"OBJECTIVES": active.objective is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
-        wrap_triton(active_list_kernel)[(1,)](*active.tensors, seeds, **constants, num_warps=4)
+        active_list_kernel[(1,)](*active.tensors, seeds, **constants, num_warps=4)
         return
     launch, copies = inactive_chunks_launch(x, seeds), active is not None
     target = x if y is None else y
     active_tensors = (x,) * 5 if active is None else active.tensors  # never touched without it
     full = width == seeds * launch.places and seeds % launch.seeds == 0 and outer * inner % launch.rows == 0
-    wrap_triton(inactive_chunks.inactive_chunks_kernel)[(-(-seeds // launch.seeds) * launch.parts + copies,)](
+    inactive_chunks.inactive_chunks_kernel[(-(-seeds // launch.seeds) * launch.parts + copies,)](
         x, target, *active_tensors, partial.stats, partial.means, partial.pivots,
         seeds, width, outer * inner, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
         BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places,
@@ -189,7 +193,7 @@ def moments_of_means(x: Tensor, partial: PartialSums, active: ActiveList | None)
     """Second pass over ``means``: row totals, and every seed's moments with them."""
     seeds, block = partial.pivots.shape[0], means_block(x)
     group = min(16384 // block, launch_rules.power_of_two(seeds))
-    wrap_triton(telemetry_kernels.moments_kernel)[(partial.blocks,)](
+    telemetry_kernels.moments_kernel[(partial.blocks,)](
         partial.means, partial.pivots if active is None else active.rank, partial.moments, partial.totals,
         seeds, x.shape[2], x.shape[0] * x.shape[1], **chunk_constants(x.shape[2], seeds), WHOLE=partial.whole and active is not None,
         BM=block, SB=group, ONCE=group >= seeds, num_warps=8,
@@ -205,7 +209,7 @@ def finish(x: Tensor, partial: PartialSums, active: ActiveList | None) -> Tensor
     """Reduce partial sums to ``health [seeds, 4]``; with ``active``, those of a site with branches."""
     seeds = partial.pivots.shape[0]
     health, (group, parts) = x.new_empty(seeds, 4, dtype=torch.float32), health_group(seeds)
-    wrap_triton(telemetry_kernels.finish_kernel)[(-(-seeds // group),)](
+    telemetry_kernels.finish_kernel[(-(-seeds // group),)](
         partial.pivots if active is None else active.rank, *partial.sums, health, *partial.size(x), **chunk_constants(x.shape[2], seeds),
         WHOLE=partial.whole, CHOICE=active is not None, SB=group, PB=parts, num_warps=4,
     )  # fmt: skip

@@ -251,10 +251,10 @@ class SeedRegistry:
         return (branch.stage in BLENDED or fading) and not branch.held
 
     def in_stage(self, *stages: Stage) -> list[Branch]:
-        """Living branches in one of these stages, by id."""
+        """Living branches in one of these stages, by id. It is the same list, not to be changed, until a stage changes."""
         if stages not in self._cached:
             self._cached[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
-        return list(self._cached[stages])
+        return self._cached[stages]
 
     def cost_key(self) -> tuple[tuple[str, int, bool], ...]:
         """A key of the MACs that the present groups cost: two registries with equal keys cost the same."""

@@ -39,8 +39,9 @@ def constants(kind: BranchKind, chunk: int, hidden: int, launch: Launch, directi
     }  # fmt: skip
     if direction == "forward":
         stages = {"STAGES": launch.stages, "PLAIN_STAGES": plain_stages}
-        return {**common, **stages, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
-    common |= {"OBJECTIVES": "objectives" in direction, "gc": 1, "dc": 1}
+        distances = dict.fromkeys(("XR", "YR"), 64 * chunk)
+        return {**common, **stages, **distances, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
+    common |= {"OBJECTIVES": "objectives" in direction, "gc": 1, "dc": 1} | dict.fromkeys(("XR", "GR", "DR"), 64 * chunk)
     return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": launch.hidden >= hidden}
 
 

@@ -73,6 +73,8 @@ class Guard:
         self.baselines: dict[int, Baseline] = {}
         self.calm: KeptHost | None = None
         self.lowest = math.inf
+        self._settled: list[Branch] = []
+        """The watched branches at the last ``settle``: all baselines are of some of them."""
         self.on_return: Callable[[], None] = lambda: None
         """Called when the host has returned to an earlier state, for which other values are usual."""
 
@@ -80,8 +82,10 @@ class Guard:
 
     def watch(self, tick: int) -> None:
         """Roll the branch back that harms the host slowly, if there is one; ``settle`` must follow."""
+        if self.judge is None or tick % self.every:
+            return
         watched = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id in self.baselines]
-        if not watched or self.judge is None or tick % self.every or not self._suspicious(tick):
+        if not watched or not self._suspicious(tick):
             return
         now = self._losses([])
         harmful = [branch for branch in watched if self._harmed(self.baselines[branch.id], now)]
@@ -98,14 +102,20 @@ class Guard:
             baseline = self.baselines.pop(branch.id, None)
             if baseline is not None:
                 self._settle(branch, baseline, tick)
-        present = {branch.id for branch in self.registry.in_stage(*WATCHED)}
-        self.baselines = {number: kept for number, kept in self.baselines.items() if number in present}
+        watched = self.registry.in_stage(*WATCHED)
+        if watched is not self._settled:
+            present = {branch.id for branch in watched}
+            self.baselines = {number: kept for number, kept in self.baselines.items() if number in present}
+            self._settled = watched
         if not self.baselines:
             self.calm, self.lowest = None, math.inf
 
     def begin(self, tick: int) -> None:
         """Keep the state of the host for branches whose blending begins with the next forward."""
-        new = [branch for branch in self.registry.in_stage(*WATCHED) if branch.id not in self.baselines]
+        watched = self.registry.in_stage(*WATCHED)
+        if watched is self._settled and len(watched) == len(self.baselines):
+            return  # every one has its own
+        new = [branch for branch in watched if branch.id not in self.baselines]
         if not new:
             return
         kept = self._keep(tick) or self._youngest()

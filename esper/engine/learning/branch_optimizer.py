@@ -8,7 +8,7 @@ slot's own warm-up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,42 @@ from esper.seeds import Branch, SeedRegistry
 PATIENCE = 10
 """Steps in a row for which a branch's gradient may overflow under a loss scale. The scale may still fall, as it does while it
 is being found; a branch that overflows longer would never learn at the scale that suits its host."""
+
+
+class GradientNorms(Mapping[int, float]):
+    """L2 norms of the last step's gradients by branch. Those of a whole bank are kept as they came until somebody asks."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+        self._later: list[tuple[BankRows | BlockRows, Tensor]] = []
+
+    def add(self, branch: Branch, norm: float) -> None:
+        """Note one."""
+        self._all()[branch.id] = norm
+
+    def add_later(self, part: BankRows | BlockRows, norms: Tensor) -> None:
+        """Note those of ``part``'s branches, which lie at its ``places`` of ``norms``."""
+        self._later.append((part, norms))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._known, self._later = {}, []
+
+    def _all(self) -> dict[int, float]:
+        for part, norms in self._later:
+            values = norms.tolist()
+            self._known.update((branch.id, values[place]) for branch, place in zip(part.branches, part.places, strict=True))
+        self._later = []
+        return self._known
+
+    def __getitem__(self, branch: int) -> float:
+        return self._all()[branch]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
 
 
 class BranchOptimizer:
@@ -44,7 +80,7 @@ class BranchOptimizer:
         self._groups: tuple[list[Branch], dict[tuple[int, str], list[Branch]]] = [], {}
         self._masks: dict[tuple[int, str], tuple[SlotBank, list[int], Tensor]] = {}
         self.failures: dict[int, int] = {}
-        self.norms: dict[int, float] = {}
+        self.norms = GradientNorms()
         self.scaled: frozenset[int] = frozenset()
 
     @torch.no_grad()
@@ -63,7 +99,7 @@ class BranchOptimizer:
         for (site, blueprint), group in by_bank(branches).items():
             bank = self.registry.layers[site].bank(blueprint)
             rows += [SlotRows(bank, group)] if isinstance(bank, SlotBank) else [BlockRows(bank, branch) for branch in group]
-        self.norms = {}
+        self.norms.clear()
         self._step([row for row in rows if row.gradients], factor)
         self.clear()
 
@@ -81,7 +117,7 @@ class BranchOptimizer:
                 found += [BlockRows(bank, branch) for branch in group]
         found = [part for part in found if part.gradients]
         if not found:
-            self.norms = {}
+            self.norms.clear()
         kernels = self.registry.kernels
         fused = kernels is not None and kernels.usable_on(self.registry.device)
         alone = [part for part in found if fused and isinstance(part, BankRows) and part.for_kernel]
@@ -106,11 +142,12 @@ class BranchOptimizer:
 
     def _noted(self, rows: Sequence[BankRows | BlockRows], scaled: frozenset[int], norms: list[Tensor]) -> None:
         clean, self._overflown = not self._overflown, False
+        sound = bool(norms) and bool(torch.isfinite(torch.cat(norms)).all())
         for part, found in zip(rows, norms, strict=True):
-            values = found.tolist()
-            if clean and bool(torch.isfinite(found).all()):
-                self.norms.update((branch.id, values[place]) for branch, place in zip(part.branches, part.places, strict=True))
+            if clean and sound:
+                self.norms.add_later(part, found)
                 continue
+            values = found.tolist()
             for branch, place in zip(part.branches, part.places, strict=True):
                 if self._note_one(branch, values[place], scaled):
                     part.take_back(branch)
@@ -125,13 +162,16 @@ class BranchOptimizer:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
         self.failures = {int(branch): int(count) for branch, count in state["failures"].items()}
-        self.norms = {int(branch): float(norm) for branch, norm in state["norms"].items()}
+        self.norms.clear()
+        for branch, norm in state["norms"].items():
+            self.norms.add(self.registry.branches[int(branch)], float(norm))
 
     def clear(self) -> None:
         """Drop every gradient of every branch."""
         for layer in self.registry.layers:
-            for parameter in layer.parameters():
-                parameter.grad = None
+            for bank in layer.banks.values():
+                for parameter in bank.stacks.values() if isinstance(bank, SlotBank) else bank.parameters():
+                    parameter.grad = None
 
     def _step(self, rows: list[Rows], factor: float) -> None:
         """All branches at once: a handful of operations over lists of tensors, and one wait for the device."""
@@ -186,13 +226,14 @@ class BranchOptimizer:
     def _note_one(self, branch: Branch, norm: float, scaled: frozenset[int]) -> bool:
         """Note a gradient norm; whether it is not finite."""
         if math.isfinite(norm):
-            self.norms[branch.id], branch.overflows = norm, 0
+            self.norms.add(branch, norm)
+            branch.overflows = 0
             return False
         self._overflown = True
         if branch.id in scaled:
             branch.overflows += 1
         else:
-            self.norms[branch.id] = norm
+            self.norms.add(branch, norm)
         if branch.id not in scaled or branch.overflows >= PATIENCE:
             self.failures[branch.id] = self.failures.get(branch.id, 0) + 1
         return True
