@@ -70,7 +70,7 @@ class TickBoundary:
         self.faults = faults
         self.replacing = replacing
         self.clock = clock
-        self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # with their seeds, and least ages
+        self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # branches, rows, minimum ages
 
     def run(self, tick: int) -> None:
         """One tick, from the measurements of the step before it to the news for the controller."""

@@ -163,11 +163,8 @@ def sum_gradients(
 def _(
     x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    return (
-        torch.empty_like(x),
-        [torch.empty_like(tensor) for tensor in parameters],
-        live.new_empty(0 if objective is None else live.shape[0]),
-    )
+    residual = live.new_empty(0 if objective is None else live.shape[0])
+    return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], residual
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -80,7 +80,7 @@ def resident(registers: int, warps: int, shared: int, limit: Limits) -> int:
     return max(1, min(limit.registers // (threads * registers), limit.threads // threads, limit.shared // max(shared, 1)))
 
 
-@lru_cache(maxsize=1024)  # asked anew at every call of an op
+@lru_cache(maxsize=1024)  # called at every call of an op
 def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, telemetry: bool = True) -> Launch:
     """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
 

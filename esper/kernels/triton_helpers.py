@@ -20,8 +20,8 @@ def tile_pointers(base, block, start, col, inner, outer_stride, inner_stride, co
                   FLAT: tl.constexpr):  # fmt: skip
     """Addresses ``[BM, len(col)]`` of one block of rows at the features ``start + col``.
 
-    ROW is the distance of two rows where neighbouring features are neighbours in memory, else 0. Known when compiling, all addresses
-    of a thread are one register and fixed distances; it saves a third of the registers and of the instructions.
+    ROW is the distance of two rows if neighbouring features are neighbours in memory, else 0. As it is known at compile time, all
+    addresses of a thread are one register and fixed distances, which saves a third of the registers and of the instructions.
     """
     row = tl.arange(0, BM)
     if ROW > 0:

@@ -74,7 +74,7 @@ class Guard:
         self.calm: KeptHost | None = None
         self.lowest = math.inf
         self._settled: list[Branch] = []
-        """The watched branches at the last ``settle``: all baselines are of some of them."""
+        """The watched branches at the last ``settle``; every baseline belongs to one of them."""
         self.on_return: Callable[[], None] = lambda: None
         """Called when the host has returned to an earlier state, for which other values are usual."""
 
@@ -114,7 +114,7 @@ class Guard:
         """Keep the state of the host for branches whose blending begins with the next forward."""
         watched = self.registry.in_stage(*WATCHED)
         if watched is self._settled and len(watched) == len(self.baselines):
-            return  # every one has its own
+            return  # every branch has its baseline
         new = [branch for branch in watched if branch.id not in self.baselines]
         if not new:
             return

@@ -28,22 +28,22 @@ is being found; a branch that overflows longer would never learn at the scale th
 
 
 class GradientNorms(Mapping[int, float]):
-    """L2 norms of the last step's gradients by branch. Those of a whole bank are kept as they came until somebody asks."""
+    """L2 norms of the last step's gradients by branch. Those of a whole bank stay a tensor until one of them is read."""
 
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
         self._later: list[tuple[BankRows | BlockRows, Tensor]] = []
 
     def add(self, branch: Branch, norm: float) -> None:
-        """Note one."""
+        """Note the norm of one branch."""
         self._all()[branch.id] = norm
 
     def add_later(self, part: BankRows | BlockRows, norms: Tensor) -> None:
-        """Note those of ``part``'s branches, which lie at its ``places`` of ``norms``."""
+        """Note the norms of ``part``'s branches, which stand at its ``places`` in ``norms``."""
         self._later.append((part, norms))
 
     def clear(self) -> None:
-        """Forget them."""
+        """Forget all norms."""
         self._known, self._later = {}, []
 
     def _all(self) -> dict[int, float]:
