@@ -81,14 +81,18 @@ def train(words: Sequence[str]) -> int:
 
         return resume.main(words)
     from esper.cli.compose import check_jobs
+    from esper.compare.sweep.forks import early_server
 
     flags = _parse(words)
-    asked = check_jobs(flags.overrides, flags.multirun)
-    if not flags.cfg and (started := _in_its_place(asked)):
-        from esper.cli import resume
+    if flags.cfg:
+        check_jobs(flags.overrides, flags.multirun)
+        return _hydra(words)
+    with early_server() as load:
+        if started := _in_its_place(check_jobs(flags.overrides, flags.multirun, load)):
+            from esper.cli import resume
 
-        return resume.go_on(started)
-    return _hydra(words)
+            return resume.go_on(started)
+        return _hydra(words)
 
 
 def _hydras_own(words: Sequence[str]) -> int:

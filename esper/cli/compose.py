@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,10 @@ def option(group: str, name: str) -> dict[str, Any]:
         return dict(_values(tree, resolve=False)[group])
 
 
-def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
+def check_jobs(words: Sequence[str], multirun: bool, on_sweep: Callable[[int], None] = lambda threads: None) -> Composed:
     """Composes the runs: the run itself, or the first job of a sweep and one job for every further value; returns the first.
+
+    ``on_sweep`` is called with the threads of each worker once this is known to be a sweep in workers, while most jobs are not composed.
 
     Raises:
         UserError: anything that is not accepted, before the first job starts.
@@ -75,6 +77,8 @@ def check_jobs(words: Sequence[str], multirun: bool) -> Composed:
         if not (multirun or composed.multirun):
             overrides.check_single(parsed)
             return composed
+        if _in_workers(composed.tree):
+            on_sweep(composed.tree.hydra.launcher.threads)
         typed = {overrides.key_of(override) for override in parsed}
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
         jobs = _jobs(parsed)
@@ -183,27 +187,36 @@ def _refuse_unfitting_preset(tree: DictConfig) -> None:
                 raise UserError(f"{preset}={name} sets {key}, and {chosen} has no such key: leave {group} out, or leave {preset} out.")
 
 
+def _tree(parsed: list[Override]) -> DictConfig:
+    """Hydra's composition. If it fails, or keys may be added, groups are composed first, to check the keys against the chosen options."""
+    words = [str(item.input_line) for item in parsed]
+    if not any(item.is_add() or item.is_force_add() or item.is_delete() for item in parsed):
+        with suppress(Exception):  # whatever is wrong is said below, in our words where there are any
+            return hydra.compose("config", words, return_hydra_config=True)
+    plain = _values(hydra.compose("config", [str(item.input_line) for item in parsed if overrides.is_group(item)]), resolve=False)
+    for item in parsed:
+        if not overrides.is_group(item) and not overrides.is_hydras(item):
+            overrides.check_key(item, plain)
+    return hydra.compose("config", words, return_hydra_config=True)
+
+
+def _in_workers(tree: DictConfig) -> bool:
+    return str(tree.hydra.launcher._target_).endswith(".WorkersLauncher")
+
+
 def _compose(parsed: list[Override]) -> Composed:
-    """Groups first, so that keys can be checked against the chosen options; then everything."""
+    """One composition, checked."""
     internals.check_words(parsed)
-    chosen = [item for item in parsed if overrides.is_group(item)]
-    for item in chosen:
-        overrides.check_group(item)
-    tree = hydra.compose("config", [str(item.input_line) for item in chosen], return_hydra_config=True)
-    settings = [item for item in parsed if item not in chosen]
-    if settings:
-        plain = _values(tree, resolve=False)
-        for item in settings:
-            if not overrides.is_hydras(item):
-                overrides.check_key(item, plain)
-        tree = hydra.compose("config", [str(item.input_line) for item in parsed], return_hydra_config=True)
+    for item in parsed:
+        if overrides.is_group(item):
+            overrides.check_group(item)
+    tree = _tree(parsed)
     internals.check_tree(tree.hydra)
     if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf_folder(), *conf.own())])
-    launcher = dict(tree.hydra.launcher)
-    if str(launcher.pop("_target_")).endswith(".WorkersLauncher"):
-        structure(LauncherConfig, launcher, "hydra.launcher")
+    if _in_workers(tree):
+        structure(LauncherConfig, {key: value for key, value in tree.hydra.launcher.items() if key != "_target_"}, "hydra.launcher")
     refuse_impossible(tree, here=internals.runs_here(tree.hydra))
     secrets.refuse(_values(tree, resolve=True))  # before any other sentence about what a file sets
     _refuse_unfitting_preset(tree)

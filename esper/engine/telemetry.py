@@ -17,9 +17,10 @@ from esper.engine.learning.branch_rows import gradient_norms
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
 from esper.engine.snapshot import present_values
+from esper.kernels.geometry import chunk_bounds
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS, Column
-from esper.seeds import Branch, Recording, SeedRegistry, TelemetryConfig
+from esper.seeds import Recording, SeedRegistry, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 
 MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
@@ -91,11 +92,13 @@ class Observer:
             squares = torch.stack(values[: len(host)]).tolist() if host else []
             mean = {site: value / size for site, value, size in zip(beside, squares, sizes, strict=True)}
             self._gradient_ratio = {}
-            for branches, count, found in zip(names, counts, values[len(host) :], strict=True):
-                for branch, norm in zip(branches, found.tolist(), strict=True):
-                    above = mean.get(self.registry.branches[branch].site)
-                    if above is not None and math.isfinite(norm):
-                        self._gradient_ratio[branch] = math.sqrt((norm * norm / count) / max(above, 1e-24))
+            for branches, count, found in zip(names, counts, values[len(host) :], strict=True):  # those of one bank, so of one site
+                above = mean.get(self.registry.branches[branches[0]].site)
+                if above is not None:
+                    ratios = (found.double().square() / (count * max(above, 1e-24))).sqrt()
+                    self._gradient_ratio.update(
+                        (b, ratio) for b, ratio in zip(branches, ratios.tolist(), strict=True) if math.isfinite(ratio)
+                    )
 
         self.readings.post([*host, *norms], read)
 
@@ -146,8 +149,9 @@ class Observer:
                 fill(rows, [next(left) for _ in tensors])
                 if self._gradient_norms:
                     rows[:, Column.GRAD_NORM] = self._gradient_norms[number]
-                for branch in self._shown(number):
-                    rows[branch.seed, Column.GRAD_RATIO] = self._gradient_ratio.get(branch.id, float("nan"))
+                if shown := self._shown(number):
+                    ratios = [self._gradient_ratio.get(branch, float("nan")) for branch in shown.values()]
+                    rows[list(shown), Column.GRAD_RATIO] = torch.tensor(ratios)
                 self.health[number] = rows[:, MEASURED].clone()
                 self.port.telemetry(tick, self.registry.sites[number].name, rows)
 
@@ -166,17 +170,17 @@ class Observer:
             rows[:, Column.GENERATION] = table.generation[span]
             rows[:, Column.GAIN] = table.score[span]
             rows[:, Column.ALPHA] = rows[:, Column.BRANCH_RMS_RATIO] = 0.0
-            for branch in self._shown(number):
-                rows[branch.seed, Column.ALPHA] = self.registry.branches.alpha[branch.id]
+            if shown := self._shown(number):
+                rows[list(shown), Column.ALPHA] = self.registry.branches.alpha[list(shown.values())]
             return rows
 
         if self.readings.late:
             return known(torch.empty(site.geometry.seeds, len(COLUMNS)))
         return lambda: known(self.port.slot(site.name, site.geometry.seeds))
 
-    def _shown(self, number: int) -> list[Branch]:
-        """The living branches of a site that are their seeds' own: none that only learns to take another's place."""
-        return [branch for branch in self.registry.living_at(number) if not branch.excluded]
+    def _shown(self, number: int) -> dict[int, int]:
+        """By seed, the id of its living branch at a site; branches that only learn to replace another are left out."""
+        return {branch.seed: branch.id for branch in self.registry.living_at(number) if not branch.excluded}
 
     def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
         """The device's measurements of a site, and the function that writes them into its rows."""
@@ -197,7 +201,8 @@ class Observer:
             return [], lambda rows, values: None
         site, members = self.registry.compiled.sites[number], self.registry.compiled.members(number)
         chunks = list(members)
-        sizes = torch.tensor([end - start for start, end in (site.geometry.bounds(seed) for seed in chunks)])
+        bounds = chunk_bounds(site.geometry.width, site.geometry.seeds)
+        sizes = (bounds[1:] - bounds[:-1])[chunks]
 
         def in_graph(rows: Tensor, values: list[Tensor]) -> None:
             rows[:, STATISTICS], power, count = values

@@ -15,10 +15,13 @@ from esper.kernels.telemetry import (
     ActiveList,
     PartialSums,
     chunk_constants,
+    fill_active_list,
     finish,
     health_group,
     measure_and_copy,
+    measure_windows,
     moments_of_means,
+    row_distance,
 )
 
 PRECISION = "ieee"  # float32 products in float32; the compiler's default would be tf32
@@ -31,7 +34,11 @@ def branches(
     """``(y, live, power, health)`` for ``x [outer, inner, W]``, as ``reference_branches.forward``; ``health [S, 4]`` if ``measure``."""
     seeds, rows, banks = alpha.shape[0], x.shape[0] * x.shape[1], split_banks(kinds, parameters)
     y, live, power = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
+    windows = launch_rules.windows(x.shape[2], seeds, rows, launch_rules.limits(x.device)) if measure else None
+    measure = measure and windows is None  # in the kernels below
     health = x.new_empty(seeds if measure else 0, 4, dtype=torch.float32)
+    if windows is not None:
+        health = measure_windows(x, seeds, near_zero, windows)
     partial, active = PartialSums.empty(x, seeds, measure, copies=True), ActiveList.empty(alpha, None, route, len(banks))
     measure_and_copy(x, partial, seeds, near_zero, y, active)
     together = measure and health_group(seeds)[0] == 1
@@ -95,13 +102,32 @@ def branches_backward(
     residual = live.new_empty(0) if objective is None else torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
         found, launch = bank_backward(x, dy, dx, live, objective, route, active.seeds[number], name, tensors)
-        grads += sum_gradients(found[:-1], tensors, active, x, number, launch)
+        grads += sum_gradients(found[:-1], [torch.empty_like(tensor) for tensor in tensors], active, x, number, launch)
         if objective is not None:
             chunk_backward.sum_residuals_kernel[(seeds,)](
                 found[-1], residual, route, active.seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
                 BM=launch.rows, num_warps=1,
             )  # fmt: skip
     return dx, grads, residual
+
+
+@custom_op("esper::branches_backward_in_place", mutates_args=("dx", "gradients"))
+def branches_backward_in_place(
+    x: Tensor, dx: Tensor, live: Tensor, route: Tensor, kinds: str, parameters: list[Tensor], gradients: list[Tensor]
+) -> None:
+    """``branches_backward`` without an objective, into ``gradients``; ``dx`` holds ``dy`` at first, and only its active chunks are changed.
+
+    It is for the graph of a compiled host: the compiler lets the operation that makes ``dy`` write ``dx`` directly, which saves a pass
+    over the site.
+    """
+    seeds = live.shape[0]
+    banks = split_banks(kinds, parameters)
+    active = ActiveList.empty(live, None, route, len(banks))
+    fill_active_list(active, seeds)
+    left = iter(gradients)
+    for number, (name, tensors) in enumerate(banks):
+        found, launch = bank_backward(x, dx, dx, live, None, route, active.seeds[number], name, tensors)
+        sum_gradients(found[:-1], [next(left) for _ in tensors], active, x, number, launch)
 
 
 def bank_backward(
@@ -143,15 +169,14 @@ def bank_backward(
 
 
 def sum_gradients(
-    sums: list[Tensor], tensors: list[Tensor], active: ActiveList, x: Tensor, number: int, launch: launch_rules.Launch
+    sums: list[Tensor], targets: list[Tensor], active: ActiveList, x: Tensor, number: int, launch: launch_rules.Launch
 ) -> list[Tensor]:
-    """Gradients like a bank's ``tensors`` from the programs' partial ``sums``, added in a fixed order, all in one launch."""
-    targets = [torch.empty_like(tensor) for tensor in tensors]
-    sizes, seeds = [tensor[0].numel() for tensor in tensors], active.alpha.shape[0]
+    """Add the programs' partial ``sums`` of a bank's gradients into ``targets``, in a fixed order, all in one launch."""
+    sizes, seeds = [tensor[0].numel() for tensor in targets], active.alpha.shape[0]
     block = min(1024, launch_rules.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
-    pairs += pairs[:2] * (6 - len(tensors))  # an absent one repeats the first, and is never touched
-    chunk_backward.sum_gradients_kernel[(tensors[0].shape[0], sum(-(-size // block) for size in sizes))](
+    pairs += pairs[:2] * (6 - len(targets))  # an absent one repeats the first, and is never touched
+    chunk_backward.sum_gradients_kernel[(targets[0].shape[0], sum(-(-size // block) for size in sizes))](
         *pairs, active.route, active.seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
         BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
@@ -177,6 +202,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health: Tensor) -> tuple[Any, ...]:
     x, live, route, *rest = ctx.saved_tensors
     objective, parameters = (rest[0], rest[1:]) if ctx.has_objective else (None, rest)
+    if objective is None and torch.compiler.is_compiling():
+        dx, grads = dy.clone(), [torch.empty_like(tensor) for tensor in parameters]
+        branches_backward_in_place(x, dx, live, route, ctx.kinds, list(parameters), grads)
+        return dx, None, None, None, None, grads, None, None
     dx, grads, _ = branches_backward(x, dy, live, objective, route, ctx.kinds, list(parameters))
     return dx, None, None, None, None, grads, None, None
 
@@ -194,14 +223,6 @@ def kernel_constants(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int,
         "H": bank.hidden, "CP": padded, "HB": launch.hidden, "BM": launch.rows,
         "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation,
     }  # fmt: skip
-
-
-def row_distance(x: Tensor) -> int:
-    """Distance of two rows in memory, for ``tile_pointers``.
-
-    0 where neighbouring features are not neighbours, rows are not evenly apart, or a block of rows needs 64 bits.
-    """
-    return x.stride(1) if x.shape[0] == 1 and x.stride(2) == 1 and x.stride(1) < 1 << 22 else 0
 
 
 def forward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch_rules.Launch:

@@ -162,7 +162,7 @@ def backward(
             tile //= 2
             assert tile >= 16, "no block fits"
     used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, objectives)
-    registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + 64)
+    registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + (64 if warps > 1 else 80))
     # All blocks of hidden units at once, so that the rows that one reads are still in the cache for the others.
     return Launch(block, tile, warps, stages, max(seeds, limit.processors * resident(registers, warps, used, limit) * tile // hidden))
 
@@ -275,3 +275,33 @@ def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, 
 def whole_rows_shared(block: int, tile: int, itemsize: int, stages: int, copies: bool = False) -> int:
     """Upper bound in bytes: the tiles under way (or one, to exchange between threads), and a few words a warp, a seed if it ``copies``."""
     return max(1, stages - 1) * block * tile * itemsize + (4 * tile if copies else 256)
+
+
+NARROW = 8
+"""Features up to which a chunk is measured in a window with its neighbours."""
+
+
+@dataclass(frozen=True)
+class WindowsLaunch:
+    """Settings of the kernels over windows of narrow chunks: rows, chunks and features of a window, parts of the rows, rows of a total."""
+
+    rows: int
+    seeds: int
+    places: int
+    width: int
+    parts: int
+    totals_rows: int
+
+
+@lru_cache(maxsize=1024)
+def windows(width: int, seeds: int, rows: int, limit: Limits) -> WindowsLaunch | None:
+    """Settings of the kernels that measure narrow chunks; None for wider ones.
+
+    A window of 64 features begins at a multiple of 8, so that rows are read 16 bytes at a time; 16 chunks of it are one tile of a
+    product. 32 rows are what four warps hold without spilling (seen in `scripts/bench kernel_resources`).
+    """
+    if -(-width // seeds) > NARROW:
+        return None
+    span = 64
+    held = min((span - 7) * seeds // width, 16)
+    return WindowsLaunch(32, held, 16, span, row_parts(-(-seeds // held), rows, 32, 3, limit), 8)

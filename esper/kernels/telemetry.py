@@ -18,6 +18,9 @@ NARROW = 16
 
 @custom_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
+    launch = launch_rules.windows(x.shape[2], seeds, x.shape[0] * x.shape[1], launch_rules.limits(x.device))
+    if launch is not None:
+        return measure_windows(x, seeds, near_zero, launch)
     partial = PartialSums.empty(x, seeds, telemetry=True, copies=False)
     measure_and_copy(x, partial, seeds, near_zero)
     if not partial.whole:
@@ -132,6 +135,39 @@ class ActiveList:
         return {"BANKS": self.seeds.shape[0], "RB": min(1024, launch_rules.power_of_two(self.alpha.shape[0]))}
 
 
+def measure_windows(x: Tensor, seeds: int, near_zero: float, launch: launch_rules.WindowsLaunch) -> Tensor:
+    """``health [seeds, 4]`` of narrow chunks: first the totals of the rows, then windows of neighbouring chunks."""
+    outer, inner, width = x.shape
+    rows, blocks = outer * inner, -(-outer * inner // launch.totals_rows)
+
+    def room(*shape: int) -> Tensor:
+        return x.new_empty(*shape, dtype=torch.float32)
+
+    sums = room(seeds), room(launch.parts, seeds, 3), room(launch.parts, 2), room(launch.parts, seeds, 3)
+    partial = PartialSums(*sums, room(0), launch.parts, 0, True, True)
+    row_totals, unsound = room(rows), x.new_empty(blocks, dtype=torch.int32)
+    distance = {"FLAT": outer == 1, "XR": row_distance(x)}
+    telemetry_kernels.totals_kernel[(blocks,)](
+        x, row_totals, unsound, width, rows, inner, *x.stride(),
+        BM=launch.totals_rows, BW=min(1024, launch_rules.power_of_two(width)), **distance, num_warps=4,
+    )  # fmt: skip
+    telemetry_kernels.windows_kernel[(-(-seeds // launch.seeds), launch.parts)](
+        x, row_totals, unsound, partial.moments, partial.totals, partial.stats, partial.pivots,
+        seeds, width, rows, launch.parts, inner, *x.stride(), near_zero,
+        G=launch.seeds, GP=launch.places, WC=launch.width, BM=launch.rows, TM=launch.totals_rows, ALIGN=8, WHOLE=rows % launch.rows == 0,
+        **chunk_constants(width, seeds), **distance, PRECISION="ieee", num_warps=4,
+    )  # fmt: skip
+    return finish(x, partial, None)
+
+
+def row_distance(x: Tensor) -> int:
+    """Distance of two rows in memory, for ``tile_pointers``.
+
+    0 where neighbouring features are not neighbours, rows are not evenly apart, or a block of rows needs 64 bits.
+    """
+    return x.stride(1) if x.shape[0] == 1 and x.stride(2) == 1 and x.stride(1) < 1 << 22 else 0
+
+
 def measure_and_copy(
     x: Tensor, partial: PartialSums, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None
 ) -> None:
@@ -171,8 +207,7 @@ def measure_and_copy_tiles(
     outer, inner, width = x.shape
     if y is not None and active is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
         y.copy_(x)
-        constants = {"OBJECTIVES": active.objective is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
-        active_list_kernel[(1,)](*active.tensors, seeds, **constants, num_warps=4)
+        fill_active_list(active, seeds)
         return
     launch, copies = inactive_chunks_launch(x, seeds), active is not None
     target = x if y is None else y
@@ -187,6 +222,12 @@ def measure_and_copy_tiles(
         OBJECTIVES=active is not None and active.objective is not None,
         **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=4,
     )  # fmt: skip
+
+
+def fill_active_list(active: ActiveList, seeds: int) -> None:
+    """Fill ``active`` where no kernel that copies does it."""
+    constants = {"OBJECTIVES": active.objective is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
+    active_list_kernel[(1,)](*active.tensors, seeds, **constants, num_warps=4)
 
 
 def moments_of_means(x: Tensor, partial: PartialSums, active: ActiveList | None) -> None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from esper.kernels.active_list import write_active_list
-from esper.kernels.triton_helpers import chunk_size, chunk_start, few_active, row_offsets
+from esper.kernels.triton_helpers import chunk_size, chunk_start, few_active, row_offsets, tile_pointers
 
 
 @triton.jit
@@ -218,3 +218,101 @@ def finish(
     tl.store(entry + 1, tl.where(spread_mean < 0.0, 0.0, spread_mean), mask=mine)
     tl.store(entry + 2, close / (count * size), mask=mine)
     tl.store(entry + 3, correlation, mask=mine)
+
+
+@triton.jit
+def totals_kernel(
+    x, totals, unsound, width, rows, inner, xo, xi, xc,
+    BM: tl.constexpr, BW: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr,
+):  # fmt: skip
+    """``totals[row]`` = Σ over features of x minus its value in row 0, BM rows a program; ``unsound[program]``: one is not finite."""
+    block, place = tl.program_id(0), tl.arange(0, BW)
+    known = (block * BM + tl.arange(0, BM)) < rows
+    sums = tl.zeros([BM, BW], tl.float32)
+    for first in range(0, width, BW):
+        inside = first + place < width
+        tile = tl.load(
+            tile_pointers(x, block, first, place, inner, xo, xi, xc, BM, XR, FLAT), mask=known[:, None] & inside[None, :], other=0.0
+        )
+        pivot = tl.load(x + (first + place).to(tl.int64) * xc, mask=inside, other=0.0)
+        sums += tile.to(tl.float32) - pivot.to(tl.float32)[None, :]
+    total = tl.sum(sums, 1)
+    tl.store(totals + block * BM + tl.arange(0, BM), total, mask=known)
+    tl.store(unsound + block, tl.max(tl.where(known & ((tl.abs(total) < float("inf")) == 0), 1, 0)))
+
+
+@triton.jit
+def windows_kernel(
+    x, row_totals, unsound, moments, totals, stats, pivots, seeds, width, rows, parts, inner, xo, xi, xc, near_zero,
+    G: tl.constexpr, GP: tl.constexpr, WC: tl.constexpr, BM: tl.constexpr, TM: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+    C: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums of ``whole_rows_kernel`` for narrow chunks: a program takes G neighbouring ones and every ``parts``-th block of BM rows.
+
+    The chunks' sums are a product with ones and zeros on the matrix units. Rows' totals, TM to an entry of ``unsound``, are known already.
+    A product would spread a value that is not finite to neighbours, so such values are left out and noted if a total is not finite.
+    WHOLE: no block has padded rows. Padded features are summed too, and belong to nobody.
+    """
+    group, part = tl.program_id(0), tl.program_id(1)
+    place = group * G + tl.arange(0, GP)
+    mine = (tl.arange(0, GP) < G) & (place < seeds)
+    start = chunk_start(place, seeds, width, C, EVEN)
+    size = chunk_size(start, place, seeds, width, C, EVEN)
+    base = chunk_start(group * G, seeds, width, C, EVEN) // ALIGN * ALIGN
+    col = tl.arange(0, WC)
+    inside = base + col < width
+    owned = (base + col[:, None] >= start[None, :]) & (base + col[:, None] < (start + size)[None, :]) & mine[None, :]
+    row0 = tl.load(x + (base + col).to(tl.int64) * xc, mask=inside, other=0.0).to(tl.float32)
+    share = 1.0 / tl.where(mine, size, 1).to(tl.float32)
+    pivot = tl.sum(tl.where(owned, row0[:, None], 0.0), 0) * share
+    pivot_of = tl.sum(tl.where(owned, pivot[None, :], 0.0), 1)
+    choice = tl.where(owned, 1.0, 0.0).to(x.dtype.element_ty)
+    spread, close = tl.zeros([BM, WC], tl.float32), tl.zeros([BM, WC], tl.float32)
+    first, second, mixed = tl.zeros([BM, GP], tl.float32), tl.zeros([BM, GP], tl.float32), tl.zeros([BM, GP], tl.float32)
+    lost = tl.zeros([GP], tl.float32)
+    for block in range(part, tl.cdiv(rows, BM), parts):
+        row = block * BM + tl.arange(0, BM)
+        reads = tile_pointers(x, block, base, col, inner, xo, xi, xc, BM, XR, FLAT)
+        if WHOLE:
+            tile = tl.load(reads, mask=inside[None, :], other=0.0)
+            whole = tl.load(row_totals + row)
+            wide = tile.to(tl.float32)
+            centred = wide - pivot_of[None, :]
+            near = tl.abs(wide) < near_zero
+        else:
+            known = row < rows
+            tile = tl.load(reads, mask=known[:, None] & inside[None, :], other=0.0)
+            whole = tl.load(row_totals + row, mask=known, other=0.0)
+            wide = tile.to(tl.float32)
+            centred = tl.where(known[:, None], wide - pivot_of[None, :], 0.0)
+            near = known[:, None] & (tl.abs(wide) < near_zero)
+        spread += centred * centred
+        close += tl.where(near, 1.0, 0.0)
+        flag = block * (BM // TM) + tl.arange(0, BM // TM)
+        if tl.max(tl.load(unsound + flag, mask=flag * TM < rows, other=0), 0) != 0:
+            sound = tl.abs(wide) < float("inf")
+            tile = tl.where(sound, tile, 0.0).to(tile.dtype)
+            lost += tl.max(tl.where(owned, tl.max(tl.where(sound, 0.0, 1.0), 0)[:, None], 0.0), 0)
+        mean = tl.dot(tile, choice, input_precision=PRECISION) * share[None, :] - pivot[None, :]
+        if not WHOLE:
+            mean = tl.where(known[:, None], mean, 0.0)
+        first += mean
+        second += mean * mean
+        mixed += mean * whole[:, None]
+    if part == 0:
+        tl.store(pivots + place, pivot, mask=mine)
+    entry = (part * seeds + place).to(tl.int64) * 3
+    tl.store(stats + entry, tl.sum(tl.where(owned, tl.sum(spread, 0)[:, None], 0.0), 0), mask=mine)
+    tl.store(stats + entry + 1, tl.sum(tl.where(owned, tl.sum(close, 0)[:, None], 0.0), 0), mask=mine)
+    tl.store(moments + entry, tl.where(lost > 0.0, float("nan"), tl.sum(first, 0)), mask=mine)
+    tl.store(moments + entry + 1, tl.sum(second, 0), mask=mine)
+    tl.store(moments + entry + 2, tl.sum(mixed, 0), mask=mine)
+    if group == 0:
+        total, squared = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+        for block in range(part, tl.cdiv(rows, BM), parts):
+            row = block * BM + tl.arange(0, BM)
+            whole = tl.load(row_totals + row, mask=row < rows, other=0.0)
+            total += whole
+            squared += whole * whole
+        tl.store(totals + part * 2, tl.sum(total))
+        tl.store(totals + part * 2 + 1, tl.sum(squared))

@@ -95,8 +95,12 @@ def _constraints() -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
+@cache
 def git_state() -> dict[str, Any]:
-    """``{"commit": …, "changed": bool}`` of the checkout esper runs from; an empty commit where it is none."""
+    """``{"commit": …, "changed": bool}`` of the checkout esper runs from; an empty commit where it is none.
+
+    Asked once: a process goes on with the code that it has loaded, whatever becomes of the checkout.
+    """
     folder = Path(esper.__file__).resolve().parent.parent
     if not (folder / ".git").exists():
         return {"commit": "", "changed": False}
@@ -112,6 +116,7 @@ def _git(folder: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

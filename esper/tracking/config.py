@@ -43,12 +43,16 @@ class MlflowConfig(TrackerPlace):
 
 
 def tracking_uri(config: MlflowConfig, outputs: str) -> str:
-    """The URI in the settings, or sqlite in ``outputs`` (a folder, made absolute).
+    """The URI in the settings, or sqlite in ``outputs`` (a folder, made absolute)."""
+    return config.uri or sqlite_uri(Path(outputs).resolve() / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of a store in SQLite.
 
     SQLAlchemy takes what follows ``?`` for options and ``%`` for the beginning of a code, so these two are written as codes.
     """
-    folder = str(Path(outputs).resolve()).replace("%", "%25").replace("?", "%3F")
-    return config.uri or f"{SQLITE}{folder}/mlflow.db"
+    return SQLITE + str(file).replace("%", "%25").replace("?", "%3F")
 
 
 def sqlite_file(uri: str) -> Path | None:

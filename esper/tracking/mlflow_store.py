@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import logging
 import os
 import shlex
@@ -15,12 +16,13 @@ import sqlite3
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from esper import secrets
 from esper.errors import UserError
-from esper.tracking.config import MlflowConfig, sqlite_file, tracking_uri
+from esper.tracking.config import MlflowConfig, sqlite_file, sqlite_uri, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -124,6 +126,8 @@ def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE
         _open_once(uri, key, otherwise)
     try:
         with _alone(uri):  # two processes must not both create the tables
+            if file is not None and file.exists() and not file.stat().st_size:
+                _make(file)
             client = MlflowClient(patient(uri))
     except MlflowException as error:
         if "mlflow db upgrade" not in str(error):
@@ -135,6 +139,32 @@ def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE
     if file is not None and not file.exists():
         raise UserError(f"MLflow made its store elsewhere than at {file}; give another {key} or output, {otherwise}.")
     return client
+
+
+def _make(file: Path) -> None:
+    """Make a new store beside its place, and move it there once it is whole: whoever is killed meanwhile leaves no half of one.
+
+    MLflow makes its tables in some seventy migrations. SQLite would wait for the disk after every step of each, which takes seconds
+    where other programs write too; for a file that nobody has yet it need not.
+    """
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def without_waiting(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    for left in file.parent.glob(f".{glob.escape(file.name)}.*.new*"):  # by one that was killed
+        left.unlink()
+    new = file.with_name(f".{file.name}.{token_hex(4)}.new")
+    event.listen(Engine, "connect", without_waiting)
+    try:
+        MlflowClient(patient(sqlite_uri(new)))
+    finally:
+        event.remove(Engine, "connect", without_waiting)
+    with new.open("rb") as made:
+        os.fsync(made.fileno())
+    new.replace(file)
 
 
 def _open_once(uri: str, key: str, otherwise: str) -> None:

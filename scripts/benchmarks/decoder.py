@@ -270,9 +270,12 @@ def decoder_line(row: DecoderRow) -> str:
 
 def run_decoder(device: torch.device, pairs: int, out: Path, only: list[str]) -> int:
     """Print the table and write the CSV; 1 when a limit is missed."""
+    from torch._dynamo import config as dynamo_config
+
     if device.type != "cuda":
         raise UserError("--host decoder takes hours on a CPU; use --device cuda.")
     torch.set_float32_matmul_precision("high")
+    dynamo_config.recompile_limit = 64  # graphs belong to code: all the models of this process share those of one
     rows: list[DecoderRow] = []
     loops: dict[tuple[Any, ...], DecoderLoop] = {}
     bare = DecoderLoop(None)

@@ -140,7 +140,7 @@ def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch):
     assert variables["MKL_CBWR"] == "COMPATIBLE" and "ATEN_CPU_CAPABILITY" not in variables
     assert len(git_state()["commit"]) in (0, 40)
     monkeypatch.setenv("PATH", "")
-    assert git_state() == {"commit": "", "changed": False}
+    assert git_state.__wrapped__() == {"commit": "", "changed": False}
     monkeypatch.setattr("esper.running.provenance.PACKAGES", ("no-such-package",))
     assert environment(torch.device("cpu"))["packages"] == {"no-such-package": ""}
 

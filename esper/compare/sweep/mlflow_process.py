@@ -60,11 +60,13 @@ class MlflowProcess:
         root = str(Path(esper.__file__).resolve().parents[1])
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         with (self.sweep.folder / LOG).open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "esper.compare.sweep.mlflow_writer", path],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
                 env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )  # fmt: skip
+        _send(process, {"ask": "prepare", "uri": tracking_uri(self._config, self.sweep.jobs[0].config.output)})  # open has the answer
+        return process
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._process is None:
@@ -122,6 +124,7 @@ class MlflowProcess:
         if self._process is None:
             return
         sweep, config = self.sweep, self.sweep.jobs[0].config
+        self._answer()  # to what it was asked when it began
         answer = self._ask(
             {
                 "ask": "open",
@@ -153,18 +156,26 @@ class MlflowProcess:
         self._ask({"ask": "close", "status": self.status, "artifacts": files, "metrics": self.metrics, "tags": tags})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        answer = json.loads(line) if line else {"error": "it ended unexpectedly"}
+        assert self._process is not None
+        _send(self._process, request)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        """The answer to the oldest request that has none yet."""
+        assert self._process is not None and self._process.stdout is not None
+        line = self._process.stdout.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"error": "it ended unexpectedly"}
         if "refused" in answer:
             raise UserError(answer["refused"])
         if "error" in answer:
             where = self.sweep.folder / LOG
             raise UserError(f"The sweep's tracking process failed: {answer['error']}; its last words are in {where}.")
         return answer
+
+
+def _send(process: subprocess.Popen[str], request: dict[str, Any]) -> None:
+    """Send a request; to a process that has ended nothing, which its missing answer tells."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()

@@ -59,8 +59,7 @@ class SweepWriter:
         self.broken: set[str] = set()  # folders of jobs that failed
         self.parent: str = opening["parent"] or self._create_parent(opening)
         self._begin()
-        for name, piece in plan_tags(opening["plan"]).items():
-            self.client.set_tag(self.parent, name, piece)
+        self._note({}, plan_tags(opening["plan"]))
 
     def _begin(self) -> None:
         """Mark the parent run RUNNING, also one that ended before.
@@ -70,6 +69,16 @@ class SweepWriter:
         """
         living_run(self.client, self.uri, self.parent, "The sweep's", "or begin anew in another folder: hydra.sweep.dir=…")
         self.client.update_run(self.parent, status="RUNNING")
+
+    def _note(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Metrics and tags of the parent run, as many in a call as MLflow takes: every call waits for the disk."""
+        from mlflow.entities import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        numbers = [Metric(name, value, now, 0) for name, value in metrics.items()]
+        texts = [RunTag(name, fitted(value, LONGEST_TAG)) for name, value in tags.items()]
+        for start in range(0, max(len(numbers), len(texts)), NAMES):
+            self.client.log_batch(self.parent, metrics=numbers[start : start + NAMES], tags=texts[start : start + NAMES])
 
     def _create_parent(self, opening: Mapping[str, Any]) -> str:
         tags = {KIND: "sweep", SWEEP: opening["sweep"], "esper.folder": opening["folder"]}
@@ -133,10 +142,7 @@ class SweepWriter:
         try:
             for path in request["artifacts"]:
                 self.client.log_artifact(self.parent, path, "figures" if path.endswith(".png") else None)
-            for name, value in request["metrics"].items():
-                self.client.log_metric(self.parent, name, value)
-            for name, value in request["tags"].items():
-                self.client.set_tag(self.parent, name, fitted(value, LONGEST_TAG))
+            self._note(request["metrics"], request["tags"])
             status = request["status"]
         finally:
             running = f"tags.`mlflow.parentRunId` = '{self.parent}' and attributes.status = 'RUNNING'"
@@ -220,14 +226,16 @@ def main() -> int:
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request["ask"] == "open":
+            if request["ask"] == "prepare":
+                quiet_client(request["uri"])  # imports MLflow and makes a new store, while the sweep makes its plan
+            elif request["ask"] == "open":
                 writer = SweepWriter(request)
                 threading.Thread(target=listen, args=(writer, server), daemon=True).start()
             else:
                 assert writer is not None
                 with writer.lock:
                     writer.failed(request) if request["ask"] == "failed" else writer.close(request)
-            answers.write(json.dumps({"parent": writer.parent}) + "\n")
+            answers.write(json.dumps({"parent": writer.parent if writer else ""}) + "\n")
         except UserError as error:
             answers.write(json.dumps({"refused": str(error)}) + "\n")
         except Exception as error:  # told to the sweep, which says it to the user
@@ -243,4 +251,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # everything is in the store: the sweep need not wait until what was imported has been taken apart

@@ -56,6 +56,9 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
 
 
 def _plan_run_judge(sweep: Sweep, workers: WorkerPool, mlflow: MlflowProcess, resumed: bool) -> Comparison | None:
+    if sweep.compare.figures:  # drawn at the end: loaded before the first run, while the workers load too
+        import matplotlib.backends.backend_agg
+        import matplotlib.figure  # noqa: F401
     sweep.plan = plan_sweep(sweep, workers)
     if sweep.plan is not None:
         sweep.tuning_jobs = tuning_jobs(sweep.jobs, sweep.plan.tune_seeds, sweep.folder)

@@ -1,7 +1,7 @@
-"""``python -m esper.compare.sweep.worker <process id of the sweep>``: a process that runs one job of a sweep after another.
+"""A worker: a process that runs one job of a sweep after another.
 
-It reads a JSON line a request from standard input and answers with one on its first standard output. The output of a job
-goes to ``job.log`` in its own folder. Torch is imported once, so later jobs start at once.
+It reads a JSON line a request from its socket and answers with one. The output of a job goes to ``job.log`` in its own folder. What jobs
+need was imported before the process was forked, so that they start at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,40 +20,33 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from esper import custom
-from esper.cli.system_errors import say_anything
 from esper.config import build, plain
 from esper.errors import Preempted, Terminated, UserError
 
 LOG = "job.log"
-ORPHANED_S = 0.5  # time between two looks at whether the sweep lives
-
-
 SAVED, LOST = 75, 143
 """Exit codes after SIGTERM: the job under way, if there was one, has saved its state, or it has not."""
 
 
-def main() -> int:
-    """Serve until the input ends."""
-    busy = False
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    say_anything()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the sweep, which tells its workers
+def serve(channel: socket.socket) -> int:
+    """Answer requests until the sweep closes its end of ``channel``, or its writing half; the exit code of this process."""
+    signal.signal(signal.SIGTERM, _stop)
+    busy, over = threading.Event(), threading.Event()
+    threading.Thread(target=_follow, args=(channel, busy, over), daemon=True).start()
     try:
-        import esper.running.run  # noqa: F401  every job needs it: loaded while the sweep makes its plan and its tracker starts
-
-        signal.signal(signal.SIGTERM, _stop)
-        threading.Thread(target=_follow, args=(int(sys.argv[1]),), daemon=True).start()
-        with custom.decided():
-            for line in sys.stdin:
-                busy = True
+        with channel.makefile("r", encoding="utf-8") as requests, channel.makefile("w", encoding="utf-8") as answers:
+            for line in requests:
+                busy.set()
+                if over.is_set():
+                    break
                 answers.write(json.dumps(handle(json.loads(line))) + "\n")
-                busy = False
+                answers.flush()
+                busy.clear()
     except Preempted:
         return SAVED
     except KeyboardInterrupt:
-        return LOST if busy else SAVED
-    except BrokenPipeError:  # the sweep was killed; its next start finds the job's folder
+        return LOST if busy.is_set() else SAVED
+    except ConnectionError:  # the sweep was killed; its next start finds the job's folder
         return LOST
     return 0
 
@@ -123,12 +118,11 @@ def _stop(signum: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-def _follow(sweep: int) -> None:
-    """Send SIGTERM to this process when the sweep's process is gone: its answer is no longer awaited."""
-    while os.getppid() == sweep:
-        time.sleep(ORPHANED_S)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _follow(channel: socket.socket, busy: threading.Event, over: threading.Event) -> None:
+    """Send SIGTERM to this process over its job when the sweep stops it or is gone; without a job it ends by itself."""
+    ended = select.poll()
+    ended.register(channel, select.POLLRDHUP)
+    ended.poll()
+    over.set()
+    if busy.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)

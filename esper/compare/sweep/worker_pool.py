@@ -9,8 +9,7 @@ import os
 import queue
 import re
 import signal
-import subprocess
-import sys
+import socket
 import threading
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import esper
+from esper.compare.sweep.forks import ForkServer, server_for, thread_limits
 from esper.compare.sweep.worker import SAVED
 from esper.errors import Terminated
 
@@ -31,65 +30,56 @@ Answer = dict[str, Any]
 
 
 class WorkerProcess:
-    """One process; ``ask`` blocks its caller until the answer is there."""
+    """One worker; ``ask`` blocks its caller until the answer is there."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, server: ForkServer, environment: Mapping[str, str]) -> None:
+        self._server = server
         self._environment = dict(environment)
         self._lock = threading.Lock()
         self._over = False
-        self._process = self._start()
-
-    def _start(self) -> subprocess.Popen[str]:
-        root = str(Path(esper.__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        return subprocess.Popen(
-            [sys.executable, "-m", "esper.compare.sweep.worker", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path} | self._environment,
-            start_new_session=True,  # Ctrl-C in the terminal reaches the sweep alone
-        )
+        self._fork = server.fork(self._environment)
 
     def ask(self, request: Request) -> Answer:
         """The answer; a process that dies over a job has failed it, and the next job gets a new process."""
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # the empty answer below tells the same
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-        line = process.stdout.readline()
-        if line:
+        fork, line = self._fork, ""
+        with contextlib.suppress(OSError):  # it has gone: the empty line tells the same
+            fork.channel.sendall(json.dumps(request).encode() + b"\n")
+            line = fork.answers.readline()
+        if line.endswith("\n"):
             answer: Answer = json.loads(line)
             return answer
-        code = process.wait()
+        fork.ended.wait()
         with self._lock:
             if not self._over:
-                self._process = self._start()
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return {"status": "FAILED", "error": f"the worker process {how}", "seconds": 0.0}
+                fork.close()
+                self._fork = self._server.fork(self._environment)
+        return {"status": "FAILED", "error": f"the worker process {_how(fork.code)}", "seconds": 0.0}
 
     def stop(self) -> None:
-        """Send SIGTERM, which ends the run under way; no other process takes its place."""
+        """Have the process end, and the run under way with it; no other process takes its place."""
         with self._lock:
             self._over = True
-            self._process.terminate()
+            with contextlib.suppress(OSError):
+                self._fork.channel.shutdown(socket.SHUT_WR)
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the process to end, and kill it after ``seconds``; whether its job has saved its state."""
-        try:
-            code = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            code = self._process.wait()
-        for pipe in filter(None, (self._process.stdin, self._process.stdout)):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        return code in (0, SAVED, -signal.SIGTERM)  # the last one had not even begun to listen
+        """Wait for the process to end, for ``seconds`` at most; whether it did."""
+        return self._fork.ended.wait(seconds)
 
-    def kill(self) -> None:
-        """Kill the process at once."""
-        self._process.kill()
+    def close(self) -> None:
+        """Let go of the process that has ended."""
+        self._fork.close()
+
+    @property
+    def saved(self) -> bool:
+        """Whether the process ended without a job, or over one whose state is saved, or never began."""
+        return self._fork.code in (0, SAVED, -signal.SIGTERM)
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "was lost with the one that it was forked from"
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 class WorkerPool:
@@ -99,7 +89,8 @@ class WorkerPool:
     """
 
     def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
-        self._workers = [WorkerProcess(environment) for environment in environments]
+        self._server = server_for(environments)
+        self._workers = [WorkerProcess(self._server, environment) for environment in environments]
         self._stopping = False
         self.saved = False
 
@@ -110,14 +101,19 @@ class WorkerPool:
         self._stopping = True
         for worker in self._workers:
             worker.stop()
+        self._server.close()
         deadline = time.monotonic() + (LEAVE_S if interrupted_by_user(kind) else SAVE_S)
         try:
-            saved = [worker.wait(max(0.0, deadline - time.monotonic())) for worker in self._workers]
+            ended = [worker.wait(max(0.0, deadline - time.monotonic())) for worker in self._workers]
         except KeyboardInterrupt:  # a second one
-            for worker in self._workers:
-                worker.kill()
+            self._server.kill()
             raise
-        self.saved = all(saved)
+        if not all(ended):
+            self._server.kill()
+        self._server.wait()
+        self.saved = all(ended) and all(worker.saved for worker in self._workers)
+        for worker in self._workers:
+            worker.close()
 
     def ask(self, request: Request) -> Answer:
         """One answer from the first worker; for use before and after, not while jobs run."""
@@ -176,7 +172,7 @@ def worker_environments(workers: int, threads: int, gpu: bool = True) -> list[di
     """
     gpus = _gpus() if gpu else []
     count = workers or len(gpus) or len(os.sched_getaffinity(0))
-    shared = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    shared = thread_limits(threads)
     return [shared | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {}) for i in range(count)]
 
 

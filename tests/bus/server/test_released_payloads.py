@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 from faults import wait_until
 
 from esper.bus import open_bus
-from esper.bus.config import EmbeddedConfig
+from esper.bus.config import EmbeddedConfig, MemoryConfig
 from esper.bus.discovery import invite
 from esper.bus.programs import tracker as track
 from esper.bus.server.payloads import keep_all, kept
@@ -88,3 +89,11 @@ def test_what_nobody_tracked_or_what_may_go_on_stays(tmp_path, bus):
     let_payloads_go(bus, "run", killed, True)
     assert kept(tmp_path / "bus" / "payloads")
     assert wait_until(lambda: len(payloads(tmp_path)) == 7)
+
+
+def test_a_run_with_its_bus_in_memory_ends_without_loading_the_client_of_a_server(tmp_path, monkeypatch):
+    bus = open_bus(MemoryConfig(), tmp_path)
+    finished = say_all(bus, "FINISHED")
+    monkeypatch.setitem(sys.modules, "redis", None)  # an import of it would be an error
+    let_payloads_go(bus, "run", finished, True)
+    bus.close()

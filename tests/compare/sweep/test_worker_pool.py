@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from esper.compare.sweep import launch
+import esper
+from esper.cli.compose import compose
+from esper.compare.sweep import forks, launch
 from esper.compare.sweep import mlflow_process as tracking
 from esper.compare.sweep import worker_pool as workers
+from esper.compare.sweep.arms import Job
+from esper.compare.sweep.forks import ForkServer, early_server
+from esper.compare.sweep.sweep import PreparedJob
 from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, worker_environments
 from esper.errors import Terminated
 
 pytestmark = pytest.mark.usefixtures("processes")
 
+ROOT = str(Path(esper.__file__).resolve().parents[1])
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -53,22 +63,27 @@ def test_a_sweep_on_the_cpu_leaves_the_gpus_alone(device: str, gpu: bool, tmp_pa
     assert asked == [(2, 2, gpu)]
 
 
-def environment_of(process: int) -> list[bytes]:
-    """The variables that a process was started with, once its program has begun."""
-    while not (read := Path(f"/proc/{process}/environ").read_bytes()):
-        time.sleep(0.01)
-    return read.split(b"\0")
+TELLS = """
+import os
+
+from esper.errors import UserError
 
 
-def test_every_worker_process_sees_the_gpu_that_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def told(names):
+    raise UserError(" ".join(os.environ.get(name, "unset") for name in names))
+"""
+
+
+def test_every_worker_process_sees_the_gpu_that_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_gpus", lambda: ["4", "GPU-7f"])
+    (tmp_path / "gpu_teller.py").write_text(TELLS)
+    monkeypatch.setenv("ESPER_ALLOW", "gpu_teller")
+    monkeypatch.chdir(tmp_path)
+    names = "[CUDA_VISIBLE_DEVICES,OMP_NUM_THREADS]"
+    config = compose(["tracking=none", "task=custom", "task.target=gpu_teller:told", f"+task.args.names={names}"])
+    asked = PreparedJob(Job(0, (), "", "", 0), config, {}, tmp_path).request("describe")
     with WorkerPool(worker_environments(0, 2)) as running:
-        variables = [environment_of(one._process.pid) for one in running._workers]
-    assert [[v for v in one if v.startswith(b"CUDA_VISIBLE_DEVICES=")] for one in variables] == [
-        [b"CUDA_VISIBLE_DEVICES=4"],
-        [b"CUDA_VISIBLE_DEVICES=GPU-7f"],
-    ]
-    assert all(b"OMP_NUM_THREADS=2" in one for one in variables)
+        assert [one.ask(asked)["error"] for one in running._workers] == ["4 2", "GPU-7f 2"]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +120,22 @@ def test_without_a_driver_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def frozen(count: int) -> WorkerPool:
-    """Worker processes that a stop signal keeps from answering anything, SIGTERM too."""
-    workers = WorkerPool([{}] * count)
-    for one in workers._workers:
-        while not caught(one._process.pid) >> (signal.SIGTERM - 1) & 1:
+    """Worker processes that a stop signal keeps from ending."""
+    pool = WorkerPool([{}] * count)
+    for process in processes_of(pool):
+        while not caught(process) >> (signal.SIGTERM - 1) & 1:
             time.sleep(0.01)
-        os.kill(one._process.pid, signal.SIGSTOP)
-    return workers
+        os.kill(process, signal.SIGSTOP)
+    return pool
+
+
+def processes_of(pool: WorkerPool) -> list[int]:
+    """The processes of all workers, once they are there, in the order of the workers."""
+    server = pool._server.process.pid
+    children = Path(f"/proc/{server}/task/{server}/children")
+    while len(found := children.read_text().split()) < len(pool._workers):
+        time.sleep(0.01)
+    return [int(process) for process in found]
 
 
 def caught(process: int) -> int:
@@ -132,9 +156,19 @@ def test_all_jobs_together_have_so_much_time_to_end_and_what_does_not_is_killed(
     wait = WorkerProcess.wait
     monkeypatch.setattr(WorkerProcess, "wait", lambda self, seconds: given.append(seconds) or wait(self, seconds))
     with pytest.raises(stop), (running := frozen(3)):
+        left = processes_of(running)
         raise stop
-    assert [one._process.returncode for one in running._workers] == [-signal.SIGKILL] * 3 and not running.saved
+    await_end(left)
+    assert not running.saved
     assert len(given) == 3 and given[0] <= 0.2 and given[1:] == [0.0, 0.0], "not so much each"
+
+
+def await_end(processes: Sequence[int]) -> None:
+    """Wait until none of the processes is there, or only its exit code is."""
+    for process in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            while Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                time.sleep(0.01)
 
 
 def test_a_second_ctrl_c_ends_them_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,20 +176,96 @@ def test_a_second_ctrl_c_ends_them_at_once(monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
 
     running = frozen(2)
+    left = processes_of(running)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), running:
         patch.setattr(WorkerProcess, "wait", again)
         raise KeyboardInterrupt
-    assert [one._process.wait() for one in running._workers] == [-signal.SIGKILL] * 2
+    running._server.wait()
+    assert all(one.wait(60.0) for one in running._workers)
+    await_end(left)
 
 
 def test_no_new_process_takes_the_place_of_one_that_was_stopped_over_its_job() -> None:
-    (one,) = frozen(1)._workers
+    running = frozen(1)
+    (one,), (process,) = running._workers, processes_of(running)
     answers: list[Any] = []
     asking = threading.Thread(target=lambda: answers.append(one.ask({"ask": "run"})))
     asking.start()
-    process = one._process
     one.stop()
-    os.kill(process.pid, signal.SIGCONT)
+    os.kill(process, signal.SIGCONT)
     asking.join()
-    assert one._process is process and one.wait(0.0), "so there is nothing else to wait for"
+    assert one.wait(0.0), "so there is nothing else to wait for"
     assert answers[0]["status"] == "FAILED"
+    running.__exit__(None)
+    assert running._server.process.returncode == 0
+
+
+def test_a_worker_that_is_killed_is_replaced_by_another_fork_of_what_was_loaded() -> None:
+    with WorkerPool([{}, {}]) as running:
+        server, (killed, other) = running._server.process.pid, processes_of(running)
+        os.kill(killed, signal.SIGKILL)
+        answer = running.ask({"ask": "run"})
+        assert answer["error"] == "the worker process was killed by SIGKILL"
+        new = processes_of(running)
+        assert other in new and killed not in new and running._server.process.pid == server
+    await_end([server, *new])
+    assert running.saved
+
+
+def test_where_the_loaded_process_itself_is_killed_its_jobs_fail_and_the_next_have_a_new_one() -> None:
+    with WorkerPool([{}, {}]) as running:
+        server, left = running._server.process.pid, processes_of(running)
+        os.kill(server, signal.SIGKILL)
+        for one in running._workers:
+            assert one.ask({"ask": "run"})["error"] == "the worker process was lost with the one that it was forked from"
+        new = processes_of(running)
+        assert running._server.process.pid != server and not set(new) & set(left)
+        await_end(left)  # they see that nobody waits for their answers
+    assert running.saved
+
+
+def test_workers_end_when_the_sweep_is_killed() -> None:
+    script = (
+        "import os, time\nfrom esper.compare.sweep.worker_pool import WorkerPool\n"
+        "pool = WorkerPool([{}, {}])\nprint(pool._server.process.pid, flush=True)\ntime.sleep(600)"
+    )
+    sweep = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ROOT})
+    assert sweep.stdout is not None
+    server = int(sweep.stdout.readline())
+    children = Path(f"/proc/{server}/task/{server}/children")
+    while len(left := [int(process) for process in children.read_text().split()]) < 2:
+        time.sleep(0.01)
+    sweep.kill()
+    sweep.wait()
+    sweep.stdout.close()
+    await_end([server, *left])
+
+
+def test_the_server_that_began_early_is_the_one_whose_forks_do_the_jobs_where_it_fits() -> None:
+    with early_server() as begin:
+        begin(1)
+        early = forks._early
+        assert early is not None
+        other = forks.server_for([{"OMP_NUM_THREADS": "2"}])
+        assert other is not early, "its libraries have read other limits"
+        other.close()
+        other.wait()
+        with WorkerPool(worker_environments(1, 1, gpu=False)) as running:
+            assert running._server is early
+            (worker,) = processes_of(running)
+            server = Path(f"/proc/{early.process.pid}/task")
+            assert len(list(server.iterdir())) == 1, "a fork would be without the other threads"
+    await_end([worker, early.process.pid])
+    assert running.saved
+
+
+def test_a_sweep_that_is_refused_leaves_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from esper.app import REFUSED, main
+
+    begun: list[ForkServer] = []
+    start = ForkServer._start
+    monkeypatch.setattr(ForkServer, "_start", lambda self: begun.append(self) or start(self))
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", "trainer.steps=10,-3", "tracking=none"]) == REFUSED
+    (server,) = begun
+    assert server.process.returncode == -signal.SIGTERM and not list(tmp_path.iterdir())

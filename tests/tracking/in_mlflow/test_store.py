@@ -93,6 +93,31 @@ def test_a_damaged_store_is_refused_before_anything_is_written(tmp_path):
         assert store.read_bytes() == broken
 
 
+def test_a_new_store_is_made_without_waiting_for_the_disk_and_no_half_of_one_is_left(tmp_path, monkeypatch):
+    from mlflow.store.db import utils as mlflow_tables
+
+    uri = tracking_uri(MlflowConfig(), str(tmp_path))
+    upgrade, waits = mlflow_tables._upgrade_db, []
+
+    def level(engine):
+        with engine.connect() as connection:
+            return connection.exec_driver_sql("PRAGMA synchronous").scalar()
+
+    def broken(engine):
+        waits.append(level(engine))
+        upgrade(engine)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(mlflow_tables, "_upgrade_db", broken)
+        quiet_client(uri)
+    (tmp_path / ".mlflow.db.0.new-journal").write_text("of one that was killed")
+    assert waits == [0] and not (tmp_path / "mlflow.db").stat().st_size
+    store = quiet_client(uri)._tracking_client.store
+    assert level(store.engine) == 2, "what runs write is as safe as ever"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
 @pytest.mark.usefixtures("processes")
 def test_a_store_of_another_version_is_refused_with_the_command_that_upgrades_it(tmp_path):
     quiet_client(tracking_uri(MlflowConfig(), str(tmp_path)))
