@@ -17,7 +17,7 @@ from esper.engine.learning.branch_rows import gradient_norms
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
 from esper.engine.snapshot import present_values
-from esper.kernels.geometry import chunk_bounds
+from esper.kernels.chunk_layout import chunk_bounds
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS, Column
 from esper.seeds import Recording, SeedRegistry, TelemetryConfig

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esper.compare.sweep.forks import ForkServer, server_for, thread_limits
+from esper.compare.sweep.forks import ForkServerClient, server_for, thread_limits
 from esper.compare.sweep.worker import SAVED
 from esper.errors import Terminated
 
@@ -32,7 +32,7 @@ Answer = dict[str, Any]
 class WorkerProcess:
     """One worker; ``ask`` blocks its caller until the answer is there."""
 
-    def __init__(self, server: ForkServer, environment: Mapping[str, str]) -> None:
+    def __init__(self, server: ForkServerClient, environment: Mapping[str, str]) -> None:
         self._server = server
         self._environment = dict(environment)
         self._lock = threading.Lock()
