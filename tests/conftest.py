@@ -61,6 +61,15 @@ def _quick(config: pytest.Config) -> bool:
     return "not slow" in config.option.markexpr
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Property tests draw fewer examples in a quick run."""
+    from hypothesis import settings
+
+    import tests.examples  # noqa: F401  the two profiles
+
+    settings.load_profile("quick" if _quick(config) else "whole")
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Whether a file is passed over: it is not even imported."""
     if collection_path.suffix == ".py" and _quick(config) and _IMPORTS_HEAVY.search(collection_path.read_text(encoding="utf-8")):

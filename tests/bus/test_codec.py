@@ -15,6 +15,7 @@ from samples import BODIES, ENVELOPES
 from esper import messages
 from esper.bus import codec
 from esper.bus.codec import Refused, decode, encode
+from tests.examples import examples
 
 DATA = Path(__file__).parent / "data"
 
@@ -71,7 +72,7 @@ def test_an_older_version_is_read_and_a_newer_one_refused_by_name(monkeypatch):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500))
 def test_random_bytes_are_refused(data):
     with pytest.raises(Refused):
         decode(data)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from esper.bus.ordering import CausalOrder, GlobalOrder, StreamOrder
 from esper.bus.protocol import Counts, Delivery, parse_id
 from esper.messages import TickEnded
+from tests.examples import examples
 
 
 @st.composite
@@ -44,7 +45,6 @@ def keep_stream_order(released):
 
 
 @given(traffic())
-@settings(max_examples=100, deadline=None)
 def test_stream_order_holds_and_loses_nothing_however_messages_arrive(traffic):
     sent, arrival, _ = traffic
     released, _ = arrive(StreamOrder(10.0, Counts()), arrival)
@@ -53,7 +53,6 @@ def test_stream_order_holds_and_loses_nothing_however_messages_arrive(traffic):
 
 
 @given(traffic(), st.data())
-@settings(max_examples=100, deadline=None)
 def test_a_missing_message_holds_its_stream_for_a_bounded_time_and_is_counted(traffic, data):
     sent, arrival, _ = traffic
     missing = data.draw(st.sampled_from(sent))
@@ -72,7 +71,6 @@ def test_a_missing_message_holds_its_stream_for_a_bounded_time_and_is_counted(tr
 
 
 @given(traffic())
-@settings(max_examples=100, deadline=None)
 def test_global_order_is_the_merge_by_the_senders_clocks(traffic):
     sent, arrival, producers = traffic
     order = GlobalOrder(10.0, Counts(), tuple(producers))
@@ -83,7 +81,6 @@ def test_global_order_is_the_merge_by_the_senders_clocks(traffic):
 
 
 @given(traffic())
-@settings(max_examples=100, deadline=None)
 def test_before_the_hold_runs_out_nothing_overtakes_the_watermark(traffic):
     _, arrival, producers = traffic
     order = GlobalOrder(10.0, Counts(), tuple(producers))
@@ -95,7 +92,6 @@ def test_before_the_hold_runs_out_nothing_overtakes_the_watermark(traffic):
 
 
 @given(traffic())
-@settings(max_examples=100, deadline=None)
 def test_causes_come_before_their_effects(traffic):
     sent, arrival, _ = traffic
     released, _ = arrive(CausalOrder(10.0, Counts()), arrival)
@@ -151,7 +147,7 @@ def test_a_cause_that_never_came_in_an_earlier_start_of_its_producer_is_no_cause
 
 @pytest.mark.parametrize("kind", [StreamOrder, GlobalOrder, CausalOrder])
 @given(traffic=traffic(), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30))
 def test_whatever_is_missing_or_delayed_the_rest_comes_once_and_disorder_is_counted(kind, traffic, data):
     sent, arrival, _ = traffic
     missing = data.draw(st.lists(st.sampled_from(sent), max_size=3, unique_by=id))
@@ -180,7 +176,6 @@ def test_whatever_is_missing_or_delayed_the_rest_comes_once_and_disorder_is_coun
 
 @pytest.mark.parametrize("kind", [StreamOrder, GlobalOrder, CausalOrder])
 @given(traffic=traffic(), data=st.data())
-@settings(max_examples=100, deadline=None)
 def test_nothing_waits_longer_than_the_hold_whatever_comes_before_it_and_when(kind, traffic, data):
     sent, arrival, producers = traffic
     missing = data.draw(st.lists(st.sampled_from(sent), max_size=3, unique_by=id))

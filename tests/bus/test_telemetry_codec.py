@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -24,7 +24,6 @@ def message(values: np.ndarray) -> Telemetry:
 
 
 @given(buffers, st.sampled_from(["raw", "delta"]))
-@settings(max_examples=100, deadline=None)
 def test_every_bit_comes_back_from_raw_and_delta(values, codec):
     sent = message(values)
     assert unpack(pack(sent, codec)).tobytes() == values.tobytes()
@@ -32,7 +31,6 @@ def test_every_bit_comes_back_from_raw_and_delta(values, codec):
 
 
 @given(buffers)
-@settings(max_examples=100, deadline=None)
 def test_rounded_keeps_ten_bits_of_mantissa_and_what_is_not_finite(values):
     packed = pack(message(values), "rounded")
     assert packed.codec == "rounded"

@@ -77,6 +77,7 @@ def test_drops_happen_only_when_the_disk_space_is_used_up_and_show_as_gaps(tmp_p
     bus.close()
 
 
+@pytest.mark.slow
 def test_a_run_goes_over_an_own_bus(tmp_path: Path, allowed: None) -> None:
     words = ["bus=custom", "bus.target=my_pkg.buses:JournalBus", "bus.args.file=said.txt", "trainer.steps=20", "tracking=none"]
     assert main([*words, f"hydra.run.dir={tmp_path}"]) == 0
@@ -99,6 +100,7 @@ def test_an_own_bus_that_cannot_be_one_is_refused(tmp_path: Path, allowed: None,
 
 
 @pytest.mark.parametrize("group", ["controller", "tracking"])
+@pytest.mark.slow
 def test_no_other_process_joins_an_own_bus(tmp_path: Path, allowed: None, group: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bus=custom", "bus.target=my_pkg.buses:JournalBus", f"{group}.process=external", f"hydra.run.dir={tmp_path}"]
     assert main(words) == 2

@@ -66,6 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.slow
 def test_all_passes_of_a_run_are_counted_and_nothing_else(case: str):
     loop = Loop(total=120, **CASES[case])
     names = [site.name for site in loop.grow.registry.sites]

@@ -29,6 +29,7 @@ from esper.messages import (
     Selector,
     SetStage,
 )
+from tests.examples import examples
 
 S = Stage
 SITES = ("fc1", "fc2", "fc*", "nowhere")
@@ -237,5 +238,5 @@ class AnyCommands(RuleBasedStateMachine):
 
 TestAnyCommands = AnyCommands.TestCase
 TestAnyCommands.settings = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=examples(25), stateful_step_count=25, derandomize=True, suppress_health_check=list(HealthCheck)
 )

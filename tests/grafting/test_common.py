@@ -21,6 +21,7 @@ from esper.grafting import (
     longest_ramp,
     step_many,
 )
+from tests.examples import examples
 
 EVERY = pytest.mark.parametrize("name", list(STRATEGIES))
 NAN, INF = float("nan"), float("inf")
@@ -139,7 +140,7 @@ _tick = st.fixed_dictionaries(
     low=st.sampled_from([0.0, 0.125]),
     high=st.sampled_from([0.125, 0.9, 1.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 def test_any_signals_leave_alpha_bounded_the_state_finite_and_rows_independent(scripts, ramp, low, high):
     n = len(scripts)
     index = torch.tensor([strategy for strategy, _ in scripts])

@@ -12,6 +12,7 @@ from esper.kernels import branches as branches_module
 from esper.kernels import launch_rules, reference, reference_branches, telemetry
 from esper.kernels.branches import branches, branches_backward
 from esper.kernels.chunk_layout import as_rows
+from tests.examples import examples
 from tests.kernels.sites import DEVICE, error, make_case
 
 KINDS = ["affine", "low_rank", "mlp_relu", "mlp_gelu", "mlp_silu", "glu", "affine,mlp_gelu,glu"]
@@ -81,6 +82,7 @@ def test_whole_tiles_take_the_unmasked_path(kinds):
     check(make_case(128, 64, 4, kinds, hidden=16, share=1.0))
 
 
+@pytest.mark.slow
 def test_hidden_units_beyond_one_block():
     case = make_case(16, 128, 1, "glu", hidden=256, share=1.0)
     case.alpha.fill_(0.5)
@@ -88,7 +90,7 @@ def test_hidden_units_beyond_one_block():
     check(case, objective=torch.tensor([[0.5, 0.1]], device=DEVICE))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=examples(6), derandomize=True)
 @given(
     rows=st.integers(1, 40), width=st.integers(1, 48), cut=st.floats(0.02, 1.0), kinds=st.sampled_from(KINDS),
     hidden=st.integers(1, 24), dtype=st.sampled_from(list(BOUND)), draw=st.integers(0, 99),
@@ -109,6 +111,7 @@ def test_strided_and_channels_first_input():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("active", [0, 2, 3, 8])
 @pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.slow
 def test_few_and_many_active_seeds_are_measured_alike(monkeypatch, whole, active, dtype):
     """Up to a quarter of the seeds: whole rows measure all chunks; beyond, and where rows are too wide, active ones measure theirs."""
     if not whole:

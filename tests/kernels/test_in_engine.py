@@ -19,6 +19,7 @@ def loop(kernel: Any, **more: Any) -> Loop:
     return Loop(commands={2: [germinate()]}, settings=settings, device=DEVICE)
 
 
+@pytest.mark.slow
 def test_a_branch_lives_the_same_life_behind_the_kernels() -> None:
     plain, fused = loop("torch"), loop(KernelConfig("triton", canary=1.0))
     losses = [[one.step() for _ in range(16)] for one in (plain, fused)]

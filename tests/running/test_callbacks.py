@@ -21,6 +21,7 @@ def _steps(path: Path) -> int:
     return sum(event.get("name", "").startswith("Optimizer.step#") and event.get("ph") == "X" for event in events)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_trace_of_as_many_steps_as_were_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(compose([*STEPS, "trainer.profile=6"]), tmp_path)
     assert _steps(tmp_path / TRACE) == 6

@@ -82,6 +82,7 @@ def test_epochs_as_a_clock_are_steps_too() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) and "=" in value[0] else "",
 )
+@pytest.mark.slow
 def test_hosts_and_tasks(words: tuple[str, ...], parts: tuple[str, ...]) -> None:
     text = _said(SHORT, *words)
     for part in (*parts, "training MACs", "time (estimate)", "memory (estimate)", "FOSSILIZED"):
@@ -114,6 +115,7 @@ def test_the_estimate_covers_validation_shadow_passes_and_judging(monkeypatch: p
     ],
     ids=["mlp_hidden", "residual", "conv_out"],
 )
+@pytest.mark.slow
 def test_a_role_is_named_on_the_command_line_as_it_is(words: list[str], site: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", SHORT, *words]) == 0
     printed = capsys.readouterr()
@@ -122,6 +124,7 @@ def test_a_role_is_named_on_the_command_line_as_it_is(words: list[str], site: st
     assert config_hash(compose(words)) == config_hash(compose([f"sites.match=[{role}]", *words[1:]]))
 
 
+@pytest.mark.slow
 def test_memory_and_macs_follow_the_host() -> None:
     small, large = (_said(SHORT, f"model.width={width}", "trainer.batch_size=50") for width in (8, 512))
     assert "KiB beside program and data" in small and "MiB beside program and data" in large

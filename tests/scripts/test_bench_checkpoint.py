@@ -9,6 +9,7 @@ from scripts.benchmarks.checkpoint_parts import running
 
 
 @pytest.mark.parametrize("host", running.HOSTS)
+@pytest.mark.slow
 def test_a_rollback_is_measured_with_a_culprit_too(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "GROWN", 30)
     name = f"{host}: rollback with a culprit / step"

@@ -27,6 +27,7 @@ RUNS = [("mlp", seed) for seed in range(6)] + [("cnn", 1), ("transformer", 3)]
 
 
 @pytest.mark.parametrize(("host", "seed"), RUNS)
+@pytest.mark.slow
 def test_a_hostile_run_comes_to_its_end_and_its_twin_grows_nothing(study: ModuleType, host: str, seed: int) -> None:
     config, task = study.prepared(SHORT, host)
     grown, twin = (study.one(config, task, seed, seed, arm) for arm in ("grown", "twin"))

@@ -113,6 +113,7 @@ def test_a_whole_life_is_four_graphs_and_what_the_seeds_do_is_felt() -> None:
         torch.testing.assert_close(mine[2][:, measured], other[2][:, measured], rtol=1e-2, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_a_bank_that_doubles_again_and_again_compiles_nothing() -> None:
     torch.compiler.reset()
     given: dict[str, Any] = {"per_site": 7, "lifecycle": short(training_slots=100)}
@@ -124,6 +125,7 @@ def test_a_bank_that_doubles_again_and_again_compiles_nothing() -> None:
     assert run.graphs.frame_count == settled <= 4 and not run.port.refused
 
 
+@pytest.mark.slow
 def test_another_blueprint_compiles_once_and_at_another_site_no_more() -> None:
     torch.compiler.reset()
     affine = "affine"
@@ -139,6 +141,7 @@ def test_another_blueprint_compiles_once_and_at_another_site_no_more() -> None:
     assert {branch.blueprint for branch in run.grow.registry.branches.entries} == {"mlp", affine}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_graphs() -> None:
     torch.compiler.reset()
     whole, first = Run(LIFE), Run(LIFE)
@@ -155,6 +158,7 @@ def test_a_resumed_run_goes_on_in_the_same_graphs() -> None:
     assert second.graphs.frame_count <= 4
 
 
+@pytest.mark.slow
 def test_a_model_of_the_same_class_without_seeds_does_not_lend_its_graph() -> None:
     torch.compiler.reset()
     run, bare, x = Run({1: [germinate("fc1")]}), Net().to(DEVICE), batch("mlp", 3)[0].to(DEVICE)

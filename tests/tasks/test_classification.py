@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from esper.errors import UserError
 from esper.tasks.base import SETS
 from esper.tasks.classification import classification, correct, divide, sample_loss, stratified
+from tests.examples import examples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(
     labels=st.lists(st.integers(0, 4), min_size=8, max_size=120),
     shares=st.lists(st.integers(0, 30), min_size=1, max_size=4),

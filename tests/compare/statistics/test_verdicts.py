@@ -1,7 +1,7 @@
 """Whole sweeps, and what the verdict may never do."""
 
 import numpy as np
-from statsmodels.stats.multitest import multipletests
+import pytest
 
 from esper.compare.statistics.random_draws import generator
 from esper.compare.statistics.verdicts import Verdict, classify, holm, holm_levels, verdicts
@@ -31,7 +31,10 @@ def test_nothing_sure_is_inconclusive() -> None:
     assert classify(np.array([1.0]), np.array([0.2]), np.array([0.2]), 0.05)[0] == Verdict.INCONCLUSIVE
 
 
+@pytest.mark.usefixtures("heavy_libraries")
 def test_holm_equals_statsmodels_also_side_by_side() -> None:
+    from statsmodels.stats.multitest import multipletests
+
     p = generator("test").uniform(0, 0.2, (5, 20))
     expected = np.stack([multipletests(column, method="holm")[1] for column in p.T], axis=1)
     np.testing.assert_allclose(holm(p), expected)

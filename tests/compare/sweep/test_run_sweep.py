@@ -198,6 +198,7 @@ def test_a_job_whose_config_changed_is_run_again_and_what_was_there_is_kept_asid
     assert (tmp_path / "0.attempt1" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_keeps_its_folder_and_a_failed_one_does_not(tmp_path: Path) -> None:
     arms = {"a": [], "b": ["grafting=drift"]}
     sweep = sweep_of(tmp_path, arms, 1)
@@ -267,6 +268,7 @@ def likes(config: RootConfig, folder: Path) -> tuple[float, str]:
     return 1.0 - abs(config.optimizer.lr - best), "FAILED" if config.optimizer.lr > 1e29 else "FINISHED"
 
 
+@pytest.mark.slow
 def test_every_arm_is_tuned_on_validation_with_seeds_of_its_own(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, ARMS, 2, tune={"optimizer.lr": [0.1, 0.01]}, tune_seeds=3)
     ran = go(sweep, likes).ran
@@ -308,6 +310,7 @@ def test_the_parent_runs_metrics_have_names_that_mlflow_takes(tmp_path: Path) ->
     assert all(re.fullmatch(r"[\w\-. :/]+", name) for name in numbers)
 
 
+@pytest.mark.slow
 def test_tuning_that_failed_runs_again_on_request_only_and_one_combination_must_survive(tmp_path: Path) -> None:
     given = {"tune": {"optimizer.lr": [0.1, 1e30]}, "tune_seeds": 1}
     go(sweep_of(tmp_path, ARMS, 1, **given), likes)
@@ -319,6 +322,7 @@ def test_tuning_that_failed_runs_again_on_request_only_and_one_combination_must_
         go(sweep_of(tmp_path / "none", ARMS, 1, tune={"optimizer.lr": [1e30]}), likes)
 
 
+@pytest.mark.slow
 def test_what_the_arms_differ_in_is_not_tuned(tmp_path: Path) -> None:
     sentence = "compare.tune.optimizer.lr is not accepted, because the arms differ in optimizer.lr [(]a has 0.001, b has 0.01[)]"
     with pytest.raises(UserError, match=sentence):
