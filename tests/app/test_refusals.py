@@ -51,8 +51,11 @@ from esper.app import main
         (["name=[a"], ["cannot be read as key=value"]),
         (["seed=1,2"], ["several values", "--multirun"]),
         (["model=mlp,cnn"], ["several values", "--multirun"]),
-        (["--multirun", "seed=1,x"], ["seed=x is not accepted"]),
-        (["--multirun", "grafting=linear,liner"], ["grafting=liner is no option", "did you mean linear."]),
+        # Slow, because a process that workers are forked from has begun to load by then.
+        pytest.param(["--multirun", "seed=1,x"], ["seed=x is not accepted"], marks=pytest.mark.slow),
+        pytest.param(
+            ["--multirun", "grafting=linear,liner"], ["grafting=liner is no option", "did you mean linear."], marks=pytest.mark.slow
+        ),
         (["hydra.nothing=1"], ["hydra.nothing is not accepted", "hydra.run.dir, hydra.sweep.dir"]),
         (["hydra/launcher=nothing"], ["cannot be composed", "hydra/launcher"]),
         (["optimizer.lr=${nope}"], ["cannot be composed", "'nope' not found (in optimizer.lr)"]),

@@ -75,6 +75,7 @@ def test_a_file_holds_nothing_that_its_dataclass_says_already() -> None:
         assert all(base[key] != value for key, value in changed.items())
 
 
+@pytest.mark.slow
 def test_every_option_that_is_no_file_is_one_that_hydra_knows() -> None:
     for group, name in OPTIONS:
         if group in ("model", "grafting", "kernel"):  # one composition each; the others are registered by the same loop

@@ -182,6 +182,7 @@ def test_a_small_host_leaves_something_to_win_on_digits(settings: dict[str, int]
     assert low < accuracy <= high
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_its_text(text: Task) -> None:
     host = CONFIGS["transformer"](width=32, depth=1).build(text, generator(0, "host"))
     train(host, text, steps=150, rate=5e-3)

@@ -53,6 +53,7 @@ def test_slots_that_learn_move_as_under_torch_and_the_others_not_at_all(clip: fl
 
 
 @pytest.mark.parametrize("kernel", ["triton", "torch"])
+@pytest.mark.slow
 def test_whole_banks_are_stepped_as_single_branches_are_and_failures_are_known_a_step_later(kernel: str) -> None:
     settings: dict[str, Any] = {
         "kernel": kernel, "blueprint": MLP(receptive_field="chunk", hidden=4), "sites": ["fc1"], "lifecycle": short(grafting_max="300step"),

@@ -95,6 +95,7 @@ def test_hidden_units_beyond_one_block():
     rows=st.integers(1, 40), width=st.integers(1, 48), cut=st.floats(0.02, 1.0), kinds=st.sampled_from(KINDS),
     hidden=st.integers(1, 24), dtype=st.sampled_from(list(BOUND)), draw=st.integers(0, 99),
 )  # fmt: skip
+@pytest.mark.slow
 def test_any_shape(rows, width, cut, kinds, hidden, dtype, draw):
     seeds = max(1, int(width * cut))
     check(make_case(rows, width, seeds, kinds, hidden, dtype=dtype, draw=draw))
@@ -131,6 +132,7 @@ def test_health_of_very_many_seeds_takes_a_launch_of_its_own(monkeypatch, active
     check(case)
 
 
+@pytest.mark.slow
 def test_one_seed_a_feature():
     check(make_case(9, 40, 40, "affine", share=0.5))
 

@@ -32,6 +32,7 @@ def test_a_large_mean_does_not_cancel_the_variance():
     assert error(found[:, 3], expected[:, 3]) <= 1e-2
 
 
+@pytest.mark.slow
 def test_widest_site_and_a_seed_a_feature():
     x = torch.randn(2, 65536, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for seeds in (1, 2048):

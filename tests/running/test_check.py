@@ -175,6 +175,7 @@ def test_a_run_of_the_host_alone_may_be_shorter_than_any_lifecycle() -> None:
         _said("trainer.steps=5", "controller=none", "bus=embedded")  # over a server anybody may let a seed germinate
 
 
+@pytest.mark.slow
 def test_what_is_on_where_is_shown_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (SHORT, "model.width=7", "model.depth=2", "sites.match=[fc*]")
     assert _row(_said(*words), "growth")[1:3] == ["all sites", "–"]

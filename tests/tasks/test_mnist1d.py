@@ -14,6 +14,7 @@ from esper.tasks.base import SETS
 from esper.tasks.mnist1d import generated, published
 
 
+@pytest.mark.slow
 def test_train_and_test_are_the_published_samples_up_to_shift_and_scale() -> None:
     from mnist1d.data import get_dataset_args, make_dataset
 

@@ -266,6 +266,7 @@ def test_a_level_below_one_in_ten_thousand_can_be_reached_with_many_pairs_too() 
     assert plan_of(("host", "up", "down", "more"), 15, alpha=1e-5).statement()[1].startswith("Too few pairs: below 20 ")
 
 
+@pytest.mark.slow
 def test_a_sequential_plan_states_the_power_of_the_looks() -> None:
     once, looked = (plan_of(("host", "up"), 20, sequential=sequential, spread=0.0).statement()[1] for sequential in (False, True))
     assert looked.startswith("20 pairs, looked at after 7, 13 or 20, find a difference of ")
