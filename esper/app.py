@@ -16,6 +16,7 @@ import esper
 from esper import custom, secrets
 from esper.cli import conf, help, programs
 from esper.cli import system_errors as files
+from esper.config import conf_folder
 from esper.errors import Preempted, Terminated, TrackerError, UserError
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _hydras_own(words: Sequence[str]) -> int:
 
 
 def _in_its_place(asked: Composed) -> Start | None:
-    """The run that ``resume=auto`` goes on with, None for a new run or a sweep; before Hydra makes or changes any folder.
+    """The run that ``resume=auto`` continues, None for a new run or a sweep; found before Hydra makes or changes any folder.
 
     Raises:
         UserError: another run or sweep has the folder, or runs with this very configuration.
@@ -206,7 +207,7 @@ def _hydra(words: Sequence[str]) -> int:
     own = [word for folder in conf.own() for word in ("--config-dir", str(folder))]
     sys.argv = ["esper", *own, *quoted(words)]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf.folder()), config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except OSError as error:
         if begun or files.known(error):
             raise
@@ -229,7 +230,7 @@ def _job(tree: DictConfig) -> float:
 
 
 def _stopped(stop: KeyboardInterrupt) -> int:
-    """The sentence and the code of a run or sweep that somebody ended; ``run`` put its folder into ``stop``."""
+    """The sentence and the exit code of a run or sweep that was ended from outside; ``run`` put its folder into ``stop``."""
     kept = f"; what there is so far lies in {stop.args[0]}" if stop.args else ""
     if isinstance(stop, Preempted):
         return _say(f"ended by SIGTERM, everything is saved: {stop} goes on", PREEMPTED)

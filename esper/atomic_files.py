@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and never through a link that somebody has put where they go."""
+"""Files that appear whole or not at all, and never through a link that lies in their place."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Within: where to write what becomes ``path`` in the end; after an exception, ``path`` is what it was.
+    """Within: the place to write the file that becomes ``path`` in the end; after an exception, ``path`` is unchanged.
 
-    It is written in a new folder beside it, whose name nobody can know beforehand, and renamed: a link called ``path`` is replaced,
-    and what it leads to stays as it is.
+    It is written in a new folder beside it, whose name cannot be known beforehand, and renamed: a link called ``path`` is replaced,
+    and the file that it leads to stays unchanged.
     """
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -16,8 +16,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import esper
 from esper import secrets
 from esper.custom import OPTIONS as CUSTOM
 from esper.errors import UserError
@@ -46,7 +48,7 @@ GROUPS: dict[str, str] = {
 #: Groups of files that override others (``@package _global_``); none is chosen by default.
 PRESETS = ("experiment", "arm", "debug")
 
-#: What a result does not depend on: where it is written, what it is called and who watches.
+#: Settings on which a result does not depend: its place, its name and its trackers.
 UNHASHED = ("name", "tags", "output", "resume", "tracking", "compare", *PRESETS)
 
 
@@ -80,7 +82,7 @@ class RootConfig:
     debug: str = setting("", help="file of conf/debug that the run was composed with")
 
     def __post_init__(self) -> None:
-        """Refuse names that are no part of a path: the run's folder is ``<output>/<date>/<time>-<name>-<letters>``."""
+        """Refuse names that cannot be part of a path: the run's folder is ``<output>/<date>/<time>-<name>-<letters>``."""
         if not self.name or "/" in self.name:
             raise UserError(f"name={self.name} is not accepted: it becomes part of a folder's name; give a word without /.")
         if not self.output:
@@ -94,7 +96,7 @@ def options(group: str) -> dict[str, type]:
     return {**known, "custom": CUSTOM[group]} if group in CUSTOM else known
 
 
-def defaults(kind: type, name: str) -> dict[str, Any]:
+def option_values(kind: type, name: str) -> dict[str, Any]:
     """The plain values of the dataclass ``kind`` that nothing overrides, as the option ``name``."""
     return {**dataclasses.asdict(kind()), "name": name}
 
@@ -102,6 +104,30 @@ def defaults(kind: type, name: str) -> dict[str, Any]:
 def root_defaults() -> dict[str, Any]:
     """The keys outside the groups, with the values that nothing overrides."""
     return {key: value for key, value in dataclasses.asdict(RootConfig()).items() if key not in (*GROUPS, *PRESETS)}
+
+
+def conf_folder() -> Path:
+    """``conf`` inside the installed package, or beside it in a checkout."""
+    package = Path(esper.__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def conf_root() -> dict[str, Any]:
+    """``conf/config.yaml`` as it is written."""
+    import yaml
+
+    tree: dict[str, Any] = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
+    return tree
+
+
+def default_options() -> dict[str, str]:
+    """Group -> the option that ``conf/config.yaml`` chooses when none is named."""
+    chosen: dict[str, str] = {}
+    for entry in conf_root()["defaults"]:
+        if isinstance(entry, dict):
+            chosen.update({str(key).split()[-1]: str(value) for key, value in entry.items()})
+    return {group: name for group, name in chosen.items() if group in GROUPS}
 
 
 def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = None) -> RootConfig:
@@ -139,7 +165,7 @@ def structure(kind: type, values: Mapping[str, Any], path: str) -> Any:
     """An instance of the dataclass ``kind`` from plain ``values``; ``path`` is its dotted name in the config.
 
     Raises:
-        UserError: naming the key, what is accepted, and the nearest right spelling.
+        UserError: naming the key, the accepted values, and the nearest right spelling.
     """
     hints = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
@@ -233,7 +259,7 @@ _WORDS = {
 
 
 def accepted(hint: Any, metadata: Mapping[str, Any]) -> str:
-    """What a key takes, in words: ``a whole number from 1 to 8 [ticks]``."""
+    """The values that a key accepts, in words: ``a whole number from 1 to 8 [ticks]``."""
     choices, low, high, unit = (metadata.get(key) for key in ("choices", "low", "high", "unit"))
     if choices:
         return listing(choices)

@@ -1,6 +1,6 @@
 """Parts of the user's own: ``package.module:Name`` from packages that were allowed by name, and from nowhere else.
 
-A configuration file is data; what it may import is the user's decision, made once outside of it: ``ESPER_ALLOW=my_pkg`` in
+A configuration file is data; the user decides, once and outside of it, which packages it may import: ``ESPER_ALLOW=my_pkg`` in
 the environment, or ``allow: [my_pkg]`` in ``esper.yaml`` in the folder that esper is started in. It is read when esper
 starts, before any configuration is: no configuration adds to it.
 """
@@ -30,7 +30,7 @@ FILE = "esper.yaml"
 
 @dataclass(frozen=True)
 class Allowed:
-    """What may be reached outside esper: packages, variables of the environment, and ``programs``, the user's own by name.
+    """Everything that may be reached outside esper: packages, variables of the environment, and ``programs``, the user's own by name.
 
     ``folder`` is where esper was started.
     """
@@ -41,7 +41,7 @@ class Allowed:
     folder: Path
 
     def imports(self, module: str) -> bool:
-        """Whether ``module`` or a package that it lies in was named."""
+        """Whether ``module`` or one of its packages was named."""
         return any(module == name or module.startswith(f"{name}.") for name in self.packages)
 
 
@@ -50,7 +50,7 @@ _decided: Allowed | None = None
 
 @contextmanager
 def decided() -> Iterator[None]:
-    """Within: what the environment and the folder say now is what counts, whatever a configuration makes of either later.
+    """Within: the environment and the folder count as they are now, even if a configuration changes either later.
 
     Raises:
         UserError: an ``esper.yaml`` that is not as it must be.
@@ -64,7 +64,7 @@ def decided() -> Iterator[None]:
 
 
 def allowed() -> Allowed:
-    """What the user allowed when esper was started (``decided``); outside of that, what holds now.
+    """The user's permissions when esper was started (``decided``); outside of that, the present ones.
 
     Raises:
         UserError: an ``esper.yaml`` that is not as it must be.
@@ -109,10 +109,10 @@ def _programs(tree: Mapping[str, Any]) -> dict[str, str]:
 def variable(name: str, *default: Any) -> Any:
     """``${oc.env:NAME}`` or ``${oc.env:NAME,default}`` of a configuration: only of variables that ``esper.yaml`` names.
 
-    What is read so is written into the saved configuration and the tracker, and the environment holds secrets.
+    A value read in this way is written into the saved configuration and the tracker, and the environment holds secrets.
 
     Raises:
-        UserError: a variable that nobody allowed, or one that is not set.
+        UserError: a variable that is not allowed, or not set.
     """
     if name not in allowed().variables:
         raise UserError(f"${{oc.env:{name}}} reads a variable that nobody allowed; write env: [{name}] into ./{FILE}")
@@ -122,11 +122,11 @@ def variable(name: str, *default: Any) -> Any:
 
 
 def locate(target: str, key: str) -> Any:
-    """What ``target`` (``package.module:Name``) names; ``key`` is the setting it was given as, for sentences.
+    """The object that ``target`` (``package.module:Name``) names; ``key`` is its setting, for sentences.
 
     Raises:
         UserError: no target, a package that is not allowed, no such module or no such name in it, or a name under which the
-            module holds what another, not allowed package defines (``my_pkg.nets:os.system``).
+            module holds an object of another package, which is not allowed (``my_pkg.nets:os.system``).
     """
     module, _, name = target.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
@@ -213,7 +213,7 @@ class CustomModel:
     weights: str = setting("", help="start from these weights: a run's folder or a .safetensors file")
 
     def build(self, task: Any, generator: Any) -> Any:
-        """The host; what it draws from a global generator while it is made comes from the run's seed."""
+        """The host; its draws from a global generator while it is made come from the run's seed."""
         import torch
 
         from esper.randomness import global_draws_kept, seed_global_draws

@@ -2,7 +2,7 @@
 
 Of the rules the first that says something holds: off where it failed too often, off where ``block`` matches, on where ``allow``
 matches, else on at ``percent`` of the sites. The environment's ``ESPER_FLAGS`` (``kernels=off,growth=25%``) takes the place of what
-a configuration says when that is made, so that it is what the run's own record says too.
+a configuration says when it is made, so the run's own record says the same.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Verdict:
 
 
 class Flags:
-    """The flags of one run: a config, the name of the model's class, and what has failed so far."""
+    """The flags of one run: a config, the name of the model's class, and the failures so far."""
 
     def __init__(self, config: FlagsConfig | None = None, model: str = "") -> None:
         self.config = FlagsConfig() if config is None else config
@@ -167,7 +167,7 @@ class Flags:
                         )
 
     def state(self) -> dict[str, Any]:
-        """What has failed, as plain values."""
+        """The failures, as plain values."""
         return {feature: dict(counts) for feature, counts in self.failed.items()}
 
     def load(self, state: dict[str, Any]) -> None:

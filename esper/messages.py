@@ -1,7 +1,7 @@
 """The vocabulary of a run: the events that the engine tells, and the commands that it is given.
 
 The engine, the controllers, the bus and the trackers share these classes. They are plain frozen dataclasses, and this module
-imports nothing but the standard library, so that the engine needs no bus to speak of what it does. How they are written as
+imports nothing but the standard library, so that the engine needs no bus to describe its work. How they are written as
 bytes is the business of ``esper.bus.codec``. New fields need a default, so that an older message can always be read; a reader
 passes over a field that it does not know, but refuses an unknown kind and an unknown part of a selection.
 """
@@ -164,8 +164,8 @@ class Report(Message):
 class TickEnded(Message):
     """Everything the trainer says about this tick has been said; a lockstep controller decides now.
 
-    ``epoch`` numbers the starts of the trainer; a controller's Decided echoes it, so that what was decided before a
-    resume is not mistaken for what is decided after it.
+    ``epoch`` numbers the starts of the trainer; a controller's Decided echoes it, so that a decision from before a
+    resume is not mistaken for one after it.
     """
 
     tick: int
@@ -245,7 +245,7 @@ class PauseGrafting(Command):
 
 @message
 class ResumeGrafting(Command):
-    """Let a paused ramp go on from where it stands."""
+    """Continue a paused ramp from its present α."""
 
     select: Selector
 
@@ -288,7 +288,7 @@ class ApplyEach(Command):
 
 @message
 class EmergencyStop(Command):
-    """Cull whatever of the selection is not FOSSILIZED, now; overtakes whatever is queued. An empty selection is everything."""
+    """Cull all selected branches that are not FOSSILIZED, now; overtakes every queued command. An empty selection is everything."""
 
     reason: str = ""
     select: Selector = field(default_factory=Selector)
@@ -312,7 +312,7 @@ class Decided(Command):
 
 @message
 class ClaimCheck(Message):
-    """Stands for a message whose bytes lie in a file: ``digest`` (SHA-256, hex) names it, ``size`` is its bytes."""
+    """Represents a message whose bytes are in a file: ``digest`` (SHA-256, hex) names it, ``size`` is its bytes."""
 
     digest: str
     size: int

@@ -19,7 +19,7 @@ def seed_for(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """A CPU generator of its own for one purpose, the same on every machine."""
+    """A separate CPU generator for one purpose, the same on every machine."""
     made = torch.Generator(device="cpu")
     made.manual_seed(seed_for(seed, *purpose))
     return made
@@ -39,7 +39,7 @@ class GlobalDraws:
         self._gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to go on from here, but for torch's own generators: plain values and tensors."""
+        """The state for a checkpoint, without torch's own generators: plain values and tensors."""
         version, words, gauss = self._python
         found: dict[str, Any] = {"python": {"version": version, "words": torch.tensor(words), "gauss": gauss}}
         if self._numpy is not None:
@@ -91,5 +91,5 @@ def seed_global_draws(seed: int) -> None:
 
 
 def _numpy() -> Any:
-    """NumPy, if somebody imported it: the engine itself does without."""
+    """NumPy, if it has been imported: the engine itself does without."""
     return sys.modules.get("numpy")

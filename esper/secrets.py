@@ -1,4 +1,4 @@
-"""Secrets stay out of configurations: what is configured gets written to the run's folder, the log and the tracker.
+"""Secrets stay out of configurations, which are written to the run's folder, the log and the tracker.
 
 A password, a token or a key is refused before anything is written, without being repeated. It comes from the environment
 or from the files that the libraries read themselves (``~/.netrc``, ``~/.pgpass``).
@@ -60,7 +60,7 @@ def refuse_words(words: Sequence[str]) -> None:
 
 
 def check(key: str, text: str) -> None:
-    """Raise UserError when the setting ``key`` is, or has in it, what nobody else should read."""
+    """Raise UserError when the setting ``key`` is, or contains, a secret."""
     if not holds_secret(key, text):
         return
     instead = INSTEAD.get("tracking.uri" if key == "uri" else key, _OWN)
@@ -73,7 +73,7 @@ def holds_secret(key: str, text: str) -> bool:
 
 
 def redacted(text: str) -> str:
-    """``text`` with ``…`` in place of what an address has before its ``@`` and in its query."""
+    """``text`` with ``…`` in place of the credentials before an address's ``@`` and of its query."""
 
     def bare(found: re.Match[str]) -> str:
         before, at, after = found["rest"].rpartition("@")
@@ -86,7 +86,7 @@ def redacted(text: str) -> str:
 
 
 def _what(key: str, text: str) -> str:
-    """What the value has in it that it should not have, in words; empty for nothing."""
+    """The secret in the value, in words; empty for none."""
     if not text:
         return ""
     if _KEY.fullmatch(key.rpartition(".")[2]):
@@ -103,7 +103,7 @@ def _what(key: str, text: str) -> str:
 
 
 def _has_user(scheme: str, before: str, strict: bool = True) -> bool:
-    """Whether what stands ``before`` the last ``@`` of an address may hold a secret: a password may itself have ``/?#@`` in it.
+    """Whether the text ``before`` the last ``@`` of an address may hold a secret: a password may itself contain ``/?#@``.
 
     Where it need not be a server's address (``strict`` is False), ``https://host/package@2`` is none.
     """

@@ -1,4 +1,4 @@
-"""Blueprints: what may grow. One a file; ``docs/own-blueprint.md`` shows how to write another."""
+"""Blueprints: the kinds of branch that may grow. One a file; ``docs/own-blueprint.md`` shows how to write another."""
 
 from typing import TYPE_CHECKING
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from esper.blueprints.base import Blueprint, Parameters
 from esper.blueprints.geometry import Geometry
-from esper.blueprints.unique_scatter import pick
+from esper.blueprints.unique_indices import select_slots
 
 
 class SlotBank(nn.Module):
@@ -65,7 +65,7 @@ class SlotBank(nn.Module):
         """Rows of the given slots in ``dtype``; where ``learning`` (bool ``[A]``) is False no gradient flows to them."""
         rows: Parameters = {}
         for name, stack in self.stacks.items():
-            row = pick(stack, slots)
+            row = select_slots(stack, slots)
             if learning is not None:
                 row = torch.where(learning.view(-1, *([1] * (row.dim() - 1))), row, row.detach())
             rows[name] = row.to(dtype)

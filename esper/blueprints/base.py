@@ -1,4 +1,4 @@
-"""What every blueprint states: its parameters' shapes, where they start, what it computes and what it costs.
+"""The base of all blueprints: shapes and start values of the parameters, the function, and its cost.
 
 A blueprint is a configuration with pure functions; the parameters of all branches that grew from it at one site lie
 stacked in a ``SlotBank``, so that one batched product serves them all.
@@ -20,7 +20,7 @@ Parameters = dict[str, Tensor]
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0): in place, what it is given is a sum of its own; but not on a view, for which autograd would copy its base."""
+    """max(x, 0): in place, since its input is a sum of its own; but not on a view, for which autograd would copy the base."""
     return torch.relu(x) if x._is_view() else torch.relu_(x)
 
 
@@ -40,12 +40,12 @@ ACTIVATION_MODULES: dict[str, type[torch.nn.Module]] = {name: _MODULES[name] for
 
 @dataclass
 class Blueprint(BlueprintSettings):
-    """Base of the stacked blueprints. ``C`` is the width a branch writes, ``Cin`` what it reads, ``A`` branches at once."""
+    """Base of the stacked blueprints. ``C`` is the width that a branch writes, ``Cin`` the width it reads, ``A`` the number of branches."""
 
     spatial = False
     output = ""
 
-    def fits(self, geometry: Geometry) -> str | None:
+    def misfit(self, geometry: Geometry) -> str | None:
         """Why a branch cannot grow at such a site, or None."""
         return None
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.block_call import PLAIN, Chain
+from esper.blueprints.block_call import PLAIN_CALL, Chain
 from esper.blueprints.config import BlockSettings
 from esper.blueprints.geometry import Geometry
 from esper.errors import UserError
@@ -31,11 +31,11 @@ class Block(BlockSettings):
     reads_input = False
     """Whether what grew reads the site's input and is added to its output; else it reads the output, and takes its place."""
 
-    def fits(self, geometry: Geometry) -> str | None:
+    def misfit(self, geometry: Geometry) -> str | None:
         """Only modules that map their input to its own shape."""
         return None if geometry.residual else "block needs a residual block (a module whose output has its input's shape)"
 
-    def unsilenced(self, block: nn.Module) -> str | None:
+    def silencing_misfit(self, block: nn.Module) -> str | None:
         """Why the block's output cannot be put at zero as ``start`` asks, or None."""
         if self.start not in ("zero_copy", "fresh"):
             return None
@@ -49,8 +49,8 @@ class Block(BlockSettings):
         return f"{type(block).__name__} has no layer '{missing[0]}' to put at zero" if missing else None
 
     def silence(self, block: nn.Module) -> None:
-        """Zero the parameters of the block's last layers; raises UserError where nobody says which they are."""
-        reason = self.unsilenced(block)
+        """Zero the parameters of the block's last layers; raises UserError where it is not known which they are."""
+        reason = self.silencing_misfit(block)
         if reason is not None:
             raise UserError(f"{reason}.")
         with torch.no_grad():
@@ -92,7 +92,7 @@ def assembled(blocks: list[nn.Module]) -> nn.Module:
 
 
 def _redraw(block: nn.Module, generator: torch.Generator) -> None:
-    """Draw every matrix anew in ±1/√fan_in; vectors go back to one (norm scales) or zero."""
+    """Draw new values for every matrix in ±1/√fan_in; vectors return to one (norm scales) or zero."""
     with torch.no_grad():
         for module in block.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -117,7 +117,7 @@ class BlockBank(nn.Module):
         self.moments: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         self.steps: dict[str, int] = {}
         self.tied: set[str] = set()
-        self.call = PLAIN
+        self.call = PLAIN_CALL
         self.source: Any = None
         """What hears the site's input, where that is read (``esper.seeds.hidden_layers``)."""
         self._sources = tuple(sources)  # a tuple, so that the host's blocks are no children of their own growth

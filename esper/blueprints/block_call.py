@@ -14,8 +14,8 @@ from esper.errors import UserError
 
 
 @dataclass(frozen=True)
-class Call:
-    """What the host gives beside the activation: masks, positions, another stream. A cache of keys is not handed on.
+class BlockCall:
+    """The arguments that the host gives beside the activation: masks, positions, another stream. A cache of keys is not passed on.
 
     ``key`` is the name under which the activation comes, empty where it is the first argument; ``cached`` the positions that the
     host's cache holds, those of this call among them.
@@ -27,10 +27,10 @@ class Call:
     cached: int = 0
 
     @classmethod
-    def of(cls, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Call:
+    def of(cls, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> BlockCall:
         """The call that a module has just answered."""
         if len(inputs) == 1 and not named:
-            return PLAIN
+            return PLAIN_CALL
         values = [*inputs, *named.values()]
         cached = max((int(value.get_seq_length()) for value in values if _is_cache(value)), default=0)
         key = "" if inputs else next((name for name, value in named.items() if isinstance(value, Tensor)), "")
@@ -38,7 +38,7 @@ class Call:
         return cls(tuple(map(_but_caches, inputs[1:])), kept, key, cached)
 
     def answer(self, block: nn.Module, y: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """What ``block`` makes of ``y``, with other ``parameters`` than its own where given.
+        """The output of ``block`` for ``y``, with other ``parameters`` than its own where given.
 
         Raises:
             UserError: the host goes on from a cache in which this block has no keys.
@@ -51,12 +51,12 @@ class Call:
         assert result is not None, f"{type(block).__name__} gives no tensor"
         return result
 
-    def detached(self) -> Call:
+    def detached(self) -> BlockCall:
         """The same without the graph that its tensors come from."""
-        return Call(_detached(self.rest), _detached(self.named), self.key, self.cached)
+        return BlockCall(_detached(self.rest), _detached(self.named), self.key, self.cached)
 
 
-PLAIN = Call()
+PLAIN_CALL = BlockCall()
 
 
 class Chain(nn.ModuleList):
@@ -64,7 +64,7 @@ class Chain(nn.ModuleList):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """The activation after the last block, ``[…]`` as the first one got it."""
-        call, x = Call.of(inputs, named), first_tensor(inputs or named)
+        call, x = BlockCall.of(inputs, named), first_tensor(inputs or named)
         assert x is not None, "a block is given a tensor"
         for block in self:
             x = call.answer(block, x)
@@ -85,7 +85,7 @@ def first_tensor(output: Any) -> Tensor | None:
     return values[0] if values and isinstance(values[0], Tensor) else None
 
 
-def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_first_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``output`` with ``change`` applied to the tensor that ``first_tensor`` finds in it.
 
     A nested tensor, which torch's encoder makes of padded sequences, is changed sequence by sequence.

@@ -1,4 +1,4 @@
-"""Settings of the blueprints (config group ``blueprint``). Each blueprint derives from its settings and adds what it computes."""
+"""Settings of the blueprints (config group ``blueprint``). Each blueprint derives from its settings and adds its function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STATES = ("reset", "zero", "copied")
 
 @dataclass
 class BlueprintSettings:
-    """What every blueprint but ``block`` has."""
+    """The settings of every blueprint but ``block``."""
 
     name: str = ""
     receptive_field: str = setting("layer", choices=("chunk", "layer"), help="what a branch reads: its chunk or the whole layer")
@@ -31,7 +31,7 @@ class AffineSettings(BlueprintSettings):
 
 @dataclass
 class LowRankSettings(BlueprintSettings):
-    """A linear map of rank ``rank`` from what the branch reads to its chunk."""
+    """A linear map of rank ``rank`` from the features that the branch reads to its chunk."""
 
     name: str = "low_rank"
     rank: int = setting(4, low=1, high=2**20, help="rank of the product")

@@ -21,7 +21,7 @@ class Conv(ConvSettings, Blueprint):
     spatial = True
     output = "pointwise"
 
-    def fits(self, geometry: Geometry) -> str | None:
+    def misfit(self, geometry: Geometry) -> str | None:
         """Only convolution sites, and odd kernels, so that the positions stay where they are."""
         if geometry.spatial == 0:
             return "conv needs the output of a convolution (channels and positions)"

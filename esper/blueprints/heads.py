@@ -25,11 +25,11 @@ class Heads(HeadsSettings, Block):
 
     reads_input = True
 
-    def fits(self, geometry: Geometry) -> str | None:
-        """Whether the module is an attention layer is seen by ``unsilenced``."""
+    def misfit(self, geometry: Geometry) -> str | None:
+        """Whether the module is an attention layer is seen by ``silencing_misfit``."""
         return None
 
-    def unsilenced(self, block: nn.Module) -> str | None:
+    def silencing_misfit(self, block: nn.Module) -> str | None:
         """Why no heads can be added to a module, or None."""
         if is_attention(block):
             return None

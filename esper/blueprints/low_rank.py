@@ -13,7 +13,7 @@ from esper.blueprints.geometry import Geometry
 
 @dataclass
 class LowRank(LowRankSettings, Blueprint):
-    """A linear map of rank ``rank`` from what the branch reads to its chunk."""
+    """A linear map of rank ``rank`` from the features that the branch reads to its chunk."""
 
     output = "up"
 

@@ -1,4 +1,4 @@
-"""Blueprints as plain modules of torch: what an exported model holds of a branch.
+"""Blueprints as plain modules of torch, which an exported model holds in place of branches.
 
 A blueprint of your own needs nothing here: its ``forward`` is kept (``Stacked``), unless it has a method
 ``plain(values, spatial) -> nn.Module`` that says better.
@@ -19,7 +19,7 @@ from esper.blueprints.low_rank import LowRank
 from esper.blueprints.mlp import MLP
 
 #: The parameters that δ is linear in: a branch's α goes into them.
-LAST: dict[type[Blueprint], tuple[str, ...]] = {
+LINEAR_PARAMETERS: dict[type[Blueprint], tuple[str, ...]] = {
     Affine: ("scale", "shift"),
     LowRank: ("up",),
     MLP: ("w2", "b2"),
@@ -50,7 +50,7 @@ class Gated(nn.Module):
         self.gate, self.value, self.last = gate, value, last
 
     def forward(self, x: Tensor) -> Tensor:
-        """What a gated linear unit gives."""
+        """The output of the gated linear unit."""
         added: Tensor = self.last(self.gate(x).sigmoid() * self.value(x))
         return added
 
@@ -66,7 +66,7 @@ class Stacked(nn.Module):
             self.values[name] = nn.Parameter(value.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the branch reads → what it adds, before α."""
+        """The features that the branch reads → its addition, before α."""
         stacked = {name: value.unsqueeze(0).to(x.dtype) for name, value in self.values.items()}
         if self.blueprint.spatial:
             return self.blueprint.forward(stacked, x.unsqueeze(1)).squeeze(1)
@@ -88,7 +88,7 @@ def plain_net(blueprint: Blueprint, values: Parameters, spatial: int, alpha: flo
     build = _BUILDERS.get(type(blueprint))
     if build is None:
         return Stacked(blueprint, values, spatial), alpha
-    last = LAST[type(blueprint)]
+    last = LINEAR_PARAMETERS[type(blueprint)]
     scaled = {name: value * alpha if name in last else value for name, value in values.items()}
     return build(blueprint, scaled, spatial), 1.0
 

@@ -26,7 +26,7 @@ class Width(WidthSettings, Blueprint):
 
     output = "w2"
 
-    def fits(self, geometry: Geometry) -> str | None:
+    def misfit(self, geometry: Geometry) -> str | None:
         """Only a layer that reads a hidden layer's activation, and nothing else; normalized channels by whole groups."""
         if not isinstance(geometry, BehindHidden):
             names = ", ".join(WIDTH_ACTIVATIONS[:-1])

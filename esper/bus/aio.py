@@ -48,7 +48,7 @@ class AsyncProducer:
 
 
 class AsyncConsumer:
-    """A member of a consumer group, with a thread of its own so that a waiting read delays nobody else's."""
+    """A member of a consumer group, with a thread of its own, so that a waiting read delays no other."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -66,7 +66,7 @@ class AsyncConsumer:
         await self._call(self._consumer.ack, deliveries)
 
     async def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
+        """Handling these takes long: while this consumer reads, no other consumer is given them."""
         await self._call(self._consumer.keep, deliveries, on)
 
     def handled(self) -> dict[str, Id]:

@@ -91,7 +91,7 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
 
 
 def _over(folder: Path, error: NoAnswer) -> UserError:
-    """A run's own server that does not answer: nobody can start it but the run itself."""
+    """A run's own server that does not answer: only the run itself can start it."""
     return UserError(
         f"{error.finding}: this server belongs to the run in {folder} and ended with it; what the bus counted is in summary.json"
         " there, what happened in the files of its trackers, and a run that was stopped has its server again when it goes on with"
@@ -100,7 +100,7 @@ def _over(folder: Path, error: NoAnswer) -> UserError:
 
 
 def _refuse_second(folder: Path, found: Invitation, part: str) -> None:
-    """Two of a kind would both command the run, or both write its files."""
+    """Raise UserError for a second controller or tracker: both would command the run, or write its files."""
     process = found.info["config"][part].get("process")
     if process != "external":
         raise UserError(

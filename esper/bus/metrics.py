@@ -88,7 +88,7 @@ TRAINER = "trainer"  # the process that exports; the counters of other processes
 
 @dataclass(frozen=True)
 class Reading:
-    """One value of a metric that is no histogram; ``labels`` are values, in the order of the metric's names."""
+    """One value of a metric that is not a histogram; ``labels`` are values, in the order of the metric's names."""
 
     metric: Metric
     value: float
@@ -127,7 +127,7 @@ class TrainerState:
             self.stages.update(site.get("stages") or [int(Stage.DORMANT)] * int(site.get("seeds", 0)))
 
     def moved(self, seed: int, source: int, target: int) -> None:
-        """A seed changed stage; block branches (seed −1) are no seeds."""
+        """A seed changed stage; block branches (seed −1) are not seeds."""
         if seed >= 0:
             self.stages[source] -= 1
             self.stages[target] += 1
@@ -199,20 +199,20 @@ ONE_EXPORT_S = 1.0  # instruments are asked one by one, and the server not for e
 class PrometheusEndpoint:
     """Serves ``/metrics`` on loopback until closed; every scrape takes fresh readings."""
 
-    def __init__(self, port: int, source: Source, state: TrainerState) -> None:
+    def __init__(self, tcp_port: int, source: Source, state: TrainerState) -> None:
         from prometheus_client import CollectorRegistry, start_http_server
 
         self._source, self._state = source, state
         registry = CollectorRegistry()
         registry.register(self)
         try:
-            self._server, self._thread = start_http_server(port, "127.0.0.1", registry)
+            self._server, self._thread = start_http_server(tcp_port, "127.0.0.1", registry)
         except OSError as error:
-            raise UserError(f"bus.metrics_port={port} cannot be served ({error.strerror}): give a free port, or 0 for none") from None
-        self.port = self._server.server_port
+            raise UserError(f"bus.metrics_port={tcp_port} cannot be served ({error.strerror}): give a free port, or 0 for none") from None
+        self.tcp_port = self._server.server_port
 
     def describe(self) -> list[Any]:
-        """Nothing in advance: readings are taken when somebody asks."""
+        """Nothing in advance: readings are taken at every scrape."""
         return []
 
     def collect(self) -> Iterator[Any]:

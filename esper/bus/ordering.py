@@ -21,7 +21,7 @@ class Order(Protocol):
         """Before the first delivery of ``producer``: its messages up to ``handled`` were handled before, and are not waited for."""
 
     def push(self, delivery: Delivery, now: float) -> None:
-        """One arrived."""
+        """Take a delivery that has arrived."""
 
     def ready(self, now: float) -> list[Delivery]:
         """The messages that may be handled now."""
@@ -40,7 +40,7 @@ class StreamOrder:
         self._released.setdefault(producer, handled)
 
     def push(self, delivery: Delivery, now: float) -> None:
-        """One arrived."""
+        """Take a delivery that has arrived."""
         self._held.setdefault(delivery.producer, {}).setdefault(parse_id(delivery.id), (delivery, now))
 
     def ready(self, now: float) -> list[Delivery]:
@@ -91,7 +91,7 @@ class GlobalOrder:
         self._stream.begin(producer, handled)
 
     def push(self, delivery: Delivery, now: float) -> None:
-        """One arrived."""
+        """Take a delivery that has arrived."""
         self._stream.push(delivery, now)
 
     def ready(self, now: float) -> list[Delivery]:
@@ -139,7 +139,7 @@ class CausalOrder:
         self._released.setdefault(producer, handled)
 
     def push(self, delivery: Delivery, now: float) -> None:
-        """One arrived."""
+        """Take a delivery that has arrived."""
         self._stream.push(delivery, now)
 
     def ready(self, now: float) -> list[Delivery]:
@@ -161,7 +161,7 @@ class CausalOrder:
         return found
 
     def _may_go(self, delivery: Delivery, overdue: bool) -> bool:
-        """Whether the message may be released; one that goes before a cause of its own is counted."""
+        """Whether the message may be released; one released before one of its causes is counted."""
         causes = [(producer, parse_id(id)) for producer, _, id in (name.rpartition("/") for name in delivery.after)]
         awaited = any(id > self._released.get(producer, (0, 0)) for producer, id in causes)
         if awaited and not overdue:
@@ -192,7 +192,7 @@ class OrderedConsumer:
 
     @property
     def answered(self) -> bool:
-        """That of the consumer."""
+        """Whether the consumer's last read reached the bus."""
         return self._consumer.answered
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
@@ -218,11 +218,11 @@ class OrderedConsumer:
         self._consumer.ack(deliveries)
 
     def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
+        """Handling these takes long: while this consumer reads, no other consumer is given them."""
         self._consumer.keep(deliveries, on)
 
     def handled(self) -> dict[str, Id]:
-        """That of the consumer."""
+        """By producer, up to where the consumer's group had acknowledged all."""
         return self._consumer.handled()
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ def parse_id(id: str | bytes) -> Id:
 
 
 def read_id(value: object) -> Id | None:
-    """An id read from a server, where anybody may have written; None for other bytes (epoch and sequence have 64 bits each)."""
+    """An id read from a server, to which others may write; None for other bytes (epoch and sequence have 64 bits each)."""
     found = _ID.fullmatch(value) if isinstance(value, bytes) else None
     id = (int(found[1]), int(found[2])) if found else (LARGEST + 1, 0)
     return id if max(id) <= LARGEST else None
@@ -135,7 +135,7 @@ class Consumer(Protocol):
 
     @property
     def answered(self) -> bool:
-        """Whether the last read reached the bus; where it did not, an empty result does not mean that there are no messages."""
+        """Whether the last read reached the bus; if not, an empty result does not mean that there are no messages."""
 
     def read(self, count: int = 100, block_s: float = 0.0) -> list[Delivery]:
         """Up to ``count`` messages, waiting at most ``block_s`` seconds for the first.
@@ -147,14 +147,14 @@ class Consumer(Protocol):
         """Acknowledge after handling."""
 
     def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
-        """Handling these takes longer than ``claim_s``: as long as this consumer reads, nobody is given them, itself included.
+        """Handling these takes longer than ``claim_s``: as long as this consumer reads, no consumer is given them, itself included.
 
         They count as delivered once; a consumer that reads no more loses them to others like any message. With ``on=False`` they
         are messages like any other again.
         """
 
     def handled(self) -> dict[str, Id]:
-        """By producer, up to where the group had acknowledged all when this member first looked; complete once a read gave something."""
+        """By producer, up to where the group had acknowledged all when this member joined; complete once a read returned messages."""
 
     def close(self) -> None:
         """Release; messages that were not acknowledged stay pending for another member to claim."""
@@ -175,7 +175,7 @@ class Bus(Protocol):
 
     @property
     def local(self) -> LocalBus:
-        """The in-process bus on which parts of the training process meet: itself where there is no server."""
+        """The in-process bus for parts of the training process: the bus itself where there is no server."""
 
     def producer(self, stream: str, run: str, name: str = "main") -> Producer:
         """The producer ``name`` of ``stream`` (one of STREAMS) of ``run``, in a new epoch."""
@@ -200,7 +200,7 @@ class Bus(Protocol):
 
 
 class LocalBus(Bus, Protocol):
-    """A bus inside one process, on which nothing is kept that nobody reads."""
+    """A bus inside one process; messages that no group reads are not kept."""
 
     def has_readers(self, stream: str, run: str) -> bool:
         """Whether any consumer group reads this stream."""
@@ -217,7 +217,7 @@ class RemoteProducer(Producer, Protocol):
 
 
 class RemoteBus(Bus, Protocol):
-    """A bus whose messages leave the process, sent by a thread of its own so that no training step waits."""
+    """A bus whose messages leave the process, sent by its own thread so that no training step waits."""
 
     @property
     def reachable(self) -> bool:

@@ -1,1 +1,1 @@
-"""Checkpoints: everything a run needs to go on with the same bits. See ``docs/checkpoints.md``."""
+"""Checkpoints: everything a run needs to continue with the same bits. See ``docs/checkpoints.md``."""

@@ -1,4 +1,4 @@
-"""Saving beside training: the state is copied between two steps, and a thread brings the copy to disk."""
+"""Saving during training: the state is copied between two steps, and a thread writes the copy to disk."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from esper.checkpoint import store
-from esper.checkpoint.store import Checkpoint, Copy
+from esper.checkpoint import disk
+from esper.checkpoint.disk import Checkpoint, Copy
 
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept: the newest ``keep``, the ``best`` by validation, and everything younger than ``hours``."""
+    """The checkpoints to keep: the newest ``keep``, the ``best`` by validation, and all younger than ``hours``."""
 
     keep: int = 2
     best: int = 1
@@ -22,10 +22,10 @@ class Retention:
 
 
 class Saver:
-    """Writes one copy at a time. ``settled`` is asked, in the thread, before a checkpoint may count: everything said before
+    """Writes copies of the state to disk in a thread, one at a time. An error of the thread is raised by the next call.
 
-    the copy was taken is kept where it belongs; a False leaves the earlier checkpoint as the newest. ``written`` hears of
-    each. An error of the thread is raised by the next call.
+    ``settled`` is called in the thread before a checkpoint counts. It tells whether every message published before the copy was taken
+    is stored by the trackers; if not, the earlier checkpoint stays the newest. ``written`` is called with each checkpoint.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, take: Callable[[], Copy], wait: bool = False) -> bool:
-        """Take a copy and write it; where the one before is still being written, wait for it or skip this one.
+        """Take a copy and write it. While the copy before is being written, this one is skipped, or waits for it if ``wait``.
 
-        Returns whether a copy was taken. ``wait`` also waits until this one is on disk.
+        Returns whether a copy was taken. With ``wait`` it is on disk when this returns.
         """
         if self.busy and not wait:
             self.skipped += 1
@@ -79,8 +79,8 @@ class Saver:
         try:
             if not self._settled():
                 return
-            checkpoint = store.write(taken, self.folder)
-            store.retain(self.folder, self.retention.keep, self.retention.best, self.retention.hours)
+            checkpoint = disk.write(taken, self.folder)
+            disk.retain(self.folder, self.retention.keep, self.retention.best, self.retention.hours)
             self._written(checkpoint)
         except BaseException as error:  # a full disk: said where training is, by the next save or at the end
             self._error = error

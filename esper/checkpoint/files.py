@@ -1,6 +1,6 @@
 """A checkpoint's files: bytes with a SHA-256 for every piece of them, and tensors in the safetensors format.
 
-One hash over a whole file would be the work of one core, and SHA-256 is slower than reading from the disk's cache. Pieces are
+One hash over a whole file would occupy a single core, and SHA-256 is slower than reading from the disk's cache. Pieces are
 checked on all cores at once.
 
 A safetensors file is 8 bytes of header length, a JSON header, then the tensors' bytes without gaps
@@ -31,19 +31,19 @@ Content = Sequence[memoryview | bytes]
 
 @dataclass(frozen=True)
 class Written:
-    """Size of a file and the SHA-256 of each of its pieces of ``piece`` bytes (the last is what is left)."""
+    """Size of a file and the SHA-256 of each of its pieces of ``piece`` bytes (the last is the rest)."""
 
     bytes: int
     piece: int
     sha256: tuple[str, ...]
 
     def card(self) -> dict[str, Any]:
-        """JSON-able."""
+        """As plain values for JSON."""
         return {"bytes": self.bytes, "piece": self.piece, "sha256": list(self.sha256)}
 
     @classmethod
     def of_card(cls, card: dict[str, Any]) -> Written:
-        """The other way round. Raises KeyError, TypeError or ValueError for anything else."""
+        """Inverse of ``card``. Raises KeyError, TypeError or ValueError for anything else."""
         made = cls(card["bytes"], card["piece"], tuple(card["sha256"]))
         if type(made.bytes) is not int or type(made.piece) is not int or made.bytes < 0 or made.piece < 1:
             raise ValueError("its sizes are no numbers")
@@ -78,7 +78,7 @@ def read_bytes(path: Path, stated: Written) -> bytes:
 
 
 def map_bytes(path: Path, stated: Written) -> memoryview:
-    """The same for a large file: its bytes where the system keeps them, checked on all cores and copied nowhere.
+    """The bytes of a large file, mapped instead of copied, and checked on all cores. Raises ValueError like ``read_bytes``.
 
     Writing to them changes the memory and not the file. Copy bytes that are kept for longer than a moment: a later
     write to the file may show in them, and a file cut short ends the process.

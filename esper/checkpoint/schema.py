@@ -1,6 +1,6 @@
-"""The versions of a checkpoint's form; older checkpoints are upgraded on reading, one version after the other.
+"""The versions of the checkpoint format; older checkpoints are upgraded on reading, one version after the other.
 
-Raising ``SCHEMA`` takes an entry in ``UPGRADES`` for the version before and a sample of it in ``tests/checkpoint/samples``.
+A new ``SCHEMA`` needs an entry in ``UPGRADES`` for the version before, and a sample of that in ``tests/checkpoint/samples``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _one_hash_a_part(manifest: Tree) -> Tree:
 
 
 def _said_nothing(state: Tree) -> Tree:
-    """Up to version 2 nobody remembered which alerts had been given: those of before are given once more."""
+    """Up to version 2 the alerts that had been given were not saved: earlier ones are given once more."""
     grown = {**state, "grow": {**state["grow"], "said": []}} if "grow" in state else state
     return {**grown, "trainer": _said_nothing({**state["trainer"], "said": []})} if "trainer" in state else grown
 
@@ -55,7 +55,7 @@ def _of_unknown_origin(state: Tree) -> Tree:
 
 
 def _without_dead_columns(state: Tree) -> Tree:
-    """Up to version 5 the table of seeds had three columns that nothing read: the branches know their blueprint and strategy."""
+    """Up to version 5 the table of seeds had three unused columns: the branches know their blueprint and strategy."""
     if "trainer" in state:
         return {**state, "trainer": _without_dead_columns(state["trainer"])}
     if "grow" not in state:
@@ -84,7 +84,7 @@ UPGRADES: dict[int, Upgrade] = {
 
 
 def manifest_of_today(manifest: Tree) -> Tree:
-    """A verified manifest in the form of ``SCHEMA``; its ``schema`` still says what the state on disk is."""
+    """A verified manifest in the form of ``SCHEMA``; its ``schema`` is still that of the state on disk."""
     for version in range(manifest["schema"], SCHEMA):
         manifest = UPGRADES[version].manifest(manifest)
     return manifest

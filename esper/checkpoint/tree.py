@@ -22,7 +22,7 @@ TENSOR, FLOAT = "$tensor", "$float"
 
 @dataclass(frozen=True)
 class Still:
-    """A part of a state whose tensors nobody will write to any more, so that they need no copy."""
+    """A part of a state whose tensors no longer change, so that they need no copy."""
 
     tree: Any
 
@@ -43,7 +43,7 @@ def join(plain: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def kept(tree: Any) -> Any:
-    """The tree with copies of its tensors, to be kept: tensors that were read lie in the file's own memory."""
+    """The tree with copies of its tensors, which may outlive the file that tensors are read from."""
     if isinstance(tree, Tensor):
         return tree.clone()
     if isinstance(tree, dict):
@@ -53,7 +53,7 @@ def kept(tree: Any) -> Any:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Within: a state of another form is refused in words, instead of by the first error on the way."""
+    """Context in which a state of another form raises a UserError, instead of whatever error comes first."""
     try:
         yield
     except UserError:

@@ -1,1 +1,1 @@
-"""The command line: what was typed, checked and said in sentences before Hydra sees it."""
+"""The command line: words are checked, and mistakes told in sentences, before Hydra sees them."""

@@ -1,4 +1,4 @@
-"""``esper check [overrides]``: what a run would do, without doing it."""
+"""``esper check [overrides]``: a dry run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hydra's composition, held to sentences: what the command line says becomes a checked ``RootConfig``."""
+"""Hydra's composition, with its errors as sentences: the command line becomes a checked ``RootConfig``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from esper import secrets
 from esper.cli import conf, overrides
 from esper.cli import hydra_settings as internals
+from esper.cli.conf import LauncherConfig
 from esper.cli.machine import refuse_impossible
-from esper.compare.config import LauncherConfig
-from esper.compare.sweep.arms import refuse_overridden_arm, set_by
-from esper.config import GROUPS, PRESETS, RootConfig, build, options, structure
+from esper.cli.preset_files import keys_set_by, refuse_overridden_arm
+from esper.config import GROUPS, PRESETS, RootConfig, build, conf_folder, options, structure
 from esper.custom import variable
 from esper.errors import UserError
 
@@ -38,7 +38,7 @@ class Composed:
 
     @property
     def folder(self) -> Path:
-        """The run's folder, or the sweep's; where the user names none, one of which there will be another when Hydra makes it."""
+        """The run's folder, or the sweep's; without a name from the user it is only an example, since Hydra makes up another."""
         HydraConfig.instance().set_config(self.tree)  # what ${hydra:…} refers to
         internals = self.tree.hydra
         return Path(str(internals.sweep.dir if self.multirun else internals.run.dir))
@@ -64,7 +64,7 @@ def option(group: str, name: str) -> dict[str, Any]:
 
 
 def check_jobs(words: Sequence[str], multirun: bool, on_sweep: Callable[[int], None] = lambda threads: None) -> Composed:
-    """Composes what will run: the run itself, or the first job of a sweep and one job for every further value; returns the first.
+    """Composes the runs: the run itself, or the first job of a sweep and one job for every further value; returns the first.
 
     ``on_sweep`` is called with the threads of each worker once this is known to be a sweep in workers, while most jobs are not composed.
 
@@ -92,7 +92,7 @@ def check_jobs(words: Sequence[str], multirun: bool, on_sweep: Callable[[int], N
 
 
 def from_hydra(tree: DictConfig, choices: dict[str, Any]) -> RootConfig:
-    """The checked config from what Hydra composed and the options it chose by group."""
+    """The checked config from Hydra's composed tree and the options that it chose by group."""
     return build(_values(tree, resolve=True), {preset: choices.get(preset) for preset in PRESETS})
 
 
@@ -104,9 +104,9 @@ def _values(tree: DictConfig, resolve: bool) -> dict[str, Any]:
 
 
 def prepare_hydra() -> None:
-    """Give Hydra the options that are no files, and what stands in ``${…}``.
+    """Give Hydra the options that are not files, and the resolvers of ``${…}``.
 
-    ``${unique:}`` is six characters that keep apart two runs of the same name and second; ``${oc.env:}`` reads what the user allows.
+    ``${unique:}`` is six characters that distinguish runs of the same name and second; ``${oc.env:}`` reads variables that the user allows.
     """
     from secrets import token_hex
 
@@ -117,11 +117,11 @@ def prepare_hydra() -> None:
 
 @contextmanager
 def _session() -> Iterator[None]:
-    """Hydra's loader over ``conf/``; what it raises becomes a sentence."""
+    """Hydra's loader over ``conf/``; its exceptions become sentences."""
     GlobalHydra.instance().clear()
     prepare_hydra()
     try:
-        with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3", job_name="esper"):
+        with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="esper"):
             for own in conf.own():
                 _also(own)
             yield
@@ -176,10 +176,10 @@ def _with_value(sweep: Override, text: str) -> Override:
 
 def _refuse_unfitting_preset(tree: DictConfig) -> None:
     """Raise UserError where an experiment, arm or debug file sets a key that the chosen option of a group does not have."""
-    places = (conf.folder(), *conf.own())
+    places = (conf_folder(), *conf.own())
     for preset in PRESETS:
         name = tree.hydra.runtime.choices.get(preset)
-        for key in set_by(name, [place / preset for place in places]) if name else ():
+        for key in keys_set_by(name, [place / preset for place in places]) if name else ():
             group, _, leaf = key.partition(".")
             kind = options(group).get(tree[group].get("name")) if leaf and group in GROUPS else None
             if kind is not None and leaf.partition(".")[0] not in {field.name for field in fields(kind)}:
@@ -188,7 +188,7 @@ def _refuse_unfitting_preset(tree: DictConfig) -> None:
 
 
 def _tree(parsed: list[Override]) -> DictConfig:
-    """Hydra's composition; where it fails, or a key may be added, groups go first, so that keys are checked against what was chosen."""
+    """Hydra's composition. If it fails, or keys may be added, groups are composed first, to check the keys against the chosen options."""
     words = [str(item.input_line) for item in parsed]
     if not any(item.is_add() or item.is_force_add() or item.is_delete() for item in parsed):
         with suppress(Exception):  # whatever is wrong is said below, in our words where there are any
@@ -214,7 +214,7 @@ def _compose(parsed: list[Override]) -> Composed:
     internals.check_tree(tree.hydra)
     if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
-        refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf.folder(), *conf.own())])
+        refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf_folder(), *conf.own())])
     if _in_workers(tree):
         structure(LauncherConfig, {key: value for key, value in tree.hydra.launcher.items() if key != "_target_"}, "hydra.launcher")
     refuse_impossible(tree, here=internals.runs_here(tree.hydra))

@@ -1,29 +1,29 @@
-"""The options of the groups: esper's dataclasses, the files under ``conf/`` that say otherwise, and the user's own files.
+"""The options of the groups: esper's dataclasses, the files under ``conf/`` that override them, and the user's own files.
 
-All of it is read without Hydra, so that help is quick and spelling can be checked first. ``register`` hands Hydra the options
-that are a dataclass and no file.
+All of it is read without Hydra, so that help is quick and spelling can be checked first. ``register`` gives Hydra the options
+that exist as dataclasses only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-import esper
 from esper import config
-from esper.compare.config import LauncherConfig
 from esper.config import GROUPS, PRESETS
 from esper.errors import UserError
+from esper.fields import setting
 
 
-def folder() -> Path:
-    """``conf`` inside the installed package, or beside it in a checkout."""
-    package = Path(esper.__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
+@dataclass
+class LauncherConfig:
+    """The keys of ``hydra.launcher`` that esper defines."""
+
+    workers: int = setting(0, low=0, help="processes at once; 0: one per GPU, or per core where there is no GPU")
+    threads: int = setting(1, low=1, help="CPU threads of numerical libraries in each")
+    retry: bool = setting(False, help="run jobs again that failed in an earlier start of the same sweep")
 
 
 #: The user's own folders of options (``--config-dir``), laid out as ``conf`` is.
@@ -31,12 +31,12 @@ _own: list[Path] = []
 
 
 def forget() -> None:
-    """Take nothing but esper's own options in, until ``add``."""
+    """Forget all options but esper's own."""
     _own.clear()
 
 
 def add(path: str) -> Path:
-    """Take the options under ``path`` in; returns it as an absolute path.
+    """Add the options under ``path``, which is returned as an absolute path.
 
     Raises:
         UserError: no such folder, or files in it for which there is no group, or that would hide one of esper's own.
@@ -68,18 +68,18 @@ def options(group: str) -> list[str]:
 
 
 def _esper_options(group: str) -> set[str]:
-    files = {path.stem for path in (folder() / group).glob("*.yaml")}
+    files = {path.stem for path in (config.conf_folder() / group).glob("*.yaml")}
     return files | set(config.options(group)) if group in GROUPS else files
 
 
 def has_file(group: str, name: str) -> bool:
     """Whether a file makes the option; other options are a dataclass and nothing else."""
-    return any((place / group / f"{name}.yaml").is_file() for place in (folder(), *_own))
+    return any((place / group / f"{name}.yaml").is_file() for place in (config.conf_folder(), *_own))
 
 
 def description(group: str, name: str) -> str:
-    """What an option is, in one line: its dataclass's, or the first comment of its file."""
-    for place in (folder(), *_own):
+    """The description of an option in one line: from its dataclass, or the first comment of its file."""
+    for place in (config.conf_folder(), *_own):
         path = place / group / f"{name}.yaml"
         if path.is_file():
             comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -88,14 +88,14 @@ def description(group: str, name: str) -> str:
 
 
 def register() -> None:
-    """Give Hydra what no file says: the options that are a dataclass with another name, the keys of the root, our launcher."""
+    """Give Hydra the options that are dataclasses and not files, the keys of the root, and esper's launcher."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
     for group in GROUPS:
         for name, kind in config.options(group).items():
-            if not (folder() / group / f"{name}.yaml").is_file():
-                store.store(group=group, name=name, node=config.defaults(kind, name), provider="esper")
+            if not (config.conf_folder() / group / f"{name}.yaml").is_file():
+                store.store(group=group, name=name, node=config.option_values(kind, name), provider="esper")
     store.store(name="root", node=config.root_defaults(), provider="esper")
     workers = {"_target_": "hydra_plugins.esper_workers.WorkersLauncher", **dataclasses.asdict(LauncherConfig())}
     store.store(group="hydra/launcher", name="workers", node=workers, provider="esper")
@@ -104,15 +104,15 @@ def register() -> None:
 def register_for_sweeps() -> None:
     """Move options of single runs to ``<group>/single``: those of ``conf/sweep`` take their names and build on them.
 
-    Hydra warns of a file that has the name of an option in its store. ``register`` puts the options back for what comes after.
+    Hydra warns of a file that has the name of an option in its store. ``register`` puts the options back for later compositions.
     """
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for path in sorted((folder() / "sweep").glob("*/*.yaml")):
+    for path in sorted((config.conf_folder() / "sweep").glob("*/*.yaml")):
         group, name = path.parent.name, path.stem
         store.repo[group].pop(path.name, None)
-        node = config.defaults(config.options(group)[name], name)
+        node = config.option_values(config.options(group)[name], name)
         store.store(group=f"{group}/single", name=name, node=node, provider="esper")
 
 
@@ -122,21 +122,6 @@ def groups() -> dict[str, list[str]]:
     return {group: names for group, names in found.items() if names or group in PRESETS}
 
 
-def root() -> dict[str, Any]:
-    """``conf/config.yaml`` as it is written."""
-    tree: dict[str, Any] = yaml.safe_load((folder() / "config.yaml").read_text(encoding="utf-8"))
-    return tree
-
-
 def root_keys() -> dict[str, Any]:
     """The keys outside the groups, with their values."""
-    return config.root_defaults() | {key: value for key, value in root().items() if key not in ("defaults", "hydra")}
-
-
-def defaults() -> dict[str, str]:
-    """Group -> the option chosen when none is named."""
-    chosen: dict[str, str] = {}
-    for entry in root()["defaults"]:
-        if isinstance(entry, dict):
-            chosen.update({str(key).split()[-1]: str(value) for key, value in entry.items()})
-    return {group: name for group, name in chosen.items() if group in GROUPS}
+    return config.root_defaults() | {key: value for key, value in config.conf_root().items() if key not in ("defaults", "hydra")}

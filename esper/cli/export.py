@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.atomic_files import replacing
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.config import RootConfig, listing, nearest, plain
 from esper.errors import UserError
 from esper.export.program import refuse_without_onnx, to_onnx, to_pt2, traced
@@ -59,18 +59,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def _folder(place: Path, to: str) -> Path:
     """Where the model lies: where the finished run put it, else where it is put now, from the run's newest checkpoint."""
-    if not (place / CONFIG).is_file() and not (place / store.MANIFEST).is_file():
+    if not (place / CONFIG).is_file() and not (place / disk.MANIFEST).is_file():
         return model_folder(place)  # a saved model's folder, or neither, which is refused
     run, chosen, config, ended = saved_run(place)
     written = (run / MODEL / WEIGHTS).is_file()
     if chosen is None and written and ended == "FINISHED":
         return model_folder(run)
-    kept = None if chosen is not None else store.newest(run / store.FOLDER)
+    kept = None if chosen is not None else disk.newest(run / disk.FOLDER)
     if chosen is None and kept is None and written:
         return model_folder(run)
     if chosen is None and kept is None:
         raise UserError(f"The run in {run} has neither finished nor saved a checkpoint, so there is no model yet: esper resume={run}.")
-    checkpoint, state = store.read(chosen) if chosen is not None else kept[:2]  # type: ignore[index]
+    checkpoint, state = disk.read(chosen) if chosen is not None else kept[:2]  # type: ignore[index]
     for refusal in kept[2] if kept else ():
         print(f"esper: {refusal}", file=sys.stderr)
     print(f"esper: this is the model of {run} after step {checkpoint.step}; it is no finished run's", file=sys.stderr)

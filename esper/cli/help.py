@@ -10,7 +10,7 @@ from typing import Any
 
 from esper.cli import conf
 from esper.cli.programs import programs
-from esper.config import GROUPS, PRESETS, RootConfig, accepted, listing, nearest, options, shown
+from esper.config import GROUPS, PRESETS, RootConfig, accepted, default_options, listing, nearest, options, shown
 from esper.errors import UserError
 
 ABOUT = "neural networks that grow while they train, and proof of whether growing paid"
@@ -35,7 +35,7 @@ RECIPES = {
 
 
 def text(words: Sequence[str] = ()) -> str:
-    """What ``--help`` prints beside ``words``: all there is, or one group where a word names it.
+    """The text of ``--help`` beside ``words``: everything, or one group where a word names it.
 
     Raises:
         UserError: an option that the group does not have.
@@ -43,12 +43,12 @@ def text(words: Sequence[str] = ()) -> str:
     for word in words:
         group, _, option = word.partition("=")
         if group in GROUPS:
-            return _group(group, option or conf.defaults()[group], alone=bool(option))
+            return _group(group, option or default_options()[group], alone=bool(option))
     return _everything()
 
 
 def _everything() -> str:
-    chosen = conf.defaults()
+    chosen = default_options()
     lines = [f"esper: {ABOUT}", "", USAGE, "Programs:"]
     lines += [f"  {name:<12} {program.help}" for name, program in programs().items()]
     lines += ["", "Groups (* is the default; esper --help GROUP explains the keys, esper --cfg job prints every value):"]
@@ -81,7 +81,7 @@ def _group(group: str, option: str, alone: bool) -> str:
 
 
 def _keys(kind: type, values: Mapping[str, Any], path: str) -> list[str]:
-    """The keys of a dataclass, and of those within it, with what they mean and what they accept."""
+    """The keys of a dataclass, and of those within it, with their meanings and accepted values."""
     hints, lines = typing.get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         name, value = f"{path}.{field.name}", values[field.name]

@@ -1,7 +1,7 @@
-"""What a configuration may set of Hydra itself: folders, how a sweep runs, how much is logged, and nothing that leads to code.
+"""The settings of Hydra that a configuration may change: folders, the way a sweep runs, logging; none that leads to code.
 
-Hydra imports what its callbacks, loggers, launchers and sweepers name, imports the packages of its search path, and sets
-environment variables. So the keys below are all there are; whatever else of ``hydra.…`` a word or a file sets is refused.
+Hydra imports the classes that its callbacks, loggers, launchers and sweepers name, imports the packages of its search path, and sets
+environment variables. Only the keys below are accepted; any other ``hydra.…`` in a word or a file is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from esper.errors import UserError
 KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.verbose")
 GROUPS = ("hydra.launcher", "hydra.sweeper")
 
-#: What composing itself writes there.
+#: Keys that the composition itself writes.
 _COMPOSED = ("hydra.runtime", "hydra.overrides", "hydra.job.override_dirname")
 
 #: The launchers and sweepers that take data alone.
@@ -35,7 +35,7 @@ _OURS = (
 
 
 def check_words(words: Sequence[Override]) -> None:
-    """Refuse, before anything is composed, a word that sets of Hydra what it must not.
+    """Refuse, before anything is composed, a word that sets a forbidden key of Hydra.
 
     Raises:
         UserError: naming the key, and those that are accepted.
@@ -48,7 +48,7 @@ def check_words(words: Sequence[Override]) -> None:
 
 
 def check_tree(composed: DictConfig) -> None:
-    """Refuse a composed node ``hydra`` in which a file has set what no word may set, or that names a class nobody allowed.
+    """Refuse a composed node ``hydra`` in which a file has set a forbidden key, or that names a class that is not allowed.
 
     Raises:
         UserError: naming the key; for a class, the package to allow.

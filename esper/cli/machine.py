@@ -1,4 +1,4 @@
-"""What this machine surely cannot do, said before torch is imported; where that is not sure, torch is asked when the run starts."""
+"""Refusal of settings that cannot work on this machine, before torch is imported; in doubt, torch decides when the run starts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from esper.errors import UserError
 from esper.kernels.config import refused
 from esper.trainer.config import NO_GPU, NO_HALF
 
-#: What a driver for a GPU that torch can use leaves in a Linux system (NVIDIA, NVIDIA's Tegra, ROCm, WSL): without any there is none.
+#: Files of a driver for a GPU that torch can use on Linux (NVIDIA, NVIDIA's Tegra, ROCm, WSL): without any of them, there is no GPU.
 TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/dev/dxg")
 
 
 def may_have_gpu() -> bool:
-    """False where torch would surely find no GPU."""
+    """Whether torch may find a GPU; False only if it certainly finds none."""
     return sys.platform != "linux" or any(Path(trace).exists() for trace in TRACES)
 
 
 def refuse_impossible(tree: Any, here: bool) -> None:
-    """Raise UserError for a GPU, or what needs one, where there is none.
+    """Raise UserError for a GPU, or a setting that needs one, where there is none.
 
     ``tree`` is a composed configuration, not yet checked; its runs are made on this machine if ``here`` is true.
     """

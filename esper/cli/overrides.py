@@ -1,4 +1,4 @@
-"""Checks what was typed, override by override, so that every mistake is a sentence and none is Hydra's traceback."""
+"""Checks of the typed overrides, one by one, so that every mistake gets a sentence instead of Hydra's traceback."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def parse(words: Sequence[str]) -> list[Override]:
 
 
 def quoted(words: Sequence[str]) -> list[str]:
-    """The words as Hydra must have them.
+    """The words in the form that Hydra requires.
 
-    Option names that its grammar would read as numbers are quoted (``debug=nan``), and keys of which no file knows are added:
-    arguments of the user's own parts (``model.args.width=64``), and what stands in braces (``compare.fresh_seeds={again:1000}``).
+    Option names that its grammar would read as numbers are quoted (``debug=nan``), and keys that stand in no file are marked as new:
+    arguments of the user's own parts (``model.args.width=64``), and values in braces (``compare.fresh_seeds={again:1000}``).
     """
     return [_quote(word) for word in words]
 
@@ -76,7 +76,7 @@ def is_group(override: Override) -> bool:
 
 
 def check_group(override: Override) -> None:
-    """Refuses an option that the group has no file for.
+    """Refuses an option that the group does not have.
 
     Raises:
         UserError: naming the group's options and the nearest.
@@ -94,7 +94,7 @@ def check_group(override: Override) -> None:
 
 
 def check_key(override: Override, tree: Mapping[str, Any]) -> None:
-    """Refuses a key that the composed ``tree`` has no place for.
+    """Refuses a key that the composed ``tree`` does not have.
 
     Raises:
         UserError: naming the nearest key.
@@ -128,7 +128,7 @@ def check_single(overrides: Sequence[Override]) -> None:
 
 
 def _unknown(key: str, path: Sequence[str], node: Any, tree: Mapping[str, Any]) -> str:
-    """The sentence about a key that is not there."""
+    """The sentence about an unknown key."""
     leaf = key.split(".")[-1]
     everywhere = _dotted(tree)
     if not path:

@@ -1,7 +1,7 @@
 """The programs behind the first word of the command line, loaded when they are called.
 
-Beside esper's own there are those that the user's ``esper.yaml`` names, each a function of a package that was allowed. Entry points of
-installed packages would be a shorter way, and would let any of them add a program without the user's decision.
+Besides esper's own there are those that the user's ``esper.yaml`` names, each a function of an allowed package. Entry points of
+installed packages would be simpler, but would let any package add a program without the user's decision.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class OwnProgram(Program):
         """The function.
 
         Raises:
-            UserError: as ``esper.custom.locate``; a class, or what cannot be called.
+            UserError: as ``esper.custom.locate``; a class, or an object that cannot be called.
         """
         key = f"programs.{self.name}"
         found: Any = custom.locate(self.target, key)

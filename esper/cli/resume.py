@@ -1,7 +1,7 @@
-"""``resume=`` and ``fork=`` on the command line: going on with the same bits or, in a new run, with other settings.
+"""``resume=`` and ``fork=`` on the command line: continue a run with the same bits or, as a new run, with other settings.
 
 ``resume=<run folder>`` (or one of its checkpoints) takes the config stored there; ``resume=auto`` looks under ``output`` for
-the run of this very configuration that did not end; ``fork=<run folder>`` starts a new run from that state.
+the unfinished run of exactly this configuration; ``fork=<run folder>`` starts a new run from that state.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def go_on(start: Start) -> int:
-    """Train on from there; returns the exit code."""
+    """Continue training from there; returns the exit code."""
     from esper.running.run import run
 
     _log_to(start.folder)
@@ -56,9 +56,9 @@ def go_on(start: Start) -> int:
 
 
 def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> Start:
-    """The run in ``place`` (its folder, or one of its checkpoints) as it goes on.
+    """The run to continue in ``place`` (its folder, or one of its checkpoints).
 
-    ``fall_back`` passes over damaged checkpoints to the newest that is whole; else they are refused.
+    With ``fall_back`` damaged checkpoints are skipped; else they are refused.
     Raises UserError for a run that is finished or running, and for an override that would change the bits.
     """
     folder, chosen = locate(place)
@@ -82,10 +82,10 @@ def resume(place: Path, words: Sequence[str] = (), fall_back: bool = False) -> S
 
 
 def fork(place: Path, words: Sequence[str] = ()) -> Start:
-    """A new run, in a folder of its own, that begins with the state in ``place`` and its settings with ``words`` changed.
+    """A new run, in its own folder, that begins with the state in ``place`` and with its settings changed by ``words``.
 
-    An optimizer or a controller of another kind than the run had begins anew, which is said on stderr. Raises UserError where
-    there is no state, or none that fits, or nothing is left to train.
+    An optimizer or a controller of another kind starts over, with a message on stderr. Raises UserError if there is no state, if it
+    does not fit, or if nothing is left to train.
     """
     folder, chosen = locate(place)
     before, config = _before_and_after(*saved_config(folder), words)
@@ -112,7 +112,7 @@ def fork(place: Path, words: Sequence[str] = ()) -> Start:
 
 
 def auto(config: RootConfig, folder: Path) -> Start | None:
-    """The run that ``resume=auto`` goes on with, or None; a new run of this config would lie in ``folder``."""
+    """The run that ``resume=auto`` continues, or None; the folder of a new run of this config would be ``folder``."""
     found = unfinished(config, folder)
     if found is None:
         print(f"resume=auto: no unfinished run of this configuration under {config.output}; a new one begins", file=sys.stderr)
@@ -139,7 +139,7 @@ def _matches(key: str, pattern: str) -> bool:
 
 
 def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """``tree`` with each ``key=value`` or ``group=option`` put in; the checks are ``build``'s."""
+    """``tree`` with each ``key=value`` or ``group=option`` applied; ``build`` checks the result."""
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or word.startswith(("-", "~")):
@@ -161,7 +161,7 @@ def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 
 def _place(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """Where in the tree a setting stands. Raises UserError for one that the run does not have."""
+    """The mapping and key of a setting in the tree. Raises UserError for one that the run does not have."""
     name = key.lstrip("+")
     *parents, leaf = name.split(".")
     node: Any = tree
@@ -184,7 +184,7 @@ def _before_and_after(tree: dict[str, Any], choices: dict[str, str], words: Sequ
 
 
 def _lengths(before: RootConfig, config: RootConfig) -> tuple[int, int]:
-    """Optimizer steps before and after, or 0 and 0 where nothing was changed: the data, which say how long an epoch is, cost time."""
+    """Optimizer steps before and after; 0 and 0 if nothing was changed, to save reading the data for the length of an epoch."""
     if (before.trainer.steps, before.trainer.epochs) == (config.trainer.steps, config.trainer.epochs):
         return 0, 0
     return total_steps(before), total_steps(config)

@@ -1,4 +1,4 @@
-"""What the command line says when the system refuses a file, a folder or a word."""
+"""The sentences for errors of the system: a file, a folder or a word that it refuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esper.errors import Removed, UserError
 _ELSEWHERE = "or set output=<another folder>"
 _ROOM, _RIGHT = f"free some space, {_ELSEWHERE}", f"get the right to use it, {_ELSEWHERE}"
 
-#: What to do about it.
+#: The remedy for each error.
 STORAGE = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -30,18 +30,18 @@ STORAGE = {
 
 
 def known(error: OSError) -> bool:
-    """Whether there is a sentence about it; what is none of the user's doing keeps its traceback."""
+    """Whether there is a sentence for this error; one that the user did not cause keeps its traceback."""
     return error.errno in STORAGE or isinstance(error, Removed)
 
 
 def sentence(error: OSError) -> str:
-    """What happened to which file, and what to do."""
+    """The event, the file, and the remedy."""
     way_out = "let a run keep its folder until it ends" if isinstance(error, Removed) else STORAGE[error.errno or 0]
     return f"{error.filename or 'An output'}: {str(error.strerror).lower()}; {way_out}."
 
 
 def refuse_unusable(words: Sequence[str]) -> None:
-    """Raise UserError where esper cannot even begin: no current folder, or words that are no text."""
+    """Raise UserError where esper cannot even begin: no current folder, or words that are not text."""
     try:
         os.getcwd()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the log shows on the terminal: sentences; tracebacks are in the run's ``esper.log``."""
+"""The log on the terminal: sentences; tracebacks are in the run's ``esper.log``."""
 
 from __future__ import annotations
 

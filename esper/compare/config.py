@@ -33,12 +33,3 @@ class CompareConfig:
     final_of: dict[str, str] = setting({}, help="arm: arm with whose kept branches it starts, seed by seed")
     fresh_seeds: dict[str, int] = setting({}, low=0, help="arm: number added to its seeds, for an A/A test")
     equal_macs: dict[str, str] = setting({}, help="arm: a/b, it spends the MACs of arm a at the price a step has in arm b")
-
-
-@dataclass
-class LauncherConfig:
-    """The keys of ``hydra.launcher`` that esper defines."""
-
-    workers: int = setting(0, low=0, help="processes at once; 0: one per GPU, or per core where there is no GPU")
-    threads: int = setting(1, low=1, help="CPU threads of numerical libraries in each")
-    retry: bool = setting(False, help="run jobs again that failed in an earlier start of the same sweep")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import same
 from esper.config import UNHASHED
 from esper.errors import UserError
@@ -16,7 +16,7 @@ from esper.report.summary_file import read_summary
 from esper.running.callbacks import read_checksums
 from esper.running.run_folder import CONFIG, read_config
 from esper.tracking.run_info import flatten
-from esper.trainer.fingerprint import untimed
+from esper.trainer.evaluation import untimed
 
 METRICS = "metrics.parquet"
 USAGE = "usage: esper compare fingerprint <run folder> <run folder>"
@@ -89,7 +89,7 @@ def _environments_of(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _environments(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> Iterator[Difference]:
-    """Differences of the environments, for every step from which one of the runs had another one; each is told once."""
+    """Differences of the environments, for every step from which one of the runs had another one; each is reported once."""
     said: set[str] = set()
     for step in sorted({life["since"] for life in (*a, *b)}):
         here, there = (_at(step, lives) for lives in (a, b))
@@ -155,12 +155,12 @@ def _first_noted(first: Path, second: Path) -> Iterator[Difference]:
 
 def _first_weights(first: Path, second: Path) -> Iterator[Difference]:
     """The first checkpoint that both have and that differs, with the first tensor in it that does."""
-    common = {path.name for path in store.checkpoints(first / store.FOLDER)} & {p.name for p in store.checkpoints(second / store.FOLDER)}
+    common = {path.name for path in disk.checkpoints(first / disk.FOLDER)} & {p.name for p in disk.checkpoints(second / disk.FOLDER)}
     if not common:
         yield Difference("weights", "no step is left of which both have a checkpoint; trainer.checkpoint_keep keeps more of them")
     before = "there is no earlier checkpoint that both have"
     for name in sorted(common):
-        a, b = (store.read(folder / store.FOLDER / name)[1]["trainer"] for folder in (first, second))
+        a, b = (disk.read(folder / disk.FOLDER / name)[1]["trainer"] for folder in (first, second))
         for part in ("host", "buffers", "optimizer", "grow"):
             if (part != "grow" and not same(a[part], b[part])) or (part == "grow" and not same(a[part]["garden"], b[part]["garden"])):
                 where = next((f" ({key})" for key in a[part] if not same(a[part][key], b[part].get(key))), "") if part == "host" else ""

@@ -10,24 +10,24 @@ from esper.messages import CONTROLLER, Command, Decided, Message, TickEnded
 class Controller(Protocol):
     """Decides which seeds germinate, with which blueprint, and when.
 
-    It knows the bus's messages alone. The same messages in the same order lead to the same commands: runs repeat.
+    It knows only the bus's messages. The same messages in the same order lead to the same commands, so that runs repeat.
     """
 
     def observe(self, message: Message) -> None:
         """Take note of an event, a telemetry message or an acknowledgement."""
 
     def decide(self, tick: int) -> list[Command]:
-        """Commands on everything observed up to ``tick``; the trainer applies them at the next tick."""
+        """Commands in answer to everything observed up to ``tick``; the trainer applies them at the next tick."""
 
     def state(self) -> dict[str, Any]:
-        """All that it remembers, JSON-able, for a checkpoint."""
+        """The controller's memory as plain values for JSON, for a checkpoint."""
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
 
 
 def decision(ended: TickEnded) -> Decided:
-    """The mark that follows the commands of a tick: with it they count."""
+    """The message that follows the commands of a tick; they count once it has come."""
     return Decided(id=f"{CONTROLLER}-{ended.tick}-decided", tick=ended.tick, epoch=ended.epoch)
 
 

@@ -1,4 +1,4 @@
-"""The books that controllers keep: open germinations, parameters grown, and plateaus of a metric."""
+"""Bookkeeping of the controllers: open germinations, parameters grown, and plateaus of a metric."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Attempts:
 
     @property
     def open(self) -> list[Seed]:
-        """Seeds asked for whose answer has not come."""
+        """Seeds whose Germinate command was not acknowledged yet."""
         return list(self._open.values())
 
     def sent(self, command: Germinate) -> None:
@@ -30,7 +30,7 @@ class Attempts:
         self._open[command.id] = (command.site, command.seed)
 
     def observe(self, message: Message) -> None:
-        """Take note of answers and of seeds that lost their branch."""
+        """Take note of acknowledgements and of seeds that lost their branch."""
         if isinstance(message, Acknowledgement) and message.status != "delivered":
             seed = self._open.pop(message.command_id, None)
             if seed is not None and message.status == "applied":
@@ -131,10 +131,10 @@ class Budget:
 
 
 class Plateau:
-    """The best value so far and the tick since which nothing better came.
+    """The best value so far, and the tick since which there was none better.
 
-    Better means: by more than ``min_improvement`` as a share of the best value's size. A value that is not finite is no
-    measurement.
+    A value is better if it improves by more than ``min_improvement`` of the best value's size. A value that is not finite
+    is ignored.
     """
 
     def __init__(self, direction: str, min_improvement: float) -> None:
@@ -157,7 +157,7 @@ class Plateau:
         return tick - self.since if self.best is not None else 0
 
     def restart(self, tick: int) -> None:
-        """Count anew from ``tick``: something was done about it."""
+        """Start counting again at ``tick``, after an action."""
         self.since = tick
 
     def state(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from esper.processes import ControllerPlace
 
 @dataclass
 class HeuristicConfig(ControllerPlace):
-    """When a wave of germinations starts, how large it is, where it goes, and what it may cost."""
+    """When a wave of germinations starts, its size, its places and its limit of parameters."""
 
     name: str = "heuristic"
     germinate_at: str = setting("10%", unit="duration or empty", help="time of the first wave; empty: only plateaus start waves")
@@ -127,7 +127,7 @@ class HeuristicController:
         return [place for _, place in sorted(scored, key=lambda entry: -entry[0])]
 
     def _affordable(self, places: list[Seed]) -> list[Seed]:
-        """Those of ``places`` that fit the budget one after the other."""
+        """The ``places`` that fit the budget, taken in order."""
         left = self.budget.limit - self.budget.used - sum(self.budget.cost(site) for site, _ in self.attempts.open)
         fitting = []
         for site, seed in places:

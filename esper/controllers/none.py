@@ -11,7 +11,7 @@ from esper.processes import ControllerPlace
 
 @dataclass
 class NoneConfig(ControllerPlace):
-    """Nothing but where it lives."""
+    """No settings but the place where the controller runs."""
 
     name: str = "none"
 
@@ -35,4 +35,4 @@ class NoController:
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Nothing to go on from."""
+        """There is no state to load."""

@@ -1,4 +1,4 @@
-"""``random``: the control arm. It germinates a set number of seeds, at places and times drawn by lot."""
+"""``random``: the control arm. It germinates a set number of seeds, at random places and times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from esper.processes import ControllerPlace
 
 @dataclass
 class RandomConfig(ControllerPlace):
-    """How many seeds, between when and when."""
+    """The number of seeds, and the span in which they germinate."""
 
     name: str = "random"
     count: int = setting(4, low=0, high=10**6, unit="seeds", help="seeds that germinate in the run; a refused one is replaced")
@@ -76,12 +76,12 @@ class RandomController:
         return sorted(lot.randint(first, last) for _ in range(self.config.count))
 
     def _lot(self, *purpose: str | int) -> random.Random:
-        """A generator of its own for one purpose, so that all that a checkpoint needs is how many draws there were."""
+        """A separate generator for one purpose, so that a checkpoint needs only the number of draws."""
         text = "\x1f".join(map(str, (self.seed, CONTROLLER, *purpose)))
         return random.Random(int.from_bytes(hashlib.sha256(text.encode()).digest(), "big"))
 
     def decide(self, tick: int) -> list[Command]:
-        """Germinate as many as are due and neither applied nor under way."""
+        """Germinate the seeds that are due and neither applied nor under way."""
         due = sum(time <= tick for time in self.times) - self.attempts.applied - len(self.attempts.open)
         commands: list[Command] = []
         for n in range(due):
@@ -103,7 +103,7 @@ class RandomController:
         return commands
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; the times are drawn again when the run goes on."""
+        """JSON-able; the times are drawn again when the run continues."""
         return {"view": self.view.state(), "attempts": self.attempts.state(), "draws": self.draws}
 
     def load_state(self, state: dict[str, Any]) -> None:

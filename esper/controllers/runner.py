@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Contained:
-    """The controller itself, without its exceptions. A UserError is a sentence for the user, and ends the run as ever.
+    """A controller whose exceptions are caught and counted. A UserError is meant for the user, and ends the run.
 
-    With ``debug`` nothing is contained. Sentences for the bus wait in ``complaints``.
+    With ``debug`` nothing is caught. ``complaints`` holds the sentences for the bus.
     """
 
     def __init__(self, controller: Controller, debug: bool = False) -> None:
@@ -33,7 +33,7 @@ class Contained:
 
     @property
     def dismissed(self) -> bool:
-        """Whether it is asked no more."""
+        """Whether it raised so often that it is no longer asked."""
         return self.raised >= REPEATED
 
     def observe(self, message: Message) -> None:
@@ -68,7 +68,7 @@ class Contained:
             self.complaints.append(text)
 
     def state(self) -> dict[str, Any]:
-        """The controller's own, and how often it has raised, if it has."""
+        """The controller's own state, and the number of its exceptions, if there were any."""
         return {**self.own.state(), **({_COUNT: self.raised} if self.raised else {})}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ _HEARD = ("events", "acks", "telemetry")
 class ControllerRunner:
     """Feeds a controller the messages of the run, and sends its commands, each tick's followed by Decided.
 
-    Make it before the run starts: a stream that nobody listens to is not kept.
+    Make it before the run starts: a stream without a reader is not kept.
     """
 
     def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller", debug: bool = False) -> None:
@@ -110,7 +110,7 @@ class ControllerRunner:
             self._hear_all(stream)
 
     def serve(self, block_s: float = 1.0, idle_s: float | None = None) -> str | None:
-        """In a process of its own: decide on every tick that ends, until the run does.
+        """In its own process: decide on every tick that ends, until the run ends.
 
         Args:
             block_s: how long one read waits, in seconds.

@@ -69,7 +69,7 @@ class Entry:
 
 
 def read_script(script: Sequence[Any]) -> list[Entry]:
-    """The entries of a script; raises UserError naming the first that cannot be read, and what is accepted."""
+    """The entries of a script; raises UserError naming the first that cannot be read, and the accepted forms."""
     return [_read(number, given) for number, given in enumerate(script)]
 
 

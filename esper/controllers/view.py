@@ -21,7 +21,7 @@ LOST = (Stage.CULLED, Stage.CANCELLED, Stage.ROLLED_BACK)
 
 
 class RunView:
-    """Sites, length and stages of the run it hears about.
+    """Sites, length and stages of the run whose messages it hears.
 
     A site's dict may carry ``stages``, one number a seed, where a run goes on from a checkpoint; a seed of which
     nothing was heard is DORMANT.
@@ -80,7 +80,7 @@ class RunView:
         return self.total_ticks - 1
 
     def ticks(self, text: str) -> int:
-        """A duration in ticks of this run; raises UserError for epochs, whose length no message tells."""
+        """A duration in ticks of this run; raises UserError for epochs, because no message contains their length."""
         check_duration(text)
         return parse(text).ticks(self.total_ticks, 0)
 

@@ -1,10 +1,10 @@
-"""What ``attach`` was given, looked at before anything is done with it: one sentence for every mistake."""
+"""Checks of the arguments of ``attach``, before anything is done with them: one sentence for every mistake."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from esper.errors import UserError
 from esper.flags import FlagsConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
+from esper.lifecycle.config import OBJECTIVES
 from esper.seeds import TelemetryConfig
 
-#: What a number counts; none of them makes sense below one.
+#: The things that each number counts; none makes sense below one.
 _COUNTS = {
     "total_steps": "the optimizer steps of the run",
     "per_site": "the seeds that share a site",
@@ -39,7 +40,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "state": ((Mapping, str, Path), "what grow.state() gave, or where save_branches wrote it"),
     "seed": (Integral, "a whole number"),
 }
-#: What objects of any kind can do, and how they are asked for.
+#: The method that an object of any kind must have, and the words for it.
 _METHODS = {"scaler": ("get_scale", "the loop's torch.amp.GradScaler"), "port": ("started", "an esper.engine.port.Port")}
 _KERNELS = KernelConfig.__dataclass_fields__["name"].metadata["choices"]
 
@@ -65,6 +66,7 @@ def check_arguments(given: dict[str, Any]) -> None:
         _check_loss(name, given[name])
     _check_judge(given["judge"])
     _check_blueprint(given["blueprint"])
+    _check_lifecycle(given["lifecycle"] or LifecycleConfig())
 
 
 def _check_model(model: Any) -> None:
@@ -95,6 +97,9 @@ def _check_judge(judge: Any) -> None:
         raise UserError("judge is one batch; it takes batches: give [batch], or a DataLoader of data kept for judging.")
     if isinstance(judge, str) or not isinstance(judge, Iterable):
         raise UserError(f"judge is {_a(judge)}; it takes batches: a list of them, or a DataLoader.")
+    if isinstance(judge, Iterator):  # empty after one look, so that every branch would be culled
+        kind = type(judge).__name__
+        raise UserError(f"judge=… is a {kind}, which can be gone through only once; give a list of batches or a DataLoader.")
 
 
 def _check_blueprint(blueprint: Any) -> None:
@@ -107,8 +112,15 @@ def _check_blueprint(blueprint: Any) -> None:
         _check_settings(blueprint)
 
 
+def _check_lifecycle(lifecycle: LifecycleConfig) -> None:
+    for key, accepted in (("objective", OBJECTIVES), ("clock", ("step", "epoch"))):
+        given = getattr(lifecycle, key)
+        if given not in accepted:
+            raise UserError(f"lifecycle.{key}={given} is not accepted; it takes {' or '.join(accepted)}.")
+
+
 def _check_settings(blueprint: Blueprint | Block) -> None:
-    """What grew is saved with its blueprint's settings: better said now than after the training."""
+    """Branches are saved with their blueprint's settings: an error now is better than one after the training."""
     for name, value in dataclasses.asdict(blueprint).items():
         try:
             json.dumps(value)
@@ -120,6 +132,6 @@ def _check_settings(blueprint: Blueprint | Block) -> None:
 
 
 def _a(value: Any) -> str:
-    """``a dict``, ``an int``; the class's own name where that is what was given."""
+    """``a dict``, ``an int``; the class's own name where a class was given."""
     name = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     return name if isinstance(value, type) else f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -1,9 +1,9 @@
-"""``attach``: put seeds on a model, in one call, for esper's own loop and for anybody else's."""
+"""``attach``: put seeds on a model, in one call, for esper's own loop and for every other."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from esper.blueprints.heads import is_attention
 from esper.engine.arguments import check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
 from esper.engine.grow import Grow, GrowSettings
-from esper.engine.learning.branch_optimizer import BranchLearning
+from esper.engine.judging.judge import LossFunction
+from esper.engine.learning.branch_optimizer import BranchLearning, HostRate
 from esper.engine.learning.inheritance import refuse_uninheritable
-from esper.engine.learning.learning_rate import HostRate
 from esper.engine.learning.losses import as_tensor_loss, probing
 from esper.engine.port import Port, controlled_port, remind
 from esper.engine.saved_state import read_state
@@ -28,15 +28,14 @@ from esper.flags import Flags, FlagsConfig
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.grafting import GraftingConfig, Rule, longest_ramp, strategy_of
 from esper.kernels import KernelConfig, Kernels
-from esper.lifecycle import LifecycleConfig, resolve
-from esper.lifecycle.config import OBJECTIVES
+from esper.lifecycle import Ages, LifecycleConfig, resolve
 from esper.lifecycle.duration import parse
 from esper.randomness import global_draws_kept
 from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
-from esper.seeds.block_trial import refuse_rigid, refuse_unanswering
+from esper.seeds.block_trial import refuse_rigid, refuse_uncallable_blocks
+from esper.seeds.compiled_modules import host_modules
 from esper.seeds.layer import device_of
 from esper.seeds.registry import AnyBlueprint
-from esper.seeds.wrappers import host_modules
 
 
 @global_draws_kept()
@@ -72,7 +71,7 @@ def attach(
     """Put seeds on ``model`` and return the handle that a training loop calls.
 
     Args:
-        model: the host, already on its device. Its outputs and gradients stay what they were until something is blended.
+        model: the host, already on its device. Its outputs and gradients do not change until something is blended.
         total_steps: optimizer steps of the run; durations in ``%`` refer to it.
         loss: ``loss(model, batch)``: one value (the mean), one a sample, or an output with ``.loss``; default the model's own,
             ``model(**batch).loss``.
@@ -87,12 +86,12 @@ def attach(
         scaler: the loop's ``GradScaler``, if it has one.
         kernel: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, or settings with a canary.
         flags: at which sites growth and kernels are on, as in ``FlagsConfig(growth=GrowthFlag(block=["head"]))`` of ``esper.flags``.
-        controller: who decides what grows: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
-            or an object of your own; ``None`` for nobody, so that every seed stays dormant.
+        controller: decides about growth: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
+            or an object of your own; with ``None`` every seed stays dormant.
         port: a bus to hear and command over, instead of a ``controller`` in this process.
-        debug: raise what the code of a branch, strategy or controller raises, instead of going on without it.
-        state: what ``grow.state()`` gave on a model of the same topology, or where ``save_branches`` wrote it, to go on from. The model
-            and the optimizer have what the loop saved of them by then.
+        debug: raise the exceptions of a branch, strategy or controller, instead of continuing without it.
+        state: the result of ``grow.state()`` on a model of the same topology, or the path of ``save_branches``, to continue from. The model
+            and the optimizer must already have their saved states.
 
     Raises:
         UserError: an argument of another kind, a pattern that matches no module, a schedule that cannot end, a blueprint that fits no
@@ -100,70 +99,105 @@ def attach(
     """
     check_arguments(locals())
     model, kept = fit(model), None if state is None else read_state(state)
-    loss = as_tensor_loss(loss)
-    lifecycle = lifecycle or LifecycleConfig()
-    chosen = _blueprint(blueprint)
-    strategy = _strategy(grafting)
-    _refuse_words(lifecycle)
-    _refuse_spent(judge)
-    sample = _sample(sample, judge)
-    patterns = [sites] if isinstance(sites, str) else list(sites)
-    widens = isinstance(chosen, Width)
-    per_site = 1 if isinstance(chosen, Block) or widens else per_site
-    if isinstance(chosen, (Width, Heads)) and lifecycle.objective != "shadow":
-        raise UserError(
-            f"blueprint={chosen.name} learns by lifecycle.objective=shadow alone, not {lifecycle.objective}: it reads another activation."
-        )
-    if isinstance(chosen, Heads) and patterns == ["auto"]:
-        patterns = [name for name, module in host_modules(model).items() if is_attention(module)]
-        if not patterns:
-            raise UserError("blueprint=heads finds no attention layer to which it could add heads in this host; choose another blueprint.")
-    moved = to_device(sample, device_of(model))
-    forward = probing(loss, model, moved)
-    with untouched_buffers(model):
-        found = find_sites(model, patterns, per_site, forward, blocks=isinstance(chosen, Block), widths=widens)
-        _refuse_misfits(chosen, found)
-        if isinstance(chosen, Block):
-            refuse_unanswering(model, found, forward)
-        if isinstance(chosen, Heads):
-            refuse_rigid(model, found, forward)
-    steps_per_tick = steps_per_epoch if lifecycle.clock == "epoch" else 1
-    total_ticks = max(1, total_steps // steps_per_tick)
-    per_epoch = 1 if lifecycle.clock == "epoch" else steps_per_epoch
-    worst = partial(longest_ramp, strategy)
-    ages = resolve(lifecycle, strategy.ramp, warmup, total_ticks, per_epoch, steps_per_tick, worst, _decided(port, controller))
-    flagged = Flags(flags, type(model).__name__)
-    flagged.refuse_unmatched([site.name for site in found])
-    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
-    rate = HostRate(optimizer, kept)
-    own_warmup = parse(warmup).ticks(total_steps, steps_per_epoch) or 1
-    registry = SeedRegistry(model, found, chosen, seed, lifecycle.objective != "reconstruction", kernels, flagged)
-    own = dataclasses.replace(learning or rate.learning(), warmup=own_warmup)
-    block = chosen if isinstance(chosen, Block) else None
-    if block is not None:
-        refuse_uninheritable(block.state, optimizer, own)
-        untie = parse(block.untie).ticks(total_ticks, per_epoch, steps_per_tick) if block.untie else None
-        ages = dataclasses.replace(ages, untie=untie)
+    lifecycle, loss = lifecycle or LifecycleConfig(), as_tensor_loss(loss)
+    branch_kind, strategy, rate = _blueprint(blueprint), _strategy(grafting), HostRate(optimizer, kept)
+    _refuse_objective(branch_kind, lifecycle)
+    found = _find_sites(model, branch_kind, sites, per_site, loss, _sample(sample, judge))
+    length = _Length(total_steps, steps_per_epoch, lifecycle.clock)
+    own = dataclasses.replace(learning or rate.learning(), warmup=parse(warmup).ticks(total_steps, steps_per_epoch) or 1)
+    ages = length.ages(lifecycle, strategy, warmup, _decided(port, controller))
+    if isinstance(branch_kind, Block):
+        refuse_uninheritable(branch_kind.state, optimizer, own)
+        ages = dataclasses.replace(ages, untie=length.ticks_of(branch_kind.untie) if branch_kind.untie else None)
     settings = GrowSettings(
         lifecycle=lifecycle,
         ages=ages,
         grafting=strategy,
-        telemetry=_per_tick(telemetry or TelemetryConfig(), steps_per_tick),
+        telemetry=length.per_tick(telemetry or TelemetryConfig()),
         learning=own,
-        total_ticks=total_ticks,
-        steps_per_tick=steps_per_tick,
+        total_ticks=length.ticks,
+        steps_per_tick=length.steps_per_tick,
         accumulate=accumulate,
         count_macs=count_macs,
         debug=debug,
     )
-    registry.layers[-1].rooted = not any(p.requires_grad for p in model.parameters())
+    registry = _registry(model, found, branch_kind, seed, lifecycle, kernel, flags)
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
     return Grow(registry, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
 
 
-def _per_tick(telemetry: TelemetryConfig, steps_per_tick: int) -> TelemetryConfig:
-    """``every`` counted in ticks: with an epoch's clock, ten of them would leave a controller without news for most of a run."""
-    return dataclasses.replace(telemetry, every=max(1, telemetry.every // steps_per_tick))
+@dataclasses.dataclass(frozen=True)
+class _Length:
+    """The run's length, and the ticks that ``clock`` makes of its steps."""
+
+    steps: int
+    steps_per_epoch: int
+    clock: str
+
+    @property
+    def steps_per_tick(self) -> int:
+        return self.steps_per_epoch if self.clock == "epoch" else 1
+
+    @property
+    def ticks(self) -> int:
+        return max(1, self.steps // self.steps_per_tick)
+
+    def ages(self, lifecycle: LifecycleConfig, strategy: GraftingConfig, warmup: str, decided: bool) -> Ages:
+        per_epoch = 1 if self.clock == "epoch" else self.steps_per_epoch
+        worst = partial(longest_ramp, strategy)
+        return resolve(lifecycle, strategy.ramp, warmup, self.ticks, per_epoch, self.steps_per_tick, worst, decided)
+
+    def ticks_of(self, text: str) -> int:
+        return parse(text).ticks(self.ticks, 1 if self.clock == "epoch" else self.steps_per_epoch, self.steps_per_tick)
+
+    def per_tick(self, telemetry: TelemetryConfig) -> TelemetryConfig:
+        """``every`` counted in ticks: with an epoch's clock, ten of them would leave a controller without news for most of a run."""
+        return dataclasses.replace(telemetry, every=max(1, telemetry.every // self.steps_per_tick))
+
+
+def _registry(
+    model: nn.Module,
+    sites: list[Site],
+    blueprint: AnyBlueprint,
+    seed: int,
+    lifecycle: LifecycleConfig,
+    kernel: str | KernelConfig,
+    flags: FlagsConfig | None,
+) -> SeedRegistry:
+    flagged = Flags(flags, type(model).__name__)
+    flagged.refuse_unmatched([site.name for site in sites])
+    kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
+    registry = SeedRegistry(model, sites, blueprint, seed, lifecycle.objective != "reconstruction", kernels, flagged)
+    registry.layers[-1].forces_grad = not any(p.requires_grad for p in model.parameters())
+    return registry
+
+
+def _find_sites(
+    model: nn.Module, blueprint: AnyBlueprint, sites: str | list[str], per_site: int, loss: LossFunction, sample: Any
+) -> list[Site]:
+    """The sites that match; each can carry the blueprint, or a UserError says why none can."""
+    patterns, widens = [sites] if isinstance(sites, str) else list(sites), isinstance(blueprint, Width)
+    block = isinstance(blueprint, Block)
+    if isinstance(blueprint, Heads) and patterns == ["auto"]:
+        patterns = [name for name, module in host_modules(model).items() if is_attention(module)]
+        if not patterns:
+            raise UserError("blueprint=heads finds no attention layer to which it could add heads in this host; choose another blueprint.")
+    forward = probing(loss, model, to_device(sample, device_of(model)))
+    with untouched_buffers(model):
+        found = find_sites(model, patterns, 1 if block or widens else per_site, forward, blocks=block, widths=widens)
+        _refuse_misfits(blueprint, found)
+        if block:
+            refuse_uncallable_blocks(model, found, forward)
+        if isinstance(blueprint, Heads):
+            refuse_rigid(model, found, forward)
+    return found
+
+
+def _refuse_objective(blueprint: AnyBlueprint, lifecycle: LifecycleConfig) -> None:
+    if isinstance(blueprint, (Width, Heads)) and lifecycle.objective != "shadow":
+        raise UserError(
+            f"blueprint={blueprint.name} learns by lifecycle.objective=shadow alone, not {lifecycle.objective}: it reads elsewhere."
+        )
 
 
 def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dict[str, Any] | None) -> Port | None:
@@ -175,7 +209,7 @@ def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dic
 
 
 def _decided(port: Port | None, controller: Any) -> bool:
-    """Whether anybody may ever let something grow; a port may say so of who commands over it."""
+    """Whether anything may ever grow; a port may say that no command will come over it."""
     return getattr(controller, "name", controller) != "none" and bool(getattr(port, "decided", True))
 
 
@@ -199,26 +233,13 @@ def _strategy(grafting: str | GraftingConfig | Rule) -> GraftingConfig:
     return made
 
 
-def _refuse_words(lifecycle: LifecycleConfig) -> None:
-    for key, accepted in (("objective", OBJECTIVES), ("clock", ("step", "epoch"))):
-        given = getattr(lifecycle, key)
-        if given not in accepted:
-            raise UserError(f"lifecycle.{key}={given} is not accepted; it takes {' or '.join(accepted)}.")
-
-
 def _refuse_misfits(blueprint: AnyBlueprint, sites: list[Site]) -> None:
-    reasons = {site.name: blueprint.fits(site.geometry) for site in sites}
+    reasons = {site.name: blueprint.misfit(site.geometry) for site in sites}
     if isinstance(blueprint, Block):
-        reasons = {site.name: reasons[site.name] or blueprint.unsilenced(site.module) for site in sites}
+        reasons = {site.name: reasons[site.name] or blueprint.silencing_misfit(site.module) for site in sites}
     if sites and all(reason is not None for reason in reasons.values()):
         name, reason = next(iter(reasons.items()))
         raise UserError(f"blueprint '{blueprint.name}' fits none of the {len(sites)} sites; at '{name}': {reason}.")
-
-
-def _refuse_spent(judge: Iterable[Any] | None) -> None:
-    if isinstance(judge, Iterator):  # empty after one look, so that every branch would be culled
-        kind = type(judge).__name__
-        raise UserError(f"judge=… is a {kind}, which can be gone through only once; give a list of batches or a DataLoader.")
 
 
 def _sample(sample: Any, judge: Iterable[Any] | None) -> Any:

@@ -1,9 +1,9 @@
-"""Replacing a kept branch in place: another learns in its stead, is tried, and stays only where the judge finds it better, twice.
+"""Replacing a kept branch in place: another learns in its place, is tried, and stays only if the judge finds it better, twice.
 
-First it learns in shadow forwards in which it has the place of the branch that is there; the live forward does not feel it. Where the
-judge finds it better by ``lifecycle.gain``, it takes the place, frozen, and the other is held as it is: a rollback puts parameters,
-moments, α and stage back to the bit, because nothing has touched them. After ``lifecycle.evaluating_min`` the judge compares both
-again, and only then the one that was there goes.
+The successor first learns in shadow forwards, in which it has the place of the present branch; the live forward is not affected. If the
+judge finds it better by ``lifecycle.gain``, it takes the place, frozen, and the present branch is held unchanged. A rollback therefore
+restores parameters, moments, α and stage to the bit. After ``lifecycle.evaluating_min`` the judge compares both again, and only then
+the earlier branch is culled.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STARTS = ("fresh", "copy")
 
 
 class Replacing:
-    """The trials under way: all that is remembered of them is in the branches, so a resumed run goes on in their midst."""
+    """The trials under way. Their whole state is in the branches, so a resumed run continues in the middle of them."""
 
     def __init__(self, config: LifecycleConfig, ages: Ages, transitions: Transitions, gates: Gatekeeper) -> None:
         self.config = config
@@ -69,7 +69,7 @@ class Replacing:
             raise UserError(reason)
         predecessor = self.registry.branch_at(row)
         assert predecessor is not None
-        successor = self.registry.succeed(predecessor, blueprint or predecessor.blueprint)
+        successor = self.registry.germinate_successor(predecessor, blueprint or predecessor.blueprint)
         if start == "copy":
             with torch.no_grad():
                 restore_branch(self.registry, successor.id, branch_state(self.registry, predecessor.id))
@@ -79,12 +79,12 @@ class Replacing:
         return successor
 
     def watch(self, tick: int, measured: Measured) -> None:
-        """Once a tick: failing trials end, those that are due are judged, and those whose time is up end."""
+        """Once a tick: end failing trials, judge those that are due, and end those whose time is up."""
         for branch in self.trials():
-            rate = measured.error_rates.get(branch.id, 0.0)
+            error_rate = measured.error_rates.get(branch.id, 0.0)
             cause = measured.trouble.get(branch.id)
-            if cause is None and not rate <= self.config.error_rate:
-                cause = f"{rate:.0%} of its forwards were not finite"
+            if cause is None and not error_rate <= self.config.error_rate:
+                cause = f"{error_rate:.0%} of its forwards were not finite"
             if cause is not None:
                 self.end(branch, cause)
                 continue
@@ -98,7 +98,7 @@ class Replacing:
                 self.end(branch, f"gain {branch.gain:.4g}, bound {branch.bound:.4g} over branch {branch.replaces} in {age} ticks")
 
     def end(self, branch: Branch, cause: str) -> None:
-        """The trial is over: the branch that was there before is in its place, as it was."""
+        """End a trial: the earlier branch returns to its place unchanged."""
         predecessor = self.registry.branches[branch.replaces]
         if predecessor.held:
             predecessor.held = False
@@ -109,7 +109,7 @@ class Replacing:
         self._say(branch, "rolled_back", f"is rolled back, and branch {predecessor.id} is in its place as it was: {cause}")
 
     def _put_in(self, branch: Branch) -> None:
-        """The place is its own, on trial; the other is held."""
+        """Give the branch the place, on trial; the other is held."""
         predecessor = self.registry.branches[branch.replaces]
         predecessor.held = True
         self.registry.branches.alpha[branch.id] = self.registry.branches.alpha[predecessor.id]
@@ -119,7 +119,7 @@ class Replacing:
         self._say(branch, "on_trial", f"takes the place of branch {predecessor.id} on trial: {self._worth(branch)}")
 
     def _keep(self, branch: Branch) -> None:
-        """The trial is passed: the one that was there before goes."""
+        """The trial is passed: the earlier branch is culled."""
         predecessor = self.registry.branches[branch.replaces]
         predecessor.held = False
         self._enter(predecessor, Stage.CULLED)
@@ -134,7 +134,7 @@ class Replacing:
     def _enter(self, branch: Branch, stage: Stage) -> None:
         branch.stage = stage
         branch.path.append((stage.name, self.transitions.tick))
-        self.registry.touch(branch.site)
+        self.registry.mark_changed(branch.site)
 
     def _worth(self, branch: Branch) -> str:
         return f"gain {branch.gain:.4g} over it, bound {branch.bound:.4g}"

@@ -1,4 +1,4 @@
-"""Commands from the bus: each is planned first, by a trial over the table of seeds; only an allowed plan is carried out."""
+"""Commands from the bus: a trial over the table of seeds turns each into actions, which are carried out only if all are allowed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from esper.engine.branch_replacement import Replacing
-from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.measurements import Measured
-from esper.engine.transaction import Before
-from esper.engine.transitions import Transitions
+from esper.engine.signals import GraftingSignals
+from esper.engine.transitions import Transaction, Transitions
 from esper.errors import UserError
 from esper.grafting import hand_over
 from esper.lifecycle import GATES, Stage
@@ -123,7 +122,7 @@ class Executor:
         return "applied", ""
 
     def _one(self, command: Command, tick: int, measured: Measured) -> None:
-        actions = self._plan(command, self.transitions.machine.trial(), tick)
+        actions = self._actions_of(command, self.transitions.machine.trial(), tick)
         self._do_all(actions, command.id, measured, isinstance(command, ApplyTogether) and command.as_one)
 
     def _each(self, batch: ApplyEach, tick: int, measured: Measured) -> tuple[str, str]:
@@ -158,7 +157,7 @@ class Executor:
 
         ``as_one``: what germinates is one decision.
         """
-        before = Before(self.transitions, [action.row for action in actions])
+        transaction = Transaction(self.transitions, [action.row for action in actions])
         try:
             with self.transitions.together():
                 for action in actions:
@@ -167,19 +166,19 @@ class Executor:
                 for branch in filter(None, grown):
                     branch.group = next(one.id for one in grown if one is not None)
         except BaseException as error:
-            before.restore()
+            transaction.restore()
             if isinstance(error, UserError):
                 raise Refused(str(error)) from error
             raise
 
     # --- working out ---
 
-    def _plan(self, command: Command, trial: Trial, tick: int) -> list[Action]:
+    def _actions_of(self, command: Command, trial: Trial, tick: int) -> list[Action]:
         match command:
             case Germinate():
                 return [self._germinate(command, trial)]
             case ApplyTogether():
-                actions = [action for part in _parts(command) for action in self._plan(_without_own(part, command), trial, tick)]
+                actions = [action for part in _parts(command) for action in self._actions_of(_without_own(part, command), trial, tick)]
                 return self._as_one(actions) if command.as_one else actions
             case EmergencyStop():
                 return self._stop(command.select, trial)
@@ -255,7 +254,7 @@ class Executor:
         return Action("move", row, target=target)
 
     def _cancel(self, row: int, trial: Trial, tick: int) -> Action:
-        """What is under way at a seed: a replacement, or else its branch."""
+        """Cancel the replacement under way at a seed, or else its branch."""
         return Action("withdraw", row) if self.replacing.on(row) else self._move(row, Stage.CANCELLED, trial, tick)
 
     def _replace(self, command: ReplaceBranch, trial: Trial) -> Action:
@@ -353,7 +352,7 @@ class Executor:
         else:
             assert action.kind == "strategy" and branch is not None
             branch.strategy = action.strategy
-            self.registry.touch(branch.site)
+            self.registry.mark_changed(branch.site)
             if branch.stage is Stage.GRAFTING:
                 self._hand_over(branch.id, measured)
 

@@ -73,15 +73,15 @@ class Meter:
     @contextmanager
     def _counter(self) -> Iterator[FlopCounterMode]:
         """Torch's counter; fused kernels, whose work it cannot see, step aside for the products they stand for."""
-        before = None if self.kernels is None else self.kernels.aside
+        before = None if self.kernels is None else self.kernels.suspended
         try:
             if self.kernels is not None:
-                self.kernels.aside = True
+                self.kernels.suspended = True
             with _Total() as counter:
                 yield counter
         finally:
             if self.kernels is not None:
-                self.kernels.aside = bool(before)
+                self.kernels.suspended = bool(before)
 
     def add(self, kind: str, key: Hashable) -> None:
         """Add a pass that was counted before."""

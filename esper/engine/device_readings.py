@@ -1,6 +1,6 @@
-"""Numbers that the device has worked out and the engine wants to know, without the host ever waiting for the device.
+"""Numbers from the device that the engine reads without ever waiting for the device.
 
-What is posted during a step goes over in one asynchronous copy at its end, and is read at the beginning of the next one, when the
+Everything posted during a step is copied asynchronously at its end, and read at the beginning of the next step, when the
 device has long been busy with that step's forward and backward. On a CPU there is nothing to wait for: a number is read as it is posted.
 """
 
@@ -27,13 +27,14 @@ class Readings:
 
     def post(self, tensors: list[Tensor], read: Read) -> None:
         """Have ``read`` called with copies of these tensors on the CPU, float32: now or at the beginning of the next step."""
+        detached = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
         if self.late:
-            self._posted.append(([tensor.detach() for tensor in tensors], read))
+            self._posted.append((detached, read))
         else:
-            read(tensors)
+            read(detached)
 
     def send(self) -> None:
-        """End of a step: what was posted is on its way."""
+        """End of a step: start the copy of everything posted."""
         if not self._posted:
             return
         self.arrive()  # nothing is lost where a step ended without having read
@@ -48,7 +49,7 @@ class Readings:
         self._posted = []
 
     def arrive(self) -> None:
-        """Beginning of a step, or wherever what the last one showed is wanted: every number sent is read."""
+        """Read every number sent: at the beginning of a step, or wherever the last step's numbers are needed."""
         sent, self._sent = self._sent, []
         if not sent:
             return

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from esper.randomness import GlobalDraws, global_draws_kept, seed_for, seed_global_draws
-from esper.seeds.layer import ATTRIBUTE, Attached, Hidden, device_of
+from esper.seeds.layer import ATTRIBUTE, ModelHook, OpaqueToCompiler, device_of
 
 
-class DropoutReplay(Attached, Hidden):
+class DropoutReplay(ModelHook, OpaqueToCompiler):
     """Remembers the global generators as they were before the host's last forward, so that another forward draws the same masks."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,7 +33,7 @@ class DropoutReplay(Attached, Hidden):
             remember_rng(self.anchor, self.number)
 
     def look(self) -> None:
-        """Remember the generators as they are now, if anybody wants it."""
+        """Remember the present state of the generators, if it is wanted."""
         if torch.is_grad_enabled():
             self.remember()
 
@@ -73,9 +73,9 @@ LOOK = seed_for(0, "a look at data")
 
 @contextmanager
 def drawing_alike(data: Any) -> Iterator[None]:
-    """Within, whoever goes through ``data`` draws what was drawn the last time; every generator is put back afterwards.
+    """Within, an iteration over ``data`` repeats the draws of the last one; every generator is put back afterwards.
 
-    A DataLoader draws a base seed when it is gone through, shuffled or not, from its own generator or from the global one.
+    A DataLoader draws a base seed at every iteration, shuffled or not, from its own generator or from the global one.
     """
     own = _generators_of(data)
     with global_draws_kept():

@@ -16,24 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting, join, kept, split
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
 from esper.engine.costs import Meter, Stopwatch
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of
-from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Judge, LossFunction
-from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer
-from esper.engine.learning.learning_rate import HostRate
+from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer, HostRate
 from esper.engine.learning.objectives import Objective
 from esper.engine.measurements import ExtraPasses, Faults, Measurements
 from esper.engine.port import NullPort, Port, memory_of
 from esper.engine.saved_state import host_alone, read_state, refuse_misfit, topology
-from esper.engine.signals import LossSignal
+from esper.engine.signals import GraftingSignals, LossSignal
 from esper.engine.telemetry import Observer
 from esper.engine.tick import TickBoundary
 from esper.engine.transitions import Transitions
@@ -81,7 +79,7 @@ class Grow:
         self.settings = settings
         self.loss = loss
         self.optimizer = rate.optimizer
-        self.rate = rate
+        self.host_rate = rate
         self.scaler = scaler
         self.port: Port = NullPort() if port is None else port
         self.meter = Meter(registry.kernels)
@@ -134,7 +132,7 @@ class Grow:
         self._begin(state)
 
     def _begin(self, state: dict[str, Any] | None) -> None:
-        """Say that the run starts, or goes on from ``state``."""
+        """Announce that the run starts, or continues from ``state``."""
         if state is not None:
             self._take_over(state["grow"])
             if self.judge is not None:
@@ -148,7 +146,7 @@ class Grow:
     def after_backward(self, batch: Any, loss: Tensor | float | None = None) -> None:
         """Call after ``loss.backward()`` of each micro-batch, with that batch as the model saw it (on its device).
 
-        TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) spares a measuring forward, and serves
+        TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) saves a measuring forward, and is used
         where ``tick`` is given none.
         """
         if loss is not None:
@@ -169,7 +167,7 @@ class Grow:
     def set_aside(self) -> None:
         """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, out of clipping before the tick.
 
-        ``after_backward`` does it; call it yourself, right after the backward pass, only where you clip before you call that.
+        ``after_backward`` calls it. Call it yourself, right after the backward pass, only if you clip before ``after_backward``.
         """
         if self.scaler is not None:
             self.objective.set_aside(parameter for layer in self.registry.layers for parameter in layer.parameters())
@@ -177,7 +175,7 @@ class Grow:
     def tick(self, metric: Tensor | float | None = None) -> bool:
         """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of the losses given to ``after_backward``.
 
-        Returns whether this was a tick. A step that the gradient scaler skipped is none: nothing ages and no branch is moved.
+        Returns whether this was a tick. A step that the gradient scaler skipped is not one: no seed ages and no branch moves.
         """
         losses, self._losses = self._losses, []
         self.readings.arrive()
@@ -193,7 +191,7 @@ class Grow:
         self._unscale(learning)
         if self.observer.due:
             self.observer.note_gradients(self._scale)
-        factor = self.rate.factor()
+        factor = self.host_rate.factor()
         if learning:
             scaled = () if self._scale == 1.0 else (branch.id for branch in learning if branch.stage in BLENDED)
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
@@ -205,7 +203,7 @@ class Grow:
             self.boundary.run(self.tick_number)
         self.readings.send()
         if at_boundary:
-            self.registry.compiled.forget_tallies()
+            self.registry.compiled.reset_counts()
         self._prepare()
         return True
 
@@ -230,11 +228,11 @@ class Grow:
         self.objective.failed.clear()
         self.objective.raised.clear()
         self.branch_optimizer.clear()
-        self.registry.compiled.forget_tallies()
+        self.registry.compiled.reset_counts()
         self.measurements.forget_step()
 
     def observe(self, values: dict[str, float], primary: str | None = None, maximize: bool = True) -> None:
-        """Held-out measurements; published, and the ``primary`` one is what strategies see (turned so that larger is better)."""
+        """Held-out measurements, which are published; strategies see the ``primary`` one (turned so that larger is better)."""
         if primary is not None:
             self.measurements.observe(values[primary] if maximize else -values[primary])
         self.port.emit(Metrics(tick=self.tick_number, values={key: float(value) for key, value in values.items()}))
@@ -242,8 +240,9 @@ class Grow:
     def follow(self, averaged: nn.Module, keep: bool = False) -> None:
         """Let an average of the model grow as the model does: torch's ``AveragedModel``, or any copy that is moved towards it.
 
-        Go on averaging as before. ``averaged.state_dict()`` stays the host's. The averaged branches are in ``state()``, so a loop that
-        resumes from one follows its averages anew, in the same order. With ``keep``, ``export`` and ``save`` give the average.
+        Continue averaging as before. ``averaged.state_dict()`` remains that of the host. The averaged branches are in ``state()``, so a
+        loop that resumes from one calls ``follow`` again for its averages, in the same order. With ``keep``, ``export`` and ``save`` give
+        the average.
 
         Raises UserError where there is no copy of the model in it.
         """
@@ -270,17 +269,17 @@ class Grow:
                 bank.scale_gradient(branch.slot, 1.0 / self._scale)
 
     def _prepare(self) -> None:
-        """Set up what the next forward must record, and the averages as the model is now."""
+        """Set up the recordings of the next forward, and bring the averages up to date with the model."""
         for follower in self.followers:
             follower.sync()
         upcoming = self.tick_number + 1
         last_step = (self.steps + 1) % self.settings.steps_per_tick == 0
         self.observer.prepare(upcoming if last_step else 0)
         if self.registry.kernels is not None:
-            self.registry.kernels.begin(upcoming)
+            self.registry.kernels.begin_tick(upcoming)
         self.replay.wanted = bool(self.registry.in_stage(Stage.TRAINING, Stage.GRAFTING))
         layers = self.registry.layers
-        asleep = not self.replay.wanted and not any(layer.plan for layer in layers)
+        asleep = not self.replay.wanted and not any(layer.groups for layer in layers)
         if asleep != self.replay.asleep:
             for hidden in (self.replay, *layers):
                 hidden.asleep = asleep  # all at once, so that a compiled host has no more graphs than it needs
@@ -289,7 +288,7 @@ class Grow:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale
 
     def _count(self, batch: Any) -> None:
-        key = (self.registry.structure(), shapes_of(batch))
+        key = (self.registry.cost_key(), shapes_of(batch))
         if not self.meter.knows("step", key):
             self.passes.count_step(key, batch)
         self.meter.add("step", key)
@@ -299,14 +298,14 @@ class Grow:
     def state(self) -> dict[str, Any]:
         """A copy of all but the host and its optimizer, taken between two steps: plain values and tensors on the CPU.
 
-        With host and optimizer as they were, ``attach(state=…)`` goes on from it with the same bits.
+        With the host and optimizer of that moment, ``attach(state=…)`` continues from it with the same bits.
         """
         return dict(join(*split(self._whole_state())))
 
     def _whole_state(self) -> dict[str, Any]:
         """By reference: seeds and branches, the rates that they follow, the judge's batches, the controller's memory."""
         judge = {"recent": []} if self.judge is None else self.judge.state()
-        return {"grow": self.grown_state(), **self.rate.state(), **judge, "controller": memory_of(self.port)}
+        return {"grow": self.grown_state(), **self.host_rate.state(), **judge, "controller": memory_of(self.port)}
 
     def grown_state(self) -> dict[str, Any]:
         """Everything that seeds and branches depend on, by reference, as the checkpoints of a run hold it."""
@@ -335,7 +334,7 @@ class Grow:
     def _take_over(self, state: dict[str, Any]) -> None:
         """Take over a ``grown_state``; the caller prepares the next forward afterwards.
 
-        Raises UserError for a state of another topology, before a tensor of it is looked at, and for one that does not fit.
+        Raises UserError for a state of another topology, before its tensors are read, and for one that does not fit.
         """
         with fitting():
             refuse_misfit(state.get("topology"), topology(self.registry), "The saved state")
@@ -351,7 +350,7 @@ class Grow:
             self.strategy_signals.weights.load(state["averages"], self.device)
             self.known_averages = list(state.get("followers", []))
             self.gates.load(state)
-            before = {"kernels": {"": 1}} if MISMATCH in self.gates.said else {}  # what told of a mismatch before there were flags
+            before = {"kernels": {"": 1}} if MISMATCH in self.gates.said else {}  # before there were flags, the alert told of a mismatch
             self.registry.flags.load(state.get("flags", before))
             self.executor.load(state["refusals"])
             self.branch_optimizer.load(state)
@@ -365,11 +364,11 @@ class Grow:
 
     def save_branches(self, folder: str | Path) -> Path:
         """Write ``state()`` as a checkpoint under ``folder``; returns its path, which ``attach(state=…)`` takes."""
-        copy = store.copy(self._whole_state(), self.steps, self.tick_number, topology(self.registry), None)
-        return store.write(copy, Path(folder)).path
+        copy = disk.copy(self._whole_state(), self.steps, self.tick_number, topology(self.registry), None)
+        return disk.write(copy, Path(folder)).path
 
     def load_branches(self, saved: str | Path | dict[str, Any]) -> None:
-        """Take over the seeds and branches of a ``state()``, or of what ``save_branches`` wrote; the host stays as it is.
+        """Take over the seeds and branches of a ``state()``, or of a folder of ``save_branches``; the host does not change.
 
         Raises UserError for another host, other sites, or a file that is not whole.
         """

@@ -26,7 +26,7 @@ from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
 from esper.messages import Alert
 from esper.seeds import Branch, SeedRegistry
-from esper.seeds.exceptions import take_errors
+from esper.seeds.branch_exceptions import take_errors
 
 REPEATED = 3
 """Ticks at which a branch's code, or the strategy that blends it, may raise before the branch goes."""
@@ -50,10 +50,10 @@ class Measured:
 
 
 class Faults:
-    """Exceptions of the user's own parts, contained: each is said once, with its traceback in the log; a branch that repeats them goes.
+    """Contains exceptions of the user's own parts: each is reported once, with its traceback in the log; a branch that repeats them goes.
 
-    ``said`` are the alerts that have been given, saved with the run. With ``debug`` nothing is contained: the exception is raised again,
-    from the line where it came from.
+    ``said`` holds the alerts that have been given, saved with the run. With ``debug`` the exception is raised again instead, with its own
+    traceback.
     """
 
     def __init__(self, registry: SeedRegistry, port: Port, said: set[str], debug: bool) -> None:
@@ -135,13 +135,13 @@ class ExtraPasses:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _loss(self, batch: Any) -> float:
-        key = ("counterfactual", self.registry.structure(), shapes_of(batch))
+        key = ("counterfactual", self.registry.cost_key(), shapes_of(batch))
         with self.replay.again(), self.meter.counting("objective", key):
             return float(self.loss(self.registry.model, batch).mean())
 
 
 class Measurements:
-    """Gathers the measurements of the next tick; ``take`` hands them over and starts anew.
+    """Gathers the measurements of the next tick; ``take`` returns them and starts again.
 
     ``asks_counterfactual(branch)`` says whether the strategy that blends a branch asks for it, which costs two forwards a branch every
     ``every`` ticks.
@@ -169,7 +169,7 @@ class Measurements:
         self.metric: float | None = None
         self.batch: Any = None
         self.scale = 1.0
-        self.rates: dict[int, float] = {}
+        self.error_rates: dict[int, float] = {}
         self.unsound: set[int] = set()
         self.gradient_norms: Mapping[int, float] = {}
 
@@ -187,7 +187,7 @@ class Measurements:
 
     def forget_step(self) -> None:
         """Let no failure of the present step's forwards count."""
-        for group in (group for layer in self.registry.layers for group in layer.plan):
+        for group in (group for layer in self.registry.layers for group in layer.groups):
             take_errors([group])
             group.failures.zero_()
             group.forwards = 0
@@ -205,9 +205,9 @@ class Measurements:
         """Shares of forwards that failed, and the branches that must go for other reasons; says which fossils are not finite."""
         raised, self.objective.raised = self.objective.raised, {}
         for layer in self.registry.layers:
-            raised |= take_errors(layer.plan)
+            raised |= take_errors(layer.groups)
         self._post_failures()
-        rates, self.rates = self.rates, {}
+        rates, self.error_rates = self.error_rates, {}
         learner = self.branch_optimizer
         rates.update(dict.fromkeys((*self.objective.failed, *learner.failures), 1.0))
         overflow = "" if self.scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self.scale:g}"
@@ -215,16 +215,16 @@ class Measurements:
         self.objective.failed.clear()
         learner.failures.clear()
         trouble |= self.faults.note(raised, tick)
-        for number, rate in rates.items():
-            self._note_fossil(self.registry.branches[number], rate, tick)
+        for number, error_rate in rates.items():
+            self._note_fossil(self.registry.branches[number], error_rate, tick)
         return rates, trouble
 
-    def _note_fossil(self, branch: Branch, rate: float, tick: int) -> None:
-        if branch.stage is Stage.FOSSILIZED and rate > 0 and not branch.unsound:
+    def _note_fossil(self, branch: Branch, error_rate: float, tick: int) -> None:
+        if branch.stage is Stage.FOSSILIZED and error_rate > 0 and not branch.unsound:
             site = self.registry.sites[branch.site].name
             text = f"the fossilized branch {branch.id} at {site} gives non-finite values; they are left out until it recovers"
             self.faults.port.emit(Alert(tick=tick, level="error", code="fossil_not_finite", text=text, site=site, seed=branch.seed))
-        branch.unsound = rate > 0
+        branch.unsound = error_rate > 0
         (self.unsound.add if branch.unsound else self.unsound.discard)(branch.id)
 
     def _post_failures(self) -> None:
@@ -232,8 +232,8 @@ class Measurements:
         compiled = self.registry.compiled
         if compiled.sites and not self.passes.replay.asleep:
             members = [compiled.members(number) for number in range(len(compiled.sites))]
-            self.readings.post(compiled.tallies(), partial(self._note_tallies, members))
-        groups = [group for layer in self.registry.layers for group in layer.plan if group.forwards]
+            self.readings.post(compiled.containment_counts(), partial(self._note_contained, members))
+        groups = [group for layer in self.registry.layers for group in layer.groups if group.forwards]
         if groups:
             shares = [group.failures / group.forwards for group in groups]
             self.readings.post(shares, partial(self._note_shares, [group.branches for group in groups]))
@@ -241,24 +241,24 @@ class Measurements:
             group.failures.zero_()
             group.forwards = 0
 
-    def _note_tallies(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
-        for mine, tally, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
+    def _note_contained(self, members: list[dict[int, int]], values: list[Tensor]) -> None:
+        for mine, contained, forwards in zip(members, values[: len(members)], values[len(members) :], strict=True):
             if mine and float(forwards) > 0.0:
-                found = (tally / forwards).tolist() if bool(tally.any()) else None
+                found = (contained / forwards).tolist() if bool(contained.any()) else None
                 if found is not None:
-                    self.rates.update((branch, found[seed]) for seed, branch in mine.items() if found[seed] != 0.0)
+                    self.error_rates.update((branch, found[seed]) for seed, branch in mine.items() if found[seed] != 0.0)
                 self._note_sound(mine.values())
 
     def _note_shares(self, names: list[list[int]], shares: list[Tensor]) -> None:
         for branches, found in zip(names, shares, strict=True):
             if bool(found.any()):
-                self.rates.update((branch, rate) for branch, rate in zip(branches, found.tolist(), strict=True) if rate != 0.0)
+                self.error_rates.update((branch, rate) for branch, rate in zip(branches, found.tolist(), strict=True) if rate != 0.0)
             self._note_sound(branches)
 
     def _note_sound(self, branches: Iterable[int]) -> None:
-        """Note the rate 0 where it is news: of a fossil that was unsound."""
+        """Note the error rate 0 of fossils that were unsound; for other branches it is no news."""
         if self.unsound:
-            self.rates.update((branch, 0.0) for branch in branches if branch in self.unsound and branch not in self.rates)
+            self.error_rates.update((branch, 0.0) for branch in branches if branch in self.unsound and branch not in self.error_rates)
 
     # --- signals of strategies ---
 
@@ -274,16 +274,16 @@ class Measurements:
         """The measurements gathered so far, for a checkpoint; taken between two steps, when the last batch is no longer needed."""
         return {
             "metric": self.metric,
-            "rates": {str(branch): rate for branch, rate in self.rates.items()},
-            "plans": [[[group.forwards, group.failures] for group in layer.plan] for layer in self.registry.layers],
+            "rates": {str(branch): rate for branch, rate in self.error_rates.items()},
+            "plans": [[[group.forwards, group.failures] for group in layer.groups] for layer in self.registry.layers],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state; the registry has taken over its own."""
         self.metric = state["metric"]
-        self.rates = {int(branch): float(rate) for branch, rate in state["rates"].items()}
+        self.error_rates = {int(branch): float(rate) for branch, rate in state["rates"].items()}
         self.unsound = {branch.id for branch in self.registry.branches.entries if branch.unsound}
         for layer, counters in zip(self.registry.layers, state["plans"], strict=True):
-            for group, (forwards, failures) in zip(layer.plan, counters, strict=True):
+            for group, (forwards, failures) in zip(layer.groups, counters, strict=True):
                 group.forwards = int(forwards)
                 group.failures.copy_(failures)

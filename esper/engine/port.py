@@ -18,7 +18,7 @@ from esper.messages import COLUMNS, Command, Message
 class Port(Protocol):
     """Called by the engine at tick boundaries only; no call may wait for a network.
 
-    ``decided``: whether anybody may ever command over it.
+    ``decided``: whether commands may ever come over it.
     """
 
     decided: bool
@@ -27,7 +27,7 @@ class Port(Protocol):
         """The run begins; one dict a site."""
 
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
-        """The run is over: FINISHED, FAILED or KILLED."""
+        """The run has ended: FINISHED, FAILED or KILLED."""
 
     def emit(self, event: Message) -> None:
         """Something happened: a transition, the answer of a gate, an alert, metrics, a report."""
@@ -45,17 +45,17 @@ class Port(Protocol):
         """The commands to apply now, in order."""
 
     def acknowledge(self, command_id: str, status: str, reason: str, tick: int) -> None:
-        """What became of a command."""
+        """The result of a command."""
 
     def end_tick(self, tick: int) -> None:
-        """Everything about this tick has been said; a lockstep controller decides here."""
+        """The tick has ended, and all its events were sent; a lockstep controller decides here."""
 
     def close(self) -> None:
-        """Release what the port holds."""
+        """Release the port's resources."""
 
 
 class NullPort:
-    """No bus and no controller: nothing is said, nobody commands."""
+    """No bus and no controller: events go nowhere, and no command comes."""
 
     decided = True
 
@@ -68,11 +68,11 @@ class NullPort:
     def close(self) -> None: ...
 
     def slot(self, site: str, seeds: int) -> Tensor:
-        """A place of no port's."""
+        """A tensor that no port reuses."""
         return torch.empty(seeds, len(COLUMNS))
 
     def commands(self, tick: int) -> list[Command]:
-        """Nobody commands."""
+        """No commands."""
         return []
 
 
@@ -85,7 +85,7 @@ def controlled_port(controller: Any, seed: int, debug: bool = False) -> Port:
     Args:
         controller: a name (``heuristic``, ``random``, ``none``), a configuration of ``esper.controllers``, or a controller.
         seed: the run's random seed.
-        debug: raise what the controller raises, instead of going on without its decision.
+        debug: raise the controller's exceptions, instead of continuing without its decision.
 
     Raises:
         UserError: a name that there is not, or an object that is no controller.
@@ -118,7 +118,7 @@ def _controller(given: Any, seed: int) -> Any:
 
 
 def memory_of(port: Any) -> dict[str, str] | None:
-    """What the controller behind ``port`` and the port itself remember, as JSON; None where nobody in this process decides."""
+    """The memory of the controller behind ``port`` and of the port itself, as JSON; None without a controller in this process."""
     runner = _runner(port)
     if runner is None:
         return None

@@ -1,6 +1,6 @@
-"""Saved states of seeds and branches: reading one, checking that it fits a model, and telling the host's tensors from the seeds'.
+"""Saved states of seeds and branches: reading one, checking that it fits a model, and separating the host's tensors from the seeds'.
 
-The host and its optimizer are the loop's own to save and to load, before it attaches.
+The loop itself saves the host and its optimizer, and loads them before it attaches.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.errors import UserError
 from esper.seeds import SeedRegistry
-from esper.seeds.layer import ATTRIBUTE, Attached
+from esper.seeds.layer import ATTRIBUTE, ModelHook
 
 Tree = dict[str, Any]
 
@@ -26,12 +26,12 @@ def read_state(state: Tree | str | Path) -> Tree:
     if isinstance(state, Mapping) or state is None:
         return _of_grow(state, "The state")
     place = Path(state)
-    if not (place / store.MANIFEST).is_file():
-        kept = store.checkpoints(place)
+    if not (place / disk.MANIFEST).is_file():
+        kept = disk.checkpoints(place)
         if not kept:
             raise UserError(f"There is nothing in {place} to go on from; give what save_branches wrote, its folder, or no state.")
         place = kept[-1]
-    return _of_grow(store.read(place)[1], str(place))
+    return _of_grow(disk.read(place)[1], str(place))
 
 
 def _of_grow(state: Any, where: str) -> Tree:
@@ -44,9 +44,9 @@ def _of_grow(state: Any, where: str) -> Tree:
 
 
 def topology(registry: SeedRegistry) -> Tree:
-    """What must agree before a tensor is loaded: the host's tensors and modules' classes, the sites with their seeds (JSON-able).
+    """The parts that must agree before a tensor is loaded: the host's tensors and modules' classes, the sites and seeds (JSON-able).
 
-    What a module does is known by its class alone: a function called in ``forward`` is not seen.
+    A module is known by its class alone: a function called in ``forward`` is not seen.
     """
     model = registry.model
     named = {**host_parameters(model), **host_buffers(model)}
@@ -91,7 +91,7 @@ def _shape(entry: Any) -> str:
     return "absent" if entry is None else f"{entry[0]} {entry[1]}"
 
 
-class HostAlone(Attached):
+class HostAlone(ModelHook):
     """Leaves the seeds' tensors out of a model's ``state_dict()``; an object, since torch writes attributes on this hook."""
 
     @classmethod

@@ -1,15 +1,20 @@
-"""Signals of the run's course: the averages and steadiness of the training loss, and the gradient norms of branches."""
+"""Signals of the run: averages of the training loss, and the signals that grafting strategies read of the branches at a tick."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from esper.blueprints import SlotBank
+from esper.engine.learning.branch_rows import branch_values
+from esper.engine.measurements import Measured
+from esper.grafting import STRATEGY_NAMES, GraftingConfig, GraftingContext, signals_of
+from esper.grafting.drift import weight_drift
 from esper.seeds import Branch, SeedRegistry
-from esper.seeds.device_copy import made_on
 
 
 class LossSignal:
@@ -39,7 +44,7 @@ class LossSignal:
         return math.sqrt(2.0 * self.variance * 0.1 / 1.9)
 
     def steadiness(self) -> float:
-        """``1 − max(0, fast − slow) / |slow|``, cut at 0: 1 is a loss that stands still or falls, NaN one never seen.
+        """``1 − max(0, fast − slow) / |slow|``, at least 0: 1 for a loss that is constant or falls, NaN before the first loss.
 
         Only a rise counts against it: a host that is still learning has not been unsettled.
         """
@@ -58,42 +63,119 @@ class LossSignal:
         self.heard = math.isfinite(self.fast) or self.diverging
 
 
-def branch_values(registry: SeedRegistry, branch: Branch) -> list[Tensor]:
-    """The branch's parameters, detached copies."""
-    bank = registry.layers[branch.site].bank(branch.blueprint)
-    if isinstance(bank, SlotBank):
-        return list(bank.values(branch.slot).values())
-    return [value.detach().clone() for value in bank.blocks[str(branch.slot)].parameters()]
+class WeightAverages:
+    """Exponential averages of the weights of branches whose strategy asks how far they drift."""
+
+    def __init__(self) -> None:
+        self.averages: dict[int, list[Tensor]] = {}
+
+    def drift(self, registry: SeedRegistry, branches: list[Branch]) -> Tensor:
+        """``‖w − w̄‖ / (‖w̄‖ + ε)`` of each branch, float32 ``[n]``; forgets branches that are not asked about."""
+        asked = {branch.id for branch in branches}
+        self.averages = {key: value for key, value in self.averages.items() if key in asked}
+        values = []
+        for branch in branches:
+            weights = [value.unsqueeze(0) for value in branch_values(registry, branch)]
+            averages = self.averages.get(branch.id, weights)
+            drift, self.averages[branch.id] = weight_drift(weights, averages)
+            values.append(drift)
+        return torch.cat(values).cpu() if values else torch.zeros(0)
+
+    def state(self) -> dict[str, Any]:
+        """The averages, by branch, for a checkpoint."""
+        return {str(branch): list(values) for branch, values in self.averages.items()}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over a saved state."""
+        self.averages = {int(branch): [value.to(device) for value in values] for branch, values in state.items()}
 
 
-def gradient_norms(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[list[int]], list[int], list[Tensor]]:
-    """By bank: the branches that have a gradient, the number of their parameters each, and the gradient's L2 norms ``[branches]``."""
-    names: list[list[int]] = []
-    counts: list[int] = []
-    norms: list[Tensor] = []
-    for (site, blueprint), group in by_bank(branches).items():
-        bank = registry.layers[site].bank(blueprint)
-        if isinstance(bank, SlotBank):
-            gradients = [stack.grad for stack in bank.stacks.values() if stack.grad is not None]
-            if gradients:
-                slots = made_on([branch.slot for branch in group], bank.steps.device)
-                squares = torch.stack([gradient[slots].float().flatten(1).square().sum(1) for gradient in gradients]).sum(0)
-                names.append([branch.id for branch in group])
-                counts.append(sum(gradient[0].numel() for gradient in gradients))
-                norms.append(squares.sqrt())
-            continue
-        for branch in group:
-            gradients = [p.grad for p in bank.blocks[str(branch.slot)].parameters() if p.grad is not None]
-            if gradients:
-                names.append([branch.id])
-                counts.append(sum(gradient.numel() for gradient in gradients))
-                norms.append(torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt().view(1))
-    return names, counts, norms
+@dataclass(frozen=True)
+class _StrategyColumns:
+    """The values of ``n`` branches that change only with the branches or their strategies.
+
+    ``ids``, ``rows`` and ``strategies`` (positions in STRATEGY_NAMES) are int64 ``[n]``, the ends of the ramps float32 ``[n]``. ``signals``
+    are those that any of the strategies reads.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    strategies: Tensor
+    alpha_min: Tensor
+    alpha_max: Tensor
+    signals: frozenset[str]
 
 
-def by_bank(branches: list[Branch]) -> dict[tuple[int, str], list[Branch]]:
-    """The branches of each (site, blueprint), whose parameters lie in one bank."""
-    gathered: dict[tuple[int, str], list[Branch]] = {}
-    for branch in branches:
-        gathered.setdefault((branch.site, branch.blueprint), []).append(branch)
-    return gathered
+class GraftingSignals:
+    """Gathers the signals for the strategies of one registry; ``ramp`` is the length of a full ramp [ticks]."""
+
+    def __init__(self, registry: SeedRegistry, strategies: Mapping[str, GraftingConfig], loss: LossSignal, ramp: int) -> None:
+        self.registry = registry
+        self.strategies = strategies
+        self.loss = loss
+        self.ramp = ramp
+        self.weights = WeightAverages()
+        self._columns: tuple[list[Branch], _StrategyColumns] = [], self._gather([])
+
+    def asks(self, branch: Branch, signal: str) -> bool:
+        """Whether the strategy of a branch reads this signal."""
+        return signal in signals_of(self.strategies[branch.strategy])
+
+    def ids_and_strategies(self, branches: list[Branch]) -> tuple[Tensor, Tensor]:
+        """The branches' ids and the positions of their strategies in STRATEGY_NAMES, int64 ``[n]`` each."""
+        columns = self._columns_of(branches)
+        return columns.ids, columns.strategies
+
+    def context(self, branches: list[Branch], measured: Measured) -> GraftingContext:
+        """The signals of ``n`` branches at one tick, each a tensor ``[n]``; 0 where no strategy of theirs reads them."""
+        n, columns = len(branches), self._columns_of(branches)
+        nothing = torch.zeros(n)
+        counterfactual = known = None
+        if measured.counterfactual:
+            found = [measured.counterfactual.get(branch.id) for branch in branches]
+            counterfactual = torch.tensor([0.0 if value is None else value for value in found])
+            known = torch.tensor([value is not None for value in found])
+        return GraftingContext(
+            ramp=torch.full((n,), float(max(1, self.ramp))),
+            alpha_min=columns.alpha_min,
+            alpha_max=columns.alpha_max,
+            paused=self.registry.table.paused[columns.rows],
+            metric=torch.full((n,), 0.0 if measured.metric is None else measured.metric),
+            metric_known=torch.full((n,), measured.metric is not None),
+            loss=torch.full((n,), self.loss.fast),
+            loss_variance=torch.full((n,), self.loss.variance),
+            grad_norm=_by_branch(measured.gradient_norms, branches) if "grad_norm" in columns.signals else nothing,
+            drift=self._drift(branches) if "drift" in columns.signals else nothing,
+            counterfactual=nothing if counterfactual is None else counterfactual,
+            counterfactual_known=torch.zeros(n, dtype=torch.bool) if known is None else known,
+            error_rate=_by_branch(measured.error_rates, branches) if measured.error_rates else nothing,
+        )
+
+    def _columns_of(self, branches: list[Branch]) -> _StrategyColumns:
+        """The columns of these branches, gathered anew when the list of branches is another one."""
+        if branches is not self._columns[0]:
+            self._columns = branches, self._gather(branches)
+        return self._columns[1]
+
+    def _gather(self, branches: list[Branch]) -> _StrategyColumns:
+        configs = [self.strategies[branch.strategy] for branch in branches]
+        return _StrategyColumns(
+            ids=torch.tensor([branch.id for branch in branches], dtype=torch.int64),
+            rows=torch.tensor([branch.row for branch in branches], dtype=torch.int64),
+            strategies=torch.tensor([STRATEGY_NAMES.index(branch.strategy) for branch in branches], dtype=torch.int64),
+            alpha_min=torch.tensor([config.alpha_min for config in configs]),
+            alpha_max=torch.tensor([config.alpha_max for config in configs]),
+            signals=frozenset(signal for name in {branch.strategy for branch in branches} for signal in signals_of(self.strategies[name])),
+        )
+
+    def _drift(self, branches: list[Branch]) -> Tensor:
+        asking = [branch for branch in branches if self.asks(branch, "drift")]
+        drift = torch.zeros(len(branches))
+        if asking:
+            drift[[branches.index(branch) for branch in asking]] = self.weights.drift(self.registry, asking)
+        return drift
+
+
+def _by_branch(values: Mapping[int, float], branches: list[Branch]) -> Tensor:
+    """The branches' values ``[n]``; 0 for a branch without one."""
+    return torch.tensor([values.get(branch.id, 0.0) for branch in branches])

@@ -18,7 +18,7 @@ OptimizerState = list[dict[str, Any]]
 class Snapshot:
     """A copy of host and branches taken at ``tick``. Restoring rewinds neither the tick count nor any stage or learning rate.
 
-    ``healthy`` says that every number in host, norm statistics and optimizer is finite. Nobody writes to the copies: a checkpoint may
+    ``healthy`` says that every number in host, norm statistics and optimizer is finite. The copies never change: a checkpoint may
     save them while training goes on.
     """
 
@@ -85,13 +85,13 @@ def present_values(tensor: Tensor) -> Tensor:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """What the optimizer remembers of each parameter, by reference."""
+    """The optimizer's state of each parameter, by reference."""
     return [dict(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
 
 
 @torch.no_grad()
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -> None:
-    """Put copies of what was remembered back. Raises ValueError for another number of parameters."""
+    """Put copies of a saved state back. Raises ValueError for another number of parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(parameters) != len(saved):
         raise ValueError(f"the saved optimizer has {len(saved)} parameters, this one {len(parameters)}")
@@ -115,7 +115,7 @@ def _cloned(saved: OptimizerState) -> OptimizerState:
 
 
 def _clone(value: Tensor) -> Tensor:
-    """A copy that files can hold: a momentum of sparse gradients is sparse itself, and goes on as well from a dense one."""
+    """A copy that files can hold: a momentum of sparse gradients is itself sparse, and continues just as well from a dense one."""
     return value.to_dense() if value.is_sparse else value.clone()
 
 

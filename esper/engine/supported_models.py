@@ -25,17 +25,17 @@ _QUANTIZED = (
 
 
 def fit(model: nn.Module) -> nn.Module:
-    """The model that seeds go on: ``model`` itself, or what ``torch.compile`` wraps.
+    """The model to attach seeds to: ``model`` itself, or the one that ``torch.compile`` wraps.
 
     Raises:
-        UserError: a model on which seeds could not live, with what to do instead.
+        UserError: a model that cannot carry seeds, with the remedy.
     """
     if isinstance(model, nn.DataParallel):
         raise UserError("nn.DataParallel copies the model at every step, so seeds cannot live on it; train it on one device.")
     _refuse_many_processes()
     model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # what was compiled before, a step around the model too, knows nothing of hooks that come now
+        torch.compiler.reset()  # earlier graphs, also of a step around the model, know nothing of the new hooks
     if any(hasattr(module, ATTRIBUTE) for module in model.modules()):
         raise UserError("This model carries seeds already; call export() on the first handle, or attach once.")
     if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
@@ -57,7 +57,7 @@ def fit(model: nn.Module) -> nn.Module:
 
 
 def _refuse_many_processes() -> None:
-    """Nobody averages the gradients of what germinates after DistributedDataParallel was built: the replicas would drift apart unseen."""
+    """DistributedDataParallel does not average the gradients of later branches: the replicas would drift apart unseen."""
     there = torch.distributed.is_available() and torch.distributed.is_initialized()
     if there and (processes := torch.distributed.get_world_size()) > 1:
         raise UserError(
@@ -82,7 +82,7 @@ def _unplain(module: nn.Module) -> str | None:
 
 
 def refuse_reentrant(loss: Tensor) -> None:
-    """Look in the graph of a loss for what ``torch.utils.checkpoint`` leaves there with ``use_reentrant=True``.
+    """Look in the graph of a loss for the node of ``torch.utils.checkpoint`` with ``use_reentrant=True``.
 
     Raises:
         UserError: it is there. Its backward cannot give gradients to chosen tensors, nor to any that is made inside.

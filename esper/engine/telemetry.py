@@ -13,11 +13,11 @@ from torch import Tensor
 from esper.blueprints import Block, Blueprint
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import host_parameters
+from esper.engine.learning.branch_rows import gradient_norms
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
-from esper.engine.signals import gradient_norms
 from esper.engine.snapshot import present_values
-from esper.kernels.geometry import chunk_bounds
+from esper.kernels.chunk_layout import chunk_bounds
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS, Column
 from esper.seeds import Recording, SeedRegistry, TelemetryConfig
@@ -30,9 +30,9 @@ STATISTICS = slice(Column.MEAN, Column.CORRELATION + 1)
 
 
 class Observer:
-    """Reads the seeds of a registry every ``telemetry.every`` ticks; ``due`` says that the coming tick is such a one.
+    """Reads the seeds of a registry every ``telemetry.every`` ticks; ``due`` says that the coming tick is one of them.
 
-    ``tick`` tells which is now. Rows are given to the port when ``readings`` bring what the device measured.
+    ``tick`` gives the present tick. Rows go to the port when ``readings`` bring the device's measurements.
     """
 
     def __init__(
@@ -51,15 +51,15 @@ class Observer:
         self.health: list[Tensor] = [torch.full((s.geometry.seeds, len(COLUMNS[MEASURED])), float("nan")) for s in registry.sites]
 
     def prepare(self, upcoming: int) -> None:
-        """Give each site the recording that its next forward should fill, if any; ``upcoming`` 0 is no tick."""
+        """Give each site the recording that its next forward should fill, if any; ``upcoming`` is 0 where no tick follows."""
         self.due = upcoming > 0 and upcoming % self.config.every == 0
-        keep: set[int] = set()
+        keep_activation: set[int] = set()
         if self.objective.keeps_activations:
-            keep = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
+            keep_activation = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
         for number, layer in enumerate(self.registry.layers):
-            layer.due, layer.keeps = self.due, number in keep
-            if self.due or number in keep:
-                layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep)
+            layer.telemetry_due, layer.keeps_activation = self.due, number in keep_activation
+            if self.due or number in keep_activation:
+                layer.recording = Recording(layer.geometry, self.config.near_zero, self.due, number in keep_activation)
             elif layer.recording is not None:
                 layer.recording = None
 
@@ -124,10 +124,10 @@ class Observer:
         self.readings.post(squares, read)
 
     def _parameters_beside(self, number: int) -> list[torch.nn.Parameter]:
-        """The host's parameters that branches at a site are measured against: those of the site's module.
+        """The host's parameters with which branches at a site are compared: those of the site's module.
 
-        Where it has none (flattened inputs, an activation): those of the next module, in order of definition, that has some of
-        its own, and of the whole host where none follows.
+        If it has none (flattened inputs, an activation), those of the next module with parameters, in order of definition; if there is
+        no such module, those of the whole host.
         """
         own = self._site_parameters(number)
         if own:
@@ -158,7 +158,7 @@ class Observer:
         self.readings.post([tensor for tensors, _ in measured for tensor in tensors], read)
 
     def _page(self, number: int) -> Tensor | Callable[[], Tensor]:
-        """A site's rows with the columns that are known without the device: as they are now, whenever the others come."""
+        """A site's rows with the present values of the columns that are known without the device; the others may come later."""
         site = self.registry.sites[number]
 
         def known(rows: Tensor) -> Tensor:
@@ -179,15 +179,15 @@ class Observer:
         return lambda: known(self.port.slot(site.name, site.geometry.seeds))
 
     def _shown(self, number: int) -> dict[int, int]:
-        """By seed, the living branch of a site that is its seed's own: none that only learns to take another's place."""
-        return {branch.seed: branch.id for branch in self.registry.living_at(number) if not branch.aside}
+        """By seed, the id of its living branch at a site; branches that only learn to replace another are left out."""
+        return {branch.seed: branch.id for branch in self.registry.living_at(number) if not branch.excluded}
 
     def _measured(self, number: int) -> tuple[list[Tensor], Callable[[Tensor, list[Tensor]], None]]:
-        """What the device knows of a site, and how it goes into its rows."""
+        """The device's measurements of a site, and the function that writes them into its rows."""
         recording = self.registry.layers[number].recording
         if recording is not None and recording.statistics is not None:
             known = self.registry.branches
-            alive = sorted(branch for branch in recording.ratios or () if known[branch].alive and not known[branch].aside)
+            alive = sorted(branch for branch in recording.ratios or () if known[branch].alive and not known[branch].excluded)
             ratios = [recording.ratios[branch] for branch in alive] if recording.ratios else []
             seeds = [self.registry.branches[branch].seed for branch in alive]
 
@@ -222,22 +222,23 @@ class Observer:
         return list(self.health)
 
     def load(self, state: list[Tensor]) -> None:
-        """Take over a saved state."""
-        for row, saved in zip(self.health, state, strict=True):
-            row.copy_(saved)
+        """Take over a saved state; columns that were appended since stay NaN until the next telemetry."""
+        for rows, saved in zip(self.health, state, strict=True):
+            rows.fill_(float("nan"))
+            rows[:, : saved.shape[1]] = saved
 
     def row(self, row: int) -> list[float]:
-        """A telemetry row of a seed: what was measured last, and the rest as it is now."""
+        """A telemetry row of a seed: the last measurements, and the present values of the rest."""
         registry, table = self.registry, self.registry.table
         measured = self.health[registry.site_of(row)][registry.seed_of(row)].tolist()
         alphas = [
-            float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row and not branch.aside
+            float(registry.branches.alpha[branch.id]) for branch in registry.branches.living() if branch.row == row and not branch.excluded
         ]
         known = [float(table.ages(slice(row, row + 1), self.tick())), float(table.generation[row]), float(table.score[row])]
         return [float(table.stage[row]), alphas[-1] if alphas else 0.0, *measured, *known]
 
     def site_cards(self) -> list[dict[str, Any]]:
-        """What the bus is told of each site when the run starts."""
+        """The description of each site for the bus, when the run starts."""
         host = sum(parameter.numel() for parameter in host_parameters(self.registry.model).values())
         return [self._card(number, host) for number in range(len(self.registry.sites))]
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
 from esper.engine.costs import Stopwatch
-from esper.engine.grafting_signals import GraftingSignals
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.learning.new_units import NewUnits
 from esper.engine.measurements import Faults, Measured, Measurements
+from esper.engine.signals import GraftingSignals
 from esper.engine.telemetry import Observer
 from esper.engine.transitions import LEAVING, Transitions
 from esper.engine.untying import Untying
@@ -76,7 +76,7 @@ class TickBoundary:
         transitions.prepare = NewUnits(measurements).prepare
         self.untying = Untying(transitions, ages.untie)
         self.clock = clock
-        self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # with their seeds, and least ages
+        self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # branches, rows, minimum ages
 
     def run(self, tick: int) -> None:
         """One tick, from the measurements of the step before it to the news for the controller."""
@@ -94,7 +94,7 @@ class TickBoundary:
     # --- ramp ---
 
     def ramp(self, tick: int, measured: Measured) -> Measured:
-        """Every seed is one tick older; alphas of GRAFTING branches climb, alphas of CULLED ones fade.
+        """Make every seed one tick older, let the alphas of GRAFTING branches climb, and those of CULLED ones fade.
 
         Returns the measurements, with the branches that their strategy gave up among those in trouble.
         """
@@ -110,7 +110,7 @@ class TickBoundary:
 
     def _step_strategies(self, branches: list[Branch], tick: int, measured: Measured) -> Measured:
         table = self.registry.branches
-        ids, index = self.signals.numbers(branches)
+        ids, index = self.signals.ids_and_strategies(branches)
         context = self.signals.context(branches, measured)
         out = step_many(index, self.transitions.strategies, table.grafting[ids], context)
         trouble = {**measured.trouble, **self._raised_by_rules(branches, tick)}
@@ -157,7 +157,7 @@ class TickBoundary:
     # --- judge ---
 
     def judge(self, tick: int, measured: Measured) -> None:
-        """Failing and harmful branches go, then gates open for the others, and trials of replacements are judged."""
+        """Remove failing and harmful branches, open gates for the others, and judge the trials of replacements."""
         self._remove_failing(tick, measured)
         self.guard.watch(tick)
         self.guard.settle(tick)
@@ -165,13 +165,14 @@ class TickBoundary:
         self.replacing.watch(tick, measured)
 
     def _remove_failing(self, tick: int, measured: Measured) -> None:
-        suspects = {branch for branch, rate in measured.error_rates.items() if not rate <= self.config.error_rate} | measured.trouble.keys()
+        failing = {branch for branch, share in measured.error_rates.items() if not share <= self.config.error_rate}
+        suspects = failing | measured.trouble.keys()
         living = [branch for branch in self.registry.branches.living() if branch.id in suspects] if suspects else []
-        for branch in [branch for branch in living if branch.replaces < 0 or not branch.aside]:
-            rate = measured.error_rates.get(branch.id, 0.0)
+        for branch in [branch for branch in living if branch.replaces < 0 or not branch.excluded]:
+            error_rate = measured.error_rates.get(branch.id, 0.0)
             cause = measured.trouble.get(branch.id)
-            if cause is None and not rate <= self.config.error_rate:
-                cause = f"{rate:.0%} of its forwards were not finite"
+            if cause is None and not error_rate <= self.config.error_rate:
+                cause = f"{error_rate:.0%} of its forwards were not finite"
             if cause is None or branch.stage in (Stage.GERMINATED, Stage.FOSSILIZED, *LEAVING):
                 continue
             target = Stage.ROLLED_BACK if branch.stage is Stage.STABILIZATION else Stage.CULLED
@@ -180,7 +181,7 @@ class TickBoundary:
             self._count_failure(branch, tick)
 
     def _count_failure(self, branch: Branch, tick: int) -> None:
-        """A site at which branches fail again and again grows no more, where the flag says so."""
+        """Stop growth at a site where branches fail repeatedly, if the flag says so."""
         site = self.registry.sites[branch.site].name
         if self.registry.flags.fail("growth", site):
             text = f"nothing grows at {site} from here on: {self.registry.flags.verdict('growth', site).why}"
@@ -216,7 +217,7 @@ class TickBoundary:
             self._candidates = candidates, seeds, least
         _, seeds, least = self._candidates
         old = (self.registry.table.age[seeds] >= least).nonzero().flatten().tolist() if candidates else []
-        due = [branch for branch in (candidates[place] for place in old) if not branch.aside]
+        due = [branch for branch in (candidates[place] for place in old) if not branch.excluded]
         known = {branch.id for branch in due if branch.group >= 0}
         units = [self.registry.group_of(branch) for branch in due if branch.group in (-1, branch.id)]
         return [unit for unit in units if len(unit) == 1 or all(b.id in known and b.stage is unit[0].stage for b in unit)]
@@ -229,7 +230,7 @@ class TickBoundary:
     # --- age ---
 
     def age(self, tick: int) -> None:
-        """Seeds leave stages that they have outlived, the guard keeps the host for new blendings, waiting seeds get training slots."""
+        """Move seeds out of outlived stages, let the guard keep the host for new blendings, and give waiting seeds training slots."""
         self._end_outlived()
         self.untying.run(tick)
         self.guard.settle(tick)
@@ -246,7 +247,7 @@ class TickBoundary:
             self.transitions.move(row, target, cause)
 
     def _promote(self) -> None:
-        """GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
+        """Move GERMINATED seeds to TRAINING, oldest branch first, while there are slots."""
         for branch in [] if self.signals.loss.diverging else self.registry.in_stage(Stage.GERMINATED):
             group = self.registry.group_of(branch)
             taken = len(self.machine.rows_in(Stage.TRAINING))
@@ -259,7 +260,7 @@ class TickBoundary:
     # --- tell ---
 
     def tell(self, tick: int) -> None:
-        """Plans follow the new stages; telemetry goes out where it is due, and the port hears that the tick is over."""
+        """Update the groups for the new stages, publish telemetry where it is due, and end the tick on the port."""
         self.registry.refresh()
         if self.observer.due:
             self.observer.publish(tick)

@@ -32,7 +32,7 @@ class Untying:
         bank.untie(branch.slot)
         inherit(bank, branch.slot, self.transitions.optimizer)
         branch.parameters = bank.parameters_of(branch.slot)
-        registry.touch(branch.site)
+        registry.mark_changed(branch.site)
         site = registry.sites[branch.site].name
         text = f"branch {branch.id} at {site} has a copy of its own of the weights that it shared: {branch.parameters} parameters more"
         self.transitions.port.emit(Alert(tick=tick, level="info", code="untied", text=text, site=site, seed=branch.seed))

@@ -1,10 +1,10 @@
-"""Averages of a model's weights that follow what grows: torch's ``AveragedModel``, Lightning's callbacks, or a plain copy.
+"""Averages of a model's weights that grow with the model: torch's ``AveragedModel``, Lightning's callbacks, or a plain copy.
 
-An average is a copy of the model that somebody moves towards it, tensor by tensor in the order of its modules. So the copy gets the same
+An average is a copy of the model that is moved towards it, tensor by tensor in the order of its modules. The copy gets the same
 seed layers, with banks of the same shapes, and the averaging covers the branches as well.
 
-A branch enters the average when its FINE_TUNING begins. Until then, and after it is on its way out, the average has it as it is: it is not
-what it will be, and an average over all steps would remember the zeros that it started with. What FOSSILIZED branches have no longer moves.
+A branch enters the average when its FINE_TUNING begins. Before that, and once it is being removed, the average holds its present values: an
+average over all steps would include the zeros that it started with. The values of FOSSILIZED branches no longer change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from esper.lifecycle import Stage
 from esper.seeds import Branch, SeedLayer, SeedRegistry, Site
 from esper.seeds.branch_groups import Injection, build
 from esper.seeds.hidden_layers import Source
-from esper.seeds.layer import ATTRIBUTE, Attached, device_of
+from esper.seeds.layer import ATTRIBUTE, ModelHook, device_of
 from esper.seeds.sites import stack_of
 
 AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
@@ -33,9 +33,9 @@ AVERAGED = (Stage.FINE_TUNING, Stage.FOSSILIZED)
 
 
 class Follower:
-    """One average of the model of ``registry``. ``sync`` it whenever the registry has changed, before anybody averages again.
+    """One average of the model of ``registry``. ``sync`` it whenever the registry has changed, before the next averaging.
 
-    ``known`` are averaged values of branches, from ``state``, where the average goes on from an earlier one.
+    ``known`` holds averaged values of branches, from ``state``, where the average continues an earlier one.
     """
 
     def __init__(self, registry: SeedRegistry, averaged: nn.Module, known: dict[str, Any] | None = None) -> None:
@@ -45,8 +45,8 @@ class Follower:
         self._bare()
         self.layers = [self._layer(site) for site in registry.sites]
         self._banks: list[Any] = [None] * len(registry.sites)
-        self._plans: list[Any] = [[]] * len(registry.sites)
-        HostAlone.on(averaged)  # what grew is saved with the grown, and fits no fresh copy
+        self._built_for: list[Any] = [[]] * len(registry.sites)
+        HostAlone.on(averaged)  # branches are saved with ``state``, and fit no fresh copy
         expect_host_alone(averaged)
         self.sync()
         for number, values in (known or {}).items():
@@ -62,7 +62,7 @@ class Follower:
             if key != self._banks[number]:
                 self._rebuild(number, here)
                 self._banks[number] = key
-            self._plan(number)
+            self._update_groups(number)
         for branch in living:
             if branch.stage not in AVERAGED:
                 _put(self._values(branch), _values(self.registry.layers[branch.site], branch))
@@ -98,7 +98,7 @@ class Follower:
             module._modules.pop(ATTRIBUTE, None)
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
                 for key in [
-                    key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached, Source))
+                    key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, ModelHook, Source))
                 ]:
                     del hooks[key]
                     module._forward_hooks_with_kwargs.pop(key, None)
@@ -120,13 +120,13 @@ class Follower:
             before = set(self._banks[number][1])
             known = {b.id: {n: v.clone() for n, v in self._values(b).items()} for b in here if (b.id, b.slot) in before}
         layer.banks = nn.ModuleDict({name: self._twin(bank, layer) for name, bank in self.registry.banks(number).items()})
-        self._plans[number] = []
+        self._built_for[number] = []
         for branch in here:
             if branch.id in known:
                 _put(self._values(branch), known[branch.id])
 
     def _twin(self, bank: SlotBank | BlockBank, layer: SeedLayer) -> SlotBank | BlockBank:
-        """A bank with the present values and no history: nobody learns in it."""
+        """A bank with the present values and no history, since nothing learns in it."""
         twin: SlotBank | BlockBank
         if isinstance(bank, SlotBank):
             twin = SlotBank(bank.blueprint, bank.geometry, self.device)
@@ -143,14 +143,14 @@ class Follower:
             parameter.grad = None
         return twin
 
-    def _plan(self, number: int) -> None:
+    def _update_groups(self, number: int) -> None:
         registry, layer = self.registry, self.layers[number]
         blended = registry.blended(number)
-        if [branch.id for branch in blended] != self._plans[number] or (blended and not layer.plan):
+        if [branch.id for branch in blended] != self._built_for[number] or (blended and not layer.groups):
             banks = {name: layer.bank(name) for name in layer.banks}
-            layer.plan = build([registry._part(branch, learning=False) for branch in blended], banks, layer.geometry, self.device)
-            self._plans[number] = [branch.id for branch in blended]
-        for group in layer.plan:
+            layer.groups = build([registry.member(branch, learning=False) for branch in blended], banks, layer.geometry, self.device)
+            self._built_for[number] = [branch.id for branch in blended]
+        for group in layer.groups:
             assert not isinstance(group, Injection)
             group.alpha.copy_(registry.branches.alpha[group.branches])
 

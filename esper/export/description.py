@@ -25,7 +25,7 @@ MORE = "the host and what grew in it would hold more than the file of weights"
 
 
 class Wrong(ValueError):
-    """What is wrong with a description, in words."""
+    """The error in a description, in words."""
 
 
 def check(description: dict[str, Any]) -> None:

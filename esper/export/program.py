@@ -1,6 +1,6 @@
-"""A model as a program that runs without Python code of its own: ``torch.export``, and ONNX made from that.
+"""A model as a program that runs without its Python code: ``torch.export``, and ONNX made from that.
 
-A program takes what the model takes: any stride, any batch size, and any length where the model takes several. What torch cannot
+A program accepts the model's inputs: any stride, any batch size, and any length where the model takes several. What torch cannot
 keep open is said in a sentence.
 """
 
@@ -31,7 +31,7 @@ FOREIGN = ("torch.onnx", "torch.export", "torch._export", "torch._dynamo", "torc
 def traced(model: nn.Module, inputs: Tensor) -> tuple[ExportedProgram, list[str]]:
     """The model, which is in evaluation mode, as a program; and in words which sizes it is bound to though the model is not.
 
-    ``inputs``: a batch (batch first) of whatever strides. Raises what torch.export raises for a model that it cannot follow.
+    ``inputs``: a batch (batch first) of whatever strides. Raises torch.export's exception for a model that it cannot follow.
     """
     inputs = _at_least_two(inputs.detach().contiguous(), 0)
     several = [dim for dim in range(1, inputs.dim()) if _takes_several(model, inputs, dim)]
@@ -146,7 +146,7 @@ def _sized(inputs: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _answer(model: Any, inputs: Tensor) -> Tensor | None:
-    """The first tensor of what the model or program gives for these inputs, or None where it does not take them."""
+    """The first tensor of the output of the model or program, or None where it does not accept these inputs."""
     from esper.blueprints.block_call import first_tensor
 
     try:
@@ -157,7 +157,7 @@ def _answer(model: Any, inputs: Tensor) -> Tensor | None:
 
 
 def _remarks(program: ExportedProgram, model: nn.Module, inputs: Tensor, dims: list[int]) -> list[str]:
-    """Ask the program for what the model answers: other sizes along each of ``dims``, and another layout."""
+    """Compare the program with the model at other sizes along each of ``dims``, and in another layout."""
     run, said = program.module(), []
     for dim in dims:
         size = inputs.shape[dim]

@@ -27,7 +27,7 @@ FORMAT, VERSION = "esper model", 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 FOLDER = "model"
 
-#: Attribute of a host that was loaded: what had grown in it, run after run. Saving it again says so too.
+#: Attribute of a loaded host: the branches that had grown in it, run after run. A new save includes them.
 GROWN_BEFORE = "grown_before"
 
 Description = dict[str, Any]
@@ -133,11 +133,11 @@ def load_weights(host: nn.Module, path: str) -> nn.Module:
 def load_into(
     host: nn.Module, path: Path, description: Description, blueprints: tuple[type[Blueprint], ...] = (), as_saved: bool = False
 ) -> nn.Module:
-    """Build what grew into ``host`` and load the tensors, every name strictly; ``as_saved``: the host takes the dtypes of the file."""
+    """Build the branches into ``host`` and load the tensors, every name strictly; ``as_saved``: the host takes the dtypes of the file."""
     from safetensors.torch import load_file
 
     from esper.export.description import Budget, unfit
-    from esper.seeds.exporting import regraft
+    from esper.seeds.exporting import rebuild_branches
 
     _refuse_changed(path, description.get("sha256"))
     try:
@@ -149,7 +149,7 @@ def load_into(
         if any(description["grown"]):
             budget.spend(tuple(value.shape) for value in host.state_dict().values())
         for cards in description["grown"]:
-            regraft(host, cards, lambda entry: _blueprint(entry, blueprints), budget)
+            rebuild_branches(host, cards, lambda entry: _blueprint(entry, blueprints), budget)
     except UserError:
         raise
     except Exception as error:  # whatever a blueprint's or a host's own code says to settings that are not its own
@@ -198,7 +198,7 @@ def _take_dtypes(host: nn.Module, tensors: dict[str, torch.Tensor], description:
 
 
 def host_card(model: Description, task: Any) -> Description:
-    """What builds the host again: the model group's settings and what a host asks of a task."""
+    """The description that rebuilds the host: the model group's settings and the task's shape."""
     shape = {"name": task.name, "inputs": task.inputs, "input_shape": list(task.input_shape), "outputs": task.outputs}
     return {"model": {**model, "weights": ""}, "task": shape}
 

@@ -37,10 +37,10 @@ def plan(config: AdaptiveConfig, state: Tensor, context: GraftingContext) -> Pla
 
 
 def _fit(state: Tensor, context: GraftingContext, plans: dict[str, Plan]) -> list[Tensor]:
-    """How well each of CHOICES suits the signals, ``[n]`` each, in 0..1; ``linear`` is 1/2, and so is a mere threshold.
+    """How well each of CHOICES suits the signals, ``[n]`` each, in 0..1; ``linear`` is 1/2, and so is a signal at its threshold.
 
-    A strategy that holds suits as far as its trouble is present (1/2 at its threshold, 1 at twice that); one that
-    speeds up suits as far as it would.
+    A strategy that holds suits the more, the further its signal is beyond the threshold (1/2 there, 1 at twice the
+    threshold); a strategy that speeds up suits in proportion to its speed.
     """
     half = torch.full_like(context.ramp, 0.5)
     median, _ = running_median(state, context)
@@ -60,8 +60,8 @@ def _fit(state: Tensor, context: GraftingContext, plans: dict[str, Plan]) -> lis
 def keep_score(config: AdaptiveConfig, state: Tensor, context: GraftingContext) -> tuple[Tensor, dict[str, Tensor]]:
     """Scores ``[n, choices]`` in -1..1 and the columns that hold them.
 
-    The choice in force is paid by how much the counterfactual gain, as a share of the loss, grew since the measurement
-    before. Only counterfactual gains count: a loss that falls by itself pays nobody.
+    The choice in force earns the rise of the counterfactual gain, as a share of the loss, since the measurement before.
+    Only counterfactual gains count: a loss that falls by itself earns nothing.
     """
     paid, choice = columns(state, f"paid_{CHOICES[0]}", len(CHOICES)), column(state, "choice")
     gain = context.counterfactual / (context.loss.abs() + _EPS)

@@ -1,9 +1,9 @@
-"""The ramp that all grafting strategies share: what they read, how far they may go in a tick, when they give up.
+"""The ramp that all grafting strategies share: their signals, their limits in a tick, and the end of a failing one.
 
-A strategy only says how many ticks of ramp it would like to cover (``Plan.advance``; 1 is the speed of ``linear``).
-Here that wish becomes alpha, under the rules common to all: a paused branch keeps its whole state; a branch in trouble
-aborts, as does one whose strategy's wish is not finite; and the ramp given up by holding, slowing or stepping back never
-exceeds ``max_hold`` ramps, so that after ``k`` ticks ``elapsed >= k - max_hold * ramp`` and GRAFTING cannot hang.
+A strategy only proposes how many ticks of ramp to cover (``Plan.advance``; 1 is the speed of ``linear``).
+This module turns the proposal into alpha, under the rules common to all: a paused branch keeps its whole state; a branch in
+trouble aborts, as does one whose proposal is not finite; and holding, slowing or stepping back never gives up more than
+``max_hold`` ramps, so that after ``k`` ticks ``elapsed >= k - max_hold * ramp`` and GRAFTING cannot hang.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from esper.grafting.config import GraftingConfig, HoldingConfig
 from esper.grafting.state import STATE_WIDTH, column, initial_state, with_columns
 
-#: A share of failed ticks above this aborts, whatever the strategy.
+#: A share of failed ticks above this aborts, under every strategy.
 MAX_ERROR_RATE = 0.5
 #: Signals beyond this count as non-finite: their squares would overflow float32.
 LARGEST_SIGNAL = 1e18
@@ -26,7 +26,7 @@ LARGEST_SIGNAL = 1e18
 
 @dataclass(frozen=True)
 class GraftingContext:
-    """What is known of ``n`` branches at a tick; every field is a tensor ``[n]``, float32 unless said otherwise.
+    """The signals of ``n`` branches at a tick; every field is a tensor ``[n]``, float32 unless said otherwise.
 
     ``metric`` and ``counterfactual`` count only where their mask says that they were measured at this tick; elsewhere
     their value is never looked at. The other signals are always known. The signals belong to the alpha now in force.
@@ -68,7 +68,7 @@ class GraftingContext:
         )
 
     def select(self, rows: Tensor) -> GraftingContext:
-        """The same for the branches that ``rows`` (bool ``[n]`` or indices) picks."""
+        """The context of some of the branches; ``rows`` is bool ``[n]`` or indices."""
         return GraftingContext(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
@@ -76,7 +76,7 @@ class GraftingContext:
 class GraftingOutput:
     """Result of a tick; tensors ``[n]``.
 
-    ``alpha`` is what the forward uses next. ``abort`` branches keep the alpha and state they had and are to be culled;
+    ``alpha`` is that of the next forward. ``abort`` branches keep the alpha and state they had and are to be culled;
     ``done`` branches have reached ``alpha_max``, where they stay.
     """
 
@@ -88,7 +88,7 @@ class GraftingOutput:
 
 @dataclass(frozen=True)
 class Plan:
-    """A strategy's wish.
+    """A strategy's proposal for a tick.
 
     ``advance`` ``[n]`` is the ticks of ramp to cover now (1 as ``linear``, 0 to hold, negative to step back),
     ``updates`` are new values of its own columns, ``max_hold`` is how many ramps it may give up in all.
@@ -132,7 +132,7 @@ def find_trouble(signals: tuple[str, ...], context: GraftingContext) -> Tensor:
 
 
 def advance_ramp(state: Tensor, plan: Plan, context: GraftingContext) -> Tensor:
-    """The state after ``plan``, its wish cut to what is left of the hold budget and to the end of the ramp."""
+    """The state after ``plan``, whose proposal is limited by the remaining hold budget and the end of the ramp."""
     elapsed, held = column(state, "elapsed"), column(state, "held")
     budget = (plan.max_hold * context.ramp - held).clamp(min=0.0)
     advance = torch.maximum(plan.advance, 1.0 - budget)
@@ -154,8 +154,8 @@ def alpha_at(elapsed: Tensor, context: GraftingContext) -> Tensor:
 def hand_over(state: Tensor, rows: Tensor, context: GraftingContext) -> Tensor:
     """The state with ``rows`` (bool ``[n]``) made ready for another strategy.
 
-    They go on from their present alpha, also when ``context`` brings another ramp or range; what the earlier strategy
-    remembered is forgotten, the ramp already given up is not.
+    They continue from their present alpha, also when ``context`` brings another ramp or range. The earlier strategy's
+    memory is cleared; the part of the hold budget that was used stays used.
     """
     span = context.alpha_max - context.alpha_min
     alpha = torch.minimum(torch.maximum(column(state, "alpha"), context.alpha_min), context.alpha_max)
@@ -166,6 +166,6 @@ def hand_over(state: Tensor, rows: Tensor, context: GraftingContext) -> Tensor:
 
 
 def longest_ramp(config: GraftingConfig, ramp: int) -> int:
-    """Ticks, not counting paused ones, after which a branch has reached ``alpha_max`` whatever its signals said."""
+    """Ticks, not counting paused ones, after which a branch has reached ``alpha_max`` under any signals."""
     max_hold = config.max_hold if isinstance(config, HoldingConfig) else 0.0
     return ramp if max_hold == 0.0 else math.ceil(ramp * (1.0 + max_hold)) + 1

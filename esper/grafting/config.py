@@ -10,7 +10,7 @@ from esper.fields import setting
 
 @dataclass
 class GraftingConfig:
-    """What every strategy has: the length of the ramp and the range of alpha."""
+    """The settings of every strategy: the length of the ramp and the range of alpha."""
 
     name: str = ""
     ramp: str = setting("5%", unit="duration", help="ticks from alpha_min to alpha_max, undisturbed")

@@ -37,7 +37,7 @@ class CustomStrategy(HoldingConfig):
     name: str = NAME
     rule: Any = None
     error: Exception | None = None
-    """What the rule raised at the last tick; its branches then held their α."""
+    """The rule's exception at the last tick; its branches then held their α."""
 
 
 class _Custom(Strategy):

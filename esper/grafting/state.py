@@ -1,4 +1,4 @@
-"""What a strategy remembers of each branch: one float32 matrix ``[n, STATE_WIDTH]`` whose columns have names.
+"""The memory of the strategies about each branch: one float32 matrix ``[n, STATE_WIDTH]`` whose columns have names.
 
 All strategies share the layout, so that branches on different strategies sit in one tensor that checkpoints as it is.
 Every column starts at zero: a fresh branch is a row of zeros.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 #: Past gradient norms kept for the running median.
 WINDOW = 15
@@ -22,6 +23,7 @@ CHOICES = ("linear", "drift", "momentum", "stability", "grad_norm", "performance
 #: (against ``max_hold``), and the ``alpha`` last handed out.
 SHARED = ("elapsed", "held", "alpha")
 
+#: Saved states hold them in this order: append only.
 COLUMNS = (
     *SHARED,
     "drift_hold",  # drift: ticks of the present hold still to go
@@ -51,6 +53,11 @@ _INDEX = {name: i for i, name in enumerate(COLUMNS)}
 def initial_state(n: int, device: torch.device | str | None = None) -> Tensor:
     """State of ``n`` branches that have just entered GRAFTING: zeros ``[n, STATE_WIDTH]``, float32."""
     return torch.zeros(n, STATE_WIDTH, dtype=torch.float32, device=device)
+
+
+def widened(saved: Tensor) -> Tensor:
+    """A saved state with the columns that were appended since, at zero as in a fresh branch."""
+    return functional.pad(saved, (0, max(0, STATE_WIDTH - saved.shape[1])))
 
 
 def column(state: Tensor, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from esper.grafting.momentum import MOMENTUM
 from esper.grafting.performance import PERFORMANCE
 from esper.grafting.stability import STABILITY
 
-#: In the order of their index, which states and checkpoints hold: append only.
+#: By name; branches and checkpoints hold the names.
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy for strategy in (LINEAR, DRIFT, MOMENTUM, ADAPTIVE, STABILITY, GRAD_NORM, PERFORMANCE)
 }
@@ -49,7 +49,7 @@ def step_many(strategy_index: Tensor, configs: Mapping[str, GraftingConfig], sta
 
 
 def signals_of(config: GraftingConfig) -> tuple[str, ...]:
-    """The fields of the context that a strategy reads: what the engine need not measure for others."""
+    """The fields of the context that a strategy reads; the engine does not measure them for others."""
     return tuple(config.rule.signals) if isinstance(config, CustomStrategy) else STRATEGIES[config.name].signals
 
 

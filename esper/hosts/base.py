@@ -1,4 +1,4 @@
-"""What example hosts share: initialisation from one given generator, and residual blocks that can be copied."""
+"""The common parts of example hosts: initialisation from one given generator, and residual blocks that can be copied."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.G
 
 @contextmanager
 def untouched_global_rng() -> Iterator[None]:
-    """Torch's layers draw from the global generator while they are made; what they drew is put back."""
+    """Torch's layers draw from the global generator while they are made; its state is put back."""
     with torch.random.fork_rng(devices=[]):
         yield
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw every parameter anew from ``generator``, in the order of the modules; reset every buffer.
+    """Draw every parameter from ``generator``, in the order of the modules; reset every buffer.
 
     Linear and convolution: uniform in ± 1/√fan_in, weight and bias (torch's own default); embeddings N(0, 0.02²);
     norms: weight 1, bias 0, running statistics reset.
@@ -68,7 +68,7 @@ class ResidualBlock(nn.Module):
 
 
 def require(fits: bool, host: str, task: Task, needs: str, instead: str) -> None:
-    """Raise ``UserError`` when a host does not fit a task, saying what it needs and which host does fit."""
+    """Raise ``UserError`` when a host does not fit a task, naming its needs and a host that fits."""
     if not fits:
         shape = "×".join(map(str, task.input_shape))
         given = f"task={task.name} gives {'characters' if task.inputs == 'tokens' else 'numbers'} of shape {shape}"

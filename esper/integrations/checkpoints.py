@@ -1,4 +1,4 @@
-"""What grew, in the checkpoints of another library's trainer: kept beside the host's tensors, and found again."""
+"""Branches in the checkpoints of another library's trainer: kept beside the host's tensors, and found again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTHING = "seeds were not attached yet"
 
 
 def grown_in(checkpoint: Mapping[str, Any]) -> Any:
-    """What a callback left under ``esper`` in another trainer's checkpoint; None before anything could grow.
+    """A callback's entry ``esper`` in another trainer's checkpoint; None before anything could grow.
 
     Raises UserError where there was no callback.
     """
@@ -26,7 +26,7 @@ def grown_in(checkpoint: Mapping[str, Any]) -> Any:
 
 
 def keep_in(checkpoint: dict[str, Any], grow: Grow | None) -> None:
-    """Leave in another trainer's checkpoint the host's tensors under their own names, and what grew beside them.
+    """Leave in another trainer's checkpoint the host's tensors under their own names, and the branches beside them.
 
     Lightning keeps the model's own tensors elsewhere while an average has its place; its finders save before anything is attached.
     """
@@ -36,7 +36,7 @@ def keep_in(checkpoint: dict[str, Any], grow: Grow | None) -> None:
 
 
 def found(name: str, *places: Path) -> Path:
-    """``name`` in the first of the folders that has it. Raises UserError where none has: what grew is told apart by its name."""
+    """``name`` in the first of the folders that has it. Raises UserError where none has: branches are identified by this name."""
     for place in places:
         if (place / name).is_dir():
             return place / name
@@ -45,7 +45,7 @@ def found(name: str, *places: Path) -> Path:
 
 
 def plain(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of another library as tensors and plain values; whatever else its file asks for is not done. Raises UserError."""
+    """A checkpoint of another library as tensors and plain values; nothing else in its file is executed. Raises UserError."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common base for what it raises on a foreign file

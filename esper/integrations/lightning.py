@@ -59,21 +59,21 @@ class GrowCallback(Callback):
             self.grow.tick(torch.stack(losses).mean() if losses else None)  # type: ignore[union-attr]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that the run is over; ``callback.grow.export()`` gives the plain module."""
+        """End the run; ``callback.grow.export()`` gives the plain module."""
         self.grow.close()  # type: ignore[union-attr]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the host's tensors under their own names, and what grew beside them."""
+        """Keep the host's tensors under their own names, and the branches beside them."""
         keep_in(checkpoint, self.grow)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take what had grown up again when fitting begins; at once after a finder's trial, which went past this callback."""
+        """Restore the branches when fitting begins; at once after a finder's trial, which went past this callback."""
         self._state = grown_in(checkpoint)
         if self.grow is not None and trainer.state.fn == TrainerFn.FITTING:
             self.grow.load_branches(self._state)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After ``fit``, what is tested with ``ckpt_path`` is what had grown by then, as the host is."""
+        """After ``fit``, a test with ``ckpt_path`` uses the branches of that checkpoint, as it uses its host."""
         if self.grow is not None and trainer.state.fn != TrainerFn.FITTING and trainer.ckpt_path:
             self.grow.load_branches(grown_in(plain(trainer.ckpt_path)))
 

@@ -28,8 +28,8 @@ class GrowCallback(TrainerCallback):
         self._moved_to, self._run = Path(resume_from), f"esper-{secrets.token_hex(8)}"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Attach: model and optimizer are prepared, and hold what a checkpoint kept of them."""
-        # The Trainer gives its callbacks everything but itself; it is among those who call.
+        """Attach: model and optimizer are prepared, and restored where there is a checkpoint."""
+        # The Trainer gives its callbacks everything but itself; it is among the callers.
         trainer = next(one for call in inspect.stack(0) if isinstance(one := call.frame.f_locals.get("self"), Trainer))
         optimizer, output, steps = parts["optimizer"], Path(args.output_dir or ""), args.gradient_accumulation_steps
         given: dict[str, Any] = {"loss": told_without(trainer.compute_loss), "accumulate": steps, "total_steps": state.max_steps}
@@ -42,7 +42,7 @@ class GrowCallback(TrainerCallback):
         cast(dict[str, Any], state.stateful_callbacks)["esper"] = {"run": self._run, "folder": str(output.resolve())}
 
     def _grow(self, model: Any, inputs: Any, *others: Any) -> Any:
-        """The Trainer's step on a micro-batch: afterwards its backward pass is done, and nobody has clipped a gradient yet."""
+        """The Trainer's step on a micro-batch: afterwards its backward pass is done, and no gradient is clipped yet."""
         batch = to_device(inputs, self.grow.device)  # type: ignore[union-attr]  # a copy: a loss may pop the labels
         self._parts.append(self._step(model, inputs, *others))  # its part of the step's mean loss
         self.grow.after_backward(batch)  # type: ignore[union-attr]
@@ -54,18 +54,18 @@ class GrowCallback(TrainerCallback):
         self._parts.clear()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """What was measured on held-out data, for controllers and strategies."""
+        """Pass measurements on held-out data to controllers and strategies."""
         values = {f"validation/{k.removeprefix('eval_')}": v for k, v in parts["metrics"].items() if isinstance(v, float)}
         if self.grow is not None:  # a Trainer evaluates without training, too
             self.grow.observe(values, "validation/loss" if "validation/loss" in values else None, maximize=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Keep what grew in the checkpoint's folder, under the name that the Trainer's state in it holds."""
+        """Keep the branches in the checkpoint's folder, under the name that the Trainer's state in it holds."""
         if state.is_world_process_zero and not state.is_hyper_param_search:
             self.grow.save_branches(Path(args.output_dir or "", f"checkpoint-{state.global_step}", self._run))  # type: ignore[union-attr]
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **parts: Any) -> None:
-        """Say that the run is over; ``callback.grow.export()`` gives the plain model."""
+        """End the run; ``callback.grow.export()`` gives the plain model."""
         if args.load_best_model_at_end and (best := Path(state.best_model_checkpoint or "")).name:  # that host has just come back
             then = TrainerState.load_from_json(str(best / "trainer_state.json"))
             self.grow.load_branches(_beside(then, best.parent))  # type: ignore[union-attr]
@@ -75,6 +75,6 @@ class GrowCallback(TrainerCallback):
 
 
 def _beside(state: TrainerState, output: Path, moved_to: Path = Path()) -> Path:
-    """What grew, beside the checkpoint that the Trainer has loaded, which it names to nobody."""
+    """The branches beside the checkpoint that the Trainer has loaded, whose name it does not tell."""
     note, name = grown_in(cast(dict[str, Any], state.stateful_callbacks or {})), f"checkpoint-{state.global_step}"
     return found(note["run"], output / name, Path(note["folder"], name), moved_to)

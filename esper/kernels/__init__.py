@@ -1,4 +1,4 @@
-"""Seed layer kernels: Triton on a GPU, plain torch everywhere else. ``dispatch.Kernels`` is what the seed layers call."""
+"""Seed layer kernels: Triton on a GPU, plain torch everywhere else. The seed layers call ``dispatch.Kernels``."""
 
 from typing import TYPE_CHECKING
 
@@ -6,10 +6,10 @@ from esper.kernels.config import KernelConfig
 from esper.lazy import names_of
 
 if TYPE_CHECKING:
-    from esper.kernels.dispatch import FAILED, MISMATCH, Grown, Kernels
+    from esper.kernels.dispatch import FAILED, MISMATCH, BranchesOutput, Kernels
 
 CONFIGS: dict[str, type] = {"auto": KernelConfig, "triton": KernelConfig, "torch": KernelConfig}
 
-__all__ = ["CONFIGS", "FAILED", "MISMATCH", "Grown", "KernelConfig", "Kernels"]
+__all__ = ["CONFIGS", "FAILED", "MISMATCH", "BranchesOutput", "KernelConfig", "Kernels"]
 
-__getattr__ = names_of(__name__, dict.fromkeys(("FAILED", "MISMATCH", "Grown", "Kernels"), "esper.kernels.dispatch"))
+__getattr__ = names_of(__name__, dict.fromkeys(("FAILED", "MISMATCH", "BranchesOutput", "Kernels"), "esper.kernels.dispatch"))

@@ -74,7 +74,7 @@ def adamw_kernel(
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdamWSettings:
     """AdamW (Loshchilov & Hutter 2019); ``lr`` is the rate after ``warmup`` steps of a slot's own, ``clip`` 0 is off."""
 
     lr: float
@@ -86,7 +86,7 @@ class Settings:
     clip: float
 
 
-def adamw(held: list[tuple[Tensor, Tensor, Tensor, Tensor]], learning: Tensor, steps: Tensor, settings: Settings) -> Tensor:
+def adamw(held: list[tuple[Tensor, Tensor, Tensor, Tensor]], learning: Tensor, steps: Tensor, settings: AdamWSettings) -> Tensor:
     """Step ``(values, gradients, first, second)`` ``[capacity, …]`` in place; returns the gradients' norms ``[capacity]``, before clipping.
 
     ``learning`` bool ``[capacity]``, ``steps`` float32 ``[capacity]``. At most six tensors, float32 and contiguous.

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from esper.kernels import chunk_backward, chunk_forward, launch
-from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
-from esper.kernels.geometry import chunk_width
+from esper.kernels import chunk_backward, chunk_forward, launch_rules
+from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
+from esper.kernels.chunk_layout import chunk_width
 from esper.kernels.telemetry import (
-    Partial,
-    Roster,
-    evenness,
-    fill_roster,
+    ActiveList,
+    PartialSums,
+    chunk_constants,
+    fill_active_list,
     finish,
     health_group,
+    measure_and_copy,
     measure_windows,
     moments_of_means,
-    pass_through,
-    read,
     row_distance,
 )
 
@@ -30,58 +29,59 @@ PRECISION = "ieee"  # float32 products in float32; the compiler's default would 
 
 @custom_op("esper::branches", mutates_args=())
 def branches(
-    x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
+    x: Tensor, alpha: Tensor, route: Tensor, objective: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(y, live, power, health)`` for ``x [outer, inner, W]``, as ``reference_branches.forward``; ``health [S, 4]`` if ``measure``."""
     seeds, rows, banks = alpha.shape[0], x.shape[0] * x.shape[1], split_banks(kinds, parameters)
     y, live, power = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
-    windows = launch.windows(x.shape[2], seeds, rows, launch.limits(x.device)) if measure else None
-    measure = measure and windows is None  # together with the rest
+    windows = launch_rules.windows(x.shape[2], seeds, rows, launch_rules.limits(x.device)) if measure else None
+    measure = measure and windows is None  # in the kernels below
     health = x.new_empty(seeds if measure else 0, 4, dtype=torch.float32)
     if windows is not None:
         health = measure_windows(x, seeds, near_zero, windows)
-    partial, roster = Partial.empty(x, seeds, measure, copies=True), Roster.empty(alpha, None, route, len(banks))
-    read(x, partial, seeds, near_zero, y, roster)
+    partial, active = PartialSums.empty(x, seeds, measure, copies=True), ActiveList.empty(alpha, None, route, len(banks))
+    measure_and_copy(x, partial, seeds, near_zero, y, active)
     together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
-        kind, bank, last = KINDS[name], layers(name, tensors), number == len(banks) - 1
-        plan = forward_plan(x, seeds, kind, bank, measure)
-        sums = alpha.new_empty(plan.programs, 3)
-        chunk_forward.chunk_forward_kernel[(plan.programs,)](
-            x, y, alpha, route, roster.order[number], roster.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+        kind, bank, last = KINDS[name], bank_tensors(name, tensors), number == len(banks) - 1
+        launch = forward_launch(x, seeds, kind, bank, measure)
+        sums = alpha.new_empty(launch.programs, 3)
+        chunk_forward.chunk_forward_kernel[(launch.programs,)](
+            x, y, alpha, route, active.seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
             sums, partial.means, partial.pivots,
             seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
-            **shape_of(kind, bank, x, seeds, plan), XR=row_distance(x), YR=row_distance(y),
+            **kernel_constants(kind, bank, x, seeds, launch), XR=row_distance(x), YR=row_distance(y),
             TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
-            STAGES=plan.stages, PLAIN_STAGES=forward_plan(x, seeds, kind, bank, False).stages, PRECISION=PRECISION, num_warps=plan.warps,
+            STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION,
+            num_warps=launch.warps,
         )  # fmt: skip
         if last and measure:
-            moments_of_means(x, partial, roster)
-        settle(x, y, roster, sums, partial, live, power, health, number, plan, together and last)
+            moments_of_means(x, partial, active)
+        contain(x, y, active, sums, partial, live, power, health, number, launch, together and last)
     if measure and not together:
-        health = finish(x, partial, roster)
+        health = finish(x, partial, active)
     return y, live, power, health
 
 
-def settle(
-    x: Tensor, y: Tensor, roster: Roster, sums: Tensor, partial: Partial, live: Tensor, power: Tensor, health: Tensor, number: int,
-    plan: launch.Launch, last: bool,
+def contain(
+    x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: PartialSums, live: Tensor, power: Tensor, health: Tensor, number: int,
+    launch: launch_rules.Launch, last: bool,
 ) -> None:  # fmt: skip
-    """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``settle_kernel``."""
+    """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``containment_kernel``."""
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
-    place = min(128, launch.power_of_two(chunk_width(width, seeds)))
-    shares = max(1, min(16, launch.limits(x.device).processors * 4 // seeds))
-    chunk_forward.settle_kernel[(seeds, shares)](
-        x, y, roster.alpha, roster.route, roster.order[number], roster.rank, sums, live, power, *partial.sums, health,
-        seeds, width, rows, plan.programs, plan.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
-        BM=32, BC=place, **evenness(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
+    place = min(128, launch_rules.power_of_two(chunk_width(width, seeds)))
+    shares = max(1, min(16, launch_rules.limits(x.device).processors * 4 // seeds))
+    chunk_forward.containment_kernel[(seeds, shares)](
+        x, y, active.alpha, active.route, active.seeds[number], active.rank, sums, live, power, *partial.sums, health,
+        seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
+        BM=32, BC=place, **chunk_constants(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
         PB=health_group(seeds)[1], num_warps=4,
     )  # fmt: skip
 
 
 @branches.register_fake
 def _(
-    x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
+    x: Tensor, alpha: Tensor, route: Tensor, objective: Tensor | None, kinds: str, parameters: list[Tensor], measure: bool, near_zero: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     health = x.new_empty(alpha.shape[0] if measure else 0, 4, dtype=torch.float32)
     return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha), health
@@ -89,24 +89,24 @@ def _(
 
 @custom_op("esper::branches_backward", mutates_args=())
 def branches_backward(
-    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+    x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """``(dx, gradients, residual)`` as ``reference_branches.backward``; ``residual`` is empty without a ``lesson``."""
+    """``(dx, gradients, residual)`` as ``reference_branches.backward``; ``residual`` is empty without an ``objective``."""
     assert dy.shape == x.shape, f"gradient {tuple(dy.shape)} of an output {tuple(x.shape)}"
     seeds = live.shape[0]
     dx = torch.empty_like(x)
     banks = split_banks(kinds, parameters)
-    roster = Roster.empty(live, lesson, route, len(banks))
-    pass_through(dy, dx, Partial.empty(x, seeds, False, copies=True), roster, seeds, 0.0)
+    active = ActiveList.empty(live, objective, route, len(banks))
+    measure_and_copy(dy, PartialSums.empty(x, seeds, False, copies=True), seeds, 0.0, dx, active)
     grads: list[Tensor] = []
-    residual = live.new_empty(0) if lesson is None else torch.zeros_like(live)
+    residual = live.new_empty(0) if objective is None else torch.zeros_like(live)
     for number, (name, tensors) in enumerate(banks):
-        found, plan = bank_backward(x, dy, dx, live, lesson, route, roster.order[number], name, tensors)
-        grads += collect(found[:-1], [torch.empty_like(tensor) for tensor in tensors], roster, x, number, plan)
-        if lesson is not None:
-            chunk_backward.residual_kernel[(seeds,)](
-                found[-1], residual, route, roster.order[number], roster.rank, x.shape[0] * x.shape[1], plan.programs, number,
-                BM=plan.rows, num_warps=1,
+        found, launch = bank_backward(x, dy, dx, live, objective, route, active.seeds[number], name, tensors)
+        grads += sum_gradients(found[:-1], [torch.empty_like(tensor) for tensor in tensors], active, x, number, launch)
+        if objective is not None:
+            chunk_backward.sum_residuals_kernel[(seeds,)](
+                found[-1], residual, route, active.seeds[number], active.rank, x.shape[0] * x.shape[1], launch.programs, number,
+                BM=launch.rows, num_warps=1,
             )  # fmt: skip
     return dx, grads, residual
 
@@ -115,117 +115,129 @@ def branches_backward(
 def branches_backward_in_place(
     x: Tensor, dx: Tensor, live: Tensor, route: Tensor, kinds: str, parameters: list[Tensor], gradients: list[Tensor]
 ) -> None:
-    """``branches_backward`` without a lesson, into ``gradients``; ``dx`` comes in as ``dy``, and only active chunks of it are touched.
+    """``branches_backward`` without an objective, into ``gradients``; ``dx`` holds ``dy`` at first, and only its active chunks are changed.
 
-    For a compiled host's graph: its compiler lets what makes ``dy`` write ``dx`` at once, and a pass over the site is saved.
+    It is for the graph of a compiled host: the compiler lets the operation that makes ``dy`` write ``dx`` directly, which saves a pass
+    over the site.
     """
     seeds = live.shape[0]
     banks = split_banks(kinds, parameters)
-    roster = Roster.empty(live, None, route, len(banks))
-    fill_roster(roster, seeds)
+    active = ActiveList.empty(live, None, route, len(banks))
+    fill_active_list(active, seeds)
     left = iter(gradients)
     for number, (name, tensors) in enumerate(banks):
-        found, plan = bank_backward(x, dx, dx, live, None, route, roster.order[number], name, tensors)
-        collect(found[:-1], [next(left) for _ in tensors], roster, x, number, plan)
+        found, launch = bank_backward(x, dx, dx, live, None, route, active.seeds[number], name, tensors)
+        sum_gradients(found[:-1], [next(left) for _ in tensors], active, x, number, launch)
 
 
 def bank_backward(
-    x: Tensor, dy: Tensor, dx: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, order: Tensor, name: str, tensors: list[Tensor]
-) -> tuple[list[Tensor], launch.Launch]:
+    x: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    live: Tensor,
+    objective: Tensor | None,
+    route: Tensor,
+    active_seeds: Tensor,
+    name: str,
+    tensors: list[Tensor],
+) -> tuple[list[Tensor], launch_rules.Launch]:
     """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
-    seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], layers(name, tensors)
-    plan = backward_plan(x, seeds, kind, bank, lesson is not None)
-    partial = [tensor.new_empty(plan.programs, *tensor.shape[1:]) for tensor in tensors]
-    residual = live.new_empty(plan.programs)
-    into, whole = layers(name, partial), kind.affine or plan.hidden >= bank.hidden
-    lessons = live if lesson is None else lesson
+    seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
+    launch = backward_launch(x, seeds, kind, bank, objective is not None)
+    partial = [tensor.new_empty(launch.programs, *tensor.shape[1:]) for tensor in tensors]
+    residual = live.new_empty(launch.programs)
+    into, whole = bank_tensors(name, partial), kind.affine or launch.hidden >= bank.hidden
+    objectives = live if objective is None else objective
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
     distances = {"XR": row_distance(x), "GR": row_distance(dy), "DR": row_distance(dx)}
-    common = shape_of(kind, bank, x, seeds, plan) | distances
-    settings = {"LESSONS": lesson is not None, "PRECISION": PRECISION, "num_warps": plan.warps, "num_stages": plan.stages}
-    blocks = 1 if kind.affine else -(-bank.hidden // plan.hidden)
-    chunk_backward.chunk_backward_kernel[(plan.programs, blocks)](
-        x, dy, dx, live, lessons, route, order, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+    common = kernel_constants(kind, bank, x, seeds, launch) | distances
+    settings = {"OBJECTIVES": objective is not None, "PRECISION": PRECISION, "num_warps": launch.warps, "num_stages": launch.stages}
+    blocks = 1 if kind.affine else -(-bank.hidden // launch.hidden)
+    chunk_backward.chunk_backward_kernel[(launch.programs, blocks)](
+        x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
-        alone = input_gradient_plan(x, seeds, kind, bank, plan)
-        common = shape_of(kind, bank, x, seeds, alone) | distances
+        alone = input_gradient_launch(x, seeds, kind, bank, launch)
+        common = kernel_constants(kind, bank, x, seeds, alone) | distances
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
         chunk_backward.chunk_input_gradient_kernel[(alone.programs,)](
-            x, dy, dx, live, lessons, route, order, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
+            x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
         )
-    return [*partial, residual], plan
+    return [*partial, residual], launch
 
 
-def collect(sums: list[Tensor], targets: list[Tensor], roster: Roster, x: Tensor, number: int, plan: launch.Launch) -> list[Tensor]:
-    """A bank's gradients into ``targets``, from the programs' partial ``sums``, added in a fixed order, all in one launch."""
-    sizes, seeds = [tensor[0].numel() for tensor in targets], roster.alpha.shape[0]
-    block = min(1024, launch.power_of_two(max(sizes)))
+def sum_gradients(
+    sums: list[Tensor], targets: list[Tensor], active: ActiveList, x: Tensor, number: int, launch: launch_rules.Launch
+) -> list[Tensor]:
+    """Add the programs' partial ``sums`` of a bank's gradients into ``targets``, in a fixed order, all in one launch."""
+    sizes, seeds = [tensor[0].numel() for tensor in targets], active.alpha.shape[0]
+    block = min(1024, launch_rules.power_of_two(max(sizes)))
     pairs = [tensor for pair in zip(sums, targets, strict=True) for tensor in pair]
     pairs += pairs[:2] * (6 - len(targets))  # an absent one repeats the first, and is never touched
-    chunk_backward.collect_kernel[(targets[0].shape[0], sum(-(-size // block) for size in sizes))](
-        *pairs, roster.route, roster.order[number], roster.rank, seeds, x.shape[0] * x.shape[1], plan.programs, number,
+    chunk_backward.sum_gradients_kernel[(targets[0].shape[0], sum(-(-size // block) for size in sizes))](
+        *pairs, active.route, active.seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
-        BM=plan.rows, BN=block, SB=min(1024, launch.power_of_two(seeds)), num_warps=4,
+        BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
     )  # fmt: skip
     return targets
 
 
 @branches_backward.register_fake
 def _(
-    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+    x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], live.new_empty(0 if lesson is None else live.shape[0])
+    residual = live.new_empty(0 if objective is None else live.shape[0])
+    return torch.empty_like(x), [torch.empty_like(tensor) for tensor in parameters], residual
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, route, lesson, kinds, parameters, _, _ = inputs
-    ctx.kinds, ctx.taught, live = kinds, lesson is not None, output[1]
+    x, _, route, objective, kinds, parameters, _, _ = inputs
+    ctx.kinds, ctx.has_objective, live = kinds, objective is not None, output[1]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, live, route, *([lesson] if lesson is not None else []), *parameters)
+    ctx.save_for_backward(x, live, route, *([objective] if objective is not None else []), *parameters)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health: Tensor) -> tuple[Any, ...]:
     x, live, route, *rest = ctx.saved_tensors
-    lesson, parameters = (rest[0], rest[1:]) if ctx.taught else (None, rest)
-    if lesson is None and torch.compiler.is_compiling():
+    objective, parameters = (rest[0], rest[1:]) if ctx.has_objective else (None, rest)
+    if objective is None and torch.compiler.is_compiling():
         dx, grads = dy.clone(), [torch.empty_like(tensor) for tensor in parameters]
         branches_backward_in_place(x, dx, live, route, ctx.kinds, list(parameters), grads)
         return dx, None, None, None, None, grads, None, None
-    dx, grads, _ = branches_backward(x, dy, live, lesson, route, ctx.kinds, list(parameters))
+    dx, grads, _ = branches_backward(x, dy, live, objective, route, ctx.kinds, list(parameters))
     return dx, None, None, None, None, grads, None, None
 
 
 branches.register_autograd(_differentiate, setup_context=_save)
 
 
-def shape_of(kind: Kind, bank: Layers, x: Tensor, seeds: int, plan: launch.Launch) -> dict[str, object]:
+def kernel_constants(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, launch: launch_rules.Launch) -> dict[str, object]:
     """The constants that a kernel is compiled for; none of them changes before a bank doubles."""
     outer, inner, width = x.shape
     chunk = chunk_width(width, seeds)
-    padded, even = launch.power_of_two(chunk, 16), width % seeds == 0
+    padded, even = launch_rules.power_of_two(chunk, 16), width % seeds == 0
     return {
-        "C": chunk, "EVEN": even, "FULL": even and chunk == padded and outer * inner % plan.rows == 0, "FLAT": outer == 1,
-        "H": bank.hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows,
+        "C": chunk, "EVEN": even, "FULL": even and chunk == padded and outer * inner % launch.rows == 0, "FLAT": outer == 1,
+        "H": bank.hidden, "CP": padded, "HB": launch.hidden, "BM": launch.rows,
         "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation,
     }  # fmt: skip
 
 
-def forward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, measure: bool) -> launch.Launch:
+def forward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch_rules.Launch:
     """Launch settings of the forward kernel for this site and bank."""
-    chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), measure)
+    chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
+    return launch_rules.forward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), measure)
 
 
-def backward_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, lessons: bool) -> launch.Launch:
+def backward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, objectives: bool) -> launch_rules.Launch:
     """Launch settings of the backward kernels for this site and bank."""
-    chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch.limits(x.device), lessons)
+    chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
+    return launch_rules.backward(chunk, hidden, kind.gated, kind.affine, x.element_size(), seeds, launch_rules.limits(x.device), objectives)
 
 
-def input_gradient_plan(x: Tensor, seeds: int, kind: Kind, bank: Layers, plan: launch.Launch) -> launch.Launch:
-    """Launch settings of the kernel for ``dx`` alone, where the backward's ``plan`` splits the hidden units."""
-    chunk, hidden = launch.power_of_two(chunk_width(x.shape[2], seeds), 16), launch.power_of_two(bank.hidden, 16)
-    return launch.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch.limits(x.device), plan)
+def input_gradient_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, launch: launch_rules.Launch) -> launch_rules.Launch:
+    """Launch settings of the kernel for ``dx`` alone, where the backward's ``launch`` splits the hidden units."""
+    chunk, hidden = launch_rules.power_of_two(chunk_width(x.shape[2], seeds), 16), launch_rules.power_of_two(bank.hidden, 16)
+    return launch_rules.input_gradient(chunk, hidden, kind.gated, x.element_size(), seeds, launch_rules.limits(x.device), launch)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from esper.kernels.activations import activate, activate_gradient
 from esper.kernels.chunk_forward import all_blocks_delta, block_delta, hidden_units, load_block
-from esper.kernels.triton_helpers import activate, activate_gradient, assignment, chunk_size, chunk_start, tile_pointers
+from esper.kernels.triton_helpers import assignment, chunk_size, chunk_start, tile_pointers
 
 
 @triton.jit
@@ -27,30 +28,30 @@ def hidden_slopes(x, into, gate, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.
 
 @triton.jit
 def chunk_backward_kernel(
-    x, dy, dx, live, lesson, route, order, w1, b1, wg, bg, w2, b2, dw1, db1, dwg, dbg, dw2, db2, residual,
+    x, dy, dx, live, objective, route, active_seeds, w1, b1, wg, bg, w2, b2, dw1, db1, dwg, dbg, dw2, db2, residual,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    LESSONS: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr,
+    OBJECTIVES: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, one block of HB hidden units, every ``parts``-th block of BM rows.
 
-    Parameter gradients are partial sums ``[program, …]`` that ``collect_kernel`` adds up. INPUT also writes ``dx``,
-    possible when one block holds all hidden units. A lesson ``(scale, weight)`` with weight ≠ 0 learns
+    Parameter gradients are partial sums ``[program, …]`` that ``sum_gradients_kernel`` adds up. INPUT also writes ``dx``,
+    possible when one block holds all hidden units. An objective ``(scale, weight)`` with weight ≠ 0 learns
     ``weight·½‖δ + scale·dy‖²`` instead, and lets ``dy`` pass.
     """
     pid, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HB
     blocks = tl.cdiv(rows, BM)
-    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), blocks)
+    seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), blocks)
     if parts == 0:
         return
     strength = tl.load(live + seed)
     scale, weight = 0.0, 0.0
-    if LESSONS:
-        scale, weight = tl.load(lesson + seed * 2), tl.load(lesson + seed * 2 + 1)
+    if OBJECTIVES:
+        scale, weight = tl.load(objective + seed * 2), tl.load(objective + seed * 2 + 1)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
-    echo = tl.load(route + seed * 3 + 2) & 1
+    subtract = tl.load(route + seed * 3 + 2) & 1
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     col, unit = tl.arange(0, CP), tl.arange(0, HB)
@@ -67,8 +68,8 @@ def chunk_backward_kernel(
     else:
         dtype = x.dtype.element_ty
         into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, dtype)
-        # Without lessons α multiplies the weights once instead of dy in every tile.
-        back = out if LESSONS else (out * strength).to(dtype)
+        # Without objectives α multiplies the weights once instead of dy in every tile.
+        back = out if OBJECTIVES else (out * strength).to(dtype)
         g_into, g_out, g_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([HB, CP], tl.float32), tl.zeros([16, HB], tl.float32)
         if GATED:
             g_gate, g_gate_bias = tl.zeros([CP, HB], tl.float32), tl.zeros([16, HB], tl.float32)
@@ -82,7 +83,7 @@ def chunk_backward_kernel(
         gb = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
         arriving = gb.to(tl.float32)
         g = arriving
-        if LESSONS:
+        if OBJECTIVES:
             g = strength * arriving
             if weight != 0.0:
                 wide = tile.to(tl.float32)
@@ -94,14 +95,14 @@ def chunk_backward_kernel(
                         delta = block_delta(tile, delta, into, gate, out, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
                     else:
                         delta = all_blocks_delta(tile, delta, w1, b1, wg, bg, w2, slot, size, C, H, CP, HB, BIAS, GATED, ACT, PRECISION)
-                delta = tl.where(mask, delta + shift[None, :] - wide * echo + scale * arriving, 0.0)
+                delta = tl.where(mask, delta + shift[None, :] - wide * subtract + scale * arriving, 0.0)
                 missed += tl.sum(delta * delta, 1)
                 g = weight * delta
             gb = g.to(tile.dtype)
         if AFFINE:
             g_shift += tl.sum(g, 0)
             g_factor += tl.sum(g * tile.to(tl.float32), 0)
-            d_tile = (g if LESSONS else strength * g) * factor[None, :]
+            d_tile = (g if OBJECTIVES else strength * g) * factor[None, :]
         else:
             # In this order the fewest tiles are alive at once.
             hidden, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
@@ -121,12 +122,12 @@ def chunk_backward_kernel(
                 if GATED:
                     d_tile = tl.dot(d_switch, tl.trans(gate), acc=d_tile, input_precision=PRECISION)
         if INPUT:
-            if echo != 0:
-                d_tile -= g if LESSONS else strength * g
-            total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if LESSONS else d_tile)  # never 0·NaN
+            if subtract != 0:
+                d_tile -= g if OBJECTIVES else strength * g
+            total = arriving + (tl.where(weight == 0.0, d_tile, 0.0) if OBJECTIVES else d_tile)  # never 0·NaN
             writes = tile_pointers(dx, block, start, col, inner, do, di, dc, BM, DR, FLAT)
             tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
-    rest = 1.0 if LESSONS else strength
+    rest = 1.0 if OBJECTIVES else strength
     if not AFFINE:
         g_out *= rest
         g_shift, g_bias = tl.sum(g_shift, 0) / 16, tl.sum(g_bias, 0) / 16
@@ -149,30 +150,30 @@ def chunk_backward_kernel(
         if GATED:
             tl.store(dwg + pid * C * H + col[:, None] * H + (first + unit)[None, :], g_gate, mask=real[:, None] & known[None, :])
             tl.store(dbg + pid * H + first + unit, g_gate_bias, mask=known)
-    if LESSONS:  # as above
+    if OBJECTIVES:  # as above
         if first == 0:
             tl.store(residual + pid, tl.sum(missed))
 
 
 @triton.jit
 def chunk_input_gradient_kernel(
-    x, dy, dx, live, lesson, route, order, w1, b1, wg, bg, w2,
+    x, dy, dx, live, objective, route, active_seeds, w1, b1, wg, bg, w2,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, LESSONS: tl.constexpr, FLAT: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, OBJECTIVES: tl.constexpr, FLAT: tl.constexpr,
     XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx`` alone, block after block of hidden units, where one block cannot hold them all."""
     blocks = tl.cdiv(rows, BM)
-    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), blocks)
+    seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), blocks)
     if parts == 0:
         return
     strength = tl.load(live + seed)
     weight = 0.0
-    if LESSONS:
-        weight = tl.load(lesson + seed * 2 + 1)
+    if OBJECTIVES:
+        weight = tl.load(objective + seed * 2 + 1)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
-    echo = (tl.load(route + seed * 3 + 2) & 1).to(tl.float32)
+    subtract = (tl.load(route + seed * 3 + 2) & 1).to(tl.float32)
     through = tl.where(weight == 0.0, strength, 0.0)
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
@@ -195,7 +196,7 @@ def chunk_input_gradient_kernel(
             for first in range(0, H, HB):
                 into, gate, out = load_block(w1, wg, w2, slot, first, size, C, H, CP, HB, GATED, tile.dtype)
                 d_tile = block_input_gradient(tile, g, d_tile, into, gate, out, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
-        total = arriving.to(tl.float32) * (1.0 - echo * through) + d_tile
+        total = arriving.to(tl.float32) * (1.0 - subtract * through) + d_tile
         writes = tile_pointers(dx, block, start, col, inner, do, di, dc, BM, DR, FLAT)
         tl.store(writes, total.to(dx.dtype.element_ty)) if FULL else tl.store(writes, total.to(dx.dtype.element_ty), mask=mask)
 
@@ -203,7 +204,7 @@ def chunk_input_gradient_kernel(
 @triton.jit
 def block_input_gradient(tile, g, d_tile, into, gate, back, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr,
                          GATED: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Adds what one block of hidden units gives to ``dx``; α is in its out weights ``back`` or in ``g``."""
+    """Add the part of one block of hidden units to ``dx``; α is in its out weights ``back`` or in ``g``."""
     _, slope, switch_slope = hidden_slopes(tile, into, gate, b1, bg, slot, first, H, BIAS, GATED, ACT, PRECISION)
     d_hidden = tl.dot(g, tl.trans(back), input_precision=PRECISION)
     d_tile = tl.dot((d_hidden * slope).to(tile.dtype), tl.trans(into), acc=d_tile, input_precision=PRECISION)
@@ -230,15 +231,15 @@ def add_slot(partial, target, into, block, N: tl.constexpr, place, count, parts,
 
 
 @triton.jit
-def seed_parts(order, rows, programs, BM: tl.constexpr):
+def seed_parts(active_seeds, rows, programs, BM: tl.constexpr):
     """Active seeds of a bank (at least 1), and programs of each; see ``assignment``."""
-    count = tl.maximum(tl.load(order), 1)
+    count = tl.maximum(tl.load(active_seeds), 1)
     return count, tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
 
 
 @triton.jit
-def collect_kernel(
-    p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, order, rank, seeds, rows, programs, bank,
+def sum_gradients_kernel(
+    p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, active_seeds, rank, seeds, rows, programs, bank,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, N5: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +256,7 @@ def collect_kernel(
         here = here & ((tl.load(route + seed * 3 + 2, mask=known, other=0) & 2) == 0)
         place = tl.load(rank + seed, mask=known, other=-1)
         holder = tl.maximum(holder, tl.max(tl.where(here, place, -1)))
-    count, most = seed_parts(order, rows, programs, BM)
+    count, most = seed_parts(active_seeds, rows, programs, BM)
     parts, into = tl.where(holder < 0, 0, most), slot.to(tl.int64)
     # Where each tensor's blocks begin, without values from calls: a tracer takes what feeds an address for written.
     B1: tl.constexpr = (N0 + BN - 1) // BN
@@ -272,11 +273,11 @@ def collect_kernel(
 
 
 @triton.jit
-def residual_kernel(partial, residual, route, order, rank, rows, programs, bank, BM: tl.constexpr):
+def sum_residuals_kernel(partial, residual, route, active_seeds, rank, rows, programs, bank, BM: tl.constexpr):
     """``residual[seed]`` = sum of its ``partial[program]``; one program a seed."""
     seed = tl.program_id(0)
     place = tl.load(rank + seed)
     if (place < 0) | (tl.load(route + seed * 3) != bank):
         return
-    count, parts = seed_parts(order, rows, programs, BM)
+    count, parts = seed_parts(active_seeds, rows, programs, BM)
     add_parts(partial, residual, seed, tl.arange(0, 1), 1, place, count, parts, 1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from esper.kernels.activations import activate
 from esper.kernels.telemetry_kernels import finish
 from esper.kernels.triton_helpers import (
-    activate,
     assignment,
     chunk_size,
     chunk_start,
@@ -60,7 +60,7 @@ def hidden_units(x, into, gate, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.c
 @triton.jit
 def block_delta(x, delta, into, gate, out, b1, bg, slot, first, H: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
                 ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Adds what one block of hidden units gives to δ."""
+    """Add the part of one block of hidden units to δ."""
     value, switch = hidden_units(x, into, gate, b1, bg, slot, first, H, BIAS, GATED, PRECISION)
     hidden = tl.sigmoid(switch) * value if GATED else activate(value, ACT)
     return tl.dot(hidden.to(x.dtype), out, acc=delta, input_precision=PRECISION)
@@ -77,8 +77,8 @@ def all_blocks_delta(x, delta, w1, b1, wg, bg, w2, slot, size, C: tl.constexpr, 
 
 
 @triton.jit
-def walk(
-    x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
+def forward_tiles(
+    x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
     rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
@@ -110,7 +110,7 @@ def walk(
                 delta = block_delta(tile, delta, into, gate, out, b1, bg, slot, 0, H, BIAS, GATED, ACT, PRECISION)
             else:
                 delta = all_blocks_delta(tile, delta, w1, b1, wg, bg, w2, slot, size, C, H, CP, HB, BIAS, GATED, ACT, PRECISION)
-        if echo != 0:
+        if subtract != 0:
             delta -= wide
         result = wide + strength * delta
         square = delta * delta if FULL else tl.where(mask, delta * delta, 0.0)
@@ -130,7 +130,7 @@ def walk(
 
 @triton.jit
 def chunk_forward_kernel(
-    x, y, alpha, route, order, rank, w1, b1, wg, bg, w2, b2, partial, means, pivots,
+    x, y, alpha, route, active_seeds, rank, w1, b1, wg, bg, w2, b2, partial, means, pivots,
     seeds, width, rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
@@ -141,14 +141,14 @@ def chunk_forward_kernel(
 
     The matrices stay in shared memory over all blocks. ``partial[program]`` gets Σ(x-p)², the near-zero count and Σδ²,
     ``means[seed, row]`` the row's chunk mean minus the pivot p, the chunk's mean in row 0. FULL: no place of a tile is padding.
-    TELEMETRY is left out where ``rows_kernel`` has measured all chunks (see ``few_active``); the walk then has PLAIN_STAGES.
+    TELEMETRY is left out where ``whole_rows_kernel`` has measured all chunks (see ``few_active``); the walk then has PLAIN_STAGES.
     """
-    seed, part, parts = assignment(order, tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, BM))
+    seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, BM))
     if parts == 0:
         return
     strength = tl.load(alpha + seed).to(tl.float32)
     slot = tl.load(route + seed * 3 + 1).to(tl.int64)
-    echo = tl.load(route + seed * 3 + 2) & 1
+    subtract = tl.load(route + seed * 3 + 2) & 1
     start = chunk_start(seed, seeds, width, C, EVEN)
     size = chunk_size(start, seed, seeds, width, C, EVEN)
     pivot = 0.0
@@ -160,14 +160,14 @@ def chunk_forward_kernel(
         pivot = tl.sum(tl.load(x + (start + col).to(tl.int64) * xc, mask=col < size, other=0.0).to(tl.float32)) / size
         if part == 0:
             tl.store(pivots + seed, pivot)
-        spread, close, power = walk(
-            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
+        spread, close, power = forward_tiles(
+            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
             C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, XR, YR, STAGES, PRECISION,
         )  # fmt: skip
     else:
-        spread, close, power = walk(
-            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, echo, pivot, part, parts,
+        spread, close, power = forward_tiles(
+            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
             C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, XR, YR, PLAIN_STAGES, PRECISION,
         )  # fmt: skip
@@ -178,8 +178,8 @@ def chunk_forward_kernel(
 
 
 @triton.jit
-def settle_kernel(
-    x, y, alpha, route, order, rank, partial, live, power, pivots, moments, totals, stats, health,
+def containment_kernel(
+    x, y, alpha, route, active_seeds, rank, partial, live, power, pivots, moments, totals, stats, health,
     seeds, width, rows, programs, tile_rows, bank, inner, xo, xi, xc, yo, yi, yc, blocks, parts,
     BM: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr,
     TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, FINISH: tl.constexpr, PB: tl.constexpr,
@@ -201,7 +201,7 @@ def settle_kernel(
     if FINISH == 0:
         if active == 0:
             return
-    count = tl.maximum(tl.load(order), 1)
+    count = tl.maximum(tl.load(active_seeds), 1)
     most = tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, tile_rows)), 1), 128)
     part = tl.arange(0, 128)
     known = active & (part < most)

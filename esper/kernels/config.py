@@ -1,4 +1,4 @@
-"""Which path the seed layers take, and how often a kernel is checked; where it is rolled out is the business of ``esper.flags``."""
+"""The implementation of the seed layers, and the share of ticks at which it is checked; ``esper.flags`` chooses the sites."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ class KernelConfig:
 
 
 def refused(why: str) -> UserError:
-    """What is said where ``kernel=triton`` cannot be had."""
+    """The error where ``kernel=triton`` cannot run."""
     return UserError(f"kernel=triton was asked for, but {why}; use kernel=auto or kernel=torch, or run on a machine with a GPU and Triton.")

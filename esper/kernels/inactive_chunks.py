@@ -5,28 +5,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper.kernels.active_list import write_roster
+from esper.kernels.active_list import write_active_list
 from esper.kernels.triton_helpers import chunk_size, chunk_start, row_offsets
 
 
 @triton.jit
-def passing_kernel(
-    x, y, alpha, lesson, route, order, rank, stats, means, pivots,
+def inactive_chunks_kernel(
+    x, y, alpha, objective, route, active_seeds, rank, stats, means, pivots,
     seeds, width, rows, parts, inner, xo, xi, xc, yo, yi, yc, near_zero,
     BM: tl.constexpr, SB: tl.constexpr, CB: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     COPY: tl.constexpr, TELEMETRY: tl.constexpr, ALL: tl.constexpr, FLAT: tl.constexpr, STAGES: tl.constexpr,
-    BANKS: tl.constexpr, LESSONS: tl.constexpr, RB: tl.constexpr,
+    BANKS: tl.constexpr, OBJECTIVES: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     """One program: SB neighbouring seeds, every ``parts``-th block of BM rows; CB places a chunk, in several rounds if WIDE.
 
-    ALL takes every seed (nothing is active); otherwise those without an active branch, and one more program writes the roster.
+    ALL takes every seed (nothing is active); otherwise those without an active branch, and one more program writes the active list.
     Outputs as in the forward kernel, with ``stats[part, seed]`` for the partial sums. FULL: chunks of exactly CB places, whole
     blocks of rows and groups of seeds.
     """
     groups = tl.cdiv(seeds, SB)
     if not ALL:
         if tl.program_id(0) == groups * parts:
-            write_roster(alpha, lesson, route, order, rank, seeds, BANKS, LESSONS, RB)
+            write_active_list(alpha, objective, route, active_seeds, rank, seeds, BANKS, OBJECTIVES, RB)
             return
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     seed = group * SB + tl.arange(0, SB)
@@ -35,8 +35,8 @@ def passing_kernel(
         strength = tl.load(alpha + seed, mask=mine, other=0.0)
         bank = tl.load(route + seed * 3, mask=mine, other=-1)
         awake = strength != 0.0
-        if LESSONS:
-            awake = awake | (tl.load(lesson + seed * 2 + 1, mask=mine, other=0.0) != 0.0)
+        if OBJECTIVES:
+            awake = awake | (tl.load(objective + seed * 2 + 1, mask=mine, other=0.0) != 0.0)
         mine = mine & ((bank < 0) | (awake == 0))
         if tl.max(mine.to(tl.int32)) == 0:
             return

@@ -1,11 +1,11 @@
-"""What the kernels must compute, in plain torch: the path of a CPU, and what every kernel is tested against."""
+"""The reference in plain torch: the implementation on a CPU, and the expected result of every kernel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from esper.kernels.geometry import chunk_bounds, feature_owner, gather_chunks
+from esper.kernels.chunk_layout import chunk_bounds, feature_owner, gather_chunks
 
 
 def telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:

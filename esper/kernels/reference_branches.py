@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.kernels.branch_kinds import KINDS, Kind, Layers, layers, split_banks
-from esper.kernels.geometry import chunk_bounds, feature_owner, padded_index
+from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
+from esper.kernels.chunk_layout import chunk_bounds, feature_owner, padded_index
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ActiveBranches:
     """The branches of one bank that take part: their seeds, slots ``[k]``, and which entries are real (None: all)."""
 
     seeds: Tensor
@@ -22,7 +22,7 @@ class Chosen:
     real: Tensor | None
 
     @classmethod
-    def of(cls, mine: Tensor, route: Tensor, capacity: int) -> Chosen:
+    def of(cls, mine: Tensor, route: Tensor, capacity: int) -> ActiveBranches:
         """On a CPU exactly the seeds in ``mine`` (bool ``[S]``); elsewhere, with no wait for the device, one entry a slot."""
         if mine.device.type == "cpu" and not torch.compiler.is_compiling():
             seeds = mine.nonzero()[:, 0]
@@ -39,7 +39,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Site:
+class Chunks:
     """Shape of a site: width, seeds, and the padded chunks' features and mask ``[S, C]``."""
 
     width: int
@@ -48,21 +48,21 @@ class Site:
     mask: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, seeds: int) -> Site:
+    def of(cls, x: Tensor, seeds: int) -> Chunks:
         """For activations ``x [rows, W]``."""
         return cls(x.shape[1], seeds, *padded_index(x.shape[1], seeds, x.device))
 
-    def read(self, x: Tensor, chosen: Chosen) -> Tensor:
+    def gather(self, x: Tensor, active: ActiveBranches) -> Tensor:
         """Chunks of the chosen seeds, ``[k, rows, C]``, padded places zero."""
-        index, mask = self.index[chosen.seeds], self.mask[chosen.seeds]
+        index, mask = self.index[active.seeds], self.mask[active.seeds]
         return x.index_select(1, index.flatten()).view(x.shape[0], *index.shape).transpose(0, 1).masked_fill(~mask[:, None], 0)
 
-    def spread(self, values: Tensor, chosen: Chosen) -> Tensor:
-        """The inverse of :meth:`read`: ``[k, rows, C] -> [rows, W]``, zero elsewhere. A gather, so that GPUs repeat their bits."""
+    def scatter(self, values: Tensor, active: ActiveBranches) -> Tensor:
+        """The inverse of :meth:`gather`: ``[k, rows, C] -> [rows, W]``, zero elsewhere. A gather, so that GPUs repeat their bits."""
         count, rows, place = values.shape
         if count == 0:
             return values.new_zeros(rows, self.width)
-        seat = chosen.seeds if chosen.real is None else torch.where(chosen.real, chosen.seeds, self.seeds)
+        seat = active.seeds if active.real is None else torch.where(active.real, active.seeds, self.seeds)
         rank = torch.full((self.seeds + 1,), count, device=values.device).scatter(0, seat, torch.arange(count, device=values.device))
         owner = feature_owner(self.width, self.seeds, values.device)
         within = torch.arange(self.width, device=values.device) - chunk_bounds(self.width, self.seeds, values.device)[owner]
@@ -84,13 +84,13 @@ def _derivative(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return h, torch.ones_like(h)
 
 
-def _rows(bank: Layers, chosen: Chosen, dtype: torch.dtype) -> Layers:
+def _tensors(bank: BankTensors, active: ActiveBranches, dtype: torch.dtype) -> BankTensors:
     names = ("w1", "b1", "w2", "b2", "wg", "bg")
-    return Layers(**{name: getattr(bank, name).index_select(0, chosen.slots).to(dtype) for name in names})
+    return BankTensors(**{name: getattr(bank, name).index_select(0, active.slots).to(dtype) for name in names})
 
 
-def _hidden(c: Tensor, p: Layers, kind: Kind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden units, and what they multiply the gradient by for both pre-activations; the value side's raw numbers last."""
+def _hidden(c: Tensor, p: BankTensors, kind: BranchKind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden units, their derivatives by both pre-activations, and the value side's pre-activations."""
     h = c @ p.w1 + p.b1[:, None] if kind.bias else c @ p.w1
     if kind.gated:
         gate = torch.sigmoid(c @ p.wg + p.bg[:, None])
@@ -99,18 +99,18 @@ def _hidden(c: Tensor, p: Layers, kind: Kind) -> tuple[Tensor, Tensor, Tensor, T
     return a, slope, slope, h
 
 
-def delta(c: Tensor, p: Layers, kind: Kind, echo: Tensor) -> Tensor:
-    """δ of chunks ``c [k, rows, C]``; ``echo [k]`` is 1 where the input is subtracted."""
+def delta(c: Tensor, p: BankTensors, kind: BranchKind, subtract: Tensor) -> Tensor:
+    """δ of chunks ``c [k, rows, C]``; ``subtract [k]`` is 1 where the input is subtracted."""
     if kind.affine:
         out = c * p.w1[:, None] + p.b2[:, None]
     else:
         out = _hidden(c, p, kind)[0] @ p.w2
         out = out + p.b2[:, None] if kind.bias else out
-    return out - echo[:, None, None] * c
+    return out - subtract[:, None, None] * c
 
 
-def _echo(route: Tensor, chosen: Chosen, dtype: torch.dtype) -> Tensor:
-    return (route[chosen.seeds, 2] & 1).to(dtype)
+def _subtract(route: Tensor, active: ActiveBranches, dtype: torch.dtype) -> Tensor:
+    return (route[active.seeds, 2] & 1).to(dtype)
 
 
 def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,67 +120,67 @@ def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: lis
     nothing and ``live`` is 0; elsewhere ``live`` is α. ``power`` is ``Σδ²``. ``route[s] = (bank, slot, bits)``, bit 0: subtract the
     input, bit 1: the branch's parameters do not learn.
     """
-    site, seeds = Site.of(x, alpha.shape[0]), alpha.shape[0]
+    site, seeds = Chunks.of(x, alpha.shape[0]), alpha.shape[0]
     live = torch.where(route[:, 0] >= 0, alpha, 0)
     power = torch.zeros_like(alpha)
     y = x
     for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
-        bank = layers(name, tensors)
-        chosen = Chosen.of((route[:, 0] == number) & (alpha != 0), route, bank.capacity)
-        chunks = site.read(x, chosen)
-        out = delta(chunks, _rows(bank, chosen, x.dtype), KINDS[name], _echo(route, chosen, x.dtype))
-        out = out.masked_fill(~site.mask[chosen.seeds][:, None], 0)
-        strength = alpha[chosen.seeds].to(x.dtype)
+        bank = bank_tensors(name, tensors)
+        active = ActiveBranches.of((route[:, 0] == number) & (alpha != 0), route, bank.capacity)
+        chunks = site.gather(x, active)
+        out = delta(chunks, _tensors(bank, active, x.dtype), KINDS[name], _subtract(route, active, x.dtype))
+        out = out.masked_fill(~site.mask[active.seeds][:, None], 0)
+        strength = alpha[active.seeds].to(x.dtype)
         squares = out.square() if x.dtype == torch.float64 else out.float().square()
         if x.dtype == torch.float16:
             squares = squares.masked_fill((chunks + strength[:, None, None] * out).isinf(), torch.inf)
-        squares = chosen.only_real(squares.sum((1, 2)))
+        squares = active.only_real(squares.sum((1, 2)))
         fine = squares.isfinite() & strength.isfinite()
         added = torch.where(fine[:, None, None], strength[:, None, None] * out, 0)
-        y = y + site.spread(chosen.only_real(added), chosen)
-        seat = chosen.seeds if chosen.real is None else torch.where(chosen.real, chosen.seeds, seeds)
+        y = y + site.scatter(active.only_real(added), active)
+        seat = active.seeds if active.real is None else torch.where(active.real, active.seeds, seeds)
         power = torch.cat([power, power[:1]]).scatter(0, seat, squares.to(power.dtype))[:seeds]
-        live = torch.cat([live, live[:1]]).scatter(0, seat, torch.where(fine, alpha[chosen.seeds], 0))[:seeds]
+        live = torch.cat([live, live[:1]]).scatter(0, seat, torch.where(fine, alpha[active.seeds], 0))[:seeds]
     return (y.clone() if y is x else y), live, power
 
 
 def backward(
-    x: Tensor, dy: Tensor, live: Tensor, lesson: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
+    x: Tensor, dy: Tensor, live: Tensor, objective: Tensor | None, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """``(dx [rows, W], a gradient for each parameter, residual [S])`` for ``live`` as :func:`forward` returned it.
 
-    A lesson ``[S, 2]`` of ``(scale, weight)`` with weight ≠ 0 makes the seed learn ``weight·½‖δ + scale·dy‖²`` in isolation (scale
+    An objective ``[S, 2]`` of ``(scale, weight)`` with weight ≠ 0 makes the seed learn ``weight·½‖δ + scale·dy‖²`` in isolation (scale
     = η·B: functional gradient; scale = 0: reconstruction); then ``dx = dy`` on its chunk, ``residual`` is the squared norm.
     """
-    site = Site.of(x, live.shape[0])
-    taught = torch.zeros_like(live, dtype=torch.bool) if lesson is None else lesson[:, 1] != 0
+    site = Chunks.of(x, live.shape[0])
+    has_objective = torch.zeros_like(live, dtype=torch.bool) if objective is None else objective[:, 1] != 0
     dx, grads, residual = dy, [], torch.zeros_like(live)
     for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
-        bank, kind = layers(name, tensors), KINDS[name]
-        chosen = Chosen.of((route[:, 0] == number) & ((live != 0) | taught), route, bank.capacity)
-        c, arriving, p = site.read(x, chosen), site.read(dy, chosen), _rows(bank, chosen, x.dtype)
-        echo, isolated = _echo(route, chosen, x.dtype)[:, None, None], taught[chosen.seeds][:, None, None]
-        g = live[chosen.seeds].to(x.dtype)[:, None, None] * arriving
-        if lesson is not None:
-            scale, weight = lesson[chosen.seeds].to(x.dtype)[:, :, None, None].unbind(1)
-            missed = delta(c, p, kind, echo[:, 0, 0]) + scale * arriving
-            missed = torch.where(isolated & site.mask[chosen.seeds][:, None], missed, 0)
+        bank, kind = bank_tensors(name, tensors), KINDS[name]
+        active = ActiveBranches.of((route[:, 0] == number) & ((live != 0) | has_objective), route, bank.capacity)
+        c, arriving, p = site.gather(x, active), site.gather(dy, active), _tensors(bank, active, x.dtype)
+        subtract, isolated = _subtract(route, active, x.dtype)[:, None, None], has_objective[active.seeds][:, None, None]
+        g = live[active.seeds].to(x.dtype)[:, None, None] * arriving
+        if objective is not None:
+            scale, weight = objective[active.seeds].to(x.dtype)[:, :, None, None].unbind(1)
+            missed = delta(c, p, kind, subtract[:, 0, 0]) + scale * arriving
+            missed = torch.where(isolated & site.mask[active.seeds][:, None], missed, 0)
             g = torch.where(isolated, weight * missed, g)
-            seat = chosen.seeds if chosen.real is None else torch.where(chosen.real, chosen.seeds, site.seeds)
-            sums = chosen.only_real(missed.square().sum((1, 2))).to(residual.dtype)
+            seat = active.seeds if active.real is None else torch.where(active.real, active.seeds, site.seeds)
+            sums = active.only_real(missed.square().sum((1, 2))).to(residual.dtype)
             residual = torch.cat([residual, residual[:1]]).scatter(0, seat, sums)[: site.seeds]
         found, d_chunk = _gradients(c, g, p, kind)
-        d_chunk = torch.where(isolated, 0, d_chunk - echo * g)
-        dx = dx + site.spread(chosen.only_real(d_chunk), chosen)
-        frozen = (route[chosen.seeds, 2] & 2) != 0
+        d_chunk = torch.where(isolated, 0, d_chunk - subtract * g)
+        dx = dx + site.scatter(active.only_real(d_chunk), active)
+        frozen = (route[active.seeds, 2] & 2) != 0
         for tensor, gradient in zip(tensors, found, strict=True):
             gradient = gradient.masked_fill(frozen.view(-1, *[1] * (gradient.dim() - 1)), 0)
             whole = torch.zeros_like(tensor)
-            grads.append(whole.index_copy(0, chosen.slots, chosen.only_real(gradient).to(tensor.dtype)))
+            grads.append(whole.index_copy(0, active.slots, active.only_real(gradient).to(tensor.dtype)))
     return (dx.clone() if dx is dy else dx), grads, residual
 
 
-def _gradients(c: Tensor, g: Tensor, p: Layers, kind: Kind) -> tuple[list[Tensor], Tensor]:
+def _gradients(c: Tensor, g: Tensor, p: BankTensors, kind: BranchKind) -> tuple[list[Tensor], Tensor]:
     """Gradients of a bank's stacks in their order, and of the chunk, given ``g``, the gradient of δ."""
     if kind.affine:
         return [(g * c).sum(1), g.sum(1)], g * p.w1[:, None]
@@ -199,15 +199,15 @@ def _gradients(c: Tensor, g: Tensor, p: Layers, kind: Kind) -> tuple[list[Tensor
 
 
 class ReferenceBranches(torch.autograd.Function):
-    """:func:`forward` and :func:`backward` as one differentiable step; α, routes and lessons carry no gradient."""
+    """:func:`forward` and :func:`backward` as one differentiable step; α, routes and objectives carry no gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, alpha: Tensor, route: Tensor, lesson: Tensor | None, kinds: str, *parameters: Tensor
+        ctx: Any, x: Tensor, alpha: Tensor, route: Tensor, objective: Tensor | None, kinds: str, *parameters: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ``(y, live, power)``."""
         y, live, power = forward(x, alpha, route, kinds, list(parameters))
-        ctx.save_for_backward(x, live, route, lesson, *parameters)
+        ctx.save_for_backward(x, live, route, objective, *parameters)
         ctx.kinds = kinds
         ctx.mark_non_differentiable(live, power)
         return y, live, power
@@ -215,6 +215,6 @@ class ReferenceBranches(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of ``x`` and the parameters."""
-        x, live, route, lesson, *parameters = ctx.saved_tensors
-        dx, grads, _ = backward(x, dy, live, lesson, route, ctx.kinds, parameters)
+        x, live, route, objective, *parameters = ctx.saved_tensors
+        dx, grads, _ = backward(x, dy, live, objective, route, ctx.kinds, parameters)
         return dx, None, None, None, None, *grads

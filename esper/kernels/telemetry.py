@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from esper.kernels import inactive_chunks as passing
-from esper.kernels import launch
-from esper.kernels import telemetry_kernels as measure
-from esper.kernels.active_list import roster_kernel
-from esper.kernels.geometry import as_rows, chunk_width
+from esper.kernels import inactive_chunks, launch_rules, telemetry_kernels
+from esper.kernels.active_list import active_list_kernel
+from esper.kernels.chunk_layout import as_rows, chunk_width
 
 NARROW = 16
 """Places below which a chunk is no longer copied by itself: at 3 of them that took six times as long as a plain copy."""
@@ -20,11 +18,11 @@ NARROW = 16
 
 @custom_op("esper::telemetry", mutates_args=())
 def _telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
-    plan = launch.windows(x.shape[2], seeds, x.shape[0] * x.shape[1], launch.limits(x.device))
-    if plan is not None:
-        return measure_windows(x, seeds, near_zero, plan)
-    partial = Partial.empty(x, seeds, telemetry=True, copies=False)
-    read(x, partial, seeds, near_zero)
+    launch = launch_rules.windows(x.shape[2], seeds, x.shape[0] * x.shape[1], launch_rules.limits(x.device))
+    if launch is not None:
+        return measure_windows(x, seeds, near_zero, launch)
+    partial = PartialSums.empty(x, seeds, telemetry=True, copies=False)
+    measure_and_copy(x, partial, seeds, near_zero)
     if not partial.whole:
         moments_of_means(x, partial, None)
     return finish(x, partial, None)
@@ -43,28 +41,28 @@ def telemetry(x: Tensor, seeds: int, near_zero: float) -> Tensor:
     return measured
 
 
-def evenness(width: int, seeds: int) -> dict[str, object]:
+def chunk_constants(width: int, seeds: int) -> dict[str, object]:
     """The constants that say how wide chunks are, and whether all are."""
     return {"C": chunk_width(width, seeds), "EVEN": width % seeds == 0}
 
 
-def passing_plan(x: Tensor, seeds: int) -> launch.PassingLaunch:
+def inactive_chunks_launch(x: Tensor, seeds: int) -> launch_rules.InactiveChunksLaunch:
     """Launch settings of the copying kernel for this site."""
-    return launch.passing(x.shape[2], seeds, x.shape[0] * x.shape[1], launch.limits(x.device))
+    return launch_rules.inactive_chunks(x.shape[2], seeds, x.shape[0] * x.shape[1], launch_rules.limits(x.device))
 
 
-def rows_plan(x: Tensor, seeds: int, copies: bool) -> launch.WholeRowsLaunch | None:
+def whole_rows_launch(x: Tensor, seeds: int, copies: bool) -> launch_rules.WholeRowsLaunch | None:
     """Launch settings of the kernel over whole rows for this site; None where a row is too wide for it."""
-    return launch.whole_rows(x.shape[2], seeds, x.shape[0] * x.shape[1], x.element_size(), launch.limits(x.device), copies)
+    return launch_rules.whole_rows(x.shape[2], seeds, x.shape[0] * x.shape[1], x.element_size(), launch_rules.limits(x.device), copies)
 
 
 def means_block(x: Tensor) -> int:
     """Rows a program of the second pass over row means."""
-    return min(128, launch.power_of_two(x.shape[0] * x.shape[1]))
+    return min(128, launch_rules.power_of_two(x.shape[0] * x.shape[1]))
 
 
 @dataclass(frozen=True)
-class Partial:
+class PartialSums:
     """Partial sums that several kernels fill.
 
     ``moments [max(parts, blocks), S, 3]`` and ``totals [.., 2]`` of ``parts`` programs over whole rows or ``blocks`` of rows in the second
@@ -83,14 +81,14 @@ class Partial:
     telemetry: bool
 
     @classmethod
-    def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> Partial:
-        """Buffers for a site's ``x [outer, inner, W]``; one for all where nothing is measured. ``copies``: there are branches."""
-        plan = rows_plan(x, seeds, copies)
+    def empty(cls, x: Tensor, seeds: int, telemetry: bool, copies: bool) -> PartialSums:
+        """Buffers for a site's ``x [outer, inner, W]``; a single one for all without ``telemetry``. ``copies``: there are branches."""
+        launch = whole_rows_launch(x, seeds, copies)
         if not telemetry:
             untouched = x.new_empty(seeds, dtype=torch.float32)
-            return cls(untouched, untouched, untouched, untouched, untouched, 0, 0, plan is not None, False)
+            return cls(untouched, untouched, untouched, untouched, untouched, 0, 0, launch is not None, False)
         rows = x.shape[0] * x.shape[1]
-        parts = passing_plan(x, seeds).parts if plan is None else plan.parts
+        parts = inactive_chunks_launch(x, seeds).parts if launch is None else launch.parts
         blocks = -(-rows // means_block(x))
         most = max(parts, blocks)
 
@@ -98,8 +96,8 @@ class Partial:
             return x.new_empty(*shape, dtype=torch.float32)
 
         sums = room(seeds), room(most, seeds, 3), room(most, 2), room(parts, seeds, 3)
-        leaves_means = plan is None or copies
-        return cls(*sums, room(seeds, rows if leaves_means else 0), parts, blocks, plan is not None, telemetry)
+        leaves_means = launch is None or copies
+        return cls(*sums, room(seeds, rows if leaves_means else 0), parts, blocks, launch is not None, telemetry)
 
     @property
     def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,52 +110,52 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class Roster:
-    """Which seeds are active: ``order [banks, S + 1]`` and ``rank [S + 1]``, see ``write_roster``; found from ``alpha`` and ``lesson``."""
+class ActiveList:
+    """Which seeds are active: ``seeds [banks, S + 1]`` and ``rank [S + 1]`` as ``write_active_list`` fills them from the other tensors."""
 
     alpha: Tensor
-    lesson: Tensor | None
+    objective: Tensor | None
     route: Tensor
-    order: Tensor
+    seeds: Tensor
     rank: Tensor
 
     @classmethod
-    def empty(cls, alpha: Tensor, lesson: Tensor | None, route: Tensor, banks: int) -> Roster:
-        """Room for a site's roster, which the copying kernels write."""
-        return cls(alpha, lesson, route, route.new_empty(banks, alpha.shape[0] + 1), route.new_empty(alpha.shape[0] + 1))
+    def empty(cls, alpha: Tensor, objective: Tensor | None, route: Tensor, banks: int) -> ActiveList:
+        """Room for a site's active list, which the copying kernels write."""
+        return cls(alpha, objective, route, route.new_empty(banks, alpha.shape[0] + 1), route.new_empty(alpha.shape[0] + 1))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the copying kernels take them."""
-        return self.alpha, self.alpha if self.lesson is None else self.lesson, self.route, self.order, self.rank
+        return self.alpha, self.alpha if self.objective is None else self.objective, self.route, self.seeds, self.rank
 
     @property
     def constants(self) -> dict[str, int]:
-        """Banks, and seeds that the roster's program takes at once."""
-        return {"BANKS": self.order.shape[0], "RB": min(1024, launch.power_of_two(self.alpha.shape[0]))}
+        """The number of banks, and of the seeds that the program that writes the list takes at once."""
+        return {"BANKS": self.seeds.shape[0], "RB": min(1024, launch_rules.power_of_two(self.alpha.shape[0]))}
 
 
-def measure_windows(x: Tensor, seeds: int, near_zero: float, plan: launch.WindowsLaunch) -> Tensor:
-    """``health [seeds, 4]`` of narrow chunks: rows' totals first, then windows of neighbouring chunks."""
+def measure_windows(x: Tensor, seeds: int, near_zero: float, launch: launch_rules.WindowsLaunch) -> Tensor:
+    """``health [seeds, 4]`` of narrow chunks: first the totals of the rows, then windows of neighbouring chunks."""
     outer, inner, width = x.shape
-    rows, blocks = outer * inner, -(-outer * inner // plan.totals_rows)
+    rows, blocks = outer * inner, -(-outer * inner // launch.totals_rows)
 
     def room(*shape: int) -> Tensor:
         return x.new_empty(*shape, dtype=torch.float32)
 
-    sums = room(seeds), room(plan.parts, seeds, 3), room(plan.parts, 2), room(plan.parts, seeds, 3)
-    partial = Partial(*sums, room(0), plan.parts, 0, True, True)
+    sums = room(seeds), room(launch.parts, seeds, 3), room(launch.parts, 2), room(launch.parts, seeds, 3)
+    partial = PartialSums(*sums, room(0), launch.parts, 0, True, True)
     row_totals, unsound = room(rows), x.new_empty(blocks, dtype=torch.int32)
     distance = {"FLAT": outer == 1, "XR": row_distance(x)}
-    measure.totals_kernel[(blocks,)](
+    telemetry_kernels.totals_kernel[(blocks,)](
         x, row_totals, unsound, width, rows, inner, *x.stride(),
-        BM=plan.totals_rows, BW=min(1024, launch.power_of_two(width)), **distance, num_warps=4,
+        BM=launch.totals_rows, BW=min(1024, launch_rules.power_of_two(width)), **distance, num_warps=4,
     )  # fmt: skip
-    measure.windows_kernel[(-(-seeds // plan.seeds), plan.parts)](
+    telemetry_kernels.windows_kernel[(-(-seeds // launch.seeds), launch.parts)](
         x, row_totals, unsound, partial.moments, partial.totals, partial.stats, partial.pivots,
-        seeds, width, rows, plan.parts, inner, *x.stride(), near_zero,
-        G=plan.seeds, GP=plan.places, WC=plan.width, BM=plan.rows, TM=plan.totals_rows, ALIGN=8, WHOLE=rows % plan.rows == 0,
-        **evenness(width, seeds), **distance, PRECISION="ieee", num_warps=4,
+        seeds, width, rows, launch.parts, inner, *x.stride(), near_zero,
+        G=launch.seeds, GP=launch.places, WC=launch.width, BM=launch.rows, TM=launch.totals_rows, ALIGN=8, WHOLE=rows % launch.rows == 0,
+        **chunk_constants(width, seeds), **distance, PRECISION="ieee", num_warps=4,
     )  # fmt: skip
     return finish(x, partial, None)
 
@@ -170,68 +168,75 @@ def row_distance(x: Tensor) -> int:
     return x.stride(1) if x.shape[0] == 1 and x.stride(2) == 1 and x.stride(1) < 1 << 22 else 0
 
 
-def read(x: Tensor, partial: Partial, seeds: int, near_zero: float, y: Tensor | None = None, roster: Roster | None = None) -> None:
-    """Measure ``x`` as ``partial`` asks; with ``y`` and ``roster`` also copy the chunks without an active branch, and fill the roster."""
+def measure_and_copy(
+    x: Tensor, partial: PartialSums, seeds: int, near_zero: float, y: Tensor | None = None, active: ActiveList | None = None
+) -> None:
+    """Measure ``x`` as ``partial`` asks; with ``y`` and ``active`` also copy the chunks without an active branch, and fill ``active``."""
     if partial.telemetry and partial.whole:
-        read_rows(x, y, partial, roster, seeds, near_zero)
+        measure_and_copy_rows(x, y, partial, active, seeds, near_zero)
     else:
-        pass_through(x, y, partial, roster, seeds, near_zero)
+        measure_and_copy_tiles(x, y, partial, active, seeds, near_zero)
 
 
-def read_rows(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | None, seeds: int, near_zero: float) -> None:
+def measure_and_copy_rows(
+    x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float
+) -> None:
     """Whole rows, measured and copied."""
-    copies, (outer, inner, width) = roster is not None, x.shape
-    plan = rows_plan(x, seeds, copies)
-    assert plan is not None, "Partial.whole promises that whole rows fit"
+    copies, (outer, inner, width) = active is not None, x.shape
+    launch = whole_rows_launch(x, seeds, copies)
+    assert launch is not None, "PartialSums.whole promises that whole rows fit"
     rows, target = outer * inner, x if y is None else y
-    alpha, _, *who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
-    full = width == seeds * plan.places and seeds == plan.seeds and rows % plan.rows == 0
-    measure.rows_kernel[(plan.parts + copies,)](
-        x, target, alpha, *who, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
-        seeds, width, rows, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=plan.rows, SP=plan.seeds, CP=plan.places, **evenness(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
-        STAGES=plan.stages, **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=plan.warps,
+    alpha, _, *active_tensors = (x,) * 5 if active is None else active.tensors  # never touched without it
+    full = width == seeds * launch.places and seeds == launch.seeds and rows % launch.rows == 0
+    telemetry_kernels.whole_rows_kernel[(launch.parts + copies,)](
+        x, target, alpha, *active_tensors, partial.means, partial.moments, partial.totals, partial.stats, partial.pivots,
+        seeds, width, rows, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
+        BM=launch.rows, SP=launch.seeds, CP=launch.places, **chunk_constants(width, seeds), FULL=full, COPY=copies, FLAT=outer == 1,
+        STAGES=launch.stages, **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=launch.warps,
     )  # fmt: skip
 
 
-def pass_through(x: Tensor, y: Tensor | None, partial: Partial, roster: Roster | None, seeds: int, near_zero: float) -> None:
-    """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without a ``roster``.
+def measure_and_copy_tiles(
+    x: Tensor, y: Tensor | None, partial: PartialSums, active: ActiveList | None, seeds: int, near_zero: float
+) -> None:
+    """Tiles of whole neighbouring chunks: copied (with ``y``) and measured if ``partial`` does; all of them without ``active``.
 
-    Narrow chunks that need no measuring are copied with everything else: what the active ones are copied in vain costs less than
+    Narrow chunks that need no measuring are copied with everything else: copying the active ones in vain costs less than
     looking which of them are.
     """
     outer, inner, width = x.shape
-    if y is not None and roster is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
+    if y is not None and active is not None and not partial.telemetry and chunk_width(width, seeds) < NARROW:
         y.copy_(x)
-        fill_roster(roster, seeds)
+        fill_active_list(active, seeds)
         return
-    plan, copies = passing_plan(x, seeds), roster is not None
+    launch, copies = inactive_chunks_launch(x, seeds), active is not None
     target = x if y is None else y
-    who = (x,) * 5 if roster is None else roster.tensors  # never touched without a roster
-    full = width == seeds * plan.places and seeds % plan.seeds == 0 and outer * inner % plan.rows == 0
-    passing.passing_kernel[(-(-seeds // plan.seeds) * plan.parts + copies,)](
-        x, target, *who, partial.stats, partial.means, partial.pivots,
-        seeds, width, outer * inner, plan.parts, inner, *x.stride(), *target.stride(), near_zero,
-        BM=plan.rows, SB=plan.seeds, CB=plan.places, WIDE=chunk_width(width, seeds) > plan.places, **evenness(width, seeds), FULL=full,
-        COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=plan.stages,
-        LESSONS=roster is not None and roster.lesson is not None,
-        **({"BANKS": 0, "RB": 1} if roster is None else roster.constants), num_warps=4,
+    active_tensors = (x,) * 5 if active is None else active.tensors  # never touched without it
+    full = width == seeds * launch.places and seeds % launch.seeds == 0 and outer * inner % launch.rows == 0
+    inactive_chunks.inactive_chunks_kernel[(-(-seeds // launch.seeds) * launch.parts + copies,)](
+        x, target, *active_tensors, partial.stats, partial.means, partial.pivots,
+        seeds, width, outer * inner, launch.parts, inner, *x.stride(), *target.stride(), near_zero,
+        BM=launch.rows, SB=launch.seeds, CB=launch.places, WIDE=chunk_width(width, seeds) > launch.places,
+        **chunk_constants(width, seeds), FULL=full,
+        COPY=y is not None, TELEMETRY=partial.telemetry, ALL=not copies, FLAT=outer == 1, STAGES=launch.stages,
+        OBJECTIVES=active is not None and active.objective is not None,
+        **({"BANKS": 0, "RB": 1} if active is None else active.constants), num_warps=4,
     )  # fmt: skip
 
 
-def fill_roster(roster: Roster, seeds: int) -> None:
-    """The roster alone, where nothing is copied beside it."""
-    constants = {"LESSONS": roster.lesson is not None, "BANKS": roster.constants["BANKS"], "SB": roster.constants["RB"]}
-    roster_kernel[(1,)](*roster.tensors, seeds, **constants, num_warps=4)
+def fill_active_list(active: ActiveList, seeds: int) -> None:
+    """Fill ``active`` where no kernel that copies does it."""
+    constants = {"OBJECTIVES": active.objective is not None, "BANKS": active.constants["BANKS"], "SB": active.constants["RB"]}
+    active_list_kernel[(1,)](*active.tensors, seeds, **constants, num_warps=4)
 
 
-def moments_of_means(x: Tensor, partial: Partial, roster: Roster | None) -> None:
+def moments_of_means(x: Tensor, partial: PartialSums, active: ActiveList | None) -> None:
     """Second pass over ``means``: row totals, and every seed's moments with them."""
     seeds, block = partial.pivots.shape[0], means_block(x)
-    group = min(16384 // block, launch.power_of_two(seeds))
-    measure.moments_kernel[(partial.blocks,)](
-        partial.means, partial.pivots if roster is None else roster.rank, partial.moments, partial.totals,
-        seeds, x.shape[2], x.shape[0] * x.shape[1], **evenness(x.shape[2], seeds), WHOLE=partial.whole and roster is not None,
+    group = min(16384 // block, launch_rules.power_of_two(seeds))
+    telemetry_kernels.moments_kernel[(partial.blocks,)](
+        partial.means, partial.pivots if active is None else active.rank, partial.moments, partial.totals,
+        seeds, x.shape[2], x.shape[0] * x.shape[1], **chunk_constants(x.shape[2], seeds), WHOLE=partial.whole and active is not None,
         BM=block, SB=group, ONCE=group >= seeds, num_warps=8,
     )  # fmt: skip
 
@@ -241,12 +246,12 @@ def health_group(seeds: int) -> tuple[int, int]:
     return (1, 512) if seeds <= 1024 else (128, 32)
 
 
-def finish(x: Tensor, partial: Partial, roster: Roster | None) -> Tensor:
-    """Reduce partial sums to ``health [seeds, 4]``; with a ``roster``, those of a site with branches."""
+def finish(x: Tensor, partial: PartialSums, active: ActiveList | None) -> Tensor:
+    """Reduce partial sums to ``health [seeds, 4]``; with ``active``, those of a site with branches."""
     seeds = partial.pivots.shape[0]
     health, (group, parts) = x.new_empty(seeds, 4, dtype=torch.float32), health_group(seeds)
-    measure.finish_kernel[(-(-seeds // group),)](
-        partial.pivots if roster is None else roster.rank, *partial.sums, health, *partial.size(x), **evenness(x.shape[2], seeds),
-        WHOLE=partial.whole, CHOICE=roster is not None, SB=group, PB=parts, num_warps=4,
+    telemetry_kernels.finish_kernel[(-(-seeds // group),)](
+        partial.pivots if active is None else active.rank, *partial.sums, health, *partial.size(x), **chunk_constants(x.shape[2], seeds),
+        WHOLE=partial.whole, CHOICE=active is not None, SB=group, PB=parts, num_warps=4,
     )  # fmt: skip
     return health

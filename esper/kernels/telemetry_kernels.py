@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from esper.kernels.active_list import write_roster
+from esper.kernels.active_list import write_active_list
 from esper.kernels.triton_helpers import chunk_size, chunk_start, few_active, row_offsets, tile_pointers
 
 
 @triton.jit
-def rows_kernel(
-    x, y, alpha, route, order, rank, means, moments, totals, stats, pivots,
+def whole_rows_kernel(
+    x, y, alpha, route, active_seeds, rank, means, moments, totals, stats, pivots,
     seeds, width, rows, parts, inner, xo, xi, xc, yo, yi, yc, near_zero,
     BM: tl.constexpr, SP: tl.constexpr, CP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     COPY: tl.constexpr, FLAT: tl.constexpr, STAGES: tl.constexpr, BANKS: tl.constexpr, RB: tl.constexpr,
@@ -22,14 +22,14 @@ def rows_kernel(
     ``moments[part, seed]`` = Σm, Σm², Σm·T, with m a row's chunk mean and T its total; ``totals[part]`` = ΣT, ΣT²;
     ``stats[part, seed]`` = Σ(x-p)², near-zero count. FULL: no place of the tile is padding.
 
-    COPY also brings the chunks without an active branch to ``y``, and one more program writes the roster. If more than a few seeds are
+    COPY also brings the chunks without an active branch to ``y``, and one more program writes the active list. If more than a few seeds are
     active (see ``few_active``), theirs are not even read: the rest leaves ``means[seed, row]`` instead of moments, as the forward
     kernel does for the active ones.
     """
     part = tl.program_id(0)
     if COPY:
         if part == parts:
-            write_roster(alpha, alpha, route, order, rank, seeds, BANKS, False, RB)
+            write_active_list(alpha, alpha, route, active_seeds, rank, seeds, BANKS, False, RB)
             return
     seed, place = tl.arange(0, SP), tl.arange(0, CP)
     start = chunk_start(seed, seeds, width, C, EVEN)
@@ -107,7 +107,7 @@ def moments_kernel(
 ):  # fmt: skip
     """From ``means[seed, row]``: row totals ``T = Σ size·m`` of one block of BM rows, then every seed's Σm, Σm² and Σm·T in it.
 
-    ONCE: SB holds all seeds, and nothing is read twice. Nothing to do where ``rows_kernel`` has done it.
+    ONCE: SB holds all seeds, and nothing is read twice. Nothing to do where ``whole_rows_kernel`` has done it.
     """
     if WHOLE:
         if few_active(rank, seeds, WHOLE):
@@ -164,7 +164,8 @@ def finish(
 ):  # fmt: skip
     """``health[seed]`` = mean, variance, near-zero fraction, correlation.
 
-    ``moments`` come from ``parts`` programs of ``rows_kernel`` if that measured all seeds, else from ``blocks`` of ``moments_kernel``.
+    ``moments`` come from ``parts`` programs of ``whole_rows_kernel`` if it measured all seeds, else from ``blocks`` of
+    ``moments_kernel``.
     CHOICE: which of the two is known on the device alone; ``stats`` then hold one entry of an active seed, unless its ``spread`` and
     ``close`` are already ``known``, and ``parts`` of any other.
     """
@@ -246,10 +247,10 @@ def windows_kernel(
     G: tl.constexpr, GP: tl.constexpr, WC: tl.constexpr, BM: tl.constexpr, TM: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
     C: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What ``rows_kernel`` measures, of narrow chunks: a program takes G neighbouring ones and every ``parts``-th block of BM rows.
+    """The sums of ``whole_rows_kernel`` for narrow chunks: a program takes G neighbouring ones and every ``parts``-th block of BM rows.
 
     The chunks' sums are a product with ones and zeros on the matrix units. Rows' totals, TM to an entry of ``unsound``, are known already.
-    A product would carry what is not finite over to neighbours, so where a total is not, such values are left out of it and noted.
+    A product would spread a value that is not finite to neighbours, so such values are left out and noted if a total is not finite.
     WHOLE: no block has padded rows. Padded features are summed too, and belong to nobody.
     """
     group, part = tl.program_id(0), tl.program_id(1)

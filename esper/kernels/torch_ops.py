@@ -1,4 +1,4 @@
-"""The torch path as registered ops: what a compiled host's graph calls where Triton is not to be had.
+"""The torch implementation as registered ops, which a compiled host's graph calls without Triton.
 
 An op is opaque to the compiler, so that on a CPU it may look at values (which seeds are active) without breaking the graph.
 """
@@ -40,7 +40,7 @@ def _(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: list[Tens
 def branches_backward(
     x: Tensor, dy: Tensor, live: Tensor, route: Tensor, kinds: str, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """``reference_branches.backward`` without lessons: ``(dx, gradients)``."""
+    """``reference_branches.backward`` without objectives: ``(dx, gradients)``."""
     with torch.autocast(x.device.type, enabled=False):
         dx, gradients, _ = reference_branches.backward(x, dy, live, None, route, kinds, parameters)
     return dx, gradients

@@ -1,4 +1,4 @@
-"""Pieces that several kernels share: addresses, chunk bounds, activations and their derivatives."""
+"""Parts that several kernels share: addresses, chunk bounds, the division of work, and tiles of weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def tile_pointers(base, block, start, col, inner, outer_stride, inner_stride, co
                   FLAT: tl.constexpr):  # fmt: skip
     """Addresses ``[BM, len(col)]`` of one block of rows at the features ``start + col``.
 
-    ROW is the distance of two rows where neighbouring features are neighbours in memory, else 0. Known when compiling, all addresses
-    of a thread are one register and fixed distances; it saves a third of the registers and of the instructions.
+    ROW is the distance of two rows if neighbouring features are neighbours in memory, else 0. As it is known at compile time, all
+    addresses of a thread are one register and fixed distances, which saves a third of the registers and of the instructions.
     """
     row = tl.arange(0, BM)
     if ROW > 0:
@@ -49,18 +49,18 @@ def chunk_size(start, seed, seeds, width, C: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def assignment(order, pid, programs, blocks):
-    """Which seed and row part a program works on: ``order`` holds a bank's count of active seeds, then the seeds.
+def assignment(active_seeds, pid, programs, blocks):
+    """Which seed and row part a program works on: ``active_seeds`` holds a bank's count of active seeds, then the seeds.
 
     Programs are dealt out over the active seeds alone, so that few of them still fill the device. Returns (seed, part, parts);
     parts is 0 for a program without work.
     """
-    count = tl.load(order)
+    count = tl.load(active_seeds)
     parts = tl.minimum(programs // tl.maximum(count, 1), blocks)
     parts = tl.minimum(tl.maximum(parts, 1), 128)
     parts = tl.where(pid < count * parts, parts, 0)
     rank = pid % tl.maximum(count, 1)
-    seed = tl.load(order + 1 + rank, mask=parts > 0, other=0)
+    seed = tl.load(active_seeds + 1 + rank, mask=parts > 0, other=0)
     return seed, pid // tl.maximum(count, 1), parts
 
 
@@ -74,35 +74,6 @@ def few_active(rank, seeds, WHOLE: tl.constexpr):
         return tl.load(rank + seeds) * 4 <= seeds
     else:
         return seeds < 0
-
-
-@triton.jit
-def activate(h, ACT: tl.constexpr):
-    """identity, relu, gelu (exact, erf) or silu, in float32."""
-    if ACT == "relu":
-        # NaN must survive, so that containment sees it.
-        return tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACT == "gelu":
-        return 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
-    elif ACT == "silu":
-        return h * tl.sigmoid(h)
-    else:
-        return h
-
-
-@triton.jit
-def activate_gradient(h, ACT: tl.constexpr):
-    """Derivative of :func:`activate` at ``h``."""
-    if ACT == "relu":
-        return tl.where(h > 0.0, 1.0, 0.0)
-    elif ACT == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
-        return 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * density
-    elif ACT == "silu":
-        gate = tl.sigmoid(h)
-        return gate * (1.0 + h * (1.0 - gate))
-    else:
-        return tl.full(h.shape, 1.0, tl.float32)
 
 
 @triton.jit

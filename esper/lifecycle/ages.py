@@ -61,7 +61,7 @@ def resolve(
     """Durations → ticks for a run of ``total_ticks``; raises UserError naming a stage that could never be left.
 
     ``longest_ramp`` tells how many ticks the grafting strategy may take at worst for a ramp of that many ticks.
-    Where nothing is ``growing``, since nobody decides that anything should, no stage has to be left.
+    If not ``growing``, no controller starts anything, so that no stage has to be left.
     """
 
     def ticks(text: str) -> int:

@@ -1,4 +1,4 @@
-"""How long the stages last, what a TRAINING seed learns from, and what the gates ask for."""
+"""The durations of the stages, the objective of a TRAINING seed, and the thresholds of the gates."""
 
 from __future__ import annotations
 

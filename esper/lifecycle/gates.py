@@ -1,4 +1,4 @@
-"""Gates: which measurement a transition asks for. A gate fails closed: missing, NaN or infinite never passes."""
+"""Gates: the measurement that a transition requires. A gate fails closed: a missing, NaN or infinite value never passes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def passes(value: float | None, threshold: float) -> bool:
 
 
 def spent(significance: float, look: int) -> float:
-    """Error rate of look number ``look`` (from 1), so that all looks together stay within ``significance``.
+    """Error probability allotted to look number ``look`` (from 1), so that all looks together stay within ``significance``.
 
     ``significance / (k (k + 1))`` sums to ``significance`` over k = 1, 2, …; by the union bound no number of looks
     exceeds it (Bonferroni alpha spending).

@@ -1,4 +1,4 @@
-"""What happened to each seed last: a ring of its latest transitions, over all the branches it ever had."""
+"""A ring of each seed's latest transitions, over all the branches that it ever had."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class History:
         return list(self.rings.get(row, ()))
 
     def copy(self, rows: list[int]) -> dict[int, list[Passed]]:
-        """What ``put_back`` takes."""
+        """A copy for ``put_back``."""
         return {row: self.of(row) for row in rows}
 
     def put_back(self, copied: dict[int, list[Passed]]) -> None:
-        """Make these rings again what they were."""
+        """Restore these rings."""
         for row, ring in copied.items():
             self.rings.pop(row, None)
             if ring:

@@ -1,4 +1,4 @@
-"""The state machine: which transitions are allowed now, what they change in the table, and who has outlived a stage."""
+"""The state machine: the transitions that are allowed now, their changes to the table, and the seeds that have outlived a stage."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ class Machine(Rules):
         return [(row, TIMEOUT[Stage(stage)]) for row, stage in zip(rows[late].tolist(), stages[late].tolist(), strict=True)]
 
     def trial(self) -> Trial:
-        """What would become of the seeds if some went on, without moving any."""
+        """The stages that seeds would have after some transitions, without moving any."""
         return Trial(self)
 
 
 class Trial(Rules):
-    """Transitions worked out one after another and not made: over a machine's table, with the rows that have moved so far."""
+    """A dry run of transitions over a machine's table, which remembers the rows that would have moved."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__(machine.table, machine.ages, machine.reseed, machine.training_slots)

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Stage(IntEnum):
-    """A seed's stage; see ``docs/lifecycle.md`` for what each does in the forward pass and to the parameters."""
+    """A seed's stage; see ``docs/lifecycle.md`` for its effect on the forward pass and the parameters."""
 
     DORMANT = 0
     GERMINATED = 1

@@ -67,7 +67,7 @@ class SeedTable:
     def aging(self) -> Tensor:
         """Rows ``[n]``, ascending, that are neither DORMANT nor FOSSILIZED: those that a tick must look at.
 
-        A million dormant seeds cost a tick nothing: the whole column is searched only after somebody else wrote to it.
+        A million dormant seeds cost a tick nothing: the whole column is searched only after another writer changed it.
         """
         aging = self._fresh()
         if self._index.numel() != len(aging):

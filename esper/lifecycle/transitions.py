@@ -1,4 +1,4 @@
-"""The one table of transitions: which stage may follow which, and what each stage means for the forward pass."""
+"""The one table of transitions: the stages that may follow each stage, and the role of each in the forward pass."""
 
 from __future__ import annotations
 

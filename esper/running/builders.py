@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from esper.blueprints import blueprint_of
-from esper.cli import conf
-from esper.config import GROUPS, RootConfig, config_hash, listing, nearest, options, plain
+from esper.config import GROUPS, RootConfig, config_hash, default_options, listing, nearest, options, plain
 from esper.controllers import Controller
 from esper.engine.port import Port
 from esper.errors import UserError
@@ -38,8 +37,8 @@ def build_controller(config: RootConfig, task: Task) -> Controller:
     """The controller, which decides about the seeds.
 
     Raises:
-        UserError: a strategy that there is not, which every germination would meet; a metric that the task does not give, whose
-            plateau would never come, or with the wrong direction, whose plateau would come while it gets better.
+        UserError: an unknown strategy, on which every germination would fail; a metric that the task does not have, which would
+            never reach a plateau; or the wrong direction of a metric, which would take an improvement for a plateau.
     """
     strategy = getattr(config.controller, "strategy", "")
     known = options("grafting")
@@ -68,9 +67,9 @@ def _check_metric(name: str, direction: str, task: Task) -> None:
 
 
 def refuse_idle(config: RootConfig, task: Task, trainer: Trainer) -> None:
-    """Raise UserError for a controller that could never do anything in this run: tell a copy of it of the run's start.
+    """Raise UserError for a controller that could never act in this run, found by sending the run's start to a copy of it.
 
-    A controller of the user's own is not built twice, since that might have effects; it is left to the run.
+    A controller of the user's own is left to the run, since building it twice might have side effects.
     """
     if config.controller.name != "custom":
         grow = trainer.grow
@@ -79,7 +78,7 @@ def refuse_idle(config: RootConfig, task: Task, trainer: Trainer) -> None:
 
 
 def build_growth(config: RootConfig) -> Growth:
-    """How the host may grow, from the groups that say so."""
+    """How the host may grow, from the groups of the config that concern growth."""
     decided = config.controller.name != "none" or config.bus.name != "memory"  # over a server anybody may command
     blueprint = config.blueprint.build() if config.blueprint.name == "custom" else blueprint_of(config.blueprint)
     grafting = config.grafting.build() if config.grafting.name == "custom" else config.grafting
@@ -90,7 +89,7 @@ def build_growth(config: RootConfig) -> Growth:
 def build_trainer(
     config: RootConfig, task: Task, device: torch.device, port: Port | None = None, steps: int | None = None, state: Any = None
 ) -> Trainer:
-    """The training of a run; ``steps`` overrides its length (controls), ``state`` is a checkpoint's to go on from.
+    """The training of a run; ``steps`` overrides its length (controls), ``state`` is that of a checkpoint to continue from.
 
     Raises:
         UserError: parts that do not fit each other, or the memory.
@@ -139,14 +138,14 @@ def describe_run(config: RootConfig, task: Task, folder: Path, started_ms: int) 
 
 
 def _called(part: Any) -> str:
-    """The option of a group; of a part of the user's own the class or function that it names."""
+    """The option of a group; for a part of the user's own, the class or function that it names."""
     target = str(getattr(part, "target", ""))
     return target.rpartition(":")[2] or str(part.name)
 
 
 def _choices(config: RootConfig, chosen: dict[str, str]) -> dict[str, str]:
-    """The options, of all groups, that are not the ones of conf/config.yaml, as settings of a run's name."""
-    usual = conf.defaults()
+    """The options of all groups that differ from those of conf/config.yaml, as settings in a run's name."""
+    usual = default_options()
     names = {group: chosen.get(group) or str(getattr(getattr(config, group), "name", usual[group])) for group in usual}
     return {f"{group}.name": name for group, name in names.items() if name != usual[group]}
 

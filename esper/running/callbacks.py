@@ -1,8 +1,8 @@
 """Callbacks between two steps of the trainer: checksums of the weights, and a profiler's trace.
 
 ``weights.csv`` has a checksum of the weights for every evaluation of the validation set, so that a comparison of two runs finds where
-they part. A checksum is the sum of the bits of all weights, read as whole numbers: one pass over them, exact in any order, and another
-one as soon as one bit is (but for changes that cancel each other out to the last bit).
+they diverge. A checksum is the sum of the bits of all weights, read as whole numbers. It takes one pass, is exact in any order, and
+changes with every bit, unless several changes cancel each other out to the last bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRACE = "trace.json.gz"  # for chrome://tracing or Perfetto
 
 
 class WeightChecksums:
-    """Called after every step of a session that begins after step ``since`` (−1: anew). Later lines of earlier sessions are removed."""
+    """Called after every step of a session that begins after step ``since`` (−1: at the start); removes later lines of earlier sessions."""
 
     def __init__(self, folder: Path, since: int) -> None:
         self.path = folder / WEIGHTS
@@ -39,7 +39,7 @@ class WeightChecksums:
         temporary.replace(self.path)
 
     def __call__(self, trainer: Trainer) -> None:
-        """Write the checksum where the validation set was looked at after this step; on its way to the disk when this returns."""
+        """Write the checksum if the validation set was measured after this step, and hand it to the operating system."""
         step = trainer.outcome.steps
         if trainer.validates(step):
             with self.path.open("a", encoding="utf-8") as file:
@@ -47,7 +47,7 @@ class WeightChecksums:
 
 
 def read_checksums(folder: Path) -> dict[int, str]:
-    """Checksum by step, of whole lines only; none where nothing was written."""
+    """Checksum by step, from complete lines only; empty if nothing was written."""
     path = folder / WEIGHTS
     if not path.exists():
         return {}
@@ -83,7 +83,7 @@ def _weights(trainer: Trainer) -> Iterable[Tensor]:
 
 @contextmanager
 def profiled(trainer: Trainer, callback: Callback, steps: int, folder: Path) -> Iterator[Callback]:
-    """Within, the ``steps`` in the middle of the remaining run are traced to ``folder/trace.json.gz``; 0 traces none.
+    """Context in which the ``steps`` in the middle of the remaining run are traced to ``folder/trace.json.gz``; 0 traces none.
 
     Yields the callback for the trainer: it calls ``callback``, and starts and ends the trace. The middle of the run is chosen because
     seeds are active there. A run that is interrupted leaves the trace it has.
@@ -114,7 +114,7 @@ class _Trace:
         self._profiler: torch.profiler.profile | None = None
 
     def at(self, step: int) -> None:
-        """Say that ``step`` comes next."""
+        """Start or stop tracing before ``step``, if it is time."""
         if step == self.first:
             self._profiler = torch.profiler.profile()
             self._profiler.start()

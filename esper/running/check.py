@@ -1,4 +1,4 @@
-"""``esper check``: tables of a run that is not carried out: its sites, its stages in steps, its cost."""
+"""``esper check``: tables about a run without carrying it out: its sites, its stages in steps, its cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from esper.blueprints import Block, Blueprint
 from esper.config import RootConfig
 from esper.engine.extra_passes import host_parameters
 from esper.flags import FEATURES, environment
-from esper.kernels.dispatch import missing
+from esper.kernels.dispatch import unavailable_reason
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse
 from esper.report.number_format import count, duration, short
@@ -31,7 +31,7 @@ COPIES = 4
 
 
 def check(config: RootConfig) -> str:
-    """The tables as text. Trains nothing that stays: a few steps are timed on a host that is thrown away.
+    """The tables as text. Only a few steps are trained, to time them, on a host that is thrown away.
 
     Raises UserError for everything that the run itself would refuse before its first step.
     """
@@ -62,7 +62,7 @@ def check(config: RootConfig) -> str:
 
 
 def _sites(config: RootConfig, trainer: Trainer, forward: Forward) -> Table:
-    """One row a site and blueprint that fits it; a site that no blueprint fits has a row of its own."""
+    """One row a site and blueprint that fits it; a site that no blueprint fits has one row."""
     registry = trainer.grow.registry
     table = Table(title=f"Sites: {len(registry.sites)} with {registry.table.rows} seeds", title_justify="left", title_style="bold")
     for name in ("pattern", "module", "shape", "features", "seeds", "blueprint"):
@@ -148,9 +148,9 @@ def _flags(trainer: Trainer) -> Table:
         everywhere = "all sites" if len(chosen) == len(verdicts) else ", ".join(chosen) or "no site"
         table.add_row(feature, everywhere, ", ".join(off) or "–", because or "–")
     assert registry.kernels is not None
-    if not registry.kernels.possible:
+    if not registry.kernels.available:
         config = registry.kernels.config.name
-        table.caption = f"kernel={config} takes plain torch everywhere here" + (": " + missing() if config != "torch" else "")
+        table.caption = f"kernel={config} takes plain torch everywhere here" + (": " + unavailable_reason() if config != "torch" else "")
         table.caption_justify = "left"
     return table
 
@@ -230,7 +230,7 @@ def _memory(trainer: Trainer, cost: Cost) -> list[tuple[str, str]]:
     for site in registry.sites:
         if isinstance(blueprint, Block):
             grown += _own_parameters(site.module)
-        elif blueprint.fits(site.geometry) is None:
+        elif blueprint.misfit(site.geometry) is None:
             grown += sum(blueprint.parameters(site.geometry, seed) for seed in range(site.geometry.seeds))
     parts = ", ".join(f"{name} {_size(size)}" for name, size in cost.bytes.items())
     everything = f"every seed grown at once as {registry.default_blueprint} would add {_size(4 * COPIES * grown)}"

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from esper import messages
 from esper.bus.trainer.bus_port import ControllerSilent
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.background_saver import Retention, Saver
-from esper.checkpoint.store import Checkpoint, Copy
+from esper.checkpoint.disk import Checkpoint, Copy
 from esper.errors import Preempted
 from esper.lifecycle.duration import parse
 from esper.running.connections import Connections, Setup
@@ -30,9 +30,9 @@ SKIPPED = (
 
 
 class Checkpointer:
-    """Called between two steps of a session that begins after step ``since`` (−1: anew).
+    """Called between two steps of a session that begins after step ``since`` (−1: at the start).
 
-    The port and the controller are saved with the trainer. The trackers must have kept everything said before a checkpoint counts.
+    The port and the controller are saved with the trainer. A checkpoint counts once the trackers have stored all messages before it.
     """
 
     def __init__(self, setup: Setup, links: Connections, since: int) -> None:
@@ -41,11 +41,11 @@ class Checkpointer:
         self.folder, self.port, self.controller, self.trackers = folder, links.port, links.controller, links.trackers
         self.port.safe.hold = bool(self.every)
         retention = Retention(settings.checkpoint_keep, settings.checkpoint_best, settings.checkpoint_hours)
-        self.saver = Saver(folder / store.FOLDER, retention, self._settled, self._written)
+        self.saver = Saver(folder / disk.FOLDER, retention, self._settled, self._written)
         self.asked = self._due = False
         self._finished: list[Checkpoint] = []
-        store.sweep_out(folder / store.FOLDER)
-        store.forget_after(folder / store.FOLDER, since)
+        disk.sweep_out(folder / disk.FOLDER)
+        disk.forget_after(folder / disk.FOLDER, since)
 
     def __call__(self, trainer: Trainer) -> None:
         """Save a checkpoint that is due. Raises Preempted after SIGTERM, ControllerSilent after a missed deadline, once saved."""
@@ -87,7 +87,7 @@ class Checkpointer:
             **provenance(trainer.task, trainer.device),
         }
         sites = state["trainer"]["grow"]["topology"]
-        return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
+        return disk.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
 
     def _settled(self) -> bool:
         self.port.barrier()
@@ -101,7 +101,7 @@ class Checkpointer:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: the first SIGTERM waits for the end of the step; a second one has its usual effect."""
+        """Context in which the first SIGTERM waits for the end of the step; a second one has its usual effect."""
         if not self.every:
             yield
             return
@@ -123,7 +123,7 @@ class Checkpointer:
 
 
 def _score(trainer: Trainer) -> float | None:
-    """The last validation value of the primary metric, however long ago, turned so that larger is better; None for none or no number."""
+    """The last validation value of the primary metric, negated if smaller is better; None if there is none or it is not a number."""
     name = f"validation/{trainer.task.primary}"
     value = next((value for _, key, value in reversed(trainer.outcome.history) if key == name), None)
     if value is None or value != value:

@@ -1,4 +1,4 @@
-"""A run's bus with its port, controller and trackers: in this process, or reached over the bus where they have a process of their own."""
+"""A run's bus with its port, controller and trackers: in this process, or reached over the bus where they have their own process."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for parts
 
 @dataclass(frozen=True)
 class Setup:
-    """A run as it was asked for: settings, folder, task, device, and the checkpoint's state that it goes on from, if any.
+    """A requested run: settings, folder, task, device, and the checkpoint's state that it continues from, if any.
 
     ``controls`` are the control runs that it makes.
     """
@@ -80,13 +80,13 @@ class RunPort(BusPort):
         self.silent: ControllerSilent | None = None
 
     def emit(self, event: Message) -> None:
-        """Say it, and keep it if it is an alert."""
+        """Publish an event, and remember it if it is an alert."""
         if isinstance(event, Alert):
             self.alerts.append(asdict(event))
         super().emit(event)
 
     def end_tick(self, tick: int) -> None:
-        """As the bus's; that the controller is silent is raised by the ``Checkpointer``, which can save before it."""
+        """End the tick like the bus's port, but leave ControllerSilent to the ``Checkpointer``, which can save first."""
         try:
             super().end_tick(tick)
         except ControllerSilent as error:
@@ -94,7 +94,7 @@ class RunPort(BusPort):
 
 
 class ExternalController:
-    """Stands for a controller in another process, which keeps its own memory."""
+    """Placeholder for a controller in another process, which saves its own state."""
 
     def hear(self) -> None:
         """Nothing to read here."""
@@ -103,14 +103,14 @@ class ExternalController:
         """Nothing for the trainer's checkpoint."""
 
     def load_state(self, state: None) -> None:
-        """Nothing to go on from."""
+        """There is no state to load."""
 
     def close(self) -> None:
         """Nothing was opened."""
 
 
 class ExternalTrackers:
-    """Stands for trackers in another process; tells only whether they will look for the final model in the run's folder."""
+    """Placeholder for trackers in another process; knows only whether they want the final model in the run's folder."""
 
     called = "storing the final model"
 
@@ -147,7 +147,7 @@ def refuse_untrackable(config: RootConfig, folder: Path) -> None:
 
 
 def say_where(config: RootConfig, bus: Bus, info: RunInfo, folder: Path, quiet: bool) -> None:
-    """Let other processes find the run's bus, and tell the user which programs to start."""
+    """Announce the run's bus to other processes, and tell the user which programs to start."""
     if isinstance(config.bus, ServerConfig):
         invite(folder, info.run, config.bus, msgspec.to_builtins(info))
         if config.tracking.process == EXTERNAL:
@@ -189,7 +189,7 @@ def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
 
 
 def let_them_read(config: RootConfig, bus: Bus, run: str, port: RunPort, quiet: bool) -> bool:
-    """Before a server of the run's own ends with it: let parts in other processes read the last messages.
+    """Let parts in other processes read the last messages, before the run's own server ends with it.
 
     Returns whether the trackers have; those of a server that stays may have more time.
     """
@@ -229,7 +229,7 @@ def let_payloads_go(bus: Bus, run: str, port: RunPort, tracked: bool) -> None:
 
 
 def _has_read(bus: Bus, run: str, prefix: str, names: Sequence[str]) -> bool:
-    """Whether there is such a group, and it has acknowledged all on these streams; True when the server cannot be asked."""
+    """Whether the group exists and has acknowledged everything on these streams; True if the server does not answer."""
     import redis
 
     from esper.bus.server.bus import ServerBus
@@ -245,7 +245,7 @@ def _has_read(bus: Bus, run: str, prefix: str, names: Sequence[str]) -> bool:
 
 
 def load_state(state: Mapping[str, str], controller: ControllerRunner | ExternalController, port: RunPort) -> None:
-    """Go on from a checkpoint. Raises UserError when the controller's memory is not where the controller is now."""
+    """Load a checkpoint's state. Raises UserError if the controller's state was saved in another process than it runs in now."""
     with fitting():
         memory = json.loads(state["controller"])
         if (memory is None) != isinstance(controller, ExternalController):

@@ -74,7 +74,7 @@ def trained_host(config: RootConfig, task: Task, known: dict[str, Any], folder: 
 
 
 def _read(path: Path, weights: bool) -> dict[str, Any] | None:
-    """The control stored there; None where there is none, or one that cannot be read or lacks the ``weights`` asked for."""
+    """The control stored there; None if it is missing, unreadable, or lacks the required ``weights``."""
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -83,7 +83,7 @@ def _read(path: Path, weights: bool) -> dict[str, Any] | None:
 
 
 def _curves(history: list[tuple[int, str, float]]) -> dict[str, list[list[float]]]:
-    """By validation metric its points as ``[tick, training MACs, value]``, of many every so many-th and the last."""
+    """The points of each validation metric as ``[tick, training MACs, value]``, thinned out evenly; the last is always there."""
     macs = {tick: value for tick, name, value in history if name == "cost/macs"}
     found: dict[str, list[list[float]]] = {}
     for tick, name, value in history:
@@ -93,12 +93,12 @@ def _curves(history: list[tuple[int, str, float]]) -> dict[str, list[list[float]
 
 
 def _some(number: int) -> list[int]:
-    """Places of at most ``CURVE_POINTS`` points and the last."""
+    """Indices of at most ``CURVE_POINTS`` evenly spaced points, and of the last."""
     return sorted({*range(0, number, -(-number // CURVE_POINTS)), number - 1})
 
 
 def _whole(folder: Path, known: dict[str, Any]) -> bool:
-    """Whether the tensors of a stored control are there, byte for byte: their file is named after its contents."""
+    """Whether the tensors of a stored control are intact: their file is named after the hash of its contents."""
     name = str(known.get("weights", ""))
     return bool(name) and (folder / name).is_file() and name.split(".")[1] == _digest((folder / name).read_bytes())
 
@@ -127,13 +127,13 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def equal_macs_steps(macs: int, control_at_steps: dict[str, Any]) -> int:
-    """Steps in which the host alone spends ``macs``, at the price a step had in a control already made."""
+    """Steps in which the host alone spends ``macs``, at the cost of a step in an earlier control."""
     price: float = control_at_steps["macs"] / control_at_steps["steps"]
     return max(1, round(macs / price))
 
 
 def one_step(config: RootConfig, task: Task, device: torch.device) -> dict[str, Any]:
-    """MACs and steps of the host alone after one step, for where no control at the same steps tells the price."""
+    """MACs and steps of the host alone after one step, needed if there is no control at the same steps."""
     from esper.running.builders import build_trainer
 
     trainer = build_trainer(_alone(config), task, device)
@@ -145,7 +145,7 @@ def one_step(config: RootConfig, task: Task, device: torch.device) -> dict[str, 
 
 
 def _alone(config: RootConfig) -> RootConfig:
-    """The same run with nothing that could germinate and next to no telemetry."""
+    """The same config with nothing that could germinate and almost no telemetry."""
     return dataclasses.replace(config, telemetry=dataclasses.replace(config.telemetry, every=100))
 
 
@@ -153,7 +153,7 @@ def _key(config: RootConfig, task: Task, device: torch.device, steps: int) -> st
     import torch
 
     from esper.running.builders import build_host
-    from esper.trainer.fingerprint import fingerprint
+    from esper.trainer.evaluation import fingerprint
 
     tree = plain(config)
     relevant: dict[str, Any] = {name: tree[name] for name in DEPENDS_ON}

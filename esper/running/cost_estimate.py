@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from esper.blueprints.block_call import first_tensor
 from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.seeds.sites import quiet_evaluation
-from esper.trainer.evaluate import evaluate
+from esper.trainer.evaluation import evaluate
 from esper.trainer.trainer import Trainer
 
 WARM, LEAST, ENOUGH_S = 3, 5, 1.5
@@ -30,7 +30,7 @@ class Forward:
 
 @dataclass
 class Cost:
-    """Seconds of a step, of a look at the validation set and of a pass over the judge set, MACs of a training step, bytes by purpose."""
+    """Seconds of a step, of an evaluation and of a pass over the judge set, MACs of a training step, bytes by purpose."""
 
     step_s: float
     validation_s: float
@@ -67,7 +67,7 @@ def forward_of(trainer: Trainer) -> Forward:
 
 
 def cost_of(trainer: Trainer) -> Cost:
-    """Train a few steps, nothing growing, and time them; the trainer is of no other use afterwards."""
+    """Time a few training steps without growth. The trainer must not be used afterwards."""
     steps = min(WARM, trainer.total)
     for _ in range(steps):
         trainer.advance()

@@ -14,7 +14,7 @@ from esper.report.summary_file import BranchSummary, GateSummary, SecondsSummary
 from esper.running.callbacks import TRACE
 from esper.running.connections import Connections, Setup, let_payloads_go, let_them_read
 from esper.running.provenance import environment, sessions
-from esper.trainer.fingerprint import fingerprint
+from esper.trainer.evaluation import fingerprint
 from esper.trainer.trainer import Trainer
 
 #: Exceptions after which a run can go on where it was stopped.
@@ -22,7 +22,7 @@ STOPPED = (KeyboardInterrupt, ControllerSilent)
 
 
 class Ending:
-    """Brings a run to its end, however that comes about; ``summary`` is there once the training has ended."""
+    """Brings a run to its end, whether finished, interrupted or failed; ``summary`` is there once the training has ended."""
 
     def __init__(self, setup: Setup, links: Connections) -> None:
         self.setup, self.links = setup, links
@@ -30,7 +30,7 @@ class Ending:
 
     @contextmanager
     def of_failed_start(self) -> Iterator[None]:
-        """Within: a run that cannot even begin, or is interrupted before, leaves no tracker open."""
+        """Context of a run's start: if it fails or is interrupted, no tracker stays open."""
         try:
             yield
         except BaseException as error:
@@ -41,7 +41,7 @@ class Ending:
 
     @contextmanager
     def of_training(self, trainer: Trainer) -> Iterator[None]:
-        """Within: however the training ends, its summary is written and published, and the trackers are closed with the right status."""
+        """Context of the training: however it ends, its summary is written and published, and the trackers are told its status."""
         links, status, interrupted = self.links, "FINISHED", True
         try:
             yield
@@ -60,7 +60,7 @@ class Ending:
             self._publish(trainer, status, interrupted)
 
     def summarize(self, trainer: Trainer, status: str) -> Summary:
-        """Make the summary of what the trainer has done up to now."""
+        """Make the summary of the training so far."""
         self.summary = summarize(self.setup.config, trainer, self.setup.folder, self.links.info.run, status, self.links.port.alerts)
         return self.summary
 
@@ -100,14 +100,14 @@ class Ending:
             raise
 
     def _count_unsent(self) -> None:
-        """How much never reached a server that does not answer is known when the bus is closed, after the summary was written."""
+        """Add the number of unsent messages to the summary; it is known only once the bus is closed."""
         counts = self.links.port.counts()
         if self.summary is not None and counts.get("waiting"):
             self.summary["bus"] = counts
             write_summary(self.summary, self.setup.folder)
 
     def _failed(self) -> None:
-        """Something failed after the summary was written, which must not say FINISHED then."""
+        """Correct the summary if something failed after it was written as FINISHED."""
         if self.summary is not None and self.summary["status"] == "FINISHED":
             self.summary["status"] = "FAILED"
             write_summary(self.summary, self.setup.folder)
@@ -115,7 +115,7 @@ class Ending:
 
 @contextmanager
 def _quietly(other: bool) -> Iterator[None]:
-    """A tracker's failure, which is in the log already, does not hide the ``other`` reason for which a run ends."""
+    """Context in which a tracker's failure, which the log has already, does not hide the ``other`` reason for the run's end."""
     try:
         yield
     except TrackerError:
@@ -130,7 +130,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
     registry = grow.registry
     gates = {
         name: GateSummary(closest=gate.closest, threshold=gate.threshold, asked=gate.asked, passed=gate.passed)
-        for name, gate in grow.gates.records.items()
+        for name, gate in grow.gates.counts.items()
     }
     spent = grow.clock.seconds
     seconds = SecondsSummary(total=grow.clock.total, shadow=spent.get("shadow", 0.0), judge=spent.get("judge", 0.0))

@@ -11,14 +11,14 @@ from torch import nn
 from esper.engine.port import Port
 from esper.messages import Alert
 from esper.report.summary_file import GrownSummary, Summary
-from esper.trainer.fingerprint import fingerprint
+from esper.trainer.evaluation import fingerprint
 from esper.trainer.trainer import Trainer
 
 CODE = "never_grown_kept"
 
 
 def worse_than_alone(grown: float | None, alone: float | None, direction: str) -> bool:
-    """Whether the host alone is better by this metric; no number is worse where it is the grown one's, and never better."""
+    """Whether the host alone is better by this metric. A grown host whose value is not a number is worse than any number."""
     if alone is None or not math.isfinite(alone):
         return False
     if grown is None or not math.isfinite(grown):

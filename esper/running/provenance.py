@@ -1,7 +1,7 @@
-"""Where the numbers of a run come from beside its configuration: data, versions, machine, threads, git state.
+"""What a run's numbers depend on besides its configuration: data, versions, machine, threads, git state.
 
-``environment`` tells everything that is known now. A run's folder keeps it in ``environments.json`` for each session, and a checkpoint
-keeps the part of it by which a resumed run may compute other bits, with the digest of the data.
+``environment`` collects all of it. A run's folder keeps it in ``environments.json`` for each session. A checkpoint keeps the digest of
+the data, and those versions that may change the bits of a resumed run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import esper
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting
 from esper.errors import UserError
 from esper.report.summary_file import NAME as SUMMARY
@@ -130,7 +130,7 @@ def _version(package: str) -> str:
 def note_session(folder: Path, since: int, environment: dict[str, Any]) -> None:
     """A session begins after step ``since``. Entries of earlier sessions beyond that step are removed, since their work is done again."""
     earlier = [session for session in sessions(folder) if session["since"] < since]
-    if since and not earlier and store.checkpoints(folder / store.FOLDER):  # a fork begins with none of its own
+    if since and not earlier and disk.checkpoints(folder / disk.FOLDER):  # a fork begins with none of its own
         earlier = [{"since": 0, "environment": _of_summary(folder)}]
     if not earlier or earlier[-1]["environment"] != environment:
         earlier.append({"since": since, "environment": environment})
@@ -166,12 +166,12 @@ def provenance(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def no_provenance() -> dict[str, Any]:
-    """That of a state which a new run begins with: its data and versions are its own."""
+    """The provenance of a state that a new run begins with: it has no data or versions yet."""
     return {"data": "", "versions": {}}
 
 
 def refuse_other_data(state: Any, task: Task, folder: Path) -> None:
-    """Raise UserError for a state that is no run's, or of a run that was trained on other data than ``task`` has now."""
+    """Raise UserError for a state that is not a run's, or that was trained on other data than ``task`` has now."""
     with fitting():
         before = str({part: state[part] for part in PARTS}["data"])
     if before and before != task.digest:
@@ -182,7 +182,7 @@ def refuse_other_data(state: Any, task: Task, folder: Path) -> None:
 
 
 def other_versions(state: Any, device: torch.device) -> str:
-    """A sentence where another version or processor computed the state than would go on from it, empty for the same or not known ones."""
+    """A sentence where another version or processor computed the state than would continue from it; empty for the same or unknown ones."""
     now = _versions(device)
     with fitting():
         then = {name: str(state["versions"].get(name, number)) for name, number in now.items()}

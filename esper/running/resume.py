@@ -1,4 +1,4 @@
-"""The run that another one goes on from: where it lies, its configuration, and the state that a resumed run or a fork begins with."""
+"""The run that another one continues: its folder, its configuration, and the state that a resumed run or a fork begins with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting
 from esper.config import GROUPS, PRESETS, RootConfig, build, config_hash
 from esper.errors import UserError
@@ -25,7 +25,7 @@ State = dict[str, Any]
 
 @dataclass
 class Start:
-    """A run about to go on: its config, its folder, and the state that it begins from (None: the beginning)."""
+    """A run about to continue: its config, its folder, and the state that it begins with (None: the beginning)."""
 
     config: RootConfig
     folder: Path
@@ -33,10 +33,10 @@ class Start:
 
 
 def unfinished(config: RootConfig, named: Path | None = None) -> Path | None:
-    """The newest run of this very configuration that did not come to its end, under ``config.output`` or in the folder ``named``.
+    """The newest unfinished run of exactly this configuration, under ``config.output`` or in the folder ``named``.
 
-    A folder of which that cannot be told is passed over, and said. Raises UserError where a process runs one: beside it, going on
-    and beginning anew would both do the same work twice.
+    Unreadable folders are skipped with a message. Raises UserError while a process is running such a run, since both continuing
+    it and starting over would do the same work twice.
     """
     wanted, output = config_hash(config), Path(config.output)
     folders = {path.parent.resolve() for path in (*_at_depths(output, LOCK), *_at_depths(output, SUMMARY))}
@@ -74,13 +74,13 @@ def locate(place: Path) -> tuple[Path, Path | None]:
     """(run folder, checkpoint or None) for a path to either."""
     if (place / CONFIG).exists():
         return place.resolve(), None
-    if not (place / store.MANIFEST).exists():
+    if not (place / disk.MANIFEST).exists():
         raise UserError(f"{place} is no run's folder (it has no {CONFIG}) and no checkpoint; name one, or use resume=auto.")
     folder = place.resolve().parent.parent
-    if place.resolve().parent.name != store.FOLDER or not (folder / CONFIG).exists():
+    if place.resolve().parent.name != disk.FOLDER or not (folder / CONFIG).exists():
         raise UserError(
             f"{place} is a checkpoint apart from its run, whose {CONFIG} says how to go on: put it back as "
-            f"<run folder>/{store.FOLDER}/<step> and name that. What grow.save_branches wrote is for "
+            f"<run folder>/{disk.FOLDER}/<step> and name that. What grow.save_branches wrote is for "
             "attach(state=…) and grow.load_branches."
         )
     return folder, place.resolve()
@@ -96,10 +96,10 @@ def saved_config(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def is_over(folder: Path, chosen: Path | None) -> bool:
-    """Whether the run came to its end, and ``chosen``, if one was, is the checkpoint of it."""
+    """Whether the run finished, and the ``chosen`` checkpoint, if any, is the one of its end."""
     if status(folder) != "FINISHED":
         return False
-    return chosen is None or store.read_manifest(chosen).step >= int(read_summary(folder)["steps"])
+    return chosen is None or disk.read_manifest(chosen).step >= int(read_summary(folder)["steps"])
 
 
 def total_steps(config: RootConfig) -> int:
@@ -109,30 +109,30 @@ def total_steps(config: RootConfig) -> int:
 
 
 def saved_state(folder: Path, chosen: Path | None, fall_back: bool) -> Any:
-    """The state of the checkpoint ``chosen``, else of the newest; ``fall_back`` passes over damaged ones. None where there is none."""
+    """The state of the checkpoint ``chosen``, else of the newest; with ``fall_back`` damaged ones are skipped. None if there is none."""
     if chosen is not None:
-        return store.read(chosen)[1]
-    kept = store.checkpoints(folder / store.FOLDER)
+        return disk.read(chosen)[1]
+    kept = disk.checkpoints(folder / disk.FOLDER)
     if fall_back or not kept:
         return state_in(folder)
-    return store.read(kept[-1])[1]
+    return disk.read(kept[-1])[1]
 
 
 def state_in(folder: Path) -> Any:
-    """The state in the newest checkpoint of a run that is whole, None where it has none; prints a sentence for each that it passed over.
+    """The state in a run's newest complete checkpoint, None if it has no checkpoint; prints a sentence for each that is skipped.
 
-    Raises UserError where there are checkpoints and none is whole.
+    Raises UserError if there are checkpoints and none is complete.
     """
-    found = store.newest(folder / store.FOLDER)
+    found = disk.newest(folder / disk.FOLDER)
     for refusal in found[2] if found else ():
         print(f"esper: {refusal}", file=sys.stderr)
     return None if found is None else found[1]
 
 
 def fork_state(state: State, before: RootConfig, config: RootConfig) -> tuple[State, list[str]]:
-    """(the state that a run of ``config`` begins with, a sentence for each part of it that begins anew).
+    """(the state that a run of ``config`` begins with, a sentence for each part of it that begins again).
 
-    A fork takes over all of a saved state but the memory of an optimizer or a controller that it replaces by another.
+    A fork takes over the whole saved state, except that of an optimizer or a controller that it replaces by another.
 
     ``before`` is the configuration of the run that saved ``state``. Raises UserError for a state that is not a run's.
     """
@@ -192,7 +192,7 @@ def _zeros(tree: Any) -> Any:
 
 
 def _new_controller(config: RootConfig, grow: State) -> Any:
-    """The state of a controller that has decided nothing, but sees the stages that the seeds are in."""
+    """The state of a new controller that has decided nothing, but knows the stages of the seeds."""
     fresh = build_controller(config, config.task.build()).state()
     if isinstance(fresh, dict) and "view" in fresh:
         seeds = [(site["name"], seed) for site in grow["topology"]["sites"] for seed in range(site["seeds"])]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.config import RootConfig, plain
 from esper.export.saved_model import FOLDER as MODEL
 from esper.export.saved_model import host_card, save_model
@@ -48,16 +48,16 @@ class Result:
 
 
 def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None, controls: Collection[str] | None = None) -> Result:
-    """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to go on from.
+    """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to continue from.
 
-    ``controls`` are those that are trained too: what a sweep's report shows, or (None) all that the run has.
+    ``controls`` are those that are trained too: those of a sweep's report, or (None) all that the run has.
 
     Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; the results so far are kept, and the exception is raised again.
-    Raises UserError for what the user can mend.
+    Raises UserError for errors that the user can mend.
     """
     refuse_unreachable(config)
     folder = folder.resolve()
-    if state is None and (status(folder) == "FINISHED" or store.checkpoints(folder / store.FOLDER)):
+    if state is None and (status(folder) == "FINISHED" or disk.checkpoints(folder / disk.FOLDER)):
         refuse_occupied(folder)
     refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _carry_out(setup: Setup, trackers: Sequence[Tracker]) -> Result:
 
 
 def _begin(setup: Setup, links: Connections) -> Trainer:
-    """The trainer, after everything that could refuse the run was tried, and the trackers stand."""
+    """Build the trainer and open the trackers, after everything that could refuse the run was checked."""
     config, folder, state = setup.config, setup.folder, setup.state
     if state is not None:
         load_state(state, links.controller, links.port)
@@ -132,7 +132,7 @@ def _begin(setup: Setup, links: Connections) -> Trainer:
 
 @contextmanager
 def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
-    """Within: where the run cannot begin, its trainer is closed."""
+    """Context that closes the trainer if the run cannot begin."""
     try:
         yield
     except BaseException:
@@ -142,7 +142,7 @@ def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
 
 
 def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpointer: Checkpointer) -> None:
-    """All steps that are left, until the last checkpoint is on the disk."""
+    """Train the remaining steps, and wait until the last checkpoint is on disk."""
     after_step = _after_step(setup.lock, checksums, checkpointer)
     with checkpointer.listening(), profiled(trainer, after_step, setup.config.trainer.profile, setup.folder) as callback:
         log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
@@ -151,7 +151,7 @@ def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpoin
 
 
 def _after_step(lock: FolderLock, checksums: WeightChecksums, checkpointer: Checkpointer) -> Callback:
-    """The weights' checksum is written before a checkpoint counts on it; the folder is looked after at every evaluation."""
+    """The callback after every step: the weights' checksum is written before the checkpoint, the folder checked at every evaluation."""
 
     def after(trainer: Trainer) -> None:
         if trainer.validates(trainer.outcome.steps):

@@ -35,21 +35,21 @@ class FolderLock:
             self._note()  # a run beside it of the same configuration must see that it is there
 
     def begin(self) -> None:
-        """Everything was tried: from here on the folder is this configuration's. An earlier note stays until then."""
+        """Note this configuration in the folder, once all checks have passed; an earlier note stays until then."""
         self._note()
         self._begun = True
 
     def end(self) -> None:
-        """The summary says how it ended."""
+        """Mark the run as ended; the summary tells how."""
         self._over = True
 
     def refuse_removed(self) -> None:
-        """Raise Removed where the folder was deleted or moved: the run's files would be lost, or lie in a new folder."""
+        """Raise Removed if the folder was deleted or moved: the run's files would be lost, or written to a new folder."""
         if not self._there():
             raise Removed(errno.ENOENT, "was removed while its run was under way", str(self._folder))
 
     def leave(self) -> None:
-        """Remove the note, unless it tells of a run that did not come to an end."""
+        """Remove the note, unless its run did not end."""
         if self._there() and (self._over or not (self._earlier or self._begun)):
             (self._folder / LOCK).unlink()
 
@@ -70,11 +70,11 @@ class FolderLock:
 
 @contextmanager
 def hold_folder(config: RootConfig, folder: Path) -> Iterator[FolderLock]:
-    """Within: the folder is this process's own. A run that dies in here, or fails before its summary is written, leaves its note.
+    """Context in which this process owns the folder. A run that dies, or fails before its summary is written, leaves its note there.
 
     Raises:
         UserError: another process is running in this folder.
-        Removed: something failed in here, and the folder is there no more.
+        Removed: something failed within, and the folder no longer exists.
     """
     with os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8", errors="replace") as file:
         _claim(file, folder.resolve())
@@ -104,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _of_today(tree: dict[str, Any]) -> dict[str, Any]:
-    """A configuration of before there were flags: the one feature that had a percentage had it as ``kernel.rollout``."""
+    """Upgrade a configuration from before there were flags: only the kernel had a percentage, as ``kernel.rollout``."""
     kernel = tree.get("kernel")
     if "flags" in tree or not isinstance(kernel, dict) or "rollout" not in kernel:
         return tree
@@ -134,7 +134,7 @@ def _taken(folder: Path) -> UserError:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Take a record lock, and tell whether that went. It belongs to the process: a loader's worker that outlives it does not inherit it."""
+    """Take a record lock; returns whether it was free. It belongs to the process, so that a loader's worker does not inherit it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -182,7 +182,7 @@ def refuse_occupied(folder: Path) -> None:
 
 
 def hash_of(folder: Path) -> str:
-    """The hash of the configuration that runs or ran in ``folder``; empty where none did, or it died before it noted it."""
+    """The hash of the configuration that runs or ran in ``folder``; empty if none did, or it died before noting it."""
     path = folder / LOCK
     line = ""
     if path.exists():

@@ -1,4 +1,4 @@
-"""Trying out, before anything grows, whether a host's blocks can be called a second time on what they gave."""
+"""A trial, before anything grows, whether a host's blocks can be called a second time on their own output."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from esper.blueprints.block import bare
-from esper.blueprints.block_call import Call, first_tensor
+from esper.blueprints.block_call import BlockCall, first_tensor
 from esper.blueprints.heads import add_heads
 from esper.errors import UserError
 from esper.seeds.sites import Forward, Site, quiet_evaluation
 
 
-def refuse_unanswering(model: nn.Module, sites: list[Site], forward: Forward) -> None:
-    """Run the model once; a copy of one block of each kind is called as the host called it, on what the block gave.
+def refuse_uncallable_blocks(model: nn.Module, sites: list[Site], forward: Forward) -> None:
+    """Run the model once; a copy of one block of each kind is called as the host called the block, on the block's output.
 
     Raises:
-        UserError: the copy does not answer, or with another shape, so that no block could grow there.
+        UserError: the copy fails, or gives another shape, so that no block could grow there.
     """
     tried: set[type[nn.Module]] = set()
     handles = []
@@ -78,7 +78,7 @@ def _trial(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         if x is None:
             raise UserError(f"blueprint 'block' cannot grow at '{name}': {kind} gives no tensor.")
         try:
-            y = Call.of(inputs, named).answer(twin, x)
+            y = BlockCall.of(inputs, named).answer(twin, x)
         except Exception as error:  # whatever a host's own code raises
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(f"blueprint 'block' cannot grow at '{name}': a second {kind} behind it fails: {why}.") from error

@@ -1,4 +1,4 @@
-"""Groups of branches: what a site's forward adds, as tensors that the forward can use without looking at single seeds."""
+"""Groups of branches, as tensors that a site's forward adds without looking at single seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, Geometry, SlotBank
 from esper.seeds.branches import Branch
-from esper.seeds.device_copy import made_on, on_device
+from esper.seeds.device_copy import tensor_on, to_device
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Group:
     learns: bool = True
     forwards: int = 0
     error: Exception | None = None
-    """What the blueprint's code raised last, until the engine has taken note."""
+    """The last exception of the blueprint's code, until the engine has taken it."""
 
     def bank_parameters(self) -> list[nn.Parameter]:
         """The stacked parameters these branches are rows of."""
         return list(self.bank.stacks.values())
 
     def cost_key(self) -> tuple[str, int, bool]:
-        """What decides the MACs of a forward and backward."""
+        """The key on which the MACs of a forward and backward depend."""
         return self.bank.blueprint.name, len(self.branches), self.learns
 
 
@@ -53,7 +53,7 @@ class Group:
 class BlockGroup:
     """One grown block; ``alpha`` and ``failures`` have shape ``[1]``.
 
-    ``aside``: the block's own dropout draws from a copy of the RNG, so that the host's masks stay those of the live forward.
+    ``fork_rng``: the block's own dropout draws from a copy of the RNG, so that the host's masks stay those of the live forward.
     """
 
     bank: BlockBank
@@ -62,7 +62,7 @@ class BlockGroup:
     alpha: Tensor
     learning: bool
     failures: Tensor
-    aside: bool = False
+    fork_rng: bool = False
     forwards: int = 0
     error: Exception | None = None
 
@@ -71,7 +71,7 @@ class BlockGroup:
         return self.bank.learning_parameters(self.slot)
 
     def cost_key(self) -> tuple[str, int, bool]:
-        """What decides the MACs of a forward and backward."""
+        """The key on which the MACs of a forward and backward depend."""
         return self.bank.blueprint.name, 1, self.learning or str(self.slot) in self.bank.tied
 
 
@@ -89,57 +89,57 @@ class Injection:
 
 
 BranchGroups = list[Any]
-"""Groups of branches to add, in order: ``Group``, ``BlockGroup``, ``Injection``, or ``esper.seeds.fused.Fused``, always first."""
+"""Groups of branches to add, in order: ``Group``, ``BlockGroup``, ``Injection``, or ``FusedGroup``, always first."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A branch to put into a plan: its alpha now and whether the task's gradient reaches its parameters."""
+class GroupMember:
+    """A branch to put into a group: its alpha now and whether the task's gradient reaches its parameters."""
 
     branch: Branch
     alpha: float
     learning: bool
 
 
-def build(parts: list[Part], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> BranchGroups:
-    """Group the parts of one site by bank; branches on the same chunk (generations) go to groups of their own."""
-    plan: BranchGroups = []
-    gathered: dict[tuple[str, int], list[Part]] = {}
-    for part in parts:
-        bank = banks[part.branch.blueprint]
+def build(members: list[GroupMember], banks: dict[str, SlotBank | BlockBank], geometry: Geometry, device: torch.device) -> BranchGroups:
+    """Group the members of one site by bank; branches on the same chunk (generations) go to different groups."""
+    groups: BranchGroups = []
+    gathered: dict[tuple[str, int], list[GroupMember]] = {}
+    for member in members:
+        bank = banks[member.branch.blueprint]
         if isinstance(bank, BlockBank):
-            alpha = made_on([part.alpha], device)
-            plan.append(BlockGroup(bank, [part.branch.id], part.branch.slot, alpha, part.learning, _zeros(1, device)))
+            alpha = tensor_on([member.alpha], device)
+            groups.append(BlockGroup(bank, [member.branch.id], member.branch.slot, alpha, member.learning, _zeros(1, device)))
             continue
         layer = 0
-        while any(other.branch.row == part.branch.row for other in gathered.get((part.branch.blueprint, layer), [])):
+        while any(other.branch.row == member.branch.row for other in gathered.get((member.branch.blueprint, layer), [])):
             layer += 1
-        gathered.setdefault((part.branch.blueprint, layer), []).append(part)
-    plan[:0] = [_group(group, banks[name], geometry, device) for (name, _), group in gathered.items()]
-    return plan
+        gathered.setdefault((member.branch.blueprint, layer), []).append(member)
+    groups[:0] = [_group(group, banks[name], geometry, device) for (name, _), group in gathered.items()]
+    return groups
 
 
-def _group(parts: list[Part], bank: SlotBank | BlockBank, geometry: Geometry, device: torch.device) -> Group:
+def _group(members: list[GroupMember], bank: SlotBank | BlockBank, geometry: Geometry, device: torch.device) -> Group:
     assert isinstance(bank, SlotBank)
-    seeds = [part.branch.seed for part in parts]
+    seeds = [member.branch.seed for member in members]
     index, mask = geometry.features(seeds)
     padded = not bool(mask.all())
     real = mask.flatten().nonzero().flatten()
-    learning = torch.tensor([part.learning for part in parts])
-    residual = torch.tensor([float(part.branch.residual) for part in parts])
+    learning = torch.tensor([member.learning for member in members])
+    residual = torch.tensor([float(member.branch.residual) for member in members])
     return Group(
         bank=bank,
-        branches=[part.branch.id for part in parts],
-        slots=made_on([part.branch.slot for part in parts], device),
-        index=on_device(index.flatten(), device),
-        mask=on_device(mask, device) if padded else None,
-        real=on_device(real, device) if padded else None,
-        target=on_device(index.flatten()[real], device),
-        alpha=made_on([part.alpha for part in parts], device),
-        learning=None if bool(learning.all()) else on_device(learning, device),
-        residual=on_device(residual, device) if bool(residual.any()) else None,
-        failures=_zeros(len(parts), device),
-        seeds=made_on(seeds, device) if geometry.width % geometry.seeds == 0 else None,
+        branches=[member.branch.id for member in members],
+        slots=tensor_on([member.branch.slot for member in members], device),
+        index=to_device(index.flatten(), device),
+        mask=to_device(mask, device) if padded else None,
+        real=to_device(real, device) if padded else None,
+        target=to_device(index.flatten()[real], device),
+        alpha=tensor_on([member.alpha for member in members], device),
+        learning=None if bool(learning.all()) else to_device(learning, device),
+        residual=to_device(residual, device) if bool(residual.any()) else None,
+        failures=_zeros(len(members), device),
+        seeds=tensor_on(seeds, device) if geometry.width % geometry.seeds == 0 else None,
         learns=bool(learning.any()),
     )
 

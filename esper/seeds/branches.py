@@ -1,4 +1,4 @@
-"""The table of branches: what grew, where its parameters lie, how far it is blended in, and what its life has been."""
+"""The table of branches: their blueprints, the slots of their parameters, their α, and their history."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from esper.grafting import STRATEGY_NAMES, initial_state
+from esper.grafting.state import widened
 from esper.lifecycle import Stage
 
 
 @dataclass
 class Branch:
-    """What never changes about a branch, and its path; the numbers that a tick changes are columns of the table."""
+    """The fixed properties of a branch, and its path; the numbers that change at every tick are columns of the table."""
 
     id: int
     site: int
@@ -47,8 +48,8 @@ class Branch:
     """The first of the branches that it is one decision with, itself included; −1: it is judged alone."""
 
     @property
-    def aside(self) -> bool:
-        """Whether it is no forward's, though its stage may say so: it is held, or learns in another's place."""
+    def excluded(self) -> bool:
+        """Whether no forward adds it, although its stage may say so: it is held, or learns in another's place."""
         return self.held or (self.replaces >= 0 and self.stage is Stage.TRAINING)
 
 
@@ -88,14 +89,14 @@ class BranchTable:
             Branch(**(saved | {"stage": Stage(saved["stage"]), "path": [(str(name), int(tick)) for name, tick in saved["path"]]}))
             for saved in state["entries"]
         ]
-        count = len(entries)
+        count, grafting = len(entries), widened(state["grafting"])
         expected = ((count,), (count,), tuple(initial_state(count).shape))
-        if tuple(tuple(state[name].shape) for name in ("alpha", "fade_from", "grafting")) != expected:
+        if tuple(tuple(column.shape) for column in (state["alpha"], state["fade_from"], grafting)) != expected:
             raise ValueError("the table of branches and its columns are of different lengths")
         if [branch.id for branch in entries] != list(range(count)):
             raise ValueError("branches are not numbered by position")
         self.entries = entries
-        self.alpha, self.fade_from, self.grafting = state["alpha"], state["fade_from"], state["grafting"]
+        self.alpha, self.fade_from, self.grafting = state["alpha"], state["fade_from"], grafting
 
     def living(self) -> list[Branch]:
         """Branches whose parameters exist."""

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.blueprints.unique_scatter import each_once
+from esper.blueprints.unique_indices import unique_indices
 from esper.seeds.branch_groups import Group
 
 
-def take(x: Tensor, group: Group, dim: int, seeds: int) -> Tensor:
+def read_chunks(x: Tensor, group: Group, dim: int, seeds: int) -> Tensor:
     """The group's chunks of ``x``: its axis ``dim`` (``[W]``) becomes ``[A, C]``; padding is zero."""
     if group.seeds is not None:
         chunks: Tensor = x.unflatten(dim, (seeds, -1))
@@ -28,9 +28,9 @@ def take(x: Tensor, group: Group, dim: int, seeds: int) -> Tensor:
     return torch.where(mask, chosen, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def add_(y: Tensor, added: Tensor, group: Group, dim: int, seeds: int) -> None:
+def add_to_chunks_(y: Tensor, added: Tensor, group: Group, dim: int, seeds: int) -> None:
     """Add ``[…, A, C, …]`` to the group's chunks of ``y``, in place; padding is left out."""
-    with each_once(y.device):
+    with unique_indices(y.device):
         if group.seeds is None:
             flat = added.flatten(dim, dim + 1)
             y.index_add_(dim, group.target, flat if group.real is None else flat.index_select(dim, group.real))
@@ -38,7 +38,7 @@ def add_(y: Tensor, added: Tensor, group: Group, dim: int, seeds: int) -> None:
             y.unflatten(dim, (seeds, -1)).index_add_(dim, group.seeds, added)
 
 
-class Fork(torch.autograd.Function):
+class ReadChunks(torch.autograd.Function):
     """``x`` itself and every group's chunks; backward adds the chunks' gradients to one copy of the gradient of ``x``."""
 
     @staticmethod
@@ -46,7 +46,7 @@ class Fork(torch.autograd.Function):
         """``(x, chunks of the first group, …)``."""
         ctx.set_materialize_grads(False)
         ctx.groups, ctx.dim, ctx.seeds, ctx.like = groups, dim, seeds, (x.shape, x.dtype, x.device)
-        return x.view_as(x), *(take(x, group, dim, seeds) for group in groups)
+        return x.view_as(x), *(read_chunks(x, group, dim, seeds) for group in groups)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
@@ -58,12 +58,12 @@ class Fork(torch.autograd.Function):
         whole = torch.zeros(shape, dtype=dtype, device=device) if through is None else through.clone()
         for group, gradient in zip(ctx.groups, back, strict=True):
             if gradient is not None:
-                add_(whole, gradient, group, ctx.dim, ctx.seeds)
+                add_to_chunks_(whole, gradient, group, ctx.dim, ctx.seeds)
         return whole, None, None, None
 
 
-class Put(torch.autograd.Function):
-    """A copy of ``x`` with something added to every group's chunks; backward hands the one gradient on as it is."""
+class AddToChunks(torch.autograd.Function):
+    """A copy of ``x`` with something added to every group's chunks; backward passes on the one gradient unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: Sequence[Group], dim: int, seeds: int, *added: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ class Put(torch.autograd.Function):
         ctx.groups, ctx.dim, ctx.seeds = groups, dim, seeds
         y = x.clone()
         for group, addition in zip(groups, added, strict=True):
-            add_(y, addition, group, dim, seeds)
+            add_to_chunks_(y, addition, group, dim, seeds)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient itself for ``x``, its chunks for what was added."""
+        """The gradient itself for ``x``, its chunks for the additions."""
         (gradient,) = gradients
         wanted = ctx.needs_input_grad[4:]
-        parts = (take(gradient, group, ctx.dim, ctx.seeds) if want else None for group, want in zip(ctx.groups, wanted, strict=True))
+        parts = (read_chunks(gradient, group, ctx.dim, ctx.seeds) if want else None for group, want in zip(ctx.groups, wanted, strict=True))
         return gradient, None, None, None, *parts

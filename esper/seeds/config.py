@@ -1,4 +1,4 @@
-"""Where seeds sit and what is recorded of them."""
+"""The sites of the seeds, and the telemetry about them."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on ``device``; on a GPU it is under way when this returns, and in order with what is launched next."""
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on ``device``; on a GPU it is under way when this returns, and in order with later launches."""
     if device.type == "cpu":
         return values
     if device.type != "cuda":
@@ -17,6 +17,6 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
-def made_on(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def tensor_on(values: list[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """``torch.tensor(values, device=device)``, likewise."""
-    return on_device(torch.tensor(values, dtype=dtype), device)
+    return to_device(torch.tensor(values, dtype=dtype), device)

@@ -1,4 +1,4 @@
-"""What an exported model is made of where something grew: small modules on plain torch, nothing of the engine's.
+"""The modules of an exported model where branches grew: small, on plain torch, without the engine.
 
 They are functions of tensors alone, so ``torch.export`` and ONNX take them as they take any other module.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints.block_call import PLAIN, Call, on_first
+from esper.blueprints.block_call import PLAIN_CALL, BlockCall, map_first_tensor
 from esper.blueprints.plain_modules import linear
 
 
@@ -19,12 +19,12 @@ def called(module: nn.Module, inputs: Any) -> None:
     """A forward pre-hook that does nothing, but says that ``module`` must be called.
 
     ``nn.TransformerEncoderLayer`` reads the weights of its layers instead of calling them where nothing is learnt, unless one of
-    them has a hook; so do its relatives. What grew on a layer is in the call, and not in the weights.
+    them has a hook; so do its relatives. A branch on a layer is in its call, and not in its weights.
     """
 
 
 class GrownBranch(nn.Module):
-    """What one branch adds to the features ``[start, end)`` along ``dim``; α is inside ``net`` unless ``scale`` says otherwise.
+    """The addition of one branch to the features ``[start, end)`` along ``dim``; α is inside ``net``, or in ``scale``.
 
     ``residual`` is the α of a branch ``δ = b − id`` (grown by reconstruction), 0 for all others.
     """
@@ -36,7 +36,7 @@ class GrownBranch(nn.Module):
         self.chunk, self.scale, self.residual = chunk, scale, residual
 
     def forward(self, x: Tensor) -> Tensor:
-        """The whole site's activation → what is added to the chunk, shaped as the chunk."""
+        """The whole site's activation → the addition to the chunk, shaped as the chunk."""
         chunk = x.narrow(self.dim, self.start, self.end - self.start) if self.chunk or self.residual else x
         added = self.net(chunk if self.chunk else x)
         if self.scale != 1.0:
@@ -46,7 +46,7 @@ class GrownBranch(nn.Module):
 
 
 class GrownBlock(nn.Module):
-    """What a grown residual block adds to the whole site: ``α·(B(x) − x)``."""
+    """The addition of a grown residual block to the whole site: ``α·(B(x) − x)``."""
 
     def __init__(self, block: nn.Module, width: int, dim: int, alpha: float) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class GrownBlock(nn.Module):
         self.start, self.end, self.dim = 0, width, dim
         self.alpha = alpha
 
-    def forward(self, x: Tensor, call: Call = PLAIN) -> Tensor:
+    def forward(self, x: Tensor, call: BlockCall = PLAIN_CALL) -> Tensor:
         """``[…]`` → the same shape; ``call`` is how the host called its own block."""
         return self.alpha * (call.answer(self.block, x) - x)
 
@@ -73,13 +73,13 @@ class SharedHidden(nn.Module):
         self.dim = -1 - spatial
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """What each perceptron gives, in their order."""
+        """The output of each perceptron, in their order."""
         parts = self.act(self.first(x)).split(self.sizes, self.dim)
         return [last(part) for last, part in zip(self.lasts, parts, strict=True)]
 
 
 class GrownSite(nn.Module):
-    """A module of the host with what grew on its output: ``y = x + Σ α·δ(x)``, every branch on its own features."""
+    """A module of the host with the branches on its output: ``y = x + Σ α·δ(x)``, every branch on its own features."""
 
     def __init__(self, module: nn.Module, branches: list[GrownBranch | GrownBlock], width: int, dim: int) -> None:
         super().__init__()
@@ -102,14 +102,14 @@ class GrownSite(nn.Module):
         """As the host's module, plus its branches (on the first of its outputs, where it gives several)."""
         output = self.module(*inputs, **named)
         if self.blocks:
-            call = Call.of(inputs, named)
-            return on_first(output, lambda x: self._grown(x, call))
-        return self._grown(output) if isinstance(output, Tensor) else on_first(output, self._grown)
+            call = BlockCall.of(inputs, named)
+            return map_first_tensor(output, lambda x: self._grown(x, call))
+        return self._grown(output) if isinstance(output, Tensor) else map_first_tensor(output, self._grown)
 
     def __getattr__(self, name: str) -> Any:
         return _of_module(self, name)
 
-    def _grown(self, x: Tensor, call: Call = PLAIN) -> Tensor:
+    def _grown(self, x: Tensor, call: BlockCall = PLAIN_CALL) -> Tensor:
         if self.shared:
             added = self.branches(x)
         else:
@@ -144,8 +144,8 @@ class Deepened(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """``B(module(x))``, on the first of the module's outputs, where it gives several; ``B`` is called as the module was."""
         output = self.module(*inputs, **named)
-        call = Call.of(inputs, named)
-        return on_first(output, lambda x: call.answer(self.block, x))
+        call = BlockCall.of(inputs, named)
+        return map_first_tensor(output, lambda x: call.answer(self.block, x))
 
     def __getattr__(self, name: str) -> Any:
         return _of_module(self, name)
@@ -162,7 +162,7 @@ def _of_module(grown: nn.Module, name: str) -> Any:
 
 
 def _is_bare(branch: GrownBranch | GrownBlock) -> bool:
-    """Whether what the branch adds is what its net gives for the whole site."""
+    """Whether the branch's addition is the output of its net for the whole site."""
     return isinstance(branch, GrownBranch) and not branch.chunk and branch.scale == 1.0 and not branch.residual
 
 

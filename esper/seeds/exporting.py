@@ -1,6 +1,6 @@
-"""From a grown model to a plain one: the same outputs, nothing of esper's machinery, no seed that never grew.
+"""From a grown model to a plain one: the same outputs, without esper's machinery and without seeds that never grew.
 
-``export_with_cards`` also says what was built in where, so that ``regraft`` can build the same modules into a fresh host and
+``export_with_cards`` also describes the modules and their places, so that ``rebuild_branches`` can build them into a fresh host and
 a saved state fits it.
 """
 
@@ -21,12 +21,12 @@ from esper.blueprints.block import assembled
 from esper.blueprints.heads import add_heads, is_attention
 from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
+from esper.seeds.compiled_modules import unwrapped
 from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
 from esper.seeds.folding import fold, foldable, matrix
 from esper.seeds.hidden_layers import LAYERS, not_listening, widen
-from esper.seeds.layer import ATTRIBUTE, Attached, SeedLayer, mark, unmark
+from esper.seeds.layer import ATTRIBUTE, ModelHook, SeedLayer, mark_for_compiler, unmark_for_compiler
 from esper.seeds.registry import SeedRegistry
-from esper.seeds.wrappers import unwrapped
 
 Card = dict[str, Any]
 
@@ -55,10 +55,10 @@ def export_with_cards(registry: SeedRegistry) -> tuple[nn.Module, list[Card]]:
     return plain, cards
 
 
-def regraft(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
-    """Build modules of the same shapes as the cards say into a fresh host; their values come from a saved state.
+def rebuild_branches(host: nn.Module, cards: list[Card], blueprint_of: Any, budget: Any) -> None:
+    """Build modules of the shapes that the cards state into a fresh host; their values come from a saved state.
 
-    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.export.description``) is asked before anything is.
+    ``blueprint_of(entry)`` makes the blueprint of a branch's entry; ``budget`` (``esper.export.description``) is asked before each.
     Raises KeyError or AttributeError where the host has no such module.
     """
     modules = [host.get_submodule(card["site"]) for card in cards]
@@ -115,12 +115,12 @@ def _widened(registry: SeedRegistry, branch: Branch, module: nn.Module, plain: n
 
 
 def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.Module, inner: set[int], blended: list[Branch]) -> Card:
-    """Fold or build in what grew at a site; ``inner`` are the host's own hooks on the module that what grew comes after."""
+    """Fold or build in ``blended`` branches of a site; ``inner`` are the host's own hooks on the module that run before them."""
     site = registry.sites[number]
     geometry = site.geometry
     card: Card = {"site": site.name, "width": geometry.width, "dim": _dim(geometry), "folded": False}
     blueprints: list[object] = [registry.layers[number].bank(branch.blueprint).blueprint for branch in blended]
-    bare = not (site.borrowed or inner or any(branch.residual for branch in blended))
+    bare = not (site.read_elsewhere or inner or any(branch.residual for branch in blended))
     if bare and foldable(module, plain, blueprints):
         fold(module, [_term(registry, branch) for branch in blended])
         return card | {"folded": True, "bias": module.bias is not None}
@@ -227,7 +227,7 @@ def _hooks_before(module: nn.Module) -> set[int]:
 
 
 def _move_hooks(module: nn.Module, outer: nn.Module, inner: set[int]) -> None:
-    """Give ``outer`` the forward hooks that saw what had grown on ``module``: all but the ``inner`` ones, with their flags."""
+    """Give ``outer`` the forward hooks that ran after the branches of ``module``: all but the ``inner`` ones, with their flags."""
     for key in [key for key in module._forward_hooks if key not in inner]:
         for kind in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
             held = getattr(module, kind)
@@ -242,17 +242,17 @@ def _detached(registry: SeedRegistry) -> Iterator[None]:
     dicts = [own._forward_pre_hooks, own._forward_hooks, own._state_dict_hooks, *(site.module._forward_hooks for site in registry.sites)]
     before = [(hooks, dict(hooks)) for hooks in dicts]
     for hooks in dicts:
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, Attached))]:
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), (SeedLayer, ModelHook))]:
             del hooks[key]
     for site in registry.sites:
         del site.module._modules[ATTRIBUTE]
-        unmark(site.module)
+        unmark_for_compiler(site.module)
     try:
         yield
     finally:
         for site, layer in zip(registry.sites, registry.layers, strict=True):
             site.module._modules[ATTRIBUTE] = layer
-            mark(site.module)
+            mark_for_compiler(site.module)
         for hooks, saved in before:
             hooks.clear()
             hooks.update(saved)

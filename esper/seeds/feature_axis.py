@@ -1,7 +1,7 @@
-"""Which axis of a tensor holds its features: followed function by function, from the layers that put them somewhere.
+"""The axis of a tensor that holds its features, followed function by function from the layers that determine it.
 
-Linear layers, layer norms and embeddings put them last, convolutions and batch norms on the axis before the positions;
-transposing moves them, reshaping may merge them with another axis, and everything else leaves them where they are.
+Linear layers, layer norms and embeddings put features last; convolutions and batch norms put them on the axis before the positions.
+Transposing moves them, reshaping may merge them with another axis, and all other functions keep their axis.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Given:
+class TracedInput:
     """A tensor that a function was given: its shape, the axis of its features if known, how old it is, whether it is a weight."""
 
     shape: torch.Size
@@ -54,11 +54,11 @@ _CONVOLUTIONS = {f"{kind}{n}d": n for n in (1, 2, 3) for kind in ("conv", "conv_
 _POOLS = {f"{kind}_pool{n}d": n for n in (1, 2, 3) for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg")}
 
 
-def axis_after(kind: str, call: Callable[[Tensor], Tensor], given: list[Given], out: torch.Size) -> int | None:
-    """The axis of the features in what a function of this kind gave for some tensors; None where nobody can tell.
+def axis_after(kind: str, call: Callable[[Tensor], Tensor], given: list[TracedInput], out: torch.Size) -> int | None:
+    """The axis of the features in the result of a function of this kind for some tensors; None where it is not known.
 
-    ``call`` is the function with another tensor in the place of those given. Where streams meet, the features stay where the
-    oldest has them.
+    ``call`` is the function with another tensor in the place of those given. Where streams meet, the features have the axis of the
+    oldest.
     """
     dims = len(out)
     if not dims:
@@ -98,7 +98,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
-def _of_product(given: list[Given], dims: int) -> int | None:
+def _of_product(given: list[TracedInput], dims: int) -> int | None:
     """Rows come from the left operand, columns from the right; a weight's own axes are features."""
     if len(given) != 2 or dims < 2:
         return dims - 1

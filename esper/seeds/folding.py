@@ -15,7 +15,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def foldable(module: nn.Module, model: nn.Module, blueprints: list[object]) -> bool:
     """Whether branches of these blueprints fold into ``module``: all linear, and a weight that no other module holds.
 
-    Nothing may stand between the layer and what grew on it, nor may its weight be read elsewhere: that the caller knows.
+    The caller ensures that nothing stands between the layer and the branches, and that its weight is not read elsewhere.
     """
     transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # the linear layer of transformers' GPT-2
     if type(module) not in _LAYERS and not transposed:

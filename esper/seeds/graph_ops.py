@@ -1,11 +1,10 @@
-"""What a compiled host's graph holds of a site: tensors that stay where they are, and registered ops over them.
+"""A site in a compiled host's graph: tensors at fixed addresses, and registered ops over them.
 
-α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps; what a forward and
-backward found is written to tensors that the engine reads. So the graph is left for nobody, and of all that happens in the
-life of a seed nothing compiles it anew. Asleep a site is not in it at all, unless telemetry is due: those are the four
-graphs that there may be of a host.
+α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps. The results of a forward and
+backward are written to tensors that the engine reads. Therefore the graph has no breaks, and no event in the life of a seed compiles it
+again. A site that is asleep is not in the graph, unless telemetry is due. A host has therefore at most four graphs.
 
-A compiled graph must reach all this through ``SITES``: sizes of what hangs on torch's own modules are compiled in.
+A compiled graph must reach these tensors through ``SITES``, because sizes of attributes of torch's own modules are compiled in.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
-from esper.kernels.geometry import as_rows, gather_chunks
+from esper.kernels.chunk_layout import as_rows, gather_chunks
 from esper.kernels.torch_ops import branches as reference_branches
 from esper.kernels.torch_ops import reference_telemetry
 
 SITES: dict[int, GraphSite] = {}
 """By the number of the seed layer; an entry goes with its layer."""
 
-_BEGIN: dict[int, Callable[[], None]] = {}
+_ON_FIRST_GRAPH: dict[int, Callable[[], None]] = {}
 _numbers = count()
 
 
@@ -34,8 +33,8 @@ _numbers = count()
 class GraphSite:
     """One site's tensors, ``[S]`` float32 unless said otherwise.
 
-    In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``leaves``, the stacks of the banks that ``kinds`` names.
-    Out: ``tally``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
+    In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``parameters``, the stacks of the banks that ``kinds`` names.
+    Out: ``contained``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
     ``power``, Σ(αδ)² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
     gradient at every chunk.
     """
@@ -46,8 +45,8 @@ class GraphSite:
     route: Tensor
     triton: bool
     kinds: str = ""
-    leaves: list[Tensor] = field(default_factory=list)
-    tally: Tensor = field(init=False)
+    parameters: list[Tensor] = field(default_factory=list)
+    contained: Tensor = field(init=False)
     forwards: Tensor = field(init=False)
     health: Tensor = field(init=False)
     power: Tensor = field(init=False)
@@ -58,7 +57,7 @@ class GraphSite:
 
     def __post_init__(self) -> None:
         seeds, device = self.geometry.seeds, self.alpha.device
-        self.tally, self.power = torch.zeros(seeds, device=device), torch.zeros(seeds, device=device)
+        self.contained, self.power = torch.zeros(seeds, device=device), torch.zeros(seeds, device=device)
         self.forwards, self.rows = torch.zeros(1, device=device), torch.zeros(1, device=device)
         self.health = torch.full((seeds, 4), float("nan"), device=device)
         self.probe = torch.zeros(seeds, device=device, requires_grad=True)
@@ -67,11 +66,11 @@ class GraphSite:
     def _take(self, probe: Tensor) -> None:
         self.squares, probe.grad = probe.grad, None
 
-    def hold(self, kinds: str, stacks: list[Tensor]) -> None:
+    def set_parameters(self, kinds: str, stacks: list[Tensor]) -> None:
         """Hand these stacks to the graph, whose slots may double without compiling anything."""
-        known = {id(stack): leaf for stack, leaf in zip(self._stacks, self.leaves, strict=True) if stack.data_ptr() == leaf.data_ptr()}
-        leaves = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in stacks]
-        self.kinds, self.leaves, self._stacks = kinds, leaves, stacks
+        known = {id(stack): leaf for stack, leaf in zip(self._stacks, self.parameters, strict=True) if stack.data_ptr() == leaf.data_ptr()}
+        parameters = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in stacks]
+        self.kinds, self.parameters, self._stacks = kinds, parameters, stacks
 
 
 def _leaf(stack: Tensor) -> Tensor:
@@ -89,30 +88,30 @@ def _leaf(stack: Tensor) -> Tensor:
     return leaf
 
 
-def number_of(begin: Callable[[], None]) -> int:
+def register_layer(begin: Callable[[], None]) -> int:
     """A number for a seed layer; ``begin`` is called when a graph with the layer awake is about to be made."""
     number = next(_numbers)
-    _BEGIN[number] = begin
+    _ON_FIRST_GRAPH[number] = begin
     return number
 
 
-def forget(number: int) -> None:
+def unregister_layer(number: int) -> None:
     """The layer is gone."""
-    _BEGIN.pop(number, None)
+    _ON_FIRST_GRAPH.pop(number, None)
     SITES.pop(number, None)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _ready(number: int) -> bool:
+def _make_ready(number: int) -> bool:
     """Called by the compiler itself, once a graph: from here on the site's tensors are kept up to date."""
     if number not in SITES:
-        _BEGIN[number]()
+        _ON_FIRST_GRAPH[number]()
     return True
 
 
-def grown_in_graph(x: Tensor, number: int, awake: bool, due: bool, rooted: bool) -> Tensor:
-    """What the seed layer of this number makes of ``x``, for the compiler to look into."""
-    _ready(number)
+def forward_in_graph(x: Tensor, number: int, awake: bool, due: bool, forces_grad: bool) -> Tensor:
+    """The output of the seed layer of this number for ``x``, for the compiler to trace."""
+    _make_ready(number)
     site = SITES[number]
     dim = site.geometry.dim
     last = x if dim == -1 else x.movedim(dim, -1)
@@ -121,28 +120,28 @@ def grown_in_graph(x: Tensor, number: int, awake: bool, due: bool, rooted: bool)
         y = _blended(last, site, due)
     elif due:
         site.health.copy_(_health(last, site))
-    if (due and x.requires_grad) or rooted:
-        y = Watched.apply(y, site.probe)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+    if (due and x.requires_grad) or forces_grad:
+        y = GradientProbe.apply(y, site.probe)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     return y if dim == -1 else y.movedim(-1, dim)
 
 
-def _takes(x: Tensor, site: GraphSite) -> bool:
+def _uses_triton(x: Tensor, site: GraphSite) -> bool:
     return site.triton and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
-    if _takes(x, site):
+    if _uses_triton(x, site):
         from esper.kernels.branches import branches
 
         rows = as_rows(x)
-        y, live, power, health = branches(rows, site.alpha, site.route, None, site.kinds, site.leaves, due, site.near_zero)
+        y, live, power, health = branches(rows, site.alpha, site.route, None, site.kinds, site.parameters, due, site.near_zero)
         y = y.view(x.shape)
     else:
         rows = x.reshape(-1, x.shape[-1])
-        y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.leaves)
+        y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.parameters)
         y, health = y.view(x.shape), reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero) if due else power
     with torch.no_grad():
-        site.tally.add_((site.alpha > 0) & (live.detach() == 0))
+        site.contained.add_((site.alpha > 0) & (live.detach() == 0))
         site.forwards.add_(1.0)
         if due:
             site.health.copy_(health.detach())
@@ -153,7 +152,7 @@ def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
 
 
 def _health(x: Tensor, site: GraphSite) -> Tensor:
-    if not _takes(x, site):
+    if not _uses_triton(x, site):
         measured: Tensor = reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero)
         return measured
     from esper.kernels.telemetry import telemetry
@@ -161,12 +160,12 @@ def _health(x: Tensor, site: GraphSite) -> Tensor:
     return telemetry(x, site.geometry.seeds, site.near_zero)
 
 
-class Watched(torch.autograd.Function):
+class GradientProbe(torch.autograd.Function):
     """``x`` itself; backward gives ``probe`` the sum of squares of every chunk's gradient, and lets the gradient pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, probe: Tensor) -> Tensor:
-        """``x [..., W]`` and ``probe [S]``. A copy, because the host may go on in place; a compiler reads ``x`` in its stead."""
+        """``x [..., W]`` and ``probe [S]``. A copy, because the host may continue in place; a compiler reads ``x`` instead."""
         ctx.seeds = probe.shape[0]
         return x.clone()
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.blueprints.block_call import Call, on_first
+from esper.blueprints.block_call import BlockCall, map_first_tensor
 from esper.errors import UserError
 from esper.kernels import Kernels
 from esper.seeds.blend import blend
 from esper.seeds.branch_groups import BranchGroups
-from esper.seeds.graph_ops import grown_in_graph
+from esper.seeds.graph_ops import forward_in_graph
 from esper.seeds.hidden_layers import Source
 from esper.seeds.recording import Recording
 from esper.seeds.sites import Site
@@ -23,27 +23,28 @@ ATTRIBUTE = "seed_layer"
 """Name under which the layer hangs on its site's module."""
 
 
-class Attached:
-    """Base of what else hangs on a model by a hook of its own, so that an export leaves it behind."""
+class ModelHook:
+    """Base of other objects with a hook of their own on the model, so that an export leaves them out."""
 
 
-class Hidden:
-    """Base of what ``torch.compile`` must not look into, since every change in it would have the host compiled anew.
+class OpaqueToCompiler:
+    """Base of objects that ``torch.compile`` must not trace, since every change in them would compile the host anew.
 
-    ``asleep`` is what a compiled host knows of it: asleep, it is not in the graph.
+    A compiled host knows only ``asleep``: asleep, the object is not in the graph.
     """
 
     asleep = False
 
 
-class SeedLayer(nn.Module, Hidden):
-    """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` as the present ``plan`` says.
+class SeedLayer(nn.Module, OpaqueToCompiler):
+    """Returns its input itself while nothing is blended; otherwise ``x + Σ α·δ(x)`` with the branches of the present ``groups``.
 
-    ``recording`` is set for the forwards whose activations and gradients somebody wants to read. ``rooted`` makes the output
-    ask for a gradient where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
+    ``recording`` is set for forwards whose activations and gradients will be read. ``forces_grad`` makes the output require a gradient
+    where nothing before it does, so that the loss of a wholly frozen host can be sent backward.
 
-    A compiled host has ``esper.seeds.graph_ops`` in its place. Of the layer itself its graph knows ``asleep``, ``due`` (telemetry is) and
-    ``outside`` (branches blend that are not for the graph) or ``keeps`` (an objective asks for activations): the graph is left for it.
+    The graph of a compiled host contains ``esper.seeds.graph_ops`` instead. It depends on four flags of the layer: ``asleep``;
+    ``telemetry_due``; ``leaves_graph``, where a blended branch cannot be in the graph; and ``keeps_activation``, where an objective needs
+    the activations. The last two break the graph at this site.
     """
 
     def __init__(self, site: Site) -> None:
@@ -51,14 +52,14 @@ class SeedLayer(nn.Module, Hidden):
         self.name = site.name
         self.geometry = site.geometry
         self.banks = nn.ModuleDict()
-        self.plan: BranchGroups = []
+        self.groups: BranchGroups = []
         self.recording: Recording | None = None
-        self.rooted = False
+        self.forces_grad = False
         self.kernels: Kernels | None = None
-        self.due = False
-        self.keeps = False
-        self.outside = False
-        self.number = -1
+        self.telemetry_due = False
+        self.keeps_activation = False
+        self.leaves_graph = False
+        self.graph_number = -1
         self.source: Source | None = None
 
     def listen(self, module: nn.Module) -> None:
@@ -68,20 +69,20 @@ class SeedLayer(nn.Module, Hidden):
     def forward(self, x: Tensor) -> Tensor:
         """``[…, width]`` (or channels first) → the same shape and dtype."""
         recording = self.recording
-        if (self.plan or recording is not None) and not self._fits(x):
+        if (self.groups or recording is not None) and not self._fits(x):
             self._refuse(x)
         if recording is not None:
             recording.read(x, self.name, self.kernels)
-        y = blend(x, self.plan, self.geometry, recording) if self.plan else x
+        y = blend(x, self.groups, self.geometry, recording) if self.groups else x
         if recording is not None and torch.is_grad_enabled():
-            if recording.keep and not y.requires_grad:
+            if recording.keep_activation and not y.requires_grad:
                 # Data entering the host: an objective wants the gradient there all the same. A copy, because the host may
                 # go on in place, which autograd forbids on a leaf.
                 y = y.detach().requires_grad_().clone()
             if y.requires_grad:
                 y = y.clone() if y._is_view() else y  # autograd drops the hooks of a view on which the host goes on in place
                 y.register_hook(recording.keep_gradient)
-        if self.rooted and torch.is_grad_enabled() and not y.requires_grad:
+        if self.forces_grad and torch.is_grad_enabled() and not y.requires_grad:
             y = y.detach().requires_grad_().clone()  # a clone, since the host may go on in place
         return y
 
@@ -106,28 +107,28 @@ class SeedLayer(nn.Module, Hidden):
         """Hang on a module: as its child, so that ``to``, ``state_dict`` and DDP see it, and as its forward hook."""
         module.add_module(ATTRIBUTE, self)
         module.register_forward_hook(self._on_output, with_kwargs=True)
-        mark(module)
+        mark_for_compiler(module)
 
     def _on_output(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> Any:
         if not torch.compiler.is_compiling():
             return self.grown(inputs, named, output)
-        if self.outside or self.keeps:
+        if self.leaves_graph or self.keeps_activation:
             return _outside_the_graph(self, inputs, named, output)
-        if self.asleep and not self.due and not self.rooted:
+        if self.asleep and not self.telemetry_due and not self.forces_grad:
             return None
-        return on_first(output, self._in_graph)
+        return map_first_tensor(output, self._in_graph)
 
     def _in_graph(self, x: Tensor) -> Tensor:
         if not self._fits(x):
             _refuse_outside(self, x)
-        return grown_in_graph(x, self.number, not self.asleep, self.due, self.rooted)
+        return forward_in_graph(x, self.graph_number, not self.asleep, self.telemetry_due, self.forces_grad)
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        """The module's output with what grew on the first tensor in it."""
+        """The module's output with the branches on its first tensor."""
         blocks = [bank for bank in self.banks.values() if isinstance(bank, BlockBank)] if self.banks else []
         for bank in blocks:
-            bank.call = Call.of(inputs, named)
-        result = on_first(output, self)
+            bank.call = BlockCall.of(inputs, named)
+        result = map_first_tensor(output, self)
         if self.source is not None:
             self.source.forget()
         for bank in blocks:
@@ -135,17 +136,17 @@ class SeedLayer(nn.Module, Hidden):
         return result
 
 
-def mark(module: nn.Module) -> None:
+def mark_for_compiler(module: nn.Module) -> None:
     """Let a compiler tell a module with seeds from one of the same class without.
 
-    Graphs belong to code, not to a model, and are not compiled anew for a hook: a second model of the class, compiled without seeds,
-    would lend its graph to this one, whose seeds nobody would feel. They are for a ``forward`` of the module's own.
+    Graphs belong to code, not to a model, and are not compiled again for a hook. A second model of the class, compiled without seeds, would
+    lend its graph to this one, and its seeds would have no effect. A ``forward`` of the module's own prevents this.
     """
     module.__dict__.setdefault("forward", MethodType(type(module).forward, module))
 
 
-def unmark(module: nn.Module) -> None:
-    """Undo ``mark``."""
+def unmark_for_compiler(module: nn.Module) -> None:
+    """Undo ``mark_for_compiler``."""
     own = module.__dict__.get("forward")
     if isinstance(own, MethodType) and own.__func__ is type(module).forward:
         del module.__dict__["forward"]

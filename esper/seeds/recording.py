@@ -1,4 +1,4 @@
-"""What one forward and backward pass showed of a site: read only at the ticks at which somebody asks."""
+"""The measurements of one forward and backward pass at a site, made only at ticks that need them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 from esper.blueprints import Geometry
 from esper.kernels import Kernels
-from esper.kernels.geometry import feature_owner
+from esper.kernels.chunk_layout import feature_owner
 from esper.kernels.reference import telemetry
 
 
 class Recording:
     """Statistics of a site's activation in its last forward, and the gradient that came back to it.
 
-    With ``keep`` the activation itself is kept too (the objectives that regress on it need it); a copy, because a
+    With ``keep_activation`` the activation itself is kept too (the objectives that regress on it need it); a copy, because a
     module behind the site may change it in place.
     """
 
-    def __init__(self, geometry: Geometry, near_zero: float, health: bool = True, keep: bool = False) -> None:
+    def __init__(self, geometry: Geometry, near_zero: float, health: bool = True, keep_activation: bool = False) -> None:
         self.geometry = geometry
         self.near_zero = near_zero
         self.health = health
-        self.keep = keep
+        self.keep_activation = keep_activation
         self.statistics: Tensor | None = None
         self.input: Tensor | None = None
         self.gradient: Tensor | None = None
@@ -33,7 +33,7 @@ class Recording:
         with torch.no_grad():
             if self.health:
                 self.statistics = self._health(x.detach(), site, kernels)
-            if self.keep:
+            if self.keep_activation:
                 self.input = x.detach().clone()
 
     def _health(self, x: Tensor, site: str, kernels: Kernels | None) -> Tensor:

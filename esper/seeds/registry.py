@@ -1,4 +1,4 @@
-"""The registry of a model: its sites, the table of their seeds, the branches that grew, and the plans its forwards follow."""
+"""The registry of a model: its sites, the table of their seeds, the branches that grew, and the groups that its forwards add."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from esper.lifecycle import SeedTable, Stage
 from esper.lifecycle.history import History
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
-from esper.seeds.branch_groups import BlockGroup, BranchGroups, Injection, Part, build
+from esper.seeds.branch_groups import BlockGroup, BranchGroups, GroupMember, Injection, build
 from esper.seeds.branches import Branch, BranchTable
-from esper.seeds.device_copy import on_device
-from esper.seeds.fused import fuse
-from esper.seeds.graph_state import CompiledSites
+from esper.seeds.compiled_sites import CompiledSites
+from esper.seeds.device_copy import to_device
+from esper.seeds.fused_group import fuse
 from esper.seeds.layer import SeedLayer, device_of
 from esper.seeds.sites import Site, stack_of
 
@@ -29,7 +29,7 @@ AnyBlueprint = Blueprint | Block
 
 
 class SeedRegistry:
-    """Owns what is attached to ``model``. Rows of ``table`` are numbered site by site, seed by seed."""
+    """Owns everything that is attached to ``model``. Rows of ``table`` are numbered site by site, seed by seed."""
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class SeedRegistry:
         self.by_name = {site.name: number for number, site in enumerate(sites)}
         self.device = device_of(model)
         self._changed: set[int] = set()
-        self._found: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
+        self._cached: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
         self.released: list[Branch] = []
-        self._main: list[BranchGroups] = [[] for _ in sites]
+        self._live_groups: list[BranchGroups] = [[] for _ in sites]
         self.compiled = CompiledSites(self)
         for site, layer in zip(sites, self.layers, strict=True):
             layer.to(self.device)
@@ -111,9 +111,9 @@ class SeedRegistry:
             return f"there is no blueprint '{blueprint}'; there are {', '.join(self.blueprints)}"
         site, config = self.sites[self.site_of(row)], self.blueprints[blueprint]
         geometry = site.geometry
-        reason = config.fits(geometry)
+        reason = config.misfit(geometry)
         if reason is None and isinstance(config, Block):
-            reason = config.unsilenced(site.module)
+            reason = config.silencing_misfit(site.module)
         if reason is None and isinstance(config, Block) and geometry.seeds != 1:
             reason = f"{blueprint} fills its site, but {geometry.seeds} seeds share this one (sites.per_site=1 is needed)"
         if reason is None and isinstance(config, Heads) and self.layers[self.site_of(row)].source is None:
@@ -143,8 +143,8 @@ class SeedRegistry:
         self.table.branch[row] = branch.id
         return branch
 
-    def succeed(self, branch: Branch, blueprint: str) -> Branch:
-        """Allocate a branch that is to learn in the place of another, which stays its seed's. Draws from a generator of its own."""
+    def germinate_successor(self, branch: Branch, blueprint: str) -> Branch:
+        """Allocate a branch that will learn in the place of another, which its seed keeps. Draws from a separate generator."""
         site = self.sites[branch.site]
         draws = generator(self.seed, "successor", site.name, branch.seed, len(self.branches))
         successor = self._grown(branch.row, blueprint, branch.strategy, draws)
@@ -175,14 +175,14 @@ class SeedRegistry:
             residual=not self.silent and not isinstance(bank, BlockBank),
         )
         self.branches.add(branch)
-        self.touch(number)
+        self.mark_changed(number)
         return branch
 
     def release(self, branch: Branch) -> None:
-        """End a branch; it stays in the table as a record. Its slot is freed with the next ``refresh``, when no plan has it."""
+        """End a branch; it stays in the table as a record. Its slot is freed with the next ``refresh``, when no group has it."""
         branch.alive = False
         self.released.append(branch)
-        self.touch(branch.site)
+        self.mark_changed(branch.site)
 
     def bank(self, number: int, blueprint: str) -> SlotBank | BlockBank:
         """The bank of a blueprint at a site, made where there is none yet."""
@@ -213,21 +213,21 @@ class SeedRegistry:
     # --- checkpoints ---
 
     def topology(self) -> dict[str, Any]:
-        """What a saved state must agree with before a tensor of it is looked at (JSON-able)."""
+        """The description that a saved state must match before its tensors are read (JSON-able)."""
         sites = [
             {"name": site.name, "width": site.geometry.width, "seeds": site.geometry.seeds, "dim": site.geometry.dim} for site in self.sites
         ]
         return {"sites": sites, "blueprint": self.default_blueprint, "silent": self.silent}
 
     def state(self) -> dict[str, Any]:
-        """The table of seeds, the branches and the banks they lie in, by reference."""
+        """The table of seeds, the branches and their banks, by reference."""
         banks = {layer.name: {name: bank.state() for name, bank in self.banks(n).items()} for n, layer in enumerate(self.layers)}
         return {"table": self.table.state(), "history": self.history.state(), "branches": self.branches.state(), "banks": banks}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state of a registry of the same topology. Raises ValueError where it does not fit."""
         self.table.load(state["table"])
-        self.history.load(state.get("history", {}))  # nobody kept one at first
+        self.history.load(state.get("history", {}))  # the first versions kept none
         self.branches.load(state["branches"])
         for number, layer in enumerate(self.layers):
             for blueprint, saved in state["banks"][layer.name].items():
@@ -242,34 +242,34 @@ class SeedRegistry:
             if not held or self.site_of(branch.row) != branch.site or self.seed_of(branch.row) != branch.seed:
                 raise ValueError(f"branch {branch.id} has no parameters where it should")
         for number in range(len(self.sites)):
-            self.touch(number)
+            self.mark_changed(number)
         self.refresh()
 
-    # --- plans ---
+    # --- groups ---
 
-    def touch(self, site: int) -> None:
-        """Say that the plan of a site must be made again (a stage changed, or a branch came or went)."""
+    def mark_changed(self, site: int) -> None:
+        """Say that the groups of a site must be built again (a stage changed, or a branch came or went)."""
         self._changed.add(site)
-        self._found.clear()
+        self._cached.clear()
 
     def refresh(self) -> None:
-        """Bring every forward's plan and alphas up to date, and free the slots of ended branches; called once a tick."""
+        """Bring every forward's groups and alphas up to date, and free the slots of ended branches; called once a tick."""
         for branch in self.released:
             self.layers[branch.site].bank(branch.blueprint).free(branch.slot)
         self.released = []
-        for number in sorted(self._changed):  # the plans of other sites are what their forwards follow already
-            parts = [self._part(branch, self.learns(branch)) for branch in self.blended(number)]
-            self._main[number] = self._built(parts, number)
-            self.layers[number].plan = self._main[number]
+        for number in sorted(self._changed):  # the other sites' groups are up to date
+            members = [self.member(branch, self.learns(branch)) for branch in self.blended(number)]
+            self._live_groups[number] = self._build_groups(members, number)
+            self.layers[number].groups = self._live_groups[number]
         self.compiled.refresh(self._changed)
         self._changed.clear()
 
     def set_alphas(self, sites: set[int]) -> None:
-        """Copy the table's alphas into the plans of these sites."""
+        """Copy the table's alphas into the groups of these sites."""
         for number in sites:
-            for group in self._main[number]:
+            for group in self._live_groups[number]:
                 assert not isinstance(group, Injection)
-                group.alpha.copy_(on_device(self.branches.alpha[group.branches], self.device))
+                group.alpha.copy_(to_device(self.branches.alpha[group.branches], self.device))
         self.compiled.set_alphas()
 
     def blended(self, site: int) -> list[Branch]:
@@ -278,12 +278,12 @@ class SeedRegistry:
 
     def living_at(self, site: int) -> list[Branch]:
         """Living branches of a site, by id."""
-        if site not in self._found:
+        if site not in self._cached:
             for number in range(len(self.sites)):
-                self._found[number] = []
+                self._cached[number] = []
             for branch in self.branches.living():
-                self._found[branch.site].append(branch)
-        return self._found[site]
+                self._cached[branch.site].append(branch)
+        return self._cached[site]
 
     def learns(self, branch: Branch) -> bool:
         """Whether the task's gradient reaches a branch's parameters."""
@@ -295,14 +295,14 @@ class SeedRegistry:
         return (branch.stage in BLENDED or fading) and not branch.held
 
     def in_stage(self, *stages: Stage) -> list[Branch]:
-        """Living branches in one of these stages, by id: the same list, which nobody may change, until a stage changes."""
-        if stages not in self._found:
-            self._found[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
-        return self._found[stages]
+        """Living branches in one of these stages, by id. It is the same list, not to be changed, until a stage changes."""
+        if stages not in self._cached:
+            self._cached[stages] = [branch for branch in self.branches.living() if branch.stage in stages]
+        return self._cached[stages]
 
-    def structure(self) -> tuple[tuple[str, int, bool], ...]:
-        """What the present plans compute, as a key: two gardens' forwards of equal structure cost the same MACs."""
-        return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.plan)
+    def cost_key(self) -> tuple[tuple[str, int, bool], ...]:
+        """A key of the MACs that the present groups cost: two registries with equal keys cost the same."""
+        return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.groups)
 
     @contextmanager
     def shadow(self) -> Iterator[BranchGroups]:
@@ -310,18 +310,18 @@ class SeedRegistry:
         groups: BranchGroups = []
         learning = self.in_stage(Stage.TRAINING)
         replaced = {branch.replaces for branch in learning}
-        with self._plans():
+        with self._keeping_groups():
             for number, layer in enumerate(self.layers):
-                blended = [self._part(branch, learning=False) for branch in self.blended(number) if branch.id not in replaced]
-                training = [Part(branch, self._shadow_alpha(branch), True) for branch in learning if branch.site == number]
-                layer.plan = self._built(blended, number)
-                mine = self._built(training, number)
+                blended = [self.member(branch, learning=False) for branch in self.blended(number) if branch.id not in replaced]
+                training = [GroupMember(branch, self._shadow_alpha(branch), True) for branch in learning if branch.site == number]
+                layer.groups = self._build_groups(blended, number)
+                mine = self._build_groups(training, number)
                 for group in mine:
                     assert not isinstance(group, Injection)
                     if isinstance(group, BlockGroup):
-                        group.aside = True
+                        group.fork_rng = True
                     groups.append(group)
-                layer.plan = [*layer.plan, *mine]
+                layer.groups = [*layer.groups, *mine]
             yield groups
 
     @contextmanager
@@ -329,51 +329,56 @@ class SeedRegistry:
         """Within: forwards in which these branches are off, and those that are one decision with them."""
         whole = [member for branch in branches for member in self.group_of(branch)]
         off = {branch.id for branch in whole}
-        with self._plans():
+        with self._keeping_groups():
             for number in sorted({branch.site for branch in whole}):
                 layer = self.layers[number]
-                parts = [self._part(b, learning=False) for b in self.blended(number) if b.id not in off]
-                layer.plan = self._built(parts, number)
+                members = [self.member(b, learning=False) for b in self.blended(number) if b.id not in off]
+                layer.groups = self._build_groups(members, number)
             yield
 
     @contextmanager
     def exchanged(self, off: Branch, on: Branch) -> Iterator[None]:
         """Within: forwards in which ``on`` is in the place of ``off``, at its α."""
         number, alpha = off.site, float(self.branches.alpha[off.id])
-        with self._plans():
-            parts = [Part(on, alpha, False) if b is off else self._part(b, learning=False) for b in self.blended(number)]
-            self.layers[number].plan = self._built(parts, number)
+        with self._keeping_groups():
+            members = [GroupMember(on, alpha, False) if b is off else self.member(b, learning=False) for b in self.blended(number)]
+            self.layers[number].groups = self._build_groups(members, number)
             yield
 
     @contextmanager
     def injecting(self, injections: dict[int, Injection]) -> Iterator[None]:
         """Within: forwards that add the given tensors at the given sites."""
-        with self._plans():
+        with self._keeping_groups():
             for number, injection in injections.items():
-                self.layers[number].plan = [*self.layers[number].plan, injection]
+                self.layers[number].groups = [*self.layers[number].groups, injection]
             yield
 
     @contextmanager
-    def _plans(self) -> Iterator[None]:
-        before = [(layer.plan, layer.recording) for layer in self.layers]
+    def _keeping_groups(self) -> Iterator[None]:
+        before = [(layer.groups, layer.recording) for layer in self.layers]
         for layer in self.layers:
             layer.recording = None
         try:
             yield
         finally:
-            for layer, (plan, recording) in zip(self.layers, before, strict=True):
-                layer.plan, layer.recording = plan, recording
+            for layer, (groups, recording) in zip(self.layers, before, strict=True):
+                layer.groups, layer.recording = groups, recording
 
-    def _built(self, parts: list[Part], number: int) -> BranchGroups:
-        """The plan of a site: what the kernels can take in one pass, the rest group by group."""
+    def _build_groups(self, members: list[GroupMember], number: int) -> BranchGroups:
+        """The groups of a site: one for all that the kernels can take, and the rest."""
         geometry = self.layers[number].geometry
-        plan = build(parts, self.banks(number), geometry, self.device)
+        groups = build(members, self.banks(number), geometry, self.device)
         return fuse(
-            plan, self.sites[number].name, geometry, {part.branch.id: part.branch.seed for part in parts}, self.kernels, self.device
+            groups,
+            self.sites[number].name,
+            geometry,
+            {member.branch.id: member.branch.seed for member in members},
+            self.kernels,
+            self.device,
         )
 
-    def _part(self, branch: Branch, learning: bool) -> Part:
-        return Part(branch, float(self.branches.alpha[branch.id]), learning)
+    def member(self, branch: Branch, learning: bool) -> GroupMember:
+        return GroupMember(branch, float(self.branches.alpha[branch.id]), learning)
 
     def _shadow_alpha(self, branch: Branch) -> float:
         """α of a TRAINING branch in shadow forwards: 1, or that of the branch in whose place it learns."""

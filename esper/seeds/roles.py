@@ -1,8 +1,8 @@
-"""Sites by role, worked out from what the host computes: one forward is watched, and the modules' tensors are followed.
+"""Sites by role, derived from the host's computation: one forward is traced, and the modules' tensors are followed.
 
 ``mlp_hidden``  a linear layer whose output reaches another linear layer through a nonlinearity and nothing but elementwise
                 operations: the hidden layer of a perceptron, gated ones included, before its activation;
-``residual``    a block that gives its input plus something (post-norm blocks too): where the residual stream leaves it;
+``residual``    the output of a block that adds something to its input (post-norm blocks too);
 ``conv_out``    a convolution's output (1-D or 2-D).
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from esper.seeds.feature_axis import is_linear
-from esper.seeds.tracing import Call, Node
+from esper.seeds.tracing import ModuleCall, TracedTensor
 
 ROLES = ("mlp_hidden", "residual", "conv_out")
 
@@ -87,14 +87,14 @@ _RECTIFIERS = frozenset(("relu", "relu6", "gelu", "silu", "hardswish", "leaky_re
 _NORMS = frozenset(("layer_norm", "rms_norm", "group_norm", "batch_norm"))
 
 
-def with_role(role: str, calls: list[Call], order: dict[str, Any]) -> list[str]:
+def with_role(role: str, calls: list[ModuleCall], order: dict[str, Any]) -> list[str]:
     """Names of the modules that have a role in the forward whose calls are given, as ``order`` has them."""
     rules = {"mlp_hidden": _hidden, "residual": _blocks, "conv_out": _convolutions}
     found = rules[role](calls)
     return [name for name in order if name in found]
 
 
-def _hidden(calls: list[Call]) -> set[str]:
+def _hidden(calls: list[ModuleCall]) -> set[str]:
     names: set[str] = set()
     for call in calls:
         if is_linear(call.module) and call.source is not None:
@@ -102,7 +102,7 @@ def _hidden(calls: list[Call]) -> set[str]:
     return names
 
 
-def _origins(start: Node) -> set[tuple[str, bool]]:
+def _origins(start: TracedTensor) -> set[tuple[str, bool]]:
     """(linear layer, whether a nonlinearity lies between) of everything elementwise before ``start``; empty where streams meet."""
     found: set[tuple[str, bool]] = set()
     seen: set[tuple[int, bool]] = set()
@@ -121,7 +121,7 @@ def _origins(start: Node) -> set[tuple[str, bool]]:
     return found
 
 
-def _roots(node: Node) -> list[Node]:
+def _roots(node: TracedTensor) -> list[TracedTensor]:
     """Where elementwise operations on one tensor began."""
     seen: set[int] = set()
     roots, open_nodes = [], [node]
@@ -138,7 +138,7 @@ def _roots(node: Node) -> list[Node]:
     return roots
 
 
-def _blocks(calls: list[Call]) -> set[str]:
+def _blocks(calls: list[ModuleCall]) -> set[str]:
     skips = {
         call.name: call.module
         for call in calls
@@ -150,15 +150,15 @@ def _blocks(calls: list[Call]) -> set[str]:
 
 
 def _in_a_list(stack: str, name: str, module: nn.Module) -> bool:
-    """Whether the block ``name`` lies in a list of blocks inside ``stack``."""
+    """Whether the block ``name`` is in a list of blocks inside ``stack``."""
     if not name.startswith(f"{stack}."):
         return False
     parent = name.removeprefix(f"{stack}.").rpartition(".")[0]
     return isinstance(module.get_submodule(parent), (nn.ModuleList, nn.Sequential))
 
 
-def _skips(call: Call) -> bool:
-    """Whether a path of sums (and what may stand beside them) leads from the block's output back to its input."""
+def _skips(call: ModuleCall) -> bool:
+    """Whether a path of sums (and functions that keep them) leads from the block's output back to its input."""
     seen: set[tuple[int, bool]] = set()
     open_nodes = [(call.output, False)]
     while open_nodes:
@@ -176,5 +176,5 @@ def _skips(call: Call) -> bool:
     return False
 
 
-def _convolutions(calls: list[Call]) -> set[str]:
+def _convolutions(calls: list[ModuleCall]) -> set[str]:
     return {call.name for call in calls if isinstance(call.module, (nn.Conv1d, nn.Conv2d))}

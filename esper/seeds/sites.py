@@ -17,10 +17,10 @@ from esper.blueprints import BehindHidden, Geometry
 from esper.blueprints.block_call import first_tensor
 from esper.errors import UserError
 from esper.randomness import global_draws_kept
+from esper.seeds.compiled_modules import host_modules
 from esper.seeds.hidden_layers import HiddenLayer, hidden_layers
 from esper.seeds.roles import ROLES, with_role
-from esper.seeds.tracing import Watch, watching
-from esper.seeds.wrappers import host_modules
+from esper.seeds.tracing import ForwardTrace, tracing
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ NO_HIDDEN = "sites.match=auto finds no hidden layer in this host"
 
 @dataclass
 class Site:
-    """A module of the host whose output carries seeds; ``borrowed`` says that its weights serve elsewhere in the host too.
+    """A module of the host whose output carries seeds; ``read_elsewhere`` says that its weights serve elsewhere in the host too.
 
     ``hidden`` is the hidden layer before it, where that was asked for and there is one that can be widened.
     """
@@ -39,7 +39,7 @@ class Site:
     name: str
     module: nn.Module
     geometry: Geometry
-    borrowed: bool = False
+    read_elsewhere: bool = False
     hidden: HiddenLayer | None = None
 
 
@@ -66,11 +66,11 @@ def find_sites(
     residual blocks, ``widths`` for layers behind hidden layers. ``forward`` runs the model once on a sample batch (evaluation mode, no
     gradients, RNG kept), so that shapes and roles are known.
 
-    ``auto`` leaves out what cannot carry seeds and says so in the log: layers that are never called, since another module reads their
-    weights (``nn.MultiheadAttention`` its ``out_proj``'s) or nobody does.
+    ``auto`` leaves out modules that cannot carry seeds, and logs them: layers that are never called, since another module reads their
+    weights (``nn.MultiheadAttention`` those of its ``out_proj``) or they are unused.
 
-    Raises UserError for a pattern that matches nothing (it lists the modules there are), and for a named module that cannot carry seeds,
-    and for more seeds than features.
+    Raises UserError for a pattern that matches nothing (it lists the modules), for a named module that cannot carry seeds, and for more
+    seeds than features.
     """
     modules = host_modules(model)
     auto, hidden = list(match) == ["auto"], False
@@ -92,9 +92,9 @@ def find_sites(
     for pattern in patterns:
         if pattern not in roles and not any(fnmatchcase(name, pattern) for name in named):
             raise UserError(f"No module of the host matches sites.match '{pattern}'; there are: {', '.join(named) or 'none'}.")
-    with watching(model, modules) as watch:
-        seen = _probe(model, named, forward, watch)
-    found = {role: with_role(role, watch.calls, named) for role in roles}
+    with tracing(model, modules) as trace:
+        seen = _probe(model, named, forward, trace)
+    found = {role: with_role(role, trace.calls, named) for role in roles}
     for role in roles:
         if not found[role]:
             raise UserError(f"sites.match={role} finds no such module in this host; name the modules, or try {' or '.join(ROLES)}.")
@@ -103,16 +103,16 @@ def find_sites(
     if hidden:  # the last layer that is called gives the host's output
         called = [name for name in chosen if name in seen]
         chosen = [name for name in chosen if name not in called[-1:]]
-    reasons = {name: _unfit(name, modules, seen.get(name), watch) for name in chosen}
+    reasons = {name: _unfit(name, modules, seen.get(name), trace) for name in chosen}
     _leave_out(reasons, auto)
     sites = []
     for name in chosen:
         if reasons[name] is None:
-            borrowed = any(id(parameter) in watch.borrowed for parameter in named[name].parameters(recurse=False))
+            read_elsewhere = any(id(parameter) in trace.read_elsewhere for parameter in named[name].parameters(recurse=False))
             geometry = _geometry(name, seen[name], per_site)
             if name in behind:
                 geometry = _behind(geometry, behind[name], named[name])
-            sites.append(Site(name, named[name], geometry, borrowed, behind.get(name)))
+            sites.append(Site(name, named[name], geometry, read_elsewhere, behind.get(name)))
     return sites
 
 
@@ -151,7 +151,7 @@ def _leave_out(reasons: dict[str, str | None], auto: bool) -> None:
 
 
 def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool) -> tuple[list[str], bool]:
-    """What ``auto`` looks for, and whether these are all the layers of the host, whose last one is no hidden layer."""
+    """The patterns for ``auto``, and whether they are all the layers of the host, of which the last is not hidden."""
     if blocks:
         found = [name for name, module in modules.items() if hasattr(module, "output_layers")]
         if not found:
@@ -169,13 +169,13 @@ def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool) ->
     return linear, True
 
 
-def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, watch: Watch) -> str | None:
+def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, trace: ForwardTrace) -> str | None:
     """Why a module cannot carry seeds, or None."""
     if seen is None:
         module = modules[name]
-        if module in watch.called:
+        if module in trace.called:
             return "it gives no tensor when the host runs"
-        if any(id(parameter) in watch.borrowed for parameter in module.parameters()):
+        if any(id(parameter) in trace.read_elsewhere for parameter in module.parameters()):
             parent = name.rpartition(".")[0]
             reader = type(modules[parent]).__name__ if parent in modules else "the host"
             return f"{reader} reads its weights and never calls it, so what grew there would not be felt"
@@ -193,7 +193,7 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
 
 
-def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, watch: Watch) -> dict[str, _Seen]:
+def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, trace: ForwardTrace) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = {}
 
     def remember(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
@@ -202,7 +202,7 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, wa
             if tensor is not None:
                 same = source is not None and source.shape == tensor.shape
                 block = same and any(True for _ in module.children())
-                seen[name] = _Seen(tensor.shape, watch.node(tensor).axis, block)
+                seen[name] = _Seen(tensor.shape, trace.node(tensor).axis, block)
 
         return hook
 
@@ -220,7 +220,7 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, wa
 def quiet_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and the global generators are put back afterwards.
 
-    Attention takes its ordinary path: on torch's fast one layers are read instead of called, and nested tensors have no shape.
+    Attention takes its ordinary path: torch's fast path reads layers instead of calling them, and its nested tensors have no shape.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -1,4 +1,4 @@
-"""Watching one forward of a host: where its tensors came from, on which axis their features lie, whose weights are read."""
+"""A trace of one forward of a host: the origin of its tensors, the axis of their features, and the weights that are read."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from esper.seeds.feature_axis import Given, axis_after, axis_of_kind, is_linear
+from esper.seeds.feature_axis import TracedInput, axis_after, axis_of_kind, is_linear
 
 _LIKE = frozenset(("to", "type_as", "view_as", "reshape_as", "expand_as"))
-"""Functions whose first tensor is read; any other says only of what kind or shape the result shall be."""
+"""Functions that read their first tensor; any other tensor only gives the dtype or shape of the result."""
 
 
 @dataclass(eq=False)
-class Node:
+class TracedTensor:
     """A tensor that a function gave; ``axis`` is that of its features, ``age`` grows with every node."""
 
     kind: str
     age: int
-    inputs: list[Node] = field(default_factory=list)
+    inputs: list[TracedTensor] = field(default_factory=list)
     axis: int | None = None
     linear: str | None = None  # name of the linear module whose output it is
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """A call of a module: the tensors that went in and came out, and whether they are of the same shape."""
 
     name: str
     module: nn.Module
-    source: Node | None
-    output: Node
+    source: TracedTensor | None
+    output: TracedTensor
     same_shape: bool
 
 
-class Watch(TorchFunctionMode):
+class ForwardTrace(TorchFunctionMode):
     """Follows the tensors of one forward through functions and modules.
 
-    ``called`` are the modules that were, ``calls`` their calls in the order in which they ended, ``borrowed`` the ids of the parameters
-    that were read by a function outside of the forward of the module that holds them.
+    ``called`` holds the modules that were called, and ``calls`` their calls in the order in which they ended. ``read_elsewhere`` holds the
+    ids of parameters that a function read outside the forward of their own module.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.called: set[nn.Module] = set()
-        self.calls: list[Call] = []
-        self.borrowed: set[int] = set()
+        self.calls: list[ModuleCall] = []
+        self.read_elsewhere: set[int] = set()
         self._holders: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             for parameter in module._parameters.values():
@@ -76,14 +76,14 @@ class Watch(TorchFunctionMode):
             self._note_reading(kind, tensors)
             call = partial(_called_with, func, args, named)
             for tensor in made:
-                self._nodes[tensor] = Node(kind, next(self._ages), nodes, axis_after(kind, call, given, tensor.shape))
+                self._nodes[tensor] = TracedTensor(kind, next(self._ages), nodes, axis_after(kind, call, given, tensor.shape))
         return output
 
-    def node(self, tensor: Tensor) -> Node:
+    def node(self, tensor: Tensor) -> TracedTensor:
         """Where a tensor came from; one that no function gave is a node without inputs."""
         if tensor not in self._nodes:
-            self._nodes[tensor] = Node("input", next(self._ages))
-        node: Node = self._nodes[tensor]
+            self._nodes[tensor] = TracedTensor("input", next(self._ages))
+        node: TracedTensor = self._nodes[tensor]
         return node
 
     def hook(self, name: str) -> Callable[..., None]:
@@ -101,17 +101,17 @@ class Watch(TorchFunctionMode):
                 node.axis = axis_of_kind(module, result.dim())
             if node.axis is None and same and source is not None:
                 node.axis = source.axis
-            self.calls.append(Call(name, module, source, node, same))
+            self.calls.append(ModuleCall(name, module, source, node, same))
 
         return note
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
-        """A forward pre-hook: what is read now is read by this module."""
+        """A forward pre-hook: this module reads whatever is read from here on."""
         self._inside.append(module)
         self.called.add(module)
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        """A forward hook that ends what ``enter`` began."""
+        """A forward hook, the end of ``enter``."""
         self._inside.pop()
 
     def _note_reading(self, kind: str, tensors: list[Tensor]) -> None:
@@ -120,20 +120,20 @@ class Watch(TorchFunctionMode):
         for tensor in tensors[:1] if kind in _LIKE else tensors:
             holders = self._holders.get(id(tensor))
             if holders is not None and not any(self._inside and self._inside[-1] is holder for holder in holders):
-                self.borrowed.add(id(tensor))
+                self.read_elsewhere.add(id(tensor))
 
 
 @contextmanager
-def watching(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[Watch]:
+def tracing(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[ForwardTrace]:
     """Within, the model runs once and the watch that was yielded notes the calls of the ``named`` modules; nothing is compiled."""
-    watch = Watch(model)
-    handles = [module.register_forward_pre_hook(watch.enter) for module in model.modules()]
-    handles += [module.register_forward_hook(watch.hook(name), with_kwargs=True) for name, module in named.items()]
-    handles += [module.register_forward_hook(watch.leave, always_call=True) for module in model.modules()]
+    trace = ForwardTrace(model)
+    handles = [module.register_forward_pre_hook(trace.enter) for module in model.modules()]
+    handles += [module.register_forward_hook(trace.hook(name), with_kwargs=True) for name, module in named.items()]
+    handles += [module.register_forward_hook(trace.leave, always_call=True) for module in model.modules()]
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with eager, watch:
-            yield watch
+        with eager, trace:
+            yield trace
     finally:
         for handle in handles:
             handle.remove()
@@ -151,9 +151,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def _given(tensor: Tensor, node: Node) -> Given:
+def _given(tensor: Tensor, node: TracedTensor) -> TracedInput:
     axis = None if node.axis is None or node.axis >= tensor.dim() else node.axis  # set_data may have given it another shape
-    return Given(tensor.shape, axis, node.age, isinstance(tensor, nn.Parameter))
+    return TracedInput(tensor.shape, axis, node.age, isinstance(tensor, nn.Parameter))
 
 
 def _kind(func: Any) -> str:
@@ -165,6 +165,6 @@ def _kind(func: Any) -> str:
 
 
 def _called_with(func: Any, args: Any, named: dict[str, Any], other: Tensor) -> Any:
-    """What ``func`` gives for ``other`` in the place of its tensors."""
+    """The result of ``func`` with ``other`` in the place of its tensors."""
     replaced = {key: other if isinstance(value, Tensor) else value for key, value in named.items()}
     return func(*(other if isinstance(value, Tensor) else value for value in args), **replaced)

@@ -1,4 +1,4 @@
-"""Data sets (config group ``task``). A task imports torch, and what its data are read with, when it is built."""
+"""Data sets (config group ``task``). A task imports torch, and the libraries that read its data, when it is built."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a task is: four disjoint data sets, a loss per sample, metrics with a direction."""
+"""A task: four disjoint data sets, a loss per sample, metrics with a direction."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt, from what, and how it is judged.
+    """The data, the loss and the metrics of a training.
 
     ``train`` is learnt from, ``judge`` decides gates, ``validation`` draws the curves, ``test`` is touched once: no
     sample is in two of them. A batch is ``(inputs, targets)``, samples first.

@@ -1,4 +1,4 @@
-"""Settings of the data sets (config group ``task``); torch, and what a set is read with, is imported when a task is built."""
+"""Settings of the data sets (config group ``task``); torch, and the libraries that read the data, are imported when a task is built."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class _Reader:
         return next(self._ahead)
 
     def close(self) -> None:
-        """Ends the workers: dropping a loader's iterator shuts them down and discards what was read ahead."""
+        """Ends the workers: dropping a loader's iterator shuts them down and discards batches that were read ahead."""
         self._ahead = None
 
     def _loader(self, epoch: int, position: int) -> DataLoader[Batch]:

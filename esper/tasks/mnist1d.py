@@ -71,7 +71,7 @@ def _generator() -> tuple[Any, Any]:
 
 @contextmanager
 def _own_global_rng(seed: int) -> Iterator[None]:
-    """The package draws from numpy's global generator: seed it, and put back what was there."""
+    """The package draws from numpy's global generator: seed it, and put its state back."""
     import numpy as np
 
     kept = np.random.get_state()

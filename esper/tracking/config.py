@@ -30,7 +30,7 @@ class CsvConfig(TrackerPlace):
 
 @dataclass
 class MlflowConfig(TrackerPlace):
-    """An MLflow run for every run, written by a process of its own."""
+    """An MLflow run for every run, written by its own process."""
 
     name: str = "mlflow"
     uri: str = setting("", help="tracking URI; empty: sqlite in mlflow.db of the outputs folder")

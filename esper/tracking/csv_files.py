@@ -41,7 +41,7 @@ class CsvFiles:
             self._writer.writerow(["tick", "name", "value"])
 
     def record(self, messages: Sequence[Message]) -> None:
-        """Metrics to the one file, every other event to the other; telemetry rows are in seeds.parquet."""
+        """Write metrics to the one file and every other event to the other; telemetry rows are in seeds.parquet."""
         for message in messages:
             if isinstance(message, Metrics):
                 self._writer.writerows([message.tick, name, value] for name, value in message.values.items())
@@ -55,9 +55,9 @@ class CsvFiles:
                     self._events.write(line)
 
     def _cut_after(self, tick: int) -> None:
-        """Remove the lines of an earlier session about ticks that the run goes through again.
+        """Remove an earlier session's lines of the ticks that the run repeats.
 
-        An alert after the last tick's checkpoint has that tick too, and comes again: it is written once.
+        An alert given after the checkpoint of its tick comes again, and is written once.
         """
         self._metrics.close()
         self._events.close()
@@ -91,7 +91,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _replace(path: Path, lines: list[str]) -> None:
-    """Written beside and renamed: the old file stays whole until the new one is, even if the process dies."""
+    """Replace a file by writing another and renaming it, so that a complete one exists even if the process dies."""
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("w", newline="", encoding="utf-8") as file:
         file.writelines(lines)

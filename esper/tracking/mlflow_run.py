@@ -36,7 +36,7 @@ STAGES = {stage.name.lower(): int(stage) for stage in Stage}
 
 
 class MlflowRun:
-    """Writes to the store itself: seconds of import and of Python, so it belongs into a process of its own.
+    """Writes to the store itself: seconds of import and of Python, so it belongs in its own process.
 
     Timestamps are the run's start plus the tick in milliseconds: a value sent twice is stored once. NaN is stored as
     NaN, infinities too (the store would turn them into 1.8e308); ``metrics.parquet`` keeps the values.
@@ -50,10 +50,10 @@ class MlflowRun:
         self._prepared = False
 
     def prepare(self, outputs: str, folder: str) -> None:
-        """Open the store, and see that it takes the run whose folder this is.
+        """Open the store, and check that it accepts the run in this folder.
 
         Raises:
-            UserError: it does not, with what can be done about it.
+            UserError: it does not, with the remedy.
         """
         from esper.tracking.mlflow_store import experiment_id, living_run, quiet_client
 
@@ -66,7 +66,7 @@ class MlflowRun:
         self._prepared = True
 
     def open(self, info: RunInfo) -> None:
-        """Create the MLflow run, or continue the one this folder's run had before."""
+        """Create the MLflow run, or continue the one that this folder's run has already."""
         from esper.tracking.mlflow_store import start_monitor
 
         if not self._prepared:
@@ -106,9 +106,9 @@ class MlflowRun:
         beside.replace(path)
 
     def _unnoted(self, experiment: str) -> str:
-        """The MLflow run that a killed process created for this run and did not live to note, or nothing.
+        """The MLflow run that a process created for this run but was killed before noting it in the folder; empty if none.
 
-        Neither one that ended, nor that of an attempt that was set aside: whoever runs again in an empty folder begins anew.
+        Runs that ended and runs of attempts that were set aside do not count.
         """
         info = self._info
         quote = '"' if "'" in info.run else "'"
@@ -125,7 +125,7 @@ class MlflowRun:
         self._before = EarlierValues(self._client, run_id)
 
     def _describe(self) -> None:
-        """Parameters, data set and the full config; a continued run sends only what is new."""
+        """Parameters, data set and the full config; a continued run sends only new ones."""
         from mlflow.entities import Param
 
         info, client = self._info, self._client
@@ -151,7 +151,7 @@ class MlflowRun:
         self._client.log_inputs(self.run_id, [DatasetInput(entry, [])])
 
     def record(self, messages: Sequence[Message]) -> None:
-        """Metrics as they are, telemetry as aggregates, alerts as a count; everything else is in the files."""
+        """Send metrics unchanged, telemetry as aggregates and alerts as a count; everything else is in the files."""
         for message in messages:
             match message:
                 case Metrics():
@@ -160,7 +160,7 @@ class MlflowRun:
                 case Telemetry():
                     self._note(self._averages.points(message))
                 case RunStarted():
-                    self._averages.plan(message.total_ticks)
+                    self._averages.set_length(message.total_ticks)
                     if self._before is not None:
                         self._averages.go_on(self._before.seeds_until(message.tick))
                         self._alerts.update(self._before.alerts_until(message.tick))
@@ -172,11 +172,11 @@ class MlflowRun:
             self.flush()
 
     def _note(self, points: Iterable[Point]) -> None:
-        """Of two values of a name at a tick the last is sent; MLflow would keep both, and show the larger."""
+        """Note values to be sent, one for each name and tick, the last: MLflow would keep several and show the largest."""
         self._waiting |= {(tick, name): value for tick, name, value in points}
 
     def _is_news(self, tick: int, name: str) -> bool:
-        """A measured time differs when a resumed run sends it again; the first value stands."""
+        """Whether a value is to be sent: of a measured time that a resumed run sends again, the first value stands."""
         return self._before is None or "second" not in name.rsplit("/", 1)[-1] or tick > self._before.last_tick(legal(name))
 
     def flush(self) -> None:
@@ -199,7 +199,7 @@ class MlflowRun:
             self._client.set_tag(self.run_id, "not_finite", self._not_finite)
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
-        """Final values, figures, files, the model; then the run ends with ``status``."""
+        """Log final values, figures, files and the model, then end the run with ``status``."""
         try:
             self._note((self._tick, name, value) for name, value in final_values(summary) + main_values(summary))
             self.flush()
@@ -283,19 +283,19 @@ def _source(info: RunInfo) -> dict[str, str]:
 
 
 def legal(name: str) -> str:
-    """MLflow takes letters, digits and ``_-. :/`` in names, of the shape of a path that leads nowhere else, up to a length."""
+    """``name`` in the form that MLflow accepts: letters, digits and ``_-. :/``, a path within its folder, not too long."""
     parts = [part for part in re.sub(r"[^\w\-. :/]", "_", name).split("/") if part]
     plain = "/".join("_" if part in (".", "..") else part for part in parts) or "_"
     return plain if len(plain) <= LONGEST_NAME else f"{plain[: LONGEST_NAME - 9]}_{zlib.crc32(plain.encode()):08x}"
 
 
 def fitted(text: str, most: int) -> str:
-    """The text, cut where it is longer than the store takes; the run's folder has all of it."""
+    """The text, cut to the longest that the store takes; the run's folder has all of it."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _noted(folder: str, uri: str) -> str:
-    """The MLflow run that this folder's run had before in the same store, or nothing."""
+    """The MLflow run that the folder's notes name for this store; empty if none."""
     path = Path(folder) / NOTE
     if not path.exists():
         return ""

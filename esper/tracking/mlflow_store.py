@@ -42,19 +42,19 @@ SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databrick
 
 
 def check_store(config: MlflowConfig, outputs: str) -> None:
-    """Refuse a server that does not answer, a file that is no database, and a URI that MLflow has no store for.
+    """Refuse a server that does not answer, a file that is not a database, and a URI for which MLflow has no store.
 
     Raises:
-        UserError: naming the URI and what to do.
+        UserError: naming the URI and the remedy.
     """
     check_uri(tracking_uri(config, outputs), "tracking.uri", OTHERWISE)
 
 
 def check_uri(uri: str, key: str, otherwise: str) -> None:
-    """The same for a URI that was given by ``key``; ``otherwise`` is the alternative that the sentence offers.
+    """Check a URI that the user gave as ``key``; ``otherwise`` is the alternative that the error message offers.
 
     Raises:
-        UserError: naming the URI and what to do.
+        UserError: naming the URI and the remedy.
     """
     secrets.check(key, uri)
     scheme = uri.partition("://")[0].partition("+")[0]
@@ -71,8 +71,8 @@ def check_uri(uri: str, key: str, otherwise: str) -> None:
 def _check_server(uri: str, key: str, otherwise: str) -> None:
     parts = urlsplit(uri)
     try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname or "", port), ANSWER_S).close()
+        tcp_port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname or "", tcp_port), ANSWER_S).close()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}={uri} does not answer ({str(reason).lower()}); start the server (mlflow server), {otherwise}.") from error
@@ -90,7 +90,7 @@ def _check_file(path: Path, key: str, otherwise: str) -> None:
 
 
 def _damaged(path: Path) -> bool:
-    """Whether SQLite itself finds fault with the file, which is read through up to a size; one that is in use is left to MLflow."""
+    """Whether SQLite finds the file damaged. Large files are read in part only; a file in use is left to MLflow."""
     question = "PRAGMA quick_check(1)" if path.stat().st_size <= CHECKED else "SELECT count(*) FROM sqlite_master"
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=ANSWER_S)) as store:
@@ -103,7 +103,7 @@ def _damaged(path: Path) -> bool:
 
 
 def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE) -> MlflowClient:
-    """A client of the store at ``uri`` that prints nothing and calls nobody; ``key`` and ``otherwise`` as in ``check_uri``.
+    """A client of the store at ``uri`` that prints nothing and makes no other connection; ``key`` and ``otherwise`` as in ``check_uri``.
 
     Raises:
         UserError: a folder, which MLflow 3 no longer writes; a database whose driver is missing or that cannot be opened.
@@ -260,7 +260,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
 
 
 def living_run(client: MlflowClient, uri: str, run_id: str, whose: str, anew: str) -> Run:
-    """The MLflow run to be continued; ``whose`` begins the sentence that refuses it, ``anew`` is the alternative that it offers.
+    """The MLflow run to be continued; the error message begins with ``whose`` and offers ``anew`` as the alternative.
 
     Raises:
         UserError: it was deleted, in MLflow's pages or for good.

@@ -1,8 +1,8 @@
 """The Parquet files of a run's folder, written with every option of ``tracking``: seeds, transitions, gates and metrics.
 
-While the run goes on, its rows are small complete files under ``.parts``; a run that is killed loses at most what was not
+While the run goes on, its rows are small complete files under ``.parts``; a run that is killed loses at most the rows that were not
 flushed. At the end they are streamed into one file each, which appears under its name only when it is whole.
-A resumed run says again what came after its checkpoint: of the earlier parts only rows up to that tick are kept.
+A resumed run repeats the messages after its checkpoint: of the earlier parts only rows up to that tick are kept.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ONCE = {"metrics": ["tick", "name"]}
 
 @dataclass
 class Session:
-    """One start of the run, as one of its streams tells it: ``since`` is the tick that it went on from."""
+    """One start of the run, as seen in one of its streams; ``since`` is the tick that it continued from."""
 
     number: int
     since: int = 0
@@ -65,7 +65,7 @@ class ParquetFiles:
         self._waiting: dict[str, list[Message]] = {name: [] for name in TABLES}
 
     def record(self, messages: Sequence[Message]) -> None:
-        """Sort messages by the table they go to."""
+        """Sort messages by table."""
         waiting = self._waiting
         for message in messages:
             match message:
@@ -87,7 +87,7 @@ class ParquetFiles:
             self.flush()
 
     def _started(self, tick: int) -> None:
-        """A tracker in a process of its own may hear a run end, or die, and go on: there the events begin a new session."""
+        """A tracker in its own process may see a run end, or die, and continue: there the events begin a new session."""
         self._end = None
         if self._heard:
             self._begin_session("events", tick)
@@ -97,7 +97,7 @@ class ParquetFiles:
         self._heard = True
 
     def _follow(self, message: Telemetry) -> None:
-        """Telemetry is read beside the events, not in step with them: where its own ticks go back is its new session."""
+        """Telemetry is not read in step with the events, so its new session begins where its own ticks go back."""
         if message.ticks[0] <= self._said.get(message.site, -1):
             self._begin_session("telemetry", message.ticks[0] - 1)
             self._said.clear()
@@ -123,7 +123,7 @@ class ParquetFiles:
         self._part, self._bytes = self._part + 1, 0
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
-        """Make the parts one file a table."""
+        """Merge the parts into one file for each table."""
         self.flush()
         limits = {stream: self._limits(stream) for stream in self._sessions}
         for name, make in TABLES.items():
@@ -134,9 +134,9 @@ class ParquetFiles:
         self._parts.rmdir()
 
     def _limits(self, stream: str) -> dict[int, int | None]:
-        """By session, the last tick that counts: where the earliest later session took over, or the run ended; None for all.
+        """The last tick of each session that counts, before a later session or the end of the run; None if all count.
 
-        A session counts in every table of its stream, also where it said nothing: then what it replaced was not said again.
+        A session counts in every table of its stream, also where it sent no message: then the replaced rows were not repeated.
         """
         import pyarrow.parquet as pq
 
@@ -175,7 +175,7 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
 
 
 def _last_words(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
-    """The tables as one, of rows that agree in the columns ``once`` the last alone."""
+    """The tables as one; of rows that agree in the columns ``once`` only the last is kept."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-WINDOW_S = 5.0  # the rate is that of the last seconds, so that slow stages show
+WINDOW_S = 5.0  # the speed is that of the last seconds, so that slow stages show
 PLAIN_S = 10.0  # without a terminal: a line this often
 
 
 class ProgressState:
-    """Where a run stands.
+    """The progress of a run.
 
     Metrics used: ``train/loss``, the primary one, ``cost/steps``, ``cost/seconds``, ``cost/shadow_seconds`` and
     ``cost/judge_seconds``.
@@ -58,7 +58,7 @@ class ProgressState:
                     self._stages[message.site][message.seed] = message.target
 
     def mark(self) -> None:
-        """Note the time, for the rate; call it about as often as the bar is drawn."""
+        """Note the time, for the speed; call it about as often as the bar is drawn."""
         now = self._clock()
         self._times.append((now, self.steps, self.tick))
         while len(self._times) > 2 and now - self._times[0][0] > WINDOW_S:
@@ -70,15 +70,15 @@ class ProgressState:
         return self.values.get("cost/steps", float(self.tick))
 
     @property
-    def rate(self) -> float | None:
-        """Steps per second of late."""
+    def steps_per_second(self) -> float | None:
+        """Recent steps per second."""
         return self._per_second(1)
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to go at the present pace."""
-        rate = self._per_second(2)
-        return (self.total - self.tick) / rate if rate else None
+        """Remaining seconds at the present pace."""
+        speed = self._per_second(2)
+        return (self.total - self.tick) / speed if speed else None
 
     def _per_second(self, column: int) -> float | None:
         if len(self._times) < 2:
@@ -118,12 +118,12 @@ class ProgressState:
             parts.append(f"seeds: {stages}")
         if self.overhead is not None:
             parts.append(f"shadow+judge {self.overhead:.0%}")
-        parts += [f"{short(self.rate, 3)} steps/s", f"{duration(self.left_s)} left"]
+        parts += [f"{short(self.steps_per_second, 3)} steps/s", f"{duration(self.left_s)} left"]
         return " · ".join(parts)
 
 
 class ProgressBar:
-    """Draws on standard error; where that is no terminal, a plain line now and then.
+    """Draws on standard error; where that is not a terminal, a plain line from time to time.
 
     Give it a TrackerRunner of its own, so that a slow store does not stop the bar.
 
@@ -138,7 +138,7 @@ class ProgressBar:
         self._bar: Progress | None = None
 
     def open(self, info: RunInfo) -> None:
-        """Nothing is drawn before the run says how long it is."""
+        """Draw nothing yet: the length of the run is not known."""
         from rich.console import Console
 
         self._console = self._console or Console(stderr=True, file=sys.stderr)
@@ -178,7 +178,7 @@ class ProgressBar:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def flush(self) -> None:
-        """Nothing is held."""
+        """Nothing is buffered."""
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
         """Leave the last state on the screen."""

@@ -34,7 +34,7 @@ SOCKET = "ESPER_TRACKER"
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=True):
-    """Before Open, as early as can be: import what is needed and try whether the store takes this run."""
+    """Sent as early as possible, before Open: import the libraries, and test whether the store accepts this run."""
 
     config: MlflowConfig
     outputs: str
@@ -66,7 +66,7 @@ class Close(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """Answer to a frame; ``error`` is empty when it was done, ``refused`` says that the user can mend it."""
+    """Answer to a frame; ``error`` is empty on success, ``refused`` marks an error that the user can fix."""
 
     error: str = ""
     refused: bool = False
@@ -124,7 +124,7 @@ def _body(stream: Readable) -> bytes:
 
 
 class RemoteMlflow:
-    """Base of the trackers whose work another process does: they differ in how a frame travels."""
+    """Base of the trackers that leave the work to another process; subclasses send the frames."""
 
     called = "MLflow"
 
@@ -133,7 +133,7 @@ class RemoteMlflow:
         self.wants_model = config.model
 
     def record(self, messages: Sequence[Message]) -> None:
-        """Pass the messages on. A slow other side makes this wait, while the bus holds further messages."""
+        """Pass the messages on. A slow process makes this call wait, while the bus holds further messages."""
         self._send(Messages(list(messages)))
 
     def flush(self) -> None:
@@ -148,7 +148,7 @@ class RemoteMlflow:
             self._stop()
 
     def _raise_error(self, reply: Reply) -> None:
-        """Raise what the other side says went wrong: UserError for what the user can mend."""
+        """Raise the other process's error: a UserError if the user can fix it."""
         if reply.refused:
             raise UserError(reply.error)
         if reply.error:
@@ -166,7 +166,7 @@ class RemoteMlflow:
 
 
 class MlflowSubprocess(RemoteMlflow):
-    """Hands everything to a process of its own, so that training keeps its interpreter to itself; its errors come back as TrackerError."""
+    """Passes everything to its own process, so that training has its interpreter to itself; its errors come back as TrackerError."""
 
     def __init__(self, config: MlflowConfig) -> None:
         super().__init__(config)
@@ -192,7 +192,7 @@ class MlflowSubprocess(RemoteMlflow):
         self._send(Prepare(self.config, str(outputs), str(folder)))
 
     def open(self, info: RunInfo) -> None:
-        """Wait until the MLflow run exists (seconds; the caller is a thread of its own)."""
+        """Wait until the MLflow run exists (seconds; the caller is a separate thread)."""
         if self._process is None:
             self.prepare(Path(info.folder), Path(info.outputs))
         try:
@@ -203,7 +203,7 @@ class MlflowSubprocess(RemoteMlflow):
             raise
 
     def let_go(self) -> None:
-        """End a process in which no run was opened, once it has finished its present work: a store must not be left half made.
+        """End the process if no run was opened in it, after its present work: the store must not be left half made.
 
         Harmless after ``close``.
         """

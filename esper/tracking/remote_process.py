@@ -1,7 +1,7 @@
 """``python -m esper.tracking.remote_process``: the process that MLflow runs in, driven by frames on standard input.
 
-Apart from the training process because MLflow is written in Python: in a thread its import and every batch would hold the
-interpreter that the training steps need. When the training process is killed, the run is marked KILLED here.
+MLflow has a process of its own because it is written in Python: in a thread of the training process, its import and every
+batch would hold the interpreter lock. When the training process is killed, the run is marked KILLED here.
 """
 
 from __future__ import annotations

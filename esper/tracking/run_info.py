@@ -21,8 +21,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Identity and circumstances of one run.
 
     ``folder`` is the run's own folder and ``outputs`` the root of all runs, both absolute. ``started_ms`` (milliseconds
-    since 1970) anchors every timestamp: a value of tick t is stamped ``started_ms + t``, so that saying it twice says
-    it once. ``changed`` holds what differs from the defaults, flattened, and ``chosen`` the parts that every run has (model, task, …).
+    since 1970) anchors every timestamp: a value of tick t is stamped ``started_ms + t``, so a repeated message stores
+    it once. ``changed`` holds the settings that differ from the defaults, flattened, and ``chosen`` each run's parts (model, task, …).
     ``parent`` is the MLflow run of a sweep.
     ``primary`` names the metric that decides, ``direction`` is ``max`` or ``min``.
     """
@@ -63,14 +63,14 @@ def differences(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
 
 NAME_LENGTH = 100  # characters of a run's name; MLflow's table shows its beginning
 UNNAMED = ("seed", "name", "output", "tags", "arm", "resume", "bus.", "tracking.", "compare.", "model.name", "task.name")
-"""Settings that a name does not repeat: it has them in its own place, or they do not change what is trained."""
+"""Settings that a name does not repeat: it has them in its own place, or they do not change the training."""
 
 
 def readable_name(what: str, changed: Mapping[str, str], seed: int, arm: str = "") -> str:
     """A name that a person can read in a list of runs and tell from the others, like ``mlp-digits controller=none seed=0``.
 
-    ``what`` runs, then the arm or, where there is none, the settings that differ from the defaults: groups first, the rest by name,
-    as many as there is room for. The seed comes last, as in the names of a sweep's runs.
+    The name starts with ``what``, then the arm or, without one, the settings that differ from the defaults: groups first, others by name,
+    as many as fit. The seed comes last, as in the names of a sweep's runs.
     """
     named = {key.removesuffix(".name") for key in changed if key.endswith(".name")}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from esper.lifecycle.stages import Stage
-from esper.messages import Metrics, Telemetry
+from esper.messages import COLUMNS, Metrics, Telemetry
 from esper.report.number_format import count, short
 from esper.tracking.tracker import rows
 
@@ -20,15 +20,17 @@ ENDS = ("fossilized", "culled", "cancelled", "rolled_back")
 BLENDED = tuple(range(Stage.GRAFTING, Stage.FOSSILIZED + 1))
 LEARNT = (int(Stage.TRAINING), *BLENDED)
 
-MEANS: dict[str, tuple[int, ...]] = {
+STAGES_OF: dict[str, tuple[int, ...]] = {
     "alpha": BLENDED,
     "gain": BLENDED,
     "branch_rms_ratio": BLENDED,
-    "grad_ratio": LEARNT,
     "variance": (int(Stage.DORMANT), *LEARNT),
     "near_zero": (int(Stage.DORMANT), *LEARNT),
 }
-"""Columns whose mean is published, and the stages in which they say something; seeds that wait or rest are counted alone."""
+"""The stages in which a column's mean is published, where they are not LEARNT; seeds that wait or rest are counted alone."""
+WITHOUT_MEAN = ("stage", "age", "generation", "mean", "correlation", "grad_norm")
+"""Columns whose mean over the seeds of a stage says little."""
+MEANS = {column: STAGES_OF.get(column, LEARNT) for column in COLUMNS if column not in WITHOUT_MEAN}
 
 
 def page_description(summary: Mapping[str, Any]) -> str:
@@ -98,7 +100,7 @@ def main_points(message: Metrics, primary: str) -> list[Point]:
 
 
 def main_values(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Its numbers: the deciding metric on the test set, and by how much that is better than the host alone."""
+    """The numbers of the first section: the deciding metric on the test set, and its advantage over the host alone."""
     name = str(summary.get("primary", "")).replace("validation/", "test/", 1)
     final = ((summary.get("metrics") or {}).get("final") or {}).get(name)
     if final is None:
@@ -119,7 +121,7 @@ class SeedAverages:
     One prefix a site, because MLflow's page has a section for every prefix.
 
     A stage that was ever seen at a site keeps being counted, so that its curve comes down to zero. Means run over the
-    seeds in the stage at that tick whose value is finite: a gain that nobody judged yet, say, is left out.
+    seeds in the stage at that tick whose value is finite: a gain that was not judged yet, for example, is left out.
     """
 
     def __init__(self, points: int) -> None:
@@ -128,12 +130,12 @@ class SeedAverages:
         self._known: dict[str, set[int]] = {}
         self._next: dict[str, int] = {}
 
-    def plan(self, total_ticks: int) -> None:
+    def set_length(self, total_ticks: int) -> None:
         """Spread the points over a run of this length."""
         self._stride = max(1, math.ceil(total_ticks / self._points))
 
     def go_on(self, said: dict[str, tuple[int, set[int]]]) -> None:
-        """By site, the tick at which an earlier session of this run last gave points, and the stages it had seen."""
+        """Continue after an earlier session; by site, the tick of its last points and the stages that it had seen."""
         for site, (tick, stages) in said.items():
             self._next[site] = tick - tick % self._stride + self._stride
             self._known[site] = set(stages)

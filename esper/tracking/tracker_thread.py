@@ -70,7 +70,7 @@ class TrackerRunner:
         """After ``start``: wait until every tracker is open, so that no run is trained that a tracker cannot record.
 
         Raises:
-            UserError: one does not, with what can be done about it.
+            UserError: one does not, with the remedy.
         """
         self._opened.wait()
         if self.errors:
@@ -79,22 +79,22 @@ class TrackerRunner:
 
     @property
     def error(self) -> TrackerError | None:
-        """The first thing that went wrong, or None."""
+        """The first error, or None."""
         return self.errors[0] if self.errors else None
 
     def drain(self, timeout_s: float = 30.0) -> bool:
-        """Wait until everything published so far was handled; whether it was within ``timeout_s`` seconds."""
+        """Wait until everything published so far is handled; returns whether it was within ``timeout_s`` seconds."""
         self._idle.clear()
         return self._idle.wait(timeout_s)
 
     def settle(self, timeout_s: float = 30.0) -> bool:
-        """Wait until every tracker keeps everything published so far, as a checkpoint asks; whether it does."""
+        """Wait until every tracker has stored everything published so far, and return whether it has; checkpoints wait for it."""
         self._settled.clear()
         self._settling.set()
         return self._settled.wait(timeout_s) and not self.errors
 
     def try_model(self, model: nn.Module, sample: Tensor) -> None:
-        """Export the model as it is now, as ``log_model`` will export the final one, and keep nothing.
+        """Export the present model as ``log_model`` would the final one, and throw the result away.
 
         Raises:
             UserError: a model that torch.export cannot trace.
@@ -109,9 +109,9 @@ class TrackerRunner:
                     raise UserError(f"{error}.") from error
 
     def log_model(self, model: nn.Module, sample: Tensor) -> None:
-        """Leave the final model, and a batch of inputs it takes, to the trackers that want it; before ``close``.
+        """Give the final model and a sample batch to the trackers that want them; called before ``close``.
 
-        A model that torch.export cannot trace is said in the log and raised by ``close``.
+        If torch.export cannot trace the model, the log says so and ``close`` raises.
         """
         from esper.tracking.final_model import write_model
 
@@ -131,7 +131,7 @@ class TrackerRunner:
         self._status = self._status or status
         self._grace_s = grace_s
         self._closing.set()
-        if self._thread.ident is None:  # it never began: nobody else gives its places on the bus back
+        if self._thread.ident is None:  # it never began, so its places on the bus must be given back here
             for consumer in self._consumers.values():
                 consumer.close()
         elif self._thread.is_alive():
@@ -164,7 +164,7 @@ class TrackerRunner:
                 consumer.close()
 
     def _listen(self) -> None:
-        """Until close() was called and the streams are empty."""
+        """Read until close() was called and the streams are empty."""
         heard = flushed = time.monotonic()
         while True:
             closing, settling = self._closing.is_set(), self._settling.is_set()
@@ -188,7 +188,7 @@ class TrackerRunner:
                 time.sleep(0.01)
 
     def _read(self) -> int:
-        """One batch of either stream to the trackers; how many messages there were."""
+        """Pass one batch of each stream to the trackers; returns the number of messages."""
         messages: list[Message] = []
         found = 0
         for stream, consumer in self._consumers.items():

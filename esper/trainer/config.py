@@ -1,4 +1,4 @@
-"""Settings of the training loop and the optimizer; those of the learning-rate schedules stand beside their rules."""
+"""Settings of the training loop and the optimizer; those of the learning-rate schedules are beside their rules."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def choose_device(config: TrainerConfig) -> torch.device:
 
 
 def describe(device: torch.device, config: TrainerConfig) -> str:
-    """One line for a person: the device, and a GPU that is left unused."""
+    """One line for the user: the device, and whether a GPU is left unused."""
     if device.type == "cuda":
         return f"device: {torch.cuda.get_device_name(device)} (cuda:{device.index}), {config.precision}"
     threads = config.threads or torch.get_num_threads()
@@ -40,16 +40,16 @@ def describe(device: torch.device, config: TrainerConfig) -> str:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device's or the CPU's memory could not be had; torch has a class of its own for the former alone."""
+    """Whether the device's or the CPU's memory was exhausted; torch has an exception class only for the former."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
 def numerics(config: TrainerConfig) -> Iterator[None]:
-    """Within: the determinism and the number of threads that the config asks for; put back afterwards.
+    """Context in which the config's determinism and number of threads hold; the earlier settings come back afterwards.
 
-    Memory that is about to be written is not filled with NaN first, as torch would do to show a read of it: that is one more
-    kernel for nearly every tensor made.
+    In deterministic mode torch would fill new memory with NaN, to reveal reads of it. This is switched off, because it
+    costs one more kernel for nearly every tensor.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), filling.fill_uninitialized_memory
     if config.deterministic:
@@ -68,9 +68,9 @@ def numerics(config: TrainerConfig) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what one step frees for the next one, instead of giving it back to the system in between.
+    """Have glibc's malloc keep the memory that one step frees for the next, instead of returning it to the system in between.
 
-    Every page given back is faulted in again, zeroed, at its next use: with the C library's own thresholds
+    A page that went back to the system is zeroed and faulted in at its next use, with glibc's default thresholds
     (``mallopt(3)``, M_TRIM_THRESHOLD and M_MMAP_THRESHOLD) thousands of times a step. Other C libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):

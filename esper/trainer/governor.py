@@ -1,16 +1,18 @@
-"""The governor: keeps the host from harm. It watches loss, gradient, activations and updates, and rolls back what goes wrong.
+"""The governor protects the host. It watches loss, gradient, activations and updates, and rolls back steps that go wrong.
 
 Before each optimizer step it asks whether this step's forward and backward look healthy. If they do, the weights they ran
 on are verified, and from time to time a snapshot of them is taken. If not, the step is not made: the branch that caused the
 anomaly is looked for by switching branches off on the same batch, and host, optimizer and the other branches return to the
-last good snapshot. Neither the tick count nor the data order goes back, so the run goes on behind the fault.
+last good snapshot. Neither the tick count nor the data order goes back: the run continues with the next batch.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -25,18 +27,17 @@ from esper.lifecycle import Stage
 from esper.lifecycle.transitions import refusal
 from esper.messages import Alert
 from esper.seeds import Branch
-from esper.trainer.robust_bands import Band
 
 JUMP = 100.0
-"""Between two snapshots the largest weight may grow by this factor; a host whose weights were all zero may grow from TINY."""
-TINY = 1e-2
+"""Factor by which the largest weight may grow between two snapshots; weights that were all zero may grow from SMALLEST_WEIGHT."""
+SMALLEST_WEIGHT = 1e-2
 
 
 @dataclass(frozen=True)
-class Watch:
-    """How the governor watches, in steps: snapshots every ``every``; ``patience`` bad steps in a row are an anomaly; more than
+class GovernorSettings:
+    """When snapshots are taken (every ``every`` steps) and anomalies declared (after ``patience`` bad steps in a row).
 
-    ``failures`` rollbacks within ``span`` stop the run.
+    More than ``failures`` rollbacks within ``span`` stop the run.
     """
 
     every: int
@@ -47,7 +48,7 @@ class Watch:
 
 @dataclass
 class Anomaly:
-    """What went wrong, when, and the branches that did it."""
+    """The description of an anomaly, its step, and the branches that caused it."""
 
     step: int
     what: str
@@ -61,8 +62,8 @@ class Anomaly:
 class Governor:
     """Guards one ``Grow`` and its host's optimizer."""
 
-    def __init__(self, grow: Grow, watch: Watch) -> None:
-        self.grow, self.watch = grow, watch
+    def __init__(self, grow: Grow, settings: GovernorSettings) -> None:
+        self.grow, self.settings = grow, settings
         self.bands = _bands()
         self.bad = dict.fromkeys(self.bands, 0)
         self.anomalies: list[Anomaly] = []
@@ -75,7 +76,7 @@ class Governor:
         grow.guard.on_return = self.restart
 
     def restart(self) -> None:
-        """The host is in an earlier state: learn anew which values are usual, and take a new snapshot."""
+        """After the host returned to an earlier state: forget the usual values, and take a new snapshot."""
         self.bands, self._before, self._measured = _bands(), [], {}
         self.bad = dict.fromkeys(self.bands, 0)
         self._largest, self.snapshot = math.inf, None
@@ -83,11 +84,11 @@ class Governor:
 
     @property
     def measures_update(self) -> bool:
-        """Whether the size of the coming update is measured: at the ticks at which the seeds' health is read too."""
+        """Whether the size of the coming update is measured: at the same ticks as the seeds' health."""
         return self.grow.observer.due
 
     def admit(self, step: int, loss: float, gradient: float | None) -> Anomaly | None:
-        """Whether the optimizer may make ``step`` after this loss and gradient norm; an anomaly is returned, not raised.
+        """Judge this step's loss and gradient norm: None if the optimizer may make ``step``, else the anomaly.
 
         ``gradient`` None: a gradient scaler looks after it.
         """
@@ -99,7 +100,7 @@ class Governor:
         for name, value in values.items():
             if not self.bands[name].out(value):
                 self.bands[name].accept(value)
-        if not any(self.bad.values()) and (self.snapshot is None or step % self.watch.every == 0):
+        if not any(self.bad.values()) and (self.snapshot is None or step % self.settings.every == 0):
             what = self._take()
             if what is not None:
                 return Anomaly(step, what)
@@ -108,7 +109,7 @@ class Governor:
         return None
 
     def measure(self) -> None:
-        """After the optimizer's step and the tick: how large the update was, and the activations, for the next step to judge."""
+        """Note the size of the update and of the activations after the optimizer's step and the tick; the next ``admit`` judges them."""
         if not self._before:
             return
         with torch.no_grad():
@@ -135,10 +136,10 @@ class Governor:
         grow.forget_step()  # the forwards that looked for a culprit too
         self.bad = dict.fromkeys(self.bands, 0)
         self.anomalies.append(anomaly)
-        self.rollbacks = [step for step in self.rollbacks if anomaly.step - step < self.watch.span] + [anomaly.step]
+        self.rollbacks = [step for step in self.rollbacks if anomaly.step - step < self.settings.span] + [anomaly.step]
         where = "nothing to go back to" if self.snapshot is None else f"back to the state of tick {self.snapshot.tick}"
         grow.port.emit(Alert(tick=tick, level="error", code="rolled_back", text=f"{anomaly}; {where}"))
-        if self.snapshot is None or len(self.rollbacks) > self.watch.failures:
+        if self.snapshot is None or len(self.rollbacks) > self.settings.failures:
             self._give_up()
 
     def _give_up(self) -> None:
@@ -149,7 +150,7 @@ class Governor:
                 "the weights it began with, and optimizer.lr."
             )
         raise UserError(
-            f"The run was rolled back {len(self.rollbacks)} times within {self.watch.span} steps, so it is stopped: {story}. "
+            f"The run was rolled back {len(self.rollbacks)} times within {self.settings.span} steps, so it is stopped: {story}. "
             "Look at the data of these steps, lower optimizer.lr, or resume from an earlier checkpoint."
         )
 
@@ -160,21 +161,21 @@ class Governor:
             if not math.isfinite(value):
                 return f"the {name} is {value}"
             self.bad[name] = self.bad[name] + 1 if band.out(value) else 0
-            patience = 1 if name in ("update", "activation") else self.watch.patience
+            patience = 1 if name in ("update", "activation") else self.settings.patience
             if self.bad[name] >= patience:
                 return f"the {name} is {value:.3g}, and up to {band.limit:.3g} would be usual"
         return None
 
     def _take(self) -> str | None:
-        """A snapshot of weights that this step's forward has verified; or why they are not healthy, in words.
+        """Take a snapshot of the weights that this step's forward has verified. Returns why they are not healthy, or None.
 
-        A flipped bit may hide in a weight that no activation of this batch has felt: the largest magnitude tells.
+        A flipped bit may hide in a weight that no activation of this batch depends on, so the largest magnitude is checked too.
         """
         grow, parameters = self.grow, self._parameters()
         with torch.no_grad():
             norms = torch._foreach_norm(parameters, float("inf")) if parameters else [torch.zeros(())]
             largest = float(torch.stack([norm.float() for norm in norms]).max())
-        if not math.isfinite(largest) or largest > JUMP * max(self._largest, TINY):
+        if not math.isfinite(largest) or largest > JUMP * max(self._largest, SMALLEST_WEIGHT):
             return f"the largest weight is {largest:.3g}, and was {self._largest:.3g} at the snapshot before"
         taken = Snapshot(grow.registry.model, grow.optimizer, grow.registry, grow.tick_number)
         if not taken.healthy:
@@ -189,7 +190,7 @@ class Governor:
     # --- finding the cause ---
 
     def _culprits(self, batch: Any) -> list[Branch]:
-        """The fewest branches without which this batch's loss is usual again; where several single ones would do, a younger one."""
+        """The smallest set of branches whose absence makes this batch's loss usual again; of several alike, the youngest."""
         registry = self.grow.registry
         blended = [branch for number in range(len(registry.sites)) for branch in registry.blended(number)]
         if not blended or self._usual(self._loss(batch, [])) or not self._usual(self._loss(batch, blended)):
@@ -219,7 +220,7 @@ class Governor:
             grow.replacing.end(branch, f"governor: {anomaly.what}")
         else:
             name += f", which stays because it is {branch.stage.name}"
-        grow.registry.touch(branch.site)
+        grow.registry.mark_changed(branch.site)
         grow.registry.refresh()
         return name
 
@@ -262,10 +263,11 @@ Item = TypeVar("Item")
 
 
 def fewest(items: Sequence[Item], usual_without: Callable[[Sequence[Item]], bool], off: Sequence[Item] = ()) -> list[Item]:
-    """Of ``items`` the fewest without which all is usual, where it is without all of them and not without ``off`` alone.
+    """The smallest subset of ``items`` whose absence makes the loss usual again.
 
-    ``usual_without(some)`` costs a forward. One among n is found in at most two for each halving of n, several in as many each; where any
-    of several would do, that is named which comes first.
+    The caller knows that the loss is usual without all of them, and not with only those in ``off`` absent. ``usual_without(some)`` costs
+    a forward. Bisection finds a single culprit among n in at most two forwards for each halving of n, and each of several culprits in as
+    many. Where any one of several would do, the first of them is returned.
     """
     if len(items) <= 1:
         return list(items)
@@ -276,3 +278,57 @@ def fewest(items: Sequence[Item], usual_without: Callable[[Sequence[Item]], bool
             return fewest(half, usual_without, off)
     of_second = fewest(second, usual_without, [*off, *first])
     return [*fewest(first, usual_without, [*off, *of_second]), *of_second]
+
+
+WINDOW = 64
+WARM = 20
+REFRESH = 8
+SMALLEST_VALUE = 1e-12
+
+
+class Band:
+    """Median and median absolute deviation of the logarithms of the last ``WINDOW`` accepted values.
+
+    A value is out of band when its logarithm lies more than ``spreads`` robust standard deviations (1.4826·MAD, Hampel 1974)
+    above the median and the value itself more than ``factor`` times it; before ``WARM`` values only non-finite ones are.
+    Nothing up to the largest of the first ``WARM`` values is out of band: once a host has memorised its data, its loss is
+    almost zero, and a batch with a single mistake in it has a hundred times that loss without being harmful.
+    """
+
+    def __init__(self, spreads: float, factor: float) -> None:
+        self.spreads, self.factor = spreads, factor
+        self.logs: deque[float] = deque(maxlen=WINDOW)
+        self.limit = math.inf
+        self.start = 0.0
+        self._seen = 0
+        self._since = 0
+
+    def out(self, value: float) -> bool:
+        """Whether this value is not finite or out of band; a sensor that gives nothing finite has failed."""
+        return not math.isfinite(value) or value > self.limit
+
+    def accept(self, value: float) -> None:
+        """Add a value that is in band."""
+        self.logs.append(math.log(max(abs(value), SMALLEST_VALUE)))
+        self._since += 1
+        if self._seen < WARM:
+            self._seen += 1
+            self.start = max(self.start, abs(value))
+        if len(self.logs) >= WARM and (self._since >= REFRESH or math.isinf(self.limit)):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self._since = 0
+        centre = median(self.logs)
+        spread = 1.4826 * median(abs(value - centre) for value in self.logs)
+        self.limit = max(self.start, math.exp(min(700.0, centre + max(self.spreads * spread, math.log(self.factor)))))
+
+    def state(self) -> dict[str, Any]:
+        """Everything, for a checkpoint."""
+        return {"logs": list(self.logs), "limit": self.limit, "start": self.start, "seen": self._seen, "since": self._since}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.logs = deque((float(value) for value in state["logs"]), maxlen=WINDOW)
+        self.limit, self.start = float(state["limit"]), float(state["start"])
+        self._seen, self._since = int(state["seen"]), int(state["since"])

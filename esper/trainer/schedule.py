@@ -42,7 +42,7 @@ class ConstantConfig:
 
 @dataclass
 class ConstantThenDecayConfig:
-    """Large while growing, one linear fall at the end."""
+    """A constant rate while the host grows, and a linear decay at the end."""
 
     name: str = "constant_then_decay"
     warmup: float = _warmup(0.0)
@@ -50,7 +50,7 @@ class ConstantThenDecayConfig:
     final: float = _final()
 
     def factor(self, step: int, total: int) -> float:
-        """1 between warm-up and fall."""
+        """1 between warm-up and decay."""
         warmup = round(self.warmup * total)
         if step < warmup:
             return _rise(step, warmup)

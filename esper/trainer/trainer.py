@@ -35,9 +35,8 @@ from esper.tasks.base import Task
 from esper.tasks.loading import Batches
 from esper.trainer.config import MuonConfig, OptimizerConfig, TrainerConfig
 from esper.trainer.device import TYPES, is_out_of_memory
-from esper.trainer.evaluate import Repeated, evaluate, held_out
-from esper.trainer.governor import Governor, Watch
-from esper.trainer.outcome import Outcome
+from esper.trainer.evaluation import Outcome, Repeated, evaluate, held_out
+from esper.trainer.governor import Governor, GovernorSettings
 from esper.trainer.schedule import Schedule
 
 
@@ -53,7 +52,7 @@ class Growth:
     kernel: KernelConfig = field(default_factory=KernelConfig)
     flags: FlagsConfig = field(default_factory=FlagsConfig)
     decided: bool = True
-    """Whether anybody may ever let something grow; where nobody may, the lifecycle's durations do not matter."""
+    """Whether anything may ever grow; otherwise the lifecycle's durations do not matter."""
 
 
 class Trainer:
@@ -96,11 +95,11 @@ class Trainer:
         self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()
         self.said: set[str] = set()  # alerts that are given once a run
-        seed_global_draws(seed_for(seed, "dropout"))  # dropout layers of a host, and what else is in it, know no other generator
+        seed_global_draws(seed_for(seed, "dropout"))  # dropout and other layers of a host know no other generator
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
         if self.average is not None:
             self.grow.follow(self.average, keep=True)
-        self.governor = Governor(self.grow, self._watch()) if config.governor else None
+        self.governor = Governor(self.grow, self._governor_settings()) if config.governor else None
         if state is not None:
             self._take_over(state)
         self._publish_every = growth.telemetry.every
@@ -132,9 +131,9 @@ class Trainer:
             state=state,
         )
 
-    def _watch(self) -> Watch:
+    def _governor_settings(self) -> GovernorSettings:
         every = max(1, parse(self.config.governor_snapshot).ticks(self.total, self.steps_per_epoch))
-        return Watch(every, self.config.governor_patience, self.config.governor_failures, max(100, self.total // 10))
+        return GovernorSettings(every, self.config.governor_patience, self.config.governor_failures, max(100, self.total // 10))
 
     # --- checkpoints ---
 
@@ -156,7 +155,7 @@ class Trainer:
 
     @torch.no_grad()
     def _take_over(self, state: dict[str, Any]) -> None:
-        """Take over a ``state``, all but ``grow``, which was there before the run was announced."""
+        """Load everything of ``state`` but ``grow``, which was loaded before the run was announced."""
         with fitting():
             for kind, tensors in (("host", host_parameters(self.model)), ("buffers", host_buffers(self.model))):
                 for name, value in tensors.items():
@@ -178,7 +177,7 @@ class Trainer:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
 
     def _remember_batches(self) -> None:
-        """Give the judge the training batches it would remember at this step (norm statistics are recalibrated on them)."""
+        """Give the judge the training batches that it would hold at this step; norm statistics are recalibrated on them."""
         if self.grow.judge is not None:
             number = self.outcome.steps * self.config.accumulate
             for earlier in range(max(0, number - RECENT), number):
@@ -230,14 +229,14 @@ class Trainer:
             self._record(values, primary)
 
     def validates(self, steps: int) -> bool:
-        """Whether the validation set is looked at after so many steps."""
+        """Whether the validation set is measured after this many steps."""
         return steps % self._validate_every == 0 or steps == self.total
 
     def _step(self, step: int) -> dict[str, float]:
-        """One step; the values to record, none where telemetry is not due."""
-        rate = self.scheduler.factor(step, self.total)
+        """Make one step. Returns the values to record, none where telemetry is not due."""
+        lr_factor = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate
+            group["lr"] = group["initial_lr"] * lr_factor
         losses = []
         for micro in range(self.config.accumulate):
             number = step * self.config.accumulate + micro
@@ -261,17 +260,17 @@ class Trainer:
         if self.governor is not None:
             self.governor.measure()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._said_of(step, float(mean), rate) if (step + 1) % self._publish_every == 0 else {}
+        return self._said_of(step, float(mean), lr_factor) if (step + 1) % self._publish_every == 0 else {}
 
     def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
-        """Loss and gradient norm as numbers; waits for the device once. A scaler itself skips steps that overflow."""
+        """Loss and gradient norm as numbers; waits for the device once. No norm with a scaler, which skips overflows by itself."""
         if norm is None or self.scaler is not None:
             return float(loss), None
         values = torch.stack([loss.float(), norm.float()]).tolist()
         return values[0], values[1]
 
     def _gradient_norm(self) -> Tensor | None:
-        """The norm of the host's gradient, which is clipped; None where nobody asks for it."""
+        """Clip the host's gradient and return its norm before clipping; None where it is not needed."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         if self.config.clip <= 0.0 and self.governor is None:
@@ -286,13 +285,13 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
 
-    def _said_of(self, step: int, loss: float, rate: float) -> dict[str, float]:
+    def _said_of(self, step: int, loss: float, lr_factor: float) -> dict[str, float]:
         if not math.isfinite(loss) and self.scaler is None and self.governor is None:
             raise UserError(
                 f"The training loss is {loss} after step {step + 1}; lower optimizer.lr, check the data, or run with debug=nan, "
                 "which names the operation."
             )
-        return {"train/loss": loss, "train/lr_factor": rate}
+        return {"train/loss": loss, "train/lr_factor": lr_factor}
 
     def _validate(self) -> dict[str, float]:
         values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
@@ -304,7 +303,7 @@ class Trainer:
         return values
 
     def _check_finite(self, which: str, loss: float) -> None:
-        """Say, once a set, that its loss is no number; where training goes on well that is the data's doing."""
+        """Raise an alert, once for each set, that its loss is not a number; if training goes well, the data are the cause."""
         if not math.isfinite(loss) and which not in self.said:
             self.said.add(which)
             text = f"the {which} loss is {loss}; if the training loss is not, look for NaN or infinities in the {which} data"
@@ -361,7 +360,7 @@ def _allowed(config: TrainerConfig, task: Task, samples: int) -> int:
 
 
 def _refuse_sparse(host: nn.Module) -> None:
-    """Neither AdamW nor clipping takes sparse gradients, and both would say so only in the midst of the first step."""
+    """Raise UserError for sparse gradients: AdamW and clipping refuse them too, but only in the middle of the first step."""
     for name, module in host.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UserError(
@@ -371,7 +370,7 @@ def _refuse_sparse(host: nn.Module) -> None:
 
 
 def _average(decay: float, model: nn.Module) -> AveragedModel | None:
-    """An exponential moving average of weights and norm statistics, none for a decay of 0."""
+    """An exponential moving average of weights and norm statistics; None for a decay of 0."""
     if not decay:
         return None
     moved = get_ema_multi_avg_fn(decay)

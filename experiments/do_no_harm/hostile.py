@@ -29,8 +29,8 @@ from esper.messages import (
 )
 
 
-class _Reversed(torch.autograd.Function):
-    """The identity, with the gradient turned round: whoever learns through it learns to raise the loss."""
+class ReversedGradient(torch.autograd.Function):
+    """The identity with its gradient reversed: a parameter that learns through it learns to raise the loss."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Hostile(Blueprint):
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
         """The output of the blueprint that is spoiled."""
         if self.kind == "adversarial":
-            parameters = {name: _Reversed.apply(value) for name, value in parameters.items()}
+            parameters = {name: ReversedGradient.apply(value) for name, value in parameters.items()}
         delta: Tensor = super().forward(parameters, x)
         if self.kind == "nan" and float(torch.rand((), generator=self.lot)) < 0.05:
             return delta + float("nan")

@@ -10,7 +10,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from esper.compare.config import LauncherConfig
+from esper.cli.conf import LauncherConfig
 
 
 class BasicSweeper(basic_sweeper.BasicSweeper):

@@ -16,34 +16,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from esper.kernels import chunk_backward, chunk_forward, launch
-from esper.kernels import telemetry_kernels as measure
-from esper.kernels.branch_kinds import KINDS, Kind
-from esper.kernels.launch import Launch, Limits
+from esper.kernels import chunk_backward, chunk_forward, launch_rules, telemetry_kernels
+from esper.kernels.branch_kinds import KINDS, BranchKind
+from esper.kernels.launch_rules import Launch, Limits
 
 DEVICES = {80: Limits((8, 0), 108, 166_912), 89: Limits((8, 9), 34, 101_376, 65536, 1536), 90: Limits((9, 0), 132, 232_448)}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "order", "rank"}
+ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "active_seeds", "rank"}
 
 
-DIRECTIONS = ("forward", "backward", "backward with lessons", "input gradient")
+DIRECTIONS = ("forward", "backward", "backward with objectives", "input gradient")
 SITES = ("4096x64", "3072x1000", "8192x64")
 """Width x seeds at which the whole-row telemetry kernel is compiled."""
 
 
-def constants(kind: Kind, chunk: int, hidden: int, plan: Launch, direction: str, plain_stages: int) -> dict[str, object]:
+def constants(kind: BranchKind, chunk: int, hidden: int, launch: Launch, direction: str, plain_stages: int) -> dict[str, object]:
     """Compile-time arguments of the kernel for a contiguous site of even chunks; ``plain_stages`` see the forward kernel."""
-    padded = launch.power_of_two(chunk, 16)
+    padded = launch_rules.power_of_two(chunk, 16)
     common = {
-        "C": chunk, "H": hidden, "CP": padded, "HB": plan.hidden, "BM": plan.rows, "EVEN": True, "FULL": chunk == padded, "FLAT": True,
+        "C": chunk, "H": hidden, "CP": padded, "HB": launch.hidden, "BM": launch.rows, "EVEN": True, "FULL": chunk == padded, "FLAT": True,
         "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation, "PRECISION": "ieee", "xc": 1,
     }  # fmt: skip
     if direction == "forward":
-        stages = {"STAGES": plan.stages, "PLAIN_STAGES": plain_stages}
+        stages = {"STAGES": launch.stages, "PLAIN_STAGES": plain_stages}
         distances = dict.fromkeys(("XR", "YR"), 64 * chunk)
         return {**common, **stages, **distances, "AFFINE": kind.affine, "TELEMETRY": True, "WHOLE": True, "HALF": False, "yc": 1}
-    common |= {"LESSONS": "lessons" in direction, "gc": 1, "dc": 1} | dict.fromkeys(("XR", "GR", "DR"), 64 * chunk)
-    return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": plan.hidden >= hidden}
+    common |= {"OBJECTIVES": "objectives" in direction, "gc": 1, "dc": 1} | dict.fromkeys(("XR", "GR", "DR"), 64 * chunk)
+    return common if direction == "input gradient" else {**common, "AFFINE": kind.affine, "INPUT": launch.hidden >= hidden}
 
 
 def signature(names: list[str], fixed: dict[str, object], dtype: str) -> dict[str, str]:
@@ -81,23 +80,41 @@ def registers_and_spills(binary: bytes) -> tuple[int, int]:
 def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capability: int) -> dict[str, object] | None:
     """Compile one kernel of the branches with its rule's settings and report; None where the rule does not launch it."""
     kind, limit, backward = KINDS[name], DEVICES[capability], direction != "forward"
-    padded, units, lessons = launch.power_of_two(chunk, 16), launch.power_of_two(hidden, 16), "lessons" in direction
+    padded, units, objectives = launch_rules.power_of_two(chunk, 16), launch_rules.power_of_two(hidden, 16), "objectives" in direction
     widths = (padded, units, kind.gated, kind.affine, ITEMSIZE[dtype], 64, limit)
-    plan, plain = launch.backward(*widths, lessons) if backward else launch.forward(*widths), launch.forward(*widths, False)
-    if direction == "input gradient" and plan.hidden >= units:
+    launch, plain = (
+        launch_rules.backward(*widths, objectives) if backward else launch_rules.forward(*widths),
+        launch_rules.forward(*widths, False),
+    )
+    if direction == "input gradient" and launch.hidden >= units:
         return None
-    sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages if backward else max(plan.stages, plain.stages))
-    bound = launch.backward_shared(*sizes, units > plan.hidden, lessons) if backward else launch.forward_shared(*sizes)
+    sizes = (
+        launch.rows,
+        padded,
+        launch.hidden,
+        kind.gated,
+        ITEMSIZE[dtype],
+        launch.stages if backward else max(launch.stages, plain.stages),
+    )
+    bound = launch_rules.backward_shared(*sizes, units > launch.hidden, objectives) if backward else launch_rules.forward_shared(*sizes)
     if direction == "input gradient":
-        plan = launch.input_gradient(padded, units, kind.gated, ITEMSIZE[dtype], 64, limit, plan)
-        sizes = (plan.rows, padded, plan.hidden, kind.gated, ITEMSIZE[dtype], plan.stages)
-        bound = launch.input_gradient_shared(*sizes, plan.hidden < units)
+        launch = launch_rules.input_gradient(padded, units, kind.gated, ITEMSIZE[dtype], 64, limit, launch)
+        sizes = (launch.rows, padded, launch.hidden, kind.gated, ITEMSIZE[dtype], launch.stages)
+        bound = launch_rules.input_gradient_shared(*sizes, launch.hidden < units)
     kernel = {
         "forward": chunk_forward.chunk_forward_kernel,
         "input gradient": chunk_backward.chunk_input_gradient_kernel,
     }.get(direction, chunk_backward.chunk_backward_kernel)
-    binary = compiled(kernel, constants(kind, chunk, hidden, plan, direction, plain.stages), dtype, plan.warps, capability, plan.stages)
-    settings = {"rows": plan.rows, "hidden_block": plan.hidden, "warps": plan.warps, "stages": plan.stages, "programs": plan.programs}
+    binary = compiled(
+        kernel, constants(kind, chunk, hidden, launch, direction, plain.stages), dtype, launch.warps, capability, launch.stages
+    )
+    settings = {
+        "rows": launch.rows,
+        "hidden_block": launch.hidden,
+        "warps": launch.warps,
+        "stages": launch.stages,
+        "programs": launch.programs,
+    }
     about = {"kernel": direction, "kind": name, "chunk": chunk, "hidden": hidden, "dtype": dtype, "capability": capability}
     return {**about, **settings, **needs(binary, bound, limit)}
 
@@ -105,20 +122,21 @@ def row(direction: str, name: str, chunk: int, hidden: int, dtype: str, capabili
 def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: bool) -> dict[str, object] | None:
     """The same of the whole-row telemetry kernel, alone or copying what passes; None where rows are too wide for it."""
     limit = DEVICES[capability]
-    plan = launch.whole_rows(width, seeds, 65536, ITEMSIZE[dtype], limit, copies)
-    if plan is None:
+    launch = launch_rules.whole_rows(width, seeds, 65536, ITEMSIZE[dtype], limit, copies)
+    if launch is None:
         return None
     chunk, even = -(-width // seeds), width % seeds == 0
     fixed = {
-        "BM": plan.rows, "SP": plan.seeds, "CP": plan.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": plan.stages, "xc": 1,
-        "FULL": width == seeds * plan.places and seeds == plan.seeds, "COPY": copies, "BANKS": int(copies),
-        "RB": launch.power_of_two(seeds), "yc": 1,
+        "BM": launch.rows, "SP": launch.seeds, "CP": launch.places, "C": chunk, "EVEN": even, "FLAT": True, "STAGES": launch.stages,
+        "xc": 1,
+        "FULL": width == seeds * launch.places and seeds == launch.seeds, "COPY": copies, "BANKS": int(copies),
+        "RB": launch_rules.power_of_two(seeds), "yc": 1,
     }  # fmt: skip
-    binary = compiled(measure.rows_kernel, fixed, dtype, plan.warps, capability)
+    binary = compiled(telemetry_kernels.whole_rows_kernel, fixed, dtype, launch.warps, capability)
     name = "telemetry, copying" if copies else "telemetry"
     about = {"kernel": name, "kind": f"{seeds} seeds", "chunk": chunk, "hidden": 0, "dtype": dtype, "capability": capability}
-    settings = {"rows": plan.rows, "hidden_block": 0, "warps": plan.warps, "stages": plan.stages, "programs": plan.parts}
-    bound = launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, ITEMSIZE[dtype], plan.stages, copies)
+    settings = {"rows": launch.rows, "hidden_block": 0, "warps": launch.warps, "stages": launch.stages, "programs": launch.parts}
+    bound = launch_rules.whole_rows_shared(launch.rows, launch.seeds * launch.places, ITEMSIZE[dtype], launch.stages, copies)
     return {**about, **settings, **needs(binary, bound, limit)}
 
 

@@ -1,4 +1,4 @@
-"""`scripts/bench kernel_sweep`: times launch candidates on the GPU at hand; the rule in esper/kernels/launch.py is read off its CSV."""
+"""`scripts/bench kernel_sweep`: times launch candidates on the GPU at hand; esper/kernels/launch_rules.py is read off its CSV."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from unittest import mock
 
 import torch
 
-from esper.kernels import launch
-from esper.kernels.launch import Launch, PassingLaunch, WholeRowsLaunch
+from esper.kernels import launch_rules
+from esper.kernels.launch_rules import InactiveChunksLaunch, Launch, WholeRowsLaunch
 from scripts.benchmarks.kernels import NEAR_ZERO, ROWS, SHAPES, WIDTH, machine, make_problem, timed
 
 
 def chunk_candidates(seeds: int, hidden: int, backward: bool) -> list[Launch]:
     """Row blocks × warps × stages × resident programs; backward at 128 by halves of the hidden units."""
-    limit, found = launch.limits(torch.device("cuda")), []
+    limit, found = launch_rules.limits(torch.device("cuda")), []
     blocks = ((64, 4), (64, 8), (32, 4), (128, 8), (128, 4)) if backward else ((64, 4), (128, 8), (128, 4), (64, 8))
     for (rows, warps), stages, resident in itertools.product(blocks, (2, 3), (1, 2, 3, 4)):
         if warps * resident <= 16 and not (backward and hidden > 64 and rows * 4 < warps * 64):
             parts = 2 if backward and hidden > 64 else 1
-            found.append(Launch(rows, hidden // parts, warps, stages, launch.programs(seeds, resident, limit) // parts))
+            found.append(Launch(rows, hidden // parts, warps, stages, launch_rules.programs(seeds, resident, limit) // parts))
     return found
 
 
-def passing_candidates(seeds: int) -> list[PassingLaunch]:
+def inactive_chunks_candidates(seeds: int) -> list[InactiveChunksLaunch]:
     """Rows × width of a tile × stages × resident programs of the copying kernel."""
-    limit, place, found = launch.limits(torch.device("cuda")), WIDTH // seeds, []
+    limit, place, found = launch_rules.limits(torch.device("cuda")), WIDTH // seeds, []
     for rows, wide, stages, resident in itertools.product((8, 16, 32), (128, 256, 512), (1, 3), (2, 4, 6, 8)):
         group = max(1, wide // place)
         if 2048 <= rows * wide <= 8192:
-            found.append(PassingLaunch(rows, group, place, stages, launch.row_parts(seeds // group, ROWS, rows, resident, limit)))
+            found.append(
+                InactiveChunksLaunch(rows, group, place, stages, launch_rules.row_parts(seeds // group, ROWS, rows, resident, limit))
+            )
     return found
 
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench kernel_sweep", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/kernel_sweep.csv"))
     parser.add_argument("--kind", default="mlp_relu")
-    parser.add_argument("--only", default="telemetry,copying,passing,forward,backward,input_gradient")
+    parser.add_argument("--only", default="telemetry,copying,inactive_chunks,forward,backward,input_gradient")
     options = parser.parse_args(argv)
     about, rows = machine(), []
     for what in options.only.split(","):
@@ -68,41 +70,41 @@ def main(argv: list[str]) -> int:
 def sweep(what: str, seeds: int, hidden: int, kind: str):
     """Yields (setting, p50 in ms); a setting that does not fit the device is infinitely slow.
 
-    ``copying``: whole rows measured and copied, a tenth active; ``passing``: the same without telemetry, in tiles of chunks.
+    ``copying``: whole rows measured and copied, a tenth active; ``inactive_chunks``: the same without telemetry, in tiles of chunks.
     """
     from triton.runtime.errors import OutOfResources
 
     from esper.kernels.branches import branches, branches_backward
     from esper.kernels.telemetry import telemetry
 
-    p = make_problem(ROWS, WIDTH, seeds, hidden, 0.1 if what in ("copying", "passing") else 1.0, kind)
+    p = make_problem(ROWS, WIDTH, seeds, hidden, 0.1 if what in ("copying", "inactive_chunks") else 1.0, kind)
     x, dy = p.x[None], p.dy[None]
 
     def forward():
-        return branches(x, p.alpha, p.route, None, kind, p.parameters, what != "passing", NEAR_ZERO)
+        return branches(x, p.alpha, p.route, None, kind, p.parameters, what != "inactive_chunks", NEAR_ZERO)
 
     def backward():
         return branches_backward(x, dy, p.alpha, None, p.route, kind, p.parameters)
 
     steps = {"telemetry": lambda: telemetry(p.x, seeds, NEAR_ZERO), "backward": backward, "input_gradient": backward}
     rule = "whole_rows" if what in ("telemetry", "copying") else what
-    for plan in candidates(what, seeds, hidden):
-        with mock.patch.object(launch, rule, lambda *_, plan=plan: plan):
-            yield plan, attempt(steps.get(what, forward), OutOfResources)
+    for launch in candidates(what, seeds, hidden):
+        with mock.patch.object(launch_rules, rule, lambda *_, launch=launch: launch):
+            yield launch, attempt(steps.get(what, forward), OutOfResources)
 
 
-def candidates(what: str, seeds: int, hidden: int) -> list[Launch] | list[PassingLaunch] | list[WholeRowsLaunch]:
+def candidates(what: str, seeds: int, hidden: int) -> list[Launch] | list[InactiveChunksLaunch] | list[WholeRowsLaunch]:
     """What the rule of that kernel may choose from; nothing where the rule is not asked."""
-    limit = launch.limits(torch.device("cuda"))
+    limit = launch_rules.limits(torch.device("cuda"))
     if what in ("telemetry", "copying"):
         settings = row_candidates()
         return [WholeRowsLaunch(1, seeds, WIDTH // seeds, warps, limit.processors * held, stages) for warps, stages, held in settings]
-    if what == "passing":
-        return passing_candidates(seeds)
+    if what == "inactive_chunks":
+        return inactive_chunks_candidates(seeds)
     if what == "input_gradient":
         blocks = ((128, 8), (64, 4)) if hidden > 64 else ()
         found = itertools.product(blocks, (1, 2), (1, 2))
-        return [Launch(rows, hidden, warps, stages, launch.programs(seeds, held, limit)) for (rows, warps), stages, held in found]
+        return [Launch(rows, hidden, warps, stages, launch_rules.programs(seeds, held, limit)) for (rows, warps), stages, held in found]
     return chunk_candidates(seeds, hidden, what == "backward")
 
 

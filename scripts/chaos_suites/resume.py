@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from esper.checkpoint import store  # noqa: E402
+from esper.checkpoint import disk  # noqa: E402
 from esper.cli.compose import compose  # noqa: E402
 from esper.config import RootConfig  # noqa: E402
 from esper.lifecycle import Stage  # noqa: E402
@@ -209,7 +209,7 @@ def _one(name: str, reference: Reference, output: Path, lot: random.Random, each
     folder.mkdir(parents=True)
     log, moments, work, found = output / "log", [], killing.start, []
     for attempt in range(each + 1):
-        kept = store.checkpoints(folder / store.FOLDER)
+        kept = disk.checkpoints(folder / disk.FOLDER)
         result.from_checkpoint += attempt > 0 and bool(kept)
         when = _moment(reference, folder, lot, int(kept[-1].name) if kept else 0) if attempt < each else {}
         lived = killing.child(lambda work=work: work(config, folder), log, **when)

@@ -148,6 +148,6 @@ def test_block_slots_are_never_used_twice_and_a_freed_one_is_gone():
 def test_a_block_whose_output_nobody_names_is_refused_in_words():
     with pytest.raises(UserError, match=r"Net write its output; set blueprint\.output_layers"):
         Block().build([Net()], draws())
-    assert "no layer 'nowhere'" in (Block(output_layers=["nowhere"]).unsilenced(Net()) or "")
-    assert Block(start="copy").unsilenced(Net()) is None
+    assert "no layer 'nowhere'" in (Block(output_layers=["nowhere"]).silencing_misfit(Net()) or "")
+    assert Block(start="copy").silencing_misfit(Net()) is None
     assert not Block(output_layers=["head"]).build([Net()], draws()).head.weight.any()

@@ -90,11 +90,11 @@ def test_start_values_depend_on_the_generator_alone():
 
 
 def test_a_blueprint_says_where_it_does_not_fit():
-    assert "convolution" in (Conv().fits(FLAT) or "")
-    assert "odd kernel" in (Conv(kernel=4).fits(IMAGE) or "")
-    assert Conv().fits(IMAGE) is None and MLP().fits(IMAGE) is None
-    assert "residual" in (Block().fits(FLAT) or "")
-    assert Block().fits(Geometry(8, 1, residual=True)) is None
+    assert "convolution" in (Conv().misfit(FLAT) or "")
+    assert "odd kernel" in (Conv(kernel=4).misfit(IMAGE) or "")
+    assert Conv().misfit(IMAGE) is None and MLP().misfit(IMAGE) is None
+    assert "residual" in (Block().misfit(FLAT) or "")
+    assert Block().misfit(Geometry(8, 1, residual=True)) is None
 
 
 def test_the_base_computes_nothing_by_itself():

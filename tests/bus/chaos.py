@@ -188,7 +188,7 @@ class Episode:
     @property
     def url(self) -> str:
         """Where the processes find the server: behind the proxy."""
-        return f"redis://127.0.0.1:{self.proxy.address.port}/0"
+        return f"redis://127.0.0.1:{self.proxy.address.tcp_port}/0"
 
 
 def write(path: Path, text: str) -> None:

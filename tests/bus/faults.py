@@ -53,7 +53,7 @@ class FaultProxy:
     """
 
     def __init__(self, target: Address) -> None:
-        self._target = (target.host, target.port)
+        self._target = (target.host, target.tcp_port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = Address("127.0.0.1", self._listener.getsockname()[1], user=target.user, password=target.password)
         self._resets = self._spare = 0

@@ -19,7 +19,7 @@ from esper.bus.trainer.bus_port import BusPort
 from esper.messages import Germinate, Transition
 
 
-def free_port() -> int:
+def free_tcp_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -29,7 +29,7 @@ class Run:
     """A command applied, telemetry sent, one message in a tracker's hands."""
 
     def __init__(self, server: FragileServer, folder: Path, **settings: object) -> None:
-        self.metrics = free_port()
+        self.metrics = free_tcp_port()
         self.config = RedisConfig(**{"timeout_s": 0.3, "retry_s": 0.1, "metrics_port": self.metrics} | settings)
         self.folder = folder
         self.bus = ServerBus(self.config, server.address, folder / "bus")
@@ -56,7 +56,7 @@ class Run:
 
     def invite(self, server: FragileServer) -> None:
         """Let others join, as processes of their own would; the password is given by the environment."""
-        config = dataclasses.replace(self.config, url=f"redis://127.0.0.1:{server.address.port}/0")
+        config = dataclasses.replace(self.config, url=f"redis://127.0.0.1:{server.address.tcp_port}/0")
         outside = {"name": "none", "process": "external"}
         invite(self.folder, "run", config, {"config": {"controller": outside, "tracking": outside}})
 

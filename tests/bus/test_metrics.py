@@ -67,7 +67,7 @@ def test_what_an_external_tracker_counts_is_shown_by_the_trainer_and_by_status(f
 
 def test_a_port_in_use_is_a_sentence(fragile, tmp_path):
     with pytest.raises(UserError, match=r"bus.metrics_port=.* cannot be served"):
-        Run(fragile, tmp_path, metrics_port=fragile.address.port)
+        Run(fragile, tmp_path, metrics_port=fragile.address.tcp_port)
 
 
 class Collector(BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ from esper.engine.port import NullPort
 from esper.messages import Germinate, Message
 from esper.running.builders import build_trainer
 from esper.tasks.base import Task
-from esper.trainer.fingerprint import fingerprint
+from esper.trainer.evaluation import fingerprint
 from esper.trainer.trainer import Trainer
 
 Make = Callable[..., Trainer]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from esper.checkpoint import disk
 from esper.checkpoint import files as pieces
-from esper.checkpoint import store
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.files import Written, map_bytes, parse_tensors, read_bytes, write_bytes, write_tensors
 from esper.checkpoint.tree import join, kept, same, split
@@ -30,11 +30,11 @@ STATE: dict[str, Any] = {
 
 def saved(folder: Path, step: int = 7, score: float | None = None, state: Any = None) -> Path:
     """One checkpoint in ``folder``."""
-    return store.write(store.copy(state or STATE, step, step, {"host": {}}, score), folder).path
+    return disk.write(disk.copy(state or STATE, step, step, {"host": {}}, score), folder).path
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
-    checkpoint, state = store.read(saved(tmp_path))
+    checkpoint, state = disk.read(saved(tmp_path))
     assert same(state, STATE) and checkpoint.step == 7
 
 
@@ -61,9 +61,9 @@ def test_every_piece_has_its_own_hash_and_every_byte_counts(tmp_path: Path, monk
 
 def test_what_is_kept_of_a_state_does_not_see_what_happens_to_its_file(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    state = kept(store.read(path)[1])
-    with (path / store.TENSORS).open("r+b") as file:
-        file.write(bytes((path / store.TENSORS).stat().st_size))
+    state = kept(disk.read(path)[1])
+    with (path / disk.TENSORS).open("r+b") as file:
+        file.write(bytes((path / disk.TENSORS).stat().st_size))
     assert same(state, STATE)
 
 
@@ -95,7 +95,7 @@ def test_ten_thousand_mutations_are_refused_or_identical(tmp_path: Path) -> None
         name = lot.choice(sorted(originals))
         (damaged / name).write_bytes(mutated(originals[name], lot))
         try:
-            _, state = store.read(damaged)
+            _, state = disk.read(damaged)
             assert same(state, STATE)
         except UserError as error:
             refused += 1
@@ -127,14 +127,14 @@ def forged(path: Path, **parts: bytes) -> None:
     """Put other parts in and make every hash right again, as somebody hostile would."""
     import hashlib
 
-    manifest = json.loads((path / store.MANIFEST).read_text())
-    for name, content in {store.STATE: parts.get("state"), store.TENSORS: parts.get("tensors")}.items():
+    manifest = json.loads((path / disk.MANIFEST).read_text())
+    for name, content in {disk.STATE: parts.get("state"), disk.TENSORS: parts.get("tensors")}.items():
         if content is not None:
             (path / name).write_bytes(content)
             manifest["parts"][name] = Written(len(content), pieces.PIECE, (hashlib.sha256(content).hexdigest(),)).card()
     manifest |= json.loads(parts.get("manifest", b"{}"))
-    manifest["sha256"] = store._own_digest(manifest)
-    (path / store.MANIFEST).write_text(json.dumps(manifest))
+    manifest["sha256"] = disk._own_digest(manifest)
+    (path / disk.MANIFEST).write_text(json.dumps(manifest))
 
 
 class Exploit:
@@ -157,10 +157,10 @@ def test_exploits_execute_nothing(tmp_path: Path) -> None:
             path = saved(tmp_path / f"{number}-{part}")
             forged(path, **{part: content})
             with pytest.raises(UserError, match="cannot be used"):
-                store.read(path)
-        (path / store.MANIFEST).write_bytes(content)
+                disk.read(path)
+        (path / disk.MANIFEST).write_bytes(content)
         with pytest.raises(UserError, match="cannot be used"):
-            store.read(path)
+            disk.read(path)
     assert not mark.exists()
 
 
@@ -185,7 +185,7 @@ def test_forged_parts_with_right_hashes_are_refused(tmp_path: Path, name: str) -
     path = saved(tmp_path)
     forged(path, **FORGERIES[name])
     with pytest.raises(UserError, match="cannot be used"):
-        store.read(path)
+        disk.read(path)
 
 
 @pytest.mark.parametrize(
@@ -209,63 +209,63 @@ def test_a_newer_a_foreign_and_an_absent_one_are_refused_in_words(tmp_path: Path
     path = saved(tmp_path)
     forged(path, manifest=b'{"schema": 99, "esper": "7.0"}')
     with pytest.raises(UserError, match=r"schema 99.*install the version of esper that wrote it \(7.0\)"):
-        store.read(path)
+        disk.read(path)
     forged(path, manifest=b'{"format": "theirs"}')
     with pytest.raises(UserError, match="not a checkpoint of esper"):
-        store.read(path)
+        disk.read(path)
     with pytest.raises(UserError, match="cannot be read"):
-        store.read(tmp_path / "nothing")
+        disk.read(tmp_path / "nothing")
 
 
 def test_the_newest_whole_one_is_found_behind_damaged_ones(tmp_path: Path) -> None:
     first, second = saved(tmp_path, 5), saved(tmp_path, 9)
-    (second / store.TENSORS).write_bytes(b"cut")
-    found = store.newest(tmp_path)
+    (second / disk.TENSORS).write_bytes(b"cut")
+    found = disk.newest(tmp_path)
     assert found is not None and found[0].path == first and "truncated" in found[2][0]
-    (first / store.STATE).unlink()
+    (first / disk.STATE).unlink()
     with pytest.raises(UserError, match="None of the 2 checkpoints"):
-        store.newest(tmp_path)
-    assert store.newest(tmp_path / "elsewhere") is None
+        disk.newest(tmp_path)
+    assert disk.newest(tmp_path / "elsewhere") is None
 
 
 def test_retention_by_count_score_and_age(tmp_path: Path) -> None:
     for step, score in ((1, 0.3), (2, 0.9), (3, 0.5), (4, None), (5, 0.1)):
         saved(tmp_path, step, score)
-    store.retain(tmp_path, keep=2, best=1, hours=1.0)
-    assert [int(path.name) for path in store.checkpoints(tmp_path)] == [1, 2, 3, 4, 5]
-    store.retain(tmp_path, keep=2, best=1, hours=0.0)
-    assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 4, 5]
-    store.forget_after(tmp_path, 4)
-    assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 4]
+    disk.retain(tmp_path, keep=2, best=1, hours=1.0)
+    assert [int(path.name) for path in disk.checkpoints(tmp_path)] == [1, 2, 3, 4, 5]
+    disk.retain(tmp_path, keep=2, best=1, hours=0.0)
+    assert [int(path.name) for path in disk.checkpoints(tmp_path)] == [2, 4, 5]
+    disk.forget_after(tmp_path, 4)
+    assert [int(path.name) for path in disk.checkpoints(tmp_path)] == [2, 4]
 
 
 def test_of_equal_scores_the_first_is_the_best_since_later_ones_were_not_measured(tmp_path: Path) -> None:
     for step, score in ((1, 0.3), (2, 0.9), (3, 0.9), (4, 0.9), (5, 0.1)):
         saved(tmp_path, step, score)
-    store.retain(tmp_path, keep=1, best=1, hours=0.0)
-    assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2, 5]
+    disk.retain(tmp_path, keep=1, best=1, hours=0.0)
+    assert [int(path.name) for path in disk.checkpoints(tmp_path)] == [2, 5]
 
 
 def test_a_checkpoint_that_cannot_be_reached_for_a_moment_is_not_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [saved(tmp_path, step) for step in (1, 2, 3)]
-    (paths[0] / store.MANIFEST).write_text("{")  # damaged: it goes
+    (paths[0] / disk.MANIFEST).write_text("{")  # damaged: it goes
     read = Path.read_bytes
 
     def away(path: Path) -> bytes:
-        if path == paths[1] / store.MANIFEST:
+        if path == paths[1] / disk.MANIFEST:
             raise OSError(errno.EIO, "Input/output error")
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", away)
-    store.retain(tmp_path, keep=1, best=0, hours=0.0)
-    assert store.checkpoints(tmp_path) == paths[1:]
+    disk.retain(tmp_path, keep=1, best=0, hours=0.0)
+    assert disk.checkpoints(tmp_path) == paths[1:]
 
 
 def test_what_a_killed_process_left_is_no_checkpoint(tmp_path: Path) -> None:
     path = saved(tmp_path)
     shutil.copytree(path, tmp_path / ".000000009.123")
-    assert store.checkpoints(tmp_path) == [path]
-    store.sweep_out(tmp_path)
+    assert disk.checkpoints(tmp_path) == [path]
+    disk.sweep_out(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["000000007"]
 
 
@@ -273,15 +273,15 @@ def test_nothing_counts_before_what_was_said_is_kept(tmp_path: Path) -> None:
     answers = [False, True]
     saver = Saver(tmp_path, Retention(), settled=lambda: answers.pop(0))
     for step in (1, 2):
-        saver.save(lambda step=step: store.copy(STATE, step, step, {}, None), wait=True)
-    assert [int(path.name) for path in store.checkpoints(tmp_path)] == [2]
+        saver.save(lambda step=step: disk.copy(STATE, step, step, {}, None), wait=True)
+    assert [int(path.name) for path in disk.checkpoints(tmp_path)] == [2]
 
 
 def test_an_error_of_the_writing_thread_reaches_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     saver = Saver(tmp_path / "file", Retention())
     with pytest.raises(OSError):
-        saver.save(lambda: store.copy(STATE, 1, 1, {}, None), wait=True)
+        saver.save(lambda: disk.copy(STATE, 1, 1, {}, None), wait=True)
 
 
 def test_tensors_that_share_bytes_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from esper import attach
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.engine.grow import Grow
 from esper.errors import UserError
 from tests.checkpoint.conftest import Make, train_until
@@ -73,14 +73,14 @@ def test_a_host_of_other_modules_is_refused_though_every_shape_is_the_same(tmp_p
     other = grown(nn.Tanh)
     with pytest.raises(UserError, match="the host's module '1' is ReLU there and Tanh here"):
         other.load_branches(path)
-    older = store.read(path)[1]
+    older = disk.read(path)[1]
     del older["grow"]["topology"]["modules"]  # schema 4 named none
     other.load_branches(older)
 
 
 def test_a_whole_runs_checkpoint_is_refused_where_branches_are_asked_for(make: Make, tmp_path: Path) -> None:
     state = {"trainer": train_until(make(), 3)}
-    path = store.write(store.copy(state, 3, 3, {}, None), tmp_path).path
+    path = disk.write(disk.copy(state, 3, 3, {}, None), tmp_path).path
     for given in (path, tmp_path, state):
         with pytest.raises(UserError, match="is a whole run's checkpoint, which esper resume= and fork= go on from"):
             grown(nn.ReLU).load_branches(given)

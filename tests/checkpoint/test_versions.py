@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from esper.checkpoint import schema, store
+from esper.checkpoint import disk, schema
 from esper.checkpoint.schema import SCHEMA, UPGRADES, Upgrade
 from esper.checkpoint.tree import join, same, split
 from esper.errors import UserError
@@ -26,7 +26,7 @@ def test_every_version_has_a_sample_and_a_way_to_the_next_one() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_sample_is_taken_over_to_the_last_bit_and_goes_on(make: Make, version: int) -> None:
-    checkpoint, state = store.read(HERE / str(version))
+    checkpoint, state = disk.read(HERE / str(version))
     assert checkpoint.manifest["schema"] == version and checkpoint.step == STEP
     trainer = make(*WORDS, state=state["trainer"])
     again = join(*split(trainer.state()))
@@ -57,7 +57,7 @@ def _timeless(part: Any) -> Any:
 
 
 def test_a_version_that_is_made_up_is_brought_to_the_next_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = store.write(store.copy({"weights": torch.ones(2), "old": 1}, 3, 3, {}, None), tmp_path).path
+    path = disk.write(disk.copy({"weights": torch.ones(2), "old": 1}, 3, 3, {}, None), tmp_path).path
 
     def renamed(state: dict[str, Any]) -> dict[str, Any]:
         return {"new" if key == "old" else key: value for key, value in state.items()}
@@ -67,25 +67,25 @@ def test_a_version_that_is_made_up_is_brought_to_the_next_step_by_step(tmp_path:
 
     later = {SCHEMA: Upgrade(state=renamed), SCHEMA + 1: Upgrade(state=doubled, manifest=lambda manifest: {**manifest, "told": True})}
     monkeypatch.setattr(schema, "UPGRADES", UPGRADES | later)
-    for module in (schema, store):
+    for module in (schema, disk):
         monkeypatch.setattr(module, "SCHEMA", SCHEMA + 2)
-    checkpoint, state = store.read(path)
+    checkpoint, state = disk.read(path)
     assert checkpoint.manifest["told"] and checkpoint.manifest["schema"] == SCHEMA
     assert same(state, {"weights": torch.ones(2), "new": 2})
 
 
 def test_an_upgrade_that_does_not_find_what_it_needs_refuses_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = store.write(store.copy({"weights": torch.ones(2)}, 3, 3, {}, None), tmp_path).path
+    path = disk.write(disk.copy({"weights": torch.ones(2)}, 3, 3, {}, None), tmp_path).path
     monkeypatch.setattr(schema, "UPGRADES", UPGRADES | {SCHEMA: Upgrade(state=lambda state: {"new": state["old"]})})
-    for module in (schema, store):
+    for module in (schema, disk):
         monkeypatch.setattr(module, "SCHEMA", SCHEMA + 1)
     with pytest.raises(UserError, match="cannot be used: 'old' is missing"):
-        store.read(path)
+        disk.read(path)
 
 
 def test_one_of_a_later_version_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SCHEMA", SCHEMA + 1)
-    path = store.write(store.copy({"weights": torch.ones(2)}, 3, 3, {}, None), tmp_path).path
+    monkeypatch.setattr(disk, "SCHEMA", SCHEMA + 1)
+    path = disk.write(disk.copy({"weights": torch.ones(2)}, 3, 3, {}, None), tmp_path).path
     monkeypatch.undo()
     with pytest.raises(UserError, match=rf"has schema {SCHEMA + 1}, and this esper reads up to {SCHEMA}: install the version"):
-        store.read(path)
+        disk.read(path)

@@ -14,18 +14,18 @@ import pandas as pd
 import pytest
 import yaml
 
-from esper.cli import conf
 from esper.cli.compose import compose
 from esper.compare.results.analysis import analyse
 from esper.compare.results.comparison import TuningCandidate, TuningResult, with_tuned
 from esper.compare.results.plan import Plan, save_plan
 from esper.compare.results.report import write_results
 from esper.compare.results.runs import Run
+from esper.config import conf_folder
 from esper.running.run import run
 
 
 def experiment(name: str) -> dict[str, Any]:
-    return yaml.safe_load((conf.folder() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((conf_folder() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.e2e

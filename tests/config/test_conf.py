@@ -16,9 +16,9 @@ from hydra.core.global_hydra import GlobalHydra
 from esper.app import main
 from esper.cli import conf
 from esper.cli.compose import compose, option, prepare_hydra
-from esper.compare.sweep.arms import set_by
+from esper.cli.preset_files import keys_set_by
 from esper.compare.sweep.launch import _prefer_sweep_options
-from esper.config import GROUPS, PRESETS, RootConfig, config_hash, defaults, options, plain, structure
+from esper.config import GROUPS, PRESETS, RootConfig, conf_folder, config_hash, default_options, option_values, options, plain, structure
 from esper.errors import UserError
 from esper.hosts import base as host_base
 from esper.hosts import config as host_config
@@ -39,7 +39,7 @@ def settings_of(kind: type) -> list[dataclasses.Field[Any]]:
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{group}-{name}" for group, name in OPTIONS])
 def test_an_option_is_a_dataclass_whose_defaults_pass_its_own_checks(group: str, name: str) -> None:
     kind = options(group)[name]
-    values = defaults(kind, name)
+    values = option_values(kind, name)
     assert next(iter(values)) == "name"
     assert structure(kind, values, group) == dataclasses.replace(kind(), name=name)
     assert all(field.metadata.get("help") for field in settings_of(kind) if field.name not in ("name", "looks"))
@@ -47,8 +47,8 @@ def test_an_option_is_a_dataclass_whose_defaults_pass_its_own_checks(group: str,
 
 def test_what_hydra_composes_without_a_word_is_what_the_dataclasses_say() -> None:
     composed = plain(compose([]))
-    for group, name in conf.defaults().items():
-        assert composed[group] == defaults(options(group)[name], name)
+    for group, name in default_options().items():
+        assert composed[group] == option_values(options(group)[name], name)
     assert composed["name"] == "mlp-digits"
     assert {key: composed[key] for key in ("seed", "tags", "output", "resume")} == {
         "seed": 0,
@@ -68,9 +68,9 @@ def test_a_file_holds_nothing_that_its_dataclass_says_already() -> None:
         ("optimizer", "sgd"),
     ]
     for group, name in FILES:
-        written = yaml.safe_load((conf.folder() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+        written = yaml.safe_load((conf_folder() / group / f"{name}.yaml").read_text(encoding="utf-8"))
         values = option(group, name)
-        base = defaults(options(group)[values["name"]], written["defaults"][0])
+        base = option_values(options(group)[values["name"]], written["defaults"][0])
         changed = {key: value for key, value in written.items() if key != "defaults"}
         assert values == base | changed and list(values) == list(base)
         assert all(base[key] != value for key, value in changed.items())
@@ -80,11 +80,11 @@ def test_a_file_holds_nothing_that_its_dataclass_says_already() -> None:
 def test_every_option_that_is_no_file_is_one_that_hydra_knows() -> None:
     for group, name in OPTIONS:
         if group in ("model", "grafting", "kernel"):  # one composition each; the others are registered by the same loop
-            assert option(group, name) == defaults(options(group)[name], name)
+            assert option(group, name) == option_values(options(group)[name], name)
 
 
 def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() -> None:
-    written = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (conf.folder() / "sweep").glob("*/*.yaml")}
+    written = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (conf_folder() / "sweep").glob("*/*.yaml")}
     changed = {name: {key: value for key, value in tree.items() if key != "defaults"} for name, tree in written.items()}
     assert changed == {"csv": {"figures": False}, "mlflow": {"figures": False, "model": False, "system_s": 0.0}}
 
@@ -92,7 +92,7 @@ def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() 
 @pytest.mark.filterwarnings("error")
 def test_a_sweep_composes_its_own_options_and_a_single_run_after_it_the_usual_ones() -> None:
     prepare_hydra()
-    with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         _prefer_sweep_options(GlobalHydra.instance().config_loader())
         tree = hydra.compose("config")
     assert (tree.tracking.figures, tree.tracking.model, tree.tracking.system_s, tree.tracking.points) == (False, False, 0.0, 500)
@@ -100,7 +100,7 @@ def test_a_sweep_composes_its_own_options_and_a_single_run_after_it_the_usual_on
 
 
 def test_every_group_has_a_default_and_every_key_of_the_root_a_place() -> None:
-    assert set(conf.defaults()) == set(GROUPS)
+    assert set(default_options()) == set(GROUPS)
     names = {field.name for field in dataclasses.fields(RootConfig)}
     assert set(conf.root_keys()) | set(GROUPS) | set(PRESETS) == names
 
@@ -136,7 +136,7 @@ def test_a_configuration_keeps_its_hash_by_which_older_runs_are_found(words: lis
 
 
 #: Preset's file -> every dotted key and every group that it sets, those of the files that it takes in included.
-SETS = {(preset, name): list(set_by(name, [conf.folder() / preset])) for preset, name in PRESET_FILES}
+SETS = {(preset, name): list(keys_set_by(name, [conf_folder() / preset])) for preset, name in PRESET_FILES}
 
 #: What is refused in words: these studies are about one host.
 REFUSED = {(f"ab_{what}", "model.width", host) for what in ("grafting", "objective", "receptive_field") for host in ("cnn", "custom")}
@@ -190,8 +190,8 @@ def test_help_explains_every_key_of_a_group(group: str, capsys: pytest.CaptureFi
     told = capsys.readouterr().out
     for name in conf.options(group):
         assert f"  {name}" in told
-    chosen = conf.defaults()[group]
-    for key in defaults(options(group)[chosen], chosen):
+    chosen = default_options()[group]
+    for key in option_values(options(group)[chosen], chosen):
         assert key == "name" or f"  {group}.{key}=" in told or f"  {group}.{key}." in told
 
 
@@ -211,7 +211,7 @@ def test_help_imports_neither_torch_nor_hydra() -> None:
 def test_hydra_may_be_prepared_again_and_again() -> None:
     prepare_hydra()
     prepare_hydra()
-    with hydra.initialize_config_dir(str(conf.folder()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(conf_folder()), version_base="1.3"):
         tree: Any = hydra.compose("config")
     assert tree.model.name == "mlp" and tree.trainer.steps == 2000
 

@@ -32,7 +32,7 @@ def server(processes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def tls(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     """The same server behind TLS with client certificates."""
     folder = tmp_path_factory.mktemp("tls")
-    with tls_before(server.address.port, folder) as port:
+    with tls_before(server.address.tcp_port, folder) as port:
         files = {"tls_ca": "authority.crt", "tls_cert": "client.crt", "tls_key": "client.key"}
         paths = {name: str(folder / file) for name, file in files.items()}
-        yield dataclasses.replace(server.address, port=port, tls=True, **paths)
+        yield dataclasses.replace(server.address, tcp_port=port, tls=True, **paths)

@@ -119,3 +119,20 @@ def find_circle(graph: dict[str, set[str]]) -> list[str] | None:
 def test_a_circle_would_be_found() -> None:
     assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+ORDER = ("trainer", "running", "cli", "compare", "app")
+"""The rooms above the trainer, each of which uses those before it and none after it: a sweep composes its jobs as the command line does."""
+
+
+@pytest.mark.parametrize("room", ORDER[:-1])
+def test_the_upper_rooms_import_one_way(room: str) -> None:
+    above = ORDER[ORDER.index(room) + 1 :]
+    wrong = [
+        f"{module} imports {imported}"
+        for module, path in MODULES.items()
+        if room_of(module) == room
+        for imported, _ in imports(path)
+        if room_of(imported) in above
+    ]
+    assert not wrong, wrong

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.cli.resume import fork, resume
 from esper.errors import UserError
 from esper.running.run import run
@@ -110,7 +110,7 @@ def test_a_silent_controller_stops_the_run_which_goes_on_to_the_same_end(start: 
     trainer = start(*words, "controller.deadline_s=3")
     until((folder / "bus" / "join.json").exists, trainer)
     control = start("control", str(folder))
-    until(lambda: store.checkpoints(folder / store.FOLDER), trainer)
+    until(lambda: disk.checkpoints(folder / disk.FOLDER), trainer)
     control.kill()
     _, said = trainer.communicate(timeout=60)
     assert trainer.returncode == 2 and "did not decide on tick" in said, said
@@ -132,7 +132,7 @@ def test_a_killed_trainer_goes_on_beside_its_controller_to_the_same_end_and_is_n
     trainer = start(*WORDS, *EXTERNAL, f"hydra.run.dir={folder}")
     until((folder / "bus" / "join.json").exists, trainer)
     control = start("control", str(folder))
-    until(lambda: len(store.checkpoints(folder / store.FOLDER)) > 2, trainer)
+    until(lambda: len(disk.checkpoints(folder / disk.FOLDER)) > 2, trainer)
     trainer.kill()
     trainer.wait()
     with pytest.raises(UserError, match=rf"go on without its memory: resume={folder}"):

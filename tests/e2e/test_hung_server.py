@@ -68,7 +68,7 @@ def test_what_a_hung_or_killed_server_did_not_get_is_said_and_sent_by_flush_once
 ) -> None:
     folder = tmp_path / "run"
     at_tick(STOPPED_AT, getattr(server, fate), monkeypatch)
-    ended = here(*WORDS, "bus=redis", f"bus.url=redis://127.0.0.1:{server.address.port}/0", f"hydra.run.dir={folder}")
+    ended = here(*WORDS, "bus=redis", f"bus.url=redis://127.0.0.1:{server.address.tcp_port}/0", f"hydra.run.dir={folder}")
     assert ended.returncode == 0, ended.stderr
     counted = json.loads((folder / "summary.json").read_text())["bus"]
     assert counted["waiting"] > 0 and counted["dropped"] == 0

@@ -170,7 +170,7 @@ def test_a_site_whose_width_changes_is_told_in_words() -> None:
     grow = attach(model, sites=["cut"], per_site=2, **given)
     grow.executor.apply(germinate("cut"), 0)
     grow.registry.branches[0].stage = Stage.GRAFTING
-    grow.registry.touch(0)
+    grow.registry.mark_changed(0)
     grow.registry.refresh()
     model.narrow = True
     with pytest.raises(UserError, match=r"The site 'cut' gave \[12, 4\].*its last axis had 6 features"):

@@ -59,7 +59,7 @@ def test_the_hosts_average_is_the_one_it_would_be_and_has_what_grew(when: str, d
     average.eval()
     with torch.no_grad():
         whole = average(x)
-        average.module.fc1._modules[ATTRIBUTE].plan = []
+        average.module.fc1._modules[ATTRIBUTE].groups = []
         assert not torch.equal(whole, average(x)), "the average computes with what grew"
 
 

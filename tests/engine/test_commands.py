@@ -223,7 +223,7 @@ def test_what_the_user_can_mend_is_a_refusal_not_a_crash():
     status, reason = loop.grow.executor.apply(germinate("blocks.0"), 0)
     assert status == "refused" and "no layer 'nowhere'" in reason
     loop.grow.registry.blueprints["block"] = broken = Block(start="fresh")
-    broken.unsilenced = lambda block: None if not calls.append(1) and len(calls) < 2 else "no luck"  # type: ignore[method-assign]
+    broken.silencing_misfit = lambda block: None if not calls.append(1) and len(calls) < 2 else "no luck"  # type: ignore[method-assign]
     calls: list[int] = []
     assert loop.grow.executor.apply(germinate("blocks.0"), 0) == ("refused", "no luck.")
     assert loop.grow.registry.branches.entries == [] and "block" not in loop.grow.registry.banks(0)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from growing import Loop, batch, build, germinate, same, sample_loss, short
+from hostile import HostileMLP, ReversedGradient
 from torch import Tensor
 
 from esper.blueprints.base import Parameters
@@ -22,30 +23,11 @@ from esper.lifecycle import Stage
 S = Stage
 
 
-class Reversed(torch.autograd.Function):
-    """The identity whose gradient is turned round: what learns through it learns to raise the loss."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
-
-
-class Adversary(MLP):
-    """An mlp branch that works against the host."""
-
-    def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
-        return super().forward({name: Reversed.apply(value) for name, value in parameters.items()}, x)
-
-
 class Mixed(MLP):
     """The first branch of a bank works for the host, the second against it."""
 
     def forward(self, parameters: Parameters, x: Tensor) -> Tensor:
-        turned = {name: torch.cat([value[:1], Reversed.apply(value[1:])]) for name, value in parameters.items()}
+        turned = {name: torch.cat([value[:1], ReversedGradient.apply(value[1:])]) for name, value in parameters.items()}
         return super().forward(turned, x)
 
 
@@ -73,7 +55,7 @@ def judged(loop: Loop) -> float:
 
 
 def test_a_branch_that_raises_the_loss_is_removed_and_the_host_is_no_worse():
-    loop = watched(Adversary())
+    loop = watched(HostileMLP(kind="adversarial"))
     branch = loop.until(S.GRAFTING)
     before = judged(loop)
     loop.until(S.ROLLED_BACK, most=60)
@@ -83,7 +65,7 @@ def test_a_branch_that_raises_the_loss_is_removed_and_the_host_is_no_worse():
 
 
 def test_a_control_that_is_never_judged_may_switch_the_guard_off():
-    loop = watched(Adversary(), guard=False)
+    loop = watched(HostileMLP(kind="adversarial"), guard=False)
     branch = loop.until(S.GRAFTING)
     loop.run(50)
     assert not causes(loop) and branch.stage is S.GRAFTING
@@ -189,7 +171,7 @@ def test_what_is_not_higher_with_confidence_is_not_worse(now: list[float]):
 
 
 def test_the_guard_goes_on_from_a_saved_state_with_the_same_bits():
-    loop = watched(Adversary())
+    loop = watched(HostileMLP(kind="adversarial"))
     loop.until(S.GRAFTING)
     loop.run(4)
     while loop.grow.guard.calm is None:

@@ -10,6 +10,7 @@ import torch
 from growing import Loop, batch, germinate, same, short
 
 from esper.blueprints import Block, Conv
+from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import host_parameters
 from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.lifecycle import Stage
@@ -149,6 +150,13 @@ def test_a_loop_that_gives_no_loss_costs_one_more_forward_and_changes_no_bit():
     assert loop.grow.objective.readiness and loop.grow.meter.spent["objective"] > 0
 
 
+def test_a_posted_number_is_read_without_its_graph_on_every_device():
+    read: list[torch.Tensor] = []
+    loss, plain = torch.ones((), requires_grad=True) * 2.0, torch.zeros(3)
+    Readings(torch.device("cpu")).post([loss, plain], read.extend)
+    assert not read[0].requires_grad and float(read[0]) == 2.0 and read[1] is plain, "a tensor without a graph costs no operation"
+
+
 def test_a_site_on_data_or_frozen_layers_learns_from_the_gradient_there_all_the_same():
     loop = learning("mlp", "functional_gradient")
     for parameter in loop.model.fc1.parameters():
@@ -162,4 +170,4 @@ def test_a_site_that_no_gradient_reaches_teaches_nothing_and_ends_in_its_cull():
     loop.model.fc1.register_forward_hook(lambda module, inputs, output: output.detach())
     loop.run(10)
     assert [said.target for said in loop.port.transitions if said.site == "fc1"][2] == Stage.CULLED
-    assert loop.grow.gates.records["readiness"].passed == 1, "the other site's gate opened"
+    assert loop.grow.gates.counts["readiness"].passed == 1, "the other site's gate opened"

@@ -11,8 +11,7 @@ from growing import Loop, build, germinate, sample_loss
 from torch import nn
 
 from esper.engine.attach import attach
-from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer
-from esper.engine.learning.learning_rate import HostRate
+from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer, HostRate
 from esper.engine.learning.muon import MuonAdamW, matrices_of, muon_for, orthogonalised
 from esper.engine.snapshot import optimizer_state, restore_optimizer
 from esper.errors import UserError

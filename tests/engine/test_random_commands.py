@@ -168,7 +168,7 @@ class AnyCommands(RuleBasedStateMachine):
     def branches_are_numbered_and_owned(self) -> None:
         registry = self.loop.grow.registry
         assert [branch.id for branch in registry.branches.entries] == list(range(len(registry.branches)))
-        owners = [b for b in registry.branches.living() if b.stage is not S.FOSSILIZED and not b.aside]
+        owners = [b for b in registry.branches.living() if b.stage is not S.FOSSILIZED and not b.excluded]
         assert len({b.row for b in owners}) == len(owners), "one living owner a chunk"
         for branch in owners:
             assert int(registry.table.branch[branch.row]) == branch.id
@@ -211,7 +211,7 @@ class AnyCommands(RuleBasedStateMachine):
             if branch.stage not in (*BLENDED, S.CULLED):
                 assert float(registry.branches.alpha[branch.id]) == 0.0
         for number, layer in enumerate(registry.layers):
-            planned = sorted(id for group in layer.plan for id in group.branches)
+            planned = sorted(id for group in layer.groups for id in group.branches)
             assert planned == sorted(b.id for b in registry.blended(number))
 
     @invariant()

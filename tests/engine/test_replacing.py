@@ -16,7 +16,7 @@ from esper.engine.snapshot import branch_state
 from esper.lifecycle import Stage
 from esper.messages import ApplyTogether, Cancel, EmergencyStop, ReplaceBranch, Selector
 from esper.seeds import Branch
-from esper.trainer.governor import Anomaly, Governor, Watch
+from esper.trainer.governor import Anomaly, Governor, GovernorSettings
 
 S = Stage
 FC1 = Selector(site="fc1", seeds=[0])
@@ -191,7 +191,7 @@ def test_the_governor_takes_away_a_culprit_that_is_on_trial(monkeypatch: pytest.
     before = values(loop, 0)
     apply(loop, replace())
     loop.run(6)
-    governor = Governor(loop.grow, Watch(every=10))
+    governor = Governor(loop.grow, GovernorSettings(every=10))
     assert loop.grow.registry.branches[0].held
     assert "which stays" not in governor._remove(loop.grow.registry.branches[1], Anomaly(9, "the loss is nan"))
     assert [b.id for b in loop.grow.registry.blended(0)] == [0] and "governor: the loss is nan" in loop.port.alerts[-1].text

@@ -92,7 +92,7 @@ def test_alpha_climbs_tick_by_tick_to_its_end():
         alphas.append(float(loop.grow.registry.branches.alpha[branch.id]))
         loop.run(1)
     assert alphas == pytest.approx([tick / 20 for tick in range(20)])
-    (group,) = loop.grow.registry.layers[0].plan
+    (group,) = loop.grow.registry.layers[0].groups
     assert group.alpha.tolist() == [1.0], "what the forward reads"
 
 

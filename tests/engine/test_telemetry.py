@@ -20,7 +20,7 @@ from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
 from esper.messages import COLUMNS
 from esper.seeds import Recording, TelemetryConfig
-from esper.trainer.fingerprint import untimed
+from esper.trainer.evaluation import untimed
 
 S = Stage
 
@@ -191,6 +191,14 @@ def test_rows_are_written_where_the_port_wants_them_whatever_was_there():
     loop.run(4)
     assert len(said) == 4 and all(rows is place for rows, place in zip(said, given, strict=True))
     assert not any((rows == 777.0).any() for rows in said)
+
+
+def test_a_state_from_before_a_column_was_appended_is_taken_over_and_the_column_is_not_measured_yet():
+    observer = Loop(settings={"telemetry": TelemetryConfig(every=1)}).run(2).grow.observer
+    saved = [rows.clone() for rows in observer.state()]
+    observer.load([rows[:, :-1] for rows in saved])
+    for rows, before in zip(observer.health, saved, strict=True):
+        assert torch.equal(rows[:, :-1].nan_to_num(), before[:, :-1].nan_to_num()) and rows[:, -1].isnan().all()
 
 
 def test_nobody_needs_to_listen():

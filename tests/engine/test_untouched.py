@@ -226,7 +226,7 @@ def test_a_host_with_dormant_seeds_and_a_judging_loader_trains_as_alone() -> Non
                 grow.after_backward(data, loss.detach())
                 grow.tick(loss.detach())
             watched.optimizer.zero_grad()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
     assert run(True) == run(False)

@@ -59,7 +59,7 @@ def test_the_average_follows_what_grows_and_becomes_the_model(kind: str, order: 
         expected = model.net.eval()(x)
         torch.testing.assert_close(inner.eval()(x), expected)
         torch.testing.assert_close(grown.export().eval()(x), expected)
-        model.net.fc1._modules[ATTRIBUTE].plan = []
+        model.net.fc1._modules[ATTRIBUTE].groups = []
         assert not torch.equal(expected, model.net(x)), "what grew counts"
 
 

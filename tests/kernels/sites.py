@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esper.kernels.branch_kinds import KINDS, split_banks
-from esper.kernels.geometry import chunk_bounds, chunk_width
+from esper.kernels.chunk_layout import chunk_bounds, chunk_width
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -51,7 +51,7 @@ def make_case(
     chunk, parameters = chunk_width(width, seeds), []
     bounds = chunk_bounds(width, seeds)
     for number, name in enumerate(names):
-        for part in KINDS[name].order:
+        for part in KINDS[name].stack_names:
             shape = stack_shape(part, capacity[number], chunk, hidden)
             stack = torch.randn(shape, generator=g) / max(1, shape[1] if len(shape) == 3 else 1) ** 0.5
             for seed in (bank == number).nonzero()[:, 0].tolist():
@@ -71,6 +71,7 @@ def error(out: Tensor, expected: Tensor) -> float:
     """Relative root mean square of the difference; infinite where anything is not finite."""
     if not torch.isfinite(out).all():
         return float("inf")
+    out, expected = out.detach(), expected.detach()
     return float((out.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)) if out.numel() else 0.0
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esper.blueprints import MLP
 from esper.engine.learning.branch_optimizer import BranchLearning
-from esper.kernels.adamw import Settings, adamw
+from esper.kernels.adamw import AdamWSettings, adamw
 from tests.growing import Loop, germinate, short
 from tests.kernels.sites import DEVICE
 
@@ -40,7 +40,7 @@ def test_slots_that_learn_move_as_under_torch_and_the_others_not_at_all(clip: fl
             if clip:
                 nn.utils.clip_grad_norm_(twin, clip)
             optimizer.step()
-        norms = adamw(held, LEARNING.to(DEVICE), steps, Settings(0.02, 5.0, *betas, 1e-8, 0.1, clip))
+        norms = adamw(held, LEARNING.to(DEVICE), steps, AdamWSettings(0.02, 5.0, *betas, 1e-8, 0.1, clip))
         own = torch.stack([torch.linalg.vector_norm(entry[1].flatten(1), dim=1) for entry in held]).square().sum(0).sqrt()
         torch.testing.assert_close(norms[:3], own[:3], rtol=1e-5, atol=1e-6)
         assert not norms[3].isfinite()

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.kernels import branches as branches_module
-from esper.kernels import launch, reference, reference_branches, telemetry
+from esper.kernels import launch_rules, reference, reference_branches, telemetry
 from esper.kernels.branches import branches, branches_backward
-from esper.kernels.geometry import as_rows
+from esper.kernels.chunk_layout import as_rows
 from tests.examples import examples
 from tests.kernels.sites import DEVICE, error, make_case
 
@@ -28,24 +28,24 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def lessons(case, share: float = 0.4):
+def objectives(case, share: float = 0.4):
     """Some seeds learn in isolation, those that blend among them too."""
     g = torch.Generator().manual_seed(9)
-    taught = torch.rand(case.alpha.shape[0], generator=g) < share
-    return torch.stack([torch.rand(taught.shape, generator=g), taught * 0.3], 1).to(DEVICE)
+    isolated = torch.rand(case.alpha.shape[0], generator=g) < share
+    return torch.stack([torch.rand(isolated.shape, generator=g), isolated * 0.3], 1).to(DEVICE)
 
 
-def check(case, x=None, lesson=None):
+def check(case, x=None, objective=None):
     """Outputs and gradients of one case against the reference in float64, telemetry included."""
     x = case.x if x is None else x
     bound, seeds = BOUND[x.dtype], case.alpha.shape[0]
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).to(x)
     rows = as_rows(x)
-    y, live, power, health = branches(rows, case.alpha, case.route, lesson, case.kinds, case.parameters, True, 0.2)
-    dx, grads, residual = branches_backward(rows, dy.reshape(rows.shape), live, lesson, case.route, case.kinds, case.parameters)
+    y, live, power, health = branches(rows, case.alpha, case.route, objective, case.kinds, case.parameters, True, 0.2)
+    dx, grads, residual = branches_backward(rows, dy.reshape(rows.shape), live, objective, case.route, case.kinds, case.parameters)
     wide, x64, dy64 = case.to(torch.float64), x.double().reshape(-1, x.shape[-1]), dy.double().reshape(-1, x.shape[-1])
     ye, le, pe = reference_branches.forward(x64, case.alpha, case.route, case.kinds, wide.parameters)
-    dxe, ge, re = reference_branches.backward(x64, dy64, le, lesson, case.route, case.kinds, wide.parameters)
+    dxe, ge, re = reference_branches.backward(x64, dy64, le, objective, case.route, case.kinds, wide.parameters)
     assert torch.equal(live, le)
     assert error(y.reshape(ye.shape), ye) <= bound
     assert error(dx.reshape(ye.shape), dxe) <= bound
@@ -59,7 +59,7 @@ def check(case, x=None, lesson=None):
 
 def untouched(case, width):
     """Features whose seeds have nothing blended."""
-    from esper.kernels.geometry import feature_owner
+    from esper.kernels.chunk_layout import feature_owner
 
     idle = (case.route[:, 0] < 0) | (case.alpha == 0)
     return idle[feature_owner(width, case.alpha.shape[0], case.alpha.device)]
@@ -74,7 +74,7 @@ def test_outputs_and_gradients_are_the_references(kinds, dtype):
 @pytest.mark.parametrize("kinds", KINDS)
 def test_isolated_objectives_share_the_pass(kinds):
     case = make_case(21, 33, 5, kinds, hidden=7)
-    check(case, lesson=lessons(case))
+    check(case, objective=objectives(case))
 
 
 @pytest.mark.parametrize("kinds", ["mlp_relu", "glu"])
@@ -87,7 +87,7 @@ def test_hidden_units_beyond_one_block():
     case = make_case(16, 128, 1, "glu", hidden=256, share=1.0)
     case.alpha.fill_(0.5)
     check(case)
-    check(case, lesson=torch.tensor([[0.5, 0.1]], device=DEVICE))
+    check(case, objective=torch.tensor([[0.5, 0.1]], device=DEVICE))
 
 
 @settings(max_examples=examples(6), derandomize=True)
@@ -116,7 +116,7 @@ def test_strided_and_channels_first_input():
 def test_few_and_many_active_seeds_are_measured_alike(monkeypatch, whole, active, dtype):
     """Up to a quarter of the seeds: whole rows measure all chunks; beyond, and where rows are too wide, active ones measure theirs."""
     if not whole:
-        monkeypatch.setattr(launch, "whole_rows", lambda *_: None)
+        monkeypatch.setattr(launch_rules, "whole_rows", lambda *_: None)
     case = make_case(45, 44, 8, "mlp_relu,affine", hidden=6, share=1.0, dtype=dtype)
     case.alpha.copy_(torch.arange(8) < active)
     check(case)

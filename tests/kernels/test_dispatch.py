@@ -13,7 +13,7 @@ from tests.kernels.sites import DEVICE, make_case
 
 
 def test_auto_says_once_that_it_takes_torch(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "missing", lambda *_: "no CUDA GPU was found")
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: "no CUDA GPU was found")
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.INFO, "esper.kernels"):
         first, _ = Kernels(KernelConfig("auto")), Kernels(KernelConfig("auto"))
@@ -22,7 +22,7 @@ def test_auto_says_once_that_it_takes_torch(monkeypatch, caplog):
 
 
 def test_triton_refuses_in_one_sentence(monkeypatch):
-    monkeypatch.setattr(dispatch, "missing", lambda *_: "Triton is not installed")
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: "Triton is not installed")
     with pytest.raises(UserError, match=r"^kernel=triton was asked for, but Triton is not installed; use kernel=auto"):
         Kernels(KernelConfig("triton"))
 
@@ -95,7 +95,7 @@ def test_a_flag_may_say_that_no_failure_counts(monkeypatch):
 
 def test_a_canary_that_agrees_stays_silent():
     kernels = Kernels(KernelConfig("triton", canary=1.0))
-    kernels.begin(3)
+    kernels.begin_tick(3)
     run(kernels, make_case(15, 24, 4, "mlp_gelu"))
     assert kernels.alerts == []
     assert kernels.path("site", torch.ones(2, 4, device=DEVICE)) == "triton"
@@ -104,7 +104,7 @@ def test_a_canary_that_agrees_stays_silent():
 def test_a_canary_that_disagrees_falls_back_for_the_rest_of_the_run(monkeypatch, caplog):
     case, kernels = make_case(15, 24, 4, "mlp_gelu", share=1.0), Kernels(KernelConfig("triton", canary=1.0))
     wrong = lambda x, *rest: (x * 2, torch.ones(4, device=DEVICE), torch.ones(4, device=DEVICE))  # noqa: E731
-    kernels.begin(3)
+    kernels.begin_tick(3)
     with monkeypatch.context() as patch:
         patch.setattr(reference_branches, "forward", wrong)
         answer = run(kernels, case)
@@ -124,7 +124,7 @@ def test_a_canary_looks_at_the_backward_too(monkeypatch, part):
         dx, gradients, residual = right(*words)
         return (dx * 1.5, gradients, residual) if part == 0 else (dx, [gradient * 0.0 for gradient in gradients], residual)
 
-    kernels.begin(3)
+    kernels.begin_tick(3)
     monkeypatch.setattr(reference_branches, "backward", wrong)
     run(kernels, case)
     assert len(kernels.alerts) == 1 and "gradient" in kernels.alerts[0][1] and kernels.path("site", case.x) == "torch"
@@ -132,7 +132,7 @@ def test_a_canary_looks_at_the_backward_too(monkeypatch, part):
 
 def test_a_canary_does_not_take_autocast_for_a_mistake():
     kernels = Kernels(KernelConfig("triton", canary=1.0))
-    kernels.begin(3)
+    kernels.begin_tick(3)
     with torch.autocast(torch.device(DEVICE).type, dtype=torch.bfloat16):
         run(kernels, make_case(15, 24, 4, "mlp_gelu", share=1.0))
     assert kernels.alerts == []
@@ -141,6 +141,6 @@ def test_a_canary_does_not_take_autocast_for_a_mistake():
 def test_canary_ticks_are_a_fixed_fraction():
     kernels, due = Kernels(KernelConfig("triton", canary=0.01)), []
     for tick in range(5000):
-        kernels.begin(tick)
-        due.append(kernels.checking)
+        kernels.begin_tick(tick)
+        due.append(kernels.canary_due)
     assert 25 <= sum(due) <= 80

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from esper.kernels.geometry import as_rows, chunk_bounds, feature_owner, gather_chunks
+from esper.kernels.chunk_layout import as_rows, chunk_bounds, feature_owner, gather_chunks
 from esper.kernels.reference import telemetry
 from esper.kernels.reference_branches import ReferenceBranches, backward, forward
 from tests.kernels.sites import make_case
@@ -67,8 +67,8 @@ def test_a_lesson_is_half_the_squared_distance(kinds):
     case = make_case(6, 12, 3, kinds, hidden=3, share=1.0, draw=5).to(torch.float64)
     x, dy, route = case.x.cpu(), torch.randn(6, 12, dtype=torch.float64), case.route.cpu()
     parameters = [p.cpu().requires_grad_() for p in case.parameters]
-    lesson, off = torch.tensor([[0.5, 0.25]] * 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    dx, grads, residual = backward(x, dy, off, lesson, route, kinds, [p.detach() for p in parameters])
+    objective, off = torch.tensor([[0.5, 0.25]] * 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    dx, grads, residual = backward(x, dy, off, objective, route, kinds, [p.detach() for p in parameters])
     y = forward(x, torch.ones(3, dtype=torch.float64), route, kinds, parameters)[0]
     expected = torch.autograd.grad(0.25 * 0.5 * (y - x + 0.5 * dy).square().sum(), parameters)
     assert torch.equal(dx, dy)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from esper.kernels import launch, reference
-from esper.kernels.geometry import feature_owner
+from esper.kernels import launch_rules, reference
+from esper.kernels.chunk_layout import feature_owner
 from esper.kernels.telemetry import telemetry
 from tests.kernels.sites import DEVICE, error
 
@@ -20,7 +20,7 @@ ROUTES = {"windows": (), "whole rows": ("windows",), "means": ("windows", "whole
 @pytest.mark.parametrize(("rows", "width", "seeds"), SHAPES)
 def test_every_route_agrees_with_the_reference(monkeypatch, rows, width, seeds, dtype, route):
     for rule in ROUTES[route]:
-        monkeypatch.setattr(launch, rule, lambda *_: None)
+        monkeypatch.setattr(launch_rules, rule, lambda *_: None)
     x = (torch.randn(rows, width, generator=torch.Generator().manual_seed(0)) + 3).to(dtype).to(DEVICE)
     assert error(telemetry(x, seeds, 0.5), reference.telemetry(x.double(), seeds, 0.5)) <= 1e-5
 

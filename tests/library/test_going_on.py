@@ -89,13 +89,13 @@ def test_a_rate_set_by_hand_is_followed_from_where_it_began() -> None:
     made[1].param_groups[0]["lr"] = 0.001
     made[1].param_groups[0].pop("initial_lr")
     train((made[0], made[1], torch.optim.lr_scheduler.ConstantLR(made[1], 1.0)), grow, 0, 2)
-    assert grow.settings.learning.lr * grow.rate.factor() == pytest.approx(0.001)
+    assert grow.settings.learning.lr * grow.host_rate.factor() == pytest.approx(0.001)
     again = parts("mlp")
     again[1].param_groups[0]["lr"] = 0.001
     again[1].param_groups[0].pop("initial_lr")
     second = attached(again, state=grow.state())
     assert second.settings.learning.lr == grow.settings.learning.lr
-    assert second.settings.learning.lr * second.rate.factor() == pytest.approx(0.001)
+    assert second.settings.learning.lr * second.host_rate.factor() == pytest.approx(0.001)
 
 
 def test_a_state_that_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def rates(make: Callable[[Any], Optimizer], schedule: Scheduled, first: bool) ->
         optimizer.step()
         host.append([float(group["lr"]) for group in optimizer.param_groups])
         grow.tick(loss.detach())
-        seen.append(grow.settings.learning.lr * grow.rate.factor())
+        seen.append(grow.settings.learning.lr * grow.host_rate.factor())
         optimizer.zero_grad()
         scheduler.step(*([float(loss.detach())] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
     assert grow.transitions.counts["germinated"] == 1 and len(optimizer.param_groups) == len(host[0])
@@ -99,4 +99,4 @@ def test_a_cycle_that_climbs_a_hundredfold_never_drives_branches_beyond_their_ow
     assert seen[4:] == pytest.approx([1e-3 * rate / 0.1 for (rate,) in host[4:]])
     given: dict[str, Any] = {"optimizer": grow.optimizer, "total_steps": 60, "lifecycle": short(), "controller": scheduled()}
     second = attach(build("mlp"), loss=sample_loss, judge=JUDGE, sites="fc1", state=grow.state(), **given)
-    assert second.rate.peak == grow.rate.peak == pytest.approx(100.0)
+    assert second.host_rate.peak == grow.host_rate.peak == pytest.approx(100.0)

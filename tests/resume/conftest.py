@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.cli.compose import compose
 from esper.config import RootConfig
 from esper.report.summary_file import read_summary
@@ -58,6 +58,6 @@ def copied(finished: Path, tmp_path: Path, until: int | None = None) -> Path:
     shutil.copytree(finished, folder)
     (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(str(finished.parents[1]), str(tmp_path)))
     if until is not None:
-        store.forget_after(folder / store.FOLDER, until)
+        disk.forget_after(folder / disk.FOLDER, until)
         (folder / "run.lock").write_text(json.dumps({"config_hash": read_summary(folder)["config_hash"]}))
     return folder

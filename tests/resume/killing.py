@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.cli.resume import resume
 from esper.config import RootConfig
 from esper.report.summary_file import read_summary
@@ -100,7 +100,7 @@ class Place:
 
 def reached(folder: Path, step: int) -> Callable[[], bool]:
     """Whether the run in a folder has a checkpoint of that step or a later one."""
-    return lambda: any(int(kept.name) >= step for kept in store.checkpoints(folder / store.FOLDER))
+    return lambda: any(int(kept.name) >= step for kept in disk.checkpoints(folder / disk.FOLDER))
 
 
 def start(config: RootConfig, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esper import load_model
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.cli.export import main
 from esper.cli.resume import resume
 from esper.errors import UserError
@@ -35,7 +35,7 @@ def as_resumed(folder: Path) -> torch.nn.Module:
 
 
 def test_a_killed_run_gives_the_model_of_its_newest_checkpoint(killed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    step = int(store.checkpoints(killed / store.FOLDER)[-1].name)
+    step = int(disk.checkpoints(killed / disk.FOLDER)[-1].name)
     assert main([f"run={killed}", "format=safetensors"]) == 0
     said = capsys.readouterr()
     assert f"this is the model of {killed} after step {step}" in said.err
@@ -60,7 +60,7 @@ def test_one_checkpoint_can_be_named_and_a_damaged_one_is_passed_over(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    *earlier, newest = store.checkpoints(folder / store.FOLDER)
+    *earlier, newest = disk.checkpoints(folder / disk.FOLDER)
     main([f"run={earlier[0]}", "format=safetensors", f"to={tmp_path / 'early'}"])
     assert f"after step {int(earlier[0].name)};" in capsys.readouterr().err
     (newest / "tensors.safetensors").write_bytes(b"torn")
@@ -74,7 +74,7 @@ def test_one_checkpoint_can_be_named_and_a_damaged_one_is_passed_over(
 def test_a_run_without_any_checkpoint_gets_a_sentence(killed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    shutil.rmtree(folder / store.FOLDER)
+    shutil.rmtree(folder / disk.FOLDER)
     with pytest.raises(UserError, match=rf"{folder} has neither finished nor saved a checkpoint, so there is no model yet"):
         main([f"run={folder}"])
     with pytest.raises(UserError, match="holds no saved model"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.cli.resume import fork
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
@@ -55,9 +55,9 @@ def test_another_kind_of_optimizer_or_controller_begins_anew(
 
 
 def test_an_optimizer_that_begins_anew_is_the_one_of_a_rollback_too(finished: Path, tmp_path: Path) -> None:
-    states = [store.read(path) for path in store.checkpoints(finished / store.FOLDER)]
+    states = [disk.read(path) for path in disk.checkpoints(finished / disk.FOLDER)]
     step = max(checkpoint.step for checkpoint, state in states if state["trainer"]["grow"]["guard"]["states"])
-    place = copied(finished, tmp_path) / store.FOLDER / f"{step:09d}"
+    place = copied(finished, tmp_path) / disk.FOLDER / f"{step:09d}"
     state = fork(place, ["optimizer=sgd"]).state["trainer"]
     snapshots = [state["governor"]["snapshot"], *(kept["snapshot"] for kept in state["grow"]["guard"]["states"])]
     for holder in (state, *snapshots):
@@ -69,9 +69,9 @@ def test_an_optimizer_that_begins_anew_is_the_one_of_a_rollback_too(finished: Pa
 
 
 def test_branches_that_learn_by_another_rule_begin_anew_too(finished: Path, tmp_path: Path) -> None:
-    states = [store.read(path) for path in store.checkpoints(finished / store.FOLDER)]
+    states = [disk.read(path) for path in disk.checkpoints(finished / disk.FOLDER)]
     step = max(checkpoint.step for checkpoint, state in states if state["trainer"]["grow"]["guard"]["states"])
-    state = fork(copied(finished, tmp_path) / store.FOLDER / f"{step:09d}", ["optimizer=muon"]).state["trainer"]
+    state = fork(copied(finished, tmp_path) / disk.FOLDER / f"{step:09d}", ["optimizer=muon"]).state["trainer"]
     for site in state["grow"]["garden"]["banks"].values():
         for bank in site.values():
             moments = [moment for pair in bank["moments"].values() for moment in pair]

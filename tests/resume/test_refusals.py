@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from esper.app import main
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.tree import join, split
 from esper.cli.resume import fork, resume
 from esper.config import GROUPS
@@ -87,12 +87,12 @@ def test_epochs_that_come_to_more_steps_are_longer(finished: Path, tmp_path: Pat
 def test_the_last_checkpoint_of_a_finished_run_leaves_nothing_to_do(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
     with pytest.raises(UserError, match="is finished"):
-        resume(store.checkpoints(folder / store.FOLDER)[-1])
+        resume(disk.checkpoints(folder / disk.FOLDER)[-1])
 
 
 def test_a_checkpoint_apart_from_its_run_is_refused(finished: Path, tmp_path: Path) -> None:
-    checkpoint = store.checkpoints(finished / store.FOLDER)[-1]
-    for place in (tmp_path / "step", tmp_path / store.FOLDER / "000000080"):
+    checkpoint = disk.checkpoints(finished / disk.FOLDER)[-1]
+    for place in (tmp_path / "step", tmp_path / disk.FOLDER / "000000080"):
         shutil.copytree(checkpoint, place)
         for begin in (resume, fork):
             with pytest.raises(UserError, match="is a checkpoint apart from its run"):
@@ -101,10 +101,10 @@ def test_a_checkpoint_apart_from_its_run_is_refused(finished: Path, tmp_path: Pa
 
 def without(path: Path, change: Any) -> None:
     """Let a state be changed and the checkpoint be written anew, with right hashes."""
-    checkpoint, state = store.read(path)
+    checkpoint, state = disk.read(path)
     plain, tensors = split(change(join(*split(state))))
     manifest = checkpoint.manifest
-    store.write(store.Copy(checkpoint.step, manifest["tick"], manifest["topology"], plain, tensors, manifest["score"]), path.parent)
+    disk.write(disk.Copy(checkpoint.step, manifest["tick"], manifest["topology"], plain, tensors, manifest["score"]), path.parent)
 
 
 FORGERIES = {
@@ -123,7 +123,7 @@ def test_a_whole_checkpoint_that_is_not_a_runs_is_refused(
     finished: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied(finished, tmp_path, until=40)
-    without(store.checkpoints(folder / store.FOLDER)[-1], FORGERIES[name])
+    without(disk.checkpoints(folder / disk.FOLDER)[-1], FORGERIES[name])
     assert main([f"resume={folder}"]) == 2
     assert "The saved state cannot be taken over" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.cli.resume import auto, refuse_changes, resume
 from esper.cli.resume import main as go_on
 from esper.compare.fingerprint import same_bits
@@ -50,7 +50,7 @@ def test_sigterm_saves_and_ends_with_75_and_resume_ends_the_same(configure: Conf
     places = [f"output={tmp_path}", f"hydra.run.dir={folder}"]
     process = subprocess.Popen([sys.executable, "-m", "esper", *words, *places], cwd=checkout, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not store.checkpoints(folder / store.FOLDER):
+    while not disk.checkpoints(folder / disk.FOLDER):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -58,7 +58,7 @@ def test_sigterm_saves_and_ends_with_75_and_resume_ends_the_same(configure: Conf
     assert process.stderr is not None and "everything is saved" in process.stderr.read()
     before = read_summary(folder)
     assert before["status"] == "KILLED" and not (folder / "run.lock").exists() and 0 < before["steps"] < 1200
-    assert int(store.checkpoints(folder / store.FOLDER)[-1].name) == before["steps"]
+    assert int(disk.checkpoints(folder / disk.FOLDER)[-1].name) == before["steps"]
     start = resume(folder)
     assert start.state["trainer"]["steps"] == before["steps"]
     run(start.config, start.folder, quiet=True, state=start.state)
@@ -89,8 +89,8 @@ def test_auto_finds_the_run_of_this_configuration_that_did_not_end(
     assert unfinished(config) is None
     assert auto(config, tmp_path / "new") is None
     folder = copied(finished, tmp_path, until=79)
-    *_, last = sorted((folder / store.FOLDER).iterdir())
-    (last / store.TENSORS).write_bytes((last / store.TENSORS).read_bytes()[:-5])
+    *_, last = sorted((folder / disk.FOLDER).iterdir())
+    (last / disk.TENSORS).write_bytes((last / disk.TENSORS).read_bytes()[:-5])
     found = auto(config, tmp_path / "new")
     assert found is not None and found.folder == folder and found.state["trainer"]["steps"] < int(last.name)
     assert "truncated" in capsys.readouterr().err
@@ -113,7 +113,7 @@ def test_a_checkpoint_has_the_score_of_the_last_validation_however_long_ago_it_w
 
 def test_the_checkpoint_before_can_be_asked_for(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
-    first = store.checkpoints(folder / store.FOLDER)[0]
+    first = disk.checkpoints(folder / disk.FOLDER)[0]
     assert resume(first).state["trainer"]["steps"] == int(first.name)
 
 

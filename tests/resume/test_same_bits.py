@@ -15,7 +15,7 @@ from typing import ClassVar
 import pytest
 
 from esper.bus.server.embedded import EmbeddedServer
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.compare.fingerprint import explain, same_bits
 from esper.compare.fingerprint import main as compare
 from esper.report.summary_file import read_summary
@@ -48,7 +48,7 @@ def test_the_bits_do_not_depend_on_a_server_elsewhere_that_holds_the_bus(
     server, folder = EmbeddedServer(tmp_path / "server"), tmp_path / "day" / "run"
     monkeypatch.setenv("ESPER_BUS_PASSWORD", server.note.password)
     try:
-        words = ("bus=redis", f"bus.url=redis://127.0.0.1:{server.note.port}/0", "controller.timing=lockstep")
+        words = ("bus=redis", f"bus.url=redis://127.0.0.1:{server.note.tcp_port}/0", "controller.timing=lockstep")
         run(configure(*words, f"output={tmp_path}"), folder, quiet=True)
     finally:
         server.stop()
@@ -124,7 +124,7 @@ def test_what_is_missing_for_a_comparison_is_said(
 ) -> None:
     folder = tmp_path / "day" / "run"
     run(configure("optimizer.lr=0.0031", "trainer.checkpoint_every=7%", f"output={tmp_path}"), folder, quiet=True)
-    shutil.rmtree(folder / store.FOLDER)
+    shutil.rmtree(folder / disk.FOLDER)
     (folder / "metrics.parquet").write_bytes(b"PAR1 no more")
     kinds = {difference.kind: difference.text for difference in explain(finished, folder)}
     assert f"{folder / 'metrics.parquet'} cannot be read" in kinds["step"]
@@ -141,8 +141,8 @@ def test_weights_are_called_equal_only_where_both_were_looked_at(configure: Conf
     assert not [difference for difference in explain(finished, folder) if difference.kind == "weights"]
     other = tmp_path / "other" / "run"
     run(configure("optimizer.lr=0.0031", f"output={tmp_path / 'other'}"), other, quiet=True)
-    *_, before, latest = (path.name for path in store.checkpoints(folder / store.FOLDER))
-    shutil.rmtree(folder / store.FOLDER / latest)
-    shutil.copytree(other / store.FOLDER / latest, folder / store.FOLDER / latest)
+    *_, before, latest = (path.name for path in disk.checkpoints(folder / disk.FOLDER))
+    shutil.rmtree(folder / disk.FOLDER / latest)
+    shutil.copytree(other / disk.FOLDER / latest, folder / disk.FOLDER / latest)
     (text,) = (difference.text for difference in explain(finished, folder) if difference.kind == "weights")
     assert text == f"at step 80 the host differs (fc1.weight); at step {int(before)} all were equal"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.cli.resume import fork, resume
 from esper.compare.fingerprint import explain
 from esper.errors import UserError
@@ -36,7 +36,7 @@ def abacus(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_a_life_on_another_machine_is_not_forgotten_by_the_last_one(finished: Path, tmp_path: Path, abacus: pytest.MonkeyPatch) -> None:
     folder = copied(finished, tmp_path, until=40)
-    at = int(store.checkpoints(folder / store.FOLDER)[-1].name)
+    at = int(disk.checkpoints(folder / disk.FOLDER)[-1].name)
     go_on(folder)
     abacus.undo()
     go_on(folder, "trainer.steps=90")
@@ -59,7 +59,7 @@ def test_what_was_done_again_elsewhere_counts_for_who_did_it_last(finished: Path
     folder = copied(finished, tmp_path, until=40)
     go_on(folder)
     abacus.undo()
-    go_on(store.checkpoints(folder / store.FOLDER)[0])
+    go_on(disk.checkpoints(folder / disk.FOLDER)[0])
     assert [life["since"] for life in read_summary(folder)["environments"]] == [0] and environments(finished, folder) == []
 
 

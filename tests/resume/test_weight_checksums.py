@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.compare.fingerprint import explain
 from esper.running.callbacks import WEIGHTS, WeightChecksums, checksum, read_checksums
 from esper.running.run import run
@@ -39,7 +39,7 @@ def test_one_flipped_bit_is_found_though_no_checkpoint_is_left(
     folder = tmp_path / "day" / "run"
     monkeypatch.setattr(Trainer, "advance", flipping(37))
     run(configure(f"output={tmp_path}"), folder, quiet=True)
-    shutil.rmtree(folder / store.FOLDER)
+    shutil.rmtree(folder / disk.FOLDER)
     assert weights(finished, folder)[0] == "the first noted to differ are those after step 48; at step 32 they were equal"
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from esper.blueprints import GLU, MLP, Affine, Blueprint, Conv, Geometry, LowRank, SlotBank
 from esper.lifecycle import Stage
 from esper.seeds import Branch
-from esper.seeds.branch_groups import Part
+from esper.seeds.branch_groups import GroupMember
 
 BLUEPRINTS: dict[str, Blueprint] = {
     "affine-chunk": Affine(),
@@ -35,10 +35,10 @@ SITES: dict[str, tuple[Geometry, tuple[int, ...]]] = {
 }
 
 
-def filled_bank(blueprint: Blueprint, geometry: Geometry, seeds: list[int], residual: bool = False) -> tuple[SlotBank, list[Part]]:
-    """A float64 bank with one branch a seed, nowhere silent, and the parts that put them into a plan."""
+def filled_bank(blueprint: Blueprint, geometry: Geometry, seeds: list[int], residual: bool = False) -> tuple[SlotBank, list[GroupMember]]:
+    """A float64 bank with one branch a seed, nowhere silent, and the parts that put them into groups."""
     bank = SlotBank(blueprint, geometry, torch.device("cpu"))
-    parts = []
+    members = []
     draws = torch.Generator().manual_seed(5)
     for number, seed in enumerate(seeds):
         slot = bank.allocate(seed, draws, silent=False)
@@ -48,8 +48,8 @@ def filled_bank(blueprint: Blueprint, geometry: Geometry, seeds: list[int], resi
                 noise = torch.rand(real, generator=draws) - 0.5
                 stack[slot][tuple(slice(size) for size in real)] += noise
         branch = Branch(number, 0, seed, seed, blueprint.name, slot, 1, "linear", 0, 0, residual, Stage.GRAFTING)
-        parts.append(Part(branch, 0.25 + 0.25 * number, True))
-    return bank.double(), parts
+        members.append(GroupMember(branch, 0.25 + 0.25 * number, True))
+    return bank.double(), members
 
 
 def unpadded(bank: SlotBank, slot: int, seed: int) -> dict[str, Tensor]:
@@ -59,22 +59,22 @@ def unpadded(bank: SlotBank, slot: int, seed: int) -> dict[str, Tensor]:
     return {name: bank.stacks[name][slot][tuple(slice(size) for size in shape)] for name, shape in shapes.items()}
 
 
-def blended_one_by_one(x: Tensor, bank: SlotBank, parts: list[Part]) -> Tensor:
+def blended_one_by_one(x: Tensor, bank: SlotBank, members: list[GroupMember]) -> Tensor:
     """``x + Σ α·δ(x)`` with a loop over branches."""
     geometry = bank.geometry
     dim = geometry.dim if geometry.dim >= 0 else x.dim() - 1
     y = x.clone()
-    for part in parts:
-        start, end = geometry.bounds(part.branch.seed)
+    for member in members:
+        start, end = geometry.bounds(member.branch.seed)
         chunk = x.narrow(dim, start, end - start)
         reads = chunk if bank.blueprint.receptive_field == "chunk" else x
-        values = unpadded(bank, part.branch.slot, part.branch.seed)
+        values = unpadded(bank, member.branch.slot, member.branch.seed)
         if isinstance(bank.blueprint, Conv):
             delta = conv(bank.blueprint, values, reads)
         else:
             delta = dense(bank.blueprint, values, reads.movedim(dim, -1)).movedim(-1, dim)
-        delta = delta - chunk if part.branch.residual else delta
-        y = y + functional.pad((part.alpha * delta).movedim(dim, -1), (start, geometry.width - end)).movedim(-1, dim)
+        delta = delta - chunk if member.branch.residual else delta
+        y = y + functional.pad((member.alpha * delta).movedim(dim, -1), (start, geometry.width - end)).movedim(-1, dim)
     return y
 
 

@@ -99,7 +99,7 @@ def test_the_linear_layer_of_gpt2_is_folded_into_and_exporting_leaves_the_model_
     registry.layers[0].bank("affine").stacks["scale"].data.fill_(0.3)
     branch.stage = Stage.FOSSILIZED
     registry.branches.alpha[0] = 0.5
-    registry.touch(0)
+    registry.mark_changed(0)
     registry.refresh()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     from esper.seeds.exporting import export

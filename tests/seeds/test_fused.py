@@ -11,9 +11,9 @@ from esper.blueprints import GLU, MLP, Affine, Geometry, LowRank, SlotBank
 from esper.engine.costs import Meter
 from esper.kernels import KernelConfig, Kernels
 from esper.seeds.blend import blend
-from esper.seeds.branch_groups import Part, build
+from esper.seeds.branch_groups import GroupMember, build
 from esper.seeds.branches import Branch
-from esper.seeds.fused import Fused, fuse
+from esper.seeds.fused_group import FusedGroup, fuse
 from esper.seeds.recording import Recording
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,19 +40,19 @@ def registry_of(width: int, seeds: int) -> tuple[Geometry, dict[str, SlotBank], 
 @pytest.mark.parametrize("width", [32, 29])
 def test_one_pass_equals_the_groups(width: int):
     geometry, banks, branches = registry_of(width, 10)
-    parts = [Part(branch, 0.1 + 0.1 * branch.id, branch.id % 3 != 0) for branch in branches]
+    members = [GroupMember(branch, 0.1 + 0.1 * branch.id, branch.id % 3 != 0) for branch in branches]
     twin = copy.deepcopy(banks)
     kernels = Kernels(KernelConfig("triton"))
-    plain = build(parts, twin, geometry, DEVICE)
-    fused = fuse(build(parts, banks, geometry, DEVICE), "site", geometry, {b.id: b.seed for b in branches}, kernels, DEVICE)
-    assert [type(group) for group in fused] == [Fused]
+    plain = build(members, twin, geometry, DEVICE)
+    fused = fuse(build(members, banks, geometry, DEVICE), "site", geometry, {b.id: b.seed for b in branches}, kernels, DEVICE)
+    assert [type(group) for group in fused] == [FusedGroup]
     x = torch.randn(7, 3, width, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     outcomes = []
-    for plan, owned in ((plain, twin), (fused, banks)):
+    for groups, owned in ((plain, twin), (fused, banks)):
         leaf = x.clone().requires_grad_()
         recording = Recording(geometry, 1e-3)
         recording.read(leaf)
-        y = blend(leaf, plan, geometry, recording)
+        y = blend(leaf, groups, geometry, recording)
         y.square().sum().backward()
         gradients = {f"{name}.{key}": stack.grad for name, bank in owned.items() for key, stack in bank.stacks.items()}
         outcomes.append((y.detach(), leaf.grad, gradients, recording.ratios))
@@ -71,8 +71,8 @@ def test_a_branch_that_is_not_finite_is_counted_and_adds_nothing():
     with torch.no_grad():
         banks["mlp"].stacks["b2"][branches[0].slot] = float("nan")
     kernels = Kernels(KernelConfig("triton"))
-    parts = [Part(branch, 0.5, True) for branch in branches]
-    (fused,) = fuse(build(parts, banks, geometry, DEVICE), "site", geometry, {b.id: b.seed for b in branches}, kernels, DEVICE)
+    members = [GroupMember(branch, 0.5, True) for branch in branches]
+    (fused,) = fuse(build(members, banks, geometry, DEVICE), "site", geometry, {b.id: b.seed for b in branches}, kernels, DEVICE)
     x = torch.randn(6, 30, device=DEVICE, requires_grad=True)
     y = blend(x, [fused], geometry)
     y.sum().backward()
@@ -83,8 +83,8 @@ def test_a_branch_that_is_not_finite_is_counted_and_adds_nothing():
 def test_counting_macs_sees_what_the_fused_pass_stands_for():
     geometry, banks, branches = registry_of(30, 10)
     kernels = Kernels(KernelConfig("triton"))
-    parts = [Part(branch, 0.5, True) for branch in branches]
-    groups = build(parts, banks, geometry, DEVICE)
+    members = [GroupMember(branch, 0.5, True) for branch in branches]
+    groups = build(members, banks, geometry, DEVICE)
     fused = fuse(list(groups), "site", geometry, {b.id: b.seed for b in branches}, kernels, DEVICE)
     x = torch.randn(6, 30, device=DEVICE)
     meter, plain = Meter(kernels), Meter()
@@ -92,7 +92,7 @@ def test_counting_macs_sees_what_the_fused_pass_stands_for():
         counted = blend(x, fused, geometry)
     with plain.counting("step", "groups"):
         expected = blend(x, groups, geometry)
-    assert meter.total == plain.total > 0 and torch.equal(counted, expected) and not kernels.aside
+    assert meter.total == plain.total > 0 and torch.equal(counted, expected) and not kernels.suspended
 
 
 def test_what_the_kernels_cannot_take_stays_outside():
@@ -101,5 +101,5 @@ def test_what_the_kernels_cannot_take_stays_outside():
     wide.allocate(0, torch.Generator().manual_seed(0), silent=True)
     branch = Branch(0, 0, 0, 0, "mlp", 0, 1, "linear", 0, 0)
     kernels = Kernels(KernelConfig("triton"))
-    plan = build([Part(branch, 1.0, True)], {"mlp": wide}, geometry, DEVICE)
-    assert fuse(plan, "site", geometry, {0: 0}, kernels, DEVICE) is plan
+    groups = build([GroupMember(branch, 1.0, True)], {"mlp": wide}, geometry, DEVICE)
+    assert fuse(groups, "site", geometry, {0: 0}, kernels, DEVICE) is groups

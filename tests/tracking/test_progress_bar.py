@@ -65,7 +65,7 @@ def test_the_rate_forgets_what_is_long_past():
         now[0] = float(second)
         state.take(TickEnded(tick=second if second < 10 else 10 + 100 * (second - 10)))
         state.mark()
-    assert state.rate == 100.0
+    assert state.steps_per_second == 100.0
 
 
 def test_before_the_first_message_nothing_is_known():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from esper.trainer.robust_bands import WARM, WINDOW, Band
+from esper.trainer.governor import WARM, WINDOW, Band
 
 
 def learnt_by_heart() -> Band:

@@ -289,7 +289,7 @@ class MemoryConsumer:
             bus.counters.add("acknowledged", len(deliveries))
 
     def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
+        """Handling these takes long: while this consumer reads, no other consumer is given them."""
         with self._bus.lock:
             for delivery in deliveries:
                 held = self._logs[delivery.producer].groups[self.group].pending.get(delivery.id)

@@ -41,7 +41,7 @@ class Entry(msgspec.Struct, gc=False):
 
 
 class Pending(msgspec.Struct, gc=False):
-    """A message handed out and not yet acknowledged: to whom, how often, when last (monotonic seconds)."""
+    """A message delivered and not yet acknowledged: the consumer, the number of deliveries, the time of the last (monotonic seconds)."""
 
     owner: str
     deliveries: int
@@ -51,7 +51,7 @@ class Pending(msgspec.Struct, gc=False):
 
 @dataclass
 class Group:
-    """Where a consumer group stands in one log."""
+    """The position of a consumer group in one log."""
 
     next: int = 0
     pending: dict[str, Pending] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""``esper control <run folder>``: a controller in a process of its own, which may be killed and started again."""
+"""``esper control <run folder>``: a controller in its own process, which may be killed and restarted."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SEND_S = 10.0
 
 
 class SavedState(msgspec.Struct):
-    """The memory of a controller process, with which it goes on after a kill as if nothing had happened.
+    """The memory of a controller process, from which it continues after a kill as if nothing had happened.
 
     ``started`` is the run's RunStarted, which a controller hears again after ``load_state``, as in a resumed run.
     ``heard`` is the last message of every stream and producer that ``state`` has seen; ``said`` are the commands of
-    the last decision, which are sent again because nobody knows whether they arrived: the trainer knows their ids.
+    the last decision, which are sent again because it is not known whether they arrived: the trainer knows their ids.
     """
 
     tick: int = -1
@@ -39,7 +39,7 @@ class SavedState(msgspec.Struct):
 
 
 class ExternalRunner:
-    """Feeds a controller what a run says and answers every tick; its state is on disk before a command leaves."""
+    """Gives a controller the messages of a run and answers every tick; its state is on disk before a command leaves."""
 
     def __init__(self, bus: RemoteBus, run: str, controller: Controller, folder: Path) -> None:
         self._controller, self._folder = controller, folder
@@ -113,7 +113,7 @@ class ExternalRunner:
             self._save(name)
 
     def _rewind(self, tick: int) -> None:
-        """The trainer goes on from its checkpoint of ``tick``: so do we."""
+        """The trainer continues from its checkpoint of ``tick``, and so does the controller."""
         heard = self._saved.heard
         name = f"tick-{tick}.json"
         if (self._folder / name).exists():

@@ -35,7 +35,7 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True)
 class Leftover:
-    """The messages that one producer left: its stream, run and name, the ids of its messages, and the folder they lie in."""
+    """The messages that one producer left: its stream, run and name, the ids of its messages, and their folder."""
 
     stream: str
     run: str

@@ -1,4 +1,4 @@
-"""``esper bus status | tail | dead-letters | flush <run folder>``: what is on a run's bus, for people and programs."""
+"""``esper bus status | tail | dead-letters | flush <run folder>``: the contents of a run's bus, for people and programs."""
 
 from __future__ import annotations
 

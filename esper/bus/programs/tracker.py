@@ -1,4 +1,4 @@
-"""``esper track <run folder>``: the run's trackers in a process of their own, which may be killed and started again.
+"""``esper track <run folder>``: the run's trackers in their own process, which may be killed and restarted.
 
 Every start reads the run from its beginning in a consumer group of its own and writes all sinks anew, replacing the work of an earlier
 life, so that a kill leaves neither hole nor double. The server therefore has to hold all messages of the run (``bus.keep_mb``).

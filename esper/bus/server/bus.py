@@ -194,7 +194,7 @@ class ServerBus:
         return keys.names(unless_other_type(lambda: self.client.smembers(keys.producers(run, stream)), frozenset()))
 
     def is_stream(self, key: str) -> bool:
-        """Whether a stream is under this key: nothing, or something of somebody else's, may be."""
+        """Whether this key holds a stream; it may hold nothing, or something foreign."""
         return unless_other_type(lambda: bool(self.client.exists(key)) and self.client.xlen(key) >= 0, False)
 
     def newest(self, stream: str, run: str, count: int, follow: bool) -> Iterator[tuple[str, str, Envelope]]:
@@ -258,7 +258,7 @@ class ServerBus:
             self._local.close()
 
     def _say_what_is_left(self) -> None:
-        """Training does not wait for the server, so its end is the first moment at which somebody must be told."""
+        """Warn about unsent messages; training does not wait for the server, so the user learns of them only at its end."""
         if unsent := sum(outbox.waiting for outbox in self._outboxes if not outbox.fenced):
             spool = self.folder / SPOOL
             log.warning(UNSENT.format(count=unsent, address=self.address, spool=spool, folder=self.folder.parent))

@@ -36,7 +36,7 @@ class Address:
     """Where a server is and how to log in; its ``repr`` shows no secret."""
 
     host: str
-    port: int
+    tcp_port: int
     database: int = 0
     user: str | None = None
     password: str | None = None
@@ -46,7 +46,7 @@ class Address:
     tls_key: str = ""
 
     def __repr__(self) -> str:
-        return f"{'rediss' if self.tls else 'redis'}://{self.host}:{self.port}/{self.database}"
+        return f"{'rediss' if self.tls else 'redis'}://{self.host}:{self.tcp_port}/{self.database}"
 
 
 Group = TypedDict("Group", {"name": bytes, "pending": int, "last-delivered-id": bytes})
@@ -136,10 +136,10 @@ def address_of(config: RedisConfig) -> Address:
     secrets.check("bus.url", config.url)
     try:
         parts = urlsplit(config.url)
-        port = parts.port if parts.port is not None else 6379
+        tcp_port = parts.port if parts.port is not None else 6379
     except ValueError:  # a port that is none, brackets that are no IPv6 address
         raise UserError(f"bus.url={config.url!r} is no server address: {accepted}") from None
-    if parts.scheme not in ("redis", "rediss") or not parts.hostname or not port:
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or not tcp_port:
         raise UserError(f"bus.url={config.url!r} is no server address: {accepted}")
     database = parts.path.strip("/") or "0"
     if not database.isdigit():
@@ -151,7 +151,7 @@ def address_of(config: RedisConfig) -> Address:
         )
     return Address(
         host=parts.hostname,
-        port=port,
+        tcp_port=tcp_port,
         database=int(database),
         user=os.environ.get(USER_VARIABLE) or None,
         password=os.environ.get(PASSWORD_VARIABLE) or None,
@@ -180,7 +180,7 @@ def connect(address: Address, timeout_s: float, retries: int = 0) -> Client:
         tls |= {"ssl_certfile": address.tls_cert, "ssl_keyfile": address.tls_key} if address.tls_cert else {}
     client = redis.Redis(
         host=address.host,
-        port=address.port,
+        port=address.tcp_port,
         db=address.database,
         username=address.user,
         password=address.password,

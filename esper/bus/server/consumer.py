@@ -88,7 +88,7 @@ class ServerConsumer:
             self._counts.add("acknowledged", len(deliveries))
 
     def keep(self, deliveries: list[Delivery], on: bool = True) -> None:
-        """Handling these takes long: while this consumer reads, nobody is given them, until told otherwise."""
+        """Handling these takes long: while this consumer reads, no other consumer is given them."""
         self._deliveries.keep(deliveries, on)
 
     def handled(self) -> dict[str, Id]:
@@ -145,11 +145,11 @@ class ServerConsumer:
         self._next_discovery = 0.0
 
     def _own(self, count: int) -> list[Delivery]:
-        """Entries pending under our name that are not in somebody's hands in this process.
+        """Entries pending under our name that no caller in this process holds.
 
-        Entries in somebody's hands are left alone, or every broken connection would count as one more delivery. An entry that an
+        Entries that a caller holds are left alone, or every broken connection would count as one more delivery. An entry that an
         earlier life left counts one delivery more than the server says. One that this life was given in a lost reply counts none,
-        since nobody saw it.
+        since no caller saw it.
         """
         found: list[Delivery] = []
         for key in list(self._recover):

@@ -1,4 +1,4 @@
-"""The messages in the hands of one consumer: opened, held until they are acknowledged, or given up on."""
+"""The messages that one consumer holds until they are acknowledged or given up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CAME_LATE = (
 
 @dataclass
 class Held:
-    """Where a handed-out message lies: key of its stream, entry id there, and its stored payload if it has one."""
+    """The place of a message that was handed out: key of its stream, entry id there, and its stored payload if it has one."""
 
     key: str
     entry: bytes
@@ -68,11 +68,11 @@ class Deliveries:
     # --- opening ---
 
     def begin_read(self) -> None:
-        """A read begins: all that was opened so far is in somebody's hands."""
+        """A read begins: the caller holds all entries that were opened so far."""
         self._fresh.clear()
 
     def abandon_read(self) -> None:
-        """The read broke off: the entries that it had taken are in nobody's hands."""
+        """The read broke off: no caller holds the entries that it had taken."""
         for name in self._fresh:
             self._held.pop(name, None)
 

@@ -32,7 +32,7 @@ REMOVED = ("MODULE", "REPLICAOF", "SLAVEOF", "MIGRATE", "DEBUG")
 class Note(msgspec.Struct):
     """Port and password, for other processes of the same user; kept in a file that only this user may read."""
 
-    port: int
+    tcp_port: int = msgspec.field(name="port")
     password: str
 
 
@@ -42,15 +42,15 @@ class EmbeddedServer:
     Raises UserError where it does not come up, or where another server of this folder is at work.
     """
 
-    def __init__(self, folder: Path, port: int = 0) -> None:
+    def __init__(self, folder: Path, tcp_port: int = 0) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         self._lock: IO[bytes] | None = _locked(folder)
         before = _read_note(folder)
-        wanted = port or (before.port if before is not None else 0)
-        self.note = Note(_free_port(wanted, exact=bool(port)), before.password if before else secrets.token_urlsafe(32))
-        self.address = Address("127.0.0.1", self.note.port, password=self.note.password)
+        wanted = tcp_port or (before.tcp_port if before is not None else 0)
+        self.note = Note(_free_tcp_port(wanted, exact=bool(tcp_port)), before.password if before else secrets.token_urlsafe(32))
+        self.address = Address("127.0.0.1", self.note.tcp_port, password=self.note.password)
         self.process: subprocess.Popen[bytes] | None = None
         _write_private(folder / "address.json", msgspec.json.encode(self.note))
         self.start()
@@ -76,7 +76,7 @@ class EmbeddedServer:
     def _configuration(self) -> str:
         lines = {
             "bind": "127.0.0.1",
-            "port": self.note.port,
+            "port": self.note.tcp_port,
             "dir": _quoted(str(self.folder.resolve())),
             "requirepass": _quoted(self.note.password),
             "appendonly": "yes",
@@ -120,7 +120,7 @@ def address_in(folder: Path) -> Address:
     note = _read_note(folder)
     if note is None:
         raise UserError(f"no embedded bus was started in {folder}: give the output folder of a run with bus=embedded")
-    return Address("127.0.0.1", note.port, password=note.password)
+    return Address("127.0.0.1", note.tcp_port, password=note.password)
 
 
 def _read_note(folder: Path) -> Note | None:
@@ -166,7 +166,7 @@ def _write_private(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _free_port(wanted: int, exact: bool) -> int:
+def _free_tcp_port(wanted: int, exact: bool) -> int:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -175,8 +175,8 @@ def _free_port(wanted: int, exact: bool) -> int:
             if exact:
                 raise UserError(f"bus.port={wanted} is in use: give another one, or 0 for any free port") from None
             probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        found: int = probe.getsockname()[1]
+        return found
 
 
 def _binary() -> Path:

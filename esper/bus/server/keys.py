@@ -8,7 +8,7 @@ RUNS = "esper:runs"
 
 
 def names(members: Iterable[bytes]) -> list[str]:
-    """Names in a set on a server, sorted; anybody may have written there, and bytes that are no text are no name of ours."""
+    """Names in a set on a server, sorted; others may write there, and bytes that are not text are not our names."""
     found = []
     for member in members:
         try:

@@ -132,9 +132,9 @@ class Outbox:
         """Move the oldest messages into ``sending``, packed."""
         with self._spool_lock:
             if self._spool.unread:
-                records = self._spool.read(BATCH, BATCH_BYTES)
+                entries = self._spool.read(BATCH, BATCH_BYTES)
                 with self._lock:
-                    self.sending.extend(((epoch, sequence), wire, True) for epoch, sequence, wire in records)
+                    self.sending.extend(((epoch, sequence), wire, True) for epoch, sequence, wire in entries)
                 return
             self._pop()
         packed = [((self.epoch, item[0]), self._encode(item, self._config.codec), False) for item in self._popped]
@@ -199,10 +199,10 @@ class Outbox:
         with self._spool_lock:
             with self._lock:
                 confirmed, unanswered, unpacked = list(self.window), list(self.sending), list(self._popped)
-            records = dict(confirmed) | {id: wire for id, wire, on_disk in unanswered if not on_disk}
-            records |= {(self.epoch, item[0]): self._encode(item, "raw") for item in unpacked}
-            if records:
-                self._spool.keep_in_flight([(*id, wire) for id, wire in sorted(records.items())])
+            entries = dict(confirmed) | {id: wire for id, wire, on_disk in unanswered if not on_disk}
+            entries |= {(self.epoch, item[0]): self._encode(item, "raw") for item in unpacked}
+            if entries:
+                self._spool.keep_in_flight([(*id, wire) for id, wire in sorted(entries.items())])
             while self._memory:
                 self._spill_locked(self._config.codec)
             self._spool.sync()

@@ -97,7 +97,7 @@ def kept(folder: Path) -> bool:
 
 
 def released(folder: Path) -> bool:
-    """Whether ``release`` has removed any, so that a reader who starts at the beginning of the run does not find all of it."""
+    """Whether ``release`` has removed any, so that a reader from the beginning of the run does not find all of it."""
     return (folder.parent / REMOVED).exists()
 
 
@@ -207,7 +207,7 @@ class Payloads:
             last = entries[-1][0]
 
     def _own(self, envelope: Envelope, claim: ClaimCheck) -> bool:
-        """Whether the file that a claim check names is that message's own, or no use to anybody."""
+        """Whether the file that a claim check names belongs to that message, or is of no use."""
         try:
             wire = path_of(self.folder, claim.digest).read_bytes()
             if hashlib.sha256(wire).hexdigest() != claim.digest:

@@ -155,7 +155,7 @@ class Sender:
                     return
 
     def _doubts(self, outbox: Outbox) -> bool:
-        """Now and then a quiet outbox asks whether the server still has what it confirmed."""
+        """From time to time a quiet outbox asks whether the server still has the messages that it confirmed."""
         if time.monotonic() < outbox.next_check:
             return False
         outbox.last = None
@@ -250,7 +250,7 @@ class Sender:
         self.wake(urgent=True)
 
     def _reconcile(self, outbox: Outbox, stream: str, members: str) -> None:
-        """After a lost reply or a restart of the server: find out by reading back what it has, and go on from there."""
+        """After a lost reply or a restart of the server: read back the last message that it has, and continue from there."""
         import redis
 
         try:

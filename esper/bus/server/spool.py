@@ -52,7 +52,7 @@ def left_in(folder: Path) -> Iterator[tuple[int, int, bytes]]:
 def lock_folder(folder: Path, alone: bool) -> IO[bytes]:
     """A lock on a spool's folder, held until the file that is returned is closed, or its process dies.
 
-    Every start of a producer shares it, since a newer start is told apart by its epoch; ``alone`` shares it with nobody.
+    Every start of a producer shares it, since a newer start is told apart by its epoch; ``alone`` shares it with none.
     Raises UserError where that cannot be had.
     """
     file = (folder / LOCK).open("wb")

@@ -50,7 +50,7 @@ class Runner(Protocol):
 
 
 class BackgroundThread:
-    """Runs ``work`` in a daemon thread; ``check`` and ``join`` raise what ended it."""
+    """Runs ``work`` in a daemon thread; ``check`` and ``join`` raise the exception that ended it."""
 
     def __init__(self, work: Callable[[], object], name: str) -> None:
         self._work = work
@@ -79,7 +79,7 @@ class BusPort:
     """Implements the engine's Port over a bus.
 
     Parts of the training process that read the bus (an in-process controller or tracker) attach their consumers to
-    ``bus.local`` before ``started``; a stream that nobody in the process reads is not kept for it.
+    ``bus.local`` before ``started``; a stream that nothing in the process reads is not kept for it.
 
     Args:
         bus: from ``open_bus``.
@@ -122,7 +122,7 @@ class BusPort:
     # --- from the trainer ---
 
     def started(self, tick: int, total_ticks: int, sites: list[dict[str, Any]]) -> None:
-        """Open the streams and publish that the run begins (or goes on) at ``tick``.
+        """Open the streams and publish that the run begins (or continues) at ``tick``.
 
         A run that stopped because its controller was silent waits here for that decision; raises ControllerSilent.
         """
@@ -149,7 +149,7 @@ class BusPort:
             self._wait(self._inbox.owed[0])
 
     def ended(self, tick: int, status: str, summary: dict[str, Any]) -> None:
-        """Publish that the run is over, after everything else."""
+        """Publish the end of the run, after everything else."""
         self._ring.drain()
         self._incidents(tick, end=True)
         self.emit(RunEnded(tick=tick, status=status, summary=summary))
@@ -172,7 +172,7 @@ class BusPort:
         return self._ring.slot(site, seeds)
 
     def telemetry(self, tick: int, site: str, rows: Tensor) -> None:
-        """Publish rows (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, others by copying them into the ring."""
+        """Publish rows (float32 ``[seeds, columns]``, CPU): a filled ``slot`` without a copy, others by copying them into the ring."""
         self._ring.put(tick, site, rows)
 
     # --- to the trainer ---

@@ -216,7 +216,7 @@ class Safekeeping:
             self._done(delivery)
 
     def release(self) -> None:
-        """The run is over and will not go on."""
+        """The run has ended and will not continue."""
         for delivery in (*(delivery for batch in self._copied for delivery in batch), *self._ended):
             self._done(delivery)
         self._copied.clear()

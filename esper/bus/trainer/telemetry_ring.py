@@ -20,7 +20,7 @@ class SiteRing:
     """Rows of one site: number ``n`` lies at ``n % len(rows)``, and those from ``read`` up to ``written`` wait.
 
     One thread writes: it fills a row that does not wait, and then counts it in ``written``. The reader counts in ``read``
-    the rows that it has copied. Neither needs a lock against the other, and a row that is being filled is nobody else's.
+    the rows that it has copied. Neither needs a lock against the other, and no other thread touches a row that is being filled.
     """
 
     buffer: Tensor  # float32 [rows, seeds, columns]
@@ -68,7 +68,7 @@ class TelemetryRing:
         return ring.rows[ring.written % len(ring.rows)]
 
     def put(self, tick: int, site: str, rows: Tensor) -> None:
-        """Take ``rows`` (float32 ``[seeds, columns]``, CPU): a filled ``slot`` as it is, anything else by copying it there.
+        """Take ``rows`` (float32 ``[seeds, columns]``, CPU): a filled ``slot`` without a copy, anything else by copying it there.
 
         By torch: between two steps neither side is in the processor's caches, and there its copy takes a third of numpy's time.
         """

@@ -63,7 +63,7 @@ class TuningResult:
         return next(one.mean for one in self.tried if one.values == self.values)
 
     def sentence(self, metric: str) -> str:
-        """The choice in a sentence, for the person who watches the sweep."""
+        """The choice in a sentence, for the terminal."""
         cost = f"{self.runs} runs, {self.failed} failed, {self.macs:.3g} MACs"
         return f"tuned {self.where}: {format_values(self.values)}, validation {metric} {self.mean:.4g} ({cost})"
 

@@ -101,7 +101,7 @@ class Plan:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     def statement(self) -> list[str]:
-        """The differences that these pairs can show, in sentences for the person who is about to spend them."""
+        """The differences that these pairs can show, in sentences, before they are spent."""
         pairs, fewest, others = len(self.seeds), fewest_pairs(self.alpha, self.comparisons), len(self.arms) - 1
         lines = [
             f"{self.metric} ({self.direction}), {others} arm{'s' * (others > 1)} against {self.reference}, {pairs} pairs, "
@@ -245,7 +245,7 @@ def parse_plan(text: str) -> Plan:
 
 
 def changes(planned: Plan, used: Plan) -> list[str]:
-    """Names of the fields in which the analysis differs from what was planned; empty: confirmatory.
+    """Names of the fields in which the analysis differs from the plan; empty: confirmatory.
 
     ``ranking`` only adds a table; ``spread`` and ``noise`` only inform the power statement, and ``about`` names things: they are free.
     """

@@ -123,7 +123,7 @@ def pool(blocks: Sequence[Pairs]) -> Pairs | None:
 
 
 def costs_of(summary: Mapping[str, Any]) -> dict[str, float]:
-    """MACs, seconds and parameters from a run's summary, as far as they are there."""
+    """MACs, seconds and parameters from a run's summary, where it has them."""
     found = {
         "macs": summary.get("macs"),
         "seconds": (summary.get("seconds") or {}).get("total"),

@@ -153,7 +153,7 @@ def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
 
 
 def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """A note on every arm whose runs gave just what those of the reference gave."""
+    """A note on every arm whose runs gave exactly the results of the reference."""
     lines = []
     for name, settings in plan.arms.items():
         pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]

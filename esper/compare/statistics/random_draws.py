@@ -12,7 +12,7 @@ Noise = tuple[float, ...]
 
 
 def generator(purpose: str, seed: int = 0) -> np.random.Generator:
-    """A generator that depends on the purpose's name and the seed alone, never on what was drawn before."""
+    """A generator that depends on the purpose's name and the seed alone, never on earlier draws."""
     return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]))
 
 

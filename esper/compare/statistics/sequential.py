@@ -3,7 +3,7 @@
 A group-sequential sign-flip test: each look may spend part of α (Lan & DeMets 1983), and its boundary is found among
 the sign patterns themselves: a pattern "crosses" at a look if it is among the most extreme that the spending allows
 there, patterns that crossed before counted in. The observed data are one pattern of the set, so the error rate is
-exact whatever the distribution. Holm over the arms stays valid because the boundaries grow with the level
+exact for every distribution. Holm over the arms stays valid because the boundaries grow with the level
 (Maurer & Bretz 2013).
 """
 

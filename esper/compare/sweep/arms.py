@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from esper.config import listing, nearest
 from esper.errors import UserError
@@ -16,7 +11,6 @@ from esper.errors import UserError
 SEED = "seed"
 #: Groups and keys that belong to a sweep as a whole, with all keys below them.
 WHOLE = ("compare", "tracking", "output", "resume", "name", "tags")
-_HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
 
 
 def refuse_unknown_blocks(blocks: Sequence[str], settings: Iterable[str]) -> None:
-    """Refuse a name in ``compare.block`` that is no key of any job: the key that was meant would make arms instead.
+    """Refuse a name in ``compare.block`` that is not a key of any job: the intended key would make arms instead.
 
     Args:
         blocks: ``compare.block``.
@@ -101,7 +95,7 @@ def refuse_unknown_blocks(blocks: Sequence[str], settings: Iterable[str]) -> Non
 
 
 def refuse_repeated(layout: Layout) -> None:
-    """Refuse a sweep in which a run occurs twice: each would count as a pair of its own.
+    """Refuse a sweep in which a run occurs twice: both would count as pairs.
 
     Raises:
         UserError: naming the run and its two jobs.
@@ -142,69 +136,3 @@ def _name(settings: dict[str, str], keys: Sequence[str]) -> str:
     if len(keys) == 1:
         return settings.get(keys[0], "default")
     return " ".join(f"{key}={settings.get(key, 'default')}" for key in keys)
-
-
-def refuse_overridden_arm(typed: Sequence[str], arm: str, folders: Sequence[Path]) -> None:
-    """Refuse an override of a key that an arm's file sets: Hydra would silently let the override win.
-
-    The option of a group may be chosen where the arm sets only some of its keys; there the arm has the last word.
-
-    Args:
-        typed: groups and dotted keys set on the command line.
-        arm: name of the arm's file, ``<folder>/<arm>.yaml`` in one of ``folders``.
-
-    Raises:
-        UserError: naming the key and the arm.
-    """
-    ours = set_by(arm, folders)
-    for key in typed:
-        for name, file in ours.items():
-            if key == name or key.startswith(f"{name}.") or ("." in key and name.startswith(f"{key}.")):
-                raise UserError(
-                    f"{key} is set on the command line and by arm {arm!r} (conf/arm/{file}.yaml sets {name}); the "
-                    f"command line would win in every arm: leave {key} out, or sweep over it instead of arm."
-                )
-
-
-def set_by(arm: str, folders: Sequence[Path]) -> dict[str, str]:
-    """Dotted keys and groups that an arm sets, and which file does: its own, or one that its defaults take in."""
-    found: dict[str, str] = {}
-    files = [arm]
-    for file in files:  # grows on the way
-        for path in (path for folder in folders if (path := folder / f"{file}.yaml").exists()):
-            text = path.read_text(encoding="utf-8")
-            tree = yaml.safe_load(text) or {}
-            for name in arm_keys(tree, _package(text)):
-                found.setdefault(name, file)
-            files += [other for other in _taken_in(tree) if other not in files]
-    return found
-
-
-def _package(text: str) -> str:
-    """Where the header ``# @package`` puts the keys of a file; empty for the top."""
-    header = _HEADER.search(text)
-    return header[1] if header and header[1] != "_global_" else ""
-
-
-def _taken_in(tree: dict[str, Any]) -> list[str]:
-    """The arms' files that this one takes in: ``defaults: [base]``."""
-    entries = [entry for entry in tree.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    return [entry.split()[-1].removeprefix("/arm/").partition("@")[0] for entry in entries]
-
-
-def arm_keys(tree: dict[str, Any], package: str = "") -> list[str]:
-    """Dotted keys and groups that an arm's file sets; its keys lie below ``package``."""
-    groups = []
-    for entry in tree.get("defaults", []):
-        if isinstance(entry, dict):
-            groups += [str(key).split()[-1].lstrip("/").partition("@")[0] for key in entry]
-    prefix = f"{package}." if package else ""
-    return groups + _leaves({key: value for key, value in tree.items() if key not in ("defaults", "hydra")}, prefix)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        found += _leaves(value, f"{name}.") if isinstance(value, dict) and value else [name]
-    return found

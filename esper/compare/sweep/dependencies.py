@@ -102,7 +102,7 @@ def controls_to_train(one: PreparedJob, jobs: Sequence[PreparedJob]) -> list[str
     """The controls that this job trains.
 
     The report compares arms. It shows the host alone beside them where ``trainer.control=true`` asks for it; the default is for single
-    runs. ``trainer.keep=better`` needs the control at the same steps, with its weights. Nobody reads the controls of a tuning job.
+    runs. ``trainer.keep=better`` needs the control at the same steps, with its weights. The controls of a tuning job are never read.
     """
     trainer = one.config.trainer
     if isinstance(one.job, TuningJob):

@@ -44,7 +44,7 @@ class Fork:
         self.channel.close()
 
 
-class ForkServer:
+class ForkServerClient:
     """The sweep's side of ``esper.compare.sweep.fork_server``: has loaded what jobs need, and forks the workers.
 
     Server and workers are a session of their own: Ctrl-C in the terminal reaches the sweep alone.
@@ -114,7 +114,7 @@ def _listen(control: socket.socket, forks: dict[int, Fork], server: subprocess.P
         forks.popitem()[1].end(code if code == -signal.SIGTERM else None)
 
 
-_early: ForkServer | None = None
+_early: ForkServerClient | None = None
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def early_server() -> Iterator[Callable[[int], None]]:
 
     def start(threads: int) -> None:
         global _early
-        _early = ForkServer(thread_limits(threads))
+        _early = ForkServerClient(thread_limits(threads))
 
     try:
         yield start
@@ -138,12 +138,12 @@ def early_server() -> Iterator[Callable[[int], None]]:
             _early = None
 
 
-def server_for(environments: Sequence[Mapping[str, str]]) -> ForkServer:
+def server_for(environments: Sequence[Mapping[str, str]]) -> ForkServerClient:
     """The server that was started early, if it fits these workers, or a new one."""
     global _early
     shared = dict(set.intersection(*(set(environment.items()) for environment in environments)))
     if _early is None or not _early.environment.items() <= shared.items():
-        return ForkServer(shared)
+        return ForkServerClient(shared)
     server, _early = _early, None
     return server
 

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from esper.cli import conf
 from esper.cli.compose import from_hydra
-from esper.compare.config import LauncherConfig
+from esper.cli.conf import LauncherConfig
 from esper.compare.sweep.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
 from esper.compare.sweep.resume import sweep_to_resume
 from esper.compare.sweep.run_sweep import run_sweep
 from esper.compare.sweep.sweep import PreparedJob, Sweep, resume_command
 from esper.compare.sweep.worker_pool import worker_environments
-from esper.config import plain
+from esper.config import conf_folder, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
 
@@ -72,7 +72,7 @@ def _prefer_sweep_options(loader: Any) -> None:
     """
     conf.register_for_sweeps()
     path = loader.get_search_path()
-    path.prepend("sweep", f"file://{conf.folder() / 'sweep'}")
+    path.prepend("sweep", f"file://{conf_folder() / 'sweep'}")
     loader.repository.initialize_sources(path)
 
 

@@ -152,7 +152,7 @@ class SweepWriter:
 
 
 def end(run: MlflowRun, status: str, summary: Mapping[str, Any]) -> None:
-    """Close a job's run. An interrupted one is resumed later, so its figures and model are left out: somebody waits for this end."""
+    """Close a job's run. An interrupted one is resumed later, so its figures and model are left out: the user waits for this end."""
     if status == "KILLED":
         run.config = dataclasses.replace(run.config, figures=False, model=False)
     run.close(status, summary)
@@ -202,7 +202,7 @@ def serve_run(writer: SweepWriter, stream: BinaryIO) -> None:
 
 
 def listen(writer: SweepWriter, server: socket.socket) -> None:
-    """Serve every job in a thread of its own, until the process ends."""
+    """Serve every job in its own thread, until the process ends."""
 
     def serve(connection: socket.socket) -> None:
         with connection, connection.makefile("rwb") as stream:

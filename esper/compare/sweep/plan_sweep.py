@@ -1,4 +1,4 @@
-"""Making the plan of a sweep from its jobs: every task is asked for its metrics, and the terminal says what the pairs can show."""
+"""Making the plan of a sweep from its jobs: every task is asked for its metrics, and the terminal shows the power of the pairs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BESIDE = ("name", "tags", "output", "tracking", "compare", "experiment", "arm", 
 
 
 def plan_sweep(sweep: Sweep, workers: WorkerPool) -> Plan | None:
-    """Make the plan, print what its pairs can show, and save it; None where there is nothing to compare.
+    """Make the plan, print the power of its pairs, and save it; None where there is nothing to compare.
 
     Raises:
         UserError: jobs that ask for different plans, or no metric that every task has and means in the same direction.

@@ -28,7 +28,7 @@ OUTPUT = "outputs"  # where esper compare looks unless it is told
 
 @dataclass(frozen=True)
 class TuningJob(Job):
-    """A job that tries ``values`` for its arm; it is no part of the comparison."""
+    """A job that tries ``values`` for its arm; it is not part of the comparison."""
 
     values: Values = dataclasses.field(default_factory=dict)
 
@@ -68,12 +68,12 @@ class PreparedJob:
 
 
 def _tree(config: RootConfig) -> dict[str, Any]:
-    """The config as a worker builds it again: preset names are no settings, and some groups have no options yet."""
+    """The config as a worker builds it again: preset names are not settings, and some groups have no options yet."""
     return {key: value for key, value in plain(config).items() if value is not None and key not in PRESETS}
 
 
 def set_aside(folder: Path) -> None:
-    """Keep what an unfinished attempt left, under another name: a retry starts in an empty folder."""
+    """Keep the files of an unfinished attempt under another name: a retry starts in an empty folder."""
     if folder.exists():
         number = 1
         while (aside := folder.with_name(f"{folder.name}{ASIDE}{number}")).exists():

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esper.compare.sweep.forks import ForkServer, server_for, thread_limits
+from esper.compare.sweep.forks import ForkServerClient, server_for, thread_limits
 from esper.compare.sweep.worker import SAVED
 from esper.errors import Terminated
 
 DRIVER = Path("/proc/driver/nvidia")
 _DEVICE = re.compile(r"\d+|(GPU|MIG)-\S+")
 SAVE_S = 25.0  # how long all jobs together may take to save their state after a scheduler's SIGTERM, which leaves 30 s
-LEAVE_S = 4.0  # and after Ctrl-C, where somebody waits: a job that is killed then resumes from its newest checkpoint
+LEAVE_S = 4.0  # and after Ctrl-C, where the user waits: a job that is killed then resumes from its newest checkpoint
 Request = dict[str, Any]
 Answer = dict[str, Any]
 
@@ -32,7 +32,7 @@ Answer = dict[str, Any]
 class WorkerProcess:
     """One worker; ``ask`` blocks its caller until the answer is there."""
 
-    def __init__(self, server: ForkServer, environment: Mapping[str, str]) -> None:
+    def __init__(self, server: ForkServerClient, environment: Mapping[str, str]) -> None:
         self._server = server
         self._environment = dict(environment)
         self._lock = threading.Lock()

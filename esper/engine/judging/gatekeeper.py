@@ -22,7 +22,7 @@ GAINS = ("gain", "final_gain", "replacement")
 
 
 @dataclass
-class GateRecord:
+class GateCounts:
     """How often a gate was asked, how often it opened, and the value that came closest to the threshold."""
 
     threshold: float
@@ -34,7 +34,7 @@ class GateRecord:
 class Gatekeeper:
     """Answers gates for the branches of a registry; a value that is missing or not finite opens none.
 
-    ``ramp_end`` is the alpha at which each strategy's ramp is over, as float32 holds it. ``said`` are the alerts given once a run.
+    ``ramp_end`` is the alpha at the end of each strategy's ramp, in float32. ``said`` holds the alerts that are given once a run.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Gatekeeper:
         self.guard = guard
         self.port = port
         self.ramp_end = ramp_end
-        self.records: dict[str, GateRecord] = {}
+        self.counts: dict[str, GateCounts] = {}
         self.diverged: set[int] = set()
         self.said: set[str] = set()
 
@@ -138,11 +138,11 @@ class Gatekeeper:
 
     def _answer(self, gate: str, branch: Branch, value: float, threshold: float, tick: int, look: int) -> bool:
         passed = passes(value, threshold) and (value > 0.0 or gate not in GAINS)  # 0 ≥ 0 is no gain
-        record = self.records.setdefault(gate, GateRecord(threshold))
-        record.asked += 1
-        record.passed += passed
-        if math.isfinite(value) and not value <= record.closest:
-            record.closest = value
+        counts = self.counts.setdefault(gate, GateCounts(threshold))
+        counts.asked += 1
+        counts.passed += passed
+        if math.isfinite(value) and not value <= counts.closest:
+            counts.closest = value
         site = self.registry.sites[branch.site].name
         asked = GateResult(
             tick=tick,
@@ -162,10 +162,10 @@ class Gatekeeper:
 
     def state(self) -> dict[str, Any]:
         """The answers of every gate, and the alerts that have been given."""
-        return {"gates": {name: asdict(record) for name, record in self.records.items()}, "said": sorted(self.said)}
+        return {"gates": {name: asdict(counts) for name, counts in self.counts.items()}, "said": sorted(self.said)}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over a saved state. Others hold ``said`` too, so it stays the same set."""
-        self.records = {name: GateRecord(**record) for name, record in state["gates"].items()}
+        self.counts = {name: GateCounts(**counts) for name, counts in state["gates"].items()}
         self.said.clear()
         self.said.update(state["said"])

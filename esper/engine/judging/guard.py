@@ -1,9 +1,9 @@
-"""The guard: keeps the host from slow harm, of which no single step looks wrong.
+"""The guard protects the host from slow harm, in which no single step looks wrong.
 
-When a branch's blending begins, the guard keeps the host's state and its losses on the judge set as a baseline. It keeps a new one when the
-judge finds the host without the branch better than that. While the branch is blended, a training loss that has risen from its lowest value
-is a suspicion. Only then the judge set is asked, and the branch goes if the losses are worse than the baseline's, with confidence. For
-whatever reason a branch goes, the host returns to a kept state if it is worse without the branch than the baseline.
+When a branch's blending begins, the guard keeps the host's state and its losses on the judge set as a baseline. If the judge later finds
+the host without the branch better, that becomes the baseline. While the branch is blended, a training loss that has risen from its lowest
+value is a suspicion. Only then the guard asks the judge set, and removes the branch if its losses are worse than the baseline's, with
+confidence. When a branch goes for any reason, and the host without it is worse than the baseline, the host returns to a kept state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KeptHost:
 
 @dataclass
 class Baseline:
-    """The host without a branch at ``tick``, when its blending began or later, when it was better still.
+    """The host without a branch at ``tick``: when its blending began, or later, when it was even better.
 
     ``losses`` ``[n]`` float64 are those on the judge set (none: no judge), ``began`` their mean and ``fast`` the average
     training loss when the blending began; ``looks`` counts how often they were compared with later ones.
@@ -74,7 +74,7 @@ class Guard:
         self.calm: KeptHost | None = None
         self.lowest = math.inf
         self._settled: list[Branch] = []
-        """The watched branches at the last ``settle``: all baselines are of some of them."""
+        """The watched branches at the last ``settle``; every baseline belongs to one of them."""
         self.on_return: Callable[[], None] = lambda: None
         """Called when the host has returned to an earlier state, for which other values are usual."""
 
@@ -114,7 +114,7 @@ class Guard:
         """Keep the state of the host for branches whose blending begins with the next forward."""
         watched = self.registry.in_stage(*WATCHED)
         if watched is self._settled and len(watched) == len(self.baselines):
-            return  # every one has its own
+            return  # every branch has its baseline
         new = [branch for branch in watched if branch.id not in self.baselines]
         if not new:
             return
@@ -138,9 +138,9 @@ class Guard:
     # --- the gate before FOSSILIZED ---
 
     def improvement(self, branch: Branch, now: Tensor) -> float:
-        """Fall of the mean judge loss since the branch's blending began, ``now`` being those with it on; NaN where it is not known.
+        """The fall of the mean judge loss since the branch's blending began; ``now`` are the losses with it on. NaN where it is not known.
 
-        Where that has risen, the fall of the average training loss: a host that learns its data by heart is not harmed by its branches.
+        If that loss has risen, the fall of the average training loss instead: a host that overfits is not harmed by its branches.
         """
         baseline = self.baselines.get(branch.id)
         if baseline is None or baseline.losses.shape != now.shape:
@@ -165,7 +165,7 @@ class Guard:
     def _unlearnt(self, baseline: Baseline) -> bool:
         """Whether the average training loss has not fallen since the host was kept by more than its noise.
 
-        Where it has, a judge set's loss that rises is that of a host which learns its data by heart, as it would alone.
+        If it has, the rise of the judge set's loss is overfitting, which the host would also do alone.
         """
         before = math.nan if baseline.kept is None else baseline.kept.signal["fast"]
         return not self.signal.fast < before - self.signal.noise()
@@ -196,7 +196,7 @@ class Guard:
         if best is None:
             return
         self.transitions.drop(branch)
-        self.registry.touch(branch.site)
+        self.registry.mark_changed(branch.site)
         self.signal.load(best.signal)
         self.returned(best.snapshot.tick)
         self.on_return()
@@ -205,10 +205,10 @@ class Guard:
         self.transitions.port.emit(Alert(tick=tick, level="warning", code="host_returned", text=text, site=site, seed=branch.seed))
 
     def _is_why(self, branch: Branch, baseline: Baseline, now: Tensor) -> bool:
-        """Whether a branch that went may be why the host is worse than before: not where the host merely overfits.
+        """Whether a branch that went may be the reason for which the host is worse than before, and not mere overfitting.
 
-        A rollback is taken at its word. Of a culled branch, which still fades, either its going hurts, or the training loss has not
-        fallen since; the judge set's loss alone also rises under a host that learns its data by heart.
+        A rolled-back branch always may. For a culled branch, which still fades, either its removal hurts, or the training loss has not
+        fallen since; the judge set's loss alone also rises under overfitting.
         """
         if not branch.alive or worse(now, self._losses([]), self.significance):
             return True
@@ -234,7 +234,7 @@ class Guard:
         return best
 
     def returned(self, tick: int) -> None:
-        """The host is again as at ``tick``: states that were kept later are forgotten, and kept anew."""
+        """The host has returned to ``tick``: forget states that were kept later, and keep new ones."""
         self.baselines = {number: kept for number, kept in self.baselines.items() if kept.tick <= tick}
         self.calm, self.lowest = None, self.signal.fast if math.isfinite(self.signal.fast) else math.inf
 

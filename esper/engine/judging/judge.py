@@ -52,8 +52,8 @@ def lower_bound(differences: Tensor, error: float) -> Gain:
 class Judge:
     """Judges branches on the batches of ``data``; ``loss(model, batch)`` gives one value a sample, or one a batch.
 
-    Of the last look, ``on`` are the losses ``[n]`` with everything on and ``off`` those without each branch; ``spoiled`` says how many
-    were not finite with the branch off, so by no fault of its own.
+    For the last look, ``on`` holds the losses ``[n]`` with everything on, ``off`` those without each branch, and ``spoiled`` the number of
+    losses that were not finite with the branch off, which is not its fault.
     """
 
     def __init__(self, registry: SeedRegistry, loss: LossFunction, data: Iterable[Any], device: torch.device, meter: Meter) -> None:
@@ -88,7 +88,7 @@ class Judge:
         return gains
 
     def exchange(self, successor: Branch, predecessor: Branch, error: float) -> Gain:
-        """What a branch is worth in the place of another, whichever of them is there: losses with the other minus those with it."""
+        """The gain of a branch in the place of another, whichever is present: losses with the other minus losses with it."""
         self.registry.refresh()
         there, away = (successor, predecessor) if predecessor.held else (predecessor, successor)
         now = self._losses()
@@ -97,7 +97,7 @@ class Judge:
         return lower_bound(then - now if predecessor.held else now - then, error)
 
     def losses(self, without: list[Branch]) -> Tensor:
-        """Losses ``[n]`` float64 on the judge set with some branches off, all others as they are now."""
+        """Losses ``[n]`` float64 on the judge set with some branches off and all others unchanged."""
         self.registry.refresh()
         with self.registry.without(*without):
             return self._losses()
@@ -123,7 +123,7 @@ class Judge:
             with quiet_evaluation(model), untouched_buffers(model), drawing_alike(self.data), self._recalibrated(norms):
                 for batch in self.data:
                     batch = to_device(batch, self.device)
-                    with self.meter.counting("judge", (self.registry.structure(), shapes_of(batch))):
+                    with self.meter.counting("judge", (self.registry.cost_key(), shapes_of(batch))):
                         values.append(self.loss(model, batch).detach().reshape(-1).double().cpu())
         finally:
             for layer, recording in zip(self.registry.layers, recordings, strict=True):
@@ -132,7 +132,7 @@ class Judge:
 
     @contextmanager
     def _recalibrated(self, norms: list[Any]) -> Iterator[None]:
-        """Within: statistics of these norms measured anew on recent training batches, for the branches as they are now.
+        """Within: the statistics of these norms are measured on recent training batches, for the present branches.
 
         Norms that the user froze (evaluation mode) keep theirs.
         """
@@ -148,7 +148,7 @@ class Judge:
                 norm.training = True
             try:
                 for batch in self.recent:
-                    with self.meter.counting("judge", ("recalibrate", self.registry.structure(), shapes_of(batch))):
+                    with self.meter.counting("judge", ("recalibrate", self.registry.cost_key(), shapes_of(batch))):
                         self.loss(model, batch)
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from esper.blueprints import SlotBank
 from esper.engine.device_readings import Readings
-from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows
+from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows, by_bank
 from esper.engine.learning.branch_rows import BranchLearning as BranchLearning
-from esper.engine.learning.muon import orthogonalised, rate_scale
-from esper.engine.signals import by_bank
+from esper.engine.learning.muon import MuonAdamW, orthogonalised, rate_scale
+from esper.errors import UserError
 from esper.seeds import Branch, SeedRegistry
 
 PATIENCE = 10
@@ -32,22 +32,22 @@ is being found; a branch that overflows longer would never learn at the scale th
 
 
 class GradientNorms(Mapping[int, float]):
-    """L2 norms of the last step's gradients by branch. Those of a whole bank are kept as they came until somebody asks."""
+    """L2 norms of the last step's gradients by branch. Those of a whole bank stay a tensor until one of them is read."""
 
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
         self._later: list[tuple[BankRows | BlockRows, Tensor]] = []
 
     def add(self, branch: Branch, norm: float) -> None:
-        """Note one."""
+        """Note the norm of one branch."""
         self._all()[branch.id] = norm
 
     def add_later(self, part: BankRows | BlockRows, norms: Tensor) -> None:
-        """Note those of ``part``'s branches, which lie at its ``places`` of ``norms``."""
+        """Note the norms of ``part``'s branches, which stand at its ``places`` in ``norms``."""
         self._later.append((part, norms))
 
     def clear(self) -> None:
-        """Forget them."""
+        """Forget all norms."""
         self._known, self._later = {}, []
 
     def _all(self) -> dict[int, float]:
@@ -72,15 +72,15 @@ class BranchOptimizer:
 
     Of a gradient that was scaled for half precision, only the last of ``PATIENCE`` such steps in a row is a failure.
 
-    On a GPU nothing waits for the device: a branch whose gradient is not finite is held there and then, and norms and failures are
-    known when ``readings`` arrive.
+    On a GPU nothing waits for the device: a branch whose gradient is not finite is held on the device at once, and norms and failures
+    are known when ``readings`` arrive.
     """
 
     def __init__(self, registry: SeedRegistry, learning: BranchLearning, readings: Readings | None = None) -> None:
         self.registry = registry
         self.learning = learning
         self.readings = Readings(registry.device) if readings is None else readings
-        self._overflown = True  # nobody knows yet
+        self._overflown = True  # not known yet
         self._groups: tuple[list[Branch], dict[tuple[int, str], list[Branch]]] = [], {}
         self._masks: dict[tuple[int, str], tuple[SlotBank, list[int], Tensor]] = {}
         self.failures: dict[int, int] = {}
@@ -89,7 +89,7 @@ class BranchOptimizer:
 
     @torch.no_grad()
     def step(self, branches: list[Branch], factor: float, scaled: frozenset[int] = frozenset()) -> None:
-        """One step of the given branches with ``lr · factor · warm-up``; uses and then drops the gradients at hand.
+        """One step of the given branches with ``lr · factor · warm-up``; uses and then drops the present gradients.
 
         ``scaled`` are the branches whose gradient came in under a loss scale. ``norms`` then holds the L2 norm of the gradient
         of each branch that had one, before clipping; one that overflowed under the scale has none.
@@ -108,7 +108,7 @@ class BranchOptimizer:
         self.clear()
 
     def _step_on_device(self, branches: list[Branch], factor: float) -> None:
-        """Whole banks at once, each in one launch where Triton is; who may move is a mask."""
+        """Whole banks at once, each in one launch with Triton; a mask says which slots may move."""
         self.readings.post([], lambda _: self.norms.clear())
         found: list[BankRows | BlockRows] = []
         if branches != self._groups[0]:
@@ -123,7 +123,7 @@ class BranchOptimizer:
         if not found:
             self.norms.clear()
         kernels = self.registry.kernels
-        fused = kernels is not None and kernels.takes(self.registry.device) and self.learning.rule == "adamw"
+        fused = kernels is not None and kernels.usable_on(self.registry.device) and self.learning.rule == "adamw"
         alone = [part for part in found if fused and isinstance(part, BankRows) and part.for_kernel]
         self.readings.post([part.step(self.learning, factor) for part in alone], partial(self._noted, alone, self.scaled))
         rows = [part for part in found if part not in alone]
@@ -314,3 +314,70 @@ def _squares(part: Rows | BankRows) -> Tensor:
     """Squared L2 norm of each row's gradient, float32 ``[rows]``."""
     norms = [torch.linalg.vector_norm(gradient.flatten(1).float(), dim=1) for gradient in part.gradients]
     return torch.stack(norms).square().sum(0)
+
+
+DEFAULT = 1e-3
+"""Learning rate of branches beside a host whose optimizer's rate means something else to it than to AdamW."""
+
+
+class HostRate:
+    """The host's present learning rate as a factor, read from the parameter group whose schedule starts highest.
+
+    A group's schedule starts at the rate that its scheduler was made with (``max_lr`` under OneCycleLR, which begins far below),
+    without a scheduler at the rate it had when esper was attached: ``initial``. Where a schedule climbs beyond its start, as
+    CyclicLR does, ``peak`` is the highest multiple so far and the factor counts from there, so that it is never above 1.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, state: dict[str, Any] | None = None) -> None:
+        self.optimizer = optimizer
+        known = (state or {}).get("initial_lr")
+        self.initial = [_first(group) for group in self._groups] if known is None else [float(rate) for rate in known]
+        self.peak = float((state or {}).get("peak_lr", 1.0))
+        self._shared = 0.0
+
+    def learning(self) -> BranchLearning:
+        """Settings of branches for which the user gave none: beside an Adam its rate, step by step, and weight decay; else 1e-3.
+
+        Beside ``MuonAdamW`` they learn by the same rules as the host.
+        """
+        highest = max(self.initial, default=0.0)
+        if self.optimizer is None or "adam" not in type(self.optimizer).__name__.lower() or not highest:
+            return BranchLearning(DEFAULT)
+        self._shared = highest
+        group = self._groups[self.initial.index(highest)]
+        decay = float(group.get("weight_decay", 0.0))
+        if isinstance(self.optimizer, MuonAdamW):
+            return BranchLearning(highest, decay, group["betas"], rule="muon", momentum=group["momentum"])
+        return BranchLearning(highest, decay)
+
+    def factor(self) -> float:
+        """The factor of the branches' learning rate in this step; called in every step, so that ``peak`` is known."""
+        starts = [_start(group, first) for group, first in zip(self._groups, self.initial, strict=False)]
+        highest = max(starts, default=0.0)
+        if not highest:
+            return 1.0  # a host that is frozen by its rate has no schedule
+        present = float(self._groups[starts.index(highest)]["lr"])
+        if self._shared:
+            return present / self._shared
+        self.peak = max(self.peak, present / highest)
+        return present / highest / self.peak
+
+    def state(self) -> dict[str, Any]:
+        """The rates that the schedules started from, for a checkpoint; the constructor takes it."""
+        return {"initial_lr": list(self.initial), "peak_lr": self.peak}
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
+
+def _start(group: dict[str, Any], first: float) -> float:
+    """The rate at which a group's schedule starts; ``first`` where it has none."""
+    return float(group.get("max_lr", group.get("initial_lr", first)))
+
+
+def _first(group: dict[str, Any]) -> float:
+    rate = _start(group, float(group["lr"]))
+    if not math.isfinite(rate):
+        raise UserError(f"The optimizer's learning rate is {rate}; give a finite number.")
+    return rate

@@ -1,4 +1,4 @@
-"""What the branch optimizer steps: parameters, gradients and moments of branches, a branch a row.
+"""The tensors of branches, a branch a row: parameters, gradients and moments, as the branch optimizer steps them.
 
 On a CPU the rows are those of the branches that learn. On a GPU they are the whole bank's: gathering costs more launches there than
 the other slots cost work, and ``learning`` says which rows may move.
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import BlockBank, SlotBank
-from esper.blueprints.unique_scatter import each_once
+from esper.blueprints.unique_indices import unique_indices
 from esper.engine.learning.muon import MOMENTUM, matrices_of
 from esper.errors import UserError
-from esper.seeds import Branch
-from esper.seeds.device_copy import made_on
+from esper.seeds import Branch, SeedRegistry
+from esper.seeds.device_copy import tensor_on
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SlotRows:
         """Count a step of every branch here; float ``[A]``, the steps with this one."""
         if self._whole:
             return self._bank.steps.add_(1)
-        with each_once(self._slots.device):
+        with unique_indices(self._slots.device):
             self._bank.steps[self._slots] += 1
         return self._bank.steps[self._slots]
 
@@ -82,7 +82,7 @@ class SlotRows:
         if not self._whole:
             for number, stepped in enumerate((self.values, self.first, self.second)):
                 for row, tensor in zip(self._kept, stepped, strict=True):
-                    with each_once(tensor.device):
+                    with unique_indices(tensor.device):
                         row[number].index_copy_(0, self._slots, tensor)
 
     def _rows(self, tensor: Tensor) -> Tensor:
@@ -114,10 +114,10 @@ class BankRows:
 
     def step(self, learning: BranchLearning, factor: float) -> Tensor:
         """One launch for all of it; the gradients' norms ``[capacity]``."""
-        from esper.kernels.adamw import Settings, adamw
+        from esper.kernels.adamw import AdamWSettings, adamw
 
         rate, (beta1, beta2) = learning.lr * factor, learning.betas
-        settings = Settings(rate, float(learning.warmup), beta1, beta2, learning.eps, learning.weight_decay, learning.clip)
+        settings = AdamWSettings(rate, float(learning.warmup), beta1, beta2, learning.eps, learning.weight_decay, learning.clip)
         held = list(zip(self.values, self.gradients, self.first, self.second, strict=True))
         return adamw(held, self.learning, self._bank.steps, settings)
 
@@ -127,7 +127,7 @@ class BankRows:
         mask = [False] * bank.capacity
         for branch in branches:
             mask[branch.slot] = True
-        return made_on(mask, bank.steps.device)
+        return tensor_on(mask, bank.steps.device)
 
     def count(self, moving: Tensor) -> Tensor:
         """Count a step of every slot that moves; float ``[capacity]``, the steps with this one."""
@@ -181,3 +181,44 @@ class BlockRows:
 
 
 Rows = SlotRows | BlockRows
+
+
+def branch_values(registry: SeedRegistry, branch: Branch) -> list[Tensor]:
+    """The branch's parameters, detached copies."""
+    bank = registry.layers[branch.site].bank(branch.blueprint)
+    if isinstance(bank, SlotBank):
+        return list(bank.values(branch.slot).values())
+    return [value.detach().clone() for value in bank.blocks[str(branch.slot)].parameters()]
+
+
+def gradient_norms(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[list[int]], list[int], list[Tensor]]:
+    """By bank: the branches that have a gradient, the number of their parameters each, and the gradient's L2 norms ``[branches]``."""
+    names: list[list[int]] = []
+    counts: list[int] = []
+    norms: list[Tensor] = []
+    for (site, blueprint), group in by_bank(branches).items():
+        bank = registry.layers[site].bank(blueprint)
+        if isinstance(bank, SlotBank):
+            gradients = [stack.grad for stack in bank.stacks.values() if stack.grad is not None]
+            if gradients:
+                slots = tensor_on([branch.slot for branch in group], bank.steps.device)
+                squares = torch.stack([gradient[slots].float().flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+                names.append([branch.id for branch in group])
+                counts.append(sum(gradient[0].numel() for gradient in gradients))
+                norms.append(squares.sqrt())
+            continue
+        for branch in group:
+            gradients = [p.grad for p in bank.blocks[str(branch.slot)].parameters() if p.grad is not None]
+            if gradients:
+                names.append([branch.id])
+                counts.append(sum(gradient.numel() for gradient in gradients))
+                norms.append(torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt().view(1))
+    return names, counts, norms
+
+
+def by_bank(branches: list[Branch]) -> dict[tuple[int, str], list[Branch]]:
+    """The branches of each (site, blueprint), whose parameters lie in one bank."""
+    gathered: dict[tuple[int, str], list[Branch]] = {}
+    for branch in branches:
+        gathered.setdefault((branch.site, branch.blueprint), []).append(branch)
+    return gathered

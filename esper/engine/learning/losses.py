@@ -47,9 +47,9 @@ def _loss_in(output: Any) -> Any:
 
 
 def told_without(compute: Callable[[nn.Module, dict[str, Any]], Any]) -> Callable[[nn.Module, Any], Any]:
-    """transformers' ``Trainer.compute_loss``, which may pop what it needs off a batch, as ``loss(model, batch)``.
+    """transformers' ``Trainer.compute_loss``, which may pop entries of a batch, as ``loss(model, batch)``.
 
-    A batch that does not hold what it needs is told in words.
+    A batch without the entries it needs is a UserError.
     """
 
     def loss(model: nn.Module, batch: Any) -> Any:

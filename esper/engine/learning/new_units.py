@@ -146,7 +146,7 @@ class NewUnits:
             return output + held["probe"]
 
         handles = [site.hidden.module.register_forward_pre_hook(read), site.module.register_forward_hook(answered)]
-        model, key = self.registry.model, ("directions", self.registry.structure(), shapes_of(batch))
+        model, key = self.registry.model, ("directions", self.registry.cost_key(), shapes_of(batch))
         try:
             with (
                 passes.replay.again(),

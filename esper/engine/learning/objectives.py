@@ -1,7 +1,7 @@
-"""What TRAINING seeds learn from, with the live forward and the host's gradients untouched.
+"""The objectives of TRAINING seeds; they leave the live forward and the host's gradients untouched.
 
-Gradients are kept apart (``pending``) until the branch optimizer takes them at the tick, so that clipping the host's
-gradients by their norm does not feel a TRAINING seed either.
+Gradients are kept in ``pending`` until the branch optimizer takes them at the tick, so that a TRAINING seed does not affect the
+clipping of the host's gradients either.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
 from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
-from esper.seeds.branch_groups import BlockGroup, Group, Injection, Part, build
-from esper.seeds.exceptions import containable, take_errors
+from esper.seeds.branch_exceptions import containable, take_errors
+from esper.seeds.branch_groups import BlockGroup, Group, GroupMember, Injection, build
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Line search of the functional gradient: steps as shares of the activation's RMS."""
@@ -84,13 +84,13 @@ class Objective:
         self.pending = {}
 
     def forget(self, branch: int) -> None:
-        """Drop what is known of a branch that left TRAINING."""
+        """Forget a branch that left TRAINING."""
         self.readiness.pop(branch, None)
         self.failed.discard(branch)
         self.raised.pop(branch, None)
 
     def state(self) -> dict[str, Any]:
-        """What is remembered between two steps; gradients are not (a checkpoint is taken when none are pending)."""
+        """The memory between two steps, without gradients (a checkpoint is taken when none are pending)."""
         return {
             "readiness": {str(branch): value for branch, value in self.readiness.items()},
             "failed": sorted(self.failed),
@@ -114,7 +114,7 @@ class Objective:
             if not math.isfinite(host_loss):
                 return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             with self.replay.again(), self.registry.shadow() as groups:
-                key = (self.registry.structure(), shapes_of(batch))
+                key = (self.registry.cost_key(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
                     loss = self.loss(model, batch).mean()
                     if not self._looked:
@@ -130,7 +130,7 @@ class Objective:
             if branch.id not in raised:
                 self._score(branch.id, fall)
 
-    # --- regression on what the backward brought to the site ---
+    # --- regression on the gradient at the site ---
 
     def _regress(self, training: list[Branch], batch: Any, scale: float) -> None:
         for number in sorted({branch.site for branch in training}):
@@ -140,9 +140,9 @@ class Objective:
                 continue
             if self.kind == "functional_gradient" and recording.gradient is None:
                 continue  # nothing came back to this site: nothing to learn from, and the readiness stays unknown
-            parts = [Part(branch, 1.0, True) for branch in training if branch.site == number]
+            members = [GroupMember(branch, 1.0, True) for branch in training if branch.site == number]
             x = recording.input
-            for group in build(parts, self.registry.banks(number), layer.geometry, x.device):
+            for group in build(members, self.registry.banks(number), layer.geometry, x.device):
                 assert not isinstance(group, Injection)
                 key = (number, group.cost_key(), shapes_of(batch))
                 with (
@@ -207,7 +207,7 @@ class Objective:
 
     @contextmanager
     def _containing(self, branches: list[int]) -> Iterator[None]:
-        """Within, what the code of these branches raises is theirs alone: they learn nothing from this batch."""
+        """Within, an exception in the code of these branches is noted for them, and they learn nothing from this batch."""
         try:
             yield
         except Exception as error:
@@ -216,8 +216,8 @@ class Objective:
             self.raised |= dict.fromkeys(branches, error)
 
     def _measured(self, purpose: str, batch: Any) -> float:
-        """The mean loss of a forward as the plans are now, no gradients."""
-        key = (purpose, self.registry.structure(), shapes_of(batch))
+        """The mean loss of a forward with the present groups, no gradients."""
+        key = (purpose, self.registry.cost_key(), shapes_of(batch))
         with torch.no_grad(), self.meter.counting("objective", key):
             return float(self.loss(self.registry.model, batch).mean())
 

@@ -76,7 +76,7 @@ def read_history(folder: Path) -> RunHistory:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The contents of the file; empty where it is not there yet or only its room is reserved."""
+    """The contents of the file; empty if it does not exist yet or is only reserved."""
     text = path.read_bytes().strip(b"\0 \n") if path.exists() else b""
     return json.loads(text) if text else {}
 

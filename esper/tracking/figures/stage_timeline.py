@@ -15,7 +15,7 @@ MAX_ROWS = 40
 
 
 def stage_timeline(history: RunHistory) -> Figure | None:
-    """None when nothing germinated. Of more than 40 branches the first 40 are shown, and the title says so."""
+    """The figure, None when nothing germinated. Of more than 40 branches the first 40 are shown, and the title says so."""
     from matplotlib.figure import Figure
 
     branches = history.branches[:MAX_ROWS]

@@ -1,4 +1,4 @@
-"""Colours and fonts: told apart by readers with any colour vision, and in grey where it matters by a letter too."""
+"""Colours and fonts that readers with any colour vision can distinguish; in grey, a letter helps where it matters."""
 
 from __future__ import annotations
 

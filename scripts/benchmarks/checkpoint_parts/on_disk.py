@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.checkpoint import store
-from esper.checkpoint.store import Copy
+from esper.checkpoint import disk
+from esper.checkpoint.disk import Copy
 from esper.checkpoint.tree import split
 from scripts.benchmarks.checkpoint_parts.spent import Spent, spent
 
@@ -51,14 +51,14 @@ def measure(parameters: int, repeats: int, folder: Path, device: torch.device) -
         taken: list[Copy] = []
         if repeat % 2:  # whoever comes second may get memory that the first has just given back
             copy = spent(lambda: [in_memory(tensor) for tensor in tensors.values()])
-        stall = spent(lambda taken=taken: taken.append(store.copy(tree, 1, 1, {}, None)))
+        stall = spent(lambda taken=taken: taken.append(disk.copy(tree, 1, 1, {}, None)))
         if not repeat % 2:
             copy = spent(lambda: [in_memory(tensor) for tensor in tensors.values()])
         if repeat % 2:  # a disk that was given much is slower for a while
-            save = spent(lambda taken=taken: store.write(taken[0], kept))
+            save = spent(lambda taken=taken: disk.write(taken[0], kept))
         write = spent(lambda: write_raw(raw, pieces))
         if not repeat % 2:
-            save = spent(lambda taken=taken: store.write(taken[0], kept))
+            save = spent(lambda taken=taken: disk.write(taken[0], kept))
         taken.clear()
         read, load = spent(lambda: read_raw(raw)), spent(lambda: loaded(kept))
         both = spent(lambda: take_over(tensors, read_raw(raw))), spent(lambda: _copy(loaded(kept), tensors))
@@ -107,7 +107,7 @@ def take_over(model: dict[str, Tensor], content: bytearray) -> None:
 
 def loaded(folder: Path) -> dict[str, Tensor]:
     """The tensors of the only checkpoint in ``folder`` by name."""
-    return _by_name(store.read(store.checkpoints(folder)[0])[1], "")
+    return _by_name(disk.read(disk.checkpoints(folder)[0])[1], "")
 
 
 def _by_name(tree: Any, path: str) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.background_saver import Retention, Saver
-from esper.checkpoint.store import Copy
+from esper.checkpoint.disk import Copy
 from esper.checkpoint.tree import join, split
 from esper.cli.compose import compose
 from esper.engine.port import NullPort
@@ -173,4 +173,4 @@ def _turn(trainer: Trainer, saver: Saver) -> None:
 
 def _copy(trainer: Trainer) -> Copy:
     state = {"trainer": trainer.state()}
-    return store.copy(state, trainer.outcome.steps, trainer.grow.tick_number, state["trainer"]["grow"]["topology"], None)
+    return disk.copy(state, trainer.outcome.steps, trainer.grow.tick_number, state["trainer"]["grow"]["topology"], None)

@@ -110,7 +110,7 @@ def test_a_trainer_that_goes_back_to_where_the_controller_was_not_is_refused(ope
 
 def test_a_controller_killed_often_before_it_could_decide_still_knows_the_run(server, tmp_path, monkeypatch):
     monkeypatch.setenv("ESPER_BUS_PASSWORD", server.address.password)
-    config = RedisConfig(url=f"redis://127.0.0.1:{server.address.port}/0", timeout_s=0.5, deliveries=1)
+    config = RedisConfig(url=f"redis://127.0.0.1:{server.address.tcp_port}/0", timeout_s=0.5, deliveries=1)
     trainer = ServerBus(config, server.address, tmp_path / "trainer")
     invite(tmp_path, "often", config, {"config": {"controller": {"process": "external"}}})
     producer = trainer.producer("events", "often")

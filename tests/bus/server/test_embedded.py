@@ -24,7 +24,7 @@ from esper.bus.server.embedded import EmbeddedServer
 
 server = EmbeddedServer(Path(sys.argv[1]))
 connect(server.address, 30.0).set("kept", "yes")
-print(server.process.pid, server.address.port, flush=True)
+print(server.process.pid, server.address.tcp_port, flush=True)
 time.sleep(600)
 """
 
@@ -45,7 +45,7 @@ def test_a_server_that_was_stopped_when_its_owner_was_killed_makes_room_for_the_
     server = EmbeddedServer(tmp_path)
     try:
         assert gone(first)
-        assert server.address.port == port
+        assert server.address.tcp_port == port
         assert connect(server.address, 30.0).get("kept") == b"yes"
     finally:
         server.stop()

@@ -34,7 +34,7 @@ def secured(server, tmp_path):
     with connect(server.address, 1) as owner:
         owner.execute_command("ACL", "SETUSER", "esper", "reset", "on", f">{SECRET}", *RIGHTS.split())
         owner.execute_command("ACL", "SETUSER", "reader", "reset", "on", f">{SECRET}", "~esper:*", "+ping")
-    with tls_before(server.address.port, tmp_path) as port:
+    with tls_before(server.address.tcp_port, tmp_path) as port:
         yield port
 
 
@@ -141,7 +141,7 @@ def test_no_credential_is_in_logs_notes_or_representations(server, tmp_path, cap
 
 
 def test_the_embedded_server_listens_on_loopback_and_asks_for_its_password(server):
-    stranger = connect(Address("127.0.0.1", server.address.port), 1)
+    stranger = connect(Address("127.0.0.1", server.address.tcp_port), 1)
     with pytest.raises(redis.AuthenticationError):
         stranger.ping()
     with connect(server.address, 1) as owner:

@@ -70,7 +70,7 @@ def look(folder, capsys):
 def test_whatever_lies_under_a_key_the_run_goes_on_and_every_tool_answers(name, fragile, open_bus, tmp_path, capsys, monkeypatch):
     bus = open_bus(fragile.address, timeout_s=5.0, flush_s=0.01)
     monkeypatch.setenv("ESPER_BUS_PASSWORD", fragile.note.password)
-    bus.config.url = f"redis://127.0.0.1:{fragile.address.port}/0"
+    bus.config.url = f"redis://127.0.0.1:{fragile.address.tcp_port}/0"
     invite(tmp_path, RUN, bus.config, {})
     port = BusPort(bus, RUN, COLUMNS)
     port.started(0, 99, [])

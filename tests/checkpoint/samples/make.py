@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from esper.checkpoint import store
+from esper.checkpoint import disk
 from esper.checkpoint.schema import SCHEMA
 from esper.engine.saved_state import topology
 from esper.running.provenance import provenance
@@ -38,7 +38,7 @@ def main() -> None:
     trainer = build(*WORDS)
     train_until(trainer, STEP)
     state = {"trainer": trainer.state(), **provenance(trainer.task, torch.device("cpu"))}
-    made = store.write(store.copy(state, STEP, trainer.grow.tick_number, topology(trainer.grow.registry), None), HERE)
+    made = disk.write(disk.copy(state, STEP, trainer.grow.tick_number, topology(trainer.grow.registry), None), HERE)
     made.path.rename(place)
 
 

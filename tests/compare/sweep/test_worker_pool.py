@@ -21,7 +21,7 @@ from esper.compare.sweep import forks, launch
 from esper.compare.sweep import mlflow_process as tracking
 from esper.compare.sweep import worker_pool as workers
 from esper.compare.sweep.arms import Job
-from esper.compare.sweep.forks import ForkServer, early_server
+from esper.compare.sweep.forks import ForkServerClient, early_server
 from esper.compare.sweep.sweep import PreparedJob
 from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, worker_environments
 from esper.errors import Terminated
@@ -262,9 +262,9 @@ def test_the_server_that_began_early_is_the_one_whose_forks_do_the_jobs_where_it
 def test_a_sweep_that_is_refused_leaves_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from esper.app import REFUSED, main
 
-    begun: list[ForkServer] = []
-    start = ForkServer._start
-    monkeypatch.setattr(ForkServer, "_start", lambda self: begun.append(self) or start(self))
+    begun: list[ForkServerClient] = []
+    start = ForkServerClient._start
+    monkeypatch.setattr(ForkServerClient, "_start", lambda self: begun.append(self) or start(self))
     monkeypatch.chdir(tmp_path)
     assert main(["-m", "trainer.steps=10,-3", "tracking=none"]) == REFUSED
     (server,) = begun

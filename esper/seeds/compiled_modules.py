@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 _WRAPPED = "_orig_mod"
-"""Name that torch gives to what a compiled module wraps."""
+"""Torch's name for the module inside a compiled one."""
 
 _BEFORE = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _AFTER = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def host_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules below ``model`` by name, each once; a compiled one stands under its own name for what it wraps."""
+    """All modules below ``model`` by name, each once; a compiled module has the name of the one that it wraps."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if name and not _is_wrapper(module):
@@ -26,7 +26,7 @@ def host_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[None]:
-    """Within: what compiled modules below ``model`` wrap is in their place, with the hooks that hang on the wrapper."""
+    """Within: compiled modules below ``model`` are replaced by those that they wrap, with the hooks of the wrapper."""
     places: list[tuple[dict[str, Any], str, nn.Module]] = []
     hooks: list[tuple[dict[int, Any], dict[int, Any]]] = []
     for parent in list(model.modules()):

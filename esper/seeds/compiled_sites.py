@@ -1,4 +1,4 @@
-"""Keeping what a compiled host's graph reads up to date with the table of branches: see ``esper.seeds.graph_ops``."""
+"""The tensors that a compiled host's graph reads, kept up to date with the table of branches: see ``esper.seeds.graph_ops``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from esper.blueprints import Block, SlotBank
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
-from esper.seeds.device_copy import on_device
-from esper.seeds.fused import FROZEN, SUBTRACT, bank_fits, kind_of
+from esper.seeds.device_copy import to_device
+from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, kind_of
 from esper.seeds.graph_ops import GraphSite
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ class CompiledSites:
         self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         begin = weakref.WeakMethod(self._begin)
         self.near_zero = 0.0
-        self.outside = False
+        self.leaves_graph = False
         for layer in registry.layers:
-            layer.number = graph.number_of(lambda: (begin() or _gone)())
-            weakref.finalize(layer, graph.forget, layer.number)
+            layer.graph_number = graph.register_layer(lambda: (begin() or _gone)())
+            weakref.finalize(layer, graph.unregister_layer, layer.graph_number)
 
     @property
     def registry(self) -> SeedRegistry:
@@ -48,21 +48,21 @@ class CompiledSites:
         return registry
 
     def refresh(self, numbers: Iterable[int]) -> None:
-        """The plans of these sites have changed.
+        """Update the graph's tensors, since the groups of these sites have changed.
 
-        Whether the graph is left is one state of the whole host, so that it is compiled once for it and not site by site.
+        The graph breaks at all sites or at none, so that the host is compiled once for it and not site by site.
         """
         numbers = sorted(numbers)
         if not numbers:
             return
-        registry, outside = self.registry, self._outside()
-        changed = numbers if outside == self.outside else list(range(len(registry.layers)))
-        self.outside = outside
+        registry, leaves = self.registry, self._must_leave_graph()
+        changed = numbers if leaves == self.leaves_graph else list(range(len(registry.layers)))
+        self.leaves_graph = leaves
         for layer in registry.layers:
-            layer.outside = outside
+            layer.leaves_graph = leaves
         if self.sites:
             for number in range(len(self.sites)):  # a blueprint that is new to one site is new to all
-                self._hold(number)
+                self._set_parameters(number)
             for number in changed:
                 self._route(number)
             first = self.registry.first_row
@@ -77,20 +77,20 @@ class CompiledSites:
             return
         rows, branches = self._where
         values = torch.zeros(self.registry.table.rows).index_copy_(0, rows, self.registry.branches.alpha[branches])
-        self._alphas.copy_(on_device(values, self._alphas.device), non_blocking=True)
+        self._alphas.copy_(to_device(values, self._alphas.device), non_blocking=True)
 
-    def tallies(self) -> list[Tensor]:
+    def containment_counts(self) -> list[Tensor]:
         """Of every site, how often each seed's branch was contained, and then, of every site, in how many forwards."""
-        return [site.tally for site in self.sites] + [site.forwards for site in self.sites]
+        return [site.contained for site in self.sites] + [site.forwards for site in self.sites]
 
     def members(self, number: int) -> dict[int, int]:
         """The branches of a site that are in the graph, by seed."""
         return self._members[number]
 
-    def forget_tallies(self) -> None:
-        """Count contained forwards anew."""
+    def reset_counts(self) -> None:
+        """Reset the counts of contained forwards."""
         if self.sites:
-            torch._foreach_zero_([tensor for site in self.sites for tensor in (site.tally, site.forwards)])
+            torch._foreach_zero_([tensor for site in self.sites for tensor in (site.contained, site.forwards)])
 
     # --- the start ---
 
@@ -106,21 +106,21 @@ class CompiledSites:
                 alpha = self._alphas[first : first + seeds]
                 site = GraphSite(layer.geometry, self.near_zero, alpha, route, self._by_kernel(number))
                 self.sites.append(site)
-                graph.SITES[layer.number] = site
+                graph.SITES[layer.graph_number] = site
         self.refresh(range(len(self.sites)))
 
     def _by_kernel(self, number: int) -> bool:
         kernels, name = self.registry.kernels, self.registry.sites[number].name
-        if kernels is None or not kernels.takes(self.registry.device) or self.registry.device.type == "cpu":
+        if kernels is None or not kernels.usable_on(self.registry.device) or self.registry.device.type == "cpu":
             return False
         return kernels.flags.on("kernels", name)
 
     # --- one site ---
 
-    def _outside(self) -> bool:
+    def _must_leave_graph(self) -> bool:
         """Whether something lives that cannot be in the graph: a branch of another kind, a second one on a chunk, or a canary."""
         registry, kernels = self.registry, self.registry.kernels
-        if kernels is not None and kernels.possible and kernels.config.canary > 0.0:
+        if kernels is not None and kernels.available and kernels.config.canary > 0.0:
             return True
         for number in range(len(registry.layers)):
             living = registry.living_at(number)
@@ -135,7 +135,7 @@ class CompiledSites:
         config = self.registry.blueprints[blueprint]
         return not isinstance(config, Block) and kind_of(config) is not None
 
-    def _hold(self, number: int) -> None:
+    def _set_parameters(self, number: int) -> None:
         stacks: list[Tensor] = []
         kinds: list[str] = []
         fits = True
@@ -144,10 +144,10 @@ class CompiledSites:
             assert isinstance(bank, SlotBank)
             bank.reserve(2)  # sizes 0 and 1 are compiled in
             kinds.append(str(kind_of(bank.blueprint)))
-            stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].order]
+            stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].stack_names]
             fits = fits and bank_fits(bank, self.registry.layers[number].geometry)
         self.sites[number].triton = fits and self._by_kernel(number)
-        self.sites[number].hold(",".join(kinds), stacks)
+        self.sites[number].set_parameters(",".join(kinds), stacks)
 
     def _names(self, number: int) -> list[str]:
         """Blueprints that grew anywhere and that the graph can hold here."""
@@ -157,7 +157,7 @@ class CompiledSites:
 
     def _route(self, number: int) -> None:
         registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
-        names, inside = self._names(number), [] if self.outside else registry.blended(number)
+        names, inside = self._names(number), [] if self.leaves_graph else registry.blended(number)
         route = torch.full((seeds, 3), -1, dtype=torch.int32)
         entries = []
         self._members[number] = {branch.seed: branch.id for branch in inside}
@@ -166,7 +166,7 @@ class CompiledSites:
             entries.append([names.index(branch.blueprint), branch.slot, bits])
         if entries:
             route[[branch.seed for branch in inside]] = torch.tensor(entries, dtype=torch.int32)
-        self.sites[number].route.copy_(on_device(route, registry.device), non_blocking=True)
+        self.sites[number].route.copy_(to_device(route, registry.device), non_blocking=True)
 
 
 def _gone() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from esper.trainer.fingerprint import fingerprint, untimed
+from esper.trainer.evaluation import fingerprint, untimed
 
 HISTORY = [(1, "train/loss", 2.5), (2, "train/loss", math.nan)]
 

@@ -1,6 +1,6 @@
-"""Calling the code of a branch: what it raises is kept for the engine, and the branch adds nothing to that forward.
+"""Calling the code of a branch: an exception is kept for the engine, and the branch adds nothing to that forward.
 
-The host cannot feel a branch that raises, just as it cannot feel one that gives NaN.
+A branch that raises cannot affect the host, just as one that gives NaN cannot.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def containable(error: Exception) -> bool:
     return not (isinstance(error, UserError) or full)
 
 
-def contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """What ``compute`` gives, or zeros shaped as ``like`` where it raises or gives another shape; ``group.error`` then says so."""
+def run_contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """The result of ``compute``; zeros shaped as ``like``, with ``group.error``, where it raises or has another shape."""
     if torch.compiler.is_compiling():  # nothing of a graph runs while it is traced
         return compute()
     try:
@@ -38,7 +38,7 @@ def contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[], Ten
 
 
 def take_errors(groups: Iterable[Any]) -> dict[int, Exception]:
-    """By branch, what its group raised since this was last asked; the groups forget it."""
+    """By branch, the exception of its group since the last call; the groups forget it."""
     found: dict[int, Exception] = {}
     for group in groups:
         error = getattr(group, "error", None)

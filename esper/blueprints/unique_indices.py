@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def each_once(device: torch.device) -> Iterator[None]:
+def unique_indices(device: torch.device) -> Iterator[None]:
     """Within, ``index_add`` and its like go the direct way on a GPU; no two of their places may be the same."""
     mode = torch.get_deterministic_debug_mode() if device.type == "cuda" else 0
     if mode == 0:
@@ -28,16 +28,16 @@ def each_once(device: torch.device) -> Iterator[None]:
         torch.set_deterministic_debug_mode(mode)
 
 
-def pick(stack: Tensor, slots: Tensor) -> Tensor:
+def select_slots(stack: Tensor, slots: Tensor) -> Tensor:
     """``stack[slots]`` for slots that are all different: ``[capacity, …]`` and ``[A]`` to ``[A, …]``."""
     direct = stack.is_cuda and torch.are_deterministic_algorithms_enabled()
     if not direct:
         return stack.index_select(0, slots)
-    picked: Tensor = Pick.apply(stack, slots)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
+    picked: Tensor = SelectSlots.apply(stack, slots)  # type: ignore[no-untyped-call]  # torch's apply has no annotations
     return picked
 
 
-class Pick(torch.autograd.Function):
+class SelectSlots(torch.autograd.Function):
     """``index_select`` along the first axis, whose backward goes the direct way."""
 
     @staticmethod
@@ -52,5 +52,5 @@ class Pick(torch.autograd.Function):
         """The rows' gradients in their places, zeros elsewhere."""
         (gradient,), (slots,) = gradients, ctx.saved_tensors
         whole = gradient.new_zeros(ctx.capacity, *gradient.shape[1:])
-        with each_once(gradient.device):
+        with unique_indices(gradient.device):
             return whole.index_add_(0, slots, gradient), None

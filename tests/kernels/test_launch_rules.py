@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from esper.kernels import launch
-from esper.kernels.launch import Limits
+from esper.kernels import launch_rules
+from esper.kernels.launch_rules import Limits
 
 DEVICES = {
     "A100": Limits((8, 0), 108, 166_912),
@@ -23,25 +23,25 @@ DEVICES = {
 def test_every_branch_the_kernels_take_fits(device):
     limit = DEVICES[device]
     widths, yes_no = (16, 32, 64, 128), (False, True)
-    for chunk, hidden, gated, itemsize, lessons in itertools.product(widths, (*widths, 256), yes_no, (2, 4), yes_no):
-        forward = launch.forward(chunk, hidden, gated, False, itemsize, 64, limit)
-        plain = launch.forward(chunk, hidden, gated, False, itemsize, 64, limit, telemetry=False)
-        backward = launch.backward(chunk, hidden, gated, False, itemsize, 64, limit, lessons)
+    for chunk, hidden, gated, itemsize, objectives in itertools.product(widths, (*widths, 256), yes_no, (2, 4), yes_no):
+        forward = launch_rules.forward(chunk, hidden, gated, False, itemsize, 64, limit)
+        plain = launch_rules.forward(chunk, hidden, gated, False, itemsize, 64, limit, telemetry=False)
+        backward = launch_rules.backward(chunk, hidden, gated, False, itemsize, 64, limit, objectives)
         split = hidden > backward.hidden
-        assert launch.forward_shared(forward.rows, chunk, forward.hidden, gated, itemsize, forward.stages) <= limit.shared
+        assert launch_rules.forward_shared(forward.rows, chunk, forward.hidden, gated, itemsize, forward.stages) <= limit.shared
         sizes = (backward.rows, chunk, backward.hidden, gated, itemsize, backward.stages)
-        assert launch.backward_shared(*sizes, split, lessons) <= limit.shared
+        assert launch_rules.backward_shared(*sizes, split, objectives) <= limit.shared
         assert (plain.rows, plain.hidden, plain.warps) == (forward.rows, forward.hidden, forward.warps), "one kernel holds both walks"
-        assert launch.forward_shared(plain.rows, chunk, plain.hidden, gated, itemsize, plain.stages) <= limit.shared
-        alone = launch.input_gradient(chunk, hidden, gated, itemsize, 64, limit, backward) if split else backward
+        assert launch_rules.forward_shared(plain.rows, chunk, plain.hidden, gated, itemsize, plain.stages) <= limit.shared
+        alone = launch_rules.input_gradient(chunk, hidden, gated, itemsize, 64, limit, backward) if split else backward
         if split:
             sizes = (alone.rows, chunk, alone.hidden, gated, itemsize, alone.stages)
-            assert launch.input_gradient_shared(*sizes, alone.hidden < hidden) <= limit.shared
-        for plan in (forward, backward, alone):
-            assert plan.rows >= 16
-            assert plan.hidden >= 16
-            assert plan.programs >= 64
-            assert plan.programs // limit.processors * plan.warps * 32 <= limit.threads
+            assert launch_rules.input_gradient_shared(*sizes, alone.hidden < hidden) <= limit.shared
+        for launch in (forward, backward, alone):
+            assert launch.rows >= 16
+            assert launch.hidden >= 16
+            assert launch.programs >= 64
+            assert launch.programs // limit.processors * launch.warps * 32 <= limit.threads
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -49,16 +49,20 @@ def test_telemetry_of_whole_rows_fits_whatever_the_width_and_precision(device):
     limit = DEVICES[device]
     for width, seeds, itemsize in itertools.product((64, 3072, 4096, 8192), (1, 12, 64, 1000, 4096), (2, 4)):
         for copies in (False, True):
-            plan = launch.whole_rows(width, seeds, 65536, itemsize, limit, copies) if seeds <= width else None
-            if plan is None:
+            launch = launch_rules.whole_rows(width, seeds, 65536, itemsize, limit, copies) if seeds <= width else None
+            if launch is None:
                 continue
-            assert launch.whole_rows_shared(plan.rows, plan.seeds * plan.places, itemsize, plan.stages, copies) <= limit.shared
-            assert plan.warps * 32 <= 1024
-    assert launch.whole_rows(8192, 64, 65536, 4, DEVICES["16 GB Ada"]).stages == 4, "five stages of 32 KB are more than it has"
+            assert (
+                launch_rules.whole_rows_shared(launch.rows, launch.seeds * launch.places, itemsize, launch.stages, copies) <= limit.shared
+            )
+            assert launch.warps * 32 <= 1024
+    assert launch_rules.whole_rows(8192, 64, 65536, 4, DEVICES["16 GB Ada"]).stages == 4, "five stages of 32 KB are more than it has"
 
 
 def test_the_rule_does_not_change_with_what_is_active():
-    assert launch.forward(64, 64, False, False, 2, 64, DEVICES["H200"]) == launch.forward(64, 64, False, False, 2, 64, DEVICES["H200"])
+    assert launch_rules.forward(64, 64, False, False, 2, 64, DEVICES["H200"]) == launch_rules.forward(
+        64, 64, False, False, 2, 64, DEVICES["H200"]
+    )
 
 
 @pytest.mark.usefixtures("processes")
@@ -68,9 +72,9 @@ def test_compiled_kernels_need_no_more_shared_memory_than_estimated(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = "import sys; from scripts.benchmarks.kernel_resources import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "--out", str(out), "--shapes", "32x32", "--kinds", "mlp_relu", "--dtypes", "bf16"]
-    command += ["--directions", "forward", "backward", "backward with lessons", "--sites", "3072x1000"]
+    command += ["--directions", "forward", "backward", "backward with objectives", "--sites", "3072x1000"]
     subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2], capture_output=True, timeout=300)
     rows = list(csv.DictReader(out.open()))
     assert {row["capability"] for row in rows} == {"80", "89", "90"}
     assert all(int(row["shared"]) <= int(row["estimate"]) <= int(row["limit"]) for row in rows)
-    assert all(int(row["spilled"]) == 0 for row in rows if "lessons" not in row["kernel"])
+    assert all(int(row["spilled"]) == 0 for row in rows if "objectives" not in row["kernel"])

@@ -1,7 +1,8 @@
-"""Checkpoints in a folder: written beside and renamed, read only when every byte is as it was written.
+"""Checkpoints in a folder: written under another name and renamed, read only if every byte is as it was written.
 
 ``<folder>/<step>/manifest.json`` names the parts, ``state.json`` and ``tensors.safetensors``, with their sizes and a SHA-256 for every
-16 MiB, and carries a SHA-256 of itself. A folder whose name is a step is whole; one that is being written or deleted begins with a dot.
+16 MiB, and carries a SHA-256 of itself. A folder named after a step is complete; while it is being written or deleted, its name begins
+with a dot.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def read(path: Path) -> tuple[Checkpoint, Any]:
 
 
 def newest(folder: Path) -> tuple[Checkpoint, Any, list[str]] | None:
-    """The newest checkpoint that is whole, with why newer ones were passed over; None where there is none."""
+    """The newest complete checkpoint, and why newer ones were passed over; None where there is none."""
     refusals: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -176,12 +177,12 @@ def retain(folder: Path, keep: int, best: int, hours: float) -> list[Path]:
 
 
 def _out_of_reach(error: UserError) -> bool:
-    """Whether a manifest could not be read for a reason that may pass, such as a share that is away: nothing says that it is damaged."""
+    """Whether the failure to read a manifest may be temporary, such as an unmounted share, and so is no sign of damage."""
     return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, (FileNotFoundError, IsADirectoryError))
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Delete checkpoints of later steps: the run goes on from ``step``, or begins anew (−1)."""
+    """Delete checkpoints of later steps, because the run continues from ``step`` or starts over (−1)."""
     for path in checkpoints(folder):
         if int(path.name) > step:
             _throw_away(path)
@@ -201,7 +202,7 @@ def _own_digest(manifest: dict[str, Any]) -> str:
 
 
 def _throw_away(path: Path) -> None:
-    """Renamed first, so that nobody ever sees half of it."""
+    """Delete a checkpoint; it is renamed first, so that nobody finds half of it."""
     if path.exists():
         away = path.parent / f".{path.name}.{os.getpid()}.gone"
         _discard(away)

@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Limits:
-    """What the rule needs of a device: multiprocessors, shared memory a block may use (bytes), registers and threads of one of them."""
+    """Properties of a device: multiprocessors, shared memory of a block (bytes), registers and threads of a multiprocessor."""
 
     capability: tuple[int, int]
     processors: int
@@ -80,7 +80,7 @@ def resident(registers: int, warps: int, shared: int, limit: Limits) -> int:
     return max(1, min(limit.registers // (threads * registers), limit.threads // threads, limit.shared // max(shared, 1)))
 
 
-@lru_cache(maxsize=1024)  # asked anew at every call of an op
+@lru_cache(maxsize=1024)  # called at every call of an op
 def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, telemetry: bool = True) -> Launch:
     """Settings of the forward kernel for chunks and hidden widths padded to powers of two ≥ 16.
 
@@ -131,11 +131,13 @@ def forward_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: i
 
 
 @lru_cache(maxsize=1024)
-def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, lessons: bool = False) -> Launch:
+def backward(
+    chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, seeds: int, limit: Limits, objectives: bool = False
+) -> Launch:
     """Settings of the backward kernel; a block of hidden units is as large as its gradient accumulators leave registers for.
 
     Timed likewise: at width 32 128 rows with 4 warps, at 64 64 rows with 4 warps, at 128 half of the hidden units with 128 rows, 8 warps
-    and two stages. ``lessons``: the kernel also computes δ, for the isolated objectives.
+    and two stages. ``objectives``: the kernel also computes δ, for the isolated objectives.
     """
     if affine:
         return Launch(max(16, min(64, 4096 // chunk)), 16, 4, 2, programs(seeds, 4, limit))
@@ -149,9 +151,9 @@ def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, 
     if itemsize == 2 and tile == 16 and size <= 2048 and chunk != 32:  # 128 rows spill at 64, and keep others from running at 16
         block, warps = 32, 1 if chunk == 16 else 4
     block = block if limit.wgmma or itemsize > 2 else block // 2  # without warp-group products every operand sits in registers
-    block = max(16, block // 2) if lessons else block  # δ and what it misses are two more tiles in registers
+    block = max(16, block // 2) if objectives else block  # δ and what it misses are two more tiles in registers
     stages = 3 if warps == 4 else 2
-    while backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons) > limit.shared:
+    while backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, objectives) > limit.shared:
         if stages > 1:
             stages -= 1
         elif block > 16:
@@ -159,33 +161,33 @@ def backward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, 
         else:
             tile //= 2
             assert tile >= 16, "no block fits"
-    used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, lessons)
+    used = backward_shared(block, chunk, tile, gated, itemsize, stages, hidden > tile, objectives)
     registers = min(255, (products * chunk * tile + block * (2 * tile + chunk)) // (32 * warps) + (64 if warps > 1 else 80))
-    # All blocks of hidden units at once, so that what one reads is still in the cache for the others.
+    # All blocks of hidden units at once, so that the rows that one reads are still in the cache for the others.
     return Launch(block, tile, warps, stages, max(seeds, limit.processors * resident(registers, warps, used, limit) * tile // hidden))
 
 
 def backward_shared(
-    block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool = False, lessons: bool = False
+    block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool = False, objectives: bool = False
 ) -> int:
     """Upper bound in bytes: weights, pipelined x and dy tiles, converted hidden-side tiles, g, one output tile in float32.
 
-    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx``, and δ, which ``lessons`` need, takes three
+    ``split``: a block does not hold all hidden units, so that another kernel gives ``dx``, and δ, which ``objectives`` need, takes three
     more matrices of weights and a hidden tile; unsplit, δ is three more tiles (seen: one to three).
     """
     matrix = chunk * hidden * itemsize
     tiles, units = 2 * stages * block * chunk * itemsize, (3 if gated else 2) * block * hidden * itemsize
-    if split and not lessons:
+    if split and not objectives:
         return (5 if gated else 3) * matrix + tiles + units
     most = (5 if gated else 3) * matrix + tiles + max(units, block * chunk * 4)
-    if not lessons:
+    if not objectives:
         return most
     return most + (3 * matrix + block * hidden * itemsize if split else 3 * block * chunk * 4)
 
 
 @lru_cache(maxsize=1024)
-def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, plan: Launch) -> Launch:
-    """Settings of the kernel for ``dx`` alone, beside a backward ``plan`` whose block does not hold all hidden units.
+def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: int, limit: Limits, launch: Launch) -> Launch:
+    """Settings of the kernel for ``dx`` alone, beside a backward ``launch`` whose block does not hold all hidden units.
 
     With warp-group products all weights stay in shared memory, with one stage, so that two programs share a multiprocessor (timed
     likewise); else blocks of the plan's size, read again for every tile.
@@ -193,7 +195,7 @@ def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: i
     used = input_gradient_shared(64, chunk, hidden, gated, itemsize, 1, False)
     if limit.wgmma and itemsize == 2 and not gated and hidden <= 128 and used <= limit.shared:
         return Launch(64, hidden, 4, 1, programs(seeds, resident(255, 4, used, limit), limit))
-    block, tile, stages = min(plan.rows, 64), plan.hidden, plan.stages
+    block, tile, stages = min(launch.rows, 64), launch.hidden, launch.stages
     while input_gradient_shared(block, chunk, tile, gated, itemsize, stages, True) > limit.shared:
         if stages > 1:
             stages -= 1
@@ -202,7 +204,7 @@ def input_gradient(chunk: int, hidden: int, gated: bool, itemsize: int, seeds: i
         else:
             tile //= 2
             assert tile >= 16, "no block fits"
-    return Launch(block, tile, plan.warps, stages, programs(seeds, 1, limit))
+    return Launch(block, tile, launch.warps, stages, programs(seeds, 1, limit))
 
 
 def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, itemsize: int, stages: int, split: bool) -> int:
@@ -218,7 +220,7 @@ def input_gradient_shared(block: int, chunk: int, hidden: int, gated: bool, item
 
 
 @dataclass(frozen=True)
-class PassingLaunch:
+class InactiveChunksLaunch:
     """Rows, seeds and places of a tile, pipeline stages, row parts."""
 
     rows: int
@@ -229,12 +231,12 @@ class PassingLaunch:
 
 
 @lru_cache(maxsize=1024)
-def passing(width: int, seeds: int, rows: int, limit: Limits) -> PassingLaunch:
+def inactive_chunks(width: int, seeds: int, rows: int, limit: Limits) -> InactiveChunksLaunch:
     """Settings of the copying kernel: tiles of whole neighbouring chunks, 256 features wide where chunks allow."""
     place = min(power_of_two(-(-width // seeds)), 256)
     group = max(1, min(power_of_two(seeds), 256 // place))
     block = max(1, min(16, power_of_two(rows)))
-    return PassingLaunch(block, group, place, 3, row_parts(-(-seeds // group), rows, block, 4, limit))
+    return InactiveChunksLaunch(block, group, place, 3, row_parts(-(-seeds // group), rows, block, 4, limit))
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class WholeRowsLaunch:
 def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
     """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
 
-    With more than 512 seeds what is kept for every one of them fills registers too: twice the warps, and nothing spills (seen in
+    With more than 512 seeds the sums of every seed fill registers too: twice the warps, and nothing spills (seen in
     `scripts/bench kernel_resources`); a kernel that also ``copies`` has no room for it. Shared memory holds the tiles that are under
     way, and shrinks the stages. One that copies fares best with fewer stages and programs.
     """
@@ -281,7 +283,7 @@ NARROW = 8
 
 @dataclass(frozen=True)
 class WindowsLaunch:
-    """Of the kernel over windows of narrow chunks: rows, chunks and features of a window, row parts; and rows of a block of totals."""
+    """Settings of the kernels over windows of narrow chunks: rows, chunks and features of a window, parts of the rows, rows of a total."""
 
     rows: int
     seeds: int
@@ -293,7 +295,7 @@ class WindowsLaunch:
 
 @lru_cache(maxsize=1024)
 def windows(width: int, seeds: int, rows: int, limit: Limits) -> WindowsLaunch | None:
-    """Settings of the kernels that measure narrow chunks; None where they are not narrow.
+    """Settings of the kernels that measure narrow chunks; None for wider ones.
 
     A window of 64 features begins at a multiple of 8, so that rows are read 16 bytes at a time; 16 chunks of it are one tile of a
     product. 32 rows are what four warps hold without spilling (seen in `scripts/bench kernel_resources`).

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from esper.blueprints.unique_scatter import Pick, each_once, pick
+from esper.blueprints.unique_indices import SelectSlots, select_slots, unique_indices
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -20,7 +20,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("way", [pick, Pick.apply])
+@pytest.mark.parametrize("way", [select_slots, SelectSlots.apply])
 def test_rows_and_their_gradient_have_the_bits_of_indexing(way, deterministic: None) -> None:
     draws = torch.Generator().manual_seed(0)
     stack = torch.randn(9, 4, 3, generator=draws).to(DEVICE).requires_grad_()
@@ -32,9 +32,9 @@ def test_rows_and_their_gradient_have_the_bits_of_indexing(way, deterministic: N
 
 
 def test_only_what_is_done_within_goes_the_direct_way(deterministic: None) -> None:
-    with pytest.raises(KeyError), each_once(torch.device("cuda")):
+    with pytest.raises(KeyError), unique_indices(torch.device("cuda")):
         assert not torch.are_deterministic_algorithms_enabled()
         raise KeyError
     assert torch.are_deterministic_algorithms_enabled()
-    with each_once(torch.device("cpu")):
+    with unique_indices(torch.device("cpu")):
         assert torch.are_deterministic_algorithms_enabled(), "a CPU has one way only"

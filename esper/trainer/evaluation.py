@@ -1,0 +1,118 @@
+"""Evaluation: measuring held-out sets, the outcome of a training, and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.seeds.sites import quiet_evaluation
+from esper.tasks.base import Task
+from esper.tasks.loading import Batches
+
+LOGITS = 2**25
+"""Logits of a batch that is measured, at most."""
+
+
+def evaluate(model: nn.Module, task: Task, batches: Batches) -> dict[str, float]:
+    """``loss`` and every metric of the task, as means over the samples of all batches (float64)."""
+    sums: dict[str, float] = {}
+    count = 0
+    with quiet_evaluation(model):
+        for batch in batches.epoch():
+            output = model(batch[0])
+            values: dict[str, Tensor] = {"loss": task.sample_loss(output, batch)}
+            values |= {name: metric.compute(output, batch) for name, metric in task.metrics.items()}
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
+            count += len(batch[1])
+    return {name: total / count for name, total in sums.items()}
+
+
+def held_out(task: Task, which: str, device: torch.device, batch_size: int = 512) -> Batches:
+    """The batches of the ``judge``, ``validation`` or ``test`` set, in the order of the data, smaller where they have very many logits."""
+    dataset = getattr(task, which)
+    logits = task.outputs * (task.input_shape[0] if task.inputs == "tokens" else 1)
+    batch_size = min(batch_size, max(1, LOGITS // logits))
+    return Batches(dataset, batch_size, 0, task.collate, device=device, shuffle=False, drop_last=False)
+
+
+class Repeated:
+    """Batches that can be iterated any number of times, as a judge does."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._batches.epoch()
+
+
+@dataclass
+class Outcome:
+    """Result of a training: held-out measurements, history ``(tick, name, value)`` and optimizer steps. ``test/…`` is there at the end."""
+
+    final: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    history: list[tuple[int, str, float]] = field(default_factory=list)
+    steps: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """The measurements so far, for a checkpoint."""
+        return {"steps": self.steps, "best": dict(self.best), "history": _packed(self.history)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self.steps = int(state["steps"])
+        self.best = {name: float(value) for name, value in state["best"].items()}
+        self.history = _unpacked(state["history"])
+
+
+def _packed(history: list[tuple[int, str, float]]) -> dict[str, Any]:
+    names = list(dict.fromkeys(name for _, name, _ in history))
+    index = {name: number for number, name in enumerate(names)}
+    return {
+        "names": names,
+        "ticks": torch.tensor([tick for tick, _, _ in history], dtype=torch.int64),
+        "which": torch.tensor([index[name] for _, name, _ in history], dtype=torch.int32),
+        "values": torch.tensor([value for _, _, value in history], dtype=torch.float64),
+    }
+
+
+def _unpacked(saved: dict[str, Any]) -> list[tuple[int, str, float]]:
+    columns: list[Tensor] = [saved["ticks"], saved["which"], saved["values"]]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [(tick, saved["names"][which], value) for tick, which, value in rows]
+
+
+def fingerprint(weights: Mapping[str, Tensor], history: Iterable[tuple[int, str, float]]) -> str:
+    """SHA-256, in hexadecimal, over final weights and metric history.
+
+    Args:
+        weights: parameters and buffers by name, any shape, dtype and device; order does not count, bits do.
+        history: ``(tick, name, value)`` in the order it was recorded. Values measured with a clock do not belong in it:
+            leave them out (``untimed``).
+    """
+    digest = hashlib.sha256(b"esper fingerprint 1\n")
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        _text(digest, f"{name} {tensor.dtype!s} {tuple(tensor.shape)}")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    for tick, name, value in history:
+        _text(digest, name)
+        digest.update(struct.pack("<qd", tick, value))
+    return digest.hexdigest()
+
+
+def untimed(history: Iterable[tuple[int, str, float]]) -> list[tuple[int, str, float]]:
+    """The history without values measured with a clock: names whose last part holds ``seconds`` or ``per_second``."""
+    return [item for item in history if "second" not in item[1].rsplit("/", 1)[-1]]
+
+
+def _text(digest: hashlib._Hash, text: str) -> None:
+    data = text.encode()
+    digest.update(struct.pack("<q", len(data)) + data)
