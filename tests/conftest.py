@@ -52,7 +52,7 @@ LONGEST = (
 SLOW = {"e2e", "server", "processes", "heavy_libraries", "whole_runs"}
 
 #: Libraries that take seconds to import. A file that imports one at its top is not read in a quick run.
-HEAVY = ("accelerate", "lightning", "mlflow", "onnx", "onnxruntime", "peft", "transformers", "torch._inductor")
+HEAVY = ("accelerate", "lightning", "mlflow", "onnx", "onnxruntime", "peft", "transformers", "torch._inductor.compile_fx")
 _IMPORTS_HEAVY = re.compile(rf"^(?:import|from) (?:{'|'.join(map(re.escape, HEAVY))})\b", re.MULTILINE)
 
 

@@ -7,6 +7,7 @@ floating-point operations, and added up from then on. Additions, norms and activ
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -98,6 +99,33 @@ class Meter:
     def load(self, state: dict[str, int]) -> None:
         """Take over a saved state."""
         self.spent = {name: int(macs) for name, macs in state.items()}
+
+
+def compiled_so_far() -> tuple[int, float]:
+    """Graphs that torch's compiler has made in this process, and the seconds it has spent on them."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:  # nothing was compiled
+        return 0, 0.0
+    names, seconds = utils.compile_times(repr="csv", aggregate=True)
+    spent = dict(zip(names, seconds, strict=True)).get("_compile.compile_inner", 0.0)
+    return int(utils.counters["stats"]["unique_graphs"]), float(spent)
+
+
+class Compiling:
+    """What torch's compiler has cost since this was made."""
+
+    def __init__(self) -> None:
+        self._before = compiled_so_far()
+
+    @property
+    def graphs(self) -> int:
+        """Graphs made since then."""
+        return compiled_so_far()[0] - self._before[0]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent on them."""
+        return compiled_so_far()[1] - self._before[1]
 
 
 class Stopwatch:

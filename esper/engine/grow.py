@@ -20,7 +20,7 @@ from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting, join, kept, split
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
-from esper.engine.costs import Meter, Stopwatch
+from esper.engine.costs import Compiling, Meter, Stopwatch
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of
 from esper.engine.judging.gatekeeper import Gatekeeper
@@ -83,7 +83,7 @@ class Grow:
         self.scaler = scaler
         self.port: Port = NullPort() if port is None else port
         self.meter = Meter(registry.kernels)
-        self.clock = Stopwatch()
+        self.clock, self.compiling = Stopwatch(), Compiling()
         self.replay = DropoutReplay(registry.model)
         self.signal = LossSignal()
         config, ages = settings.lifecycle, settings.ages

@@ -120,6 +120,7 @@ def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
         ("training MACs", count(summary.get("macs"))),
         ("parameters", f"{count(parameters.get('before'))} → {count(parameters.get('after'))}"),
         ("time", _time(seconds)),
+        ("compiling", _compiling(summary.get("compiler") or {})),
         ("bits", _bits(summary.get("environment") or {})),
         ("output", str(summary.get("output", ""))),
         ("trace", f"{summary['trace']} (open it in Perfetto or chrome://tracing)" if summary.get("trace") else ""),
@@ -140,6 +141,13 @@ def _tested(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _values(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {short(value)}" for name, value in sorted(values.items())) or "not measured"
+
+
+def _compiling(compiler: Mapping[str, Any]) -> str:
+    graphs = int(compiler.get("graphs", 0))
+    if not graphs:
+        return ""
+    return f"{duration(compiler['seconds'])} for {graphs} {'graph' if graphs == 1 else 'graphs'}, part of the time in the step loop"
 
 
 def _time(seconds: Mapping[str, float]) -> str:

@@ -77,6 +77,13 @@ class SecondsSummary(TypedDict, total=False):
     judge: float
 
 
+class CompilerSummary(TypedDict):
+    """Graphs that torch's compiler made in the run's last process, and the seconds it took."""
+
+    graphs: int
+    seconds: float
+
+
 class ControlSummary(TypedDict, total=False):
     """Metrics of the host alone, by the names in ``metrics.final``; None where no control was run."""
 
@@ -124,6 +131,7 @@ class Summary(TypedDict, total=False):
     macs: int
     macs_by_pass: dict[str, int]
     seconds: SecondsSummary
+    compiler: CompilerSummary
     stages: dict[str, int]
     control: ControlSummary
     control_curves: dict[str, dict[str, list[list[float]]]]

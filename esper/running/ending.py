@@ -10,7 +10,7 @@ from typing import Any, cast
 from esper.bus.trainer.bus_port import ControllerSilent
 from esper.config import RootConfig, config_hash
 from esper.errors import TrackerError
-from esper.report.summary_file import BranchSummary, GateSummary, SecondsSummary, SeedsSummary, Summary, write_summary
+from esper.report.summary_file import BranchSummary, CompilerSummary, GateSummary, SecondsSummary, SeedsSummary, Summary, write_summary
 from esper.running.callbacks import TRACE
 from esper.running.connections import Connections, Setup, let_payloads_go, let_them_read
 from esper.running.provenance import environment, sessions
@@ -135,7 +135,7 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
     spent = grow.clock.seconds
     seconds = SecondsSummary(total=grow.clock.total, shadow=spent.get("shadow", 0.0), judge=spent.get("judge", 0.0))
     primary = trainer.task.primary
-    return Summary(
+    summary = Summary(
         run=run,
         name=config.name,
         status=status,
@@ -163,3 +163,6 @@ def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, stat
         data=trainer.task.digest,
         seed=config.seed,
     )
+    if config.trainer.compile:
+        summary["compiler"] = CompilerSummary(graphs=grow.compiling.graphs, seconds=grow.compiling.seconds)
+    return summary

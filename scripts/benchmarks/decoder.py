@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from esper import attach
 from esper.blueprints import BLUEPRINTS
+from esper.engine.costs import compiled_so_far
 from esper.errors import UserError
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.lifecycle import LifecycleConfig, Stage
@@ -228,23 +229,13 @@ def operations() -> float:
     return 6.0 * weights * BATCH * LENGTH + DEPTH * 6.0 * BATCH * LENGTH * LENGTH * WIDTH
 
 
-def graphs_and_seconds() -> tuple[int, float]:
-    """Graphs compiled so far in this process, and how long it took."""
-    from torch._dynamo.utils import compile_times, counters
-
-    _, values = compile_times(repr="csv", aggregate=True)
-    names, _ = compile_times(repr="csv", aggregate=True)
-    seconds = dict(zip(names, values, strict=True)).get("_compile.compile_inner", 0.0)
-    return int(counters["stats"]["unique_graphs"]), float(seconds)
-
-
 def measured(case: Case, bare: DecoderLoop, seeded: DecoderLoop, pairs: int) -> DecoderRow:
     """One row; both loops are warm afterwards."""
     bare.block(4)
-    graphs, seconds = graphs_and_seconds()
+    graphs, seconds = compiled_so_far()
     seeded.become(case)
     seeded.block()
-    now = graphs_and_seconds()
+    now = compiled_so_far()
     found: dict[DecoderLoop, list[float]] = {bare: [], seeded: []}
     for number in range(pairs):
         for loop in (bare, seeded) if number % 2 == 0 else (seeded, bare):

@@ -158,6 +158,7 @@ def test_a_preset_composes_and_fits_every_option_that_may_stand_beside_it(preset
                 structure(options(group)[other], {"name": other, leaf.partition(".")[0]: value}, group)
 
 
+@pytest.mark.slow
 def test_presets_compose_together() -> None:
     """Each file of a kind once beside one of the other kinds; what each sets fits every option (the test above)."""
     kinds = {preset: conf.options(preset) for preset in PRESETS}

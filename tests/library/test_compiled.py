@@ -104,6 +104,7 @@ def test_a_step_that_was_compiled_before_anything_was_attached_feels_the_branche
         assert not torch.equal(model(data), felt)
 
 
+@pytest.mark.usefixtures("heavy_libraries")
 def test_a_layer_that_is_compiled_inside_the_host_is_one_site_under_its_own_name_and_exported_plain() -> None:
     torch.compiler.reset()
     plain, model, x = build("mlp"), build("mlp"), batch("mlp", 7)[0]

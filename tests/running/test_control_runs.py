@@ -27,6 +27,7 @@ def made(folder: Path, *words: str) -> dict[str, Any]:
     return control_run(config, config.task.build(), CPU, 20, folder / "controls")
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_name_get_a_control_of_their_own(tmp_path: Path):
     text = tmp_path / "a.txt"
     words = ["model=transformer", "model.width=16", "task=text", "task.context=8", f"task.path={text}"]

@@ -156,3 +156,5 @@ def test_a_run_asked_to_compile_trains_the_compiled_model(tmp_path: Path, monkey
     assert graphs.frame_count == 0
     compiled = run(config(tmp_path, *words, "trainer.compile=true"), tmp_path / "compiled", quiet=True).summary
     assert graphs.frame_count > 0 and compiled["fingerprint"] == eager["fingerprint"]
+    assert compiled["compiler"]["graphs"] == graphs.frame_count and compiled["compiler"]["seconds"] > 0.0
+    assert "compiler" not in eager

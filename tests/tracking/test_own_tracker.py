@@ -90,6 +90,7 @@ def test_what_is_no_tracker_is_refused_before_training(
 
 
 @pytest.mark.parametrize(("method", "refused"), [("open", True), ("flush", False)])
+@pytest.mark.slow
 def test_an_own_tracker_that_raises_refuses_the_run_or_lets_it_be_trained(
     method: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

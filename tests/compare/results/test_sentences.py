@@ -109,6 +109,7 @@ def sweeps() -> list[dict[str, list[float]]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_interval_contradicts_its_verdict() -> None:
     seen = set()
     for differences in sweeps():

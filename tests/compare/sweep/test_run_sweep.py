@@ -121,6 +121,7 @@ def test_a_metric_that_a_task_has_not_is_refused_before_the_first_run(tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_where_the_spread_is_not_known_the_command_of_a_pilot_is_given_and_can_be_typed(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"], "c": ["grafting=momentum"]}, 6)
     sweep = dataclasses.replace(sweep, command=["-m", "grafting=linear,drift,momentum", "seed=range(0,6)", "hydra.sweep.dir=x"])
@@ -134,6 +135,7 @@ def test_where_the_spread_is_not_known_the_command_of_a_pilot_is_given_and_can_b
     assert "pilot" not in known.console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_every_block_is_asked_for_the_metric_and_its_direction(tmp_path: Path) -> None:
     assert planned(tmp_path / "1", {"x": ACCURACY, "y": ACCURACY}) == "accuracy max"
     assert planned(tmp_path / "2", {"x": ACCURACY, "y": BITS}, metric="loss") == "loss min"
@@ -215,6 +217,7 @@ def test_an_interrupted_job_keeps_its_folder_and_a_failed_one_does_not(tmp_path:
     assert sorted(path.name for path in broken.iterdir()) == ["0", "0.attempt1", "1", "1.attempt1"]
 
 
+@pytest.mark.slow
 def test_a_sequential_sweep_stops_at_the_look_that_decides(tmp_path: Path) -> None:
     def clear(config: RootConfig, folder: Path) -> tuple[float, str]:
         return (0.9 if config.grafting.name == "drift" else 0.5) + 0.001 * config.seed, "FINISHED"
