@@ -289,3 +289,11 @@ def test_tensors_that_share_bytes_are_refused() -> None:
     header = json.dumps({"a": place, "b": place}).encode()
     with pytest.raises(ValueError, match="overlap"):
         parse_tensors(memoryview(len(header).to_bytes(8, "little") + header + bytes(4)))
+
+
+def test_a_manifest_that_somebody_changed_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    manifest = json.loads((path / disk.MANIFEST).read_text())
+    (path / disk.MANIFEST).write_text(json.dumps(manifest | {"tick": manifest["tick"] + 1}))
+    with pytest.raises(UserError, match="is not what was written"):
+        disk.read(path)
