@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from esper.compare.results.plan import Plan
+from esper.compare.results.runs import Seed
 from esper.compare.statistics.power import PairsNeeded
 
 Values = dict[str, Any]
@@ -94,8 +95,8 @@ class ArmResult:
     costs: dict[str, float]
     growth: dict[str, float]
     alone: dict[str, float]
-    points: dict[int, float]
-    macs: dict[int, float]
+    points: dict[Seed, float]
+    macs: dict[Seed, float]
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Judgement:
     ``interval`` is that of the test for a difference and has the confidence ``level`` that Holm's correction leaves it: it excludes 0
     exactly where the difference is sure. ``equivalence_interval`` lies within the margin exactly where the arms are equivalent; it is
     NaN where a run that failed keeps them from it. ``resolution`` is the smallest change of the metric that the test set can show,
-    NaN where the metric does not count samples; ``needs`` is None where the verdict lacks nothing.
+    NaN where the metric does not count samples; ``needs`` is None where the verdict lacks nothing. ``pairs`` is 0 where the arms were
+    judged unpaired: ``counts`` then has the runs of either, and ``points`` the differences of the arm's runs to the reference's mean.
     """
 
     arm: str
@@ -124,11 +126,12 @@ class Judgement:
     equivalence_level: float
     probability: float
     pairs: int
+    counts: tuple[int, int]
     failed: tuple[int, int]
     costs: dict[str, float]
     resolution: float
     needs: PairsNeeded | None
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     points: tuple[float, ...]
     finished: tuple[bool, ...]
 

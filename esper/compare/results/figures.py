@@ -11,7 +11,7 @@ import numpy as np
 from esper.compare.results.comparison import ArmResult, Comparison, Judgement
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED
-from esper.compare.results.sentences import confidence, task_and_model, verdict_word
+from esper.compare.results.sentences import confidence, counted_runs, task_and_model, verdict_word
 from esper.compare.statistics.random_draws import generator
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def _row(axes: Axes, row: Judgement, at: int) -> None:
     axes.scatter(points[done], at + spread[done], s=18, color=colour, alpha=0.55, lw=0)
     failed = "a run failed" if (~done).any() else None
     axes.scatter(points[~done], at + spread[~done], s=26, marker="x", color="#B00020", label=failed)
-    told = f"{verdict_word(row)}, {row.pairs} pairs, no interval"
+    told = f"{verdict_word(row)}, {counted_runs(row)}, no interval"
     if np.isfinite(row.interval).all():
         axes.plot(row.interval, (at, at), color=colour, lw=1.4, label="thin: test for a difference, sure where it leaves out 0")
-        told = f"{verdict_word(row)}, {row.pairs} pairs, {confidence(row.level)}"
+        told = f"{verdict_word(row)}, {counted_runs(row)}, {confidence(row.level)}"
     if np.isfinite(row.equivalence_interval).all():
         label = "thick: test for equivalence, sure where it stays within the band"
         axes.plot(row.equivalence_interval, (at, at), color=colour, lw=4.0, alpha=0.55, solid_capstyle="butt", label=label)
