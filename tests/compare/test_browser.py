@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from esper.compare.results.mlflow_sweep import find_sweep, job_runs
-from esper.tracking.mlflow_store import quiet_client
+from esper.compare.sources.mlflow_reader import reading
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = Path("outputs/screenshots").resolve()
@@ -124,13 +124,13 @@ def test_the_sweep_is_one_run_that_names_its_arms(sweep: Path, server: str) -> N
 
 
 def test_the_page_of_a_sweep_of_a_thousand_runs_opens_and_so_does_the_list_of_runs(large: Path) -> None:
-    client = quiet_client(f"sqlite:///{large}/mlflow.db")
-    parent = find_sweep(client, "speed")
-    assert len(job_runs(client, parent)) == 1_000
-    place = f"#/experiments/{parent.info.experiment_id}/runs"
+    with reading(f"sqlite:///{large}/mlflow.db") as reader:
+        parent = find_sweep(reader, "speed")
+        assert len(job_runs(reader, parent)) == 1_000
+    place = f"#/experiments/{parent.experiment}/runs"
     with serving(large) as url:
-        text = page(f"{url}/{place}/{parent.info.run_id}", "large-sweep")
+        text = page(f"{url}/{place}/{parent.id}", "large-sweep")
         listed = page(f"{url}/{place}", "large-list")
-    for shown in (parent.info.run_name, "esper.plan.0", "Child runs", "arm3 seed=249", "Load more"):
+    for shown in (parent.name, "esper.plan.0", "Child runs", "arm3 seed=249", "Load more"):
         assert shown in text
-    assert f"runs/{parent.info.run_id}" in listed and "matching runs" in listed
+    assert f"runs/{parent.id}" in listed and "matching runs" in listed

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.comparison import ArmResult, Comparison, Judgement
+from esper.compare.results.comparison import ArmResult, Comparison, Judgement, Overall
 from esper.compare.results.groups import Groups, group, pool_groups
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED, Pairs, Run, by_seed, in_order, pair, pool
 from esper.compare.results.sentences import conclude, exploratory_reasons, notes, sentence
 from esper.compare.statistics.estimates import iqm, resolution
 from esper.compare.statistics.power import fewest_pairs
+from esper.compare.statistics.profiles import bounds, interquartile_means, profile, resampled, thresholds
 from esper.compare.statistics.sequential import look_pairs, sequential_holm, sequential_p
 from esper.compare.statistics.sign_flip import flips_for
 from esper.compare.statistics.verdicts import Verdict, classify, holm, holm_levels
@@ -47,6 +48,7 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
         notes=notes(runs, plan),
         ranking=_ranking(runs, plan) if plan.ranking else [],
         conclusion=conclude(verdicts, runs, plan),
+        overall=_overall(runs, plan) if len(plan.blocks) > 1 else [],
     )
 
 
@@ -96,7 +98,10 @@ def arm_result(runs: Sequence[Run], arm: str, block: str) -> ArmResult:
         growth=_means([run.growth for run in good.values()]),
         alone=_means([run.alone for run in good.values()]),
         points={seed: run.value for seed, run in good.items()},
-        macs={seed: run.costs["macs"] for seed, run in good.items() if "macs" in run.costs},
+        cost_points={
+            name: {seed: run.costs[name] for seed, run in good.items() if name in run.costs}
+            for name in sorted({name for run in good.values() for name in run.costs})
+        },
     )
 
 
@@ -202,3 +207,30 @@ def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judgement]:
     couples = [(second, first) for i, first in enumerate(names) for second in names[i + 1 :]]
     over = replace(plan, pooling="pooled") if len(plan.blocks) > 1 else plan
     return judge(comparisons(runs, couples, over), runs, plan)
+
+
+def _overall(runs: Sequence[Run], plan: Plan) -> list[Overall]:
+    """Every arm over all blocks, in each of which it has a run that finished; the values are as they were measured."""
+    values = {
+        arm: [np.array([plan.sign * run.value for run in by_seed(runs, arm, block).values() if not run.failed]) for block in plan.blocks]
+        for arm in plan.arms
+    }
+    whole = {arm: blocks for arm, blocks in values.items() if all(map(len, blocks))}
+    if not whole:
+        return []
+    at = thresholds(np.concatenate([one for blocks in whole.values() for one in blocks]))
+    return [_one_overall(arm, blocks, at, plan.sign) for arm, blocks in whole.items()]
+
+
+def _one_overall(arm: str, blocks: Sequence[Array], at: Array, sign: float) -> Overall:
+    seen, drawn = np.concatenate(blocks)[None, :], resampled(blocks)
+    low, high = (sign * float(end) for end in bounds(interquartile_means(drawn)))
+    ends = bounds(profile(drawn, at))
+    rows = zip(sign * at, profile(seen, at)[0], *ends, strict=True)
+    return Overall(
+        arm=arm,
+        runs=seen.shape[1],
+        iqm=sign * float(interquartile_means(seen)[0]),
+        interval=(min(low, high), max(low, high)),
+        profile=tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in rows),
+    )

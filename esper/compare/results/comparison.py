@@ -83,7 +83,10 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones)."""
+    """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones).
+
+    ``points`` has the metric of every finished run by its seed, ``cost_points`` each of its costs.
+    """
 
     arm: str
     block: str
@@ -96,7 +99,7 @@ class ArmResult:
     growth: dict[str, float]
     alone: dict[str, float]
     points: dict[Seed, float]
-    macs: dict[Seed, float]
+    cost_points: dict[str, dict[Seed, float]]
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,20 @@ class Judgement:
 
 
 @dataclass(frozen=True)
+class Overall:
+    """One arm over all blocks: the interquartile mean of all its runs and the performance profile, with intervals of a bootstrap.
+
+    ``profile`` has for every threshold the share of runs that are better, and its interval: (threshold, share, low, high).
+    """
+
+    arm: str
+    runs: int
+    iqm: float
+    interval: tuple[float, float]
+    profile: tuple[tuple[float, float, float, float], ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """The content of ``comparison.json`` besides the plan."""
 
@@ -147,6 +164,7 @@ class Comparison:
     ranking: list[Judgement] = field(default_factory=list)
     conclusion: list[str] = field(default_factory=list)
     tuned: list[TuningResult] = field(default_factory=list)
+    overall: list[Overall] = field(default_factory=list)
 
 
 def with_tuned(comparison: Comparison, tuned: Sequence[TuningResult]) -> Comparison:
