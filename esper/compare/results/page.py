@@ -116,6 +116,11 @@ def _figure(**settings: Any) -> Figure:
     return drawn
 
 
+def _short(values: Any) -> Any:
+    """Numbers in the half of the room: a page shows seven digits."""
+    return np.asarray(values, dtype=np.float32)
+
+
 def _colour(plan: Plan, arm: str) -> str:
     return COLOURS[list(plan.arms).index(arm) % len(COLOURS)]
 
@@ -146,7 +151,7 @@ def _difference_row(drawn: Figure, row: Judgement, at: int) -> None:
 
     colour, aside = SIDES[row.verdict], generator("jitter", at).uniform(-0.18, 0.18, len(row.points))
     done = np.array(row.finished, dtype=bool)
-    data: dict[str, Any] = {"x": list(row.points), "y": list(at + aside), "pair": list(map(str, row.seeds))}
+    data: dict[str, Any] = {"x": _short(row.points), "y": _short(at + aside), "pair": list(map(str, row.seeds))}
     data |= {"state": ["" if ok else "a run failed" for ok in done], "colour": [colour if ok else "#B00020" for ok in done]}
     source = ColumnDataSource(data)
     points = drawn.scatter("x", "y", source=source, size=7, color="colour", alpha=0.55)
@@ -169,7 +174,7 @@ def _runs(arms: list[ArmResult], plan: Plan) -> Figure:
     for arm in arms:
         values = list(arm.points.values())
         places = [(arm.arm, float(aside)) for aside in generator(f"places {arm.arm}").uniform(-0.15, 0.15, len(values))]
-        data: dict[str, Any] = {"x": places, "y": values, "seed": list(map(str, arm.points))}
+        data: dict[str, Any] = {"x": places, "y": _short(values), "seed": list(map(str, arm.points))}
         source = ColumnDataSource(data)
         points = drawn.scatter("x", "y", source=source, size=7, color=_colour(plan, arm.arm), alpha=0.5)
         drawn.add_tools(
@@ -191,7 +196,7 @@ def _cost(arms: list[ArmResult], plan: Plan, name: str) -> Figure:
         if not known:
             continue
         x, y = [costs[seed] for seed in known], [arm.points[seed] for seed in known]
-        source = ColumnDataSource({"x": x, "y": y, "seed": list(map(str, known))})
+        source = ColumnDataSource({"x": np.array(x), "y": _short(y), "seed": list(map(str, known))})
         points = drawn.scatter("x", "y", source=source, size=7, color=_colour(plan, arm.arm), alpha=0.45, legend_label=arm.arm)
         tips = [("arm", arm.arm.replace("@", "")), ("pair" if plan.paired else "run", "@seed"), (name, "@x"), (plan.metric, "@y{0.000000}")]
         drawn.add_tools(HoverTool(renderers=[points], tooltips=tips))
@@ -218,7 +223,7 @@ def _curves(curves: pd.DataFrame, plan: Plan) -> Figure:
         for _, run in mine.groupby("run", sort=False):
             kept = np.unique(np.linspace(0, len(run) - 1, min(most, len(run))).astype(int))
             xs.append(run["step"].to_numpy(dtype=float)[kept])
-            ys.append(run["value"].to_numpy(dtype=float)[kept])
+            ys.append(_short(run["value"].to_numpy(dtype=float)[kept]))
         if not xs:
             continue
         colour = _colour(plan, arm)

@@ -178,8 +178,9 @@ def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
 def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
     """A note on every arm whose runs gave exactly the results of the reference."""
     lines = []
+    theirs = {block: by_seed(runs, plan.reference, block) for block in plan.blocks}
     for name, settings in plan.arms.items():
-        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
+        pairs = [(run, theirs.get(run.block, {}).get(run.seed)) for run in runs if run.arm == name]
         if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
             told = "what differs had no effect."
             if settings == plan.arms[plan.reference]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from esper.compare.results.mlflow_sweep import CURVES, MOST_CURVES
 from esper.compare.results.runs import Run, Seed, in_order
 from esper.compare.sources.filters import filtered, parse_filter
 from esper.compare.sources.table import (
@@ -91,7 +92,7 @@ class Selection:
     @property
     def wanted(self) -> set[str]:
         """The names that may be metrics."""
-        return {self.metric, *self.arm, *self.block, *self.cost, *(one.column for one in parse_filter(self.filter))} - {""}
+        return {self.metric, self.curve, *self.arm, *self.block, *self.cost, *(one.column for one in parse_filter(self.filter))} - {""}
 
 
 @dataclass(frozen=True)
@@ -338,10 +339,11 @@ def _absent(runs: list[Run], rule: str) -> list[Run]:
 
 
 def _curves(table: RunsTable, placed: pd.DataFrame, chosen: Selection, metric: str) -> pd.DataFrame | None:
-    """The history of the curve's metric, with the place of every run; None where the source has none."""
-    if table.history is None:
+    """The history of the curve's metric, with the place of every run; None where the source has none, or more than a page can show."""
+    if table.history is None or len(placed) > MOST_CURVES:
         return None
     history = table.history(table.column(chosen.curve, "curve") if chosen.curve else metric)
     places = placed[[RUN, ARM, BLOCK]].set_axis(["run", "arm", "block"], axis=1)
     found = history.assign(run=history["run"].astype(str)).merge(places.assign(run=places["run"].astype(str)), on="run")
-    return found.dropna(subset=["value"])[["arm", "block", "run", "step", "value"]]
+    found = found.dropna(subset=["value"])
+    return found[CURVES] if found["run"].duplicated().any() else None  # single values make no line
