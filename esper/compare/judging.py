@@ -225,7 +225,7 @@ def _planned_alone(gathered: Gathered, plan: Plan) -> Gathered:
     kept = [run for run in gathered.runs if run.arm in plan.arms and run.block in plan.blocks and run.seed in seeds]
     notes = list(gathered.notes)
     if others := len(gathered.runs) - len(kept):
-        notes.append(f"{others} runs that the plan does not have (other arms, blocks or {plan.unit}) are left out.")
+        notes.append(f"Runs that the plan does not have (other arms, blocks or {plan.unit}) are left out: {others}.")
     ids = {run.id for run in kept}
     started = {run: start for run, start in gathered.started.items() if run in ids}
     return dataclasses.replace(gathered, runs=kept, started=started, notes=notes)

@@ -197,7 +197,7 @@ def _placed(table: RunsTable, chosen: Selection) -> tuple[pd.DataFrame, list[str
     if STATUS in frame.columns:
         under_way = frame[STATUS].isin(["RUNNING", "KILLED"])
         if under_way.any():
-            notes.append(f"{int(under_way.sum())} runs that are under way or were stopped are left out.")
+            notes.append(f"Runs that are under way or were stopped are left out: {int(under_way.sum())}.")
         frame = frame[~under_way]
     pairs = [canonical(one) for one in frame[pair]] if pair else [0] * len(frame)
     for column, found in ((ARM, _named(frame, arms)), (BLOCK, _named(frame, blocks)), (PAIR, pairs)):
@@ -205,7 +205,7 @@ def _placed(table: RunsTable, chosen: Selection) -> tuple[pd.DataFrame, list[str
     for column, names, key in ((ARM, arms, "arm"), (BLOCK, blocks, "block"), (PAIR, [pair], "pair")):
         lacking = frame[column].isna()
         if lacking.any():
-            notes.append(f"{int(lacking.sum())} runs without {listing(names)} are left out ({key}={','.join(map(str, names))}).")
+            notes.append(f"Runs without {listing(names)} ({key}) are left out: {int(lacking.sum())}.")
         frame = frame[~lacking]
     if frame.empty:
         raise UserError(f"No run of {table.place} is left to judge: {' '.join(notes) or 'none finished.'}")
@@ -334,7 +334,7 @@ def _absent(runs: list[Run], rule: str) -> list[Run]:
     if absent and rule == "refuse":
         told = ", ".join(" ".join(filter(None, (arm, block, f"pair {seed}"))) for arm, block, seed in absent[:5])
         more = ", …" if len(absent) > 5 else ""
-        raise UserError(f"{len(absent)} runs are missing ({told}{more}); run them, or set missing=leave or missing=lost.")
+        raise UserError(f"Runs are missing: {told}{more} ({len(absent)} in all); run them, or set missing=leave or missing=lost.")
     return [Run(arm, seed, math.nan, block, "MISSING", id="none") for arm, block, seed in absent]
 
 
