@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from math import sqrt
 from pathlib import Path
 
@@ -135,20 +137,21 @@ def _with_mean(tasks: Sequence[Array]) -> Array:
     return np.concatenate([*tasks, np.mean(tasks, axis=0)], axis=1)
 
 
-def settings(sweeps: int) -> list[Row]:
-    """All rows."""
-    rows: list[Row] = []
+def settings(sweeps: int, workers: int) -> list[Row]:
+    """All rows; every setting has a generator of its own, so that they do not depend on the number of processes."""
+    asked: list[tuple[Callable[..., Iterator[Row]], tuple[object, ...]]] = []
     for name in DRAWS:
-        for size in SIZES:
-            rows += unpaired(name, (size,), sweeps)
-        for size in ((10, 10), (10, 20), (20, 10)) if name in CENTRES else ():
-            rows += unpaired(name, (size,), sweeps, WIDER)
+        asked += [(unpaired, (name, (size,), sweeps)) for size in SIZES]
+        asked += [(unpaired, (name, (size,), sweeps, WIDER)) for size in ((10, 10), (10, 20), (20, 10)) if name in CENTRES]
         for tasks in TASKS:
-            rows += unpaired(name, ((5, 5),) * tasks, sweeps)
-            for pairs in TASK_PAIRS:
-                rows += pooled(name, pairs, tasks, sweeps)
-        print(name, flush=True)
-    return rows
+            asked.append((unpaired, (name, ((5, 5),) * tasks, sweeps)))
+            asked += [(pooled, (name, pairs, tasks, sweeps)) for pairs in TASK_PAIRS]
+    with ProcessPoolExecutor(workers) as pool:
+        return [row for rows in pool.map(_rows_of, *zip(*asked, strict=True)) for row in rows]
+
+
+def _rows_of(setting: Callable[..., Iterator[Row]], arguments: tuple[object, ...]) -> list[Row]:
+    return list(setting(*arguments))
 
 
 TEXT = """# How often is the verdict wrong without pairs, and over several tasks?
@@ -293,11 +296,13 @@ def _said(name: str, found: list[float], error: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=int, default=10_000, help="simulated sweeps per setting")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of groups.csv and groups.md")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    started = time.process_time()
-    rows = settings(given.sweeps)
+    started = time.perf_counter()
+    rows = settings(given.sweeps, given.workers)
+    seconds = time.perf_counter() - started
     import scipy
 
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}"
@@ -305,7 +310,7 @@ def main() -> None:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (given.out / "groups.md").write_text(readme(rows, given.sweeps, time.process_time() - started, versions))
+    (given.out / "groups.md").write_text(readme(rows, given.sweeps, seconds, f"{given.workers} processes; {versions}"))
 
 
 if __name__ == "__main__":
