@@ -15,7 +15,7 @@ from esper.compare.results.runs import Seed
 from esper.compare.statistics.power import PairsNeeded
 
 Values = dict[str, Any]
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
