@@ -14,10 +14,11 @@ from rich.console import Console
 from esper.compare.config import CompareConfig
 from esper.compare.results.analysis import analyse
 from esper.compare.results.comparison import with_tuned
-from esper.compare.results.mlflow_sweep import SWEEP, find_sweep, job_runs, plan_of, plan_untouched, run_of_store, sweep_curves, tuned_of
+from esper.compare.results.mlflow_sweep import SWEEP
 from esper.compare.results.plan import Plan
 from esper.compare.results.report import show, write_results
 from esper.compare.sources.mlflow_reader import reading
+from esper.compare.sources.mlflow_sweeps import find_sweep, job_runs, plan_of, plan_untouched, run_of_store, sweep_curves, tuned_of
 from esper.compare.sources.open_store import check_store_there
 from esper.config import listing, nearest, structure
 from esper.errors import UserError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def keep_plan(registered: Registered, name: str, uri: str, experiment: str) -> s
         raise UserError(f"plan={name} would be a plan in an MLflow store, and store=… names none; give it a file, as in plan={name}.json.")
     from esper.tracking.mlflow_store import experiment_id, quiet_client
 
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     client = quiet_client(uri, "store", "or give the plan a file: plan=….json")
     place = experiment_id(client, uri, experiment)
     with reading(uri, "store") as reader:
@@ -99,6 +101,7 @@ def record(comparison: Comparison, plan: Plan, files: Sequence[Path], uri: str, 
     """
     from esper.tracking.mlflow_store import experiment_id, quiet_client
 
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     client = quiet_client(uri, "store", "or leave record out")
     if planned and not is_file(planned):
         run = _stored_plan(planned, uri).id

@@ -27,8 +27,8 @@ import pytest
 from PIL import Image
 
 from esper.compare import judge
-from esper.compare.results.mlflow_sweep import find_sweep, job_runs
 from esper.compare.sources.mlflow_reader import reading
+from esper.compare.sources.mlflow_sweeps import find_sweep, job_runs
 from esper.compare.statistics.random_draws import generator
 
 pytestmark = pytest.mark.browser

@@ -14,22 +14,10 @@ import pytest
 
 from esper.compare.command import main as compare
 from esper.compare.results.analysis import analyse
-from esper.compare.results.mlflow_sweep import (
-    ARM,
-    BLOCK,
-    KIND,
-    PLAN,
-    SEED,
-    SWEEP,
-    find_sweep,
-    job_runs,
-    plan_of,
-    plan_tags,
-    plan_untouched,
-    run_of_store,
-)
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, PLAN, SEED, SWEEP, plan_tags
 from esper.compare.results.plan import Plan
 from esper.compare.sources.mlflow_reader import ClientReader, MlflowReader, reading
+from esper.compare.sources.mlflow_sweeps import find_sweep, job_runs, plan_of, plan_untouched, run_of_store
 from esper.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("heavy_libraries")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from esper.compare.sources.table import NAME, RUN, START, STATUS, STATUSES, RunsTable
+from esper.compare.sources.table import NAME, RUN, START, STATUS, STATUSES, RunsTable, epoch_seconds
 from esper.compare.sources.trackio_files import is_trackio_export, trackio_export
 from esper.compare.sources.wandb_files import api_export, chart_export, is_api_export, is_chart_export, is_runs_export, runs_export
 from esper.errors import UserError
@@ -68,14 +68,3 @@ def own_table(frame: pd.DataFrame, place: str) -> RunsTable:
     if RUN not in frame.columns:
         frame = frame.assign(**{RUN: frame[NAME] if NAME in frame.columns else [f"row {i + 1}" for i in range(len(frame))]})
     return RunsTable(frame, place, once=False)
-
-
-def epoch_seconds(times: pd.Series) -> pd.Series:
-    """Times as seconds since 1970, from numbers of seconds or from dates; NaN where there is none."""
-    import pandas as pd
-
-    numbers = pd.to_numeric(times, errors="coerce")
-    if numbers.notna().any():
-        return numbers.astype(float)
-    dates = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601")
-    return (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 OTHERWISE = "or name the folder of another with output=…"
-PAGE = 1_000
+PAGE = 200  # runs a request: a busy server takes its time over each
 LOCKED_S = 60.0  # how long a read waits for a writer
 LARGEST = 1.797e308  # MLflow keeps infinity as the largest number of its databases
 Point = tuple[str, int, float]  # run, step, value

@@ -103,6 +103,17 @@ def canonical(value: Any) -> int | str | None:
     return int(number) if number.is_integer() and abs(number) < 1e15 else f"{number:.12g}"
 
 
+def epoch_seconds(times: pd.Series) -> pd.Series:
+    """Times as seconds since 1970, from numbers of seconds or from dates; NaN where there is none."""
+    import pandas as pd
+
+    numbers = pd.to_numeric(times, errors="coerce")
+    if numbers.notna().any():
+        return numbers.astype(float)
+    dates = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601")
+    return (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+
+
 def name_parts(names: Iterable[str], pattern: str) -> list[dict[str, str]]:
     """The parts of every name that ``pattern`` names, as ``{arm}-seed{seed}`` does; none for a name of another form.
 

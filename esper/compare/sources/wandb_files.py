@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, Any
 
-from esper.compare.sources.table import METRIC, NAME, PARAM, RUN, SECONDS, START, STATUS, STATUSES, RunsTable
+from esper.compare.sources.table import METRIC, NAME, PARAM, RUN, SECONDS, START, STATUS, STATUSES, RunsTable, epoch_seconds
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
 
@@ -28,8 +28,6 @@ def is_runs_export(frame: pd.DataFrame) -> bool:
 
 def runs_export(frame: pd.DataFrame, place: str) -> RunsTable:
     """The runs table: configuration and last values keep their names, which W&B does not tell apart."""
-    from esper.compare.sources.files import epoch_seconds
-
     states = frame["State"].astype(str).str.lower().map(STATUSES).fillna("FINISHED")
     ids = frame["ID"] if "ID" in frame.columns else frame["Name"]
     added = {RUN: ids.astype(str), NAME: frame["Name"].astype(str), STATUS: states}
