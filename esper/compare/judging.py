@@ -200,7 +200,13 @@ def judge_runs(
 
 
 def plan_from(gathered: Gathered, chosen: Selection, config: CompareConfig) -> Plan:
-    """The plan that runs make which nobody planned."""
+    """The plan that runs make which nobody planned.
+
+    Raises:
+        UserError: the runs are all of one arm, or there is no arm of the reference's name.
+    """
+    if len(gathered.arms) < 2:
+        raise UserError(f"A comparison needs at least two arms, and all runs are of one, {listing(gathered.arms)}; choose others by arm=….")
     reference = arm_named(config.reference, gathered.arms) if config.reference else ""
     return make_plan(
         dataclasses.replace(config, reference=reference, metric=""),

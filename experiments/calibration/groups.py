@@ -160,13 +160,12 @@ TEXT = """# How often is the verdict wrong without pairs, and over several tasks
 on their mean. How often is one of identical arms called better, or an arm that differs by exactly the margin equivalent? Does stopping
 early change that? Is a difference of the stated size found as often as stated?
 
-**Command.** `python experiments/calibration/groups.py --sweeps {sweeps}` ({seconds:.0f} s; {versions}). Every row is in `groups.csv`; this
-file is written by the same command.
+**Command.** `python experiments/calibration/groups.py --sweeps {sweeps}` ({seconds:.0f} s on shared cores; {versions}).
+Every row is in `groups.csv`; this file is written by the same command.
 
 **How.** As in [the calibration of paired arms](README.md): the same kinds of noise (all accuracies of a setting have one rate where runs
-are not paired), α = 0.05, an error counted once a sweep, two and
-four arms. Effects and the margin are in standard deviations of a run (of a paired difference where runs are paired). Three standard
-errors of a rate of 5 % are {error:.2f} points, of 80 % {three:.1f}.
+are not paired), α = 0.05, an error counted once a sweep, two and four arms. Effects and the margin are in standard deviations of a run
+(of a paired difference where runs are paired). Three standard errors of a rate of 5 % are {error:.2f} points, of 80 % {three:.1f}.
 
 ## Not paired: false "better" in percent, the worse of 2 and 4 arms (limit 5)
 
@@ -200,7 +199,7 @@ False "equivalent" in percent, at the margin of one standard deviation of a run 
 
 {pooled}
 
-With three looks, stopped once decided:
+With three looks, stopped once decided (with so few pairs the early looks may spend next to nothing, so the rates are near those of one):
 
 {early}
 

@@ -51,7 +51,7 @@ def mlflow_runs(reader: MlflowReader, place: str, experiments: Sequence[str], me
         points = reader.history(column.removeprefix(METRIC), list(frame[RUN]))
         return pd.DataFrame(points, columns=["run", "step", "value"])
 
-    return RunsTable(frame, place, history, lambda: reader.metric_names(ids))
+    return RunsTable(frame, place, history, lambda: reader.metric_names(ids), curves=reader.curves)
 
 
 def _experiment_ids(reader: MlflowReader, place: str, asked: Sequence[str]) -> list[str]:

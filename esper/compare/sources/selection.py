@@ -340,7 +340,7 @@ def _absent(runs: list[Run], rule: str) -> list[Run]:
 
 def _curves(table: RunsTable, placed: pd.DataFrame, chosen: Selection, metric: str) -> pd.DataFrame | None:
     """The history of the curve's metric, with the place of every run; None where the source has none, or more than a page can show."""
-    if table.history is None or len(placed) > MOST_CURVES:
+    if table.history is None or len(placed) > (MOST_CURVES if chosen.curve else table.curves):
         return None
     history = table.history(table.column(chosen.curve, "curve") if chosen.curve else metric)
     places = placed[[RUN, ARM, BLOCK]].set_axis(["run", "arm", "block"], axis=1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from esper.compare.results.mlflow_sweep import MOST_CURVES
 from esper.config import listing, nearest
 from esper.errors import UserError
 
@@ -40,7 +41,8 @@ class RunsTable:
 
     ``history`` gives all values of a metric by its column's name, as columns ``run``, ``step`` and ``value``; None where the source
     keeps last values alone. ``place`` names the source in messages, ``metrics`` the metrics that may be asked for, where not all are
-    columns yet. ``once`` says that a row is a whole run, and not one of its steps.
+    columns yet. ``once`` says that a row is a whole run, and not one of its steps. ``curves`` is the number of runs up to which the
+    histories are worth reading for a page that nobody asked to draw them: a server is asked run by run.
     """
 
     frame: pd.DataFrame
@@ -48,6 +50,7 @@ class RunsTable:
     history: History | None = None
     metrics: Callable[[], list[str]] = field(default=lambda: [])
     once: bool = True
+    curves: int = MOST_CURVES
 
     def column(self, name: str, key: str) -> str:
         """The column that ``name`` means: itself, or the one parameter, metric or tag of that name.

@@ -12,7 +12,7 @@ works on many data sets at once: data have shape ``[runs]`` or ``[runs, sets]``,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations, product
 from math import comb, prod
 
@@ -97,25 +97,68 @@ def _blocks(sizes: Sizes) -> Iterator[slice]:
         start += sum(one)
 
 
-def _statistics(patterns: Signs, data: Array, sizes: Sizes) -> Array:
+class _Block:
+    """The sums of one block under every division, from which the statistic follows for any shift of the arm's runs.
+
+    With x the values around their mean, P a row of the patterns and g the observed one: the sums of P·x and P·x², and, where runs are
+    shifted, of P·g and P·g·x. Shapes ``[divisions, sets]``.
+    """
+
+    def __init__(self, patterns: Signs, data: Array, ours: int, theirs: int) -> None:
+        self.patterns, self.ours, self.theirs = patterns, ours, theirs
+        self.values = data - data.mean(axis=0)  # so that squares lose no digits
+        self.size = np.abs(data).max(axis=0)
+        self.inside = sums(patterns, self.values)
+        self.squares = sums(patterns, self.values**2)
+
+    @cached_property
+    def moved(self) -> tuple[Array, Array]:
+        """How many of the arm's own runs a division gives to it, ``[divisions, 1]``, and the sum of their values."""
+        own = self.patterns[:, : self.ours]
+        return own.sum(axis=1, dtype=np.float64)[:, None], sums(own, self.values[: self.ours])
+
+    def parts(self, shift: float) -> tuple[Array, Array]:
+        """The difference of the means under every division, and its squared standard error, once the arm's runs are moved."""
+        ours, theirs = self.ours, self.theirs
+        inside, squares, whole = self.inside, self.squares, (self.values**2).sum(axis=0)
+        if shift:
+            count, own = self.moved
+            centre = shift * ours / (ours + theirs)  # where the mean of the block moves to
+            whole = whole + 2 * shift * self.values[:ours].sum(axis=0) + shift**2 * ours - (ours + theirs) * centre**2
+            inside = inside + shift * count
+            squares = squares + 2 * shift * own + shift**2 * count - 2 * centre * inside + ours * centre**2
+            inside = inside - ours * centre
+        tiny = SURE * (self.size + abs(shift))
+        difference = inside / ours + inside / theirs  # the others of the block sum to its negative
+        difference = np.where(np.abs(difference) > tiny, difference, 0.0)
+        if min(ours, theirs) < 2:
+            return difference, np.zeros_like(difference)
+        first = np.maximum(squares - inside**2 / ours, 0.0) / (ours * (ours - 1))
+        second = np.maximum(whole - squares - inside**2 / theirs, 0.0) / (theirs * (theirs - 1))
+        none = SURE * (np.abs(self.values).max(axis=0) + abs(shift)) ** 2  # what rounding leaves of squares that cancel
+        return difference, np.where(first + second > none, first + second, 0.0)
+
+
+def _blocks_of(patterns: Signs, data: Array, sizes: Sizes) -> list[_Block]:
+    return [_Block(patterns[:, one], data[one], *size) for one, size in zip(_blocks(sizes), sizes, strict=True)]
+
+
+def _statistics(blocks: list[_Block], shift: float = 0.0) -> Array:
     """Welch's statistic of every division, ``[divisions, sets]``; the plain difference where a group has a single run."""
-    shape = (len(patterns), data.shape[1])
-    difference, variance = np.zeros(shape), np.zeros(shape)
-    for one, (ours, theirs) in zip(_blocks(sizes), sizes, strict=True):
-        values = data[one] - data[one].mean(axis=0)  # so that squares lose no digits
-        tiny = SURE * np.abs(data[one]).max(axis=0)
-        inside = sums(patterns[:, one], values)  # the others of the block sum to its negative
-        between = inside / ours + inside / theirs
-        difference += np.where(np.abs(between) > tiny, between, 0.0)
-        if min(ours, theirs) > 1:
-            squares, whole = sums(patterns[:, one], values**2), (values**2).sum(axis=0)
-            first = np.maximum(squares - inside**2 / ours, 0.0) / (ours * (ours - 1))
-            second = np.maximum(whole - squares - inside**2 / theirs, 0.0) / (theirs * (theirs - 1))
-            variance += np.where(first + second > tiny**2, first + second, 0.0)
-    if any(min(one) < 2 for one in sizes):
-        return difference
+    parts = [one.parts(shift) for one in blocks]
+    difference, variance = (np.sum([part[at] for part in parts], axis=0) for at in (0, 1))
+    if any(min(one.ours, one.theirs) < 2 for one in blocks):
+        return np.asarray(difference)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(difference == 0, 0.0, difference / np.sqrt(variance))
+
+
+def _tail(statistics: Array, alternative: str) -> Array:
+    """The share of divisions whose statistic is at least the observed one, shape ``[sets]``."""
+    found = {"two-sided": np.abs, "greater": np.positive, "less": np.negative}[alternative](statistics)
+    observed = found[0]
+    finite = np.where(np.isfinite(observed), np.abs(observed), 0.0)
+    return np.asarray((found >= observed - TIE * finite).mean(axis=0))
 
 
 def permutation(
@@ -123,35 +166,22 @@ def permutation(
     sizes: Sizes,
     alternative: str = "two-sided",
     *,
+    shift: float = 0.0,
     flips: int = FLIPS,
     rng: np.random.Generator | None = None,
 ) -> Array:
     """P-values of "the arm's runs are like the reference's", shape ``[sets]`` (a scalar array for one set).
 
-    ``alternative`` is ``two-sided``, ``greater`` (the arm's mean is larger) or ``less``.
+    ``alternative`` is ``two-sided``, ``greater`` (the arm's mean is larger) or ``less``. The arm's runs are moved by ``shift`` before.
     """
     assert alternative in ("two-sided", "greater", "less"), alternative
     values = np.asarray(data, dtype=np.float64)
     columns = values.reshape(len(values), -1)
-    columns = -columns if alternative == "less" else columns
     patterns = group_patterns(sizes, flips, rng)
     step = max(CHUNK // len(patterns), 1)
-    found = []
-    for at in range(0, columns.shape[1], step):
-        statistics = _statistics(patterns, columns[:, at : at + step], sizes)
-        statistics = np.abs(statistics) if alternative == "two-sided" else statistics
-        observed = statistics[0]
-        finite = np.where(np.isfinite(observed), np.abs(observed), 0.0)
-        found.append((statistics >= observed - TIE * finite).mean(axis=0))
-    return np.concatenate(found).reshape(values.shape[1:])
-
-
-def _moved(data: Array, sizes: Sizes, shift: float) -> Array:
-    """The data with the arm's runs moved by ``shift``."""
-    moved = np.array(data, dtype=np.float64)
-    for one, (ours, _) in zip(_blocks(sizes), sizes, strict=True):
-        moved[one.start : one.start + ours] += shift
-    return moved
+    pieces = [columns[:, at : at + step] for at in range(0, columns.shape[1], step)]
+    tails = [_tail(_statistics(_blocks_of(patterns, piece, sizes), shift), alternative) for piece in pieces]
+    return np.concatenate(tails).reshape(values.shape[1:])
 
 
 def group_equivalence(data: Array, sizes: Sizes, margin: float, *, flips: int = FLIPS, rng: np.random.Generator | None = None) -> Array:
@@ -159,8 +189,8 @@ def group_equivalence(data: Array, sizes: Sizes, margin: float, *, flips: int = 
     values = np.asarray(data, dtype=np.float64)
     if margin <= 0:
         return np.ones(values.shape[1:])
-    above = permutation(_moved(values, sizes, margin), sizes, "greater", flips=flips, rng=rng)
-    return np.maximum(above, permutation(_moved(values, sizes, -margin), sizes, "less", flips=flips, rng=rng))
+    above = permutation(values, sizes, "greater", shift=margin, flips=flips, rng=rng)
+    return np.maximum(above, permutation(values, sizes, "less", shift=-margin, flips=flips, rng=rng))
 
 
 def group_interval(data: Array, sizes: Sizes, alpha: float) -> tuple[float, float]:
@@ -179,15 +209,13 @@ def _unrejected(data: Array, sizes: Sizes, alpha: float, tests: tuple[str, str])
     flips = max(flips_for(10 * alpha, runs), min(flips_for(alpha, runs), FLIPS_OF_ENDS))
     centre, reach = float(group_difference(values, sizes)), float(np.ptp(values))
 
-    def p_value(shift: float, side: int) -> float:
-        return float(permutation(_moved(values, sizes, -shift), sizes, tests[side > 0], flips=flips))
-
     least = 1 / divisions(sizes) if "greater" in tests else smallest_p(sizes)
     if least > alpha:
         return -np.inf, np.inf
     if reach == 0:  # runs that are all equal: any other shift is rejected
         return centre, centre
-    return invert_test(p_value, centre, reach, alpha)
+    blocks = _blocks_of(group_patterns(sizes, flips), values[:, None], sizes)
+    return invert_test(lambda shift, side: float(_tail(_statistics(blocks, -shift), tests[side > 0])[0]), centre, reach, alpha)
 
 
 def superiority(blocks: list[tuple[Array, Array]]) -> float:
