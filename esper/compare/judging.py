@@ -103,22 +103,19 @@ def judge(
         frame: a row a run; with ``step``, a row a step of a run.
         arm: column, or columns, whose values make the arms.
         metric: column with the value that is judged.
-        pair: column that says which runs belong together, such as the seed or the fold. Without it the arms are judged unpaired, by
-            a permutation test of two groups.
+        pair: column that says which runs belong together, such as the seed; without it the arms are judged unpaired.
         block: column, or columns, whose values are judged apart and then pooled, such as the task.
         direction: ``max`` or ``min``; ``auto`` takes it from the metric's name.
         reference: arm that the others are compared with; empty means the first.
         minimum_effect: smallest difference worth having, in units of the metric; also the margin of equivalence.
-        alpha: chance of one false "better" among all verdicts.
-        power: chance of finding ``minimum_effect``, for statements of how many runs are missing.
+        alpha, power: chance of one false "better" among all verdicts; chance of finding ``minimum_effect``.
         pooling: ``both``, ``apart`` or ``pooled``: verdicts on every block, over all of them, or both.
         ranking: also compare every arm with every other.
         take: with ``step``, the ``last`` or ``best`` value of a run, or its value at a step.
         filter: conditions such as ``epochs >= 10 and model = 'cnn'``; other rows are left out.
         missing: an arm that lacks the run of a pair: ``leave`` the pair out, count it as ``lost``, or ``refuse``.
         names: form of the column ``run_name``, as in ``{arm}-seed{seed}``; its parts are columns ``name.arm`` and ``name.seed``.
-        run: column that says which rows are one run.
-        step: column of the step.
+        run, step: columns that say which rows are one run, and in which order.
         cost: columns with the costs of a run, such as its seconds.
 
     A column ``status`` (finished, failed, running …) is heeded. A run that failed, or has no finite value, counts as lost.

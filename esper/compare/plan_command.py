@@ -34,7 +34,7 @@ usage: esper compare plan plan=<name or file.json> arm=<column> arms=a,b metric=
   store       the MLflow store that keeps it, for a plan with a name
   experiment  the experiment of the store that it belongs to (default: esper)
   arms        the values of the column arm that there will be; of several columns, 'lr=0.1 opt=adam,lr=0.3 opt=sgd'
-  pairs       the values of the column pair: 0,1,2 or range(0,15), without the 15
+  pairs       the values of the column pair: 0,1,2, 0..14 or range(0,15), which leaves out 15
   runs        instead of pair and pairs: how many runs every arm will have, to be judged unpaired
   blocks      the values of the column block
 

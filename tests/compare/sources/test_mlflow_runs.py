@@ -36,9 +36,10 @@ def train(client: Any, experiment: str, start: int | None = None, seeds: range =
 def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     from esper.tracking.mlflow_store import quiet_client
 
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store')}/mine.db"
+    folder = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{folder}/mine.db"
     client = quiet_client(uri)
-    train(client, client.create_experiment("lr"))
+    train(client, client.create_experiment("lr", artifact_location=(folder / "artifacts").as_uri()))
     client.log_param(client.create_run(client.create_experiment("other")).info.run_id, "lr", "9")
     return uri, client
 
