@@ -79,7 +79,8 @@ def fill(folder: Path, runs: int) -> None:
         names += [f"curve/{i}" for i in range(METRICS - len(names))]
         for number, (arm, seed) in enumerate((arm, seed) for arm in arms for seed in seeds):
             run = uuid.UUID(int=number + 1).hex
-            rows.append(tuple({**model, "run_uuid": run, "name": f"{arm} seed={seed}"}.values()))
+            begun = {"start_time": int(str(model["start_time"])) + number}
+            rows.append(tuple({**model, **begun, "run_uuid": run, "name": f"{arm} seed={seed}"}.values()))
             tags = {SWEEP: "speed", ARM: arm, BLOCK: "", SEED: str(seed), "mlflow.parentRunId": parent.info.run_id}
             tags |= {f"note.{i}": "made up" for i in range(TAGS - len(tags))}
             params = {"arm": arm, "seed": str(seed)} | {f"made.up.{i}": "1" for i in range(PARAMS - 2)}

@@ -157,6 +157,13 @@ def test_the_sweep_is_one_run_that_names_its_arms(sweep: Path, server: str) -> N
         assert name in text
 
 
+def test_mlflow_shows_the_page_of_the_comparison_among_the_sweeps_files(sweep: Path, server: str) -> None:
+    parent = json.loads((sweep / "s" / "sweep.json").read_text())["parent"]
+    note = json.loads(next(sweep.glob("s/*/mlflow.json")).read_text())
+    text = page(f"{server}/#/experiments/{note['experiment']}/runs/{parent}/artifacts/comparison.html", "sweep-comparison")
+    assert "comparison.html" in text and "<iframe" in text
+
+
 def test_the_page_of_a_sweep_of_a_thousand_runs_opens_and_so_does_the_list_of_runs(large: Path) -> None:
     with reading(f"sqlite:///{large}/mlflow.db") as reader:
         parent = find_sweep(reader, "speed")

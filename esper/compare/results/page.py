@@ -15,7 +15,7 @@ from esper.compare.results.comparison import ArmResult, Comparison, Judgement
 from esper.compare.results.figures import COLOURS, SIDES
 from esper.compare.results.plan import Plan
 from esper.compare.results.sentences import confidence, counted_runs, verdict_word
-from esper.compare.results.tables import Cells, arm_cells, cost_cells, number, overall_cells, title, verdict_cells
+from esper.compare.results.tables import HEADINGS, Cells, arm_cells, cost_cells, number, overall_cells, title, verdict_cells
 from esper.compare.statistics.random_draws import generator
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _text(comparison: Comparison, plan: Plan) -> str:
     if comparison.overall:
         parts.append(f"<h2>All runs of all blocks (a description, no verdict)</h2>{_table(overall_cells(comparison))}")
     if (costs := cost_cells(comparison)).rows:
-        parts.append(f"<h2>Cost of a run</h2>{_table(costs)}")
+        parts.append(f"<h2>{'Cost and growth' if any(arm.growth for arm in comparison.arms) else 'Cost'} of a run</h2>{_table(costs)}")
     if comparison.notes:
         parts.append(f'<h2>Notes</h2><div class="note">{_listed(comparison.notes)}</div>')
     return "".join(parts)
@@ -96,7 +96,7 @@ def _figures(comparison: Comparison, plan: Plan, curves: pd.DataFrame | None) ->
         arms = [arm for arm in comparison.arms if arm.block == block]
         yield f"Runs{_in(block)}", dots, _runs(arms, plan)
         for name in dict.fromkeys(cost for arm in arms for cost in arm.cost_points):
-            yield f"{plan.metric} against {name}{_in(block)}", dots, _cost(arms, plan, name)
+            yield f"{plan.metric} against {HEADINGS.get(name, name)}{_in(block)}", dots, _cost(arms, plan, name)
         if curves is not None and len(chosen := curves[curves["block"] == block]):
             yield f"Curves{_in(block)}", "A thin line for every run, a thick one for the mean of each arm.", _curves(chosen, plan)
     if comparison.overall:
@@ -189,7 +189,7 @@ def _cost(arms: list[ArmResult], plan: Plan, name: str) -> Figure:
     """Quality against one cost."""
     from bokeh.models import ColumnDataSource, HoverTool
 
-    drawn = _figure(height=HEIGHT, x_axis_label=name, y_axis_label=plan.metric)
+    drawn = _figure(height=HEIGHT, x_axis_label=HEADINGS.get(name, name), y_axis_label=plan.metric)
     for arm in arms:
         costs = arm.cost_points.get(name, {})
         known = [seed for seed in costs if seed in arm.points]
