@@ -132,7 +132,9 @@ def judge(
     config: CompareConfig = structure(CompareConfig, settings, "")
     if frame.empty:
         raise UserError("The table has no rows; give one with a row a run.")
-    return judge_runs(gather(own_table(frame, "the table"), chosen, direction_of(config, metric)), chosen, config)
+    table = own_table(frame, "the table")
+    table.column(metric, "metric")  # before its direction is asked for
+    return judge_runs(gather(table, chosen, direction_of(config, metric)), chosen, config)
 
 
 def _several(names: str | Sequence[str]) -> tuple[str, ...]:

@@ -66,8 +66,9 @@ def main(arguments: Sequence[str]) -> int:
     chosen = selection_from(given, registered)
     config = CompareConfig(**{key: given[key] for key in SETTINGS if key in given})
     folder = writable(Path(given.get("output", "outputs")) / "compare" / folder_name(given, chosen))
-    direction = registered.plan.direction if registered and config.direction == "auto" else direction_of(config, chosen.metric)
     with opened(store, several(given.get("experiment", "")), chosen.wanted) as table:
+        table.column(chosen.metric, "metric")  # before anything else is asked about it
+        direction = registered.plan.direction if registered and config.direction == "auto" else direction_of(config, chosen.metric)
         gathered = gather(table, chosen, direction)
     changed = {key: given[key] for key in SETTINGS if key in given and key != "figures" and given[key] != "auto"}
     judged = judge_runs(gathered, chosen, config, registered, changed)

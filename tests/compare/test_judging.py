@@ -98,7 +98,7 @@ def test_what_is_asked_wrongly_is_a_sentence() -> None:
     frame = table(6)
     for settings, words in (
         ({"arm": "arms"}, "arms is nothing that the runs of the table have; .*; did you mean arm"),
-        ({"metric": "top_acc"}, "top_acc is nothing"),
+        ({"metric": "ac"}, "ac is nothing that .*; did you mean acc"),
         ({"reference": "plane"}, "There is no arm 'plane'; .* did you mean plain"),
         ({"take": "first"}, "take=first is not accepted: it takes last, best or the number of a step"),
         ({"missing": "drop"}, "missing=drop is not accepted"),
