@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return program.load()(words[1:]) if program else train(words)
     except UserError as error:
         return _say(str(error), REFUSED)
+    except ModuleNotFoundError as error:
+        if not (missing := files.missing_package(error)):
+            raise
+        return _say(missing, REFUSED)
     except TrackerError as error:
         return _say(f"the run is done, but {error}.", FAILED)
     except KeyboardInterrupt as stop:

@@ -55,7 +55,9 @@ class OwnProgram(Program):
 
 PROGRAMS: dict[str, Program] = {
     "export": Program("esper.cli.export:main", "a run's model for other programs: run=<folder> format=pt2|onnx|safetensors"),
-    "compare": Program("esper.compare.command:main", "judge a finished sweep again, from the store alone: sweep=<id>"),
+    "compare": Program(
+        "esper.compare.command:main", "judge a finished sweep again, or runs that any program made: sweep=<id>, or runs store=…"
+    ),
     "control": Program("esper.bus.programs.controller:main", "decide for a run with controller.process=external: control <run folder>"),
     "track": Program("esper.bus.programs.tracker:main", "write the story of a run with tracking.process=external: track <run folder>"),
     "bus": Program("esper.bus.programs.inspect:main", "what is on a run's bus: bus status|tail|dead-letters|flush <run folder>"),

@@ -29,6 +29,20 @@ STORAGE = {
 }
 
 
+#: Package that is imported → the extra of esper-grow that installs it; `esper compare runs` needs none.
+EXTRAS = {"mlflow": "mlflow", "requests": "mlflow", "sqlalchemy": "mlflow"} | dict.fromkeys(
+    ("torch", "hydra", "omegaconf", "redis", "safetensors", "sklearn", "zstandard", "zlib_ng", "psutil", "pybreaker", "limits"), "train"
+)
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install where a part of esper was installed without what it needs; empty for any other module."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS:
+        return ""
+    return f"This needs the Python package {name}, which is not installed; pip install 'esper-grow[{EXTRAS[name]}]'."
+
+
 def known(error: OSError) -> bool:
     """Whether there is a sentence for this error; one that the user did not cause keeps its traceback."""
     return error.errno in STORAGE or isinstance(error, Removed)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import sqlite3
+import importlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,27 @@ from rich.console import Console
 from esper.compare.config import CompareConfig
 from esper.compare.results.analysis import analyse
 from esper.compare.results.comparison import with_tuned
-from esper.compare.results.mlflow_sweep import SWEEP, find_sweep, job_runs, plan_of, plan_untouched, reading, run_of_store, tuned_of
+from esper.compare.results.mlflow_sweep import SWEEP
 from esper.compare.results.plan import Plan
 from esper.compare.results.report import show, write_results
+from esper.compare.sources.mlflow_reader import reading
+from esper.compare.sources.mlflow_sweeps import find_sweep, job_runs, plan_of, plan_untouched, run_of_store, sweep_curves, tuned_of
+from esper.compare.sources.open_store import check_store_there
 from esper.config import listing, nearest, structure
 from esper.errors import UserError
-from esper.tracking.config import MlflowConfig, sqlite_file, tracking_uri
-from esper.tracking.mlflow_store import check_uri
+from esper.tracking.config import MlflowConfig, tracking_uri
 
 #: Parts of the plan that an analysis may change, which makes it exploratory.
-CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking")
+CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "reference", "sequential", "looks", "ranking", "pooling")
 KEYS = ("sweep", "uri", "output", "figures", *CHANGEABLE)
 #: Runs that have no end yet: they count neither as finished nor as failed. KILLED is one that Ctrl-C or SIGTERM interrupted.
 UNDER_WAY = ("RUNNING", "KILLED")
+OTHERS = {"fingerprint": "esper.compare.fingerprint", "runs": "esper.compare.runs_command", "plan": "esper.compare.plan_command"}
 USAGE = f"""\
-usage: esper compare sweep=<id or name> [key=value …]
+usage: esper compare sweep=<id or name> [key=value …]   judge a sweep of esper's again
+       esper compare runs store=… arm=… metric=… …      judge runs that any program made; esper compare runs --help
+       esper compare plan plan=… arm=… arms=… …         register a plan for runs to come; esper compare plan --help
+       esper compare fingerprint <folder> <folder>      say where two runs part
 
   sweep    id that the sweep printed, its name in MLflow, or its MLflow run id
   uri      tracking URI of the store; empty: mlflow.db in the folder of output
@@ -40,45 +45,54 @@ These change what was planned, and make the analysis exploratory: {", ".join(CHA
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the verdicts; exit code 0. ``fingerprint A B`` compares the bits of two runs instead."""
-    if arguments and arguments[0] == "fingerprint":
-        from esper.compare.fingerprint import main as compare_bits
-
-        return compare_bits(arguments[1:])
+    """Print the verdicts; exit code 0. A first word of ``OTHERS`` asks for something else."""
+    if arguments and arguments[0] in OTHERS:
+        other: Callable[[Sequence[str]], int] = importlib.import_module(OTHERS[arguments[0]]).main
+        return other(arguments[1:])
     if {"--help", "-h"} & set(arguments) or not arguments:
         print(USAGE, flush=True)
         return 0
-    given = _read(arguments)
+    given = read_words(arguments, "esper compare", KEYS, (*CHANGEABLE, "figures"))
     output = given.pop("output", "outputs")
     uri = tracking_uri(MlflowConfig(uri=given.pop("uri", "")), output)
     if "sweep" not in given:
         raise UserError("esper compare needs sweep=<id or name>, which the sweep printed and MLflow shows.")
-    _check_there(uri)
-    with reading(uri) as client:
-        parent = find_sweep(client, given.pop("sweep"))
-        folder = _writable(Path(output) / "compare" / parent.data.tags[SWEEP])
-        stored = job_runs(client, parent)
-    planned = plan_of(parent)
-    figures = given.pop("figures", True)
-    plan = _changed(planned, given)
-    runs = [run_of_store(run, plan.metric) for run in stored if run.info.status not in UNDER_WAY]
-    _check_metric(plan.metric, stored)
+    check_store_there(uri, "uri")
+    with reading(uri) as reader:
+        parent = find_sweep(reader, given.pop("sweep"))
+        folder = writable(Path(output) / "compare" / parent.tags[SWEEP])
+        planned = plan_of(parent)
+        figures = given.pop("figures", True)
+        plan = _changed(planned, given)
+        stored = job_runs(reader, parent)
+        _check_metric(plan.metric, stored)
+        runs = [run_of_store(run, plan.metric) for run in stored if run.status not in UNDER_WAY]
+        curves = sweep_curves(reader, stored, plan.metric)
     comparison = with_tuned(analyse(runs, plan, planned), tuned_of(parent))
     if not plan_untouched(parent):
         edited = "the plan in the store is not the text that was saved before the first run"
         comparison = dataclasses.replace(comparison, exploratory=[edited, *comparison.exploratory])
     console = Console()
     show(comparison, plan, console)
-    files = write_results(comparison, plan, folder, figures)
-    console.print(f"written: {', '.join(str(path) for path in files)}", soft_wrap=True, highlight=False)
+    files = write_results(comparison, plan, folder, figures, curves)
+    say_written(files, console)
     return 0
 
 
-def _read(arguments: Sequence[str]) -> dict[str, Any]:
+def say_written(files: Sequence[Path], console: Console) -> None:
+    """Name the files of the results."""
+    console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True, highlight=False, markup=False)
+
+
+def read_words(arguments: Sequence[str], program: str, keys: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
     """Checked values by key.
 
+    Args:
+        keys: all that the program takes.
+        settings: those of them that are settings of :class:`CompareConfig`; the others are texts.
+
     Raises:
-        UserError: a word that is no ``key=value``, an unknown key, a value that is not accepted.
+        UserError: a word that is no ``key=value``, an unknown key, a key given twice, a value that is not accepted.
     """
     import yaml
 
@@ -86,39 +100,19 @@ def _read(arguments: Sequence[str]) -> dict[str, Any]:
     for word in arguments:
         key, equals, text = word.partition("=")
         key = key.removeprefix("compare.")
-        if not equals or key not in KEYS:
-            raise UserError(f"'{word}' is not accepted: esper compare takes {listing(KEYS)}{nearest(key, KEYS)}.")
+        if not equals or key not in keys:
+            raise UserError(f"'{word}' is not accepted: {program} takes {listing(keys)}{nearest(key, keys)}.")
+        if key in given:
+            raise UserError(f"{key} is given twice ({given[key]} and {text}); give it once.")
         try:
-            given[key] = text if key in ("sweep", "uri", "output", "metric", "reference") else yaml.safe_load(text)
+            given[key] = text if key not in settings or key in ("metric", "reference") else yaml.safe_load(text)
         except yaml.YAMLError:
             raise UserError(f"'{word}' cannot be read: {key} takes one plain value, as in {key}=0.1 or {key}=true.") from None
-    checked = structure(CompareConfig, {k: v for k, v in given.items() if k in (*CHANGEABLE, "figures")}, "compare")
-    return {key: getattr(checked, key) if key in (*CHANGEABLE, "figures") else value for key, value in given.items()}
+    checked = structure(CompareConfig, {key: value for key, value in given.items() if key in settings}, "compare")
+    return {key: getattr(checked, key) if key in settings else value for key, value in given.items()}
 
 
-def _check_there(uri: str) -> None:
-    """Refuse an address without a store: analysing must not make one, neither a new file nor tables in another program's.
-
-    Raises:
-        UserError: there is no store at ``uri``.
-    """
-    check_uri(uri, "uri", "or name the folder of another with output=…")
-    path = sqlite_file(uri)
-    if path is None:
-        return
-    if not path.exists() or not _has_runs(path):
-        raise UserError(f"There is no store at {uri}; name one with uri=… or its folder with output=….")
-
-
-def _has_runs(database: Path) -> bool:
-    try:
-        with contextlib.closing(sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)) as opened:
-            return bool(opened.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'runs'").fetchall())
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"The store {database} cannot be read ({error}); bring back a copy of it, or name another with uri=….") from error
-
-
-def _writable(folder: Path) -> Path:
+def writable(folder: Path) -> Path:
     """The folder, made and tried before the store's runs are read and analysed.
 
     Raises:
@@ -151,7 +145,7 @@ def _check_metric(metric: str, stored: Sequence[Any]) -> None:
     Raises:
         UserError: naming those that the runs have.
     """
-    names = sorted({name for run in stored if run.info.status == "FINISHED" for name in run.data.metrics})
+    names = sorted({name for run in stored if run.status == "FINISHED" for name in run.metrics})
     if names and not {f"final/test/{metric}", f"final/{metric}"} & set(names):
         known = [name.removeprefix("final/test/") for name in names if name.startswith("final/test/")]
         raise UserError(f"No run of the sweep has the metric {metric!r}; they have {listing(known)}{nearest(metric, known)}.")

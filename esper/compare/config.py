@@ -24,6 +24,7 @@ class CompareConfig:
     pilot: str = setting("", help="comparison.json of an earlier sweep; its paired differences are the noise that power is stated for")
     reference: str = setting("", help="arm that the others are compared with; empty means the first")
     block: list[str] = setting(["task", "model"], help="keys whose values are judged apart and then pooled")
+    pooling: str = setting("both", choices=("both", "apart", "pooled"), help="verdicts on every block, over all of them, or both")
     sequential: bool = setting(False, help="look at the results on the way and stop once every comparison is decided")
     looks: int = setting(3, low=2, high=10, help="number of looks of a sequential sweep, the last included")
     ranking: bool = setting(False, help="also compare every arm with every other")

@@ -15,7 +15,8 @@ three points?
 
 **Command.** `python experiments/calibration/run.py` ({sweeps:,} simulated sweeps per setting, {first} s on one core; then the second
 part, which `--again` repeats alone: {second} s of processor time; {versions}). Every row is in
-`results.csv`; this file is written by the same command.
+`results.csv`; this file is written by the same command. [Runs that are not paired, and several tasks at once](groups.md) have a page of
+their own.
 
 **How.** Runs of a pair share the effect of their seed. The noise of a run is added to it and is normal, heavy-tailed (Student's t,
 3 degrees of freedom), skewed (lognormal) or that of accuracies near 1 on 360 test samples (ties, a ceiling). The

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = "esper.compare"
 #: What each package within may import besides itself and the settings.
-BELOW = {"statistics": set(), "results": {"statistics"}, "sweep": {"statistics", "results"}}
+BELOW = {"statistics": set(), "results": {"statistics"}, "sources": {"statistics", "results"}, "sweep": {"statistics", "results"}}
 
 
 def imports(root: Path) -> dict[str, set[str]]:

@@ -1,7 +1,7 @@
-"""A finished sweep in MLflow's own pages, in a real browser: arms have readable names.
+"""A finished sweep in MLflow's own pages, and the page of a comparison by itself, in a real browser.
 
 Needs Chromium and a minute; run it with ``pytest -m browser tests/compare/test_browser.py``. The screenshots are in
-``outputs/screenshots``; two of them are shown in docs/comparing.md.
+``outputs/screenshots``; two of them are shown in docs/comparing.md, one in docs/verdicts.md.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from esper.compare.results.mlflow_sweep import find_sweep, job_runs
-from esper.tracking.mlflow_store import quiet_client
+from esper.compare import judge
+from esper.compare.sources.mlflow_reader import reading
+from esper.compare.sources.mlflow_sweeps import find_sweep, job_runs
+from esper.compare.statistics.random_draws import generator
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = Path("outputs/screenshots").resolve()
@@ -88,18 +92,48 @@ def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError("the MLflow server did not answer within two minutes")
 
 
-def page(url: str, name: str) -> str:
+def page(url: str, name: str, shown: tuple[int, int, int, int] = SHOWN, window: str = "1500,1400") -> str:
     """What the page says once its scripts have run; keeps a screenshot beside it."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "no Chromium on PATH; install one, e.g. apt-get install chromium"
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    base = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1500,1400", "--timeout=60000"]
+    base = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={window}", "--timeout=60000"]
     base += ["--virtual-time-budget=60000"]
     subprocess.run([*base, f"--screenshot={SCREENSHOTS / name}.png", url], check=True, stderr=subprocess.DEVNULL)
     with Image.open(SCREENSHOTS / f"{name}.png") as whole:
-        whole.crop(SHOWN).quantize(64).save(SCREENSHOTS / f"{name}.png", optimize=True)
+        whole.crop(shown).quantize(64).save(SCREENSHOTS / f"{name}.png", optimize=True)
     done = subprocess.run([*base, "--dump-dom", url], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return done.stdout.decode()
+
+
+#: Says in the page's title whether Bokeh has drawn everything.
+PROBE = """<script>(function wait() {
+  const drawn = window.Bokeh && Bokeh.documents.length && Bokeh.documents.every(one => one.is_idle);
+  if (drawn) document.title = "drawn: " + document.querySelectorAll(".bk-Figure").length + " figures"; else setTimeout(wait, 20);
+})();</script></body>"""
+
+
+def two_hundred_runs() -> pd.DataFrame:
+    """Two tasks, two arms, 50 seeds, 100 steps."""
+    rng, steps, frames = generator("page"), np.arange(100), []
+    for task, level in (("digits", 0.9), ("mnist1d", 0.6)):
+        for seed, shared in enumerate(rng.normal(0, 0.02, 50)):
+            for lr in (0.1, 0.01):
+                values = level + shared + 0.015 * (lr == 0.1) - 0.3 * np.exp(-steps / 15) + rng.normal(0, 0.004, 100)
+                frames.append(pd.DataFrame({"task": task, "lr": lr, "seed": seed, "step": steps, "val_acc": values}))
+    return pd.concat(frames).assign(seconds=lambda frame: 60 + 0.1 * frame["step"] + 20 * (frame["lr"] == 0.1))
+
+
+def test_the_page_of_two_hundred_runs_stands_alone_and_draws_itself(tmp_path: Path) -> None:
+    frame = two_hundred_runs()
+    judged = judge(frame, arm="lr", pair="seed", metric="val_acc", block="task", step="step", cost="seconds")
+    text = judged.html()
+    assert len(text.encode()) <= 3_000_000
+    (tmp_path / "page.html").write_text(text.replace("</body>", PROBE))
+    shown = page((tmp_path / "page.html").as_uri(), "verdicts", (0, 0, 1100, 1500), "1100,1500")
+    assert "<title>drawn: 8 figures</title>" in shown  # differences; runs, cost and curves of two tasks; profiles
+    for words in ("lr=0.1 is better than lr=0.01 over all 2 blocks", "Exploratory: no plan was registered", "Curves, mnist1d"):
+        assert words in shown
 
 
 def test_the_compare_page_and_its_parallel_coordinates_show_the_arms_by_name(sweep: Path, server: str) -> None:
@@ -123,14 +157,21 @@ def test_the_sweep_is_one_run_that_names_its_arms(sweep: Path, server: str) -> N
         assert name in text
 
 
+def test_mlflow_shows_the_page_of_the_comparison_among_the_sweeps_files(sweep: Path, server: str) -> None:
+    parent = json.loads((sweep / "s" / "sweep.json").read_text())["parent"]
+    note = json.loads(next(sweep.glob("s/*/mlflow.json")).read_text())
+    text = page(f"{server}/#/experiments/{note['experiment']}/runs/{parent}/artifacts/comparison.html", "sweep-comparison")
+    assert "comparison.html" in text and "<iframe" in text
+
+
 def test_the_page_of_a_sweep_of_a_thousand_runs_opens_and_so_does_the_list_of_runs(large: Path) -> None:
-    client = quiet_client(f"sqlite:///{large}/mlflow.db")
-    parent = find_sweep(client, "speed")
-    assert len(job_runs(client, parent)) == 1_000
-    place = f"#/experiments/{parent.info.experiment_id}/runs"
+    with reading(f"sqlite:///{large}/mlflow.db") as reader:
+        parent = find_sweep(reader, "speed")
+        assert len(job_runs(reader, parent)) == 1_000
+    place = f"#/experiments/{parent.experiment}/runs"
     with serving(large) as url:
-        text = page(f"{url}/{place}/{parent.info.run_id}", "large-sweep")
+        text = page(f"{url}/{place}/{parent.id}", "large-sweep")
         listed = page(f"{url}/{place}", "large-list")
-    for shown in (parent.info.run_name, "esper.plan.0", "Child runs", "arm3 seed=249", "Load more"):
+    for shown in (parent.name, "esper.plan.0", "Child runs", "arm3 seed=249", "Load more"):
         assert shown in text
-    assert f"runs/{parent.info.run_id}" in listed and "matching runs" in listed
+    assert f"runs/{parent.id}" in listed and "matching runs" in listed

@@ -68,10 +68,10 @@ def test_parent_and_children_are_in_the_store_with_tags_to_group_by(done: tuple[
     parent = client.get_run(note["parent"])
     assert parent.info.status == "FINISHED"
     assert {file.path for file in client.list_artifacts(note["parent"])} == {
-        "comparison.json",
-        "comparison.txt",
+        *(f"comparison.{kind}" for kind in ("html", "json", "md", "tex", "txt")),
         "figures",
     }
+    assert "Curves" in (done[0] / "sweep" / "comparison.html").read_text(), "the metric on the validation set over the steps"
     tags, said = parent.data.tags, json.loads((done[0] / "sweep" / "comparison.json").read_text())["verdicts"][0]
     assert tags["verdict"] == said["verdict"] and tags["reference"] == said["reference"] and said["sentence"] in tags["mlflow.note.content"]
     numbers = {"effect": said["difference"], "p": said["p_holm"], "pairs": 2.0}

@@ -8,18 +8,21 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from esper.compare.results.comparison import ArmResult, Comparison, Judgement
+from esper.compare.results.comparison import ArmResult, Comparison, Judgement, Overall
+from esper.compare.results.groups import Groups, group, pool_groups
 from esper.compare.results.plan import Plan
-from esper.compare.results.runs import POOLED, Pairs, Run, by_seed, pair, pool
+from esper.compare.results.runs import POOLED, Pairs, Run, by_seed, in_order, pair, pool
 from esper.compare.results.sentences import conclude, exploratory_reasons, notes, sentence
-from esper.compare.statistics.estimates import iqm, probability_of_improvement, resolution
-from esper.compare.statistics.power import PairsNeeded, fewest_pairs, pairs_needed
+from esper.compare.statistics.estimates import iqm, resolution
+from esper.compare.statistics.power import fewest_pairs
+from esper.compare.statistics.profiles import bounds, interquartile_means, profile, resampled, thresholds
 from esper.compare.statistics.sequential import look_pairs, sequential_holm, sequential_p
-from esper.compare.statistics.sign_flip import FLIPS, equivalence, equivalence_interval, flips_for, interval, sign_flip
+from esper.compare.statistics.sign_flip import flips_for
 from esper.compare.statistics.verdicts import Verdict, classify, holm, holm_levels
 from esper.errors import UserError
 
 Array = NDArray[np.float64]
+Compared = Pairs | Groups
 
 
 def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Comparison:
@@ -36,12 +39,7 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
         raise UserError("The sweep has no runs; start it, or look for its id in the list of sweeps.")
     if all(run.failed for run in runs):
         raise UserError(f"All {len(runs)} runs of the sweep failed or gave no finite {plan.metric}; the log of each job says why.")
-    others = [arm for arm in plan.arms if arm != plan.reference]
-    blocks = [[pair(runs, arm, plan.reference, block, plan.sign, plan.minimum_effect) for arm in others] for block in plan.blocks]
-    compared = [one for block in blocks for one in block]
-    if len(plan.blocks) > 1:
-        pooled = [pool(list(column)) for column in zip(*blocks, strict=True)]
-        compared += [one for one in pooled if one is not None]
+    compared = comparisons(runs, [(arm, plan.reference) for arm in plan.arms if arm != plan.reference], plan)
     verdicts = judge(compared, runs, plan)
     return Comparison(
         arms=[arm_result(runs, arm, block) for block in plan.blocks for arm in plan.arms],
@@ -50,13 +48,43 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
         notes=notes(runs, plan),
         ranking=_ranking(runs, plan) if plan.ranking else [],
         conclusion=conclude(verdicts, runs, plan),
+        overall=_overall(runs, plan) if len(plan.blocks) > 1 else [],
     )
+
+
+def comparisons(runs: Sequence[Run], couples: Sequence[tuple[str, str]], plan: Plan) -> list[Compared]:
+    """Every couple of arms block by block, and over all blocks, as far as the plan asks for either; at least one.
+
+    Raises:
+        UserError: the runs give none.
+    """
+    found: list[Compared] = []
+    for block in plan.blocks if plan.apart else ():
+        found += [_couple(runs, couple, block, plan) for couple in couples]
+    if plan.pools:
+        over = [_pooled([_couple(runs, couple, block, plan) for block in plan.blocks]) for couple in couples]
+        found += [one for one in over if one is not None]
+    if not found:
+        raise UserError(
+            "No seed was run in all blocks by both arms, so there is nothing to pool; run the missing ones, or judge the blocks apart."
+        )
+    return found
+
+
+def _couple(runs: Sequence[Run], couple: tuple[str, str], block: str, plan: Plan) -> Compared:
+    form = pair if plan.paired else group
+    return form(runs, *couple, block, plan.sign, plan.minimum_effect)
+
+
+def _pooled(blocks: Sequence[Compared]) -> Compared | None:
+    groups = [one for one in blocks if isinstance(one, Groups)]
+    return pool_groups(groups) if groups else pool([one for one in blocks if isinstance(one, Pairs)])
 
 
 def arm_result(runs: Sequence[Run], arm: str, block: str) -> ArmResult:
     """The result of one arm in one block."""
     mine = by_seed(runs, arm, block)
-    good = {seed: run for seed, run in sorted(mine.items()) if not run.failed}
+    good = {seed: mine[seed] for seed in in_order(mine) if not mine[seed].failed}
     values = np.array([run.value for run in good.values()])
     return ArmResult(
         arm=arm,
@@ -70,7 +98,10 @@ def arm_result(runs: Sequence[Run], arm: str, block: str) -> ArmResult:
         growth=_means([run.growth for run in good.values()]),
         alone=_means([run.alone for run in good.values()]),
         points={seed: run.value for seed, run in good.items()},
-        macs={seed: run.costs["macs"] for seed, run in good.items() if "macs" in run.costs},
+        cost_points={
+            name: {seed: run.costs[name] for seed, run in good.items() if name in run.costs}
+            for name in sorted({name for run in good.values() for name in run.costs})
+        },
     )
 
 
@@ -80,18 +111,18 @@ def _means(reported: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([numbers[name] for numbers in reported if name in numbers])) for name in names}
 
 
-def judge(compared: Sequence[Pairs], runs: Sequence[Run], plan: Plan) -> list[Judgement]:
+def judge(compared: Sequence[Compared], runs: Sequence[Run], plan: Plan) -> list[Judgement]:
     """One verdict for every comparison, corrected together."""
     level = plan.alpha / len(compared)
-    flips = [flips_for(level, len(one.tested)) for one in compared]
-    p_each = np.array([equivalence_of(one, plan.minimum_effect, number) for one, number in zip(compared, flips, strict=True)])
+    flips = [flips_for(level, one.size) for one in compared]
+    p_each = np.array([one.p_equivalence(plan.minimum_effect, number) for one, number in zip(compared, flips, strict=True)])
     p_same = holm(p_each)
-    means = np.array([one.tested.mean() for one in compared])
+    means = np.array([one.difference for one in compared])
     if plan.sequential:
-        p, p_holm, complete = _looked(compared, plan)
+        p, p_holm, complete = _looked([one for one in compared if isinstance(one, Pairs)], plan)
         p_same = p_same if complete else np.ones_like(p_same)
     else:
-        p = np.array([float(sign_flip(one.tested, error=one.error, flips=number)) for one, number in zip(compared, flips, strict=True)])
+        p = np.array([one.p_difference(number) for one, number in zip(compared, flips, strict=True)])
         p_holm = holm(p)
     codes = classify(means, p_holm, p_same, plan.alpha)
     levels = zip(holm_levels(p, p_holm, plan.alpha), holm_levels(p_each, p_same, plan.alpha), strict=True)
@@ -122,45 +153,42 @@ def _looked(compared: Sequence[Pairs], plan: Plan) -> tuple[Array, Array, bool]:
 
 
 def _judged(
-    one: Pairs, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float], levels: tuple[float, float]
+    one: Compared, runs: Sequence[Run], plan: Plan, verdict: Verdict, p: tuple[float, float, float], levels: tuple[float, float]
 ) -> Judgement:
     """``levels`` are those at which Holm's correction tests this comparison for a difference and for equivalence."""
     blocks = plan.blocks if one.block == POOLED else (one.block,)
     ours = [run for block in blocks for run in by_seed(runs, one.arm, block).values()]
     theirs = [run for block in blocks for run in by_seed(runs, one.reference, block).values()]
     good, base = ([run for run in side if not run.failed] for side in (ours, theirs))
-    kept, unsure = one.tested[one.finished], one.error[one.finished]
-    nowhere = (float("nan"), float("nan"))
     judged = Judgement(
         arm=one.arm,
         reference=one.reference,
         block=one.block,
         verdict=verdict.label,
         sentence="",
-        difference=float(one.tested.mean()),
-        difference_finished=float(kept.mean()) if len(kept) else float("nan"),
+        difference=one.difference,
+        difference_finished=one.difference_finished,
         p=p[0],
         p_holm=p[1],
         p_equivalent=p[2],
-        interval=interval(one.tested, levels[0], one.error),
+        interval=one.interval(levels[0]),
         level=1 - levels[0],
-        equivalence_interval=nowhere if one.lost.any() or not len(kept) else equivalence_interval(kept, levels[1], unsure),
+        equivalence_interval=one.equivalence_interval(levels[1]),
         equivalence_level=1 - 2 * levels[1],
-        probability=probability_of_improvement(one.tested, one.error),
-        pairs=len(one.seeds),
+        probability=one.probability,
+        pairs=len(one.seeds) if plan.paired else 0,
+        counts=one.counts,
         failed=(len(ours) - len(good), len(theirs) - len(base)),
         costs=_cost_ratios(good, base),
         resolution=resolution([run.value for run in (*good, *base)], plan.samples(one.block)),
-        needs=_pairs_needed(one, plan) if verdict is Verdict.INCONCLUSIVE else None,
+        needs=one.needs(plan.minimum_effect, plan.power, plan.alpha, plan.comparisons, plan.early)
+        if verdict is Verdict.INCONCLUSIVE
+        else None,
         seeds=one.seeds,
-        points=tuple(one.tested.tolist()),
+        points=one.points,
         finished=tuple(one.finished.tolist()),
     )
     return replace(judged, sentence=sentence(judged, plan))
-
-
-def _pairs_needed(one: Pairs, plan: Plan) -> PairsNeeded:
-    return pairs_needed(one.tested, one.error, plan.minimum_effect, plan.power, plan.alpha, plan.comparisons, plan.early)
 
 
 def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
@@ -175,25 +203,34 @@ def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
 
 def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judgement]:
     """Every arm against every other, pooled over the blocks and corrected together."""
-    names, couples = list(plan.arms), []
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            found = [pair(runs, second, first, block, plan.sign, plan.minimum_effect) for block in plan.blocks]
-            both = pool(found) if len(found) > 1 else found[0]
-            if both is not None:
-                couples.append(both)
-    return judge(couples, runs, plan) if couples else []
+    names = list(plan.arms)
+    couples = [(second, first) for i, first in enumerate(names) for second in names[i + 1 :]]
+    over = replace(plan, pooling="pooled") if len(plan.blocks) > 1 else plan
+    return judge(comparisons(runs, couples, over), runs, plan)
 
 
-def equivalence_of(pairs: Pairs, margin: float, flips: int = FLIPS) -> float:
-    """P-value of "the arms differ by ``margin`` or more", by TOST over the pairs in which both runs finished.
+def _overall(runs: Sequence[Run], plan: Plan) -> list[Overall]:
+    """Every arm over all blocks, in each of which it has a run that finished; the values are as they were measured."""
+    values = {
+        arm: [np.array([plan.sign * run.value for run in by_seed(runs, arm, block).values() if not run.failed]) for block in plan.blocks]
+        for arm in plan.arms
+    }
+    whole = {arm: blocks for arm, blocks in values.items() if all(map(len, blocks))}
+    if not whole:
+        return []
+    at = thresholds(np.concatenate([one for blocks in whole.values() for one in blocks]))
+    return [_one_overall(arm, blocks, at, plan.sign) for arm, blocks in whole.items()]
 
-    1 as soon as one arm alone failed in a pair. A failed run has no metric that could be shown to be near the other's:
-    it is worse than any value, as in worst-rank analysis (Lachin 1999, Controlled Clinical Trials 20:408) and the
-    composite strategy of ICH E9(R1), so its pair lies outside every margin. With such losses growing without bound the
-    larger of the two one-sided p-values stays at 1/4 or above, however many other pairs there are. Pairs in which both
-    runs failed show nothing and are left out here.
-    """
-    if pairs.lost.any():
-        return 1.0
-    return float(equivalence(pairs.tested[pairs.finished], margin, error=pairs.error[pairs.finished], flips=flips))
+
+def _one_overall(arm: str, blocks: Sequence[Array], at: Array, sign: float) -> Overall:
+    seen, drawn = np.concatenate(blocks)[None, :], resampled(blocks)
+    low, high = (sign * float(end) for end in bounds(interquartile_means(drawn)))
+    ends = bounds(profile(drawn, at))
+    rows = zip(sign * at, profile(seen, at)[0], *ends, strict=True)
+    return Overall(
+        arm=arm,
+        runs=seen.shape[1],
+        iqm=sign * float(interquartile_means(seen)[0]),
+        interval=(min(low, high), max(low, high)),
+        profile=tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in rows),
+    )

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from esper.compare.results.plan import Plan
+from esper.compare.results.runs import Seed
 from esper.compare.statistics.power import PairsNeeded
 
 Values = dict[str, Any]
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones)."""
+    """One arm in one block: quality, failures, cost, growth and controls over its runs (means over the finished ones).
+
+    ``points`` has the metric of every finished run by its seed, ``cost_points`` each of its costs.
+    """
 
     arm: str
     block: str
@@ -94,8 +98,8 @@ class ArmResult:
     costs: dict[str, float]
     growth: dict[str, float]
     alone: dict[str, float]
-    points: dict[int, float]
-    macs: dict[int, float]
+    points: dict[Seed, float]
+    cost_points: dict[str, dict[Seed, float]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ class Judgement:
     ``interval`` is that of the test for a difference and has the confidence ``level`` that Holm's correction leaves it: it excludes 0
     exactly where the difference is sure. ``equivalence_interval`` lies within the margin exactly where the arms are equivalent; it is
     NaN where a run that failed keeps them from it. ``resolution`` is the smallest change of the metric that the test set can show,
-    NaN where the metric does not count samples; ``needs`` is None where the verdict lacks nothing.
+    NaN where the metric does not count samples; ``needs`` is None where the verdict lacks nothing. ``pairs`` is 0 where the arms were
+    judged unpaired: ``counts`` then has the runs of either, and ``points`` the differences of the arm's runs to the reference's mean.
     """
 
     arm: str
@@ -124,13 +129,28 @@ class Judgement:
     equivalence_level: float
     probability: float
     pairs: int
+    counts: tuple[int, int]
     failed: tuple[int, int]
     costs: dict[str, float]
     resolution: float
     needs: PairsNeeded | None
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     points: tuple[float, ...]
     finished: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Overall:
+    """One arm over all blocks: the interquartile mean of all its runs and the performance profile, with intervals of a bootstrap.
+
+    ``profile`` has for every threshold the share of runs that are better, and its interval: (threshold, share, low, high).
+    """
+
+    arm: str
+    runs: int
+    iqm: float
+    interval: tuple[float, float]
+    profile: tuple[tuple[float, float, float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -144,6 +164,7 @@ class Comparison:
     ranking: list[Judgement] = field(default_factory=list)
     conclusion: list[str] = field(default_factory=list)
     tuned: list[TuningResult] = field(default_factory=list)
+    overall: list[Overall] = field(default_factory=list)
 
 
 def with_tuned(comparison: Comparison, tuned: Sequence[TuningResult]) -> Comparison:

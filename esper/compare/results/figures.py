@@ -11,7 +11,7 @@ import numpy as np
 from esper.compare.results.comparison import ArmResult, Comparison, Judgement
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import POOLED
-from esper.compare.results.sentences import confidence, task_and_model, verdict_word
+from esper.compare.results.sentences import confidence, counted_runs, task_and_model, verdict_word
 from esper.compare.statistics.random_draws import generator
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def draw(comparison: Comparison, plan: Plan, folder: Path) -> list[Path]:
     """Write the figures that the data allow into ``folder``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [draw_pairs(comparison, plan, folder / "pairs.png")]
-    costly = [block for block in plan.blocks if any(arm.macs for arm in comparison.arms if arm.block == block)]
+    costly = [block for block in plan.blocks if any("macs" in arm.cost_points for arm in comparison.arms if arm.block == block)]
     paths += [draw_cost(comparison, plan, block, folder / _name(block)) for block in costly]
     return paths
 
@@ -68,10 +68,10 @@ def _row(axes: Axes, row: Judgement, at: int) -> None:
     axes.scatter(points[done], at + spread[done], s=18, color=colour, alpha=0.55, lw=0)
     failed = "a run failed" if (~done).any() else None
     axes.scatter(points[~done], at + spread[~done], s=26, marker="x", color="#B00020", label=failed)
-    told = f"{verdict_word(row)}, {row.pairs} pairs, no interval"
+    told = f"{verdict_word(row)}, {counted_runs(row)}, no interval"
     if np.isfinite(row.interval).all():
         axes.plot(row.interval, (at, at), color=colour, lw=1.4, label="thin: test for a difference, sure where it leaves out 0")
-        told = f"{verdict_word(row)}, {row.pairs} pairs, {confidence(row.level)}"
+        told = f"{verdict_word(row)}, {counted_runs(row)}, {confidence(row.level)}"
     if np.isfinite(row.equivalence_interval).all():
         label = "thick: test for equivalence, sure where it stays within the band"
         axes.plot(row.equivalence_interval, (at, at), color=colour, lw=4.0, alpha=0.55, solid_capstyle="butt", label=label)
@@ -90,8 +90,9 @@ def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Pat
 
     figure = Figure(figsize=(8.0, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    arms = [arm for arm in comparison.arms if arm.block == block and arm.macs]
-    apart = 0.012 * (max(max(a.macs.values()) for a in arms) - min(min(a.macs.values()) for a in arms))
+    arms = [arm for arm in comparison.arms if arm.block == block and "macs" in arm.cost_points]
+    spent = [macs for arm in arms for macs in arm.cost_points["macs"].values()]
+    apart = 0.012 * (max(spent) - min(spent))
     for at, arm in enumerate(arms):
         _cloud(axes, arm, COLOURS[at % len(COLOURS)], (at - (len(arms) - 1) / 2) * apart)
     axes.set_xlabel("training MACs")
@@ -105,8 +106,9 @@ def draw_cost(comparison: Comparison, plan: Plan, block: str, path: Path) -> Pat
 
 def _cloud(axes: Axes, arm: ArmResult, colour: str, aside: float) -> None:
     """One arm: every seed's point and the mean, moved a little aside so that arms of equal cost stay apart."""
-    at = np.array([arm.macs[seed] for seed in arm.macs]) + aside
-    values = np.array([arm.points[seed] for seed in arm.macs])
+    macs = arm.cost_points["macs"]
+    at = np.array(list(macs.values())) + aside
+    values = np.array([arm.points[seed] for seed in macs])
     axes.scatter(at, values, s=16, color=colour, alpha=0.4, lw=0)
     label = _lines(f"{arm.arm} ({len(values)} runs{f', {arm.failed} failed' if arm.failed else ''})")
     axes.plot(at.mean(), values.mean(), "D", color=colour, ms=8, mec="white", mew=1.0, label=label, zorder=3)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from esper.compare.config import CompareConfig
+from esper.compare.statistics.group_power import detectable_by_groups, fewest_runs, needed_runs
+from esper.compare.statistics.permutation import finest_group_level
 from esper.compare.statistics.power import MOST_PAIRS, PILOT_PAIRS, detectable, fewest_pairs, needed_pairs
 from esper.compare.statistics.random_draws import centred
 from esper.compare.statistics.sequential import look_pairs
@@ -20,7 +22,8 @@ from esper.config import listing
 from esper.errors import UserError
 
 FILE = "plan.json"
-ASSUMED = (1, 2, 5)  # multiples of the minimum effect that the spread of paired differences might be
+ASSUMED = (1, 2, 5)  # multiples of the minimum effect that the spread might be
+POOLINGS = ("both", "apart", "pooled")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Plan:
 
     ``arms`` maps each arm's readable name to the settings that make it; ``blocks`` are the names of the blocks;
     ``noise`` holds a pilot's paired differences around their means, from which power is stated. ``about`` has for every block
-    its ``task``, its ``model`` and the ``samples`` of its test set, as far as all its jobs share them.
+    its ``task``, its ``model`` and the ``samples`` of its test set, as far as all its jobs share them. Where the arms are not
+    ``paired``, ``seeds`` number the runs of an arm. ``pooling`` says whether blocks are judged apart, pooled or both.
     """
 
     metric: str
@@ -40,7 +44,7 @@ class Plan:
     spread: float
     reference: str
     arms: dict[str, dict[str, Any]]
-    seeds: tuple[int, ...]
+    seeds: tuple[int | str, ...]
     blocks: tuple[str, ...] = ("",)
     sequential: bool = False
     looks: int = 3
@@ -49,6 +53,8 @@ class Plan:
     tune_seeds: int = 0
     noise: tuple[float, ...] = ()
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paired: bool = True
+    pooling: str = "both"
 
     def __post_init__(self) -> None:
         if len(self.arms) < 2:
@@ -65,22 +71,40 @@ class Plan:
                 raise UserError(f"compare.tune.{key}={values} is not accepted: give a list of values, as in {key}: [0.001, 0.003].")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
             raise UserError(f"Seeds pair the arms, so each must be given once; got {list(self.seeds)}.")
+        if self.pooling not in POOLINGS:
+            raise UserError(f"pooling={self.pooling} is not accepted: it takes {listing(POOLINGS)}.")
+        if self.sequential and not self.paired:
+            raise UserError("Looking early needs pairs: name what pairs the runs (pair=…), or leave sequential out.")
         self._refuse_too_fine()
 
     def _refuse_too_fine(self) -> None:
         pairs, arms = len(self.seeds), len(self.arms)
         most = max(self.comparisons, arms * (arms - 1) // 2 if self.ranking else 1)
-        if self.alpha / most < finest_level(pairs):
+        finest, words = (finest_level(pairs), "sign patterns of {} pairs") if self.paired else (self._finest_groups, "divisions of {} runs")
+        if self.alpha / most < finest:
             raise UserError(
                 f"compare.alpha={self.alpha:g} over {most} comparisons asks for p-values below {self.alpha / most:.1g}, and the random "
-                f"sign patterns of {pairs} pairs decide at {finest_level(pairs):.1g} at the finest; raise alpha or compare fewer arms."
+                f"{words.format(pairs)} decide at {finest:.1g} at the finest; raise alpha or compare fewer arms."
             )
+
+    @property
+    def _finest_groups(self) -> float:
+        return finest_group_level(((len(self.seeds), len(self.seeds)),))
+
+    @property
+    def apart(self) -> bool:
+        """Whether every block gets its own verdict."""
+        return len(self.blocks) == 1 or self.pooling != "pooled"
+
+    @property
+    def pools(self) -> bool:
+        """Whether there is a verdict over all blocks."""
+        return len(self.blocks) > 1 and self.pooling != "apart"
 
     @property
     def comparisons(self) -> int:
         """How many verdicts Holm corrects for: (arms − 1) for every block, and once more for the pooled ones."""
-        blocks = len(self.blocks)
-        return (len(self.arms) - 1) * (blocks + (blocks > 1))
+        return (len(self.arms) - 1) * (len(self.blocks) * self.apart + self.pools)
 
     @property
     def sign(self) -> float:
@@ -100,16 +124,33 @@ class Plan:
         """The plan as JSON, arms in their order."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
+    @property
+    def fewest(self) -> int:
+        """Pairs, or runs of each arm, below which no difference can be shown."""
+        if self.paired:
+            return fewest_pairs(self.alpha, self.comparisons)
+        return fewest_runs(self.alpha, self.comparisons, 1 if self.apart else len(self.blocks))
+
+    @property
+    def unit(self) -> str:
+        """What is counted: pairs, or runs of each arm."""
+        return "pairs" if self.paired else "runs of each arm"
+
+    @property
+    def noise_of(self) -> str:
+        """What the spread is the standard deviation of."""
+        return "the paired differences" if self.paired else "the runs of an arm"
+
     def statement(self) -> list[str]:
         """The differences that these pairs can show, in sentences, before they are spent."""
-        pairs, fewest, others = len(self.seeds), fewest_pairs(self.alpha, self.comparisons), len(self.arms) - 1
+        pairs, fewest, others = len(self.seeds), self.fewest, len(self.arms) - 1
         lines = [
-            f"{self.metric} ({self.direction}), {others} arm{'s' * (others > 1)} against {self.reference}, {pairs} pairs, "
+            f"{self.metric} ({self.direction}), {others} arm{'s' * (others > 1)} against {self.reference}, {pairs} {self.unit}, "
             f"{self.comparisons} comparison{'s' * (self.comparisons > 1)} at α = {self.alpha:g} after Holm; "
             f"worth having: {self.minimum_effect:g}."
         ]
         if pairs < fewest:
-            words = f"Too few pairs: below {fewest} no difference, however clear, can reach α; none can be detected"
+            words = f"Too few {self.unit}: below {fewest} no difference, however clear, can reach α; none can be detected"
             lines.append(f"{words} with {pairs}.")
         else:
             looked = f", looked at after {listing(map(str, look_pairs(pairs, self.looks, fewest)))}," if self.sequential else ""
@@ -119,12 +160,11 @@ class Plan:
     def _found(self, pairs: int, looked: str) -> str:
         """The difference that so many pairs find, in the metric where the spread of its differences is known."""
         effect = self._detectable(pairs)
-        size = f"{effect:.2f} standard deviations of the paired differences"
+        size = f"{effect:.2f} standard deviations of {self.noise_of}"
         if self.spread > 0:
-            of = "the expected standard deviation of the paired differences"
-            size = f"{effect * self.spread:.3g} ({effect:.2f} × {self.spread:.3g}, {of})"
+            size = f"{effect * self.spread:.3g} ({effect:.2f} × {self.spread:.3g}, the expected standard deviation of {self.noise_of})"
         shape = f"as the {len(self.noise)} of the pilot are spread" if self.noise else "if these are normal"
-        return f"{pairs} pairs{looked} find a difference of {size} with {self.power:.0%} power, {shape}."
+        return f"{pairs} {self.unit}{looked} find a difference of {size} with {self.power:.0%} power, {shape}."
 
     def _needed(self, pairs: int) -> list[str]:
         """How many pairs the minimum effect needs at the spread that is known."""
@@ -132,23 +172,27 @@ class Plan:
             return []
         needed = self._pairs_for(self.spread)
         verdict = ", so this sweep has too few" if needed > pairs else ""
-        return [f"A difference of {self.minimum_effect:g} needs {pair_count(needed)} pairs{verdict}."]
+        return [f"A difference of {self.minimum_effect:g} needs {pair_count(needed)} {self.unit}{verdict}."]
 
     def _assumed(self, pairs: int, fewest: int) -> list[str]:
         """The same for several spreads, where none is known: the minimum effect and multiples of it."""
         if self.minimum_effect <= 0:
             return []
-        words = "depends on the standard deviation of the paired differences, which is not known"
-        lines = [f"How many pairs a difference of {self.minimum_effect:g} needs {words}:"]
+        words = f"depends on the standard deviation of {self.noise_of}, which is not known"
+        lines = [f"How many {self.unit} a difference of {self.minimum_effect:g} needs {words}:"]
         for spread in (times * self.minimum_effect for times in ASSUMED):
             found = f"; {pairs} find {self._detectable(pairs) * spread:.2g}" if pairs >= fewest else ""
-            lines.append(f"  if it is {spread:g}: {pair_count(self._pairs_for(spread))} pairs{found}")
+            lines.append(f"  if it is {spread:g}: {pair_count(self._pairs_for(spread))} {self.unit}{found}")
         return lines
 
     def _detectable(self, pairs: int) -> float:
+        if not self.paired:
+            return detectable_by_groups(pairs, self.power, self.alpha, self.comparisons)
         return detectable(pairs, self.power, self.alpha, self.comparisons, self.noise, self.early)
 
     def _pairs_for(self, spread: float) -> int:
+        if not self.paired:
+            return needed_runs(self.minimum_effect / spread, self.power, self.alpha, self.comparisons)
         return needed_pairs(self.minimum_effect / spread, self.power, self.alpha, self.comparisons, self.noise, self.early)
 
 
@@ -161,11 +205,12 @@ def make_plan(
     config: CompareConfig,
     *,
     arms: Mapping[str, dict[str, Any]],
-    seeds: Sequence[int],
+    seeds: Sequence[int | str],
     blocks: Sequence[str],
     metric: str,
     direction: str,
     about: Mapping[str, dict[str, Any]] | None = None,
+    paired: bool = True,
 ) -> Plan:
     """The plan of a sweep; ``metric`` and ``direction`` are the task's, used where the config leaves them open."""
     noise = pilot_noise(Path(config.pilot)) if config.pilot else ()
@@ -187,6 +232,8 @@ def make_plan(
         tune_seeds=config.tune_seeds if config.tune else 0,
         noise=noise,
         about=dict(about or {}),
+        paired=paired,
+        pooling=config.pooling,
     )
 
 

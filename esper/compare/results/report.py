@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,31 +11,41 @@ from rich.cells import cell_len
 from rich.markup import escape
 from rich.text import Text
 
-from esper.compare.results.comparison import Comparison, Judgement, write_json
+from esper.compare.results.comparison import Comparison, write_json
 from esper.compare.results.comparison import format_values as listed
 from esper.compare.results.plan import Plan
-from esper.compare.results.sentences import confidence, task_and_model, verdict_word
+from esper.compare.results.sentences import task_and_model
+from esper.compare.results.tables import Cells, arm_cells, cost_cells, number, overall_cells, verdict_cells
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
 WIDTH = 100  # of comparison.txt: MLflow's page shows about so much of a line
-CONTROLS = {"same_steps": "host alone, same steps", "same_macs": "host alone, same MACs"}
-HEADINGS = {"macs": "MACs", "seconds": "time, s", "germinations": "germinated"}  # short: names of arms need the room
 AROUND, EDGE = 3, 1  # the frame's part of a column, and its left edge
 LEAST = 6  # a name is not broken into pieces smaller than this
 
 
-def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: bool) -> list[Path]:
-    """``comparison.json``, ``comparison.txt`` and the figures in ``folder``."""
+def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: bool, curves: pd.DataFrame | None = None) -> list[Path]:
+    """``comparison.json``, ``.txt``, ``.md``, ``.tex``, ``.html`` and the figures in ``folder``.
+
+    ``curves`` has the histories that the page draws: columns arm, block, run, step and value.
+    """
     files = [write_json(comparison, plan, folder / "comparison.json")]
-    table = folder / "comparison.txt"
     from rich.console import Console
 
+    from esper.compare.results.latex import latex
+    from esper.compare.results.markdown import markdown
+    from esper.compare.results.page import page
+
+    table = folder / "comparison.txt"
     with table.open("w", encoding="utf-8") as out:
         show(comparison, plan, Console(file=out, width=WIDTH))
     files.append(table)
+    for ending, text in ((".md", markdown(comparison, plan)), (".tex", latex(comparison, plan)), (".html", page(comparison, plan, curves))):
+        files.append(folder / f"comparison{ending}")
+        files[-1].write_text(text, encoding="utf-8")
     if figures:
         from esper.compare.results.figures import draw
 
@@ -57,8 +67,10 @@ def show(comparison: Comparison, plan: Plan, console: Console) -> None:
 
 def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
     yield arm_table(comparison, plan)
-    if any(arm.costs or arm.growth for arm in comparison.arms):
-        yield cost_table(comparison)
+    if (costs := cost_cells(comparison)).rows:
+        yield _of_cells("cost and growth of a run", costs)
+    if comparison.overall:
+        yield _of_cells("all runs of all blocks (a description, no verdict)", overall_cells(comparison))
     if comparison.tuned:
         yield tuning_table(comparison, plan)
     yield verdict_table(comparison, plan)
@@ -69,27 +81,23 @@ def _tables(comparison: Comparison, plan: Plan) -> Iterator[Table]:
 def arm_table(comparison: Comparison, plan: Plan) -> Table:
     """Quality and failures of every arm, and the means of its controls where its runs trained them."""
     place = task_and_model(plan.blocks[0], plan) if len(plan.blocks) == 1 else ""
-    table = _table(f"{plan.metric}, {plan.direction}{place}; reference {plan.reference}", comparison)
-    controls = {name: heading for name, heading in CONTROLS.items() if any(name in arm.alone for arm in comparison.arms)}
-    for name in ("runs", "failed", "mean", "IQM", "spread", *controls.values()):
-        table.add_column(name, justify="right")
-    for arm in comparison.arms:
-        failed = f"[red]{arm.failed}[/]" if arm.failed else "0"
-        numbers = [f"{arm.mean:.4g}", f"{arm.iqm:.4g}", f"{arm.spread:.2g}"]
-        numbers += [f"{arm.alone[name]:.4g}" if name in arm.alone else "–" for name in controls]
-        table.add_row(*_where(arm.block, comparison), escape(arm.arm), str(arm.runs), failed, *numbers)
-    return table
+    return _of_cells(f"{plan.metric}, {plan.direction}{place}; reference {plan.reference}", arm_cells(comparison), {"failed": _red})
 
 
-def cost_table(comparison: Comparison) -> Table:
-    """Cost and growth of every arm, means over its finished runs."""
-    table = _table("cost and growth of a run", comparison)
-    parts = [(part, name) for part in ("costs", "growth") for name in _names(comparison, part)]
-    for _, name in parts:
-        table.add_column(HEADINGS.get(name, name), justify="right")
-    for arm in comparison.arms:
-        numbers = [_number(getattr(arm, part).get(name)) for part, name in parts]
-        table.add_row(*_where(arm.block, comparison), escape(arm.arm), *numbers)
+def _red(count: str) -> str:
+    return count if count == "0" else f"[red]{count}[/]"
+
+
+def _of_cells(heading: str, cells: Cells, styles: Mapping[str, Callable[[str], str]] | None = None) -> Table:
+    """A table of plain cells; ``styles`` marks the cells of a column."""
+    from rich.table import Table
+
+    table = Table(title=heading, title_justify="left")
+    for at, name in enumerate(cells.headings):
+        table.add_column(name, justify="left" if at < cells.words else "right", overflow="fold")
+    marks = [(styles or {}).get(name, str) for name in cells.headings]
+    for row in cells.rows:
+        table.add_row(*(mark(escape(cell)) for mark, cell in zip(marks, row, strict=True)))
     return table
 
 
@@ -100,13 +108,9 @@ def tuning_table(comparison: Comparison, plan: Plan) -> Table:
         table.add_column(name, justify="left" if name == "chosen" else "right", overflow="fold")
     for one in comparison.tuned:
         failed = f"[red]{one.failed}[/]" if one.failed else "0"
-        chosen = [escape(listed(one.values)), _number(one.mean), str(one.runs), failed, _number(one.macs)]
+        chosen = [escape(listed(one.values)), number(one.mean), str(one.runs), failed, number(one.macs)]
         table.add_row(*_where(one.block, comparison), escape(one.arm), *chosen)
     return table
-
-
-def _names(comparison: Comparison, part: str) -> list[str]:
-    return list(dict.fromkeys(name for arm in comparison.arms for name in getattr(arm, part)))
 
 
 def _table(title: str, comparison: Comparison) -> Table:
@@ -125,28 +129,9 @@ def _where(block: str, comparison: Comparison) -> list[str]:
 
 def verdict_table(comparison: Comparison, plan: Plan) -> Table:
     """One row a comparison with the reference; p-values and the interval's level are Holm's."""
-    table = _table(f"against the reference {plan.reference}, p and intervals after Holm", comparison)
-    for name in ("verdict", "better by", "interval", "p", "p equal", "P (better)"):
-        table.add_column(name, justify="left" if name == "verdict" else "right")
-    colours = {"B better": "green", "A better": "red", "equivalent": "cyan", "inconclusive": "dim"}
-    for row in comparison.verdicts:
-        table.add_row(
-            *_where(row.block, comparison),
-            escape(row.arm),
-            f"[{colours[row.verdict]}]{verdict_word(row)}[/]",
-            f"{row.difference:+.3g}",
-            _interval(row),
-            f"{row.p_holm:.2g}",
-            f"{row.p_equivalent:.2g}",
-            _number(row.probability),
-        )
-    return table
-
-
-def _interval(row: Judgement) -> str:
-    """The interval and its level, "none" where so few pairs have none."""
-    low, high = row.interval
-    return f"{low:+.2g} … {high:+.2g} ({confidence(row.level)})" if math.isfinite(low) and math.isfinite(high) else "none"
+    colours = {"better": "green", "worse": "red", "equivalent": "cyan", "inconclusive": "dim"}
+    heading = f"against the reference {plan.reference}, p and intervals after Holm"
+    return _of_cells(heading, verdict_cells(comparison), {"verdict": lambda word: f"[{colours[word]}]{word}[/]"})
 
 
 def ranking_table(comparison: Comparison, plan: Plan) -> Table:
@@ -168,12 +153,6 @@ def ranking_table(comparison: Comparison, plan: Plan) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2e}"
-
-
 def fit_width(table: Table, width: int) -> Table:
     """Give every column its width where the table is wider than ``width``.
 
@@ -190,7 +169,7 @@ def fit_width(table: Table, width: int) -> Table:
         more = min(max(left, 0), whole[at] - words[at])
         words[at], left = words[at] + more, left - more
         column.no_wrap = False
-    foldable = [at for at, column in enumerate(table.columns) if column.overflow == "fold"]
+    foldable = [at for at, column in enumerate(table.columns) if column.overflow == "fold" and column.justify == "left"]
     while left < 0 and foldable:
         widest = max(foldable, key=lambda at: words[at])
         if words[widest] <= LEAST:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from esper.compare.results.comparison import Judgement
+from esper.compare.results.groups import Groups
 from esper.compare.results.plan import Plan, changes, pair_count
-from esper.compare.results.runs import POOLED, Pairs, Run, by_seed
+from esper.compare.results.runs import POOLED, Pairs, Run, by_seed, in_order
 from esper.compare.statistics.estimates import gap_recovery, resolution
-from esper.compare.statistics.power import MorePairs, fewest_pairs
+from esper.compare.statistics.power import MorePairs
 
 GROWN, HOST, FINAL, EQUAL = "grown", "host", "scratch", "scratch_macs"
 COSTS = {"macs": "MACs", "seconds": "time", "parameters": "parameters"}
@@ -45,6 +46,11 @@ def confidence(level: float) -> str:
     return f"{100 * level:.3g}%" if level < 0.995 else f"{100 * level:.6g}%"
 
 
+def counted_runs(judged: Judgement) -> str:
+    """The runs that a verdict rests on, as ``15 pairs`` or ``15 and 12 runs, not paired``."""
+    return f"{judged.pairs} pairs" if judged.pairs else f"{judged.counts[0]} and {judged.counts[1]} runs, not paired"
+
+
 def sentence(judged: Judgement, plan: Plan) -> str:
     """One sentence: the arms, the difference, its certainty, its cost, and the pairs that are missing for a verdict."""
     low, high = judged.interval
@@ -53,7 +59,7 @@ def sentence(judged: Judgement, plan: Plan) -> str:
         f" ({confidence(judged.level)} interval {low:+.3g} to {high:+.3g})" if math.isfinite(low) and math.isfinite(high) else ""
     )
     chance = judged.p_equivalent if judged.verdict == "equivalent" else judged.p_holm
-    shown += f", {judged.pairs} pairs, p = {chance:.2g} after Holm"
+    shown += f", {counted_runs(judged)}, p = {chance:.2g} after Holm"
     two, place = f"{judged.arm} and {judged.reference}", task_and_model(judged.block, plan)
     heads = {
         "B better": f"{judged.arm} is better than {judged.reference}{place}: {shown}",
@@ -94,33 +100,43 @@ def missing_pairs(judged: Judgement, plan: Plan) -> str:
     needs = judged.needs
     if needs is None:
         return ""
-    if judged.pairs < needs.fewest:
-        few = f"{judged.pairs} pairs" if judged.pairs > 1 else "1 pair"
-        return f"{few} can show no difference, {needs.fewest} are the fewest that can, where all of them point the same way"
+    have = len(judged.points) if plan.paired else min(judged.counts)
+    if have < needs.fewest:
+        few = f"{have} {plan.unit}" if have > 1 or not plan.paired else "1 pair"
+        alike = "all of them point the same way" if plan.paired else "no run of the one arm is as good as any of the other"
+        return f"{few} can show no difference, {needs.fewest} are the fewest that can, where {alike}"
     if not needs.rows:
-        return "all differences are equal"
-    told = [_need(need, judged.pairs, plan) for need in needs.rows]
+        return f"all {'differences' if plan.paired else 'runs of an arm'} are equal"
+    told = [_need(need, have, plan) for need in needs.rows]
     low, high = needs.spread_interval
-    known = f"as the spread of the differences, {needs.spread:.2g} in these {judged.pairs} pairs, may be {low:.2g} to {high:.2g}"
-    return f"with {plan.power:.0%} power {' and '.join(told)}, {known}"
+    of = (
+        f"the differences, {needs.spread:.2g} in these {have} pairs"
+        if plan.paired
+        else f"the runs inside an arm, {needs.spread:.2g} in these"
+    )
+    return f"with {plan.power:.0%} power {' and '.join(told)}, as the spread of {of}, may be {low:.2g} to {high:.2g}"
 
 
-def _need(need: MorePairs, pairs: int, plan: Plan) -> str:
+def _need(need: MorePairs, have: int, plan: Plan) -> str:
     difference = f"{need.difference:g}" if need.difference == plan.minimum_effect else f"the {need.difference:.2g} seen"
     if need.more:
         least, most = (pair_count(more) for more in need.between)
-        return f"about {pair_count(need.more)} more pairs find {difference} ({least} to {most})"
+        return f"about {pair_count(need.more)} more {plan.unit} find {difference} ({least} to {most})"
     more = f" ({pair_count(need.between[1])} more at most)" if need.between[1] else ""
-    return f"these {pairs} find {difference} already{more}"
+    return f"these {have} find {difference} already{more}"
 
 
-def exploratory_reasons(compared: Sequence[Pairs], plan: Plan, planned: Plan) -> list[str]:
+def exploratory_reasons(compared: Sequence[Pairs | Groups], plan: Plan, planned: Plan) -> list[str]:
     """Why the analysis is not the planned one; empty where it is."""
     reasons = [f"{name} was {getattr(planned, name)!r} in the plan and is {getattr(plan, name)!r} now" for name in changes(planned, plan)]
-    fewest = min(len(set(one.seeds) & set(plan.seeds)) for one in compared)
+    fewest = min(len(set(one.seeds) & set(plan.seeds)) if plan.paired else _fewest_runs(one) for one in compared)
     if fewest < len(plan.seeds) and not plan.sequential:
-        reasons.append(f"{fewest} of {len(plan.seeds)} planned pairs are there")
+        reasons.append(f"{fewest} of {len(plan.seeds)} planned {plan.unit} are there")
     return reasons
+
+
+def _fewest_runs(one: Pairs | Groups) -> int:
+    return min(min(sizes) for sizes in one.sizes) if isinstance(one, Groups) else 0
 
 
 def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
@@ -131,11 +147,19 @@ def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
         arms = {arm: sum(run.arm == arm for run in failed) for arm in plan.arms}
         told = ", ".join(f"{arm} {count}" for arm, count in arms.items() if count)
         counted = "a pair that one arm lost counts as the largest difference seen, and with it no two arms can be equivalent"
+        if not plan.paired:
+            counted = "each counts as worse than every run that finished, and with it no two arms can be equivalent"
         lines.append(f"{len(failed)} of {len(runs)} runs failed ({told}); {counted}.")
     for name, settings in plan.arms.items():
         if name != plan.reference and settings == plan.arms[plan.reference]:
             lines.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")
-    lines += [*_same_numbers(runs, plan), *_unpaired(runs, plan)]
+    if plan.paired:
+        lines += [*_same_numbers(runs, plan), *_without_partner(runs, plan)]
+    else:
+        lines.append(
+            "The runs are not paired: the test exchanges the runs of two arms (a permutation test of the means, within each block). "
+            "Pairs, runs of both arms with the same seed, would find smaller differences with as many runs where seeds matter."
+        )
     if plan.sequential:
         lines.append(
             "The p-values count the looks: each is the smallest α at which the looks so far would have decided. "
@@ -146,17 +170,17 @@ def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
         if plan.minimum_effect < step:
             place, samples = f" in {block}" if block else "", plan.about[block]["samples"]
             lines.append(f"The {plan.minimum_effect:g} worth having is less than one of the {samples:,} test samples{place}.")
-    if len(plan.seeds) < fewest_pairs(plan.alpha, plan.comparisons):
-        fewest = fewest_pairs(plan.alpha, plan.comparisons)
-        lines.append(f"With fewer than {fewest} pairs no arm can be called better, however clear the difference.")
+    if len(plan.seeds) < plan.fewest:
+        lines.append(f"With fewer than {plan.fewest} {plan.unit} no arm can be called better, however clear the difference.")
     return lines
 
 
 def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
     """A note on every arm whose runs gave exactly the results of the reference."""
     lines = []
+    theirs = {block: by_seed(runs, plan.reference, block) for block in plan.blocks}
     for name, settings in plan.arms.items():
-        pairs = [(run, by_seed(runs, plan.reference, run.block).get(run.seed)) for run in runs if run.arm == name]
+        pairs = [(run, theirs.get(run.block, {}).get(run.seed)) for run in runs if run.arm == name]
         if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
             told = "what differs had no effect."
             if settings == plan.arms[plan.reference]:
@@ -165,14 +189,14 @@ def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
     return lines
 
 
-def _unpaired(runs: Sequence[Run], plan: Plan) -> list[str]:
+def _without_partner(runs: Sequence[Run], plan: Plan) -> list[str]:
     """A note on the seeds that an arm or the reference has not run, block by block."""
     lines = []
     pooled = ", here and over all blocks" if len(plan.blocks) > 1 else ""
     for block in plan.blocks:
         reference = by_seed(runs, plan.reference, block)
         for arm in plan.arms:
-            if seeds := sorted(by_seed(runs, arm, block).keys() ^ reference.keys()):
+            if seeds := in_order(by_seed(runs, arm, block).keys() ^ reference.keys()):
                 where = f" in {block}" if block else ""
                 lines.append(f"Seeds {seeds} of {arm} or {plan.reference} have no partner{where} and are left out{pooled}.")
     return lines
@@ -216,7 +240,7 @@ def _lost(one: Judgement) -> bool:
 def _gap(runs: Sequence[Run], plan: Plan, block: str) -> str:
     place = task_and_model(block, plan)
     sides = [by_seed(runs, arm, block) for arm in (HOST, FINAL, GROWN)]
-    seeds = sorted(set.intersection(*({seed for seed, run in side.items() if not run.failed} for side in sides)))
+    seeds = in_order(set.intersection(*({seed for seed, run in side.items() if not run.failed} for side in sides)))
     if len(seeds) < 2:
         return f"Gap recovery{place}: fewer than two complete seeds."
     small, final, grown = (plan.sign * np.array([side[seed].value for seed in seeds]) for side in sides)

@@ -7,6 +7,7 @@ a sequential sweep looks, 0 that it is judged once, at its end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -81,34 +82,44 @@ def _flips(level: float, pairs: int) -> int:
 
 def needed_pairs(effect: float, wanted: float, alpha: float, comparisons: int = 1, noise: Noise = (), looks: int = 0) -> int:
     """The smallest number of pairs with at least the wanted power; ``MOST_PAIRS`` for effects that none could find."""
-    low = max(fewest_pairs(alpha, comparisons), 2)
-    high = low
-    while power(high, abs(effect), alpha, comparisons, noise, looks) < wanted:
-        low, high = high, high * 2
-        if high > MOST_PAIRS:
-            return MOST_PAIRS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, abs(effect), alpha, comparisons, noise, looks) >= wanted else (middle, high)
-    return high
+    fewest = max(fewest_pairs(alpha, comparisons), 2)
+    return least_count(lambda pairs: power(pairs, abs(effect), alpha, comparisons, noise, looks) >= wanted, fewest)
 
 
 def detectable(pairs: int, wanted: float, alpha: float, comparisons: int = 1, noise: Noise = (), looks: int = 0) -> float:
     """The effect in standard deviations that so many pairs find with the wanted power; inf below the fewest pairs."""
     if pairs < fewest_pairs(alpha, comparisons):
         return float("inf")
+    return least_effect(lambda effect: power(pairs, effect, alpha, comparisons, noise, looks) >= wanted)
+
+
+def least_count(enough: Callable[[int], bool], fewest: int) -> int:
+    """The smallest count of at least ``fewest`` that is enough; ``MOST_PAIRS`` where none is."""
+    low = high = fewest
+    while not enough(high):
+        low, high = high, high * 2
+        if high > MOST_PAIRS:
+            return MOST_PAIRS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def least_effect(enough: Callable[[float], bool]) -> float:
+    """The smallest effect that is enough, to one part in four thousand."""
     low, high = 0.0, 1.0
-    while power(pairs, high, alpha, comparisons, noise, looks) < wanted:
+    while not enough(high):
         low, high = high, high * 2
     for _ in range(12):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(pairs, middle, alpha, comparisons, noise, looks) >= wanted else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
 
 @dataclass(frozen=True)
 class MorePairs:
-    """``more`` pairs find ``difference`` with the planned power if its spread is the one seen.
+    """``more`` pairs (unpaired: runs of each arm) find ``difference`` with the planned power if its spread is the one seen.
 
     ``between`` has the numbers at the two ends of the spread's interval. ``MOST_PAIRS`` stands for "no number of pairs does".
     """
@@ -123,7 +134,7 @@ class PairsNeeded:
     """The spread (standard deviation) of the paired differences with its interval, and the pairs that it makes necessary.
 
     Below ``fewest`` pairs no comparison can be decided. There are no ``rows`` then, because the spread of so few pairs says next to
-    nothing.
+    nothing. Of unpaired arms it is the spread of the runs inside an arm, and runs of each arm are counted in the place of pairs.
     """
 
     fewest: int
@@ -160,12 +171,15 @@ def pairs_needed(
         least, most = (more(difference, end) for end in ends)  # of normal noise, as these ends are
         return MorePairs(difference, found, (min(least, found), max(most, found)))
 
-    seen, rows = abs(float(differences.mean())), []
-    if minimum_effect > 0:
-        rows.append(row(minimum_effect))
+    return PairsNeeded(fewest, spread, ends, need_rows(row, abs(float(differences.mean())), minimum_effect, slack))
+
+
+def need_rows(row: Callable[[float], MorePairs], seen: float, minimum_effect: float, slack: float) -> tuple[MorePairs, ...]:
+    """The needs for the smallest difference worth having and for the one seen, each where it tells something."""
+    rows = [row(minimum_effect)] if minimum_effect > 0 else []
     if seen > max(minimum_effect, slack) or (seen > 0 and not (rows and rows[0].more)):
         rows.append(row(seen))
-    return PairsNeeded(fewest, spread, ends, tuple(rows))
+    return tuple(rows)
 
 
 def spread_interval(spread: float, pairs: int, alpha: float) -> tuple[float, float]:

@@ -116,11 +116,13 @@ def sign_flip(
     error: Array | None = None,
     flips: int = FLIPS,
     rng: np.random.Generator | None = None,
+    known: Array | None = None,
 ) -> Array:
     """P-values of "the differences are symmetric about 0", shape ``[sets]`` (a scalar array for one set).
 
     ``alternative`` is ``two-sided``, ``greater`` (mean above 0) or ``less``; ``error``, shaped as ``differences``, is how far
-    rounding may have moved each. No pairs, or all differences zero, give 1.
+    rounding may have moved each. No pairs, or all differences zero, give 1. ``known`` are the sums under the patterns, where one
+    set's are known already.
     """
     assert alternative in ("two-sided", "greater", "less"), alternative
     data = np.asarray(differences, dtype=np.float64)
@@ -130,14 +132,17 @@ def sign_flip(
     columns = -columns if alternative == "less" else columns
     off = np.broadcast_to(sum_error(columns, error), columns.shape)
     signs = sign_patterns(len(columns), flips, rng)
+    if known is not None:
+        return _tail(signs, columns, off, alternative, -known if alternative == "less" else known).reshape(data.shape[1:])
     step = max(CHUNK // len(signs), 1)
     pieces = [slice(at, at + step) for at in range(0, columns.shape[1], step)]
-    return np.concatenate([_tail(signs, columns[:, at], off[:, at], alternative) for at in pieces]).reshape(data.shape[1:])
+    tails = [_tail(signs, columns[:, at], off[:, at], alternative, sums(signs, columns[:, at])) for at in pieces]
+    return np.concatenate(tails).reshape(data.shape[1:])
 
 
-def _tail(signs: Signs, columns: Array, off: Array, alternative: str) -> Array:
+def _tail(signs: Signs, columns: Array, off: Array, alternative: str, found: Array) -> Array:
     """The share of patterns whose sum is at least the observed one; only where the two are near are they compared part by part."""
-    found, observed, slack = sums(signs, columns), columns.sum(axis=0), 2 * off.sum(axis=0)
+    observed, slack = columns.sum(axis=0), 2 * off.sum(axis=0)
     if alternative == "two-sided":
         return _share(np.abs(found) - np.abs(observed), slack, lambda *at: _turned(signs, columns, off, *at))
     above = _share(found - observed, slack, lambda *at: _part(signs, columns, off, -1, *at) <= 0)
@@ -202,9 +207,15 @@ def _unrejected(differences: Array, sides: float, alpha: float, error: Array | N
     if reach <= 2 * float(sum_error(data[:, None], error).max()):  # equal differences: any other shift is rejected, if anything can be
         return (centre, centre) if sides * 2.0 ** -len(data) <= alpha else (-np.inf, np.inf)
 
+    signs = sign_patterns(len(data), flips)
+    unmoved, balance = sums(signs, data[:, None]), signs.sum(axis=1, dtype=np.float64)[:, None]
+
     def p_value(shift: float, side: int) -> float:
         moved, wrong = shifted(data, -shift, error)
-        return float(sign_flip(moved, tests[side > 0], error=wrong, flips=flips))
+        if len(data) <= EXACT_PAIRS:
+            return float(sign_flip(moved, tests[side > 0], error=wrong, flips=flips))
+        wrong = wrong + (len(data) + 1) * EPSILON * (np.abs(data) + abs(shift))  # of moving the sums in the place of the differences
+        return float(sign_flip(moved, tests[side > 0], error=wrong, flips=flips, known=unmoved - shift * balance))
 
     return invert_test(p_value, centre, reach, alpha)
 

@@ -49,7 +49,7 @@ def plan_sweep(sweep: Sweep, workers: WorkerPool) -> Plan | None:
         about={block: _about([one for one in sweep.jobs if one.job.block == block], tasks) for block in sweep.layout.blocks},
     )
     save_plan(plan, sweep.folder)
-    for line in [*plan.statement(), *_pilot(plan, sweep.command)]:
+    for line in [*plan.statement(), *_pilot(plan, sweep)]:
         sweep.console.print(line, highlight=False, soft_wrap=True, markup=False)
     for name, settings in plan.arms.items():
         if name != plan.reference and settings == plan.arms[plan.reference]:
@@ -57,12 +57,12 @@ def plan_sweep(sweep: Sweep, workers: WorkerPool) -> Plan | None:
     return plan
 
 
-def _pilot(plan: Plan, command: Sequence[str]) -> list[str]:
+def _pilot(plan: Plan, sweep: Sweep) -> list[str]:
     """How to learn the spread of the paired differences, where it is not known: as many of them as a pilot must have, with other seeds."""
-    if plan.spread > 0 or not command:
+    if plan.spread > 0 or not sweep.command:
         return []
-    first, pairs = max(plan.seeds) + 1, -(-PILOT_PAIRS // (len(plan.arms) - 1))
-    words = [word for word in command if not word.startswith(("seed=", "hydra.sweep.dir=", "resume="))]
+    first, pairs = max(sweep.layout.seeds) + 1, -(-PILOT_PAIRS // (len(plan.arms) - 1))
+    words = [word for word in sweep.command if not word.startswith(("seed=", "hydra.sweep.dir=", "resume="))]
     seeds = f"seed=range({first},{first + pairs})"
     return [
         "To know it, run a pilot and start this sweep again with compare.pilot=<the pilot's folder>/comparison.json:",

@@ -20,7 +20,7 @@ from esper.compare.sweep.mlflow_process import MlflowProcess
 from esper.compare.sweep.plan_sweep import plan_sweep
 from esper.compare.sweep.progress import Progress
 from esper.compare.sweep.resume import can_resume, read_note, sweep_lock, write_note
-from esper.compare.sweep.sweep import OUTPUT, PreparedJob, Sweep, resume_command, runs_of, save_outcome, set_aside
+from esper.compare.sweep.sweep import OUTPUT, PreparedJob, Sweep, curves_of, resume_command, runs_of, save_outcome, set_aside
 from esper.compare.sweep.tuning import choose, tuning_jobs, with_values
 from esper.compare.sweep.worker import LOG
 from esper.compare.sweep.worker_pool import WorkerPool
@@ -75,7 +75,8 @@ def _plan_run_judge(sweep: Sweep, workers: WorkerPool, mlflow: MlflowProcess, re
     comparison = judge_sweep(sweep)
     if comparison is not None:
         assert sweep.plan is not None
-        mlflow.files = write_results(comparison, sweep.plan, sweep.folder, sweep.compare.figures)
+        curves = curves_of(sweep.jobs, sweep.plan.metric)
+        mlflow.files = write_results(comparison, sweep.plan, sweep.folder, sweep.compare.figures, curves)
         mlflow.metrics, mlflow.tags = verdict_metrics(comparison, sweep.plan), verdict_tags(comparison, sweep.plan)
         show(comparison, sweep.plan, sweep.console)
         _say_how_to_judge_again(sweep)

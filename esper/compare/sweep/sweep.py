@@ -8,12 +8,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from esper.compare.config import CompareConfig
 from esper.compare.results.comparison import TuningResult, Values, format_values
+from esper.compare.results.mlflow_sweep import CURVES, MOST_CURVES
 from esper.compare.results.plan import Plan
 from esper.compare.results.runs import Run, run_of_summary
 from esper.compare.sweep.arms import Job, Layout
@@ -22,7 +23,10 @@ from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary
 from esper.tracking.mlflow_run import ASIDE
 
-JOB = "job.json"
+if TYPE_CHECKING:
+    import pandas as pd
+
+JOB, METRICS = "job.json", "metrics.parquet"
 OUTPUT = "outputs"  # where esper compare looks unless it is told
 
 
@@ -99,6 +103,23 @@ def runs_of(jobs: Sequence[PreparedJob], metric: str) -> list[Run]:
         job = one.job
         found.append(run_of_summary({**summary, "status": status}, metric, job.arm, job.block, job.seed, str(one.folder)))
     return found
+
+
+def curves_of(jobs: Sequence[PreparedJob], metric: str) -> pd.DataFrame | None:
+    """The metric on the validation set over the steps of every job that has ended; None where there is none, or more than a page shows."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    frames = []
+    for one in jobs if len(jobs) <= MOST_CURVES else ():
+        try:
+            named = pq.read_table(one.folder / METRICS, columns=["tick", "value"], filters=[("name", "=", f"validation/{metric}")])
+        except (OSError, pa.ArrowException):  # a job that failed before its first look, or whose file is torn
+            continue
+        frame = named.to_pandas().set_axis(["step", "value"], axis=1).dropna()
+        frames.append(frame.assign(arm=one.job.arm, block=one.job.block, run=one.job.label))
+    return pd.concat(frames)[CURVES] if frames and any(map(len, frames)) else None
 
 
 def values_of(one: PreparedJob) -> Values:
