@@ -76,6 +76,7 @@ def test_the_version_is_told(words: list[str], capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"esper {esper.__version__}\n"
 
 
+@pytest.mark.slow
 def test_hydras_help_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--hydra-help"]) == 0
     assert "--shell-completion" in capsys.readouterr().out

@@ -170,6 +170,7 @@ def test_a_plan_for_runs_that_nothing_pairs_counts_the_runs_of_each_arm(tmp_path
     assert "8 of 9 planned runs of each arm are there" in said and "8 and 8 runs, not paired" in said
 
 
+@pytest.mark.slow
 def test_a_plan_that_looks_early_decides_after_the_pairs_of_a_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, store = f"plan={tmp_path}/p.json", f"store={tmp_path}/t.csv"
     assert plan([file, *PLANNED, "pair=seed", "pairs=0..19", "sequential=true", "looks=2"]) == 0

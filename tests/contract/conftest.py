@@ -20,6 +20,17 @@ from tls import tls_before
 pytest.register_assert_rewrite("esper.bus.conformance")
 
 
+WAITS = ("test_what_a_consumer_keeps", "test_what_an_order_holds")
+"""Claims about claim times, which let seconds pass."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that wait are slow, whatever the backend."""
+    for item in items:
+        if item.name.startswith(WAITS):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def server(processes: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """One real Valkey server for the tests that do not hurt it."""
