@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import esper
-from esper import custom, secrets
+from esper import secrets, user_code
 from esper.cli import conf, help, programs
 from esper.cli import system_errors as files
 from esper.config import conf_folder
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files.say_anything()
         secrets.refuse_words(words)
         files.refuse_unusable(words)
-        with custom.decided():
+        with user_code.decided():
             words = _own_options(words)
             program = programs.named(words)
             return program.load()(words[1:]) if program else train(words)

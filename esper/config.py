@@ -1,7 +1,7 @@
 """Structured configs: from a composed tree of plain values to checked dataclasses, once, at the border.
 
 Every group's module lists the group's options in ``CONFIGS`` (option name -> dataclass); a configuration can build nothing else.
-The dataclasses are the one place for defaults, units, ranges and help (``esper.fields.setting``); none of them imports torch.
+The dataclasses are the one place for defaults, units, ranges and help (``esper.setting_fields.setting``); none of them imports torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 import esper
 from esper import secrets
-from esper.custom import OPTIONS as CUSTOM
 from esper.errors import UserError
-from esper.fields import setting
+from esper.setting_fields import setting
+from esper.user_code import OPTIONS as CUSTOM
 
 #: Group -> module with its ``CONFIGS``; a module that serves several groups keys them by group first.
 GROUPS: dict[str, str] = {
@@ -41,7 +41,7 @@ GROUPS: dict[str, str] = {
     "scheduler": "esper.trainer",
     "trainer": "esper.trainer",
     "kernel": "esper.kernels",
-    "flags": "esper.flags",
+    "flags": "esper.feature_flags",
     "compare": "esper.compare",
 }
 

@@ -9,7 +9,6 @@ passes over a field that it does not know, but refuses an unknown kind and an un
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, TypeVar, dataclass_transform
 
 _Class = TypeVar("_Class", bound=type)
@@ -19,27 +18,6 @@ _Class = TypeVar("_Class", bound=type)
 def message(cls: _Class) -> _Class:
     """A frozen dataclass whose fields are given by name."""
     return dataclass(frozen=True, kw_only=True, slots=True)(cls)  # type: ignore[return-value]
-
-
-class Column(IntEnum):
-    """The columns of a telemetry row, one row a seed and tick; NaN is a value that was not measured."""
-
-    STAGE = 0
-    ALPHA = 1
-    MEAN = 2
-    VARIANCE = 3
-    NEAR_ZERO = 4
-    CORRELATION = 5
-    GRAD_NORM = 6
-    BRANCH_RMS_RATIO = 7
-    GRAD_RATIO = 8
-    AGE = 9
-    GENERATION = 10
-    GAIN = 11
-
-
-COLUMNS = tuple(column.name.lower() for column in Column)
-"""The columns' names, as messages, files and predicates spell them."""
 
 
 CONTROLLER = "controller"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from esper.fields import setting
+from esper.setting_fields import setting
 
 PLACES = ("internal", "external")
 TIMINGS = ("lockstep", "free")

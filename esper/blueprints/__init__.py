@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from esper.lazy import names_of
+from esper.lazy_imports import names_of
 
 if TYPE_CHECKING:
     from esper.blueprints.affine import Affine

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from esper.errors import UserError
-from esper.fields import setting
+from esper.setting_fields import setting
 
 ACTIVATION_NAMES = ("relu", "gelu", "silu")
 WIDTH_ACTIVATIONS = ("relu", "gelu", "silu", "tanh")

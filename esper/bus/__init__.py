@@ -16,7 +16,7 @@ def open_bus(config: MemoryConfig, output_folder: str | Path) -> Bus:
     Raises UserError when there is no server to reach or to start, and for an own bus (``bus=custom``) that cannot be made.
     """
     folder = Path(output_folder) / "bus"
-    if (build := getattr(config, "build", None)) is not None:  # esper.custom.CustomBus
+    if (build := getattr(config, "build", None)) is not None:  # esper.user_code.CustomBus
         own: Bus = build(folder)
         return own
     if isinstance(config, RedisConfig):

@@ -23,8 +23,8 @@ from esper.cli.conf import LauncherConfig
 from esper.cli.machine import refuse_impossible
 from esper.cli.preset_files import keys_set_by, refuse_overridden_arm
 from esper.config import GROUPS, PRESETS, RootConfig, build, conf_folder, options, structure
-from esper.custom import variable
 from esper.errors import UserError
+from esper.user_code import variable
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 from esper import config
 from esper.config import GROUPS, PRESETS
 from esper.errors import UserError
-from esper.fields import setting
+from esper.setting_fields import setting
 
 
 @dataclass

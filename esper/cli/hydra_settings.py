@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from esper import secrets
 from esper.cli import conf, overrides
 from esper.config import listing
-from esper.custom import VARIABLE, allowed
 from esper.errors import UserError
+from esper.user_code import VARIABLE, allowed
 
 KEYS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.mode", "hydra.verbose")
 GROUPS = ("hydra.launcher", "hydra.sweeper")

@@ -12,8 +12,8 @@ from hydra.errors import OverrideParseException
 
 from esper.cli import conf
 from esper.config import PRESETS, listing, nearest, shown
-from esper.custom import OPTIONS as CUSTOM
 from esper.errors import UserError
+from esper.user_code import OPTIONS as CUSTOM
 
 #: Where a user's own part takes its arguments.
 _ARGUMENT = re.compile(rf"({'|'.join(CUSTOM)})\.args\.\w")

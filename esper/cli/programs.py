@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from esper import custom
+from esper import user_code
 from esper.config import listing, nearest
 from esper.errors import UserError
 
@@ -42,10 +42,10 @@ class OwnProgram(Program):
         """The function.
 
         Raises:
-            UserError: as ``esper.custom.locate``; a class, or an object that cannot be called.
+            UserError: as ``esper.user_code.locate``; a class, or an object that cannot be called.
         """
         key = f"programs.{self.name}"
-        found: Any = custom.locate(self.target, key)
+        found: Any = user_code.locate(self.target, key)
         if isinstance(found, type) or not callable(found):
             kind = "class" if isinstance(found, type) else type(found).__name__
             raise UserError(f"{key}={self.target} is a {kind}; it must be a function that takes a list of words and returns the exit code.")
@@ -71,10 +71,10 @@ def programs() -> dict[str, Program]:
     Raises:
         UserError: an ``esper.yaml`` that is not as it must be, or that gives a program the name of one of esper's own.
     """
-    own = custom.allowed().programs
+    own = user_code.allowed().programs
     if taken := sorted(set(own) & set(PROGRAMS)):
-        raise UserError(f"{custom.FILE} calls a program {taken[0]}, and esper has one of that name; choose another.")
-    return PROGRAMS | {name: OwnProgram(target, f"{target}, of {custom.FILE}", name) for name, target in own.items()}
+        raise UserError(f"{user_code.FILE} calls a program {taken[0]}, and esper has one of that name; choose another.")
+    return PROGRAMS | {name: OwnProgram(target, f"{target}, of {user_code.FILE}", name) for name, target in own.items()}
 
 
 def named(arguments: Sequence[str]) -> Program | None:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from esper.compare.config import CompareConfig
-from esper.lazy import names_of
+from esper.lazy_imports import names_of
 
 if TYPE_CHECKING:
     from esper.compare.judging import Judged, judge

@@ -15,7 +15,7 @@ from esper.compare.results.comparison import Comparison
 from esper.compare.results.latex import latex
 from esper.compare.results.markdown import markdown
 from esper.compare.results.plan import Plan, make_plan
-from esper.compare.results.registered import Registered, departures
+from esper.compare.results.registered_plans import Registered, departures
 from esper.compare.results.report import show, write_results
 from esper.compare.sources.files import own_table
 from esper.compare.sources.selection import Gathered, Selection, gather, guessed_direction

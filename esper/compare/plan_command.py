@@ -16,7 +16,7 @@ from esper.compare.config import CompareConfig
 from esper.compare.judging import arm_named, direction_of
 from esper.compare.plan_store import is_file, keep_plan
 from esper.compare.results.plan import make_plan
-from esper.compare.results.registered import Registered
+from esper.compare.results.registered_plans import Registered
 from esper.compare.runs_command import COLUMNS, selection_from, several
 from esper.compare.sources.open_store import file_uri
 from esper.compare.sources.selection import Selection, arms_of_values

@@ -10,7 +10,7 @@ from pathlib import Path
 from esper.compare.results.comparison import Comparison
 from esper.compare.results.mlflow_sweep import KIND, PLAN, PLAN_DIGEST, join_text, plan_tags, verdict_metrics, verdict_tags
 from esper.compare.results.plan import Plan
-from esper.compare.results.registered import Registered, digest_of, parse_registered, save_registered
+from esper.compare.results.registered_plans import Registered, digest_of, parse_registered, save_registered
 from esper.compare.sources.mlflow_reader import StoredRun, reading
 from esper.compare.sources.open_store import check_store_there
 from esper.config import listing, nearest

@@ -14,7 +14,7 @@ from esper.compare.command import read_words, say_written, writable
 from esper.compare.config import CompareConfig
 from esper.compare.judging import Judged, direction_of, judge_runs
 from esper.compare.plan_store import find_plan, record
-from esper.compare.results.registered import Registered
+from esper.compare.results.registered_plans import Registered
 from esper.compare.results.report import show
 from esper.compare.sources.open_store import mlflow_uri, opened
 from esper.compare.sources.selection import Selection, gather

@@ -9,10 +9,10 @@ from esper.controllers.base import command_id
 from esper.controllers.bookkeeping import Attempts, Budget, Plateau
 from esper.controllers.view import RunView, Seed, check_duration
 from esper.errors import UserError
-from esper.fields import setting
 from esper.lifecycle.stages import Stage
 from esper.messages import Command, Germinate, Message, Metrics, RunStarted, Telemetry
 from esper.processes import ControllerPlace
+from esper.setting_fields import setting
 
 
 @dataclass

@@ -11,10 +11,10 @@ from esper.controllers.base import command_id
 from esper.controllers.bookkeeping import Attempts
 from esper.controllers.view import RunView, check_duration, refuse_unfitting
 from esper.errors import UserError
-from esper.fields import setting
 from esper.lifecycle.stages import Stage
 from esper.messages import CONTROLLER, Command, Germinate, Message, RunStarted
 from esper.processes import ControllerPlace
+from esper.setting_fields import setting
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any
 from esper.controllers.base import command_id
 from esper.controllers.view import RunView, check_duration
 from esper.errors import UserError
-from esper.fields import setting
 from esper.lifecycle.stages import Stage
 from esper.messages import (
     ApplyTogether,
@@ -28,6 +27,7 @@ from esper.messages import (
     SetStage,
 )
 from esper.processes import ControllerPlace
+from esper.setting_fields import setting
 
 _SELECTING = {"cancel": Cancel, "pause": PauseGrafting, "resume": ResumeGrafting}
 #: Keys that may stand beside ``at`` and ``command``, by command.

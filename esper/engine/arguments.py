@@ -16,7 +16,7 @@ from torch.nn.modules.loss import _Loss
 from esper.blueprints import BLUEPRINTS, Block, Blueprint
 from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.errors import UserError
-from esper.flags import FlagsConfig
+from esper.feature_flags import FlagsConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig
 from esper.lifecycle.config import OBJECTIVES
@@ -35,7 +35,7 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "lifecycle": (LifecycleConfig, "an esper.lifecycle.LifecycleConfig, as in LifecycleConfig(objective='shadow')"),
     "telemetry": (TelemetryConfig, "an esper.seeds.TelemetryConfig, as in TelemetryConfig(every=20)"),
     "learning": (BranchLearning, "an esper.engine.learning.branch_optimizer.BranchLearning, as in BranchLearning(lr=1e-3)"),
-    "flags": (FlagsConfig, "an esper.flags.FlagsConfig, as in FlagsConfig(growth=GrowthFlag(percent=50))"),
+    "flags": (FlagsConfig, "an esper.feature_flags.FlagsConfig, as in FlagsConfig(growth=GrowthFlag(percent=50))"),
     "kernel": ((str, KernelConfig), "a name or an esper.kernels.KernelConfig"),
     "state": ((Mapping, str, Path), "what grow.state() gave, or where save_branches wrote it"),
     "seed": (Integral, "a whole number"),

@@ -24,7 +24,7 @@ from esper.engine.port import Port, controlled_port, remind
 from esper.engine.saved_state import read_state
 from esper.engine.supported_models import fit
 from esper.errors import UserError
-from esper.flags import Flags, FlagsConfig
+from esper.feature_flags import Flags, FlagsConfig
 from esper.grafting import CONFIGS as STRATEGIES
 from esper.grafting import GraftingConfig, Rule, longest_ramp, strategy_of
 from esper.kernels import KernelConfig, Kernels
@@ -85,7 +85,8 @@ def attach(
         learning: AdamW settings of the branches; default follows the optimizer's rate if it is an Adam, else 1e-3.
         scaler: the loop's ``GradScaler``, if it has one.
         kernel: ``auto`` (Triton on a GPU, torch elsewhere), ``triton``, ``torch``, or settings with a canary.
-        flags: at which sites growth and kernels are on, as in ``FlagsConfig(growth=GrowthFlag(block=["head"]))`` of ``esper.flags``.
+        flags: at which sites growth and kernels are on, as in ``FlagsConfig(growth=GrowthFlag(block=["head"]))`` of
+            ``esper.feature_flags``.
         controller: decides about growth: ``heuristic``, another name of ``esper.controllers``, one of their configurations,
             or an object of your own; with ``None`` every seed stays dormant.
         port: a bus to hear and command over, instead of a ``controller`` in this process.

@@ -17,12 +17,10 @@ from esper.grafting import hand_over
 from esper.lifecycle import GATES, Stage
 from esper.lifecycle.machine import Trial
 from esper.messages import (
-    COLUMNS,
     ApplyEach,
     ApplyTogether,
     Cancel,
     ChangeStrategy,
-    Column,
     Command,
     EmergencyStop,
     Germinate,
@@ -34,6 +32,7 @@ from esper.messages import (
     SetStage,
 )
 from esper.randomness import global_draws_kept
+from esper.telemetry_columns import COLUMNS, Column
 
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,

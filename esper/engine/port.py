@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.messages import COLUMNS, Command, Message
+from esper.messages import Command, Message
+from esper.telemetry_columns import COLUMNS
 
 
 class Port(Protocol):

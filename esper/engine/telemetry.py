@@ -19,9 +19,9 @@ from esper.engine.port import Port
 from esper.engine.snapshot import present_values
 from esper.kernels.chunk_layout import chunk_bounds
 from esper.lifecycle import Stage
-from esper.messages import COLUMNS, Column
 from esper.seeds import Recording, SeedRegistry, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
+from esper.telemetry_columns import COLUMNS, Column
 
 MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
 """The columns that only a forward and backward can show; kept of every seed until the next telemetry. The others are known at any time."""

@@ -243,7 +243,7 @@ def _refuse_larger(config: Any, task: Any, weights: Path) -> None:
 
 def _blueprint(entry: Description, known: tuple[type[Blueprint], ...]) -> Blueprint:
     from esper.blueprints import BLUEPRINTS, Blueprint
-    from esper.custom import make
+    from esper.user_code import make
 
     if not entry["target"]:
         built = BLUEPRINTS[entry["blueprint"]](**entry["settings"])

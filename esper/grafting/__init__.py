@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from esper.grafting.config import CONFIGS, GraftingConfig, HoldingConfig
-from esper.lazy import names_of
+from esper.lazy_imports import names_of
 
 if TYPE_CHECKING:
     from esper.grafting.base import GraftingContext, GraftingOutput, Plan, Strategy, hand_over, longest_ramp

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from esper.kernels.config import KernelConfig
-from esper.lazy import names_of
+from esper.lazy_imports import names_of
 
 if TYPE_CHECKING:
     from esper.kernels.dispatch import FAILED, MISMATCH, BranchesOutput, Kernels

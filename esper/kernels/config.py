@@ -1,11 +1,11 @@
-"""The implementation of the seed layers, and the share of ticks at which it is checked; ``esper.flags`` chooses the sites."""
+"""The implementation of the seed layers, and the share of ticks at which it is checked; ``esper.feature_flags`` chooses the sites."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from esper.errors import UserError
-from esper.fields import setting
+from esper.setting_fields import setting
 
 
 @dataclass

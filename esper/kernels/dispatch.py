@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
-from esper.flags import Flags, chosen_by_hash
+from esper.feature_flags import Flags, chosen_by_hash
 from esper.kernels import reference, reference_branches
 from esper.kernels.branch_kinds import KINDS
 from esper.kernels.chunk_layout import as_rows

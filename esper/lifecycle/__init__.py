@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from esper.lazy import names_of
+from esper.lazy_imports import names_of
 from esper.lifecycle.ages import Ages, resolve
 from esper.lifecycle.config import LifecycleConfig
 from esper.lifecycle.gates import GATES, passes, spent

@@ -13,7 +13,7 @@ from torch import nn
 from esper.blueprints import Block, Blueprint
 from esper.config import RootConfig
 from esper.engine.extra_passes import host_parameters
-from esper.flags import FEATURES, environment
+from esper.feature_flags import FEATURES, environment
 from esper.kernels.dispatch import unavailable_reason
 from esper.lifecycle import Stage
 from esper.lifecycle.duration import parse

@@ -25,16 +25,17 @@ from esper.bus.trainer.bus_port import BusPort, ControllerSilent
 from esper.checkpoint.tree import fitting
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
-from esper.custom import CustomTracker
 from esper.errors import UserError
-from esper.messages import COLUMNS, CONTROLLER, Alert, Message
+from esper.messages import CONTROLLER, Alert, Message
 from esper.running.builders import build_controller, describe_run
 from esper.running.run_folder import FolderLock
 from esper.tasks.base import Task
+from esper.telemetry_columns import COLUMNS
 from esper.tracking import MlflowConfig, RunInfo, Tracker, TrackerRunner, prepared_trackers
 from esper.tracking.mlflow_store import check_store
 from esper.tracking.progress_bar import ProgressBar
 from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
+from esper.user_code import CustomTracker
 
 log = logging.getLogger(__name__)
 

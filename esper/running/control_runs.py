@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import esper
 from esper.config import RootConfig, plain
-from esper.custom import source_digest
 from esper.report.summary_file import plain as as_json
+from esper.user_code import source_digest
 
 if TYPE_CHECKING:
     import torch

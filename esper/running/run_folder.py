@@ -16,7 +16,7 @@ import yaml
 
 from esper.config import RootConfig, config_hash, plain
 from esper.errors import Removed, UserError
-from esper.flags import FlagsConfig, KernelFlag
+from esper.feature_flags import FlagsConfig, KernelFlag
 from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Generator, nn
 
 from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, Heads, SlotBank, WideConv, Width
-from esper.flags import Flags
+from esper.feature_flags import Flags
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
 from esper.lifecycle.history import History

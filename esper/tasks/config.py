@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from esper.fields import setting
+from esper.setting_fields import setting
 
 if TYPE_CHECKING:
     from esper.tasks.base import Task

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from esper.custom import CustomTracker
 from esper.tracking.config import CsvConfig, MlflowConfig, NoneConfig, tracking_uri, ui_command
 from esper.tracking.run_info import DatasetInfo, RunInfo, differences, flatten, readable_name
 from esper.tracking.tracker import Tracker, TrackerError
 from esper.tracking.tracker_thread import TrackerRunner
+from esper.user_code import CustomTracker
 
 CONFIGS: dict[str, type] = {"mlflow": MlflowConfig, "csv": CsvConfig, "none": NoneConfig}
 TrackingConfig = MlflowConfig | CsvConfig | NoneConfig | CustomTracker

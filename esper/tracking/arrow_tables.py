@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from esper.lifecycle.stages import Stage
-from esper.messages import COLUMNS, GateResult, Metrics, Telemetry, Transition
+from esper.messages import GateResult, Metrics, Telemetry, Transition
+from esper.telemetry_columns import COLUMNS
 from esper.tracking.tracker import rows
 
 if TYPE_CHECKING:

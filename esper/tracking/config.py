@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from esper.fields import setting
 from esper.processes import TrackerPlace
+from esper.setting_fields import setting
 
 SQLITE = "sqlite:///"
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from esper.lifecycle.stages import Stage
-from esper.messages import COLUMNS, Metrics, Telemetry
+from esper.messages import Metrics, Telemetry
 from esper.report.number_format import count, short
+from esper.telemetry_columns import COLUMNS
 from esper.tracking.tracker import rows
 
 Point = tuple[int, str, float]  # tick, name, value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from esper.errors import UserError
-from esper.fields import setting
+from esper.setting_fields import setting
 
 NO_GPU = "trainer.device=cuda, but torch sees no GPU here; use trainer.device=cpu (or auto), or install a torch for your GPU."
 NO_HALF = "trainer.precision=fp16 needs a GPU; on the CPU use bf16 or fp32."

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from esper.fields import setting
+from esper.setting_fields import setting
 
 
 def _warmup(default: float) -> Any:

@@ -23,7 +23,7 @@ from esper.engine.learning.muon import BETAS, muon_for
 from esper.engine.port import NullPort, Port
 from esper.engine.snapshot import optimizer_state, restore_optimizer
 from esper.errors import UserError
-from esper.flags import FlagsConfig
+from esper.feature_flags import FlagsConfig
 from esper.grafting import GraftingConfig
 from esper.kernels import KernelConfig
 from esper.lifecycle import LifecycleConfig

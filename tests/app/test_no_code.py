@@ -10,8 +10,8 @@ import yaml
 from esper.app import main
 from esper.cli.compose import compose
 from esper.config import plain
-from esper.custom import decided, locate
 from esper.errors import UserError
+from esper.user_code import decided, locate
 
 EVIL = "import pathlib\npathlib.Path({marker!r}).touch()\nclass Part:\n    def __init__(self, **given): pass\nCallback = Launcher = Part\n"
 QUICK = ["debug=tiny", "tracking=none", "trainer.control=false"]

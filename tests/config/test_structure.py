@@ -9,7 +9,7 @@ import pytest
 
 from esper.config import PRESETS, RootConfig, build, config_hash, listing, nearest, plain, structure
 from esper.errors import UserError
-from esper.fields import setting
+from esper.setting_fields import setting
 
 
 class Mode(Enum):

@@ -12,7 +12,17 @@ import esper
 
 ROOT = Path(esper.__file__).parent
 
-FOUNDATION = {"", "atomic_files", "errors", "fields", "flags", "lazy", "messages", "randomness"}
+FOUNDATION = {
+    "",
+    "atomic_files",
+    "errors",
+    "feature_flags",
+    "lazy_imports",
+    "messages",
+    "randomness",
+    "setting_fields",
+    "telemetry_columns",
+}
 """Modules that every room may import; "" is the package itself, for its version."""
 MODEL = {"lifecycle", "grafting", "blueprints", "kernels"}
 MAY_IMPORT: dict[str, set[str]] = {

@@ -15,9 +15,9 @@ from esper.bus.config import MemoryConfig
 from esper.bus.conformance import Backend, BusConformance
 from esper.bus.memory.bus import MemoryBus
 from esper.bus.protocol import Bus
-from esper.custom import CustomBus
 from esper.errors import UserError
 from esper.messages import Telemetry
+from esper.user_code import CustomBus
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -91,7 +91,7 @@ def test_a_run_goes_over_an_own_bus(tmp_path: Path, allowed: None) -> None:
     [
         ("my_pkg.buses:JournalBus", {"fiel": "a"}, "unexpected keyword argument 'fiel'; it takes config, folder, file, streams"),
         ("my_pkg.buses:JournalProducer", {}, "it takes producer, journal, source"),
-        ("esper.custom:CustomBus", {}, "bus.args does not fit"),
+        ("esper.user_code:CustomBus", {}, "bus.args does not fit"),
     ],
 )
 def test_an_own_bus_that_cannot_be_one_is_refused(tmp_path: Path, allowed: None, target: str, args: dict[str, Any], sentence: str) -> None:

@@ -11,13 +11,13 @@ from growing import Loop, germinate
 
 from esper.app import main
 from esper.config import options, structure
-from esper.custom import CustomBlueprint, CustomController, CustomGrafting, CustomModel, CustomTask, locate
 from esper.errors import UserError
 from esper.grafting import CustomStrategy
 from esper.lifecycle import Stage
 from esper.tasks import task_of
 from esper.tasks.config import FolderConfig
 from esper.trainer.config import TrainerConfig
+from esper.user_code import CustomBlueprint, CustomController, CustomGrafting, CustomModel, CustomTask, locate
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
@@ -48,7 +48,7 @@ def test_a_target_that_is_not_there_or_not_allowed_is_refused(target: str, sente
     ("part", "sentence"),
     [
         (CustomModel(target="my_pkg.nets:MyNet", args={"widht": 3}), "unexpected keyword argument 'widht'; it takes width, classes"),
-        (CustomModel(target="esper.fields:setting", args={"default": 3}), "a host is a torch.nn.Module"),
+        (CustomModel(target="esper.setting_fields:setting", args={"default": 3}), "a host is a torch.nn.Module"),
         (CustomTask(target="my_pkg.nets:MyNet"), "make a Task with esper.tasks.task_of"),
         (CustomBlueprint(target="my_pkg.nets:MyNet"), "derive it from esper.blueprints.Blueprint"),
         (CustomGrafting(target="my_pkg.nets:MyNet"), "is no grafting rule"),

@@ -10,7 +10,7 @@ from growing import Loop, germinate, short
 
 from esper.controllers.view import RunView
 from esper.errors import UserError
-from esper.flags import Flags, FlagsConfig, GrowthFlag
+from esper.feature_flags import Flags, FlagsConfig, GrowthFlag
 from esper.lifecycle import Stage
 from esper.messages import ReplaceBranch, RunStarted
 

@@ -18,8 +18,8 @@ from esper.engine.port import NullPort
 from esper.engine.signals import LossSignal
 from esper.grafting.drift import weight_drift
 from esper.lifecycle import Stage
-from esper.messages import COLUMNS
 from esper.seeds import Recording, TelemetryConfig
+from esper.telemetry_columns import COLUMNS
 from esper.trainer.evaluation import untimed
 
 S = Stage

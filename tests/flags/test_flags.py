@@ -11,7 +11,7 @@ import pytest
 from esper.cli.compose import compose
 from esper.config import config_hash
 from esper.errors import UserError
-from esper.flags import FEATURES, VARIABLE, Flags, FlagsConfig, GrowthFlag, KernelFlag, chosen_by_hash
+from esper.feature_flags import FEATURES, VARIABLE, Flags, FlagsConfig, GrowthFlag, KernelFlag, chosen_by_hash
 
 PINNED = [2, 6, 8, 11, 17]
 SITES = [f"blocks.{n}" for n in range(400)]
@@ -29,7 +29,7 @@ def on(flags: Flags, feature: str = "growth") -> set[str]:
 def test_a_fraction_is_the_same_everywhere_and_for_ever():
     """Values of SHA-256, so of no process, machine or version; Python's own hash differs in every process."""
     assert [n for n in range(20) if chosen_by_hash("growth", f"blocks.{n}", 0.25)] == PINNED
-    code = "from esper.flags import chosen_by_hash as c; print([n for n in range(20) if c('growth', f'blocks.{n}', 0.25)])"
+    code = "from esper.feature_flags import chosen_by_hash as c; print([n for n in range(20) if c('growth', f'blocks.{n}', 0.25)])"
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout) == PINNED
 
 

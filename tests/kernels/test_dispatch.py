@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from esper.errors import UserError
-from esper.flags import Flags, FlagsConfig, KernelFlag, chosen_by_hash
+from esper.feature_flags import Flags, FlagsConfig, KernelFlag, chosen_by_hash
 from esper.kernels import MISMATCH, KernelConfig, Kernels, dispatch, reference, reference_branches
 from tests.kernels.sites import DEVICE, make_case
 

@@ -17,7 +17,7 @@ from test_own_loop import JUDGE, train
 from esper import attach, load_model
 from esper.bus.trainer.bus_port import BusPort
 from esper.lifecycle import Stage
-from esper.messages import COLUMNS
+from esper.telemetry_columns import COLUMNS
 
 DOCS = Path(__file__).parents[2] / "docs"
 

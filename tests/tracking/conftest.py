@@ -11,7 +11,8 @@ import pytest
 from esper.bus.config import MemoryConfig
 from esper.bus.memory.bus import MemoryBus
 from esper.lifecycle.stages import Stage
-from esper.messages import COLUMNS, GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
+from esper.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, TickEnded, Transition
+from esper.telemetry_columns import COLUMNS
 from esper.tracking import DatasetInfo, RunInfo
 
 SEEDS = 4

@@ -16,12 +16,12 @@ from esper.bus.programs import tracker as track
 from esper.bus.trainer.bus_port import BusPort
 from esper.cli.compose import compose
 from esper.cli.resume import resume
-from esper.custom import CustomTracker
 from esper.errors import TrackerError, UserError
 from esper.messages import Transition
 from esper.report.summary_file import read_summary
 from esper.running.run import run
 from esper.tracking import RunInfo, build_trackers
+from esper.user_code import CustomTracker
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 DIARY = ["tracking=custom", "tracking.target=my_pkg.trackers:Diary"]

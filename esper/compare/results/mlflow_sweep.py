@@ -9,7 +9,7 @@ from typing import Any
 from esper.compare.results.comparison import Comparison, Judgement
 from esper.compare.results.markdown import verdicts
 from esper.compare.results.plan import Plan
-from esper.compare.results.registered import digest_of
+from esper.compare.results.registered_plans import digest_of
 from esper.compare.results.runs import costs_of
 from esper.messages import Metrics
 from esper.tracking.mlflow_run import LONGEST_TAG, NOTE_TAG, fitted, legal

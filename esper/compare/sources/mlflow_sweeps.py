@@ -22,7 +22,7 @@ from esper.compare.results.mlflow_sweep import (
     join_text,
 )
 from esper.compare.results.plan import Plan, parse_plan
-from esper.compare.results.registered import digest_of
+from esper.compare.results.registered_plans import digest_of
 from esper.compare.results.runs import GROWTH, Run
 from esper.compare.sources.mlflow_reader import MlflowReader, StoredRun
 from esper.errors import UserError

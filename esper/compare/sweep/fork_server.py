@@ -16,7 +16,7 @@ import sys
 import traceback
 from typing import Any, NoReturn
 
-from esper import custom
+from esper import user_code
 from esper.cli.system_errors import say_anything
 
 LONGEST = 1 << 20  # bytes of a message, most of them an environment
@@ -35,7 +35,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where it goes to all processes, the workers save their jobs and the server tells so
     gc.collect()
     gc.freeze()  # what was loaded stays: a worker that cleans up after a job looks only at what the job has left
-    with custom.decided():
+    with user_code.decided():
         ForkServer(control).serve()
     return 0
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from esper.errors import UserError
-from esper.fields import setting
+from esper.setting_fields import setting
 
 VARIABLE = "ESPER_FLAGS"
 

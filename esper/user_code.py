@@ -21,8 +21,8 @@ from typing import Any
 
 from esper.bus.config import MemoryConfig
 from esper.errors import UserError
-from esper.fields import setting
 from esper.processes import ControllerPlace, TrackerPlace
+from esper.setting_fields import setting
 
 VARIABLE = "ESPER_ALLOW"
 FILE = "esper.yaml"
