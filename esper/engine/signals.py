@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,7 @@ class WeightAverages:
         self.averages: dict[int, list[Tensor]] = {}
 
     def drift(self, registry: SeedRegistry, branches: list[Branch]) -> Tensor:
-        """``‖w − w̄‖ / (‖w̄‖ + ε)`` of each branch, float32 ``[n]``; forgets branches that are not asked about."""
-        asked = {branch.id for branch in branches}
-        self.averages = {key: value for key, value in self.averages.items() if key in asked}
+        """``‖w − w̄‖ / (‖w̄‖ + ε)`` of each branch, float32 ``[n]``."""
         values = []
         for branch in branches:
             weights = [value.unsqueeze(0) for value in branch_values(registry, branch)]
@@ -80,6 +78,11 @@ class WeightAverages:
             drift, self.averages[branch.id] = weight_drift(weights, averages)
             values.append(drift)
         return torch.cat(values).cpu() if values else torch.zeros(0)
+
+    def keep(self, branches: Iterable[int]) -> None:
+        """Forget all branches but these."""
+        kept = set(branches)
+        self.averages = {branch: averages for branch, averages in self.averages.items() if branch in kept}
 
     def state(self) -> dict[str, Any]:
         """The averages, by branch, for a checkpoint."""

@@ -112,6 +112,8 @@ class TickBoundary:
         table = self.registry.branches
         ids, index = self.signals.ids_and_strategies(branches)
         context = self.signals.context(branches, measured)
+        if self.signals.weights.averages:
+            self.signals.weights.keep(branch.id for branch in branches if self.signals.asks(branch, "drift"))
         out = step_many(index, self.transitions.strategies, table.grafting[ids], context)
         trouble = {**measured.trouble, **self._raised_by_rules(branches, tick)}
         table.alpha[ids] = out.alpha

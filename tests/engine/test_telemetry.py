@@ -14,6 +14,7 @@ from esper.blueprints import Geometry
 from esper.engine.attach import attach
 from esper.engine.costs import Stopwatch
 from esper.engine.extra_passes import shapes_of, to_device
+from esper.engine.measurements import Measured
 from esper.engine.port import NullPort
 from esper.engine.signals import LossSignal
 from esper.grafting.drift import weight_drift
@@ -168,6 +169,16 @@ def test_drift_is_measured_for_whom_it_is_asked_and_forgotten_after():
     loop.until(S.STABILIZATION)
     loop.run(1)
     assert not loop.grow.strategy_signals.weights.averages
+
+
+def test_asking_about_one_branch_as_a_change_of_strategy_does_forgets_no_other():
+    commands = {1: [germinate("fc1"), germinate("fc2")]}
+    loop = Loop(settings={"grafting": "drift", "lifecycle": short(grafting_max="90step")}, commands=commands)
+    loop.until(S.GRAFTING)
+    loop.run(4)
+    signals = loop.grow.strategy_signals
+    signals.context(loop.grow.registry.in_stage(S.GRAFTING)[:1], Measured())
+    assert list(signals.weights.averages) == [0, 1]
 
 
 def test_drift_of_a_block_is_measured_too():
