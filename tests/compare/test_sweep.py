@@ -176,7 +176,10 @@ def test_the_documented_tuning_runs_and_stays_on_record(tmp_path: Path, checkout
 def begun(words: list[str]) -> subprocess.Popen[str]:
     """A sweep in a process of its own, of which one job is done."""
     command = [sys.executable, "-m", "esper", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
         if " done in " in line:
