@@ -80,7 +80,7 @@ def test_what_cannot_begin_is_refused_with_what_to_do(words: list[str], sentence
     with pytest.raises(UserError, match=sentence) as caught:
         start(tmp_path, *(word.replace("{closed}", str(closed)) for word in words))
     assert "\n" not in str(caught.value)
-    assert threading.active_count() == before, "no thread is left behind"
+    assert threading.active_count() <= before, "no thread is left behind"  # an earlier test's may have ended meanwhile
     assert [path.name for path in (tmp_path / "run").rglob("*")] in ([], ["config.yaml"]), "nothing that looks like a run"
 
 
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_already_is_said_before_training(tmp_path: Path):
     (tmp_path / "run" / "summary.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         start(tmp_path, "tracking=csv")
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # an earlier test's may have ended meanwhile
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "summary.tmp"}
 
 
@@ -205,7 +205,7 @@ def test_a_disk_that_fills_up_ends_the_run_as_failed_and_closes_everything(tmp_p
     with pytest.raises(OSError, match="No space left") as caught:
         start(tmp_path, "tracking=csv")
     assert caught.value.errno == errno.ENOSPC
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # an earlier test's may have ended meanwhile
     assert (tmp_path / "run" / "transitions.parquet").exists() and (tmp_path / "run" / "metrics.csv").exists()
 
 

@@ -30,7 +30,7 @@ def test_a_pattern_is_compared_with_the_models_class():
     assert not loop.grow.registry.flags.on("growth", "fc1")
     with pytest.raises(UserError, match=r"flags.growth.block=\[fc9\] matches no site of the Net; there are fc1, fc2"):
         Loop(settings={"flags": flagged(block=["fc9"])})
-    with pytest.raises(UserError, match=r"flags is a dict; it takes an esper\.flags\.FlagsConfig"):
+    with pytest.raises(UserError, match=r"flags is a dict; it takes an esper\.feature_flags\.FlagsConfig"):
         Loop(settings={"flags": {"growth": False}})
 
 

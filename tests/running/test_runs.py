@@ -95,7 +95,7 @@ def test_a_run_that_cannot_begin_is_refused_and_leaves_nothing_running(tmp_path:
     before = threading.active_count()
     with pytest.raises(UserError, match=r"No module of the host matches sites.match 'nowhere'"):
         run(config(tmp_path, "sites.match=[nowhere]", "tracking=csv"), tmp_path / "run", quiet=True)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # an earlier test's may have ended meanwhile
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(tmp_path: Path):
