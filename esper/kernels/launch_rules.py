@@ -253,17 +253,15 @@ class WholeRowsLaunch:
 
 @lru_cache(maxsize=1024)
 def whole_rows(width: int, seeds: int, rows: int, itemsize: int, limit: Limits, copies: bool = False) -> WholeRowsLaunch | None:
-    """Settings of the whole-row telemetry kernel; None where a row is too wide for registers.
+    """Settings of the whole-row telemetry kernel; None where a row is too wide for registers, or has so many seeds that their sums are.
 
-    With more than 512 seeds the sums of every seed fill registers too: twice the warps, and nothing spills (seen in
-    `scripts/bench kernel_resources`); a kernel that also ``copies`` has no room for it. Shared memory holds the tiles that are under
-    way, and shrinks the stages. One that copies fares best with fewer stages and programs.
+    Shared memory holds the tiles that are under way, and shrinks the stages. One that ``copies`` fares best with fewer stages and programs.
     """
     place, group = power_of_two(-(-width // seeds)), power_of_two(seeds)
     tile = place * group
-    if tile > 8192 or (copies and group > 512):
+    if tile > 8192 or group > 512:  # so many chunks are narrow, and measured in windows
         return None
-    warps = max(4, tile // 512) if group > 512 else 8 if tile > 4096 else 4
+    warps = 8 if tile > 4096 else 4
     block = max(1, min(2048 // tile, power_of_two(rows)))
     stages, held = (3, 2) if copies else (5, 3)
     while stages > 1 and whole_rows_shared(block, tile, itemsize, stages, copies) > limit.shared:
@@ -277,7 +275,7 @@ def whole_rows_shared(block: int, tile: int, itemsize: int, stages: int, copies:
     return max(1, stages - 1) * block * tile * itemsize + (4 * tile if copies else 256)
 
 
-NARROW = 8
+WINDOWED = 8
 """Features up to which a chunk is measured in a window with its neighbours."""
 
 
@@ -300,8 +298,13 @@ def windows(width: int, seeds: int, rows: int, limit: Limits) -> WindowsLaunch |
     A window of 64 features begins at a multiple of 8, so that rows are read 16 bytes at a time; 16 chunks of it are one tile of a
     product. 32 rows are what four warps hold without spilling (seen in `scripts/bench kernel_resources`).
     """
-    if -(-width // seeds) > NARROW:
+    if -(-width // seeds) > WINDOWED:
         return None
     span = 64
     held = min((span - 7) * seeds // width, 16)
     return WindowsLaunch(32, held, 16, span, row_parts(-(-seeds // held), rows, 32, 3, limit), 8)
+
+
+def windows_shared(launch: WindowsLaunch, itemsize: int) -> int:
+    """Upper bound in bytes: three tiles under way, the ones and zeros, and what warps exchange."""
+    return 3 * launch.rows * launch.width * itemsize + launch.width * launch.places * itemsize + 4096

@@ -22,11 +22,11 @@ from esper.kernels.launch_rules import Launch, Limits
 
 DEVICES = {80: Limits((8, 0), 108, 166_912), 89: Limits((8, 9), 34, 101_376, 65536, 1536), 90: Limits((9, 0), 132, 232_448)}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "active_seeds", "rank"}
+ACTIVATIONS, INTEGERS = {"x", "y", "dy", "dx"}, {"route", "active_seeds", "rank", "unsound"}
 
 
 DIRECTIONS = ("forward", "backward", "backward with objectives", "input gradient")
-SITES = ("4096x64", "3072x1000", "8192x64")
+SITES = ("4096x64", "3072x1000", "8192x64")  # of the second the chunks are narrow
 """Width x seeds at which the whole-row telemetry kernel is compiled."""
 
 
@@ -140,6 +140,30 @@ def telemetry_row(width: int, seeds: int, dtype: str, capability: int, copies: b
     return {**about, **settings, **needs(binary, bound, limit)}
 
 
+def windows_row(width: int, seeds: int, dtype: str, capability: int) -> dict[str, object] | None:
+    """The same of the kernel over windows of narrow chunks; None where they are wider."""
+    limit = DEVICES[capability]
+    launch = launch_rules.windows(width, seeds, 65536, limit)
+    if launch is None:
+        return None
+    chunk = -(-width // seeds)
+    fixed = {
+        "G": launch.seeds, "GP": launch.places, "WC": launch.width, "BM": launch.rows, "TM": launch.totals_rows, "ALIGN": 8, "WHOLE": True,
+        "C": chunk, "EVEN": width % seeds == 0, "FLAT": True, "XR": width, "PRECISION": "ieee", "xc": 1,
+    }  # fmt: skip
+    binary = compiled(telemetry_kernels.windows_kernel, fixed, dtype, 4, capability, 3)
+    about = {
+        "kernel": "telemetry, windows",
+        "kind": f"{seeds} seeds",
+        "chunk": chunk,
+        "hidden": 0,
+        "dtype": dtype,
+        "capability": capability,
+    }
+    settings = {"rows": launch.rows, "hidden_block": 0, "warps": 4, "stages": 3, "programs": -(-seeds // launch.seeds) * launch.parts}
+    return {**about, **settings, **needs(binary, launch_rules.windows_shared(launch, ITEMSIZE[dtype]), limit)}
+
+
 def needs(binary, bound: int, limit: Limits) -> dict[str, object]:
     """Registers, spilled bytes and shared memory of a compiled kernel, beside the estimate and the device's limit."""
     registers, spilled = registers_and_spills(binary.asm["cubin"])
@@ -171,6 +195,7 @@ def main(argv: list[str]) -> int:
         for dtype in options.dtypes:
             for capability in DEVICES:
                 found += [telemetry_row(width, seeds, dtype, capability, copies) for copies in (False, True)]
+                found.append(windows_row(width, seeds, dtype, capability))
     rows = [made for made in found if made is not None]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:

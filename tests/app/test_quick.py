@@ -11,6 +11,7 @@ import pytest
 import esper
 from esper.app import main
 from esper.cli import machine
+from esper.errors import UserError
 
 #: Answers in a fresh interpreter, and says on stdout whether torch was imported for it.
 PROGRAM = """
@@ -67,7 +68,10 @@ def test_a_launcher_that_may_send_jobs_elsewhere_is_not_asked_for_a_gpu_here(mon
     from omegaconf import OmegaConf
 
     monkeypatch.setattr(machine, "TRACES", ())
-    machine.refuse_impossible(OmegaConf.create({"trainer": {"device": "cuda"}, "kernel": {"name": "triton"}}), here=False)
+    wants_gpu = OmegaConf.create({"trainer": {"device": "cuda"}, "kernel": {"name": "triton"}})
+    with pytest.raises(UserError):
+        machine.refuse_impossible(wants_gpu, here=True)
+    machine.refuse_impossible(wants_gpu, here=False)
 
 
 @pytest.mark.parametrize("words", [["--version"], ["seed=1", "--version"]])

@@ -59,6 +59,17 @@ def test_telemetry_of_whole_rows_fits_whatever_the_width_and_precision(device):
     assert launch_rules.whole_rows(8192, 64, 65536, 4, DEVICES["16 GB Ada"]).stages == 4, "five stages of 32 KB are more than it has"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_windows_hold_their_chunks_wherever_they_begin_and_fit(device):
+    for width, seeds in ((3072, 1000), (64, 32), (61, 20), (4096, 4096), (2048, 256)):
+        launch = launch_rules.windows(width, seeds, 65536, DEVICES[device])
+        bounds = [seed * width // seeds for seed in range(seeds + 1)]
+        for first in range(0, seeds, launch.seeds):
+            assert bounds[min(first + launch.seeds, seeds)] - bounds[first] // 8 * 8 <= launch.width
+        assert launch_rules.windows_shared(launch, 4) <= DEVICES[device].shared
+    assert launch_rules.windows(4096, 64, 65536, DEVICES[device]) is None, "64 features are not narrow"
+
+
 def test_the_rule_does_not_change_with_what_is_active():
     assert launch_rules.forward(64, 64, False, False, 2, 64, DEVICES["H200"]) == launch_rules.forward(
         64, 64, False, False, 2, 64, DEVICES["H200"]
