@@ -55,6 +55,10 @@ def _readable(stage: str) -> str:
     return str(stage).lower().replace("_", " ")
 
 
+UNDECIDED = ("GRAFTING", "STABILIZATION", "EVALUATING", "FINE_TUNING")
+"""Stages of branches that the forward pass adds and no gate has decided about; ``esper.lifecycle`` would bring torch."""
+
+
 def _loudly(summary: Mapping[str, Any], console: Console) -> None:
     """When nothing grew or stayed: say so, with how near every gate was and why commands were refused."""
     from rich.table import Table
@@ -65,6 +69,8 @@ def _loudly(summary: Mapping[str, Any], console: Console) -> None:
         return
     if not germinated:
         console.print("[bold red]NOTHING GERMINATED:[/] this run is its host alone.")
+    elif still := sum(branch.get("stage") in UNDECIDED for branch in summary.get("branches") or []):
+        console.print(f"[bold]NOTHING IS DECIDED:[/] {still} of {germinated} germinated are blended at the end and part of the model.")
     else:
         ends = ", ".join(f"{seeds.get(name, 0)} {_readable(name)}" for name in ("culled", "cancelled", "rolled_back"))
         console.print(f"[bold red]NOTHING WAS KEPT:[/] {germinated} germinated, 0 fossilized, {ends}.")

@@ -68,6 +68,13 @@ def test_a_run_that_grew_nothing_says_so_with_gates_and_refusals(seeds: dict, wo
     assert "refused 4 ×: seed 3 of 'layers[0]' is TRAINING" in text
 
 
+def test_branches_that_are_blended_at_the_end_are_no_loss():
+    branches = [{"path": [], "stage": "GRAFTING"}, {"path": [], "stage": "CULLED"}]
+    text = shown(grown(seeds={"germinated": 2, "culled": 1}, branches=branches))
+    assert "NOTHING IS DECIDED: 1 of 2 germinated are blended at the end and part of the model" in text
+    assert "NOTHING WAS KEPT" not in text
+
+
 def test_a_run_that_kept_nothing_says_why_its_host_is_not_the_host_alone():
     blended = [["GERMINATED", 60], ["TRAINING", 61], ["GRAFTING", 90], ["CULLED", 140], ["DORMANT", 160]]
     seeds = {"germinated": 2, "culled": 2}
