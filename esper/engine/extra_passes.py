@@ -59,9 +59,12 @@ _REPLAYS: WeakValueDictionary[int, DropoutReplay] = WeakValueDictionary()
 _numbers = count()
 
 
-@torch.library.custom_op("esper::remember_rng", mutates_args=("anchor",))
+@torch.library.custom_op("esper::remember_rng", mutates_args=("anchor",), tags=(torch.Tag.cudagraph_unsafe,))
 def remember_rng(anchor: Tensor, number: int) -> None:
-    """``DropoutReplay.remember`` in a compiled host's graph; ``anchor`` is said to change, so that the op is not dropped."""
+    """``DropoutReplay.remember`` in a compiled host's graph; ``anchor`` is said to change, so that the op is not dropped.
+
+    It works on the host, so a captured graph (``mode="reduce-overhead"``) is divided before it and does not replay without it.
+    """
     replay = _REPLAYS.get(number)
     if replay is not None:
         replay.remember()

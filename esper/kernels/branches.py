@@ -15,7 +15,6 @@ from esper.kernels.telemetry import (
     ActiveList,
     PartialSums,
     chunk_constants,
-    fill_active_list,
     finish,
     health_group,
     measure_and_copy,
@@ -43,38 +42,50 @@ def branches(
     measure_and_copy(x, partial, seeds, near_zero, y, active)
     together = measure and health_group(seeds)[0] == 1
     for number, (name, tensors) in enumerate(banks):
-        kind, bank, last = KINDS[name], bank_tensors(name, tensors), number == len(banks) - 1
-        launch = forward_launch(x, seeds, kind, bank, measure)
-        sums = alpha.new_empty(launch.programs, 3)
-        chunk_forward.chunk_forward_kernel[(launch.programs,)](
-            x, y, alpha, route, active.seeds[number], active.rank, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
-            sums, partial.means, partial.pivots,
-            seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
-            **kernel_constants(kind, bank, x, seeds, launch), XR=row_distance(x), YR=row_distance(y),
-            TELEMETRY=measure, WHOLE=partial.whole, HALF=x.dtype == torch.float16,
-            STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION,
-            num_warps=launch.warps,
-        )  # fmt: skip
+        sums, launch = bank_forward(x, y, None, partial, active, number, name, tensors, near_zero)
+        last = number == len(banks) - 1
         if last and measure:
             moments_of_means(x, partial, active)
-        contain(x, y, active, sums, partial, live, power, health, number, launch, together and last)
+        contain(x, y, None, active, sums, partial, live, power, health, number, launch, together and last)
     if measure and not together:
         health = finish(x, partial, active)
     return y, live, power, health
 
 
+def bank_forward(
+    x: Tensor, y: Tensor, kept: Tensor | None, partial: PartialSums, active: ActiveList, number: int, name: str, tensors: list[Tensor],
+    near_zero: float,
+) -> tuple[Tensor, launch_rules.Launch]:  # fmt: skip
+    """The chunks of one bank's branches, with the programs' sums ``[programs, 3]``; into ``kept`` what they were, if ``y`` is ``x``."""
+    seeds, rows, kind, bank = active.alpha.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
+    launch = forward_launch(x, seeds, kind, bank, partial.telemetry)
+    sums = active.alpha.new_empty(launch.programs, 3)
+    chunk_forward.chunk_forward_kernel[(launch.programs,)](
+        x, y, y if kept is None else kept, active.alpha, active.route, active.seeds[number], active.rank,
+        bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2, sums, partial.means, partial.pivots,
+        seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), near_zero,
+        **kernel_constants(kind, bank, x, seeds, launch), XR=row_distance(x), YR=row_distance(y),
+        TELEMETRY=partial.telemetry, WHOLE=partial.whole, HALF=x.dtype == torch.float16, KEEPS=kept is not None,
+        STAGES=launch.stages, PLAIN_STAGES=forward_launch(x, seeds, kind, bank, False).stages, PRECISION=PRECISION,
+        num_warps=launch.warps,
+    )  # fmt: skip
+    return sums, launch
+
+
 def contain(
-    x: Tensor, y: Tensor, active: ActiveList, sums: Tensor, partial: PartialSums, live: Tensor, power: Tensor, health: Tensor, number: int,
-    launch: launch_rules.Launch, last: bool,
+    x: Tensor, y: Tensor, kept: Tensor | None, active: ActiveList, sums: Tensor, partial: PartialSums, live: Tensor, power: Tensor,
+    health: Tensor, number: int, launch: launch_rules.Launch, last: bool,
 ) -> None:  # fmt: skip
     """Containment and the bank's sums, with the ``last`` one all seeds' health; see ``containment_kernel``."""
     (outer, inner, width), (seeds, _, rows, blocks, parts) = x.shape, partial.size(x)
     place = min(128, launch_rules.power_of_two(chunk_width(width, seeds)))
     shares = max(1, min(16, launch_rules.limits(x.device).processors * 4 // seeds))
     chunk_forward.containment_kernel[(seeds, shares)](
-        x, y, active.alpha, active.route, active.seeds[number], active.rank, sums, live, power, *partial.sums, health,
+        x, y, y if kept is None else kept, active.alpha, active.route, active.seeds[number], active.rank, sums, live, power,
+        *partial.sums, health,
         seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
-        BM=32, BC=place, **chunk_constants(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry, WHOLE=partial.whole, FINISH=last,
+        BM=32, BC=place, **chunk_constants(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry,
+        KEEPS=kept is not None, WHOLE=partial.whole, FINISH=last,
         PB=health_group(seeds)[1], num_warps=4,
     )  # fmt: skip
 
@@ -111,25 +122,6 @@ def branches_backward(
     return dx, grads, residual
 
 
-@custom_op("esper::branches_backward_in_place", mutates_args=("dx", "gradients"))
-def branches_backward_in_place(
-    x: Tensor, dx: Tensor, live: Tensor, route: Tensor, kinds: str, parameters: list[Tensor], gradients: list[Tensor]
-) -> None:
-    """``branches_backward`` without an objective, into ``gradients``; ``dx`` holds ``dy`` at first, and only its active chunks are changed.
-
-    It is for the graph of a compiled host: the compiler lets the operation that makes ``dy`` write ``dx`` directly, which saves a pass
-    over the site.
-    """
-    seeds = live.shape[0]
-    banks = split_banks(kinds, parameters)
-    active = ActiveList.empty(live, None, route, len(banks))
-    fill_active_list(active, seeds)
-    left = iter(gradients)
-    for number, (name, tensors) in enumerate(banks):
-        found, launch = bank_backward(x, dx, dx, live, None, route, active.seeds[number], name, tensors)
-        sum_gradients(found[:-1], [next(left) for _ in tensors], active, x, number, launch)
-
-
 def bank_backward(
     x: Tensor,
     dy: Tensor,
@@ -140,8 +132,12 @@ def bank_backward(
     active_seeds: Tensor,
     name: str,
     tensors: list[Tensor],
+    kept: Tensor | None = None,
 ) -> tuple[list[Tensor], launch_rules.Launch]:
-    """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last."""
+    """One bank's part of ``dx`` and its gradients' partial sums a program; the residuals' come last.
+
+    ``kept`` holds the bank's chunks of the site's input if ``x`` does not hold them any more.
+    """
     seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
     launch = backward_launch(x, seeds, kind, bank, objective is not None)
     partial = [tensor.new_empty(launch.programs, *tensor.shape[1:]) for tensor in tensors]
@@ -151,10 +147,12 @@ def bank_backward(
     geometry = (seeds, x.shape[2], rows, x.shape[1], *x.stride(), *dy.stride(), *dx.stride())
     distances = {"XR": row_distance(x), "GR": row_distance(dy), "DR": row_distance(dx)}
     common = kernel_constants(kind, bank, x, seeds, launch) | distances
-    settings = {"OBJECTIVES": objective is not None, "PRECISION": PRECISION, "num_warps": launch.warps, "num_stages": launch.stages}
+    settings = {"OBJECTIVES": objective is not None, "KEPT": kept is not None, "PRECISION": PRECISION}
+    settings |= {"num_warps": launch.warps, "num_stages": launch.stages}
+    source = x if kept is None else kept
     blocks = 1 if kind.affine else -(-bank.hidden // launch.hidden)
     chunk_backward.chunk_backward_kernel[(launch.programs, blocks)](
-        x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
+        source, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, bank.b2,
         into.w1, into.b1, into.wg, into.bg, into.w2, into.b2, residual, *geometry, **common, INPUT=whole, **settings,
     )  # fmt: skip
     if not whole:
@@ -163,8 +161,9 @@ def bank_backward(
         common.pop("AFFINE")
         settings |= {"num_warps": alone.warps, "num_stages": alone.stages}
         chunk_backward.chunk_input_gradient_kernel[(alone.programs,)](
-            x, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry, **common, **settings
-        )
+            source, dy, dx, live, objectives, route, active_seeds, bank.w1, bank.b1, bank.wg, bank.bg, bank.w2, *geometry,
+            **common, **settings,
+        )  # fmt: skip
     return [*partial, residual], launch
 
 
@@ -202,10 +201,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor, _live: Tensor, _power: Tensor, _health: Tensor) -> tuple[Any, ...]:
     x, live, route, *rest = ctx.saved_tensors
     objective, parameters = (rest[0], rest[1:]) if ctx.has_objective else (None, rest)
-    if objective is None and torch.compiler.is_compiling():
-        dx, grads = dy.clone(), [torch.empty_like(tensor) for tensor in parameters]
-        branches_backward_in_place(x, dx, live, route, ctx.kinds, list(parameters), grads)
-        return dx, None, None, None, None, grads, None, None
     dx, grads, _ = branches_backward(x, dy, live, objective, route, ctx.kinds, list(parameters))
     return dx, None, None, None, None, grads, None, None
 

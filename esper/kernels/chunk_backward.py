@@ -32,14 +32,14 @@ def chunk_backward_kernel(
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    OBJECTIVES: tl.constexpr, INPUT: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OBJECTIVES: tl.constexpr, INPUT: tl.constexpr, KEPT: tl.constexpr, FLAT: tl.constexpr,
+    XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, one block of HB hidden units, every ``parts``-th block of BM rows.
 
     Parameter gradients are partial sums ``[program, …]`` that ``sum_gradients_kernel`` adds up. INPUT also writes ``dx``,
-    possible when one block holds all hidden units. An objective ``(scale, weight)`` with weight ≠ 0 learns
-    ``weight·½‖δ + scale·dy‖²`` instead, and lets ``dy`` pass.
+    possible when one block holds all hidden units. KEPT: ``x`` is ``[capacity, rows, C]``, as the forward kernel kept it. An objective
+    ``(scale, weight)`` with weight ≠ 0 learns ``weight·½‖δ + scale·dy‖²`` instead, and lets ``dy`` pass.
     """
     pid, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HB
     blocks = tl.cdiv(rows, BM)
@@ -77,7 +77,10 @@ def chunk_backward_kernel(
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & inside[None, :]
-        reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
+        if KEPT:
+            reads = tile_pointers(x + slot * rows * C, block, start * 0, col, rows, 0, C, 1, BM, C, True)
+        else:
+            reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
         arrives = tile_pointers(dy, block, start, col, inner, go, gi, gc, BM, GR, FLAT)
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
         gb = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)
@@ -160,7 +163,7 @@ def chunk_input_gradient_kernel(
     x, dy, dx, live, objective, route, active_seeds, w1, b1, wg, bg, w2,
     seeds, width, rows, inner, xo, xi, xc, go, gi, gc, do, di, dc,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, OBJECTIVES: tl.constexpr, FLAT: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, OBJECTIVES: tl.constexpr, KEPT: tl.constexpr, FLAT: tl.constexpr,
     XR: tl.constexpr, GR: tl.constexpr, DR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dx`` alone, block after block of hidden units, where one block cannot hold them all."""
@@ -184,7 +187,10 @@ def chunk_input_gradient_kernel(
     for block in range(part, blocks, parts):
         row = block * BM + tl.arange(0, BM)
         mask = (row < rows)[:, None] & (col < size)[None, :]
-        reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
+        if KEPT:
+            reads = tile_pointers(x + slot * rows * C, block, start * 0, col, rows, 0, C, 1, BM, C, True)
+        else:
+            reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
         arrives = tile_pointers(dy, block, start, col, inner, go, gi, gc, BM, GR, FLAT)
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
         arriving = (tl.load(arrives) if FULL else tl.load(arrives, mask=mask, other=0.0)).to(tile.dtype)

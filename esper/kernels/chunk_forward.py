@@ -78,12 +78,12 @@ def all_blocks_delta(x, delta, w1, b1, wg, bg, w2, slot, size, C: tl.constexpr, 
 
 @triton.jit
 def forward_tiles(
-    x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
+    x, y, kept, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
     rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    TELEMETRY: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, YR: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TELEMETRY: tl.constexpr, HALF: tl.constexpr, KEEPS: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, YR: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The forward kernel's walk over rows; returns Σ(x-p)², the near-zero count (both 0 without TELEMETRY) and Σδ²."""
     col = tl.arange(0, CP)
@@ -101,6 +101,9 @@ def forward_tiles(
         reads = tile_pointers(x, block, start, col, inner, xo, xi, xc, BM, XR, FLAT)
         mask = (row < rows)[:, None] & inside[None, :]
         tile = tl.load(reads) if FULL else tl.load(reads, mask=mask, other=0.0)
+        if KEEPS:
+            place = tile_pointers(kept + slot * rows * C, block, start * 0, col, rows, 0, C, 1, BM, C, True)
+            tl.store(place, tile) if FULL else tl.store(place, tile, mask=mask)
         wide = tile.to(tl.float32)
         if AFFINE:
             delta = wide * scale[None, :] + shift[None, :]
@@ -130,17 +133,18 @@ def forward_tiles(
 
 @triton.jit
 def chunk_forward_kernel(
-    x, y, alpha, route, active_seeds, rank, w1, b1, wg, bg, w2, b2, partial, means, pivots,
+    x, y, kept, alpha, route, active_seeds, rank, w1, b1, wg, bg, w2, b2, partial, means, pivots,
     seeds, width, rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
     C: tl.constexpr, H: tl.constexpr, CP: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
     AFFINE: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
-    TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr, YR: tl.constexpr,
-    STAGES: tl.constexpr, PLAIN_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, HALF: tl.constexpr, KEEPS: tl.constexpr, FLAT: tl.constexpr, XR: tl.constexpr,
+    YR: tl.constexpr, STAGES: tl.constexpr, PLAIN_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one active seed, every ``parts``-th block of BM rows (see ``assignment``).
 
     The matrices stay in shared memory over all blocks. ``partial[program]`` gets Σ(x-p)², the near-zero count and Σδ²,
     ``means[seed, row]`` the row's chunk mean minus the pivot p, the chunk's mean in row 0. FULL: no place of a tile is padding.
+    KEEPS: ``y`` is ``x``, so the chunk is written to ``kept[slot, row]`` before it changes, for the backward pass and containment.
     TELEMETRY is left out where ``whole_rows_kernel`` has measured all chunks (see ``few_active``); the walk then has PLAIN_STAGES.
     """
     seed, part, parts = assignment(active_seeds, tl.program_id(0), tl.num_programs(0), tl.cdiv(rows, BM))
@@ -161,15 +165,15 @@ def chunk_forward_kernel(
         if part == 0:
             tl.store(pivots + seed, pivot)
         spread, close, power = forward_tiles(
-            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
+            x, y, kept, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
-            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, FLAT, XR, YR, STAGES, PRECISION,
+            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, TELEMETRY, HALF, KEEPS, FLAT, XR, YR, STAGES, PRECISION,
         )  # fmt: skip
     else:
         spread, close, power = forward_tiles(
-            x, y, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
+            x, y, kept, w1, b1, wg, bg, w2, b2, means, slot, seed, start, size, strength, subtract, pivot, part, parts,
             rows, inner, xo, xi, xc, yo, yi, yc, near_zero,
-            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, FLAT, XR, YR, PLAIN_STAGES, PRECISION,
+            C, H, CP, HB, BM, FULL, AFFINE, BIAS, GATED, ACT, False, HALF, KEEPS, FLAT, XR, YR, PLAIN_STAGES, PRECISION,
         )  # fmt: skip
     entry = partial + tl.program_id(0) * 3
     tl.store(entry, spread)
@@ -179,16 +183,16 @@ def chunk_forward_kernel(
 
 @triton.jit
 def containment_kernel(
-    x, y, alpha, route, active_seeds, rank, partial, live, power, pivots, moments, totals, stats, health,
+    x, y, kept, alpha, route, active_seeds, rank, partial, live, power, pivots, moments, totals, stats, health,
     seeds, width, rows, programs, tile_rows, bank, inner, xo, xi, xc, yo, yi, yc, blocks, parts,
     BM: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr,
-    TELEMETRY: tl.constexpr, WHOLE: tl.constexpr, FINISH: tl.constexpr, PB: tl.constexpr,
+    TELEMETRY: tl.constexpr, KEEPS: tl.constexpr, WHOLE: tl.constexpr, FINISH: tl.constexpr, PB: tl.constexpr,
 ):  # fmt: skip
     """Containment: a branch whose Σδ² or α is not finite gets its chunk back unchanged and ``live`` = 0, else ``live`` = α.
 
-    One program a seed and row share; without a flagged branch it reads a few numbers and leaves. Also brings the forward kernel's
-    partial sums into ``stats[0]``. Run once a bank; the first bank's run settles the seeds that have none, and the last one's
-    (FINISH, after ``moments_kernel``) gives every seed's health in the same launch.
+    The chunk comes from ``x``, or from ``kept`` (KEEPS). One program a seed and row share; without a flagged branch it reads a few numbers
+    and leaves. Also brings the forward kernel's partial sums into ``stats[0]``. Run once a bank; the first bank's run settles the seeds
+    that have none, and the last one's (FINISH, after ``moments_kernel``) gives every seed's health in the same launch.
     """
     seed, share = tl.program_id(0), tl.program_id(1)
     place = tl.load(rank + seed)
@@ -232,5 +236,9 @@ def containment_kernel(
                 col = first + tl.arange(0, BC)
                 mask = (row < rows)[:, None] & (col < size)[None, :]
                 column = (start + col).to(tl.int64)[None, :]
-                tile = tl.load(x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column * xc, mask=mask)
+                if KEEPS:
+                    slot = tl.load(route + seed * 3 + 1).to(tl.int64)
+                    tile = tl.load(kept + (slot * rows + row)[:, None] * C + col[None, :], mask=mask)
+                else:
+                    tile = tl.load(x + row_offsets(row, inner, xo, xi, FLAT)[:, None] + column * xc, mask=mask)
                 tl.store(y + row_offsets(row, inner, yo, yi, FLAT)[:, None] + column * yc, tile, mask=mask)

@@ -62,6 +62,8 @@ class GraphSite:
         self.health = torch.full((seeds, 4), float("nan"), device=device)
         self.probe = torch.zeros(seeds, device=device, requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._take)
+        for tensor in (self.alpha, self.route, self.contained, self.forwards, self.health, self.power, self.rows, self.probe):
+            _stays_where_it_is(tensor)
 
     def _take(self, probe: Tensor) -> None:
         self.squares, probe.grad = probe.grad, None
@@ -73,12 +75,20 @@ class GraphSite:
         self.kinds, self.parameters, self._stacks = kinds, parameters, stacks
 
 
+def _stays_where_it_is(tensor: Tensor) -> None:
+    """Tell captured graphs (``mode="reduce-overhead"``) that they may read and write this memory itself, and need no copy of it."""
+    from torch._dynamo import mark_static_address  # a compiler is at work, so it is there
+
+    mark_static_address(tensor, guard=False)
+
+
 def _leaf(stack: Tensor) -> Tensor:
     """The same memory as a tensor whose first size is free for the compiler; its gradients go to the stack."""
-    from torch._dynamo import maybe_mark_dynamic  # a compiler is at work, so it is there
+    from torch._dynamo import maybe_mark_dynamic
 
     leaf = stack.detach().requires_grad_()
     maybe_mark_dynamic(leaf, 0)
+    _stays_where_it_is(leaf)
 
     def hand_over(of: Tensor) -> None:
         stack.grad = of.grad if stack.grad is None or of.grad is None else stack.grad + of.grad
@@ -130,12 +140,17 @@ def _uses_triton(x: Tensor, site: GraphSite) -> bool:
 
 
 def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
-    if _uses_triton(x, site):
+    if _uses_triton(x, site) and due:
         from esper.kernels.branches import branches
 
         rows = as_rows(x)
         y, live, power, health = branches(rows, site.alpha, site.route, None, site.kinds, site.parameters, due, site.near_zero)
         y = y.view(x.shape)
+    elif _uses_triton(x, site):
+        from esper.kernels.branches_in_place import BranchesInPlace
+
+        y, live, power = BranchesInPlace.apply(as_rows(x), site.alpha, site.route, site.kinds, *site.parameters)  # type: ignore[no-untyped-call]
+        y, health = y.view(x.shape), power
     else:
         rows = x.reshape(-1, x.shape[-1])
         y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.parameters)

@@ -24,6 +24,9 @@ class TrainerConfig:
     accumulate: int = setting(1, low=1, high=10**6, help="micro-batches to one optimizer step")
     clip: float = setting(1.0, low=0.0, help="largest gradient norm of the host, and of each branch; 0 is off")
     compile: bool = setting(False, help="run the model under torch.compile")
+    compile_mode: str = setting(
+        "default", choices=("default", "reduce-overhead"), help="torch.compile's mode; reduce-overhead replays captured graphs on a GPU"
+    )
     freeze_host: bool = setting(False, help="only what grows learns; the host's weights and norm statistics stay as they are")
     save: bool = setting(True, help="leave the exported model in the run's folder, for esper export and model.weights")
     ema: float = setting(0.0, low=0.0, high=0.999999, help="decay of an average of the weights: it is measured and kept; 0 is off")

@@ -90,7 +90,7 @@ class Trainer:
         self.validation = held_out(task, "validation", device)
         self.optimizer = _optimizer(optimizer, self.model, task.outputs)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
-        self.compiled: Callable[[Any], Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.compiled: Callable[[Any], Tensor] = torch.compile(self.model, mode=config.compile_mode) if config.compile else self.model
         self.average = _average(config.ema, self.model)
         self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()

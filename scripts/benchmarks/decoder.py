@@ -1,8 +1,9 @@
 """`scripts/bench step --device cuda --host decoder`: the whole training step of a compiled decoder with seeds at its MLPs.
 
-12 blocks of width 768, sequences of 1,024 tokens, 16 at once, 50,304 words, bfloat16 by autocast, fused AdamW, `torch.compile`. Seeds sit
-at the twelve hidden sites of width 3,072. Every row is timed beside the same decoder without seeds, block by block in turns, as
-`scripts/bench step` does. Memory is the peak of a step of either; a wait is whatever `torch.cuda.set_sync_debug_mode` calls one.
+12 blocks of width 768, sequences of 1,024 tokens, 16 at once, 50,304 words, bfloat16 by autocast, fused AdamW, `torch.compile` in its
+default mode or as captured graphs (`--modes reduce-overhead`). Seeds sit at the twelve hidden sites of width 3,072. Every row is timed
+beside the same decoder without seeds, block by block in turns, as `scripts/bench step` does. Memory is the peak of a step of either, and
+is not known of captured graphs, which keep theirs apart; a wait is whatever `torch.cuda.set_sync_debug_mode` calls one.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class DecoderRow:
     """One line of the table; times in ms a step, ratios to the bare decoder of the same pairs, memory in MiB."""
 
     case: str
+    mode: str
     p20_ms: float
     p50_ms: float
     p80_ms: float
@@ -133,14 +135,15 @@ def decoder_loss(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]
 class DecoderLoop:
     """A training loop on one fixed batch; with a ``case``, the same loop with seeds attached."""
 
-    def __init__(self, case: Case | None) -> None:
+    def __init__(self, case: Case | None, mode: str = "default") -> None:
+        self.mode = mode
         torch.manual_seed(0)
         self.model = Decoder().to("cuda")
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=True)
         draws = torch.Generator(device="cuda").manual_seed(1)
         tokens = torch.randint(0, WORDS, (BATCH, LENGTH + 1), generator=draws, device="cuda")
         self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.run: Any = torch.compile(self.model)
+        self.run: Any = torch.compile(self.model, mode=mode)
         self.port = Script([])
         self.grow = None if case is None else self._attach(case)
 
@@ -205,7 +208,9 @@ class DecoderLoop:
         return sum("synchronizing" in str(warning.message) for warning in said) / steps
 
     def peak(self, steps: int = 16) -> float:
-        """Bytes at the peak of a step, less what other loops hold."""
+        """Bytes at the peak of a step, less what other loops hold; NaN of captured graphs."""
+        if self.mode != "default":
+            return float("nan")
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated() - self._own()
         torch.cuda.reset_peak_memory_stats()
@@ -246,21 +251,21 @@ def measured(case: Case, bare: DecoderLoop, seeded: DecoderLoop, pairs: int) -> 
     p50 = statistics.median(times) / 1e3
     numbers = [*spread(times), bare_ms, *spread(ratios), case.ratio, peak / 2**20, bare_peak / 2**20, peak / bare_peak, case.memory]
     rest = (now[0] - graphs, round(now[1] - seconds, 1), waits, round(BATCH * LENGTH / p50), round(operations() / p50 / PEAK, 3))
-    return DecoderRow(case.name, *(round(value, 4) for value in numbers), *rest, pairs, *about(torch.device("cuda")))
+    return DecoderRow(case.name, seeded.mode, *(round(value, 4) for value in numbers), *rest, pairs, *about(torch.device("cuda")))
 
 
 def decoder_line(row: DecoderRow) -> str:
     """One printed line."""
     met = "" if row.limit != row.limit else f" limit {row.limit:.3f} {'met' if row.ratio <= row.limit else 'MISSED'}"
     return (
-        f"{row.case:48}{row.p50_ms:8.2f} ms × {row.ratio:.3f} bare ({row.ratio_p20:.3f} to {row.ratio_p80:.3f}){met}; memory × "
-        f"{row.memory_ratio:.3f}; {row.graphs} graphs in {row.compile_s:.0f} s; {row.waits:.2f} waits a step; {row.tokens_s:,} tokens/s; "
-        f"{row.bf16_share:.0%} of the bf16 peak"
+        f"{row.case:48}{row.mode:16}{row.p50_ms:8.2f} ms × {row.ratio:.3f} bare ({row.ratio_p20:.3f} to {row.ratio_p80:.3f}){met}; "
+        f"memory × {row.memory_ratio:.3f}; {row.graphs} graphs in {row.compile_s:.0f} s; {row.waits:.2f} waits a step; "
+        f"{row.tokens_s:,} tokens/s; {row.bf16_share:.0%} of the bf16 peak"
     )
 
 
-def run_decoder(device: torch.device, pairs: int, out: Path, only: list[str]) -> int:
-    """Print the table and write the CSV; 1 when a limit is missed."""
+def run_decoder(device: torch.device, pairs: int, out: Path, only: list[str], modes: list[str]) -> int:
+    """Print the table and write the CSV; 1 when a limit is missed. Every mode of ``torch.compile`` has a bare decoder of its own."""
     from torch._dynamo import config as dynamo_config
 
     if device.type != "cuda":
@@ -268,16 +273,17 @@ def run_decoder(device: torch.device, pairs: int, out: Path, only: list[str]) ->
     torch.set_float32_matmul_precision("high")
     dynamo_config.recompile_limit = 64  # graphs belong to code: all the models of this process share those of one
     rows: list[DecoderRow] = []
-    loops: dict[tuple[Any, ...], DecoderLoop] = {}
-    bare = DecoderLoop(None)
-    for case in (case for case in CASES if case.name.startswith(tuple(only))):
-        key = (case.per_site, case.field, case.stage)
-        if key not in loops:
-            loops.clear()
-            gc.collect()
-            loops[key] = DecoderLoop(case)
-        rows.append(measured(case, bare, loops[key], pairs))
-        print(decoder_line(rows[-1]), flush=True)
-        write(rows, out)
+    for mode in modes:
+        loops: dict[tuple[Any, ...], DecoderLoop] = {}
+        bare = DecoderLoop(None, mode)
+        for case in (case for case in CASES if case.name.startswith(tuple(only))):
+            key = (case.per_site, case.field, case.stage)
+            if key not in loops:
+                loops.clear()
+                gc.collect()
+                loops[key] = DecoderLoop(case, mode)
+            rows.append(measured(case, bare, loops[key], pairs))
+            print(decoder_line(rows[-1]), flush=True)
+            write(rows, out)
     print(f"{rows[-1].device}, torch {rows[-1].torch}; written to {out}")
     return int(any(row.ratio > row.limit or row.memory_ratio > row.memory_limit for row in rows))

@@ -282,6 +282,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--hosts", default=",".join(HOSTS), help="of " + ", ".join(HOSTS) + "; or decoder (a GPU's)")
     parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name begins with one of these")
+    parser.add_argument("--modes", nargs="+", default=["default"], help="of the compiled decoder: modes of torch.compile")
     parser.add_argument("--pairs", type=int, default=15, help="pairs of blocks for each arm")
     parser.add_argument("--steps", type=int, default=TelemetryConfig.every, help="steps of a block")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
@@ -292,7 +293,7 @@ def main(argv: list[str]) -> int:
     if options.hosts == "decoder":
         from scripts.benchmarks.decoder import run_decoder
 
-        return run_decoder(chosen(options.device), options.pairs, options.out, options.arms)
+        return run_decoder(chosen(options.device), options.pairs, options.out, options.arms, options.modes)
     baseline = read(options.baseline) if options.check else []
     unknown = [name for name in options.hosts.split(",") if name not in HOSTS]
     if unknown:
