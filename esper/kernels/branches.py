@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from esper.kernels import chunk_backward, chunk_forward, launch_rules
+from esper.kernels import chunk_backward, chunk_forward, launch_rules, packed_chunks
 from esper.kernels.branch_kinds import KINDS, BankTensors, BranchKind, bank_tensors, split_banks
 from esper.kernels.chunk_layout import chunk_width
 from esper.kernels.telemetry import (
@@ -56,8 +56,18 @@ def bank_forward(
     x: Tensor, y: Tensor, kept: Tensor | None, partial: PartialSums, active: ActiveList, number: int, name: str, tensors: list[Tensor],
     near_zero: float,
 ) -> tuple[Tensor, launch_rules.Launch]:  # fmt: skip
-    """The chunks of one bank's branches, with the programs' sums ``[programs, 3]``; into ``kept`` what they were, if ``y`` is ``x``."""
+    """The chunks of one bank's branches, with the programs' sums ``[…, 3]``; into ``kept`` what they were, if ``y`` is ``x``."""
     seeds, rows, kind, bank = active.alpha.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
+    launch = None if partial.telemetry else packed_launch(x, seeds, kind, bank, back=False)
+    if launch is not None:
+        sums = active.alpha.new_empty(launch.programs * launch.packed, 3)
+        packed_chunks.packed_forward_kernel[(launch.programs,)](
+            x, y, y if kept is None else kept, active.alpha, active.route, active.seeds[number], bank.w1, bank.b1, bank.w2, bank.b2, sums,
+            seeds, x.shape[2], rows, x.shape[1], *x.stride(), *y.stride(), **packed_constants(kind, bank, x, seeds, launch),
+            XR=row_distance(x), YR=row_distance(y), HALF=x.dtype == torch.float16, KEEPS=kept is not None,
+            STAGES=launch.stages, PRECISION=PRECISION, num_warps=launch.warps,
+        )  # fmt: skip
+        return sums, launch
     launch = forward_launch(x, seeds, kind, bank, partial.telemetry)
     sums = active.alpha.new_empty(launch.programs, 3)
     chunk_forward.chunk_forward_kernel[(launch.programs,)](
@@ -86,7 +96,7 @@ def contain(
         seeds, width, rows, launch.programs, launch.rows, number, inner, *x.stride(), *y.stride(), blocks, parts,
         BM=32, BC=place, **chunk_constants(width, seeds), FLAT=outer == 1, TELEMETRY=partial.telemetry,
         KEEPS=kept is not None, WHOLE=partial.whole, FINISH=last,
-        PB=health_group(seeds)[1], num_warps=4,
+        PB=health_group(seeds)[1], PACKED=launch.packed, num_warps=4,
     )  # fmt: skip
 
 
@@ -139,6 +149,9 @@ def bank_backward(
     ``kept`` holds the bank's chunks of the site's input if ``x`` does not hold them any more.
     """
     seeds, rows, kind, bank = live.shape[0], x.shape[0] * x.shape[1], KINDS[name], bank_tensors(name, tensors)
+    launch = None if objective is not None else packed_launch(x, seeds, kind, bank, back=True)
+    if launch is not None:
+        return packed_backward(x, dy, dx, live, route, active_seeds, name, tensors, kept, launch), launch
     launch = backward_launch(x, seeds, kind, bank, objective is not None)
     partial = [tensor.new_empty(launch.programs, *tensor.shape[1:]) for tensor in tensors]
     residual = live.new_empty(launch.programs)
@@ -167,6 +180,24 @@ def bank_backward(
     return [*partial, residual], launch
 
 
+def packed_backward(
+    x: Tensor, dy: Tensor, dx: Tensor, live: Tensor, route: Tensor, active_seeds: Tensor, name: str, tensors: list[Tensor],
+    kept: Tensor | None, launch: launch_rules.Launch,
+) -> list[Tensor]:  # fmt: skip
+    """``bank_backward`` of narrow chunks, without objectives; its sums come a seed and part."""
+    seeds, kind, bank = live.shape[0], KINDS[name], bank_tensors(name, tensors)
+    partial = [tensor.new_empty(launch.programs * launch.packed, *tensor.shape[1:]) for tensor in tensors]
+    into = bank_tensors(name, partial)
+    packed_chunks.packed_backward_kernel[(launch.programs,)](
+        x if kept is None else kept, dy, dx, live, route, active_seeds, bank.w1, bank.b1, bank.w2, bank.b2,
+        into.w1, into.b1, into.w2, into.b2,
+        seeds, x.shape[2], x.shape[0] * x.shape[1], x.shape[1], *x.stride(), *dy.stride(), *dx.stride(),
+        **packed_constants(kind, bank, x, seeds, launch), KEPT=kept is not None,
+        XR=row_distance(x), GR=row_distance(dy), DR=row_distance(dx), STAGES=launch.stages, PRECISION=PRECISION, num_warps=launch.warps,
+    )  # fmt: skip
+    return [*partial, live]  # no residuals
+
+
 def sum_gradients(
     sums: list[Tensor], targets: list[Tensor], active: ActiveList, x: Tensor, number: int, launch: launch_rules.Launch
 ) -> list[Tensor]:
@@ -178,7 +209,7 @@ def sum_gradients(
     chunk_backward.sum_gradients_kernel[(targets[0].shape[0], sum(-(-size // block) for size in sizes))](
         *pairs, active.route, active.seeds[number], active.rank, seeds, x.shape[0] * x.shape[1], launch.programs, number,
         **{f"N{place}": size for place, size in enumerate(sizes + [0] * (6 - len(sizes)))},
-        BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), num_warps=4,
+        BM=launch.rows, BN=block, SB=min(1024, launch_rules.power_of_two(seeds)), PACKED=launch.packed, num_warps=4,
     )  # fmt: skip
     return targets
 
@@ -218,6 +249,23 @@ def kernel_constants(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int,
         "H": bank.hidden, "CP": padded, "HB": launch.hidden, "BM": launch.rows,
         "AFFINE": kind.affine, "BIAS": kind.bias, "GATED": kind.gated, "ACT": kind.activation,
     }  # fmt: skip
+
+
+def packed_constants(kind: BranchKind, bank: BankTensors, x: Tensor, seeds: int, launch: launch_rules.Launch) -> dict[str, object]:
+    """The constants of the kernels for narrow chunks."""
+    outer, inner, width = x.shape
+    return {
+        "C": chunk_width(width, seeds), "EVEN": width % seeds == 0, "WHOLE": outer * inner % launch.rows == 0, "FLAT": outer == 1,
+        "H": bank.hidden, "HB": launch.hidden, "G": launch.packed, "W": launch_rules.TILE // launch.packed, "BM": launch.rows,
+        "BIAS": kind.bias, "ACT": kind.activation,
+    }  # fmt: skip
+
+
+def packed_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, back: bool) -> launch_rules.Launch | None:
+    """Launch settings of a kernel for narrow chunks; None where chunks are not narrow, or the branches are affine or gated."""
+    if kind.affine or kind.gated:
+        return None
+    return launch_rules.packed(chunk_width(x.shape[2], seeds), bank.hidden, x.element_size(), seeds, launch_rules.limits(x.device), back)
 
 
 def forward_launch(x: Tensor, seeds: int, kind: BranchKind, bank: BankTensors, measure: bool) -> launch_rules.Launch:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from esper.kernels.activations import activate, activate_gradient
 from esper.kernels.chunk_forward import all_blocks_delta, block_delta, hidden_units, load_block
-from esper.kernels.triton_helpers import assignment, chunk_size, chunk_start, tile_pointers
+from esper.kernels.triton_helpers import assignment, chunk_size, chunk_start, seed_parts, tile_pointers
 
 
 @triton.jit
@@ -237,17 +237,10 @@ def add_slot(partial, target, into, block, N: tl.constexpr, place, count, parts,
 
 
 @triton.jit
-def seed_parts(active_seeds, rows, programs, BM: tl.constexpr):
-    """Active seeds of a bank (at least 1), and programs of each; see ``assignment``."""
-    count = tl.maximum(tl.load(active_seeds), 1)
-    return count, tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, BM)), 1), 128)
-
-
-@triton.jit
 def sum_gradients_kernel(
     p0, t0, p1, t1, p2, t2, p3, t3, p4, t4, p5, t5, route, active_seeds, rank, seeds, rows, programs, bank,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, N5: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SB: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of all tensors of a bank, ``t[slot]`` from ``p[program]`` with N elements each (0: no such tensor).
 
@@ -262,7 +255,7 @@ def sum_gradients_kernel(
         here = here & ((tl.load(route + seed * 3 + 2, mask=known, other=0) & 2) == 0)
         place = tl.load(rank + seed, mask=known, other=-1)
         holder = tl.maximum(holder, tl.max(tl.where(here, place, -1)))
-    count, most = seed_parts(active_seeds, rows, programs, BM)
+    count, most = seed_parts(active_seeds, rows, programs, BM, PACKED)
     parts, into = tl.where(holder < 0, 0, most), slot.to(tl.int64)
     # Where each tensor's blocks begin, without values from calls: a tracer takes what feeds an address for written.
     B1: tl.constexpr = (N0 + BN - 1) // BN
@@ -285,5 +278,5 @@ def sum_residuals_kernel(partial, residual, route, active_seeds, rank, rows, pro
     place = tl.load(rank + seed)
     if (place < 0) | (tl.load(route + seed * 3) != bank):
         return
-    count, parts = seed_parts(active_seeds, rows, programs, BM)
+    count, parts = seed_parts(active_seeds, rows, programs, BM, 1)
     add_parts(partial, residual, seed, tl.arange(0, 1), 1, place, count, parts, 1)

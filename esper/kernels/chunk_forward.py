@@ -13,6 +13,7 @@ from esper.kernels.triton_helpers import (
     chunk_start,
     few_active,
     row_offsets,
+    seed_parts,
     tile_pointers,
     weight_tile,
     weight_tile_rows,
@@ -186,7 +187,7 @@ def containment_kernel(
     x, y, kept, alpha, route, active_seeds, rank, partial, live, power, pivots, moments, totals, stats, health,
     seeds, width, rows, programs, tile_rows, bank, inner, xo, xi, xc, yo, yi, yc, blocks, parts,
     BM: tl.constexpr, BC: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr,
-    TELEMETRY: tl.constexpr, KEEPS: tl.constexpr, WHOLE: tl.constexpr, FINISH: tl.constexpr, PB: tl.constexpr,
+    TELEMETRY: tl.constexpr, KEEPS: tl.constexpr, WHOLE: tl.constexpr, FINISH: tl.constexpr, PB: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Containment: a branch whose Σδ² or α is not finite gets its chunk back unchanged and ``live`` = 0, else ``live`` = α.
 
@@ -205,8 +206,7 @@ def containment_kernel(
     if FINISH == 0:
         if active == 0:
             return
-    count = tl.maximum(tl.load(active_seeds), 1)
-    most = tl.minimum(tl.maximum(tl.minimum(programs // count, tl.cdiv(rows, tile_rows)), 1), 128)
+    count, most = seed_parts(active_seeds, rows, programs, tile_rows, PACKED)
     part = tl.arange(0, 128)
     known = active & (part < most)
     entry = partial + (part * count + place) * 3

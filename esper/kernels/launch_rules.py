@@ -27,13 +27,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Launch:
-    """Rows a block, hidden units a block, warps, pipeline stages, programs in all."""
+    """Rows a block, hidden units a block, warps, pipeline stages, programs in all, and seeds that one program takes at once."""
 
     rows: int
     hidden: int
     warps: int
     stages: int
     programs: int
+    packed: int = 1
 
 
 # The interpreter runs programs one after another: one multiprocessor keeps them few, three parts keep the reductions honest.
@@ -107,6 +108,24 @@ def forward(chunk: int, hidden: int, gated: bool, affine: bool, itemsize: int, s
     used = forward_shared(block, chunk, tile, gated, itemsize, stages) - padding(chunk, tile, gated)
     registers = min(255, block * (tile + 2 * chunk) // (32 * warps) + 64)
     return Launch(block, tile, warps, stages, programs(seeds, resident(registers, warps, used, limit), limit))
+
+
+TILE = 16
+"""Features of the narrowest tile of a product."""
+
+
+@lru_cache(maxsize=1024)
+def packed(chunk: int, hidden: int, itemsize: int, seeds: int, limit: Limits, back: bool) -> Launch | None:
+    """Settings of the kernels for narrow chunks, several of which share a tile; None where chunks or hidden layers are too wide for that.
+
+    The hidden units of all of them, 64 at most, lie in the registers of one warp, beside the accumulators of the gradients.
+    """
+    together, units = TILE // power_of_two(chunk), power_of_two(hidden, 16)
+    if itemsize > 2 or chunk > WINDOWED or together * units > 64:
+        return None
+    warps, registers = (2, 255) if back else (1, 168)
+    most = programs(-(-seeds // together), resident(registers, warps, 1, limit), limit)
+    return Launch(32 if back else 16, units, warps, 2, most, together)
 
 
 def in_registers(chunk: int, hidden: int, gated: bool) -> int:

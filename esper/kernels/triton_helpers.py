@@ -65,6 +65,13 @@ def assignment(active_seeds, pid, programs, blocks):
 
 
 @triton.jit
+def seed_parts(active_seeds, rows, programs, BM: tl.constexpr, PACKED: tl.constexpr):
+    """Active seeds of a bank (at least 1), and programs of each, PACKED seeds to a program: see ``assignment``."""
+    count = tl.maximum(tl.load(active_seeds), 1)
+    return count, tl.minimum(tl.maximum(tl.minimum(programs // tl.cdiv(count, PACKED), tl.cdiv(rows, BM)), 1), 128)
+
+
+@triton.jit
 def few_active(rank, seeds, WHOLE: tl.constexpr):
     """Whether the kernel over whole rows measures all seeds, active ones included, because at most a quarter of them is active.
 
