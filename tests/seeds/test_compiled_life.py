@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper import attach
 from esper.blueprints import MLP, Affine
+from esper.engine.extra_passes import DropoutReplay
 from esper.engine.grow import Grow
 from esper.engine.port import NullPort
 from esper.lifecycle import Stage
@@ -202,3 +203,29 @@ def test_in_a_step_without_a_decision_the_host_never_waits(every: int) -> None:
     with without_waiting():
         run.steps(4)
     assert len(run.port.rows) == (2 * 15 if every == 1 else 0), "a step late"
+
+
+CAPTURED = "reduce-overhead" if torch.cuda.is_available() else None
+"""torch.compile's mode that replays captured graphs. A CPU has none, and goes through the same life uncaptured."""
+
+
+class CapturedRun(Run):
+    """The same loop in captured graphs, as a user asks for them."""
+
+    def __init__(self, script: dict[int, list[Any]], **given: Any) -> None:
+        super().__init__(script, compiled=False, **given)
+        self.call = torch.compile(self.model, mode=CAPTURED, backend="inductor" if CAPTURED else BACKEND)
+
+
+def test_captured_graphs_go_through_a_whole_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the seeds do is felt in every replay, and what the host does beside a graph is done at every step."""
+    torch.compiler.reset()
+    remembered = []
+    monkeypatch.setattr(DropoutReplay, "remember", lambda self: remembered.append(self))
+    run, plain = CapturedRun(LIFE), Run(LIFE, compiled=False)
+    for step in range(90):
+        before = len(remembered)
+        asleep, losses = run.grow.replay.asleep, (run.step(), plain.step())
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4, msg=f"step {step}")
+        assert remembered[before:].count(run.grow.replay) >= (0 if asleep else 1), f"step {step}"
+    assert [b.path for b in run.grow.registry.branches.entries] == [b.path for b in plain.grow.registry.branches.entries]
