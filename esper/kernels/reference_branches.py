@@ -84,19 +84,25 @@ def _derivative(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return h, torch.ones_like(h)
 
 
-def _tensors(bank: BankTensors, active: ActiveBranches, dtype: torch.dtype) -> BankTensors:
+def chosen_tensors(bank: BankTensors, active: ActiveBranches, dtype: torch.dtype) -> BankTensors:
+    """The slots of these branches."""
     names = ("w1", "b1", "w2", "b2", "wg", "bg")
     return BankTensors(**{name: getattr(bank, name).index_select(0, active.slots).to(dtype) for name in names})
 
 
-def _hidden(c: Tensor, p: BankTensors, kind: BranchKind) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden units, their derivatives by both pre-activations, and the value side's pre-activations."""
-    h = c @ p.w1 + p.b1[:, None] if kind.bias else c @ p.w1
+def hidden_units(value: Tensor, switch: Tensor, kind: BranchKind) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden units, and their derivatives by both pre-activations; ``switch`` is used by gated kinds alone."""
     if kind.gated:
-        gate = torch.sigmoid(c @ p.wg + p.bg[:, None])
-        return gate * h, gate, h * gate * (1 - gate), h
-    a, slope = _derivative(h, kind.activation)
-    return a, slope, slope, h
+        gate = torch.sigmoid(switch)
+        return gate * value, gate, value * gate * (1 - gate)
+    a, slope = _derivative(value, kind.activation)
+    return a, slope, slope
+
+
+def _hidden(c: Tensor, p: BankTensors, kind: BranchKind) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of chunks ``c [k, rows, C]``."""
+    h = c @ p.w1 + p.b1[:, None] if kind.bias else c @ p.w1
+    return hidden_units(h, c @ p.wg + p.bg[:, None] if kind.gated else h, kind)
 
 
 def delta(c: Tensor, p: BankTensors, kind: BranchKind, subtract: Tensor) -> Tensor:
@@ -109,7 +115,8 @@ def delta(c: Tensor, p: BankTensors, kind: BranchKind, subtract: Tensor) -> Tens
     return out - subtract[:, None, None] * c
 
 
-def _subtract(route: Tensor, active: ActiveBranches, dtype: torch.dtype) -> Tensor:
+def subtracted(route: Tensor, active: ActiveBranches, dtype: torch.dtype) -> Tensor:
+    """``[k]``: 1 for a branch with δ = net(x) − x, else 0."""
     return (route[active.seeds, 2] & 1).to(dtype)
 
 
@@ -128,7 +135,7 @@ def forward(x: Tensor, alpha: Tensor, route: Tensor, kinds: str, parameters: lis
         bank = bank_tensors(name, tensors)
         active = ActiveBranches.of((route[:, 0] == number) & (alpha != 0), route, bank.capacity)
         chunks = site.gather(x, active)
-        out = delta(chunks, _tensors(bank, active, x.dtype), KINDS[name], _subtract(route, active, x.dtype))
+        out = delta(chunks, chosen_tensors(bank, active, x.dtype), KINDS[name], subtracted(route, active, x.dtype))
         out = out.masked_fill(~site.mask[active.seeds][:, None], 0)
         strength = alpha[active.seeds].to(x.dtype)
         squares = out.square() if x.dtype == torch.float64 else out.float().square()
@@ -158,8 +165,8 @@ def backward(
     for number, (name, tensors) in enumerate(split_banks(kinds, parameters)):
         bank, kind = bank_tensors(name, tensors), KINDS[name]
         active = ActiveBranches.of((route[:, 0] == number) & ((live != 0) | has_objective), route, bank.capacity)
-        c, arriving, p = site.gather(x, active), site.gather(dy, active), _tensors(bank, active, x.dtype)
-        subtract, isolated = _subtract(route, active, x.dtype)[:, None, None], has_objective[active.seeds][:, None, None]
+        c, arriving, p = site.gather(x, active), site.gather(dy, active), chosen_tensors(bank, active, x.dtype)
+        subtract, isolated = subtracted(route, active, x.dtype)[:, None, None], has_objective[active.seeds][:, None, None]
         g = live[active.seeds].to(x.dtype)[:, None, None] * arriving
         if objective is not None:
             scale, weight = objective[active.seeds].to(x.dtype)[:, :, None, None].unbind(1)
@@ -184,7 +191,7 @@ def _gradients(c: Tensor, g: Tensor, p: BankTensors, kind: BranchKind) -> tuple[
     """Gradients of a bank's stacks in their order, and of the chunk, given ``g``, the gradient of δ."""
     if kind.affine:
         return [(g * c).sum(1), g.sum(1)], g * p.w1[:, None]
-    hidden, slope, gate_slope, _ = _hidden(c, p, kind)
+    hidden, slope, gate_slope = _hidden(c, p, kind)
     back = g @ p.w2.mT
     d_value = back * slope
     d_chunk = d_value @ p.w1.mT

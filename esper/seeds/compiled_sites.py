@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.blueprints import Block, SlotBank
+from esper.blueprints import Block, Blueprint, Heads, SlotBank, Width
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
 from esper.seeds.device_copy import to_device
-from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, kind_of
+from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, layer_or_chunk_kind
 from esper.seeds.graph_ops import GraphSite
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class CompiledSites:
                 first, seeds = registry.first_row[number], layer.geometry.seeds
                 route = torch.full((seeds, 3), -1, dtype=torch.int32, device=device)
                 alpha = self._alphas[first : first + seeds]
-                site = GraphSite(layer.geometry, self.near_zero, alpha, route, self._by_kernel(number))
+                site = GraphSite(layer.geometry, self.near_zero, alpha, route, route.clone(), self._by_kernel(number))
                 self.sites.append(site)
                 graph.SITES[layer.graph_number] = site
         self.refresh(range(len(self.sites)))
@@ -133,21 +133,28 @@ class CompiledSites:
 
     def _capable(self, blueprint: str) -> bool:
         config = self.registry.blueprints[blueprint]
-        return not isinstance(config, Block) and kind_of(config) is not None
+        if isinstance(config, (Block, Width, Heads)) or (kind := layer_or_chunk_kind(config)) is None:
+            return False
+        return not (KINDS[kind].affine and self._reads_layer(blueprint))
+
+    def _reads_layer(self, blueprint: str) -> bool:
+        config = self.registry.blueprints[blueprint]
+        return isinstance(config, Blueprint) and config.receptive_field == "layer"
 
     def _set_parameters(self, number: int) -> None:
-        stacks: list[Tensor] = []
-        kinds: list[str] = []
+        handed: list[tuple[list[str], list[Tensor]]] = [([], []), ([], [])]  # of branches that read their chunk, and the whole layer
         fits = True
         for blueprint in self._names(number):
             bank = self.registry.bank(number, blueprint)
             assert isinstance(bank, SlotBank)
             bank.reserve(2)  # sizes 0 and 1 are compiled in
-            kinds.append(str(kind_of(bank.blueprint)))
+            kinds, stacks = handed[self._reads_layer(blueprint)]
+            kinds.append(str(layer_or_chunk_kind(bank.blueprint)))
             stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].stack_names]
-            fits = fits and bank_fits(bank, self.registry.layers[number].geometry)
+            fits = fits and (self._reads_layer(blueprint) or bank_fits(bank, self.registry.layers[number].geometry))
         self.sites[number].triton = fits and self._by_kernel(number)
-        self.sites[number].set_parameters(",".join(kinds), stacks)
+        (kinds, stacks), (layer_kinds, layer_stacks) = handed
+        self.sites[number].set_parameters(",".join(kinds), stacks, ",".join(layer_kinds), layer_stacks)
 
     def _names(self, number: int) -> list[str]:
         """Blueprints that grew anywhere and that the graph can hold here."""
@@ -158,15 +165,16 @@ class CompiledSites:
     def _route(self, number: int) -> None:
         registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
         names, inside = self._names(number), [] if self.leaves_graph else registry.blended(number)
-        route = torch.full((seeds, 3), -1, dtype=torch.int32)
-        entries = []
         self._members[number] = {branch.seed: branch.id for branch in inside}
-        for branch in inside:
-            bits = (SUBTRACT if branch.residual else 0) | (0 if registry.learns(branch) else FROZEN)
-            entries.append([names.index(branch.blueprint), branch.slot, bits])
-        if entries:
-            route[[branch.seed for branch in inside]] = torch.tensor(entries, dtype=torch.int32)
-        self.sites[number].route.copy_(to_device(route, registry.device), non_blocking=True)
+        for reads_layer, target in enumerate((self.sites[number].route, self.sites[number].layer_route)):
+            banks = [name for name in names if self._reads_layer(name) == bool(reads_layer)]
+            route, entries, mine = torch.full((seeds, 3), -1, dtype=torch.int32), [], [b for b in inside if b.blueprint in banks]
+            for branch in mine:
+                bits = (SUBTRACT if branch.residual else 0) | (0 if registry.learns(branch) else FROZEN)
+                entries.append([banks.index(branch.blueprint), branch.slot, bits])
+            if entries:
+                route[[branch.seed for branch in mine]] = torch.tensor(entries, dtype=torch.int32)
+            target.copy_(to_device(route, registry.device), non_blocking=True)
 
 
 def _gone() -> None:

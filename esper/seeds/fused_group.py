@@ -136,7 +136,12 @@ def _fused_group(groups: list[Group], site: str, geometry: Geometry, seed_of: di
 
 def kind_of(blueprint: Blueprint) -> str | None:
     """The kernels' name for the branches of this blueprint, or None where they do not support it."""
-    if blueprint.receptive_field != "chunk" or blueprint.spatial:
+    return None if blueprint.receptive_field != "chunk" else layer_or_chunk_kind(blueprint)
+
+
+def layer_or_chunk_kind(blueprint: Blueprint) -> str | None:
+    """The same, whatever the branches read."""
+    if blueprint.spatial:
         return None
     name = f"mlp_{blueprint.activation}" if isinstance(blueprint, MLP) else blueprint.name
     return name if name in KINDS and set(KINDS[name].stack_names) == set(blueprint.shapes(1, 1, Geometry(1, 1))) else None

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
+from esper.kernels.branch_kinds import split_banks
 from esper.kernels.chunk_layout import as_rows, gather_chunks
 from esper.kernels.torch_ops import branches as reference_branches
 from esper.kernels.torch_ops import reference_telemetry
+from esper.seeds.layer_branches import LayerBranches
 
 SITES: dict[int, GraphSite] = {}
 """By the number of the seed layer; an entry goes with its layer."""
@@ -33,7 +35,8 @@ _numbers = count()
 class GraphSite:
     """One site's tensors, ``[S]`` float32 unless said otherwise.
 
-    In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``parameters``, the stacks of the banks that ``kinds`` names.
+    In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``parameters``, the stacks of the banks that ``kinds`` names;
+    ``layer_route``, ``layer_kinds`` and ``layer_parameters``, the same of branches that read the whole layer.
     Out: ``contained``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
     ``power``, Σ(αδ)² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
     gradient at every chunk.
@@ -43,9 +46,12 @@ class GraphSite:
     near_zero: float
     alpha: Tensor
     route: Tensor
+    layer_route: Tensor
     triton: bool
     kinds: str = ""
     parameters: list[Tensor] = field(default_factory=list)
+    layer_kinds: str = ""
+    layer_parameters: list[Tensor] = field(default_factory=list)
     contained: Tensor = field(init=False)
     forwards: Tensor = field(init=False)
     health: Tensor = field(init=False)
@@ -53,7 +59,7 @@ class GraphSite:
     rows: Tensor = field(init=False)
     probe: Tensor = field(init=False)
     squares: Tensor | None = None
-    _stacks: list[Tensor] = field(default_factory=list)
+    _leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         seeds, device = self.geometry.seeds, self.alpha.device
@@ -62,17 +68,19 @@ class GraphSite:
         self.health = torch.full((seeds, 4), float("nan"), device=device)
         self.probe = torch.zeros(seeds, device=device, requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._take)
-        for tensor in (self.alpha, self.route, self.contained, self.forwards, self.health, self.power, self.rows, self.probe):
+        for tensor in [value for value in vars(self).values() if isinstance(value, Tensor)]:
             _stays_where_it_is(tensor)
 
     def _take(self, probe: Tensor) -> None:
         self.squares, probe.grad = probe.grad, None
 
-    def set_parameters(self, kinds: str, stacks: list[Tensor]) -> None:
+    def set_parameters(self, kinds: str, stacks: list[Tensor], layer_kinds: str, layer_stacks: list[Tensor]) -> None:
         """Hand these stacks to the graph, whose slots may double without compiling anything."""
-        known = {id(stack): leaf for stack, leaf in zip(self._stacks, self.parameters, strict=True) if stack.data_ptr() == leaf.data_ptr()}
-        parameters = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in stacks]
-        self.kinds, self.parameters, self._stacks = kinds, parameters, stacks
+        known = {id(stack): leaf for stack, leaf in self._leaves if stack.data_ptr() == leaf.data_ptr()}
+        leaves = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in (*stacks, *layer_stacks)]
+        self._leaves = list(zip((*stacks, *layer_stacks), leaves, strict=True))
+        self.kinds, self.parameters = kinds, leaves[: len(stacks)]
+        self.layer_kinds, self.layer_parameters = layer_kinds, leaves[len(stacks) :]
 
 
 def _stays_where_it_is(tensor: Tensor) -> None:
@@ -126,7 +134,7 @@ def forward_in_graph(x: Tensor, number: int, awake: bool, due: bool, forces_grad
     dim = site.geometry.dim
     last = x if dim == -1 else x.movedim(dim, -1)
     y = last
-    if awake and site.kinds:
+    if awake and (site.kinds or site.layer_kinds):
         y = _blended(last, site, due)
     elif due:
         site.health.copy_(_health(last, site))
@@ -140,30 +148,37 @@ def _uses_triton(x: Tensor, site: GraphSite) -> bool:
 
 
 def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
-    if _uses_triton(x, site) and due:
-        from esper.kernels.branches import branches
-
-        rows = as_rows(x)
-        y, live, power, health = branches(rows, site.alpha, site.route, None, site.kinds, site.parameters, due, site.near_zero)
-        y = y.view(x.shape)
-    elif _uses_triton(x, site):
-        from esper.kernels.branches_in_place import BranchesInPlace
-
-        y, live, power = BranchesInPlace.apply(as_rows(x), site.alpha, site.route, site.kinds, *site.parameters)  # type: ignore[no-untyped-call]
-        y, health = y.view(x.shape), power
-    else:
-        rows = x.reshape(-1, x.shape[-1])
-        y, live, power = reference_branches(rows, site.alpha, site.route, site.kinds, site.parameters)
-        y, health = y.view(x.shape), reference_telemetry(x.detach(), site.geometry.seeds, site.near_zero) if due else power
+    y, live, power, health = _with_chunk_branches(x, site, due) if site.kinds else (x, None, None, _health(x, site) if due else None)
+    rows = x.reshape(-1, x.shape[-1])
+    for number, (name, stacks) in enumerate(split_banks(site.layer_kinds, site.layer_parameters)):
+        added, mine, squares = LayerBranches.apply(rows, site.alpha, site.layer_route, number, name, *stacks)  # type: ignore[no-untyped-call]
+        y = y + added.view(x.shape)
+        live, power = mine if live is None else live + mine, squares if power is None else power + squares
+    assert live is not None and power is not None
     with torch.no_grad():
         site.contained.add_((site.alpha > 0) & (live.detach() == 0))
         site.forwards.add_(1.0)
-        if due:
+        if health is not None:
             site.health.copy_(health.detach())
             site.power.copy_(power.detach() * site.alpha.square())  # α of this forward: the next one's may be there when it is read
             site.rows.fill_(x.numel() // x.shape[-1])
-    blended: Tensor = y
-    return blended
+    return y
+
+
+def _with_chunk_branches(x: Tensor, site: GraphSite, due: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``x`` with what the branches add that read their chunk, their ``live`` and ``power``, and the health of ``x`` if it is due."""
+    if not _uses_triton(x, site):
+        y, live, power = reference_branches(x.reshape(-1, x.shape[-1]), site.alpha, site.route, site.kinds, site.parameters)
+        return y.view(x.shape), live, power, _health(x, site) if due else None
+    if due:
+        from esper.kernels.branches import branches
+
+        y, *rest = branches(as_rows(x), site.alpha, site.route, None, site.kinds, site.parameters, True, site.near_zero)
+        return y.view(x.shape), *rest
+    from esper.kernels.branches_in_place import BranchesInPlace
+
+    y, live, power = BranchesInPlace.apply(as_rows(x), site.alpha, site.route, site.kinds, *site.parameters)  # type: ignore[no-untyped-call]
+    return y.view(x.shape), live, power, None
 
 
 def _health(x: Tensor, site: GraphSite) -> Tensor:

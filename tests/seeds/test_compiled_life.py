@@ -98,9 +98,11 @@ LIFE: dict[int, list[Any]] = {
 }
 
 
-def test_a_whole_life_is_four_graphs_and_what_the_seeds_do_is_felt() -> None:
+@pytest.mark.parametrize("reads", ["chunk", "layer"])
+def test_a_whole_life_is_four_graphs_and_what_the_seeds_do_is_felt(reads: str) -> None:
     torch.compiler.reset()
-    run, plain = Run(LIFE), Run(LIFE, compiled=False)
+    blueprint = MLP(receptive_field=reads, hidden=4)
+    run, plain = Run(LIFE, blueprint=blueprint), Run(LIFE, compiled=False, blueprint=blueprint)
     for step in range(90):
         losses = run.step(), plain.step()
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4, msg=f"step {step}")
