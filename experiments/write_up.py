@@ -203,7 +203,8 @@ def _table(result: dict[str, Any]) -> str:
     for arm in result["arms"]:
         row = rows.get((arm["arm"], arm["block"]))
         growth = " / ".join(f"{arm['growth'].get(name, 0):.1f}" for name in ("germinations", "fossils", "culls"))
-        cost = f"{arm['costs']['macs']:.3g} | {arm['costs']['seconds']:.3g} | {arm['costs']['parameters']:.0f}"
+        forms = {"macs": ".3g", "seconds": ".3g", "parameters": ".0f"}
+        cost = " | ".join(_cost(arm["costs"].get(name), form) for name, form in forms.items())
         name = " ".join(part for part in (arm["block"], arm["arm"]) if part)
         judged = "– | – | – | reference"
         if row:
@@ -211,8 +212,12 @@ def _table(result: dict[str, Any]) -> str:
             interval = f"{low} … {high} ({confidence(row['level'])})"
             other = f" to {row['reference']}" if row["reference"] != result["plan"]["reference"] else ""
             judged = f"{row['difference']:+.3g}{other} | {interval} | {row['p_holm']:.2g} | {row['verdict']}"
-        lines.append(f"| {name} | {arm['mean']:.4g} | {arm['failed']} of {arm['runs']} | {cost} | {growth} | {judged} |")
+        lines.append(f"| {name} | {_mean(arm['mean'])} | {arm['failed']} of {arm['runs']} | {cost} | {growth} | {judged} |")
     return "\n".join(lines)
+
+
+def _cost(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _machine(summaries: list[dict[str, Any]]) -> str:

@@ -99,6 +99,13 @@ def findings(found: Cells) -> str:
         if len(values := gains(arms, arm, "deep")) and values.mean() >= 0
     ]
     lines.append(f"A grown net has the full quality of the final net at 63 % of its MACs or less in: {'; '.join(reached) or 'none'}.")
+    alone = [
+        f"{called(cell)}, {NAMES[arm]} ({mean(values)})"
+        for cell, arms in found.items()
+        for arm in NAMES
+        if len(values := gains(arms, arm, arm.partition("_")[0])) and values.mean() <= 0
+    ]
+    lines += ["", f"The small host alone, which costs less, is at least as good as the net grown from it in: {'; '.join(alone) or 'none'}."]
     return "\n".join(lines)
 
 
@@ -114,7 +121,7 @@ def draw_map(found: Cells, path: Path) -> None:
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             axes.text(column, row, f"{value:+.3f}" if math.isfinite(value) else "–", ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(NAMES)), NAMES.values())
+    axes.set_xticks(range(len(NAMES)), NAMES.values(), fontsize=8)
     axes.set_yticks(range(len(values)), [called(cell) for cell in found])
     axes.set_title("Gain of growing at equal MACs [nats a byte]; blue: growing is better", fontsize=10)
     figure.colorbar(image, ax=axes)
@@ -128,7 +135,8 @@ def draw_frontier(found: Cells, path: Path) -> None:
     figure = Figure(figsize=(4.0 * len(found), 3.6), layout="constrained")
     for number, (cell, arms) in enumerate(found.items()):
         axes = figure.add_subplot(1, len(found), number + 1)
-        points = {arm: tuple(np.mean([r[key] for r in rows.values()]) for key in ("macs", "test/loss")) for arm, rows in arms.items() if rows}
+        ran = {arm: list(rows.values()) for arm, rows in arms.items() if rows}
+        points = {arm: tuple(np.mean([row[key] for row in rows]) for key in ("macs", "test/loss")) for arm, rows in ran.items()}
         line = sorted(points[arm] for arm in points if arm.startswith("deep"))
         axes.plot(*zip(*line, strict=True), color="0.4", marker="o", label="from scratch") if line else None
         for arm, at in points.items():

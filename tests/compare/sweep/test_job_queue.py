@@ -126,6 +126,34 @@ def test_a_pair_whose_jobs_wait_for_each_other_needs_the_time_of_both() -> None:
     assert named(queue, queue.next()) == "nothing"  # 20 s of grown and as much of final would end at 70 s
 
 
+def test_a_block_is_not_tuned_where_there_is_no_time_for_its_first_pairs() -> None:
+    clock = Clock()
+    queue = queued(sweep_of(("a", "b"), 1, ("x", "y"), minutes=1.0, tune={"optimizer.lr": [0.1, 0.2]}), workers=4, clock=clock)
+    assert taken(queue)[:4] == ["tune a x 1000000"] * 2 + ["tune b x 1000000"] * 2
+    queue = queued(sweep_of(("a", "b"), 1, ("x", "y"), minutes=1.0, tune={"optimizer.lr": [0.1, 0.2]}), workers=4, clock=clock)
+    first = [queue.next() for _ in range(4)]
+    clock.now = 20.0
+    for entry in first:
+        assert entry is not None
+        queue.ended(entry, 20.0)
+    # the pairs of x end at 40 s on two of the four workers; tuning y and its pairs would end beyond 60 s
+    assert taken(queue) == ["a x 0", "b x 0"]
+    assert len(queue.waiting) == 6
+
+
+def test_a_job_of_another_length_is_taken_to_need_as_long_a_step() -> None:
+    clock = Clock()
+    sweep = sweep_of(("a", "b"), 2, minutes=1.0)
+    for number, one in enumerate(sweep.jobs):
+        steps = dataclasses.replace(one.config.trainer, steps=100 if one.job.seed == 0 else 400)
+        sweep.jobs[number] = dataclasses.replace(one, config=dataclasses.replace(one.config, trainer=steps))
+    queue = queued(sweep, workers=2, clock=clock)
+    for entry in (queue.next(), queue.next()):
+        assert entry is not None
+        queue.ended(entry, 16.0)
+    assert queue.next() is None and len(queue.waiting) == 2  # 64 s
+
+
 def test_without_a_limit_nothing_is_left_out() -> None:
     clock = Clock()
     queue = queued(sweep_of(("a", "b"), 2), clock=clock)
