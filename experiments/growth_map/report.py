@@ -163,6 +163,8 @@ def main() -> None:
         shutil.copy(here / "question.md", given.out)
     sweeps = {"muon": given.sweep} | ({"adamw": given.adamw} if given.adamw else {})
     found = cells(sweeps)
+    if not found:
+        raise SystemExit(f"No run of the comparison has finished in {given.sweep}: there is nothing to draw.")
     draw_map(found, given.out / "map.png")
     draw_frontier(found, given.out / "frontier.png")
     (given.out / "findings.md").write_text(findings(found) + "\n")
