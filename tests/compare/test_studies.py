@@ -100,7 +100,7 @@ def test_every_net_of_the_growth_map_ends_with_as_many_blocks_and_grown_ones_cos
     text.mkdir()
     for number in range(40):
         (text / f"{number}.txt").write_text("".join(chr(97 + (number * k * k + k) % 23) for k in range(600)))
-    words = [f"task.path={text}", f"task.cache={tmp_path / 'cache'}", "task.held_out_bytes=1000", "trainer.steps=40", "model.width=8"]
+    words = [f"task.path={text}", f"task.cache={tmp_path / 'cache'}", "task.held_out_bytes=1000", "trainer.steps=40"]
     found = {}
     for arm in experiment("growth_map")["hydra"]["sweeper"]["params"]["arm"].split(","):
         config = compose(["experiment=growth_map_quick", f"arm={arm}", *words, "tracking=none", "trainer.batch_size=2"])
