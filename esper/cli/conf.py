@@ -24,6 +24,7 @@ class LauncherConfig:
     workers: int = setting(0, low=0, help="processes at once; 0: one per GPU, or per core where there is no GPU")
     threads: int = setting(1, low=1, help="CPU threads of numerical libraries in each")
     retry: bool = setting(False, help="run jobs again that failed in an earlier start of the same sweep")
+    minutes: float = setting(0.0, low=0.0, help="begin no pairs that would end later than so long after the sweep's start; 0: no limit")
 
 
 #: The user's own folders of options (``--config-dir``), laid out as ``conf`` is.

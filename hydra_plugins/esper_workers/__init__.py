@@ -27,10 +27,11 @@ class WorkersLauncher(Launcher):
         workers: processes at once; 0 means one per GPU, or per core where there is no GPU.
         threads: CPU threads of numerical libraries in each (torch's own are ``trainer.threads``).
         retry: run jobs again that failed in an earlier start of the same sweep.
+        minutes: begin no pairs that would end later than so long after the sweep's start; 0 means that there is no limit.
     """
 
-    def __init__(self, workers: int = 0, threads: int = 1, retry: bool = False) -> None:
-        self.settings = LauncherConfig(workers, threads, retry)
+    def __init__(self, workers: int = 0, threads: int = 1, retry: bool = False, minutes: float = 0.0) -> None:
+        self.settings = LauncherConfig(workers, threads, retry, minutes)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Prepare to compose the jobs; the task function is not used, because the workers run the jobs themselves."""

@@ -67,11 +67,18 @@ def test_a_study_is_written_up_with_its_cost_in_seconds_and_its_ranking(tmp_path
     for number, (begin, end) in enumerate((("10:00:00,000", "10:20:00,000"), ("10:10:00,500", "10:36:00,000"))):
         job = sweep / f"{number}-0abc"
         job.mkdir()
-        (job / "summary.json").write_text(json.dumps({"seconds": {"total": 900.0}, "environment": known}))
+        ended = {"seconds": {"total": 900.0}, "environment": known, "status": "FINISHED", "macs": 7, "fingerprint": "f"}
+        (job / "summary.json").write_text(json.dumps(ended | {"metrics": {"final": {"test/accuracy": 0.5 + number}}}))
+        (job / "config.yaml").write_text(f"arm: grown\nseed: {number}\noptimizer: {{lr: {0.1 * (number + 1)}}}\nmodel: {{width: 6}}\n")
         (job / "job.log").write_text(f"2026-01-01 {begin} INFO esper: begins\nno date\n2026-01-01 {end} INFO esper: ends\n")
     program = [sys.executable, str(checkout / "experiments" / "write_up.py"), str(sweep), str(study)]
     subprocess.run(program, check=True, env=os.environ | {"PYTHONPATH": str(checkout)})
     text = (study / "README.md").read_text(encoding="utf-8")
+    assert (study / "runs.csv").read_text().splitlines() == [
+        "kind,arm,seed,optimizer.lr,test/accuracy,macs,seconds,status",
+        "compared,grown,0,0.1,0.5,7,900.0,FINISHED",
+        "compared,grown,1,0.2,1.5,7,900.0,FINISHED",
+    ]
     assert "| grown | 0.702 | 0 of 15 | 1e+03 | 21.8 | 30 |" in text
     assert "0.50 hours of training loop in all, 0.60 hours of wall time" in " ".join(text.split())
     ranking = text[text.index("**All against all** (3 pairs of arms, after Holm: 3 decided, 0 equivalent, 0 inconclusive).") :]
@@ -85,3 +92,35 @@ def test_a_study_gives_every_ramp_the_time_that_holding_may_cost_it() -> None:
     config = compose(["experiment=ab_grafting", "grafting=drift"])
     ramp, limit = (float(text.rstrip("%")) for text in (config.grafting.ramp, config.lifecycle.grafting_max))
     assert limit >= ramp * (1.0 + config.grafting.max_hold)
+
+
+@pytest.mark.usefixtures("whole_runs")
+def test_every_net_of_the_growth_map_ends_with_as_many_blocks_and_grown_ones_cost_what_their_names_say(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text("".join(chr(97 + (number * k * k + k) % 23) for k in range(600)))
+    words = [f"task.path={text}", f"task.cache={tmp_path / 'cache'}", "task.held_out_bytes=1000", "trainer.steps=40"]
+    found = {}
+    for arm in experiment("growth_map")["hydra"]["sweeper"]["params"]["arm"].split(","):
+        config = compose(["experiment=growth_map_quick", f"arm={arm}", *words, "tracking=none", "trainer.batch_size=2"])
+        found[arm] = run(config, tmp_path / arm, quiet=True).summary
+    sizes = {arm: summary["parameters"]["after"] for arm, summary in found.items()}
+    assert sizes["quarter"] < sizes["half"] < sizes["deep"]
+    assert {sizes[arm] for arm in sizes if arm not in ("half", "quarter")} == {sizes["deep"]}
+    block = (found["deep"]["macs"] - found["half"]["macs"]) / 2  # those of one block for all steps
+    saved = {arm: (found["deep"]["macs"] - found[arm]["macs"]) / (4 * block) for arm in ("half_50", "half_75", "quarter_50", "quarter_75")}
+    assert saved == pytest.approx({"half_50": 0.25, "half_75": 0.375, "quarter_50": 0.375, "quarter_75": 0.5625}, abs=0.08)
+
+
+@pytest.mark.usefixtures("whole_runs")
+def test_the_arms_of_the_study_of_the_default_run_are_what_they_are_called(tmp_path: Path) -> None:
+    def of(*words: str) -> dict[str, Any]:
+        brief = ["experiment=digits_why_quick", "tracking=none", "trainer.control=false", "seed=3", *words]
+        return dict(run(compose(brief), tmp_path / words[0], quiet=True).summary)
+
+    plain, unfrozen = of("arm=plain", "trainer.steps=2"), of("arm=unfrozen", "trainer.steps=300")
+    assert plain["parameters"]["after"] == pytest.approx(3207, rel=0.01)  # the mean of experiments/digits_growth
+    kept = [branch for branch in unfrozen["branches"] if branch.get("alpha", 0.0) > 0.0]
+    assert kept and {branch["stage"] for branch in kept} == {"FINE_TUNING"}
+    assert unfrozen["seeds"]["fossilized"] == 0

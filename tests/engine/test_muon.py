@@ -77,8 +77,8 @@ def test_a_host_moves_as_under_torchs_own_two_optimizers(host: str):
             for group in one.param_groups:
                 group["lr"] = 0.02 / (step + 1)
             one.step()
-    for parameter, twin in zip(mine.parameters(), flat, strict=True):
-        assert torch.equal(parameter.flatten(), twin.flatten())
+    for parameter, twin in zip(mine.parameters(), flat, strict=True):  # matrices of a shape are multiplied together, in bfloat16
+        torch.testing.assert_close(parameter.flatten(), twin.flatten(), rtol=0.0, atol=2e-4)
 
 
 def test_filters_whose_channels_lie_last_in_memory_move_too():

@@ -25,12 +25,13 @@ Array = NDArray[np.float64]
 Compared = Pairs | Groups
 
 
-def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Comparison:
-    """Judge every arm against the reference, block by block and pooled.
+def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None, partial: bool = False) -> Comparison:
+    """Judge every arm against the reference, or the arm that the plan names in its place, block by block and pooled.
 
     Args:
         runs: all jobs of the sweep, failed ones included.
         plan: the plan to judge by; ``planned`` is the one that was saved before the first run, where that is another.
+        partial: the sweep was stopped by its time limit: what has no pair yet is left out.
 
     Raises:
         UserError: no runs, all failed, or an arm that shares no seed with the reference.
@@ -39,36 +40,46 @@ def analyse(runs: Sequence[Run], plan: Plan, planned: Plan | None = None) -> Com
         raise UserError("The sweep has no runs; start it, or look for its id in the list of sweeps.")
     if all(run.failed for run in runs):
         raise UserError(f"All {len(runs)} runs of the sweep failed or gave no finite {plan.metric}; the log of each job says why.")
-    compared = comparisons(runs, [(arm, plan.reference) for arm in plan.arms if arm != plan.reference], plan)
+    compared = comparisons(runs, plan.couples, plan, partial)
     verdicts = judge(compared, runs, plan)
     return Comparison(
         arms=[arm_result(runs, arm, block) for block in plan.blocks for arm in plan.arms],
         verdicts=verdicts,
         exploratory=exploratory_reasons(compared, plan, planned or plan),
         notes=notes(runs, plan),
-        ranking=_ranking(runs, plan) if plan.ranking else [],
+        ranking=_ranking(runs, plan, partial) if plan.ranking else [],
         conclusion=conclude(verdicts, runs, plan),
         overall=_overall(runs, plan) if len(plan.blocks) > 1 else [],
     )
 
 
-def comparisons(runs: Sequence[Run], couples: Sequence[tuple[str, str]], plan: Plan) -> list[Compared]:
+def comparisons(runs: Sequence[Run], couples: Sequence[tuple[str, str]], plan: Plan, partial: bool = False) -> list[Compared]:
     """Every couple of arms block by block, and over all blocks, as far as the plan asks for either; at least one.
 
     Raises:
         UserError: the runs give none.
     """
     found: list[Compared] = []
+    cells = {
+        couple: {block: _couple(runs, couple, block, plan) for block in plan.blocks if not partial or _shared(runs, couple, block)}
+        for couple in couples
+    }
     for block in plan.blocks if plan.apart else ():
-        found += [_couple(runs, couple, block, plan) for couple in couples]
+        found += [blocks[block] for blocks in cells.values() if block in blocks]
     if plan.pools:
-        over = [_pooled([_couple(runs, couple, block, plan) for block in plan.blocks]) for couple in couples]
+        over = [_pooled(list(blocks.values())) for blocks in cells.values() if len(blocks) == len(plan.blocks)]
         found += [one for one in over if one is not None]
     if not found:
         raise UserError(
             "No seed was run in all blocks by both arms, so there is nothing to pool; run the missing ones, or judge the blocks apart."
         )
     return found
+
+
+def _shared(runs: Sequence[Run], couple: tuple[str, str], block: str) -> bool:
+    """Whether some seed was run by both arms."""
+    ours, theirs = (by_seed(runs, arm, block).keys() for arm in couple)
+    return not ours.isdisjoint(theirs)
 
 
 def _couple(runs: Sequence[Run], couple: tuple[str, str], block: str, plan: Plan) -> Compared:
@@ -201,12 +212,12 @@ def _cost_ratios(good: Sequence[Run], base: Sequence[Run]) -> dict[str, float]:
     return ratios
 
 
-def _ranking(runs: Sequence[Run], plan: Plan) -> list[Judgement]:
+def _ranking(runs: Sequence[Run], plan: Plan, partial: bool) -> list[Judgement]:
     """Every arm against every other, pooled over the blocks and corrected together."""
     names = list(plan.arms)
     couples = [(second, first) for i, first in enumerate(names) for second in names[i + 1 :]]
     over = replace(plan, pooling="pooled") if len(plan.blocks) > 1 else plan
-    return judge(comparisons(runs, couples, over), runs, plan)
+    return judge(comparisons(runs, couples, over, partial), runs, plan)
 
 
 def _overall(runs: Sequence[Run], plan: Plan) -> list[Overall]:

@@ -48,9 +48,9 @@ def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
     axes.axvline(0, color="#333333", lw=0.8)
     for at, row in enumerate(rows):
         _row(axes, row, at)
-    axes.set_yticks(range(len(rows)), ["\n".join(_lines(name) for name in (row.arm, row.block) if name) for row in rows])
+    axes.set_yticks(range(len(rows)), ["\n".join(_lines(name) for name in (_couple(row, plan), row.block) if name) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # first on top, as in the table
-    words = f"difference in {plan.metric} to {plan.reference}, positive is better (diamond: mean)"
+    words = f"difference in {plan.metric} to {plan.others}, positive is better (diamond: mean)"
     figure.supxlabel(fill(words, 100), fontsize=10)  # below the names too: that of the reference may be long
     axes.set_title(_title(plan, plan.blocks[0] if len(plan.blocks) == 1 else POOLED), fontsize=10)
     handles, names = axes.get_legend_handles_labels()
@@ -59,6 +59,10 @@ def draw_pairs(comparison: Comparison, plan: Plan, path: Path) -> Path:
     if comparison.exploratory:
         figure.text(0.99, 0.99, "exploratory", ha="right", va="top", fontsize=9, color="#B00020")
     return _save(figure, path)
+
+
+def _couple(row: Judgement, plan: Plan) -> str:
+    return row.arm if row.reference == plan.reference else f"{row.arm} − {row.reference}"
 
 
 def _row(axes: Axes, row: Judgement, at: int) -> None:

@@ -133,7 +133,7 @@ def _differences(comparison: Comparison, plan: Plan) -> Figure:
     names = [" ".join(filter(None, (row.arm, row.block))) for row in rows]
     drawn = _figure(
         height=110 + 70 * len(rows),
-        x_axis_label=f"difference in {plan.metric} to {plan.reference}, positive is better",
+        x_axis_label=f"difference in {plan.metric} to {plan.others}, positive is better",
         y_range=(len(rows) - 0.5, -0.5),
     )
     drawn.yaxis.ticker = list(range(len(rows)))

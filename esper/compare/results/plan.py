@@ -33,7 +33,8 @@ class Plan:
     ``arms`` maps each arm's readable name to the settings that make it; ``blocks`` are the names of the blocks;
     ``noise`` holds a pilot's paired differences around their means, from which power is stated. ``about`` has for every block
     its ``task``, its ``model`` and the ``samples`` of its test set, as far as all its jobs share them. Where the arms are not
-    ``paired``, ``seeds`` number the runs of an arm. ``pooling`` says whether blocks are judged apart, pooled or both.
+    ``paired``, ``seeds`` number the runs of an arm. ``pooling`` says whether blocks are judged apart, pooled or both. ``against`` names
+    for some arms another one that they are compared with in place of the ``reference``.
     """
 
     metric: str
@@ -55,6 +56,7 @@ class Plan:
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     paired: bool = True
     pooling: str = "both"
+    against: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.arms) < 2:
@@ -64,6 +66,12 @@ class Plan:
             )
         if self.reference not in self.arms:
             raise UserError(f"compare.reference={self.reference!r} is no arm of this sweep; the arms are {', '.join(self.arms)}.")
+        for arm, other in self.against.items():
+            if not {arm, other} <= self.arms.keys() or arm in (other, self.reference):
+                raise UserError(
+                    f"compare.against={{{arm}: {other}}} is not accepted: give two arms of this sweep, the first not the reference; "
+                    f"the arms are {', '.join(self.arms)}."
+                )
         if self.direction not in ("max", "min"):
             raise UserError(f"The direction of {self.metric!r} is {self.direction!r}; set compare.direction to max or min.")
         for key, values in self.tune.items():
@@ -107,6 +115,16 @@ class Plan:
         return (len(self.arms) - 1) * (len(self.blocks) * self.apart + self.pools)
 
     @property
+    def couples(self) -> list[tuple[str, str]]:
+        """Every arm but the reference, each with the arm that it is compared with."""
+        return [(arm, self.against.get(arm, self.reference)) for arm in self.arms if arm != self.reference]
+
+    @property
+    def others(self) -> str:
+        """What the arms are compared with, in words."""
+        return f"{self.reference}, or the arm named" if self.against else self.reference
+
+    @property
     def sign(self) -> float:
         """+1 where larger values of the metric are better, −1 where smaller ones are."""
         return 1.0 if self.direction == "max" else -1.0
@@ -144,8 +162,9 @@ class Plan:
     def statement(self) -> list[str]:
         """The differences that these pairs can show, in sentences, before they are spent."""
         pairs, fewest, others = len(self.seeds), self.fewest, len(self.arms) - 1
+        named = "".join(f", {arm} against {other}" for arm, other in self.against.items())
         lines = [
-            f"{self.metric} ({self.direction}), {others} arm{'s' * (others > 1)} against {self.reference}, {pairs} {self.unit}, "
+            f"{self.metric} ({self.direction}), {others} arm{'s' * (others > 1)} against {self.reference}{named}, {pairs} {self.unit}, "
             f"{self.comparisons} comparison{'s' * (self.comparisons > 1)} at α = {self.alpha:g} after Holm; "
             f"worth having: {self.minimum_effect:g}."
         ]
@@ -234,6 +253,7 @@ def make_plan(
         about=dict(about or {}),
         paired=paired,
         pooling=config.pooling,
+        against=dict(config.against),
     )
 
 

@@ -130,7 +130,7 @@ def _where(block: str, comparison: Comparison) -> list[str]:
 def verdict_table(comparison: Comparison, plan: Plan) -> Table:
     """One row a comparison with the reference; p-values and the interval's level are Holm's."""
     colours = {"better": "green", "worse": "red", "equivalent": "cyan", "inconclusive": "dim"}
-    heading = f"against the reference {plan.reference}, p and intervals after Holm"
+    heading = f"against the reference {plan.others}, p and intervals after Holm"
     return _of_cells(heading, verdict_cells(comparison), {"verdict": lambda word: f"[{colours[word]}]{word}[/]"})
 
 

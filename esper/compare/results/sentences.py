@@ -150,9 +150,9 @@ def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
         if not plan.paired:
             counted = "each counts as worse than every run that finished, and with it no two arms can be equivalent"
         lines.append(f"{len(failed)} of {len(runs)} runs failed ({told}); {counted}.")
-    for name, settings in plan.arms.items():
-        if name != plan.reference and settings == plan.arms[plan.reference]:
-            lines.append(f"{name} and {plan.reference} have the same settings: this is an A/A test.")
+    for name, other in plan.couples:
+        if plan.arms[name] == plan.arms[other]:
+            lines.append(f"{name} and {other} have the same settings: this is an A/A test.")
     if plan.paired:
         lines += [*_same_numbers(runs, plan), *_without_partner(runs, plan)]
     else:
@@ -176,29 +176,28 @@ def notes(runs: Sequence[Run], plan: Plan) -> list[str]:
 
 
 def _same_numbers(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """A note on every arm whose runs gave exactly the results of the reference."""
+    """A note on every arm whose runs gave exactly the results of the one that it is compared with."""
     lines = []
-    theirs = {block: by_seed(runs, plan.reference, block) for block in plan.blocks}
-    for name, settings in plan.arms.items():
+    for name, other in plan.couples:
+        theirs = {block: by_seed(runs, other, block) for block in plan.blocks}
         pairs = [(run, theirs.get(run.block, {}).get(run.seed)) for run in runs if run.arm == name]
-        if name != plan.reference and pairs and all(two and one.value == two.value for one, two in pairs):
+        if pairs and all(two and one.value == two.value for one, two in pairs):
             told = "what differs had no effect."
-            if settings == plan.arms[plan.reference]:
+            if plan.arms[name] == plan.arms[other]:
                 told = "with the same seeds they are the same runs; compare.fresh_seeds gives an arm seeds of its own."
-            lines.append(f"{name} and {plan.reference} gave the same number in every pair: {told}")
+            lines.append(f"{name} and {other} gave the same number in every pair: {told}")
     return lines
 
 
 def _without_partner(runs: Sequence[Run], plan: Plan) -> list[str]:
-    """A note on the seeds that an arm or the reference has not run, block by block."""
+    """A note on the seeds that an arm or the one that it is compared with has not run, block by block."""
     lines = []
     pooled = ", here and over all blocks" if len(plan.blocks) > 1 else ""
     for block in plan.blocks:
-        reference = by_seed(runs, plan.reference, block)
-        for arm in plan.arms:
-            if seeds := in_order(by_seed(runs, arm, block).keys() ^ reference.keys()):
+        for arm, other in plan.couples:
+            if seeds := in_order(by_seed(runs, arm, block).keys() ^ by_seed(runs, other, block).keys()):
                 where = f" in {block}" if block else ""
-                lines.append(f"Seeds {seeds} of {arm} or {plan.reference} have no partner{where} and are left out{pooled}.")
+                lines.append(f"Seeds {seeds} of {arm} or {other} have no partner{where} and are left out{pooled}.")
     return lines
 
 

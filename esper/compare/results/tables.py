@@ -75,11 +75,14 @@ def cost_cells(comparison: Comparison) -> Cells:
 
 
 def verdict_cells(comparison: Comparison) -> Cells:
-    """One row a comparison with the reference; p-values and the interval's level are Holm's."""
-    headings = [*_headings(comparison), "verdict", "better by", "interval", "p", "p equal", "P (better)"]
+    """One row a comparison; p-values and the interval's level are Holm's. It names the other arm where not all have the same."""
+    several = len({row.reference for row in comparison.verdicts}) > 1
+    begin = [*_headings(comparison), "against"] if several else _headings(comparison)
+    headings = [*begin, "verdict", "better by", "interval", "p", "p equal", "P (better)"]
     rows = [
         [
             *_begin(comparison, row.block, row.arm),
+            *([row.reference] if several else []),
             verdict_word(row),
             f"{row.difference:+.3g}",
             interval_text(row),
@@ -89,7 +92,7 @@ def verdict_cells(comparison: Comparison) -> Cells:
         ]
         for row in comparison.verdicts
     ]
-    return Cells(headings, rows, len(_headings(comparison)) + 1)
+    return Cells(headings, rows, len(begin) + 1)
 
 
 def overall_cells(comparison: Comparison) -> Cells:
@@ -100,4 +103,4 @@ def overall_cells(comparison: Comparison) -> Cells:
 
 def title(plan: Plan) -> str:
     """What the comparison is of, in a line."""
-    return f"{plan.metric} ({'larger' if plan.direction == 'max' else 'smaller'} is better), against {plan.reference}"
+    return f"{plan.metric} ({'larger' if plan.direction == 'max' else 'smaller'} is better), against {plan.others}"

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def launch(composer: JobComposer, launcher: LauncherConfig, job_overrides: Seque
         UserError: the sweep cannot be judged as asked, before its first run starts.
         SystemExit: with code 1, after everything has run and was judged, when jobs failed.
     """
-    whole = _is_whole(composer.config)
+    began, whole = time.monotonic(), _is_whole(composer.config)
     overrides = [tuple(str(text) for text in one) for one in job_overrides]
     folder = Path(str(composer.config.hydra.sweep.dir)).resolve()
     prepared = [_prepare(composer, one, first + number, folder) for number, one in enumerate(overrides)]
@@ -107,7 +108,7 @@ def launch(composer: JobComposer, launcher: LauncherConfig, job_overrides: Seque
     jobs = [PreparedJob(job, one.config, one.choices, one.folder) for job, one in zip(layout.jobs, prepared, strict=True)]
     if len({one.folder for one in jobs}) < len(jobs):
         raise UserError("hydra.sweep.subdir gives two jobs one folder; let it hold ${hydra.job.num}.")
-    sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, proposed=not whole)
+    sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, not whole, launcher.minutes, began)
     gpu = any(one.config.trainer.device != "cpu" for one in jobs)
     try:
         run_sweep(sweep, worker_environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])

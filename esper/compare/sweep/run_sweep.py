@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 from esper.compare.results.analysis import analyse
 from esper.compare.results.comparison import Comparison, with_tuned
@@ -15,7 +16,8 @@ from esper.compare.results.report import show, write_results
 from esper.compare.statistics.power import fewest_pairs
 from esper.compare.statistics.sequential import look_pairs
 from esper.compare.sweep.arms import Job
-from esper.compare.sweep.dependencies import MissingSource, controls_to_train, derive, run_order
+from esper.compare.sweep.dependencies import MissingSource, controls_to_train, derive
+from esper.compare.sweep.job_queue import Entry, JobQueue
 from esper.compare.sweep.mlflow_process import MlflowProcess
 from esper.compare.sweep.plan_sweep import plan_sweep
 from esper.compare.sweep.progress import Progress
@@ -81,7 +83,7 @@ def _plan_run_judge(sweep: Sweep, workers: WorkerPool, mlflow: MlflowProcess, re
         show(comparison, sweep.plan, sweep.console)
         _say_how_to_judge_again(sweep)
     mlflow.status = "FINISHED"
-    _save_note(sweep, ended=not sweep.failures)  # resume=auto finds one whose jobs failed, over a full disk for instance
+    _save_note(sweep, ended=not sweep.failures and not sweep.left)  # resume=auto finds one whose jobs failed, over a full disk for instance
     return comparison
 
 
@@ -90,16 +92,19 @@ def _save_note(sweep: Sweep, ended: bool = False) -> None:
 
 
 def run_jobs(sweep: Sweep, workers: WorkerPool, mlflow: MlflowProcess) -> None:
-    """All jobs that are left: look by look, and within a look the arms in the order in which they depend on each other."""
-    order = run_order(sweep.layout.arms, sweep.compare)
+    """All jobs that are left, look by look, until the sweep is decided or its time is over."""
     with Progress(_progress_rows(sweep), sweep.console) as progress:
         runner = _JobRunner(sweep, workers, mlflow, progress)
         for seeds in _looks(sweep):
-            for arms in order:
-                runner.tune(arms)
-                chosen = [i for i, one in enumerate(sweep.jobs) if one.job.arm in arms and one.job.seed in seeds]
-                chosen.sort(key=lambda i: sweep.layout.seeds.index(sweep.jobs[i].job.seed))  # pairs complete early
-                runner.run(sweep.jobs, chosen)
+            runner.run(seeds)
+            if sweep.left:
+                sweep.console.print(
+                    f"The limit of {sweep.minutes:g} minutes left {sweep.left} jobs out, all those of a pair; go on with:\n  "
+                    f"{resume_command(sweep)}",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+                break
             if _decided(sweep):
                 sweep.console.print("Every comparison is decided: the sweep stops here, as planned.")
                 break
@@ -110,17 +115,40 @@ class _JobRunner:
 
     def __init__(self, sweep: Sweep, workers: WorkerPool, mlflow: MlflowProcess, progress: Progress) -> None:
         self.sweep, self.workers, self.mlflow, self.progress = sweep, workers, mlflow, progress
+        self.queue = JobQueue(sweep, workers.size)
 
-    def run(self, jobs: list[PreparedJob], chosen: Sequence[int]) -> None:
-        """Run those of the chosen ``jobs`` (the sweep's own, or its tuning jobs) that no earlier start has done."""
-        left = [one for index in chosen if (one := self._prepare(jobs, index)) is not None]
-        requests = [one.request("run") | {"controls": controls_to_train(one, self.sweep.jobs)} for one in left]
-        for index, answer in self.workers.run(requests, lambda i: self.progress.started(left[i].job)):
-            one = left[index]
+    def run(self, seeds: set[int]) -> None:
+        """Run what no earlier start has done of the jobs with these seeds, and of the tuning before them."""
+        self.queue.add(seeds)
+        begun: list[Entry] = []
+        for index, answer in self.workers.run(self._requests(begun), lambda i: self.progress.started(self.queue.job(begun[i]).job)):
+            one = self.queue.job(begun[index])
             save_outcome(one, answer)
             if answer["error"]:
                 self._failed(one, answer["error"])
             self.progress.finished(one.job, answer["seconds"], answer["error"], str(one.folder / LOG))
+            self._ended(begun[index], answer["seconds"])
+        self.sweep.left = len(self.queue.waiting)
+
+    def _requests(self, begun: list[Entry]) -> Iterator[dict[str, Any] | None]:
+        """A request for every job that is to run, noted in ``begun``; None while all that is left waits for one under way."""
+        while self.queue.waiting:
+            entry = self.queue.next()
+            if entry is None and not self.queue.running:
+                return
+            one = None if entry is None else self._prepare(*self.queue.place(entry))
+            if entry is None:
+                yield None
+            elif one is None:
+                self._ended(entry)
+            else:
+                begun.append(entry)
+                yield one.request("run") | {"controls": controls_to_train(one, self.sweep.jobs)}
+
+    def _ended(self, entry: Entry, seconds: float | None = None) -> None:
+        tuned = self.queue.ended(entry, seconds)
+        if tuned:
+            self._choose(*tuned)
 
     def _prepare(self, jobs: list[PreparedJob], index: int) -> PreparedJob | None:
         """The job, ready to run, with the settings that it takes over from others; None where there is nothing to run."""
@@ -149,20 +177,16 @@ class _JobRunner:
         self.sweep.failures.append(one)
         self.mlflow.failed(one, error)
 
-    def tune(self, arms: Sequence[str]) -> None:
-        """Let each of these arms choose its values on validation, in every block; runs once, also when resumed."""
+    def _choose(self, arm: str, block: str) -> None:
+        """Let this arm choose its values on validation, from tuning jobs that have all ended; its jobs take them over."""
         sweep = self.sweep
-        places = [(one.job.arm, one.job.block) for one in sweep.tuning_jobs]
-        new = [i for i, place in enumerate(places) if place[0] in arms and place not in sweep.tuned]
-        self.run(sweep.tuning_jobs, new)
-        for place in dict.fromkeys(places[i] for i in new):
-            assert sweep.plan is not None
-            tried = [one for one, its in zip(sweep.tuning_jobs, places, strict=True) if its == place]
-            found = sweep.tuned[place] = choose(tried, sweep.plan.metric, sweep.plan.sign)
-            sweep.console.print(found.sentence(sweep.plan.metric), highlight=False, soft_wrap=True, markup=False)
-            for i, one in enumerate(sweep.jobs):
-                if (one.job.arm, one.job.block) == place:
-                    sweep.jobs[i] = replace(one, config=with_values(one.config, found.values, one.choices))
+        assert sweep.plan is not None
+        tried = [one for one in sweep.tuning_jobs if (one.job.arm, one.job.block) == (arm, block)]
+        found = sweep.tuned[(arm, block)] = choose(tried, sweep.plan.metric, sweep.plan.sign)
+        sweep.console.print(found.sentence(sweep.plan.metric), highlight=False, soft_wrap=True, markup=False)
+        for i, one in enumerate(sweep.jobs):
+            if (one.job.arm, one.job.block) == (arm, block):
+                sweep.jobs[i] = replace(one, config=with_values(one.config, found.values, one.choices))
 
 
 def _progress_rows(sweep: Sweep) -> dict[str, list[Job]]:
@@ -195,10 +219,11 @@ def _decided(sweep: Sweep) -> bool:
 
 
 def judge_sweep(sweep: Sweep) -> Comparison | None:
-    """The comparison of the jobs that have ended; None where the sweep has no plan."""
-    if sweep.plan is None:
+    """The comparison of the jobs that have ended; None where the sweep has no plan, or no time for any of its pairs."""
+    runs = runs_of(sweep.jobs, sweep.plan.metric) if sweep.plan is not None else []
+    if sweep.plan is None or (sweep.left and not runs):
         return None
-    return with_tuned(analyse(runs_of(sweep.jobs, sweep.plan.metric), sweep.plan), list(sweep.tuned.values()))
+    return with_tuned(analyse(runs, sweep.plan, partial=sweep.left > 0), list(sweep.tuned.values()))
 
 
 def _say_how_to_judge_again(sweep: Sweep) -> None:

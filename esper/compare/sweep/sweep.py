@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,8 @@ class Sweep:
 
     ``command`` has the user's words, for the sentence that says how to resume; ``retry`` runs failed jobs again;
     ``proposed`` jobs are a learning sweeper's, which pairs nothing. ``tuning_jobs`` are the jobs that tune the arms, ``tuned``
-    has the results by arm and block.
+    has the results by arm and block. ``minutes`` is the time limit after ``began`` [s of the monotonic clock], 0 for none, and ``left``
+    counts the jobs that it left out.
     """
 
     layout: Layout
@@ -144,6 +146,9 @@ class Sweep:
     console: Console
     retry: bool = False
     proposed: bool = False
+    minutes: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+    left: int = 0
     id: str = ""
     parent: str = ""
     plan: Plan | None = None

@@ -22,9 +22,21 @@ from esper.tracking.run_info import flatten
 FIRST_SEED = 1_000_000  # far from the seeds that people give
 
 
-def grid(compare: CompareConfig) -> list[Values]:
-    """Every combination of the values that ``compare.tune`` lists."""
-    return [dict(zip(compare.tune, one, strict=True)) for one in itertools.product(*compare.tune.values())]
+LENGTH = {"trainer.steps", "trainer.epochs"}
+
+
+def grid(compare: CompareConfig, arm: str) -> list[Values]:
+    """Every combination of the values that ``compare.tune`` lists for ``arm``; keys with a comma between them share a value.
+
+    An arm of ``compare.equal_macs`` has its length from other arms and chooses none.
+    """
+    tuned = {key: values for key, values in compare.tune.items() if arm not in compare.equal_macs or not LENGTH & {*_keys(key)}}
+    combinations = itertools.product(*tuned.values())
+    return [{key: value for keys, value in zip(tuned, one, strict=True) for key in _keys(keys)} for one in combinations]
+
+
+def _keys(text: str) -> list[str]:
+    return [key.strip() for key in text.split(",")]
 
 
 def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
@@ -34,7 +46,7 @@ def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
         UserError: naming the key and its value in every arm.
     """
     settings = {" ".join(filter(None, place)): flatten(plain(one.config)) for place, one in _first(jobs).items()}
-    for key in jobs[0].config.compare.tune:
+    for key in itertools.chain.from_iterable(map(_keys, jobs[0].config.compare.tune)):
         found = {name: one.get(key) for name, one in settings.items()}
         if len({json.dumps(value, sort_keys=True) for value in found.values()}) > 1:
             told = ", ".join(f"{name} has {'none' if value is None else value}" for name, value in found.items())
@@ -82,7 +94,7 @@ def tuning_jobs(jobs: Sequence[PreparedJob], seeds: int, folder: Path) -> list[P
     refuse_varied(jobs)
     found: list[PreparedJob] = []
     for one in _first(jobs).values():
-        for number, values in enumerate(grid(one.config.compare)):
+        for number, values in enumerate(grid(one.config.compare, one.job.arm)):
             for seed in range(FIRST_SEED, FIRST_SEED + seeds):
                 config = dataclasses.replace(with_values(one.config, values, one.choices), seed=seed)
                 job = TuningJob(len(jobs) + len(found), one.job.overrides, one.job.arm, one.job.block, seed, values)

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ def _how(code: int | None) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
+Answers = queue.SimpleQueue[tuple[WorkerProcess, int, Answer]]
+
+
 class WorkerPool:
     """As many workers as there are environments. Use as a context: leaving it ends the processes.
 
@@ -115,38 +118,41 @@ class WorkerPool:
         for worker in self._workers:
             worker.close()
 
+    @property
+    def size(self) -> int:
+        """How many workers there are."""
+        return len(self._workers)
+
     def ask(self, request: Request) -> Answer:
         """One answer from the first worker; for use before and after, not while jobs run."""
         return self._workers[0].ask(request)
 
-    def run(self, requests: Sequence[Request], started: Callable[[int], None] = lambda index: None) -> Iterator[tuple[int, Answer]]:
+    def run(self, requests: Iterable[Request | None], started: Callable[[int], None] = lambda index: None) -> Iterator[tuple[int, Answer]]:
         """Run all requests, as many at once as there are workers; yields (index, answer) as they come in.
 
-        Ending the iteration early drops the requests that have not begun and waits for those that have.
+        ``requests`` are asked for the next one when a worker is free; None says that it waits for the end of one under way, and has
+        no index. Ending the iteration early drops the requests that have not begun and waits for those that have.
         """
-        waiting = deque(enumerate(requests))
-        answers: queue.SimpleQueue[tuple[WorkerProcess, int, Answer]] = queue.SimpleQueue()
-        busy = 0
+        waiting, number = iter(requests), itertools.count()
+        answers: Answers = queue.SimpleQueue()
+        idle = deque(self._workers)
 
-        def begin(worker: WorkerProcess) -> int:
-            if not waiting:
-                return 0
-            index, request = waiting.popleft()
-            started(index)
-            threading.Thread(target=lambda: answers.put((worker, index, worker.ask(request))), daemon=True).start()
-            return 1
+        def begin() -> None:
+            while idle and (request := next(waiting, None)) is not None:
+                worker, index = idle.popleft(), next(number)
+                started(index)
+                threading.Thread(target=_answer, args=(answers, worker, index, request), daemon=True).start()
 
-        busy += sum(begin(worker) for worker in self._workers)
         try:
-            while busy:
+            begin()
+            while len(idle) < len(self._workers):
                 worker, index, answer = _next(answers)
-                busy += begin(worker) - 1
+                idle.append(worker)
                 yield index, answer
+                begin()
         except GeneratorExit:
-            waiting.clear()
-            while busy and not self._stopping:
-                _next(answers)
-                busy -= 1
+            while len(idle) < len(self._workers) and not self._stopping:
+                idle.append(_next(answers)[0])
             raise
 
 
@@ -155,7 +161,11 @@ def interrupted_by_user(kind: type[BaseException] | None) -> bool:
     return kind is not None and issubclass(kind, KeyboardInterrupt) and not issubclass(kind, Terminated)
 
 
-def _next(answers: queue.SimpleQueue[tuple[WorkerProcess, int, Answer]]) -> tuple[WorkerProcess, int, Answer]:
+def _answer(answers: Answers, worker: WorkerProcess, index: int, request: Request) -> None:
+    answers.put((worker, index, worker.ask(request)))
+
+
+def _next(answers: Answers) -> tuple[WorkerProcess, int, Answer]:
     """The next answer; wakes up now and then so that Ctrl-C is seen while waiting."""
     while True:
         with contextlib.suppress(queue.Empty):

@@ -71,9 +71,10 @@ def _is_matrix(part: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon and torch's AdamW as one optimizer: group 0 holds the ``matrices``, group 1 the ``others``; either may be empty.
+    """The steps of torch's Muon and torch's AdamW as one optimizer: group 0 holds the ``matrices``, group 1 the ``others``.
 
-    Its state is keyed by the parameters themselves, as every optimizer's, and a parameter may be added to either group while training.
+    Either may be empty. Its state is keyed by the parameters themselves, as every optimizer's, and a parameter may be added to either group
+    while training.
     """
 
     def __init__(
@@ -96,23 +97,30 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _step_matrices(self, group: dict[str, Any]) -> None:
-        """By torch's Muon, which takes flat matrices alone: filters are given to it as views of themselves."""
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
-        flat = [nn.Parameter(parameter.detach().flatten(1)) for parameter in parameters]
-        numbers = {name: group[name] for name in ("lr", "weight_decay", "momentum")}
-        muon = torch.optim.Muon(flat, **numbers, adjust_lr_fn="match_rms_adamw")
-        for matrix, parameter in zip(flat, parameters, strict=True):
-            matrix.grad = parameter.grad.flatten(1)
-            held = self.state[parameter]
-            if "momentum_buffer" not in held:
-                held["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-            muon.state[matrix] = {"momentum_buffer": held["momentum_buffer"].flatten(1)}
-        muon.step()
-        for matrix, parameter in zip(flat, parameters, strict=True):
-            if matrix.data_ptr() != parameter.data_ptr():  # its memory is laid out in another order
-                parameter.copy_(matrix.view_as(parameter))
+        """The steps of torch.optim.Muon with ``match_rms_adamw``, all matrices of one shape at once: on a GPU launches are its cost."""
+        alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                alike[(parameter.flatten(1).shape, parameter.device, parameter.dtype)].append(parameter)
+        momentum = group["momentum"]
+        for (shape, _, dtype), parameters in alike.items():
+            gradients = [parameter.grad.flatten(1) for parameter in parameters if parameter.grad is not None]
+            moments = [self._momentum(parameter).flatten(1) for parameter in parameters]
+            torch._foreach_lerp_(moments, gradients, 1.0 - momentum)
+            directions = orthogonalised(torch.stack(torch._foreach_lerp(gradients, moments, momentum))).to(dtype)
+            flat = [parameter.flatten(1) for parameter in parameters]
+            torch._foreach_mul_(flat, 1.0 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(flat, list(directions), alpha=-group["lr"] * rate_scale(shape))
+            for matrix, parameter in zip(flat, parameters, strict=True):
+                if matrix.data_ptr() != parameter.data_ptr():  # its memory is laid out in another order
+                    parameter.copy_(matrix.view_as(parameter))
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        held = self.state[parameter]
+        if "momentum_buffer" not in held:
+            held["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        found: Tensor = held["momentum_buffer"]
+        return found
 
     def _step_others(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ Outcome = Callable[[RootConfig, Path], tuple[float, str]]
 class InstantWorkers:
     """Runs nothing: writes the summary of a run whose accuracy ``outcome`` decides."""
 
+    size = 1
+
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.ran: list[RootConfig] = []
@@ -49,8 +51,9 @@ class InstantWorkers:
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         return describe(request)
 
-    def run(self, requests: Sequence[dict[str, Any]], started: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    def run(self, requests: Iterable[dict[str, Any] | None], started: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, request in enumerate(requests):
+            assert request is not None, "one job at a time, so that there is always one that can begin"
             config, folder = build(request["config"], {}), Path(request["folder"])
             self.ran.append(config)
             value, status = self.outcome(config, folder)
@@ -175,6 +178,31 @@ def test_a_sweep_whose_jobs_a_sweeper_proposes_is_not_said_to_have_one_arm(tmp_p
 def test_pairs_are_complete_early(tmp_path: Path) -> None:
     workers = go(sweep_of(tmp_path, {"a": [], "b": ["grafting=drift"]}, 3), good)
     assert [config.seed for config in workers.ran] == [0, 0, 1, 1, 2, 2]
+
+
+def test_what_the_time_limit_leaves_out_is_said_judged_without_and_run_by_the_next_start(tmp_path: Path) -> None:
+    arms = {"a": [], "b": ["grafting=drift"]}
+
+    class Slow(InstantWorkers):
+        """Every job is said to have lasted an hour, which no second pair has."""
+
+        def run(self, requests: Iterable[dict[str, Any] | None], started: Any = None) -> Iterator[tuple[int, dict[str, Any]]]:
+            for index, answer in super().run(requests, started):
+                yield index, answer | {"seconds": 3600.0}
+
+    def start(minutes: float) -> Sweep:
+        sweep = dataclasses.replace(sweep_of(tmp_path, arms, 3, figures=False), minutes=minutes)
+        run_jobs(sweep, Slow(good), MlflowProcess(sweep))  # type: ignore[arg-type]
+        return sweep
+
+    first = start(1.0)
+    said = " ".join(first.console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "The limit of 1 minutes left 4 jobs out, all those of a pair; go on with: esper hydra.sweep.dir=" in said
+    comparison = judge_sweep(first)
+    assert first.left == 4 and comparison is not None and comparison.verdicts[0].pairs == 1
+    second = start(0.0)
+    comparison = judge_sweep(second)
+    assert second.left == 0 and comparison is not None and comparison.verdicts[0].pairs == 3
 
 
 def test_finished_jobs_are_skipped_and_failed_ones_only_run_again_on_request(tmp_path: Path) -> None:
