@@ -15,7 +15,8 @@ OWN = re.compile(
     config\.yaml | \.config\.yaml\.tmp | summary\.(json|tmp) | run\.lock | job\.json | (esper|job|tracker)\.log
     | \.?environments\.json(\.tmp)? | \.?weights\.csv(\.tmp)? | \.?metrics\.csv(\.tmp)? | \.?events\.jsonl(\.tmp)? | trace\.json\.gz
     | mlflow\.json | \.mlflow\.json\.\d+
-    | (seeds|transitions|gates|metrics)\.(parquet|tmp) | \.parts/(seeds|transitions|gates|metrics)\.\d+\.\d+\.(parquet|tmp)
+    | (seeds|transitions|gates|metrics)\.(parquet|tmp)
+    | \.parts/((seeds|transitions|gates|metrics)\.\d+\.\d+\.(parquet|tmp) | started\.json(\.tmp)? | alerts\.jsonl)
     | \.hydra/(config|hydra|overrides)\.yaml
     | figures/\w+\.png
     | model(-at-\d+)?/(model\.(json|safetensors|pt2|onnx)|sample\.npy|signature\.json)

@@ -69,7 +69,7 @@ def _ui(folder: Path) -> str:
 def _without_summary(entry: Entry) -> tuple[str, int]:
     place = shlex.quote(str(entry.folder))
     said = {
-        "RUNNING": f"{place} is running and has no report yet.",
+        "RUNNING": f"The run in {place} is under way and has no report yet; esper watch {place} follows it.",
         "DIED": f"The run in {place} died before its report; esper resume={place} goes on with it.",
         "NEW": f"The run in {place} has not begun.",
         "FAILED": f"The run in {place} failed before its first step; job.log there has the reason.",

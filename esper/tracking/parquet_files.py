@@ -7,13 +7,15 @@ A resumed run repeats the messages after its checkpoint: of the earlier parts on
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
+from esper.bus.codec import to_plain
+from esper.messages import Alert, GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
 from esper.tracking.arrow_tables import TABLES
 from esper.tracking.run_info import RunInfo
 
@@ -24,6 +26,7 @@ GROUP_ROWS = 1 << 16
 BUFFER_BYTES = 32 << 20
 PARTS = ".parts"
 SINCE = b"esper.since"
+STARTED, ALERTS = "started.json", "alerts.jsonl"  # among the parts, for those who watch the run; its summary has both
 ONCE = {"metrics": ["tick", "name"]}
 """Key columns of tables in which the last of several rows with the same key stands."""
 
@@ -62,6 +65,7 @@ class ParquetFiles:
         self._part, self._bytes, self._heard = 0, 0, False
         self._said: dict[str, int] = {}
         self._end: int | None = None
+        self._alerts: list[Alert] = []
         self._waiting: dict[str, list[Message]] = {name: [] for name in TABLES}
 
     def record(self, messages: Sequence[Message]) -> None:
@@ -79,12 +83,20 @@ class ParquetFiles:
                     waiting["transitions"].append(message)
                 case GateResult():
                     waiting["gates"].append(message)
+                case Alert():
+                    self._alerts.append(message)
                 case RunStarted():
+                    self._write_started(message)
                     self._started(message.tick)
                 case RunEnded():
                     self._end = message.tick
         if self._bytes > BUFFER_BYTES:
             self.flush()
+
+    def _write_started(self, message: RunStarted) -> None:
+        beside = self._parts / f"{STARTED}.tmp"
+        beside.write_text(json.dumps(to_plain(message)), encoding="utf-8")
+        os.replace(beside, self._parts / STARTED)
 
     def _started(self, tick: int) -> None:
         """A tracker in its own process may see a run end, or die, and continue: there the events begin a new session."""
@@ -120,6 +132,10 @@ class ParquetFiles:
                 pq.write_table(table, part.with_suffix(".tmp"))
                 os.replace(part.with_suffix(".tmp"), part)
                 messages.clear()
+        if self._alerts:
+            with (self._parts / ALERTS).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(to_plain(alert)) + "\n" for alert in self._alerts)
+            self._alerts.clear()
         self._part, self._bytes = self._part + 1, 0
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
