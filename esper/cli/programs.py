@@ -54,6 +54,13 @@ class OwnProgram(Program):
 
 
 PROGRAMS: dict[str, Program] = {
+    "list": Program("esper.inventory.list_command:main", "runs and sweeps with metric, status, cost and age: list status=failed newer=7d"),
+    "show": Program("esper.inventory.show_command:main", "the end-of-run report, or a sweep's verdict, once more: show <run or sweep>"),
+    "diff": Program("esper.inventory.diff_command:main", "configuration, environment and first difference of two runs: diff <run> <run>"),
+    "watch": Program(
+        "esper.watch.command:main", "seeds, gates, losses, alerts and time left of a run or sweep under way; --web: in a browser"
+    ),
+    "clean": Program("esper.inventory.clean_command:main", "what may go of the outputs and how much space that gives; asks first"),
     "export": Program("esper.cli.export:main", "a run's model for other programs: run=<folder> format=pt2|onnx|safetensors"),
     "compare": Program(
         "esper.compare.command:main", "judge a finished sweep again, or runs that any program made: sweep=<id>, or runs store=…"

@@ -29,12 +29,11 @@ CHANGEABLE = ("metric", "direction", "minimum_effect", "alpha", "power", "refere
 KEYS = ("sweep", "uri", "output", "figures", *CHANGEABLE)
 #: Runs that have no end yet: they count neither as finished nor as failed. KILLED is one that Ctrl-C or SIGTERM interrupted.
 UNDER_WAY = ("RUNNING", "KILLED")
-OTHERS = {"fingerprint": "esper.compare.fingerprint", "runs": "esper.compare.runs_command", "plan": "esper.compare.plan_command"}
+OTHERS = {"runs": "esper.compare.runs_command", "plan": "esper.compare.plan_command"}
 USAGE = f"""\
 usage: esper compare sweep=<id or name> [key=value …]   judge a sweep of esper's again
        esper compare runs store=… arm=… metric=… …      judge runs that any program made; esper compare runs --help
        esper compare plan plan=… arm=… arms=… …         register a plan for runs to come; esper compare plan --help
-       esper compare fingerprint <folder> <folder>      say where two runs part
 
   sweep    id that the sweep printed, its name in MLflow, or its MLflow run id
   uri      tracking URI of the store; empty: mlflow.db in the folder of output

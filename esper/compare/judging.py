@@ -47,7 +47,7 @@ class Judged:
         from rich.console import Console
 
         out = StringIO()
-        show(self.comparison, self.plan, Console(file=out, width=WIDTH))
+        show(self.comparison, self.plan, Console(file=out, width=WIDTH, force_jupyter=False))
         return out.getvalue()
 
     def markdown(self) -> str:

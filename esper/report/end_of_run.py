@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+BRANCH_COLUMNS = ("site", "seed", "blueprint", "strategy", "path (stage tick)", "gain (bound)", "parameters")
+RIGHT = ("gain (bound)", "parameters")
 WIDTH = 140  # where there is no terminal to ask
 
 
@@ -24,7 +26,7 @@ def print_report(summary: Mapping[str, Any], ui: str = "", console: Console | No
     if summary.get("branches"):
         console.print(_branches(summary["branches"]))
     _loudly(summary, console)
-    for label, text in _closing(summary, ui):
+    for label, text in closing_lines(summary, ui):
         console.print(f"[bold]{label:<22}[/]", end=" ")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -33,10 +35,16 @@ def _branches(branches: list[Mapping[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(title="Branches", title_justify="left", title_style="bold")
-    for name in ("site", "seed", "blueprint", "strategy", "path (stage tick)"):
-        table.add_column(name, overflow="fold")
-    for name in ("gain (bound)", "parameters"):
-        table.add_column(name, justify="right")
+    for name in BRANCH_COLUMNS:
+        table.add_column(name, overflow="fold" if name not in RIGHT else "ellipsis", justify="right" if name in RIGHT else "left")
+    for row in branch_rows(branches):
+        table.add_row(*row)
+    return table
+
+
+def branch_rows(branches: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row a branch with the cells of BRANCH_COLUMNS."""
+    rows = []
     for branch in branches:
         path = " → ".join(f"{_readable(stage)} {tick}" for stage, tick in branch.get("path", []))
         seed = branch.get("seed", -1)
@@ -47,8 +55,8 @@ def _branches(branches: list[Mapping[str, Any]]) -> Table:
         if gain != "–":
             gain += f" (≥ {short(branch.get('gain_bound'), 3)})"
         names = [str(branch.get(name, "")) for name in ("blueprint", "strategy")]
-        table.add_row(str(branch.get("site", "")), owner, *names, path, gain, count(branch.get("parameters")))
-    return table
+        rows.append([str(branch.get("site", "")), owner, *names, path, gain, count(branch.get("parameters"))])
+    return rows
 
 
 def _readable(stage: str) -> str:
@@ -110,7 +118,8 @@ def _blended(path: Sequence[Sequence[Any]], end: int) -> tuple[int, int] | None:
     return ticks["GRAFTING"], min((tick for stage, tick in ticks.items() if stage in ("CULLED", "ROLLED_BACK")), default=end)
 
 
-def _closing(summary: Mapping[str, Any], ui: str) -> list[tuple[str, str]]:
+def closing_lines(summary: Mapping[str, Any], ui: str = "") -> list[tuple[str, str]]:
+    """The lines behind the tables, each a label and a text."""
     metrics = (summary.get("metrics") or {}).get("final") or {}
     control = summary.get("control") or {}
     seconds, parameters = summary.get("seconds") or {}, summary.get("parameters") or {}

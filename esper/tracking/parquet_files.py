@@ -7,13 +7,15 @@ A resumed run repeats the messages after its checkpoint: of the earlier parts on
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esper.messages import GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
+from esper.bus.codec import to_plain
+from esper.messages import Alert, GateResult, Message, Metrics, RunEnded, RunStarted, Telemetry, Transition
 from esper.tracking.arrow_tables import TABLES
 from esper.tracking.run_info import RunInfo
 
@@ -24,6 +26,7 @@ GROUP_ROWS = 1 << 16
 BUFFER_BYTES = 32 << 20
 PARTS = ".parts"
 SINCE = b"esper.since"
+STARTED, ALERTS = "started.json", "alerts.jsonl"  # among the parts, for those who watch the run; its summary has both
 ONCE = {"metrics": ["tick", "name"]}
 """Key columns of tables in which the last of several rows with the same key stands."""
 
@@ -57,11 +60,12 @@ class ParquetFiles:
                 for part in self._parts.glob(f"{name}.*"):  # killed while closing: the whole file holds them already
                     part.unlink()
                 os.replace(whole, self._parts / f"{name}.0000.000000.parquet")
-        session = max(map(_session, self._parts.glob("*.*.*.parquet")), default=-1) + 1
+        session = max(map(session_of, self._parts.glob("*.*.*.parquet")), default=-1) + 1
         self._sessions = {"telemetry": Session(session), "events": Session(session)}
         self._part, self._bytes, self._heard = 0, 0, False
         self._said: dict[str, int] = {}
         self._end: int | None = None
+        self._alerts: list[Alert] = []
         self._waiting: dict[str, list[Message]] = {name: [] for name in TABLES}
 
     def record(self, messages: Sequence[Message]) -> None:
@@ -79,12 +83,20 @@ class ParquetFiles:
                     waiting["transitions"].append(message)
                 case GateResult():
                     waiting["gates"].append(message)
+                case Alert():
+                    self._alerts.append(message)
                 case RunStarted():
+                    self._write_started(message)
                     self._started(message.tick)
                 case RunEnded():
                     self._end = message.tick
         if self._bytes > BUFFER_BYTES:
             self.flush()
+
+    def _write_started(self, message: RunStarted) -> None:
+        beside = self._parts / f"{STARTED}.tmp"
+        beside.write_text(json.dumps(to_plain(message)), encoding="utf-8")
+        os.replace(beside, self._parts / STARTED)
 
     def _started(self, tick: int) -> None:
         """A tracker in its own process may see a run end, or die, and continue: there the events begin a new session."""
@@ -113,13 +125,17 @@ class ParquetFiles:
 
         for name, messages in self._waiting.items():
             if messages:
-                session = self._sessions[_stream(name)]
+                session = self._sessions[stream_of(name)]
                 table = TABLES[name](messages)
                 table = table.replace_schema_metadata({SINCE: str(session.since).encode()})
                 part = self._parts / f"{name}.{session.number:04d}.{self._part:06d}.parquet"
                 pq.write_table(table, part.with_suffix(".tmp"))
                 os.replace(part.with_suffix(".tmp"), part)
                 messages.clear()
+        if self._alerts:
+            with (self._parts / ALERTS).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(to_plain(alert)) + "\n" for alert in self._alerts)
+            self._alerts.clear()
         self._part, self._bytes = self._part + 1, 0
 
     def close(self, status: str, summary: Mapping[str, Any]) -> None:
@@ -128,7 +144,7 @@ class ParquetFiles:
         limits = {stream: self._limits(stream) for stream in self._sessions}
         for name, make in TABLES.items():
             parts = sorted(self._parts.glob(f"{name}.*.parquet"))
-            _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[_stream(name)], ONCE.get(name))
+            _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[stream_of(name)], ONCE.get(name))
         for left in self._parts.iterdir():
             left.unlink()
         self._parts.rmdir()
@@ -140,8 +156,8 @@ class ParquetFiles:
         """
         import pyarrow.parquet as pq
 
-        parts = [part for name in TABLES if _stream(name) == stream for part in self._parts.glob(f"{name}.*.parquet")]
-        since = {_session(part): int((pq.read_schema(part).metadata or {}).get(SINCE, b"0")) for part in parts}
+        parts = [part for name in TABLES if stream_of(name) == stream for part in self._parts.glob(f"{name}.*.parquet")]
+        since = {session_of(part): int((pq.read_schema(part).metadata or {}).get(SINCE, b"0")) for part in parts}
         if self._heard:
             since[self._sessions[stream].number] = self._sessions[stream].since
         ends = [] if self._end is None else [self._end]
@@ -160,21 +176,21 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part in parts:
             table = pq.read_table(part).replace_schema_metadata(None)
-            limit = limits[_session(part)]
+            limit = limits[session_of(part)]
             if limit is not None:
                 table = table.filter(pc.field("tick") <= limit)
             waiting.append(table.select(schema.names))
             if sum(map(len, waiting)) >= GROUP_ROWS:
-                whole = _last_words(waiting, once)
+                whole = last_rows(waiting, once)
                 last = pc.max(whole["tick"]) if once else None  # the next part may say this tick's values again
                 waiting = [whole.filter(pc.field("tick") == last)] if once else []
                 writer.write_table(whole.filter(pc.field("tick") != last) if once else whole, row_group_size=GROUP_ROWS)
         if waiting:
-            writer.write_table(_last_words(waiting, once), row_group_size=GROUP_ROWS)
+            writer.write_table(last_rows(waiting, once), row_group_size=GROUP_ROWS)
     os.replace(temporary, target)
 
 
-def _last_words(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
+def last_rows(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
     """The tables as one; of rows that agree in the columns ``once`` only the last is kept."""
     import numpy as np
     import pyarrow as pa
@@ -188,10 +204,10 @@ def _last_words(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
     return whole if len(rows) == len(whole) else whole.take(rows.take(pc.sort_indices(rows)))
 
 
-def _session(part: Path) -> int:
+def session_of(part: Path) -> int:
     return int(part.name.split(".")[1])
 
 
-def _stream(table: str) -> str:
+def stream_of(table: str) -> str:
     """Where a table's messages come from."""
     return "telemetry" if table == "seeds" else "events"

@@ -17,7 +17,7 @@ import pytest
 from esper.bus.server.embedded import EmbeddedServer
 from esper.checkpoint import disk
 from esper.compare.fingerprint import explain, same_bits
-from esper.compare.fingerprint import main as compare
+from esper.inventory.diff_command import main as compare
 from esper.report.summary_file import read_summary
 from esper.running.run import run
 from tests.resume.conftest import Configure, copied

@@ -201,16 +201,24 @@ class ServerBus:
         """The newest ``count`` messages of every producer and, with ``follow``, all later ones; no group takes part."""
         stands: dict[str, str] = {}
         while True:
-            for name in self.producers(run, stream):
-                for id, fields in self._newer(keys.entries(run, stream, name), stands.get(name), count):
-                    stands[name] = id.decode()
-                    try:
-                        yield name, id.decode(), decode(fields.get(b"m", b""))
-                    except Refused:
-                        continue  # dead letters show it
+            yield from self.unread(stream, run, stands, count)
             if not follow:
                 return
             time.sleep(FOLLOW_S)
+
+    def unread(self, stream: str, run: str, stands: dict[str, str], newest: int = 0) -> Iterator[tuple[str, str, Envelope]]:
+        """The next messages of every producer, a thousand at most, behind the ids in ``stands``, which moves on; no group takes part.
+
+        Of a producer that is not in ``stands`` the ``newest`` messages come first, or where that is 0 the first ones that are left.
+        """
+        for name in self.producers(run, stream):
+            stand = stands.get(name, None if newest else "0-0")
+            for id, fields in self._newer(keys.entries(run, stream, name), stand, newest):
+                stands[name] = id.decode()
+                try:
+                    yield name, id.decode(), decode(fields.get(b"m", b""))
+                except Refused:
+                    continue  # dead letters show it
 
     def _newer(self, key: str, last: str | None, count: int) -> list[Entry]:
         """The entries of a stream after ``last``, or its newest ``count``; none where the key is no stream."""

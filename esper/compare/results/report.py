@@ -41,7 +41,7 @@ def write_results(comparison: Comparison, plan: Plan, folder: Path, figures: boo
 
     table = folder / "comparison.txt"
     with table.open("w", encoding="utf-8") as out:
-        show(comparison, plan, Console(file=out, width=WIDTH))
+        show(comparison, plan, Console(file=out, width=WIDTH, force_jupyter=False))
     files.append(table)
     for ending, text in ((".md", markdown(comparison, plan)), (".tex", latex(comparison, plan)), (".html", page(comparison, plan, curves))):
         files.append(folder / f"comparison{ending}")

@@ -54,9 +54,16 @@ class MlflowReader(Protocol):
         """Names by id, without deleted ones."""
 
     def runs(
-        self, experiments: Sequence[str], tag: tuple[str, str] | None = None, metrics: Collection[str] | None = None
+        self,
+        experiments: Sequence[str],
+        tag: tuple[str, str] | None = None,
+        metrics: Collection[str] | None = None,
+        texts: Collection[str] | None = None,
     ) -> list[StoredRun]:
-        """The runs that were not deleted, the newest first; those with this tag alone, and with these metrics alone, where given."""
+        """The runs that were not deleted, the newest first; those with this tag alone where it is given.
+
+        ``metrics`` and ``texts`` (parameters and tags) name the values that they come with; without them it is all.
+        """
 
     def metric_names(self, experiments: Sequence[str]) -> list[str]:
         """The names of all metrics that any run has, sorted."""
@@ -121,7 +128,11 @@ class SqliteReader:
         return {str(number): name for number, name in rows}
 
     def runs(
-        self, experiments: Sequence[str], tag: tuple[str, str] | None = None, metrics: Collection[str] | None = None
+        self,
+        experiments: Sequence[str],
+        tag: tuple[str, str] | None = None,
+        metrics: Collection[str] | None = None,
+        texts: Collection[str] | None = None,
     ) -> list[StoredRun]:
         """The runs, the newest first."""
         chosen, values = self._chosen(experiments, tag)
@@ -132,11 +143,13 @@ class SqliteReader:
                 values,
             )
         }
-        for name, table in (("params", "params"), ("tags", "tags")):
+        wanted = "" if texts is None else f"t.key IN ({', '.join('?' * len(texts))}) AND "
+        for table in ("params", "tags"):
             for run, key, value in self.opened.execute(
-                f"SELECT t.run_uuid, t.key, t.value FROM {table} t WHERE t.run_uuid IN (SELECT r.run_uuid {chosen})", values
+                f"SELECT t.run_uuid, t.key, t.value FROM {table} t WHERE {wanted} t.run_uuid IN (SELECT r.run_uuid {chosen})",
+                [*(texts or ()), *values],
             ):
-                getattr(found[run], name)[key] = value
+                getattr(found[run], table)[key] = value
         wanted = "" if metrics is None else f"m.key IN ({', '.join('?' * len(metrics))}) AND "
         for run, key, value, missing in self.opened.execute(
             f"SELECT m.run_uuid, m.key, m.value, m.is_nan FROM latest_metrics m WHERE {wanted} m.run_uuid IN (SELECT r.run_uuid {chosen})",
@@ -196,15 +209,19 @@ class ClientReader:
                 return found
 
     def runs(
-        self, experiments: Sequence[str], tag: tuple[str, str] | None = None, metrics: Collection[str] | None = None
+        self,
+        experiments: Sequence[str],
+        tag: tuple[str, str] | None = None,
+        metrics: Collection[str] | None = None,
+        texts: Collection[str] | None = None,
     ) -> list[StoredRun]:
-        """The runs, the newest first; a server sends all metrics of a run."""
+        """The runs, the newest first; a server sends all values of a run."""
         query = "" if tag is None else f"tags.`{tag[0]}` = '{tag[1]}'"
         found: list[StoredRun] = []
         token = None
         while True:
             page = self.client.search_runs(list(experiments), query, max_results=PAGE, page_token=token)
-            found += (_stored(run, metrics) for run in page)
+            found += (_stored(run, metrics, texts) for run in page)
             token = page.token
             if not token:
                 return found
@@ -222,8 +239,11 @@ class ClientReader:
         return found
 
 
-def _stored(run: Run, metrics: Collection[str] | None) -> StoredRun:
+def _stored(run: Run, metrics: Collection[str] | None, texts: Collection[str] | None) -> StoredRun:
     kept = {name: _number(value, False) for name, value in run.data.metrics.items() if metrics is None or name in metrics}
+    params, tags = (
+        {name: text for name, text in told.items() if texts is None or name in texts} for told in (run.data.params, run.data.tags)
+    )
     info = run.info
     return StoredRun(
         id=info.run_id,
@@ -232,7 +252,7 @@ def _stored(run: Run, metrics: Collection[str] | None) -> StoredRun:
         experiment=str(info.experiment_id),
         start=info.start_time,
         end=info.end_time,
-        params=dict(run.data.params),
-        tags=dict(run.data.tags),
+        params=params,
+        tags=tags,
         metrics=kept,
     )

@@ -87,8 +87,8 @@ def set_aside(folder: Path) -> None:
 
 
 def save_outcome(one: PreparedJob, answer: Mapping[str, Any]) -> None:
-    """Write the worker's answer into the job's folder."""
-    note = {"config_hash": config_hash(one.config), **answer}
+    """Write the worker's answer into the job's folder, with the arm and block that the job belongs to."""
+    note = {"config_hash": config_hash(one.config), "arm": one.job.arm, "block": one.job.block, **answer}
     one.folder.mkdir(parents=True, exist_ok=True)
     (one.folder / JOB).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 

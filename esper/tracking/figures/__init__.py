@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def draw_all(folder: Path) -> list[Path]:
-    """Draw every figure that the Parquet files in ``folder`` have something for, into ``folder/figures``; their paths.
+def figures_of(folder: Path) -> dict[str, Figure]:
+    """The figures that the recorded tables in ``folder`` have something for, by name: ``stages``, ``learning`` and ``gates``.
 
     A run in which nothing germinated has learning curves only.
     """
@@ -16,12 +20,16 @@ def draw_all(folder: Path) -> list[Path]:
     from esper.tracking.figures.stage_timeline import stage_timeline
 
     history = read_history(folder)
+    drawn = {"stages": stage_timeline(history), "learning": learning_curves(history), "gates": gate_margins(history)}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """Draw every figure of ``figures_of`` into ``folder/figures``; their paths."""
     target = folder / "figures"
     target.mkdir(exist_ok=True)
-    drawn = []
-    for name, draw in (("stages", stage_timeline), ("learning", learning_curves), ("gates", gate_margins)):
-        figure = draw(history)
-        if figure is not None:
-            figure.savefig(target / f"{name}.png", dpi=130)
-            drawn.append(target / f"{name}.png")
-    return drawn
+    paths = []
+    for name, figure in figures_of(folder).items():
+        paths.append(target / f"{name}.png")
+        figure.savefig(paths[-1], dpi=130)
+    return paths

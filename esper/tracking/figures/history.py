@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from esper.lifecycle.stages import Stage
+from esper.tracking.recorded_tables import read_recorded
 
 RESTING = {Stage.DORMANT.name}
 
@@ -57,11 +58,9 @@ class RunHistory:
 
 def read_history(folder: Path) -> RunHistory:
     """Read transitions, gates and metrics; ``seeds.parquet`` is left alone, it may be large."""
-    import pyarrow.parquet as pq
-
-    transitions = pq.read_table(folder / "transitions.parquet").to_pylist()
-    gates = pq.read_table(folder / "gates.parquet").to_pylist()
-    metrics = _by_name(pq.read_table(folder / "metrics.parquet"))
+    transitions = read_recorded(folder, "transitions").to_pylist()
+    gates = read_recorded(folder, "gates").to_pylist()
+    metrics = _by_name(read_recorded(folder, "metrics"))
     ticks = [int(one[-1]) for one, _ in metrics.values()] + [row["tick"] for row in transitions + gates]
     marks = [(row["tick"], row["target"]) for row in transitions]
     summary = _json(folder / "summary.json")
