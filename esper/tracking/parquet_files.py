@@ -163,7 +163,7 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
             limit = limits[_session(part)]
             if limit is not None:
                 table = table.filter(pc.field("tick") <= limit)
-            waiting.append(table.select(schema.names))
+            waiting.append(_with_columns(table, schema))
             if sum(map(len, waiting)) >= GROUP_ROWS:
                 whole = _last_words(waiting, once)
                 last = pc.max(whole["tick"]) if once else None  # the next part may say this tick's values again
@@ -172,6 +172,16 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
         if waiting:
             writer.write_table(_last_words(waiting, once), row_group_size=GROUP_ROWS)
     os.replace(temporary, target)
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the columns of ``schema``; one that an earlier version did not write is empty."""
+    import pyarrow as pa
+
+    for field in schema:
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names)
 
 
 def _last_words(tables: list[pa.Table], once: list[str] | None) -> pa.Table:
