@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from esper.controllers.bandit import BanditConfig
 from esper.controllers.base import Controller, command_id
 from esper.controllers.heuristic import HeuristicConfig
 from esper.controllers.none import NoneConfig
@@ -17,4 +18,5 @@ CONFIGS: dict[str, type] = {
     "scheduled": ScheduledConfig,
     "random": RandomConfig,
     "heuristic": HeuristicConfig,
+    "bandit": BanditConfig,
 }

@@ -28,6 +28,7 @@ from esper.controllers import ControllerRunner
 from esper.errors import UserError
 from esper.messages import CONTROLLER, Alert, Message
 from esper.running.builders import build_controller, describe_run
+from esper.running.controller_memory import recall
 from esper.running.run_folder import FolderLock
 from esper.tasks.base import Task
 from esper.telemetry_columns import COLUMNS
@@ -162,6 +163,8 @@ def connect(setup: Setup, trackers: Sequence[Tracker]) -> Connections:
     """Open the run's bus and connect its parts to it. Raises UserError for settings that no controller can be built from."""
     config, folder = setup.config, setup.folder
     settings, controller = config.controller, build_controller(config, setup.task)  # where it decides elsewhere, refused here all the same
+    if setup.state is None:
+        recall(config, controller)
     info = describe_run(config, setup.task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
     say_where(config, bus, info, folder, setup.quiet)

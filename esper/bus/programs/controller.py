@@ -152,6 +152,11 @@ class ExternalRunner:
     def _load(self, name: str) -> SavedState:
         return msgspec.json.decode((self._folder / name).read_bytes(), type=SavedState)
 
+    @property
+    def tick(self) -> int:
+        """The last tick that was decided on."""
+        return self._saved.tick
+
     def close(self) -> None:
         """Release the streams; messages that were not acknowledged come again."""
         self._producer.close()
@@ -182,6 +187,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"controlling {found.run} with controller={settings['name']}", file=sys.stderr, flush=True)
         try:
             status = runner.serve()
+            if status == "FINISHED" and hasattr(controller, "evidence"):
+                from esper.controllers.memory import keep
+
+                keep(controller, str(settings.get("memory", "")), folder, runner.tick)
         finally:
             runner.close()
         print(f"the run ended: {status}; {counts_in_words(bus.counts())}", file=sys.stderr)
