@@ -295,6 +295,18 @@ class Decided(Command):
     epoch: int = 0
 
 
+# --- between controllers ---
+
+
+@message
+class Proposal(Message):
+    """What the local controller of a group of sites would do at ``tick``, for an allocator to grant; it is also a sign of life."""
+
+    group: str
+    tick: int
+    commands: list[Command] = field(default_factory=list)
+
+
 # --- large payloads ---
 
 
@@ -334,4 +346,4 @@ COMMANDS = (
     RequestReport,
     Decided,
 )
-MESSAGES = (Telemetry, *EVENTS, *COMMANDS, ClaimCheck, Acknowledgement)
+MESSAGES = (Telemetry, *EVENTS, *COMMANDS, Proposal, ClaimCheck, Acknowledgement)

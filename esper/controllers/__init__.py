@@ -5,6 +5,7 @@ from __future__ import annotations
 from esper.controllers.bandit import BanditConfig
 from esper.controllers.base import Controller, command_id
 from esper.controllers.heuristic import HeuristicConfig
+from esper.controllers.hierarchical import HierarchicalConfig
 from esper.controllers.none import NoneConfig
 from esper.controllers.random import RandomConfig
 from esper.controllers.runner import ControllerRunner
@@ -19,4 +20,5 @@ CONFIGS: dict[str, type] = {
     "random": RandomConfig,
     "heuristic": HeuristicConfig,
     "bandit": BanditConfig,
+    "hierarchical": HierarchicalConfig,
 }

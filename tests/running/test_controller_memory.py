@@ -89,3 +89,10 @@ def test_an_experiment_without_a_store_is_refused_before_training(tmp_path: Path
         run(config(tmp_path, "tracking=none", "controller.memory=study"), tmp_path / "run", quiet=True)
     with pytest.raises(UserError, match="there is no folder"):
         run(config(tmp_path, "tracking=none", "controller.memory=nowhere/memory.json"), tmp_path / "run", quiet=True)
+
+
+def test_local_controllers_elsewhere_need_a_bus_that_they_can_reach(tmp_path: Path):
+    words = ("tracking=none", "controller=hierarchical", "controller.remote=[fc1]")
+    short = [word for word in SHORT if not word.startswith("controller")]
+    with pytest.raises(UserError, match=r"choose controller\.process=internal, and bus=embedded"):
+        run(compose([*short, f"output={tmp_path}", *words]), tmp_path / "run", quiet=True)
