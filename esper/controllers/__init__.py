@@ -7,6 +7,7 @@ from esper.controllers.base import Controller, command_id
 from esper.controllers.heuristic import HeuristicConfig
 from esper.controllers.hierarchical import HierarchicalConfig
 from esper.controllers.none import NoneConfig
+from esper.controllers.probe import ProbeConfig
 from esper.controllers.random import RandomConfig
 from esper.controllers.runner import ControllerRunner
 from esper.controllers.scheduled import ScheduledConfig
@@ -20,5 +21,6 @@ CONFIGS: dict[str, type] = {
     "random": RandomConfig,
     "heuristic": HeuristicConfig,
     "bandit": BanditConfig,
+    "probe": ProbeConfig,
     "hierarchical": HierarchicalConfig,
 }

@@ -246,7 +246,7 @@ def test_any_controller_can_be_the_local_one(run, name):
         "random": {"count": 1, "earliest": "5%", "latest": "10%"},
         "heuristic": {"germinate_at": "5%", "count": 2},
         "bandit": {"germinate_at": "5%"},
-        "probe": {"germinate_at": "5%"},
+        "probe": {"germinate_at": "5%", "candidates": 2, "keep": 1},
     }[name]
     ran = run(HierarchicalConfig(local=name, local_settings=own, max_active=3).build(0)).start().until(60)
     germinated = [seed for seeds in ran.germinated.values() for seed in seeds]
