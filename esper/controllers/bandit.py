@@ -31,6 +31,7 @@ class BanditConfig(ControllerPlace):
     every: str = setting("5%", unit="duration", help="time between two decisions")
     until: str = setting("50%", unit="duration", help="no germination after this: growing late does less")
     count: int = setting(2, low=1, high=10**6, unit="seeds", help="most germinations of one decision")
+    most: int = setting(0, low=0, unit="seeds", help="germinations of the whole run, at most; 0: no limit")
     max_active: int = setting(4, low=1, unit="seeds", help="most seeds between GERMINATED and FINE_TUNING at a time")
     max_parameters: int = setting(0, low=0, help="most parameters that all branches may add; 0: no limit")
     max_growth: float = setting(0.0, low=0.0, unit="hosts", help="the same as a multiple of the host's; 0: no limit")
@@ -150,6 +151,8 @@ class BanditController:
         if since < 0 or tick > self._ticks(self.config.until) or since % max(1, self._ticks(self.config.every)):
             return []
         room = min(self.config.count, self.config.max_active - len(self.places.active | set(self.attempts.open)))
+        if self.config.most:
+            room = min(room, self.config.most - self.attempts.applied - len(self.attempts.open))
         if room <= 0:
             return []
         commands: list[Command] = []

@@ -45,6 +45,7 @@ class HierarchicalConfig(ControllerPlace):
     max_growth: float = setting(0.0, low=0.0, unit="hosts", help="the same as a multiple of the host's; 0: no limit")
     max_macs: int = setting(0, low=0, help="most MACs that all branches may add to the forward pass of a sample; 0: no limit")
     max_memory_mb: float = setting(0.0, low=0.0, unit="MB", help="most memory of weights, gradients and moments; 0: no limit")
+    most: int = setting(0, low=0, unit="seeds", help="germinations of the whole run, at most; 0: no limit")
     max_active: int = setting(8, low=1, unit="seeds", help="most seeds between GERMINATED and FINE_TUNING at a time")
     max_risk: float = setting(0.0, low=0.0, unit="seeds", help="most seeds under way that are expected to be lost; 0: no limit")
     fairness: float = setting(0.25, low=0.0, help="how much more a proposal is worth for each round that its group went without")
@@ -216,10 +217,13 @@ class HierarchicalController:
         import numpy as np
 
         from esper.controllers.allocation import allocate
+        from esper.controllers.usage import SEEDS
 
         self._refuse_impossible(tick)
         wanting = [group for group in self.groups.values() if group.pending]
         left, granted = self.usage.left(), set()
+        if self.config.most:
+            left[SEEDS] = min(left[SEEDS], self.config.most - self.usage.germinated)
         for group in sorted(wanting, key=lambda one: -one.waited):
             if group.waited < self.config.patience:
                 break
@@ -258,9 +262,16 @@ class HierarchicalController:
         group.pending = [one for place, one in enumerate(group.pending) if place not in places]
 
     def _refuse_impossible(self, tick: int) -> None:
-        """Refuse what would overdraw a budget even if nothing else grew."""
+        """Refuse what would overdraw a budget even if nothing else grew, and a seed that is asked for twice or grows already."""
+        wanted: set[Seed] = set()
         for group in self.groups.values():
             for pending in list(group.pending):
+                seeds = [(one.site, one.seed) for one in pending.germinations()]
+                if len({*seeds} - wanted - self.usage.growing.keys()) < len(seeds):
+                    group.pending.remove(pending)
+                    self._answer(group.name, pending.id, "refused", "a seed of it is asked for already, or grows", tick)
+                    continue
+                wanted.update(seeds)
                 pending.cost = sum(self.usage.cost(one) for one in pending.germinations())
                 if over := self.usage.never(pending.cost):
                     group.pending.remove(pending)

@@ -33,6 +33,7 @@ class ProbeConfig(ControllerPlace):
     candidates: int = setting(
         6, low=2, high=1000, unit="seeds", help="branches of one trial; lifecycle.training_slots of them learn at once"
     )
+    most: int = setting(0, low=0, unit="seeds", help="germinations of the whole run, at most; 0: no limit")
     keep: int = setting(2, low=1, unit="seeds", help="winners of one trial, at most")
     sites: list[str] = setting(["*"], help="globs over the sites among which candidates are spread")
     blueprints: list[str] = setting([], help="what candidates are made of, in turn; empty: the run's blueprint")
@@ -113,7 +114,7 @@ class ProbeController:
             return []
         if self.running:
             return self._end(tick) if self._over(tick) else []
-        if tick >= self.next and tick <= self.view.ticks(self.config.until):
+        if tick >= self.next and tick <= self.view.ticks(self.config.until) and self._wanted() > 0:
             return list(self._start(tick))
         return []
 
@@ -136,13 +137,18 @@ class ProbeController:
             self.attempts.sent(command)
             commands.append(command)
             self.names[site, seed] = blueprint
-            if len(commands) == self.config.candidates:
+            if len(commands) == self._wanted():
                 break
         self.running = {(command.site, command.seed): None for command in commands}
         self.began, self.trials = tick, self.trials + 1
         if not commands:
             self.next = tick + max(1, self.view.ticks(self.config.pause))
         return commands
+
+    def _wanted(self) -> int:
+        """Candidates of the next trial."""
+        left = self.config.most - self.attempts.applied if self.config.most else self.config.candidates
+        return min(self.config.candidates, left)
 
     def _places(self, tick: int, lot: random.Random) -> list[Seed]:
         """Free seeds, one of every site in turn, in an order that is drawn."""

@@ -14,6 +14,7 @@ from esper.lifecycle.stages import Stage
 from esper.messages import Acknowledgement, Germinate, Message, RunStarted, Transition
 
 BUDGETS = ("parameters", "macs", "memory", "seeds", "risk")
+SEEDS = BUDGETS.index("seeds")
 BYTES = 16
 """Bytes a parameter under AdamW in float32: itself, its gradient and two moments."""
 PERMANENT = np.array([1.0, 1.0, 1.0, 0.0, 0.0])
@@ -30,6 +31,7 @@ class Usage:
     asked: dict[str, list[Seed]] = field(default_factory=dict)
     ends: dict[str, tuple[int, int]] = field(default_factory=dict)
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    germinated: int = 0
 
     def left(self) -> np.ndarray:
         """What of each budget is not used, ``[5]``."""
@@ -52,6 +54,7 @@ class Usage:
     def sent(self, id: str, commands: list[Germinate]) -> None:
         """These germinations were commanded, by one command."""
         self.asked[id] = [(command.site, command.seed) for command in commands]
+        self.germinated += len(commands)
         for command in commands:
             self.growing[command.site, command.seed] = self.cost(command)
 
@@ -71,6 +74,7 @@ class Usage:
                 for seed in self.asked.pop(message.command_id, []):
                     if message.status != "applied":
                         self.growing.pop(seed, None)
+                        self.germinated -= 1
             case Transition():
                 self._moved(message)
 
@@ -92,6 +96,7 @@ class Usage:
         """JSON-able."""
         return {
             "kept": self.kept.tolist(),
+            "germinated": self.germinated,
             "growing": [[*seed, cost.tolist()] for seed, cost in self.growing.items()],
             "asked": {id: [list(seed) for seed in seeds] for id, seeds in self.asked.items()},
             "ends": {name: list(counts) for name, counts in self.ends.items()},
@@ -99,7 +104,7 @@ class Usage:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self.kept = np.array(state["kept"], float)
+        self.kept, self.germinated = np.array(state["kept"], float), int(state["germinated"])
         self.growing = {(site, seed): np.array(cost, float) for site, seed, cost in state["growing"]}
         self.asked = {id: [(site, seed) for site, seed in seeds] for id, seeds in state["asked"].items()}
         self.ends = {name: (int(lost), int(all_)) for name, (lost, all_) in state["ends"].items()}

@@ -172,3 +172,7 @@ def test_settings_that_mean_nothing_are_refused_when_it_is_built(settings, text)
 def test_settings_under_which_nothing_could_grow_end_the_run_at_its_start(run, settings, text):
     with pytest.raises(UserError, match=text):
         run(bandit(**settings)).start().until(1)
+
+
+def test_it_germinates_no_more_than_the_run_allows(run):
+    assert len(World(run, bandit(most=3), at_fc1).start().until(95).commands) == 3

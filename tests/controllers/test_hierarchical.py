@@ -153,6 +153,15 @@ def test_what_could_never_fit_is_refused_at_once_with_the_reason():
     assert engine.ended["1"] == ("refused", "the budget of parameters has no room for it, now or later")
 
 
+def test_a_seed_that_is_asked_for_twice_is_granted_once_and_stays_on_the_books():
+    engine = Engine(remote(max_active=2))
+    engine.propose("a", germinate("1", "a", 0, "small"), germinate("2", "a", 0, "small"), germinate("3", "a", 1, "small"))
+    engine.propose("b", germinate("4", "b", 0, "small"))
+    engine.run(40)
+    assert engine.ended["2"] == ("refused", "a seed of it is asked for already, or grows")
+    assert len(engine.growing()) == 2 == len(engine.controller.usage.growing)
+
+
 def test_layers_take_turns_although_one_promises_more():
     engine = Engine(remote(max_active=1, max_parameters=0, patience=50, fairness=1.0))
     seen = []
@@ -374,3 +383,14 @@ def test_a_thousand_sites_are_allocated_at_once():
     granted = controller.decide(1)
     used = sum(BLUEPRINTS[command.blueprint]["parameters"] for command in granted)
     assert 19_000 < used <= 20_000
+
+
+def test_it_grants_no_more_than_the_run_allows():
+    engine = Engine(remote(most=2))
+    for number in range(4):
+        for site in SITES:
+            engine.propose(site, germinate(f"{site}{number}", site, number % SEEDS, "small"))
+        engine.run(10)
+        for seed in engine.growing():
+            engine.end(seed, kept=False)
+    assert len(engine.blueprints) == engine.controller.usage.germinated == 2

@@ -149,3 +149,15 @@ def test_settings_that_mean_nothing_are_refused_when_it_is_built(settings, text)
 def test_settings_under_which_no_trial_could_begin_end_the_run_at_its_start(run, settings, text):
     with pytest.raises(UserError, match=text):
         run(probe(**settings)).start().until(1)
+
+
+def test_it_germinates_no_more_than_the_run_allows(run):
+    ran = run(probe(most=5, candidates=3, pause="5%", embargo="1%")).start().until(10)
+    for _ in range(40):
+        judge(ran, dict.fromkeys(PLACES, -1.0))
+        ran.until(ran.tick + 1)
+        for place in PLACES:
+            if ran.stages[place] is not Stage.DORMANT:
+                ran.move(*place, Stage.CULLED, "mlp")
+                ran.move(*place, Stage.DORMANT)
+    assert sum(map(len, ran.germinated.values())) == 5
