@@ -69,7 +69,10 @@ class RunEnded(Message):
 
 @message
 class Transition(Message):
-    """One seed (``seed`` ≥ 0) or one block branch (``seed`` = −1) changed stage; ``branch`` is −1 where none exists."""
+    """One seed (``seed`` ≥ 0) or one block branch (``seed`` = −1) changed stage; ``branch`` is −1 where none exists.
+
+    ``why`` is the reason that the controller gave with the command, as plain values (see ``Germinate``).
+    """
 
     tick: int
     site: str
@@ -81,6 +84,8 @@ class Transition(Message):
     generation: int = 0
     blueprint: str = ""
     strategy: str = ""
+    objective: str = ""
+    why: dict[str, Any] = field(default_factory=dict)
 
 
 @message
@@ -183,12 +188,17 @@ class Command(Message):
 
 @message
 class Germinate(Command):
-    """Germinate one seed; empty names mean the run's configured blueprint and strategy."""
+    """Germinate one seed; empty names mean the run's configured blueprint, strategy and objective.
+
+    ``why`` explains the decision in plain values (features, probabilities, the choice); the transition's event repeats it.
+    """
 
     site: str
     seed: int
     blueprint: str = ""
     strategy: str = ""
+    objective: str = ""
+    why: dict[str, Any] = field(default_factory=dict)
 
 
 @message
@@ -285,6 +295,18 @@ class Decided(Command):
     epoch: int = 0
 
 
+# --- between controllers ---
+
+
+@message
+class Proposal(Message):
+    """What the local controller of a group of sites would do at ``tick``, for an allocator to grant; it is also a sign of life."""
+
+    group: str
+    tick: int
+    commands: list[Command] = field(default_factory=list)
+
+
 # --- large payloads ---
 
 
@@ -324,4 +346,4 @@ COMMANDS = (
     RequestReport,
     Decided,
 )
-MESSAGES = (Telemetry, *EVENTS, *COMMANDS, ClaimCheck, Acknowledgement)
+MESSAGES = (Telemetry, *EVENTS, *COMMANDS, Proposal, ClaimCheck, Acknowledgement)

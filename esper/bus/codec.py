@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import msgspec
 from zlib_ng.zlib_ng import crc32
 
-from esper.messages import MESSAGES, ApplyEach, ApplyTogether, Command, Message, Predicate, Selector
+from esper.messages import MESSAGES, ApplyEach, ApplyTogether, Command, Message, Predicate, Proposal, Selector
 
 SCHEMA_VERSION = 1
 MAGIC = b"ES"
@@ -68,7 +68,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 def to_plain(message: Message) -> dict[str, Any]:
     """A message as it is written: ``kind``, the name of its class, and its fields."""
     plain = {"kind": type(message).__name__} | {name: getattr(message, name) for name in _FIELDS[type(message)]}
-    if isinstance(message, ApplyTogether | ApplyEach):
+    if isinstance(message, ApplyTogether | ApplyEach | Proposal):
         plain["commands"] = [to_plain(command) for command in message.commands]
     return plain
 
@@ -79,12 +79,12 @@ def from_plain(plain: Any) -> Message:
         raise msgspec.ValidationError(f"no message is of the kind {plain.get('kind') if isinstance(plain, dict) else plain!r}")
     kind = _KINDS[plain["kind"]]
     _refuse_unknown_parts(plain.get("select"))
-    if kind in (ApplyTogether, ApplyEach) and isinstance(plain.get("commands"), list):
+    if kind in (ApplyTogether, ApplyEach, Proposal) and isinstance(plain.get("commands"), list):
         parts = [from_plain(part) for part in plain["commands"]]
         commands = [part for part in parts if isinstance(part, Command)]
         if len(commands) < len(parts):
             raise msgspec.ValidationError(f"{kind.__name__} holds something that is no command")
-        together: ApplyTogether | ApplyEach = msgspec.convert(plain | {"commands": []}, kind)
+        together: ApplyTogether | ApplyEach | Proposal = msgspec.convert(plain | {"commands": []}, kind)
         return replace(together, commands=commands)
     message: Message = msgspec.convert(plain, kind)
     return message

@@ -53,10 +53,11 @@ def invitation(folder: Path) -> Invitation:
 
 
 @contextmanager
-def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation]]:
+def joined(folder: Path, part: str = "", group: str = "") -> Iterator[tuple[ServerBus, Invitation]]:
     """The bus of the run in ``folder``, from another process; raises UserError when it cannot be reached, or no longer.
 
-    ``part`` (``controller`` or ``tracking``) is the part of the run that the caller takes over: refused where the run has its own.
+    ``part`` (``controller`` or ``tracking``) is the part of the run that the caller takes over: refused where the run has its own. With a
+    ``group`` it is the local controller of that group of sites, beside the run's own.
     Otherwise the counters of the caller are on the server while it is at work. A message that was in the hands of a controller that
     died never becomes a dead letter, however often that happens: without it the next controller would decide differently, unnoticed.
     """
@@ -67,7 +68,7 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     from esper.bus.server.status import reporting_counts
 
     found = invitation(folder)
-    if part:
+    if part and not group:
         _refuse_second(folder, found, part)
     config = KINDS[found.bus["name"]](**found.bus)
     if part == "controller":
@@ -78,7 +79,7 @@ def joined(folder: Path, part: str = "") -> Iterator[tuple[ServerBus, Invitation
     except NoAnswer as error:
         raise (_over(folder, error) if isinstance(config, EmbeddedConfig) else error) from None
     try:
-        if part:
+        if part and not group:
             with reporting_counts(bus, found.run, part):
                 yield bus, found
         else:

@@ -22,7 +22,7 @@ from esper.bus.config import MemoryConfig
 from esper.errors import UserError
 from esper.messages import Message
 
-STREAMS = ("telemetry", "events", "commands", "acks")
+STREAMS = ("telemetry", "events", "commands", "acks", "proposals")
 ORDERS = ("none", "stream", "global", "causal")
 Id = tuple[int, int]  # epoch and sequence of a stream entry, written ``<epoch>-<sequence>``
 LARGEST = (1 << 64) - 1  # either of them

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from esper.controllers.bandit import BanditConfig
 from esper.controllers.base import Controller, command_id
 from esper.controllers.heuristic import HeuristicConfig
+from esper.controllers.hierarchical import HierarchicalConfig
 from esper.controllers.none import NoneConfig
+from esper.controllers.probe import ProbeConfig
 from esper.controllers.random import RandomConfig
 from esper.controllers.runner import ControllerRunner
 from esper.controllers.scheduled import ScheduledConfig
@@ -17,4 +20,7 @@ CONFIGS: dict[str, type] = {
     "scheduled": ScheduledConfig,
     "random": RandomConfig,
     "heuristic": HeuristicConfig,
+    "bandit": BanditConfig,
+    "probe": ProbeConfig,
+    "hierarchical": HierarchicalConfig,
 }

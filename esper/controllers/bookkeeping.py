@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from esper.controllers.view import LOST, Seed, refuse_unfitting
@@ -43,6 +44,10 @@ class Attempts:
     def may_try(self, seed: Seed, tick: int) -> bool:
         """Whether the seed neither waits for an answer nor rests at ``tick``."""
         return seed not in self._open.values() and self._resting.get(seed, -1) < tick
+
+    def unavailable(self, tick: int) -> list[Seed]:
+        """Seeds that wait for an answer or rest at ``tick``."""
+        return [*self._open.values(), *(seed for seed, until in self._resting.items() if until >= tick)]
 
     def state(self) -> dict[str, Any]:
         """JSON-able."""
@@ -108,11 +113,11 @@ class Budget:
         wanted = blueprint or self._blueprint or described.get("blueprint", "")
         return costs.get(wanted, max(costs.values(), default=0))
 
-    def check(self) -> None:
-        """Raise UserError when the wanted blueprint fits none of the sites, or the limit not even one branch."""
+    def check(self, choices: Iterable[str] = ("",)) -> None:
+        """Raise UserError when the wanted blueprint fits none of the sites, or the limit not even one branch of any of ``choices``."""
         if self._blueprint:
             refuse_unfitting(self._sites.values(), self._blueprint, "of this host")
-        cheapest = min(map(self.cost, self._sites), default=0)
+        cheapest = min((self.cost(site, blueprint) for site in self._sites for blueprint in choices), default=0)
         if cheapest > self.limit:
             raise UserError(
                 f"controller.max_parameters={self._max_parameters} and controller.max_growth={self._max_growth} allow "

@@ -34,21 +34,30 @@ class Health:
             good = np.isfinite(row).all(axis=1, keepdims=True)
             self._means[message.site] = np.where(good, mean, np.nan)
 
+    def means(self, site: str, seeds: int) -> np.ndarray:
+        """The running means of a site, ``[seeds, 3]`` in the order of SCORED; NaN for a seed without health."""
+        return self._means.get(site, np.full((seeds, len(SCORED)), np.nan))
+
     def need(self, site: str, weights: tuple[float, float, float]) -> dict[int, float]:
         """Score by seed number, of the seeds whose health is known; higher: likelier to gain from a branch.
 
         ``w0 · 1/(1 + variance/mean variance of the site) + w1 · near-zero fraction + w2 · |correlation|``: a chunk that
         hardly varies, is mostly silent or repeats what the others say is capacity that the host does not use.
         """
-        means = self._means.get(site)
-        if means is None:
+        if site not in self._means:
             return {}
+        score = self.scores(site, len(self._means[site]), weights)
+        return {int(seed): float(score[seed]) for seed in np.flatnonzero(~np.isnan(score))}
+
+    def scores(self, site: str, seeds: int, weights: tuple[float, float, float]) -> np.ndarray:
+        """The same of every seed, ``[seeds]``; NaN where the health is not known."""
+        means = self.means(site, seeds)
         known = ~np.isnan(means).any(axis=1)
         variance, near_zero, correlation = means.T
         usual = float(variance[known].mean()) if known.any() else 0.0
         quiet = 1.0 / (1.0 + variance / usual) if usual > 0.0 else np.ones_like(variance)
-        score = weights[0] * quiet + weights[1] * near_zero + weights[2] * np.abs(correlation)
-        return {int(seed): float(score[seed]) for seed in np.flatnonzero(known)}
+        score: np.ndarray = weights[0] * quiet + weights[1] * near_zero + weights[2] * np.abs(correlation)
+        return np.where(known, score, np.nan)
 
     def state(self) -> dict[str, Any]:
         """JSON-able; None stands for a seed without health."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,6 @@ from esper.controllers.base import command_id
 from esper.controllers.bookkeeping import Attempts, Budget, Plateau
 from esper.controllers.view import RunView, Seed, check_duration
 from esper.errors import UserError
-from esper.lifecycle.stages import Stage
 from esper.messages import Command, Germinate, Message, Metrics, RunStarted, Telemetry
 from esper.processes import ControllerPlace
 from esper.setting_fields import setting
@@ -54,9 +54,11 @@ class HeuristicController:
 
     def __init__(self, config: HeuristicConfig) -> None:
         from esper.controllers.health import Health  # here, since the settings above must not wait for numpy
+        from esper.controllers.places import Places
 
         self.config = config
         self.view = RunView()
+        self.places = Places()
         self.attempts = Attempts()
         self.health = Health()
         self.budget = Budget(config.blueprint, config.max_parameters, config.max_growth)
@@ -67,6 +69,7 @@ class HeuristicController:
     def observe(self, message: Message) -> None:
         """Take note of messages that bear on when, where and how much to grow."""
         self.view.observe(message)
+        self.places.observe(message)
         self.attempts.observe(message)
         self.budget.observe(message)
         if isinstance(message, RunStarted):
@@ -104,9 +107,8 @@ class HeuristicController:
         wanted = self.goal - self.attempts.applied - len(self.attempts.open)
         if wanted <= 0:
             return []
-        active = set(self.view.active()) | set(self.attempts.open)
-        room = max(0, min(wanted, self.config.max_active - len(active)))
-        places = self._affordable(self._ranked(tick))[:room] if room else []
+        room = max(0, min(wanted, self.config.max_active - len(self.places.active | set(self.attempts.open))))
+        places = self._affordable(self._ranked(tick, room), room) if room else []
         return [self._germinate(tick, n, place) for n, place in enumerate(places)]
 
     def _start_wave(self, tick: int) -> None:
@@ -118,23 +120,38 @@ class HeuristicController:
         self.goal = self.attempts.applied + len(self.attempts.open) + self.config.count
         self.plateau.restart(tick)
 
-    def _ranked(self, tick: int) -> list[Seed]:
-        """Dormant seeds that may be tried, the neediest first; equal ones in the order of sites and seeds."""
-        weights = (self.config.variance, self.config.near_zero, self.config.correlation)
-        needs = {site: self.health.need(site, weights) for site in self.view.sites}
-        seeds = [s for s in self.view.seeds(stage=Stage.DORMANT) if self.attempts.may_try(s, tick)]
-        scored = [(needs[site][seed], (site, seed)) for site, seed in seeds if seed in needs[site]]
-        return [place for _, place in sorted(scored, key=lambda entry: -entry[0])]
+    def _ranked(self, tick: int, room: int) -> Iterator[Seed]:
+        """Dormant seeds that may be tried, the neediest first; equal ones in the order of sites and seeds.
 
-    def _affordable(self, places: list[Seed]) -> list[Seed]:
-        """The ``places`` that fit the budget, taken in order."""
+        Mostly the first ``room`` are wanted, so the others, which may be a hundred thousand, are sorted only when they are asked for.
+        """
+        import numpy as np
+
+        weights = (self.config.variance, self.config.near_zero, self.config.correlation)
+        counts = np.diff(self.places.first).tolist()
+        scores = [self.health.scores(name, count, weights) for name, count in zip(self.places.names, counts, strict=True)]
+        score = np.concatenate(scores) if scores else np.zeros(0)
+        score[~self.places.free(self.attempts.unavailable(tick))] = np.nan
+        rows = np.flatnonzero(~np.isnan(score))
+        first = rows
+        if len(rows) > room:
+            least = np.partition(score[rows], len(rows) - room)[len(rows) - room]
+            first = rows[score[rows] >= least]
+        for some in (first, np.setdiff1d(rows, first, assume_unique=True) if len(first) < len(rows) else first[:0]):
+            for row in some[np.argsort(-score[some], kind="stable")]:
+                yield self.places.seed(int(row))
+
+    def _affordable(self, places: Iterator[Seed], room: int) -> list[Seed]:
+        """The first ``room`` of the ``places`` that fit the budget."""
         left = self.budget.limit - self.budget.used - sum(self.budget.cost(site) for site, _ in self.attempts.open)
-        fitting = []
+        fitting: list[Seed] = []
         for site, seed in places:
             cost = self.budget.cost(site)
             if cost <= left:
                 left -= cost
                 fitting.append((site, seed))
+                if len(fitting) == room:
+                    break
         return fitting
 
     def _germinate(self, tick: int, n: int, place: Seed) -> Germinate:
@@ -153,4 +170,5 @@ class HeuristicController:
         """Go on from ``state``."""
         for name in ("view", "attempts", "health", "budget", "plateau"):
             getattr(self, name).load_state(state[name])
+        self.places.load_state(state["view"])
         self.first_done, self.goal = state["first_done"], state["goal"]

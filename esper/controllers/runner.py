@@ -12,6 +12,8 @@ from esper.controllers.base import Controller, decision
 from esper.errors import UserError
 from esper.messages import CONTROLLER, Command, Message, RunEnded, TickEnded
 
+ALLOCATOR = "allocator"
+"""The producer of answers to local controllers in other processes."""
 REPEATED = 3
 """Exceptions in all after which a controller is asked no more."""
 _COUNT = "esper: exceptions raised"
@@ -87,8 +89,13 @@ class ControllerRunner:
     Make it before the run starts: a stream without a reader is not kept.
     """
 
-    def __init__(self, bus: Bus, run: str, controller: Controller, name: str = "controller", debug: bool = False) -> None:
+    def __init__(
+        self, bus: Bus, run: str, controller: Controller, name: str = "controller", debug: bool = False, beyond: Bus | None = None
+    ) -> None:
+        """``beyond`` is the bus over which an allocator hears local controllers in other processes, and answers them."""
         self.controller = controller
+        self._proposals = None if beyond is None else beyond.consumer("proposals", run, CONTROLLER, name)
+        self._answers = None if beyond is None else beyond.producer("acks", run, ALLOCATOR)
         self._contained = Contained(controller, debug)
         self._consumers = {stream: bus.consumer(stream, run, CONTROLLER, name) for stream in _HEARD}
         self._producer = bus.producer("commands", run, CONTROLLER)
@@ -108,6 +115,7 @@ class ControllerRunner:
             return
         for stream in _HEARD:
             self._hear_all(stream)
+        self._hear_proposals()
 
     def serve(self, block_s: float = 1.0, idle_s: float | None = None) -> str | None:
         """In its own process: decide on every tick that ends, until the run ends.
@@ -129,11 +137,19 @@ class ControllerRunner:
                     if isinstance(delivery.message, TickEnded):
                         self._hear_all("acks")
                         self._hear_all("telemetry")
+                        self._hear_proposals()
                         self._decide(delivery.message)
                 self._consumers["events"].ack([delivery])
                 if isinstance(delivery.message, RunEnded):
                     return delivery.message.status
         return None
+
+    def _hear_proposals(self) -> None:
+        """What local controllers in other processes have said so far; nobody waits for them."""
+        while self._proposals is not None and (deliveries := self._proposals.read(1000)):
+            for delivery in deliveries:
+                self._contained.observe(delivery.message)
+            self._proposals.ack(deliveries)
 
     def _hear_all(self, stream: str) -> None:
         while deliveries := self._consumers[stream].read(1000):
@@ -150,6 +166,11 @@ class ControllerRunner:
         for command in self._contained.decide(ended.tick):
             self._producer.publish(command)
         self._producer.publish(decision(ended))
+        if self._answers is not None:
+            answers = getattr(self.controller, "answers", [])
+            for answer in answers:
+                self._answers.publish(answer)
+            answers.clear()
 
     def state(self) -> dict[str, Any]:
         """The controller's state, JSON-able, for a checkpoint."""
@@ -163,6 +184,8 @@ class ControllerRunner:
     def complaints(self) -> list[str]:
         """Sentences about exceptions of the controller since the last call, for alerts."""
         said, self._contained.complaints = self._contained.complaints, []
+        own = getattr(self.controller, "complaints", [])  # an allocator speaks of its local controllers
+        said, own[:] = [*said, *own], []
         return said
 
     def close(self) -> None:
@@ -170,3 +193,6 @@ class ControllerRunner:
         self._producer.close()
         for consumer in self._consumers.values():
             consumer.close()
+        if self._proposals is not None and self._answers is not None:
+            self._proposals.close()
+            self._answers.close()

@@ -32,7 +32,7 @@ from esper.setting_fields import setting
 _SELECTING = {"cancel": Cancel, "pause": PauseGrafting, "resume": ResumeGrafting}
 #: Keys that may stand beside ``at`` and ``command``, by command.
 _ACCEPTED = {
-    "germinate": ("site", "seeds", "count", "blueprint", "strategy", "as_one"),
+    "germinate": ("site", "seeds", "count", "blueprint", "strategy", "objective", "as_one"),
     **dict.fromkeys(_SELECTING, ("site", "seeds", "stage")),
     "set_stage": ("site", "seeds", "stage", "target"),
     "change_strategy": ("site", "seeds", "stage", "strategy"),
@@ -56,6 +56,7 @@ class Entry:
     count: int | None = None
     blueprint: str = ""
     strategy: str = ""
+    objective: str = ""
     stage: int | None = None
     target: int = 0
     reason: str = ""
@@ -147,7 +148,7 @@ def _places(entry: Entry, view: RunView) -> list[tuple[str, int]]:
 
 
 def _germinate(entry: Entry, site: str, seed: int) -> Callable[[str], Command]:
-    return lambda id: Germinate(id=id, site=site, seed=seed, blueprint=entry.blueprint, strategy=entry.strategy)
+    return lambda id: Germinate(id=id, site=site, seed=seed, blueprint=entry.blueprint, strategy=entry.strategy, objective=entry.objective)
 
 
 def _together(made: list[Callable[[str], Command]]) -> Callable[[str], Command]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from esper.engine.branch_replacement import Replacing
 from esper.engine.judging.gatekeeper import Gatekeeper
@@ -57,8 +58,10 @@ class Action:
     target: Stage = Stage.DORMANT
     blueprint: str = ""
     strategy: str = ""
+    objective: str = ""
     paused: bool = False
     start: str = ""
+    why: Mapping[str, Any] | None = None
 
 
 NOTHING_MEASURED = Measured()
@@ -212,10 +215,12 @@ class Executor:
             reason = "the training loss is not finite, so nothing germinates until it is again"
         if reason is None and command.strategy and command.strategy not in self.transitions.strategies:
             reason = f"there is no grafting strategy '{command.strategy}'; there are {', '.join(self.transitions.strategies)}"
+        if reason is None and command.objective:
+            reason = self.transitions.objective.refusal(command.objective, self.registry.blueprints[blueprint])
         if reason is not None:
             raise Refused(reason)
         trial.apply(row, Stage.GERMINATED, "")
-        return Action("germinate", row, blueprint=blueprint, strategy=command.strategy)
+        return Action("germinate", row, blueprint=blueprint, strategy=command.strategy, objective=command.objective, why=command.why)
 
     def _as_one(self, actions: list[Action]) -> list[Action]:
         """The same actions; Refused where what germinates can be no one decision."""
@@ -336,7 +341,7 @@ class Executor:
     def _do(self, action: Action, cause: str, measured: Measured) -> None:
         table, branch = self.registry.table, self.registry.branch_at(action.row)
         if action.kind == "germinate":
-            self.transitions.germinate(action.row, action.blueprint, action.strategy, cause)
+            self.transitions.germinate(action.row, action.blueprint, action.strategy, cause, action.objective, action.why)
         elif action.kind == "move":
             if table.stage_of(action.row) is not action.target:  # else it has just gone with another one
                 self.transitions.move(action.row, action.target, cause)

@@ -19,6 +19,7 @@ from esper.engine.port import Port
 from esper.engine.snapshot import present_values
 from esper.kernels.chunk_layout import chunk_bounds
 from esper.lifecycle import Stage
+from esper.lifecycle.config import OBJECTIVES
 from esper.seeds import Recording, SeedRegistry, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
 from esper.telemetry_columns import COLUMNS, Column
@@ -54,8 +55,9 @@ class Observer:
         """Give each site the recording that its next forward should fill, if any; ``upcoming`` is 0 where no tick follows."""
         self.due = upcoming > 0 and upcoming % self.config.every == 0
         keep_activation: set[int] = set()
-        if self.objective.keeps_activations:
-            keep_activation = {branch.site for branch in self.registry.in_stage(Stage.TRAINING)}
+        for branch in self.registry.in_stage(Stage.TRAINING):
+            if self.objective.kind_of(branch) != "shadow":
+                keep_activation.add(branch.site)
         for number, layer in enumerate(self.registry.layers):
             layer.telemetry_due, layer.keeps_activation = self.due, number in keep_activation
             if self.due or number in keep_activation:
@@ -245,6 +247,7 @@ class Observer:
     def _card(self, number: int, host: int) -> dict[str, Any]:
         site = self.registry.sites[number]
         fitting: dict[str, dict[str, int]] = {}
+        default = self.registry.blueprints[self.registry.default_blueprint]
         for name, blueprint in self.registry.blueprints.items():
             if self.registry.misfit(self.registry.first_row[number], name) is None:
                 if isinstance(blueprint, Block):
@@ -260,6 +263,7 @@ class Observer:
             "seeds": site.geometry.seeds,
             "blueprint": self.registry.default_blueprint,
             "blueprints": fitting,
+            "objectives": [kind for kind in OBJECTIVES if self.objective.refusal(kind, default) is None],
             "host_parameters": host,
             "telemetry_every": self.config.every,
             "growth": self.registry.flags.on("growth", site.name),
@@ -277,6 +281,7 @@ class Observer:
                     "generation": branch.generation,
                     "blueprint": branch.blueprint,
                     "strategy": branch.strategy,
+                    "objective": self.objective.kind_of(branch),
                     "stage": branch.stage.name,
                     "path": [[name, tick] for name, tick in branch.path],
                     "alpha": float(self.registry.branches.alpha[branch.id]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -81,15 +81,18 @@ class Transitions:
         else:
             self._later.append(action)
 
-    def germinate(self, row: int, blueprint: str, strategy: str, cause: str) -> Branch:
-        """DORMANT → GERMINATED with a new branch."""
+    def germinate(
+        self, row: int, blueprint: str, strategy: str, cause: str, objective: str = "", why: Mapping[str, Any] | None = None
+    ) -> Branch:
+        """DORMANT → GERMINATED with a new branch; ``why`` is the controller's explanation, which the event repeats."""
         source = self.machine.apply(row, Stage.GERMINATED, cause).source
         branch = self.registry.germinate(row, blueprint or self.registry.default_blueprint, strategy or self.default_strategy)
         bank = self.registry.layers[branch.site].bank(branch.blueprint)
         if isinstance(bank, BlockBank):
             inherit(bank, branch.slot, self.optimizer)
+        branch.objective = objective
         self.prepare(branch)
-        self._say(row, branch, source, Stage.GERMINATED, cause)
+        self._say(row, branch, source, Stage.GERMINATED, cause, why)
         self.counts["germinated"] += 1
         return branch
 
@@ -175,7 +178,7 @@ class Transitions:
         """Take over a saved state."""
         self.counts = {name: int(state[name]) for name in self.counts}
 
-    def _say(self, row: int, branch: Branch | None, source: Stage, target: Stage, cause: str) -> None:
+    def _say(self, row: int, branch: Branch | None, source: Stage, target: Stage, cause: str, why: Mapping[str, Any] | None = None) -> None:
         registry = self.registry
         site, seed = registry.sites[registry.site_of(row)].name, registry.seed_of(row)
         if branch is not None:
@@ -192,6 +195,8 @@ class Transitions:
             generation=int(registry.table.generation[row]),
             blueprint="" if branch is None else branch.blueprint,
             strategy="" if branch is None else branch.strategy,
+            objective="" if branch is None else self.objective.kind_of(branch),
+            why=dict(why or {}),
         )
         self.say(event)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from esper.controllers import ControllerRunner
 from esper.errors import UserError
 from esper.messages import CONTROLLER, Alert, Message
 from esper.running.builders import build_controller, describe_run
+from esper.running.controller_memory import recall
 from esper.running.run_folder import FolderLock
 from esper.tasks.base import Task
 from esper.telemetry_columns import COLUMNS
@@ -133,12 +135,22 @@ class ExternalTrackers:
 
 def refuse_unreachable(config: RootConfig) -> None:
     """Raise UserError for a part in another process on a bus that no other process can reach."""
+    if remote_groups(config) and (config.controller.process == EXTERNAL or not isinstance(config.bus, ServerConfig)):
+        raise UserError(
+            "controller.remote needs the allocator in this process and a bus that other processes can reach: choose"
+            " controller.process=internal, and bus=embedded or bus=redis."
+        )
     for group in ("controller", "tracking"):
         if getattr(config, group).process == EXTERNAL and not isinstance(config.bus, ServerConfig):
             raise UserError(
                 f"{group}.process=external needs a bus that another process can reach, and bus={config.bus.name} lives in this one:"
                 " add bus=embedded or bus=redis."
             )
+
+
+def remote_groups(config: RootConfig) -> list[str]:
+    """Groups of sites whose local controller is a process of its own."""
+    return list(getattr(config.controller, "remote", ()))
 
 
 def refuse_untrackable(config: RootConfig, folder: Path) -> None:
@@ -156,12 +168,16 @@ def say_where(config: RootConfig, bus: Bus, info: RunInfo, folder: Path, quiet: 
     for group, program in (("controller", "control"), ("tracking", "track")):
         if getattr(config, group).process == EXTERNAL and not quiet:
             print(f"{group}.process=external: start  esper {program} {folder}", file=sys.stderr, flush=True)
+    for name in [] if quiet else remote_groups(config):
+        print(f"controller.remote: start  esper control {folder} --group {shlex.quote(name)}", file=sys.stderr, flush=True)
 
 
 def connect(setup: Setup, trackers: Sequence[Tracker]) -> Connections:
     """Open the run's bus and connect its parts to it. Raises UserError for settings that no controller can be built from."""
     config, folder = setup.config, setup.folder
     settings, controller = config.controller, build_controller(config, setup.task)  # where it decides elsewhere, refused here all the same
+    if setup.state is None:
+        recall(config, controller)
     info = describe_run(config, setup.task, folder, round(time.time() * 1000))
     bus = open_bus(config.bus, folder)
     say_where(config, bus, info, folder, setup.quiet)
@@ -170,7 +186,8 @@ def connect(setup: Setup, trackers: Sequence[Tracker]) -> Connections:
         runner = ExternalController()
         port = RunPort(bus, info.run, COLUMNS, None, settings.timing, external=True, deadline_s=settings.deadline_s)
     else:
-        runner = ControllerRunner(bus.local, info.run, controller, debug=config.trainer.debug)
+        beyond = bus if remote_groups(config) else None
+        runner = ControllerRunner(bus.local, info.run, controller, debug=config.trainer.debug, beyond=beyond)
         port = RunPort(bus, info.run, COLUMNS, runner, settings.timing)
     progress = TrackerRunner(bus.local, info, [] if setup.quiet else [ProgressBar()], group="progress")
     return Connections(info, bus, port, runner, TrackerRunner(bus.local, info, trackers), progress)
@@ -200,7 +217,7 @@ def let_them_read(config: RootConfig, bus: Bus, run: str, port: RunPort, quiet: 
     waited_for = {"controller": 0.0 if port.silent else CONTROLLER_S, "tracking": TRACKER_S}
     began = time.monotonic()
     for group, prefix, streams in (("controller", CONTROLLER, ("events",)), ("tracking", TRACKER, READ_BY_TRACKERS)):
-        if getattr(config, group).process != EXTERNAL:
+        if getattr(config, group).process != EXTERNAL and not (group == "controller" and remote_groups(config)):
             continue
         while not (read := _has_read(bus, run, prefix, streams)) and time.monotonic() - began < waited_for[group]:
             time.sleep(0.05)

@@ -25,6 +25,7 @@ from esper.running.callbacks import Callback, WeightChecksums, profiled
 from esper.running.checkpointing import Checkpointer
 from esper.running.connections import Connections, Setup, connect, load_state, refuse_unreachable, refuse_untrackable, trackers_of
 from esper.running.control_runs import SAME_MACS, SAME_STEPS, control_run, controls_of, equal_macs_steps, one_step, trained_host
+from esper.running.controller_memory import remember
 from esper.running.ending import Ending
 from esper.running.model_selection import announce, put_in_place, replaces
 from esper.running.provenance import environment, note_session, other_versions, refuse_other_data
@@ -97,6 +98,7 @@ def _carry_out(setup: Setup, trackers: Sequence[Tracker]) -> Result:
                 links.port.emit(Alert(tick=trainer.grow.tick_number, level="warning", code="other_versions", text=warning))
         with ending.of_training(trainer):
             _train(setup, trainer, checksums, checkpointer)
+            remember(setup, links, trainer.grow.tick_number)
             links.progress.close("FINISHED", grace_s=0.0)  # the run's end is published later: waiting for it would cost each run a second
             _leave_model(setup, links, trainer, ending.summarize(trainer, "FINISHED"))
     except TrackerError as error:  # the training itself is done: its report first

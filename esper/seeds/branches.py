@@ -44,6 +44,8 @@ class Branch:
     """Whether another is on trial in its place: nothing of it changes, and no forward adds it."""
     looks: int = 0
     """Looks at the judge set that the trial has cost."""
+    objective: str = ""
+    """What it learns from in TRAINING; empty: the run's objective."""
     group: int = -1
     """The first of the branches that it is one decision with, itself included; −1: it is judged alone."""
 

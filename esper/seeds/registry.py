@@ -305,10 +305,9 @@ class SeedRegistry:
         return tuple((layer.name, *group.cost_key()) for layer in self.layers for group in layer.groups)
 
     @contextmanager
-    def shadow(self) -> Iterator[BranchGroups]:
-        """Within: forwards with the TRAINING branches on (α = 1, or in another's place) and alone learning; yields their groups."""
+    def shadow(self, learning: list[Branch]) -> Iterator[BranchGroups]:
+        """Within: forwards with these TRAINING branches on (α = 1, or in another's place) and alone learning; yields their groups."""
         groups: BranchGroups = []
-        learning = self.in_stage(Stage.TRAINING)
         replaced = {branch.replaces for branch in learning}
         with self._keeping_groups():
             for number, layer in enumerate(self.layers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +44,20 @@ def _join(parts: list[np.ndarray], dtype: type) -> np.ndarray:
 
 
 def transitions(messages: list[Transition]) -> pa.Table:
-    """One row a transition, stages by name."""
+    """One row a transition, stages by name; ``why``, the controller's explanation, is JSON, empty where it gave none."""
     import pyarrow as pa
 
     where = (("tick", pa.int64()), ("site", pa.string()), ("seed", pa.int32()), ("branch", pa.int32()))
     words = [(name, pa.string()) for name in ("source", "target", "cause")]
-    grown = (("generation", pa.int32()), ("blueprint", pa.string()), ("strategy", pa.string()))
+    grown = (("generation", pa.int32()), *((name, pa.string()) for name in ("blueprint", "strategy", "objective", "why")))
     schema = pa.schema([*where, *words, *grown])
-    return _table(schema, messages, source=lambda m: Stage(m.source).name, target=lambda m: Stage(m.target).name)
+    return _table(
+        schema,
+        messages,
+        source=lambda m: Stage(m.source).name,
+        target=lambda m: Stage(m.target).name,
+        why=lambda m: json.dumps(m.why) if m.why else "",
+    )
 
 
 def gates(messages: list[GateResult]) -> pa.Table:

@@ -179,7 +179,7 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
             limit = limits[session_of(part)]
             if limit is not None:
                 table = table.filter(pc.field("tick") <= limit)
-            waiting.append(table.select(schema.names))
+            waiting.append(_with_columns(table, schema))
             if sum(map(len, waiting)) >= GROUP_ROWS:
                 whole = last_rows(waiting, once)
                 last = pc.max(whole["tick"]) if once else None  # the next part may say this tick's values again
@@ -188,6 +188,16 @@ def _merge(parts: list[Path], target: Path, schema: pa.Schema, limits: Mapping[i
         if waiting:
             writer.write_table(last_rows(waiting, once), row_group_size=GROUP_ROWS)
     os.replace(temporary, target)
+
+
+def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the columns of ``schema``; one that an earlier version did not write is empty."""
+    import pyarrow as pa
+
+    for field in schema:
+        if field.name not in table.schema.names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schema.names)
 
 
 def last_rows(tables: list[pa.Table], once: list[str] | None) -> pa.Table:

@@ -31,6 +31,7 @@ BODIES = [
     m.Acknowledgement(command_id="g", status="applied", reason="", tick=10),
     m.ApplyEach(id="b", commands=[m.Germinate(id="b1", site="fc1", seed=0), m.Cancel(id="b2", select=SELECT)]),
     m.ReplaceBranch(id="r", site="fc1", seed=1, blueprint="mlp", start="fresh"),
+    m.Proposal(group="fc*", tick=11, commands=[m.Germinate(id="p1", site="fc1", seed=0, objective="shadow", why={"expected": 0.5})]),
 ]
 ENVELOPES = [
     Envelope("run", "main", 2, number, 1.5e9 + number, ("controller/1-1",) if number % 2 else (), body)

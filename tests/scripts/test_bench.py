@@ -29,7 +29,7 @@ def test_without_a_name_it_lists_what_there_is(checkout: Path) -> None:
     command = [sys.executable, "-m", "scripts.benchmarks"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
-    for name in ("calls", "library", "lora", "step", "million", "start", "tracking", "kernels", "counts", "checkpoint"):
+    for name in ("calls", "library", "lora", "step", "million", "controllers", "start", "tracking", "kernels", "counts", "checkpoint"):
         assert f"\n  {name} " in done.stdout
 
 
@@ -54,6 +54,13 @@ def test_a_smaller_multitude_of_seeds_goes_the_same_way(checkout: Path, tmp_path
     done = _bench(checkout, "million", "--seeds", "6400", "--ticks", "5", "--out", str(tmp_path / "rows.csv"))
     assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: slower than the limit, as a busy machine may be
     assert done.stdout.count("56 bytes a seed") == 2
+
+
+def test_a_few_sites_measure_every_controller_the_same_way(checkout: Path) -> None:
+    done = _bench(checkout, "controllers", "--sites", "3", "--seeds", "20", "--ticks", "12")
+    assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: slower than the limit, as a busy machine may be
+    for name in ("heuristic", "bandit", "hierarchical"):
+        assert f"{name} " in done.stdout and f"{name} decided nothing" not in done.stdout
 
 
 def _told(checkout: Path, file: Path, name: str) -> dict[str, Any]:

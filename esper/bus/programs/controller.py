@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -17,7 +18,7 @@ from esper.bus.protocol import Delivery, RemoteBus, counts_in_words, parse_id
 from esper.controllers.base import Controller, decision
 from esper.controllers.runner import Contained
 from esper.errors import UserError
-from esper.messages import CONTROLLER, Checkpoint, Command, RunEnded, RunStarted, TickEnded
+from esper.messages import CONTROLLER, Checkpoint, Message, Proposal, RunEnded, RunStarted, TickEnded
 
 HEARD = ("acks", "telemetry")  # beside the events; read when a tick has ended
 SEND_S = 10.0
@@ -41,11 +42,13 @@ class SavedState(msgspec.Struct):
 class ExternalRunner:
     """Gives a controller the messages of a run and answers every tick; its state is on disk before a command leaves."""
 
-    def __init__(self, bus: RemoteBus, run: str, controller: Controller, folder: Path) -> None:
-        self._controller, self._folder = controller, folder
+    def __init__(self, bus: RemoteBus, run: str, controller: Controller, folder: Path, group: str = "") -> None:
+        """With a ``group`` it is the local controller of that group, whose wishes go to the allocator as proposals."""
+        self._controller, self._folder, self._group = controller, folder, group
         folder.mkdir(parents=True, exist_ok=True)
-        self._consumers = {stream: bus.consumer(stream, run, CONTROLLER, "external") for stream in ("events", *HEARD)}
-        self._producer = bus.producer("commands", run, CONTROLLER)
+        reader = f"{CONTROLLER} {group}" if group else CONTROLLER
+        self._consumers = {stream: bus.consumer(stream, run, reader, "external") for stream in ("events", *HEARD)}
+        self._producer = bus.producer("proposals", run, group) if group else bus.producer("commands", run, CONTROLLER)
         self._handled: dict[str, list[Delivery]] = {stream: [] for stream in self._consumers}
         self._initial = controller.state()
         self._saved = SavedState(state=self._initial)
@@ -82,12 +85,14 @@ class ExternalRunner:
                 for delivery in deliveries:
                     self._hear(stream, delivery)
         if ended.tick > self._saved.tick:
-            commands: list[Command] = self._controller.decide(ended.tick)
-            commands.append(decision(ended))
+            commands = list(self._controller.decide(ended.tick))
+            said: list[Message] = [*commands, decision(ended)]
+            if self._group:
+                said = [Proposal(group=self._group, tick=ended.tick, commands=commands)]
             self._saved.tick, self._saved.state = ended.tick, self._controller.state()
-            self._saved.said = [encode_body(command) for command in commands]
+            self._saved.said = [encode_body(message) for message in said]
             self._save("now.json")
-            self._say(commands)
+            self._say(said)
         self._acknowledge()
 
     def _hear(self, stream: str, delivery: Delivery) -> None:
@@ -133,11 +138,11 @@ class ExternalRunner:
         if self._saved.started:
             self._controller.observe(decode_body(self._saved.started))
 
-    def _say(self, commands: list[Any]) -> None:
-        for command in commands[:-1]:
-            self._producer.publish(command)
-        for command in commands[-1:]:
-            self._producer.send(command, SEND_S)
+    def _say(self, messages: list[Any]) -> None:
+        for message in messages[:-1]:
+            self._producer.publish(message)
+        for message in messages[-1:]:
+            self._producer.send(message, SEND_S)
 
     def _acknowledge(self) -> None:
         for stream, consumer in self._consumers.items():
@@ -151,6 +156,11 @@ class ExternalRunner:
 
     def _load(self, name: str) -> SavedState:
         return msgspec.json.decode((self._folder / name).read_bytes(), type=SavedState)
+
+    @property
+    def tick(self) -> int:
+        """The last tick that was decided on."""
+        return self._saved.tick
 
     def close(self) -> None:
         """Release the streams; messages that were not acknowledged come again."""
@@ -168,21 +178,40 @@ def _without_stages(started: RunStarted) -> RunStarted:
 def main(argv: Sequence[str]) -> int:
     """Control the run in a folder until it ends; 0 when it finished, 1 when it failed or was killed."""
     parser = argparse.ArgumentParser(prog="esper control", description=__doc__)
-    parser.add_argument("folder", type=Path, help="output folder of a run with controller.process=external")
+    parser.add_argument("folder", type=Path, help="output folder of a run with controller.process=external, or with controller.remote")
+    parser.add_argument("--group", default="", help="be the local controller of this group of sites, one of controller.remote")
     options = parser.parse_args(list(argv))
     from esper.config import options as options_of
 
     folder = options.folder.resolve()
-    with joined(folder, "controller") as (bus, found):
+    with joined(folder, "controller", options.group) as (bus, found):
         settings, seed = found.info["config"]["controller"], found.info["config"]["seed"]
         kind = options_of("controller")[settings["name"]]
         names = {field.name for field in fields(kind)}
-        controller = kind(**{key: value for key, value in settings.items() if key in names}).build(seed)
-        runner = ExternalRunner(bus, found.run, Contained(controller), folder / "bus" / "controller")
-        print(f"controlling {found.run} with controller={settings['name']}", file=sys.stderr, flush=True)
+        config = kind(**{key: value for key, value in settings.items() if key in names})
+        controller = _local(config, options.group, seed) if options.group else config.build(seed)
+        place = folder / "bus" / ("controller " + quote(options.group, safe="") if options.group else "controller")
+        runner = ExternalRunner(bus, found.run, Contained(controller), place, options.group)
+        what = f"the group '{options.group}' of {found.run}" if options.group else found.run
+        print(f"controlling {what} with controller={settings['name']}", file=sys.stderr, flush=True)
         try:
             status = runner.serve()
+            if status == "FINISHED" and hasattr(controller, "evidence"):
+                from esper.controllers.memory import keep
+
+                keep(controller, str(settings.get("memory", "")), folder, runner.tick)
         finally:
             runner.close()
         print(f"the run ended: {status}; {counts_in_words(bus.counts())}", file=sys.stderr)
     return 0 if status == "FINISHED" else 1
+
+
+def _local(config: Any, group: str, seed: int) -> Controller:
+    """The local controller of a group. Raises UserError where the run has none elsewhere by that name."""
+    from esper.controllers.groups import RemoteLocal
+
+    remote = list(getattr(config, "remote", ()))
+    if group not in remote:
+        there = f"it names {', '.join(remote)}" if remote else "it names none"
+        raise UserError(f"--group {group} is none of the run's controller.remote: {there}.")
+    return RemoteLocal(config.local_controller(group, seed), group, config.groups)

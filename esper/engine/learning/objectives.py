@@ -19,17 +19,21 @@ from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffer
 from esper.engine.judging.judge import LossFunction
 from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
+from esper.lifecycle.config import OBJECTIVES
 from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
 from esper.seeds.branch_exceptions import containable, take_errors
 from esper.seeds.branch_groups import BlockGroup, Group, GroupMember, Injection, build
+from esper.seeds.registry import AnyBlueprint
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Line search of the functional gradient: steps as shares of the activation's RMS."""
 
 
 class Objective:
-    """Learns all TRAINING seeds of a registry by one of the three objectives; ``readiness`` holds each branch's average score.
+    """Learns all TRAINING seeds of a registry, each by the run's objective (``kind``) or its own.
+
+    ``readiness`` holds each branch's average score.
 
     The score is the relative fall of the loss (``shadow``), or the share of the regression target that is met.
     """
@@ -51,23 +55,33 @@ class Objective:
         self._searched = -search_every
         self._looked = False
 
-    @property
-    def keeps_activations(self) -> bool:
-        """Whether the recordings must keep activations and gradients."""
-        return self.kind != "shadow"
+    def kind_of(self, branch: Branch) -> str:
+        """The objective of a branch; all but ``shadow`` need activations and gradients of its site."""
+        return branch.objective or self.kind
+
+    def refusal(self, kind: str, blueprint: AnyBlueprint) -> str | None:
+        """Why a branch of this blueprint cannot learn by an objective in this run, or None."""
+        if kind not in OBJECTIVES:
+            return f"there is no objective '{kind}'; there are {', '.join(OBJECTIVES)}"
+        if "reconstruction" in (kind, self.kind) and kind != self.kind:
+            return f"objective {kind} cannot stand beside the run's {self.kind}: reconstruction starts from other weights"
+        if kind != "shadow" and blueprint.name in ("width", "heads"):
+            return f"blueprint {blueprint.name} learns by objective shadow alone: it reads elsewhere"
+        return None
 
     def learn(self, batch: Any, scale: float, host_loss: float | None, tick: int) -> None:
         """Gradients for the TRAINING branches from one micro-batch, times ``scale``; call after the host's backward."""
         training = self.registry.in_stage(Stage.TRAINING)
         if not training:
             return
-        if self.kind == "shadow":
-            self._shadow(training, batch, scale, host_loss)
-            return
-        if self.kind == "functional_gradient" and tick - self._searched >= self.search_every:
-            self._search(batch)
+        by_kind = {kind: [branch for branch in training if self.kind_of(branch) == kind] for kind in OBJECTIVES}
+        if by_kind["shadow"]:
+            self._shadow(by_kind["shadow"], batch, scale, host_loss)
+        if by_kind["functional_gradient"] and tick - self._searched >= self.search_every:
+            self._search(by_kind["functional_gradient"], batch)
             self._searched = tick
-        self._regress(training, batch, scale)
+        for kind in ("functional_gradient", "reconstruction"):
+            self._regress(by_kind[kind], kind, batch, scale)
 
     def set_aside(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take the gradients at hand off these parameters, until ``merge``."""
@@ -113,7 +127,7 @@ class Objective:
                 host_loss = self._measured("host", batch)
             if not math.isfinite(host_loss):
                 return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
-            with self.replay.again(), self.registry.shadow() as groups:
+            with self.replay.again(), self.registry.shadow(training) as groups:
                 key = (self.registry.cost_key(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
                     loss = self.loss(model, batch).mean()
@@ -132,13 +146,13 @@ class Objective:
 
     # --- regression on the gradient at the site ---
 
-    def _regress(self, training: list[Branch], batch: Any, scale: float) -> None:
+    def _regress(self, training: list[Branch], kind: str, batch: Any, scale: float) -> None:
         for number in sorted({branch.site for branch in training}):
             layer = self.registry.layers[number]
             recording = layer.recording
             if recording is None or recording.input is None:
                 continue
-            if self.kind == "functional_gradient" and recording.gradient is None:
+            if kind == "functional_gradient" and recording.gradient is None:
                 continue  # nothing came back to this site: nothing to learn from, and the readiness stays unknown
             members = [GroupMember(branch, 1.0, True) for branch in training if branch.site == number]
             x = recording.input
@@ -152,14 +166,14 @@ class Objective:
                     torch.enable_grad(),
                     self.meter.counting("objective", key),
                 ):
-                    loss = self._regression_loss(group, number, recording)
+                    loss = self._regression_loss(group, number, recording, kind)
                     self._collect(loss * scale, [group])
 
-    def _regression_loss(self, group: Group | BlockGroup, number: int, recording: Recording) -> Tensor:
+    def _regression_loss(self, group: Group | BlockGroup, number: int, recording: Recording, kind: str) -> Tensor:
         assert recording.input is not None
         geometry = self.registry.layers[number].geometry
         delta, chunk = branch_outputs(recording.input, group, geometry)
-        if self.kind == "reconstruction":
+        if kind == "reconstruction":
             error, reference = delta, chunk
         else:
             target = chunks_of(self._descent(recording), group, geometry)
@@ -179,20 +193,20 @@ class Objective:
         size = recording.input.square().mean().sqrt() / descent.square().mean().sqrt().clamp(min=1e-24)
         return descent * (self.step_size * size)
 
-    def _search(self, batch: Any) -> None:
-        """η by line search: the step that lowers the loss of this batch most when every TRAINING chunk takes it."""
+    def _search(self, training: list[Branch], batch: Any) -> None:
+        """η by line search: the step that lowers the loss of this batch most when the chunks of these branches take it."""
         best, self.step_size = float("inf"), STEP_SIZES[0]
         for size in STEP_SIZES:
-            with self.replay.again(), untouched_buffers(self.registry.model), self.registry.injecting(self._injections(size)):
+            with self.replay.again(), untouched_buffers(self.registry.model), self.registry.injecting(self._injections(training, size)):
                 loss = self._measured("search", batch)
             if loss < best:
                 best, self.step_size = loss, size
 
-    def _injections(self, size: float) -> dict[int, Injection]:
+    def _injections(self, training: list[Branch], size: float) -> dict[int, Injection]:
         injections = {}
         for number, layer in enumerate(self.registry.layers):
             recording = layer.recording
-            here = [b for b in self.registry.in_stage(Stage.TRAINING) if b.site == number]
+            here = [branch for branch in training if branch.site == number]
             if not here or recording is None or recording.input is None or recording.gradient is None:
                 continue
             features = torch.cat([torch.arange(*layer.geometry.bounds(branch.seed)) for branch in here])
