@@ -22,3 +22,7 @@ class TrackerError(RuntimeError):
 
 class Removed(OSError):
     """The folder of a run went away while the run was under way; ``filename`` is that folder."""
+
+
+class RankLost(RuntimeError):
+    """Another process of this training is gone; the text names it. What was saved before stands."""

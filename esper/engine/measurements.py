@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.engine.agreement import Agreement
 from esper.engine.costs import Meter, Stopwatch
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
@@ -166,6 +167,7 @@ class Measurements:
         self.passes = passes
         self.asks_counterfactual = asks_counterfactual
         self.every = every
+        self.agreement: Agreement | None = None
         self.metric: float | None = None
         self.batch: Any = None
         self.scale = 1.0
@@ -197,6 +199,8 @@ class Measurements:
         rates, trouble = self._failures(tick)
         self.faults.say_kernel_alerts(tick)
         metric, self.metric = self.metric, None  # a measurement counts once
+        if self.agreement is not None:
+            metric = self.agreement.metric(tick, metric)
         return Measured(metric, self.gradient_norms, self._counterfactuals(tick), rates, trouble)
 
     # --- failures ---
@@ -208,8 +212,10 @@ class Measurements:
             raised |= take_errors(layer.groups)
         self._post_failures()
         rates, self.error_rates = self.error_rates, {}
-        learner = self.branch_optimizer
-        rates.update(dict.fromkeys((*self.objective.failed, *learner.failures), 1.0))
+        learner, failed = self.branch_optimizer, set(self.objective.failed)
+        if self.agreement is not None:
+            rates, failed, raised = self.agreement.faults(tick, rates, failed, raised)
+        rates.update(dict.fromkeys((*failed, *learner.failures), 1.0))
         overflow = "" if self.scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self.scale:g}"
         trouble = {branch: f"its gradient was not finite{overflow if branch in learner.scaled else ''}" for branch in learner.failures}
         self.objective.failed.clear()
@@ -266,7 +272,13 @@ class Measurements:
         if self.batch is None or tick % self.every:
             return {}
         asked = [branch for branch in self.registry.in_stage(Stage.GRAFTING) if self.asks_counterfactual(branch)]
-        return {branch.id: self.passes.counterfactual(branch, self.batch) for branch in asked}
+        if self.agreement is None or not asked:
+            return {branch.id: self.passes.counterfactual(branch, self.batch) for branch in asked}
+        ranks, batch = self.agreement.ranks, self.batch
+        values = ranks.decided(
+            f"counterfactuals at tick {tick}", lambda: [self.passes.counterfactual(branch, batch) for branch in asked], ranks.size - 1
+        )
+        return {branch.id: value for branch, value in zip(asked, values, strict=True)}
 
     # --- checkpoints ---
 
