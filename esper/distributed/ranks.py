@@ -50,11 +50,17 @@ class Ranks:
                 self._roll = Roll(self.rank, self.size)
 
     @classmethod
-    def alone(cls) -> Ranks:
+    def alone(cls, shards: int = 0) -> Ranks:
         """One rank, whatever other processes there are."""
         made = cls.__new__(cls)
-        made.rank, made.size, made.shards, made._control, made._roll = 0, 1, 0, None, None
+        made.rank, made.size, made.shards, made._control, made._roll = 0, 1, shards, None, None
         return made
+
+    @property
+    def share(self) -> range:
+        """The places of this rank's micro-batches among the ``shards`` of a global batch."""
+        each = self.shards // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
 
     @property
     def many(self) -> bool:

@@ -22,7 +22,7 @@ def on_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: Any
     pipes, processes = [], []
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(theirs, rank, count, str(meeting), work, arguments), daemon=True)
+        process = context.Process(target=_rank, args=(theirs, rank, count, str(meeting), work, arguments))
         process.start()
         theirs.close()
         pipes.append(ours)
