@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -9,6 +10,8 @@ import time
 from typing import Any
 
 from torch import distributed as dist
+
+from esper.errors import RankLost
 
 ANSWER_S = 5.0
 """How long the others may take to notice that a connection has broken, and to sign."""
@@ -29,26 +32,32 @@ class Roll:
         self._set("present", json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
 
     def leave(self, why: str) -> None:
-        """This rank ends in an orderly way, so that the others need not report its death."""
-        self._set("left", why)
+        """This rank ends for a reason that rank 0 is to say; one that was killed the next moment could not say it any more."""
+        with contextlib.suppress(RuntimeError):  # rank 0 kept the store, and is gone
+            self._set("left", why)
+            began = time.monotonic()
+            while self.rank and not (self._has("left", 0) or self._has("heard", 0)) and time.monotonic() - began < ANSWER_S:
+                time.sleep(0.05)
 
-    def missing(self, doing: str, error: Exception) -> str:
+    def missing(self, doing: str, error: Exception) -> RankLost:
         """The sentence about a connection that broke in ``doing``; waits a little for the others to sign."""
         try:
             self._set("alive", "")
             signed = self._await_signatures()
             gone = [rank for rank in range(self.size) if rank not in signed]
-            left = [rank for rank in range(self.size) if self._has("left", rank)]
+            left = [rank for rank in signed if self._has("left", rank)]
             names = {rank: self._name(rank) for rank in gone}
+            reason = self._get("left", left[0]) if left else ""
+            self._set("heard", "")
         except RuntimeError:
-            return f"The processes of this training lost each other at {doing}: rank 0, which kept their roll, is gone. {_GO_ON}"
+            return RankLost(f"The processes of this training lost each other at {doing}: the one that kept their roll is gone. {_GO_ON}")
+        speaks = self.rank == min(signed - set(left), default=self.rank)
         if left:
-            return f"Rank {left[0]} has ended: {self._get('left', left[0])}"
+            return RankLost(f"Rank {left[0]} has ended: {reason}", speaks and left[0] != 0)
         if not gone:
-            return f"The connection between the processes broke at {doing}, though all are there: {_first_line(error)} {_GO_ON}"
+            return RankLost(f"The connection between the processes broke at {doing}: {_first_line(error)}. {_GO_ON}", speaks)
         which = " and ".join(f"rank {rank} ({names[rank]})" for rank in gone)
-        which = which[0].upper() + which[1:]
-        return f"{which} died; the other ranks noticed at {doing} and have ended too. {_GO_ON}"
+        return RankLost(f"{which[0].upper()}{which[1:]} died; the others noticed at {doing} and end too. {_GO_ON}", speaks)
 
     def _await_signatures(self) -> set[int]:
         began, enough = time.monotonic(), 0.0

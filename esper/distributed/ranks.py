@@ -199,7 +199,20 @@ class Ranks:
         except RuntimeError as error:
             if self._roll is None:
                 raise RankLost(f"The processes of this training could not find each other: {error}") from error
-            raise RankLost(self._roll.missing(doing, error)) from error
+            self.break_off()  # so that nobody waits for this rank
+            raise self._roll.missing(doing, error) from error
+
+    def leave(self, why: str) -> None:
+        """Tell the others why this rank ends before they do, and break the connections."""
+        if self._roll is not None and self._control is not None:
+            self.break_off()
+            self._roll.leave(why)
+
+    def break_off(self) -> None:
+        """Close the connections to the other ranks; the roll stays."""
+        self._control = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _packed(value: Any, tensor: Tensor) -> Tensor:

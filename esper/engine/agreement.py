@@ -37,9 +37,15 @@ class Agreement:
         self.ranks, self.registry, self.objective, self.meter = ranks, registry, objective, meter
         self.telemetry = SharedTelemetry(registry, ranks)
         self.step = 0
+        self.asked = self._stops = False
         self._told: list[float] | None = None
         self._spent: dict[str, int] = {}
         objective.ranks = ranks
+
+    @property
+    def stops(self) -> bool:
+        """Whether the training is to stop after this step: any rank was ``asked`` to, before the end of the step."""
+        return self._stops if self.ranks.size > 1 else self.asked
 
     # --- a step ---
 
@@ -140,7 +146,10 @@ class Agreement:
         if self.ranks.size == 1:
             return
         spent = {kind: macs - self._spent.get(kind, 0) for kind, macs in self.meter.spent.items()}
-        found = self.ranks.values(f"the end of step {self.step}", {"state": self._state(tick, thorough), "macs": spent})
+        found = self.ranks.values(
+            f"the end of step {self.step}", {"state": self._state(tick, thorough), "macs": spent, "asked": self.asked}
+        )
+        self._stops = any(one["asked"] for one in found)
         for rank, one in enumerate(found):
             if rank != self.ranks.rank:
                 for kind, macs in one["macs"].items():
