@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
@@ -14,9 +15,7 @@ from torch import distributed as dist
 from esper.errors import RankLost
 
 ANSWER_S = 5.0
-"""How long the others may take to notice that a connection has broken, and to sign."""
-GRACE_S = 0.5
-"""How long another one may take to sign once all but one have."""
+"""How long a process on another machine may take to notice that a connection has broken, and to sign."""
 
 
 class Roll:
@@ -29,7 +28,7 @@ class Roll:
         self.rank, self.size = rank, size
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._set("present", json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        self._set("present", json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "machine": _machine()}))
 
     def leave(self, why: str) -> None:
         """This rank ends for a reason that rank 0 is to say; one that was killed the next moment could not say it any more."""
@@ -43,15 +42,14 @@ class Roll:
         """The sentence about a connection that broke in ``doing``; waits a little for the others to sign."""
         try:
             self._set("alive", "")
-            signed = self._await_signatures()
-            gone = [rank for rank in range(self.size) if rank not in signed]
-            left = [rank for rank in signed if self._has("left", rank)]
+            gone = self._await_the_missing()
+            left = [rank for rank in range(self.size) if self._has("left", rank)]
             names = {rank: self._name(rank) for rank in gone}
             reason = self._get("left", left[0]) if left else ""
             self._set("heard", "")
         except RuntimeError:
             return RankLost(f"The processes of this training lost each other at {doing}: the one that kept their roll is gone. {_GO_ON}")
-        speaks = self.rank == min(signed - set(left), default=self.rank)
+        speaks = self.rank == min(set(range(self.size)) - {*gone, *left}, default=self.rank)
         if left:
             return RankLost(f"Rank {left[0]} has ended: {reason}", speaks and left[0] != 0)
         if not gone:
@@ -59,16 +57,28 @@ class Roll:
         which = " and ".join(f"rank {rank} ({names[rank]})" for rank in gone)
         return RankLost(f"{which[0].upper()}{which[1:]} died; the others noticed at {doing} and end too. {_GO_ON}", speaks)
 
-    def _await_signatures(self) -> set[int]:
-        began, enough = time.monotonic(), 0.0
+    def _await_the_missing(self) -> list[int]:
+        """The ranks that are gone: dead on this machine, or silent on another one."""
+        began = time.monotonic()
         while True:
-            signed = {rank for rank in range(self.size) if self._has("alive", rank) or self._has("left", rank)}
-            now = time.monotonic()
-            if len(signed) >= self.size - 1:
-                enough = enough or now
-            if len(signed) == self.size or now - began > ANSWER_S or (enough and now - enough > GRACE_S):
-                return signed
-            time.sleep(0.05)
+            silent = [rank for rank in range(self.size) if not (self._has("alive", rank) or self._has("left", rank))]
+            known = {rank: self._is_dead(rank) for rank in silent}
+            dead = [rank for rank in silent if known[rank]]
+            elsewhere = [rank for rank in silent if known[rank] is None]
+            over = time.monotonic() - began > ANSWER_S
+            if over or not silent or (dead and not elsewhere):
+                return sorted(dead + elsewhere)
+            time.sleep(0.02)
+
+    def _is_dead(self, rank: int) -> bool | None:
+        """Whether the process of a rank is gone; None where that cannot be seen from this machine."""
+        entry = json.loads(self._get("present", rank))
+        if entry["machine"] != _machine():
+            return None
+        try:
+            return Path(f"/proc/{entry['pid']}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+        except OSError:
+            return True
 
     def _name(self, rank: int) -> str:
         entry = json.loads(self._get("present", rank))
@@ -89,6 +99,11 @@ class Roll:
 
 
 _GO_ON = "The last checkpoint stands: resume=auto goes on from it."
+
+
+def _machine() -> str:
+    """What two processes have in common that can see each other; containers on one machine may not."""
+    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _first_line(error: Exception) -> str:

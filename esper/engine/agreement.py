@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,17 @@ from esper.seeds import SeedRegistry
 AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@dataclass(frozen=True)
+class AtTick:
+    """What a rank knows at a tick beside numbers that all have: error rates, failures and exceptions by branch, the metric, commands."""
+
+    rates: Mapping[int, float]
+    failed: set[int]
+    raised: Mapping[int, Exception]
+    metric: float | None
+    commands: list[Command]
+
+
 class Agreement:
     """Between the ranks of one training; ``step`` numbers the exchanges, so that two ranks at different steps notice."""
 
@@ -38,7 +50,7 @@ class Agreement:
         self.telemetry = SharedTelemetry(registry, ranks)
         self.step = 0
         self.asked = self._stops = False
-        self._told: list[float] | None = None
+        self._told = False
         self._spent: dict[str, int] = {}
         objective.ranks = ranks
 
@@ -62,15 +74,17 @@ class Agreement:
             for branch, score in one["scores"]:
                 self.objective.note_score(int(branch), float(score))
         self.telemetry.exchange(self.step + 1)
-        self._told = [float(loss) for one in found for loss in one["losses"]]
-        return self._told
+        self._told = True
+        return [float(loss) for one in found for loss in one["losses"]]
 
     def begin(self, losses: list[Tensor | float]) -> list[Tensor | float]:
         """The training losses of the step: of a loop of the user's own, the means of all ranks, which are told to all now."""
-        told, self._told = self._told, None
-        if told is not None or not self.ranks.many:
+        if self._told or not self.ranks.many:
+            self._told = False
             return losses  # the trainer has told them, and gives the mean of all
-        return list(self.losses([sum(map(float, losses)) / len(losses)] if losses else []))
+        told = self.losses([sum(map(float, losses)) / len(losses)] if losses else [])
+        self._told = False
+        return list(told)
 
     @torch.no_grad()
     def average_gradients(self) -> None:
@@ -99,35 +113,28 @@ class Agreement:
 
     # --- a tick ---
 
-    def faults(
-        self, tick: int, rates: Mapping[int, float], failed: Iterable[int], raised: Mapping[int, Exception]
-    ) -> tuple[dict[int, float], set[int], dict[int, Exception]]:
-        """Error rates as means over all ranks, and branches that failed or raised on any of them."""
+    def tick(self, tick: int, mine: AtTick) -> AtTick:
+        """What all ranks know at a tick, from what each knows.
+
+        Error rates are means, branches that failed or raised are those that did anywhere, the metric is that of the lowest rank that has
+        one, and the commands are those that rank 0 was given.
+        """
         if self.ranks.size == 1:
-            return dict(rates), set(failed), dict(raised)
-        texts = [[branch, type(error).__name__, str(error)] for branch, error in sorted(raised.items())]
-        mine = {"rates": sorted(rates.items()), "failed": sorted(failed), "raised": texts}
-        found = self.ranks.values(f"faults at tick {tick}", mine)
-        shares: dict[int, float] = {}
+            return mine
+        texts = [[branch, type(error).__name__, str(error)] for branch, error in sorted(mine.raised.items())]
+        told = {"rates": sorted(mine.rates.items()), "failed": sorted(mine.failed), "raised": texts, "metric": mine.metric}
+        found = self.ranks.values(f"tick {tick}", told | {"commands": [_plain(command) for command in mine.commands]})
+        rates: dict[int, float] = {}
         for one in found:
             for branch, rate in one["rates"]:
-                shares[branch] = shares.get(branch, 0.0) + rate / self.ranks.size
-        errors = dict(raised)
+                rates[branch] = rates.get(branch, 0.0) + rate / self.ranks.size
+        raised = dict(mine.raised)
         for one in found:
             for branch, kind, text in one["raised"]:
-                errors.setdefault(branch, type(kind, (Exception,), {})(text))
-        return shares, {branch for one in found for branch in one["failed"]}, errors
-
-    def metric(self, tick: int, value: float | None) -> float | None:
-        """The held-out metric of the lowest rank that has one."""
-        found: list[float | None] = self.ranks.values(f"metric at tick {tick}", value)
-        return next((one for one in found if one is not None), None)
-
-    def commands(self, tick: int, given: list[Command]) -> list[Command]:
-        """The commands that rank 0 was given."""
-        if self.ranks.size == 1:
-            return given
-        return [_command(one) for one in self.ranks.decided(f"commands at tick {tick}", lambda: [_plain(command) for command in given])]
+                raised.setdefault(branch, type(kind, (Exception,), {})(text))
+        failed = {branch for one in found for branch in one["failed"]}
+        metric = next((one["metric"] for one in found if one["metric"] is not None), None)
+        return AtTick(rates, failed, raised, metric, [_command(command) for command in found[0]["commands"]])
 
     def of_first(self, label: str, tensors: list[Tensor]) -> list[Tensor]:
         """Rank 0's values of small tensors."""

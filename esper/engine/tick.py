@@ -85,10 +85,10 @@ class TickBoundary:
         """One tick, from the measurements of the step before it to the news for the controller."""
         self.transitions.tick = tick
         self.gates.say_diverging(tick)
-        measured = self.measurements.take(tick)
+        measured, commands = self.measurements.take(tick, self.port.commands(tick))
         measured = self.ramp(tick, measured)
         with self.clock.timing("judge"):
-            for command in self.agreement.commands(tick, self.port.commands(tick)):
+            for command in commands:
                 self.obey(command, tick, measured)
             self.judge(tick, measured)
             self.age(tick)

@@ -27,6 +27,8 @@ from esper.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+meeting: Any = dist  # some of whose names type checkers do not see
+
 
 def refuse_wrong_processes(config: RootConfig) -> None:
     """Raise UserError for several processes that would each train alone, or among which a global batch cannot be shared out."""
@@ -49,12 +51,10 @@ def joined() -> Iterator[Ranks]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever waits for another process must end with it
-    store, _, _ = next(dist.rendezvous("env://"))
-    attempt = dist.PrefixStore(
-        f"esper/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-    )  # which still knows the dead ones before it
+    store, _, _ = next(meeting.rendezvous("env://"))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store still knows where the dead processes before were
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=meeting.PrefixStore(f"esper/{restarts}", store), rank=rank, world_size=size)
     ranks = Ranks()
     signal.signal(signal.SIGTERM, before)
     try:
