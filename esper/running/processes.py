@@ -18,6 +18,7 @@ from torch import distributed as dist
 from esper.checkpoint.tree import join, split
 from esper.config import PRESETS, RootConfig, build, plain
 from esper.distributed import Ranks, refuse_uneven
+from esper.distributed.ranks import WAIT
 from esper.errors import UserError
 from esper.running.builders import build_trainer
 from esper.running.checkpointing import listening
@@ -54,7 +55,7 @@ def joined() -> Iterator[Ranks]:
     store, _, _ = next(meeting.rendezvous("env://"))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store still knows where the dead processes before were
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=meeting.PrefixStore(f"esper/{restarts}", store), rank=rank, world_size=size)
+    dist.init_process_group(backend, store=meeting.PrefixStore(f"esper/{restarts}", store), rank=rank, world_size=size, timeout=WAIT)
     ranks = Ranks()
     signal.signal(signal.SIGTERM, before)
     try:

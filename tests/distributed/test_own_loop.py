@@ -161,6 +161,18 @@ def test_ranks_that_are_not_alike_end_with_one_sentence_on_each(work: Callable[[
     assert said[0] == said[1] and said[0][0] == "UserError" and sentence in said[0][1], said
 
 
+def leaves(rank: int) -> Any:
+    ranks = Ranks()
+    if rank:
+        ranks.leave("the data are not here")
+        return "left"
+    return ranks.values("a value", 1)
+
+
+def test_a_rank_that_cannot_go_on_tells_rank_0_why(tmp_path: Path) -> None:
+    assert on_ranks(2, leaves, tmp_path) == [("RankLost", "Rank 1 has ended: the data are not here"), "left"]
+
+
 def test_the_others_name_the_rank_that_died(tmp_path: Path) -> None:
     said = on_ranks(4, dies, tmp_path)
     assert said.pop(2) is None

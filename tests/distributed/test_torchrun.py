@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from esper.app import main
 from esper.checkpoint import disk
 from esper.cli.compose import compose
 from esper.running.run import run
@@ -92,6 +93,25 @@ def start(tmp_path: Path, checkout: Path) -> Iterator[Callable[..., Started]]:
         one.said.close()
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trainer=default"], "These are 2 processes, and trainer=default trains in one: add trainer=ddp, or leave torchrun out."),
+        (["trainer.accumulate=3"], "A global batch of trainer.accumulate=3 micro-batches can be shared out among 1 or 3 processes"),
+        (["-m", "seed=1,2"], "The processes that torchrun starts train one run together, and this is a sweep"),
+    ],
+)
+def test_what_several_processes_cannot_train_is_refused_by_rank_0_alone(
+    words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    given = [word for word in WORDS if word != "trainer=ddp" or words[0] != "trainer=default"]
+    given = [word for word in given if not word.startswith("trainer.") or words[0] != "trainer=default"]
+    assert main([*given, *words, f"output={tmp_path}"]) == 2
+    assert sentence in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_killed_rank_is_named_and_another_number_of_processes_goes_on_to_the_same_bits(
     dies: int, start: Callable[..., Started], undisturbed: dict[str, Any]
@@ -108,6 +128,18 @@ def test_a_killed_rank_is_named_and_another_number_of_processes_goes_on_to_the_s
     found = second.summary()
     assert "going on in" in second.text() and found["status"] == "FINISHED" and found["seeds"]["germinated"] > 0
     assert found["fingerprint"] == undisturbed["fingerprint"] and found["macs"] == undisturbed["macs"]
+
+
+def test_sigterm_to_one_rank_stops_all_after_the_same_step_with_everything_saved(start: Callable[..., Started]) -> None:
+    first = start(2)
+    first.await_checkpoint()
+    os.kill(first.rank(1), signal.SIGTERM)
+    first.end()
+    said = [line for line in first.text().splitlines() if line.startswith("esper: ")]
+    assert len(said) == 1 and said[0].startswith("esper: ended by SIGTERM, everything is saved: esper resume="), first.text()
+    assert first.summary()["status"] == "KILLED"
+    last = max(int(path.name) for path in first.folder.glob(f"outputs/*/*/{disk.FOLDER}/[0-9]*"))
+    assert last == first.summary()["steps"] and last % 10, "a step at which no checkpoint was due"
 
 
 def test_torchrun_restarts_a_killed_rank_without_a_person(start: Callable[..., Started], undisturbed: dict[str, Any]) -> None:
