@@ -14,7 +14,7 @@ from esper.bus.trainer.bus_port import ControllerSilent
 from esper.checkpoint import disk
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.disk import Checkpoint, Copy
-from esper.errors import Preempted
+from esper.errors import Preempted, RankLost
 from esper.lifecycle.duration import parse
 from esper.running.connections import Connections, Setup
 from esper.running.provenance import provenance
@@ -120,10 +120,14 @@ def listening(trainer: Trainer) -> Iterator[None]:
     except ValueError:  # not the main thread, which alone may handle signals
         yield
         return
+    after: Any = before
     try:
         yield
+    except RankLost:
+        after = signal.SIG_IGN  # torchrun's, to the ranks that are left: this one ends already, and is to say why
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, after)
 
 
 def _score(trainer: Trainer) -> float | None:
