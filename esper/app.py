@@ -17,7 +17,8 @@ from esper import secrets, user_code
 from esper.cli import conf, help, programs
 from esper.cli import system_errors as files
 from esper.config import conf_folder
-from esper.errors import Preempted, Terminated, TrackerError, UserError
+from esper.errors import Preempted, RankLost, Terminated, TrackerError, UserError
+from esper.running import world
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(missing, REFUSED)
     except TrackerError as error:
         return _say(f"the run is done, but {error}.", FAILED)
+    except RankLost as error:
+        return _say(str(error), FAILED) if error.speaks else FAILED
     except KeyboardInterrupt as stop:
         return _stopped(stop)
     except BrokenPipeError:  # `esper --help | head`: the reader has closed the pipe
@@ -80,6 +83,8 @@ def train(words: Sequence[str]) -> int:
         return 0
     if words and words[0] in ("--hydra-help", *_COMPLETION):
         return _hydras_own(words)
+    if world.follows():
+        return _follow()
     if any(word.startswith(("resume=", "fork=")) and word != "resume=auto" for word in words):
         from esper.cli import resume
 
@@ -97,6 +102,18 @@ def train(words: Sequence[str]) -> int:
 
             return resume.go_on(started)
         return _hydra(words)
+
+
+def _follow() -> int:
+    """Train what rank 0 says. Rank 0 also says what goes wrong, so this process ends without a word of its own."""
+    from esper.running.processes import follow
+
+    try:
+        return follow()
+    except UserError:
+        return REFUSED
+    except KeyboardInterrupt:
+        return TERMINATED
 
 
 def _hydras_own(words: Sequence[str]) -> int:
@@ -129,6 +146,8 @@ def _in_its_place(asked: Composed) -> Start | None:
         UserError: another run or sweep has the folder, or runs with this very configuration.
     """
     if asked.multirun:
+        if world.world()[1] > 1:
+            raise UserError("The processes that torchrun starts train one run together, and this is a sweep: start it without torchrun.")
         from esper.compare.sweep.resume import refuse_taken_folder
 
         refuse_taken_folder(asked.folder)
@@ -187,7 +206,7 @@ def _hydra(words: Sequence[str]) -> int:
     from esper.cli.overrides import quoted
 
     refused: list[UserError] = []
-    broken: list[TrackerError | OSError] = []
+    broken: list[TrackerError | RankLost | OSError] = []
     begun: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float:
@@ -199,7 +218,7 @@ def _hydra(words: Sequence[str]) -> int:
             logging.getLogger("esper").info("refused: %s", error)
             _say(str(error), REFUSED)
             refused.append(error)
-        except TrackerError as error:  # not through Hydra, which would add a line about the job's overrides
+        except (TrackerError, RankLost) as error:  # not through Hydra, which would add a line about the job's overrides
             broken.append(error)
         except OSError as error:
             if not files.known(error):

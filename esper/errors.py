@@ -22,3 +22,14 @@ class TrackerError(RuntimeError):
 
 class Removed(OSError):
     """The folder of a run went away while the run was under way; ``filename`` is that folder."""
+
+
+class RankLost(RuntimeError):
+    """Another process of this training is gone; the text names it. What was saved before stands.
+
+    ``speaks``: whether it is for this process to say so, and not for another one that is left.
+    """
+
+    def __init__(self, text: str, speaks: bool = True) -> None:
+        super().__init__(text)
+        self.speaks = speaks

@@ -17,10 +17,28 @@ from esper.blueprints import BLUEPRINTS, Block, Blueprint
 from esper.engine.learning.branch_optimizer import BranchLearning
 from esper.errors import UserError
 from esper.feature_flags import FlagsConfig
+from esper.grafting import GraftingConfig
 from esper.kernels import KernelConfig
-from esper.lifecycle import LifecycleConfig
+from esper.lifecycle import Ages, LifecycleConfig
 from esper.lifecycle.config import OBJECTIVES
 from esper.seeds import TelemetryConfig
+
+
+@dataclasses.dataclass
+class GrowSettings:
+    """Everything ``attach`` was told beside the model: see there."""
+
+    lifecycle: LifecycleConfig
+    ages: Ages
+    grafting: GraftingConfig
+    telemetry: TelemetryConfig
+    learning: BranchLearning
+    total_ticks: int
+    steps_per_tick: int = 1
+    accumulate: int = 1
+    count_macs: bool = True
+    debug: bool = False
+
 
 #: The things that each number counts; none makes sense below one.
 _COUNTS = {

@@ -13,14 +13,16 @@ from torch import nn
 
 from esper.blueprints import BLUEPRINTS, Block, Heads, Width
 from esper.blueprints.heads import is_attention
-from esper.engine.arguments import check_arguments
+from esper.distributed import Ranks
+from esper.engine.agreement import refuse_different_starts
+from esper.engine.arguments import GrowSettings, check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
-from esper.engine.grow import Grow, GrowSettings
+from esper.engine.grow import Grow
 from esper.engine.judging.judge import LossFunction
 from esper.engine.learning.branch_optimizer import BranchLearning, HostRate
 from esper.engine.learning.inheritance import refuse_uninheritable
 from esper.engine.learning.losses import as_tensor_loss, probing
-from esper.engine.port import Port, controlled_port, remind
+from esper.engine.port import NullPort, Port, controlled_port, remind
 from esper.engine.saved_state import read_state
 from esper.engine.supported_models import fit
 from esper.errors import UserError
@@ -67,6 +69,7 @@ def attach(
     count_macs: bool = True,
     debug: bool = False,
     state: dict[str, Any] | str | Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Grow:
     """Put seeds on ``model`` and return the handle that a training loop calls.
 
@@ -93,10 +96,12 @@ def attach(
         debug: raise the exceptions of a branch, strategy or controller, instead of continuing without it.
         state: the result of ``grow.state()`` on a model of the same topology, or the path of ``save_branches``, to continue from. The model
             and the optimizer must already have their saved states.
+        ranks: the processes that train the model; default those of ``torch.distributed``, each with batches of its own. Rank 0's
+            ``controller`` or ``port`` decides for all.
 
     Raises:
         UserError: an argument of another kind, a pattern that matches no module, a schedule that cannot end, a blueprint that fits no
-            site, seeds that are attached already.
+            site, seeds that are attached already, processes that were not given the same.
     """
     check_arguments(locals())
     model, kept = fit(model), None if state is None else read_state(state)
@@ -124,7 +129,10 @@ def attach(
     )
     registry = _registry(model, found, branch_kind, seed, lifecycle, kernel, flags)
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
-    return Grow(registry, settings, loss, judge, judged, rate, scaler, _port(port, controller, seed, debug, kept), kept)
+    ranks = Ranks() if ranks is None else ranks
+    refuse_different_starts(ranks, registry, settings, judge, kept)
+    port = _port(port, controller, seed, debug, kept) if ranks.first else NullPort()
+    return Grow(registry, settings, loss, judge, judged, rate, scaler, port, ranks, kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,9 @@ from torch import Tensor, nn
 
 from esper.checkpoint import disk
 from esper.checkpoint.tree import fitting, join, kept, split
+from esper.distributed import Ranks
+from esper.engine.agreement import Agreement
+from esper.engine.arguments import GrowSettings
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
 from esper.engine.costs import Compiling, Meter, Stopwatch
@@ -26,7 +28,7 @@ from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Judge, LossFunction
-from esper.engine.learning.branch_optimizer import BranchLearning, BranchOptimizer, HostRate
+from esper.engine.learning.branch_optimizer import BranchOptimizer, HostRate
 from esper.engine.learning.objectives import Objective
 from esper.engine.measurements import ExtraPasses, Faults, Measurements
 from esper.engine.port import NullPort, Port, memory_of
@@ -36,28 +38,11 @@ from esper.engine.telemetry import Observer
 from esper.engine.tick import TickBoundary
 from esper.engine.transitions import Transitions
 from esper.engine.weight_averages import Follower
-from esper.grafting import GraftingConfig
 from esper.kernels import MISMATCH
-from esper.lifecycle import Ages, LifecycleConfig, Machine, Stage
+from esper.lifecycle import Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.messages import Metrics
-from esper.seeds import Branch, SeedRegistry, TelemetryConfig
-
-
-@dataclass
-class GrowSettings:
-    """Everything ``attach`` was told beside the model: see there."""
-
-    lifecycle: LifecycleConfig
-    ages: Ages
-    grafting: GraftingConfig
-    telemetry: TelemetryConfig
-    learning: BranchLearning
-    total_ticks: int
-    steps_per_tick: int = 1
-    accumulate: int = 1
-    count_macs: bool = True
-    debug: bool = False
+from esper.seeds import Branch, SeedRegistry
 
 
 class Grow:
@@ -73,6 +58,7 @@ class Grow:
         rate: HostRate,
         scaler: Any | None,
         port: Port | None,
+        ranks: Ranks,
         state: dict[str, Any] | None = None,
     ) -> None:
         self.registry = registry
@@ -90,8 +76,10 @@ class Grow:
         self.machine = Machine(registry.table, ages, config.reseed, config.training_slots)
         self.objective = Objective(config.objective, registry, loss, self.replay, self.meter)
         self.transitions = Transitions(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
+        self.transitions.ranks = ranks
+        self.agreement = Agreement(ranks, registry, self.objective, self.meter)
         self.device = next(iter(host_parameters(registry.model).values())).device
-        self.judge = None if judge is None else Judge(registry, judge_loss or loss, judge, self.device, self.meter)
+        self.judge = None if judge is None else Judge(registry, judge_loss or loss, judge, self.device, self.meter, ranks)
         self.guard = Guard(self.transitions, self.judge if config.guard else None, self.signal, config.significance, ages.judge_every)
         strategies = self.transitions.strategies
         ramp_end = {name: _as_float32(strategy.alpha_max) for name, strategy in strategies.items()}
@@ -107,6 +95,7 @@ class Grow:
         self.measurements = Measurements(
             registry, self.objective, self.branch_optimizer, self.readings, self.faults, self.passes, asks, settings.telemetry.every
         )
+        self.measurements.agreement = self.agreement if ranks.size > 1 else None
         self.executor = Executor(self.transitions, self.gates, self.strategy_signals, self.replacing, self.observer.row)
         self.boundary = TickBoundary(
             config,
@@ -121,6 +110,7 @@ class Grow:
             self.faults,
             self.replacing,
             self.clock,
+            self.agreement,
         )
         self._scale = 1.0
         self.followers: list[Follower] = []
@@ -137,6 +127,7 @@ class Grow:
             self._take_over(state["grow"])
             if self.judge is not None:
                 self.judge.load(state, self.device)
+            self.agreement.reset(self.steps)
         self.port.started(self.tick_number, self.settings.total_ticks, self.observer.site_cards())
         self.registry.refresh()
         self._prepare()
@@ -163,6 +154,7 @@ class Grow:
             with self.clock.timing("shadow"):
                 value = None if loss is None else float(loss)
                 self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
+        self.agreement.note_micro_batch()
 
     def set_aside(self) -> None:
         """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, out of clipping before the tick.
@@ -183,11 +175,14 @@ class Grow:
             self.branch_optimizer.clear()
             self.objective.pending.clear()
             return False
-        self._hear([metric] if metric is not None else losses)
+        losses = [metric] if metric is not None else losses
+        self._hear(self.agreement.begin(losses))
         if self.signal.diverging:
             self._learn_nothing()
         learning = self.registry.in_stage(Stage.TRAINING, *LEARNS_FROM_TASK)
         self.objective.merge()
+        if learning:
+            self.agreement.average_gradients()
         self._unscale(learning)
         if self.observer.due:
             self.observer.note_gradients(self._scale)
@@ -204,6 +199,7 @@ class Grow:
         self.readings.send()
         if at_boundary:
             self.registry.compiled.reset_counts()
+        self.agreement.end(self.tick_number, self.observer.due or self.agreement.step == 0)
         self._prepare()
         return True
 

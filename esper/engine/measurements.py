@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.engine.agreement import Agreement, AtTick
 from esper.engine.costs import Meter, Stopwatch
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
@@ -24,7 +25,7 @@ from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
 from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
-from esper.messages import Alert
+from esper.messages import Alert, Command
 from esper.seeds import Branch, SeedRegistry
 from esper.seeds.branch_exceptions import take_errors
 
@@ -166,6 +167,7 @@ class Measurements:
         self.passes = passes
         self.asks_counterfactual = asks_counterfactual
         self.every = every
+        self.agreement: Agreement | None = None
         self.metric: float | None = None
         self.batch: Any = None
         self.scale = 1.0
@@ -192,29 +194,40 @@ class Measurements:
             group.failures.zero_()
             group.forwards = 0
 
-    def take(self, tick: int) -> Measured:
-        """Everything measured since the last tick. Says which parts of the user's raised, and which fossils and kernels failed."""
-        rates, trouble = self._failures(tick)
+    def take(self, tick: int, commands: list[Command]) -> tuple[Measured, list[Command]]:
+        """Everything measured since the last tick, and the commands to obey: of several processes, those that rank 0 was given.
+
+        Says which parts of the user's raised, and which fossils and kernels failed.
+        """
+        known = self._known_here(commands)
+        if self.agreement is not None:
+            known = self.agreement.tick(tick, known)
+        rates, trouble = self._failures(tick, known)
         self.faults.say_kernel_alerts(tick)
-        metric, self.metric = self.metric, None  # a measurement counts once
-        return Measured(metric, self.gradient_norms, self._counterfactuals(tick), rates, trouble)
+        return Measured(known.metric, self.gradient_norms, self._counterfactuals(tick), rates, trouble), known.commands
 
     # --- failures ---
 
-    def _failures(self, tick: int) -> tuple[dict[int, float], dict[int, str]]:
-        """Shares of forwards that failed, and the branches that must go for other reasons; says which fossils are not finite."""
+    def _known_here(self, commands: list[Command]) -> AtTick:
+        """What this process has seen since the last tick."""
         raised, self.objective.raised = self.objective.raised, {}
         for layer in self.registry.layers:
             raised |= take_errors(layer.groups)
         self._post_failures()
         rates, self.error_rates = self.error_rates, {}
+        failed = set(self.objective.failed)
+        self.objective.failed.clear()
+        metric, self.metric = self.metric, None  # a measurement counts once
+        return AtTick(rates, failed, raised, metric, commands)
+
+    def _failures(self, tick: int, known: AtTick) -> tuple[dict[int, float], dict[int, str]]:
+        """Shares of forwards that failed, and the branches that must go for other reasons; says which fossils are not finite."""
         learner = self.branch_optimizer
-        rates.update(dict.fromkeys((*self.objective.failed, *learner.failures), 1.0))
+        rates = {**known.rates, **dict.fromkeys((*known.failed, *learner.failures), 1.0)}
         overflow = "" if self.scale == 1.0 else f", {PATIENCE} steps in a row under a loss scale of {self.scale:g}"
         trouble = {branch: f"its gradient was not finite{overflow if branch in learner.scaled else ''}" for branch in learner.failures}
-        self.objective.failed.clear()
         learner.failures.clear()
-        trouble |= self.faults.note(raised, tick)
+        trouble |= self.faults.note(dict(known.raised), tick)
         for number, error_rate in rates.items():
             self._note_fossil(self.registry.branches[number], error_rate, tick)
         return rates, trouble
@@ -266,7 +279,13 @@ class Measurements:
         if self.batch is None or tick % self.every:
             return {}
         asked = [branch for branch in self.registry.in_stage(Stage.GRAFTING) if self.asks_counterfactual(branch)]
-        return {branch.id: self.passes.counterfactual(branch, self.batch) for branch in asked}
+        if self.agreement is None or not asked:
+            return {branch.id: self.passes.counterfactual(branch, self.batch) for branch in asked}
+        ranks, batch = self.agreement.ranks, self.batch
+        values = ranks.decided(
+            f"counterfactuals at tick {tick}", lambda: [self.passes.counterfactual(branch, batch) for branch in asked], ranks.size - 1
+        )
+        return {branch.id: value for branch, value in zip(asked, values, strict=True)}
 
     # --- checkpoints ---
 

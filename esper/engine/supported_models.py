@@ -25,15 +25,14 @@ _QUANTIZED = (
 
 
 def fit(model: nn.Module) -> nn.Module:
-    """The model to attach seeds to: ``model`` itself, or the one that ``torch.compile`` wraps.
+    """The model to attach seeds to: ``model`` itself, or the one that ``torch.compile`` or DistributedDataParallel wraps.
 
     Raises:
         UserError: a model that cannot carry seeds, with the remedy.
     """
     if isinstance(model, nn.DataParallel):
         raise UserError("nn.DataParallel copies the model at every step, so seeds cannot live on it; train it on one device.")
-    _refuse_many_processes()
-    model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile runs the same modules
+    model = _unwrapped(model)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # earlier graphs, also of a step around the model, know nothing of the new hooks
     if any(hasattr(module, ATTRIBUTE) for module in model.modules()):
@@ -56,13 +55,18 @@ def fit(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_many_processes() -> None:
-    """DistributedDataParallel does not average the gradients of later branches: the replicas would drift apart unseen."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if there and (processes := torch.distributed.get_world_size()) > 1:
-        raise UserError(
-            f"This training runs in {processes} processes, and what grows would not be the same in each; train it in one process."
-        )
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in the wrappers of torch.compile and DistributedDataParallel, which run the same modules.
+
+    Seeds live in it, and DistributedDataParallel never sees a branch: esper averages their gradients itself.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", model)
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        if inner is model:
+            return model
+        model = inner
 
 
 def _unplain(module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from esper.engine.agreement import Agreement
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
 from esper.engine.costs import Stopwatch
@@ -58,6 +59,7 @@ class TickBoundary:
         faults: Faults,
         replacing: Replacing,
         clock: Stopwatch,
+        agreement: Agreement,
     ) -> None:
         self.config = config
         self.ages = ages
@@ -76,16 +78,17 @@ class TickBoundary:
         transitions.prepare = NewUnits(measurements).prepare
         self.untying = Untying(transitions, ages.untie)
         self.clock = clock
+        self.agreement = agreement
         self._candidates: tuple[list[Branch], Tensor, Tensor] = [], torch.zeros(0), torch.zeros(0)  # branches, rows, minimum ages
 
     def run(self, tick: int) -> None:
         """One tick, from the measurements of the step before it to the news for the controller."""
         self.transitions.tick = tick
         self.gates.say_diverging(tick)
-        measured = self.measurements.take(tick)
+        measured, commands = self.measurements.take(tick, self.port.commands(tick))
         measured = self.ramp(tick, measured)
         with self.clock.timing("judge"):
-            for command in self.port.commands(tick):
+            for command in commands:
                 self.obey(command, tick, measured)
             self.judge(tick, measured)
             self.age(tick)
@@ -116,9 +119,10 @@ class TickBoundary:
             self.signals.weights.keep(branch.id for branch in branches if self.signals.asks(branch, "drift"))
         out = step_many(index, self.transitions.strategies, table.grafting[ids], context)
         trouble = {**measured.trouble, **self._raised_by_rules(branches, tick)}
-        table.alpha[ids] = out.alpha
-        table.grafting[ids] = out.state
-        gone = [branches[place] for place in out.abort.nonzero().flatten().tolist()]
+        alpha, state, abort = self.agreement.of_first(f"alphas at tick {tick}", [out.alpha, out.state, out.abort])
+        table.alpha[ids] = alpha
+        table.grafting[ids] = state
+        gone = [branches[place] for place in abort.nonzero().flatten().tolist()]
         for branch in gone:
             trouble.setdefault(branch.id, f"grafting strategy {branch.strategy} {GAVE_UP}")
         self.say_given_up([branch for branch in gone if measured.error_rates.get(branch.id, 0.0) <= MAX_ERROR_RATE], tick)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from esper.blueprints import BlockBank, SlotBank
+from esper.distributed import Ranks
 from esper.engine.learning.inheritance import inherit
 from esper.engine.learning.objectives import Objective
 from esper.engine.port import Port
@@ -55,6 +56,7 @@ class Transitions:
         self.leaving: list[int] = []
         self.prepare: Callable[[Branch], None] = lambda branch: None
         """Called for every new branch, for start values that depend on the host's weights or gradients."""
+        self.ranks = Ranks.alone()
         self.tick = 0
         self._later: list[Callable[[], None]] | None = None
         self.counts = {"germinated": 0, "fossilized": 0, "culled": 0, "cancelled": 0, "rolled_back": 0}
@@ -92,6 +94,8 @@ class Transitions:
             inherit(bank, branch.slot, self.optimizer)
         branch.objective = objective
         self.prepare(branch)
+        if isinstance(bank, SlotBank):  # a block is copied from the host, which is the same on every rank
+            self.ranks.from_rank([stack.detach()[branch.slot] for stack in bank.stacks.values()], self.ranks.size - 1)
         self._say(row, branch, source, Stage.GERMINATED, cause, why)
         self.counts["germinated"] += 1
         return branch

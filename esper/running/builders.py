@@ -12,6 +12,7 @@ from torch import nn
 from esper.blueprints import blueprint_of
 from esper.config import GROUPS, RootConfig, config_hash, default_options, listing, nearest, options, plain
 from esper.controllers import Controller
+from esper.distributed import Ranks
 from esper.engine.port import Port
 from esper.errors import UserError
 from esper.export.saved_model import load_weights
@@ -87,17 +88,25 @@ def build_growth(config: RootConfig) -> Growth:
 
 
 def build_trainer(
-    config: RootConfig, task: Task, device: torch.device, port: Port | None = None, steps: int | None = None, state: Any = None
+    config: RootConfig,
+    task: Task,
+    device: torch.device,
+    port: Port | None = None,
+    steps: int | None = None,
+    state: Any = None,
+    ranks: Ranks | None = None,
 ) -> Trainer:
     """The training of a run; ``steps`` overrides its length (controls), ``state`` is that of a checkpoint to continue from.
+
+    ``ranks`` are the processes that share it; default this one alone.
 
     Raises:
         UserError: parts that do not fit each other, or the memory.
     """
     growth = build_growth(config)
     try:
-        host = build_host(config, task)
-        return Trainer(host, task, config.trainer, config.optimizer, config.scheduler, growth, config.seed, device, port, steps, state)
+        parts = build_host(config, task), task, config.trainer, config.optimizer, config.scheduler, growth, config.seed, device
+        return Trainer(*parts, port, steps, state, ranks)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

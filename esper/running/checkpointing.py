@@ -14,7 +14,7 @@ from esper.bus.trainer.bus_port import ControllerSilent
 from esper.checkpoint import disk
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.disk import Checkpoint, Copy
-from esper.errors import Preempted
+from esper.errors import Preempted, RankLost
 from esper.lifecycle.duration import parse
 from esper.running.connections import Connections, Setup
 from esper.running.provenance import provenance
@@ -42,7 +42,7 @@ class Checkpointer:
         self.port.safe.hold = bool(self.every)
         retention = Retention(settings.checkpoint_keep, settings.checkpoint_best, settings.checkpoint_hours)
         self.saver = Saver(folder / disk.FOLDER, retention, self._settled, self._written)
-        self.asked = self._due = False
+        self._due = False
         self._finished: list[Checkpoint] = []
         disk.sweep_out(folder / disk.FOLDER)
         disk.forget_after(folder / disk.FOLDER, since)
@@ -58,14 +58,14 @@ class Checkpointer:
             return
         steps, grow = trainer.outcome.steps, trainer.grow
         interval = max(1, parse(self.every).ticks(trainer.total, trainer.steps_per_epoch))
-        over = steps == trainer.total
-        self._due = self._due or steps % interval == 0 or over or self.asked
+        over, stops = steps == trainer.total, grow.agreement.stops
+        self._due = self._due or steps % interval == 0 or over or stops
         if not self._due or not (over or grow.steps % grow.settings.steps_per_tick == 0):
             return  # a resumed run would publish the first messages of a tick again
         self._due = False
-        if not self.saver.save(lambda: self._copy(trainer), wait=over or self.asked) and self.saver.skipped == 1:
+        if not self.saver.save(lambda: self._copy(trainer), wait=over or stops) and self.saver.skipped == 1:
             log.info(SKIPPED, steps)
-        if self.asked:
+        if stops:
             raise Preempted(f"esper resume={self.folder}")
 
     def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
@@ -99,27 +99,35 @@ class Checkpointer:
     def _written(self, checkpoint: Checkpoint) -> None:
         self._finished.append(checkpoint)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Context in which the first SIGTERM waits for the end of the step; a second one has its usual effect."""
-        if not self.every:
-            yield
-            return
-        before = signal.getsignal(signal.SIGTERM)
 
-        def ask(signum: int, frame: object) -> None:
-            self.asked = True
-            signal.signal(signal.SIGTERM, before)
+@contextmanager
+def listening(trainer: Trainer) -> Iterator[None]:
+    """Context in which the first SIGTERM waits for the end of the step, where a checkpoint is saved; a second one has its usual effect.
 
-        try:
-            signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread, which alone may handle signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    In several processes all of them stop after the same step.
+    """
+    if not trainer.config.checkpoint_every:
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ask(signum: int, frame: object) -> None:
+        trainer.grow.agreement.asked = True
+        signal.signal(signal.SIGTERM, before)
+
+    try:
+        signal.signal(signal.SIGTERM, ask)
+    except ValueError:  # not the main thread, which alone may handle signals
+        yield
+        return
+    after: Any = before
+    try:
+        yield
+    except RankLost:
+        after = signal.SIG_IGN  # torchrun's, to the ranks that are left: this one ends already, and is to say why
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, after)
 
 
 def _score(trainer: Trainer) -> float | None:

@@ -26,6 +26,7 @@ from esper.bus.trainer.bus_port import BusPort, ControllerSilent
 from esper.checkpoint.tree import fitting
 from esper.config import RootConfig
 from esper.controllers import ControllerRunner
+from esper.distributed import Ranks
 from esper.errors import UserError
 from esper.messages import CONTROLLER, Alert, Message
 from esper.running.builders import build_controller, describe_run
@@ -49,7 +50,7 @@ CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for parts
 class Setup:
     """A requested run: settings, folder, task, device, and the checkpoint's state that it continues from, if any.
 
-    ``controls`` are the control runs that it makes.
+    ``controls`` are the control runs that it makes, ``ranks`` the processes that share the training.
     """
 
     config: RootConfig
@@ -60,6 +61,7 @@ class Setup:
     state: Any
     controls: Collection[str]
     quiet: bool
+    ranks: Ranks
 
 
 @dataclass(frozen=True)

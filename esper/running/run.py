@@ -22,12 +22,13 @@ from esper.report.end_of_run import print_report
 from esper.report.summary_file import ControlSummary, Summary, reserve
 from esper.running.builders import build_trainer, refuse_idle
 from esper.running.callbacks import Callback, WeightChecksums, profiled
-from esper.running.checkpointing import Checkpointer
+from esper.running.checkpointing import Checkpointer, listening
 from esper.running.connections import Connections, Setup, connect, load_state, refuse_unreachable, refuse_untrackable, trackers_of
 from esper.running.control_runs import SAME_MACS, SAME_STEPS, control_run, controls_of, equal_macs_steps, one_step, trained_host
 from esper.running.controller_memory import remember
 from esper.running.ending import Ending
 from esper.running.model_selection import announce, put_in_place, replaces
+from esper.running.processes import joined, refuse_wrong_processes, tell
 from esper.running.provenance import environment, note_session, other_versions, refuse_other_data
 from esper.running.run_folder import FolderLock, hold_folder, refuse_occupied, status
 from esper.tracking import MlflowConfig, Tracker, TrackerError, tracking_uri, ui_command
@@ -57,13 +58,15 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
     Raises UserError for errors that the user can mend.
     """
     refuse_unreachable(config)
+    refuse_wrong_processes(config)
     folder = folder.resolve()
     if state is None and (status(folder) == "FINISHED" or disk.checkpoints(folder / disk.FOLDER)):
         refuse_occupied(folder)
     refuse_untrackable(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with trackers_of(config, folder) as trackers:
+        with joined() as ranks, trackers_of(config, folder) as trackers:
+            tell(ranks, config, state)
             device = choose_device(config.trainer)
             keep_freed_memory()
             if not quiet:
@@ -73,7 +76,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
                 refuse_other_data(state, task, folder)
             with numerics(config.trainer), hold_folder(config, folder) as lock:
                 wanted = controls_of(config) if controls is None else controls
-                return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet), trackers)
+                return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet, ranks), trackers)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that names the folder
         raise
@@ -120,7 +123,8 @@ def _begin(setup: Setup, links: Connections) -> Trainer:
     config, folder, state = setup.config, setup.folder, setup.state
     if state is not None:
         load_state(state, links.controller, links.port)
-    trainer = build_trainer(config, setup.task, setup.device, links.port, state=None if state is None else state["trainer"])
+    kept = None if state is None else state["trainer"]
+    trainer = build_trainer(config, setup.task, setup.device, links.port, state=kept, ranks=setup.ranks)
     with _let_go_on_failure(trainer):
         refuse_idle(config, setup.task, trainer)
         links.trackers.try_model(trainer.grow.export(), _sample(trainer))
@@ -146,7 +150,7 @@ def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
 def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpointer: Checkpointer) -> None:
     """Train the remaining steps, and wait until the last checkpoint is on disk."""
     after_step = _after_step(setup.lock, checksums, checkpointer)
-    with checkpointer.listening(), profiled(trainer, after_step, setup.config.trainer.profile, setup.folder) as callback:
+    with listening(trainer), profiled(trainer, after_step, setup.config.trainer.profile, setup.folder) as callback:
         log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
         trainer.fit(callback)
     checkpointer.saver.wait()

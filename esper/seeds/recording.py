@@ -26,6 +26,8 @@ class Recording:
         self.statistics: Tensor | None = None
         self.input: Tensor | None = None
         self.gradient: Tensor | None = None
+        self.squares: Tensor | None = None
+        """The mean of several ``gradient_squares``, where it has taken the place of the last one's."""
         self.ratios: dict[int, Tensor] | None = {} if health else None
 
     def read(self, x: Tensor, site: str = "", kernels: Kernels | None = None) -> None:
@@ -47,6 +49,8 @@ class Recording:
 
     def gradient_squares(self) -> Tensor:
         """Sum of squares of the gradient at every feature, float32 ``[width]`` where the model is; NaN where no gradient came back."""
+        if self.squares is not None:
+            return self.squares
         if self.gradient is None:
             device = None if self.statistics is None else self.statistics.device
             return torch.full((self.geometry.width,), float("nan"), device=device)

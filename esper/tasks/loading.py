@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Batches:
     Workers change no bit for data sets whose samples depend on their index alone. Data sets with
     ``gather(indices)`` and ``to(device)`` are moved to ``device`` once and gathered there when there are no workers, unless they have
     ``lies_on(device)`` and it says no.
+
+    A process that trains on a ``share`` of the batches (places among ``shares`` neighbours) reads ahead its own alone.
     """
 
     def __init__(
@@ -40,6 +43,8 @@ class Batches:
         *,
         shuffle: bool = True,
         drop_last: bool = True,
+        share: range | None = None,
+        shares: int = 1,
     ) -> None:
         """Raises ``UserError`` when a batch is larger than the data set and partial batches are dropped."""
         self.length = len(dataset)  # type: ignore[arg-type]
@@ -48,6 +53,7 @@ class Batches:
         self.batch_size, self.seed, self.collate = batch_size, seed, collate
         self.device = _indexed(torch.device(device))
         self.shuffle = shuffle
+        self._share, self._shares = share or range(1), shares
         self._count = self.length // batch_size if drop_last else -(-self.length // batch_size)
         self._order: tuple[int, Tensor] | None = None
         whole: Any = dataset
@@ -81,6 +87,10 @@ class Batches:
         """The batch of the 0-based ``step``, counted from the first batch of epoch 0."""
         return self.batch(*divmod(step, self._count))
 
+    def following(self, step: int) -> int:
+        """The step after a step that a process with this share comes to."""
+        return next(number for number in count(step + 1) if number % self._shares in self._share)
+
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """All batches of one epoch in order."""
         return (self.batch(epoch, position) for position in range(self._count))
@@ -107,14 +117,15 @@ class _Reader:
     def __init__(self, batches: Batches, num_workers: int) -> None:
         self._batches = batches
         self._workers = num_workers
-        self._next: tuple[int, int] | None = None
+        self._next: int | None = None
         self._ahead: Iterator[Batch] | None = None
 
     def batch(self, epoch: int, position: int) -> Batch:
-        if self._next != (epoch, position) or self._ahead is None:
+        step = epoch * len(self._batches) + position
+        if self._next != step or self._ahead is None:
             self.close()
             self._ahead = iter(self._loader(epoch, position))
-        self._next = (epoch, position + 1) if position + 1 < len(self._batches) else (epoch + 1, 0)
+        self._next = self._batches.following(step)
         return next(self._ahead)
 
     def close(self) -> None:
@@ -134,17 +145,17 @@ class _Reader:
 
 
 class _From:
-    """Index lists from one (epoch, position) on, without end."""
+    """Index lists from one (epoch, position) on, without end; those of the process's share."""
 
     def __init__(self, batches: Batches, epoch: int, position: int) -> None:
         self._batches, self._start = batches, (epoch, position)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, position = self._start
+        step = epoch * len(self._batches) + position
         while True:
-            for place in range(position, len(self._batches)):
-                yield self._batches.indices(epoch, place).tolist()
-            epoch, position = epoch + 1, 0
+            yield self._batches.indices(*divmod(step, len(self._batches))).tolist()
+            step = self._batches.following(step)
 
 
 def _anywhere(device: torch.device) -> bool:

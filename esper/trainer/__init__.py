@@ -1,12 +1,12 @@
 """esper's own training loop: the trainer, its learning-rate schedules, and the governor that keeps the host from harm."""
 
-from esper.trainer.config import MuonConfig, OptimizerConfig, TrainerConfig
+from esper.trainer.config import DDPConfig, MuonConfig, OptimizerConfig, TrainerConfig
 from esper.trainer.schedule import SCHEDULES
 
 CONFIGS: dict[str, dict[str, type]] = {
-    "trainer": {"default": TrainerConfig},
+    "trainer": {"default": TrainerConfig, "ddp": DDPConfig},
     "optimizer": {"adamw": OptimizerConfig, "sgd": OptimizerConfig, "muon": MuonConfig},
     "scheduler": SCHEDULES,
 }
 
-__all__ = ["CONFIGS", "MuonConfig", "OptimizerConfig", "TrainerConfig"]
+__all__ = ["CONFIGS", "DDPConfig", "MuonConfig", "OptimizerConfig", "TrainerConfig"]

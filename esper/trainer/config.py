@@ -67,6 +67,11 @@ class TrainerConfig:
                 "trainer.freeze_host=true leaves no gradient for fp16's loss scaling to watch; use trainer.precision=bf16 or fp32."
             )
 
+    @property
+    def shards(self) -> int:
+        """Micro-batches that are shared out among processes, 0 where the training has one process."""
+        return 0
+
     def steps_per_epoch(self, samples: int) -> int:
         """Optimizer steps of an epoch over this many samples; those left over make none."""
         return max(1, samples // self.batch_size // self.accumulate)
@@ -74,6 +79,26 @@ class TrainerConfig:
     def total_steps(self, samples: int) -> int:
         """Length of the run over this many training samples [optimizer steps]."""
         return self.steps or self.epochs * self.steps_per_epoch(samples)
+
+
+@dataclass
+class DDPConfig(TrainerConfig):
+    """Several processes, started by torchrun, train one model; the bits are the same on every number of them."""
+
+    name: str = "ddp"
+    batch_size: int = setting(16, low=1, high=10**9, unit="samples", help="samples of one micro-batch")
+    accumulate: int = setting(4, low=1, high=10**6, help="micro-batches to one optimizer step, shared out among the processes")
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning in several processes so far."""
+        super().__post_init__()
+        if self.compile:
+            raise UserError("trainer=ddp cannot average the telemetry of a compiled model: use trainer.compile=false.")
+
+    @property
+    def shards(self) -> int:
+        """All micro-batches of a step."""
+        return self.accumulate
 
 
 @dataclass

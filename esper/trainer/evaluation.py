@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.distributed import Ranks
 from esper.seeds.sites import quiet_evaluation
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
@@ -19,18 +20,28 @@ LOGITS = 2**25
 """Logits of a batch that is measured, at most."""
 
 
-def evaluate(model: nn.Module, task: Task, batches: Batches) -> dict[str, float]:
-    """``loss`` and every metric of the task, as means over the samples of all batches (float64)."""
-    sums: dict[str, float] = {}
-    count = 0
+def evaluate(model: nn.Module, task: Task, batches: Batches, ranks: Ranks | None = None) -> dict[str, float]:
+    """``loss`` and every metric of the task, as means over the samples of all batches (float64).
+
+    Each of several ``ranks`` measures a share of the batches; the sums run over all of them in their order, wherever they were measured.
+    """
+    ranks = ranks or Ranks.alone()
+    mine: list[tuple[int, dict[str, float]]] = []
     with quiet_evaluation(model):
-        for batch in batches.epoch():
+        for position in range(ranks.rank, len(batches), ranks.size):
+            batch = batches.batch(0, position)
             output = model(batch[0])
             values: dict[str, Tensor] = {"loss": task.sample_loss(output, batch)}
             values |= {name: metric.compute(output, batch) for name, metric in task.metrics.items()}
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value.double().sum())
-            count += len(batch[1])
+            mine.append((len(batch[1]), {name: float(value.double().sum()) for name, value in values.items()}))
+    shares = ranks.values("an evaluation", mine)
+    sums: dict[str, float] = {}
+    count = 0
+    for position in range(len(batches)):
+        samples, found = shares[position % ranks.size][position // ranks.size]
+        count += samples
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value
     return {name: total / count for name, total in sums.items()}
 
 

@@ -73,6 +73,8 @@ class Governor:
         self._largest = math.inf
         self._before: list[Tensor] = []
         self._measured: dict[str, float] = {}
+        self.loss_of: Callable[[Any], float] = lambda batch: float(grow.loss(grow.registry.model, batch).mean())
+        """The loss of what ``recover`` is given to look at again."""
         grow.guard.on_return = self.restart
 
     def restart(self) -> None:
@@ -206,7 +208,7 @@ class Governor:
         grow = self.grow
         model = grow.registry.model
         with torch.no_grad(), untouched_buffers(model), grow.observer.silent(), grow.replay.again(), grow.registry.without(*without):
-            return float(grow.loss(model, batch).mean())
+            return self.loss_of(batch)
 
     def _remove(self, branch: Branch, anomaly: Anomaly) -> str:
         grow = self.grow

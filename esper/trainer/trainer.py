@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esper.blueprints import Block, Blueprint, Heads, Width
 from esper.checkpoint.tree import fitting, kept
+from esper.distributed import Ranks
 from esper.engine.attach import attach
 from esper.engine.extra_passes import freeze_statistics, host_buffers, host_parameters
 from esper.engine.grow import Grow
 from esper.engine.judging.judge import RECENT
-from esper.engine.learning.branch_optimizer import BranchLearning
-from esper.engine.learning.muon import BETAS, muon_for
 from esper.engine.port import NullPort, Port
 from esper.engine.snapshot import optimizer_state, restore_optimizer
 from esper.errors import UserError
@@ -33,10 +31,12 @@ from esper.randomness import GlobalDraws, seed_for, seed_global_draws
 from esper.seeds import SitesConfig, TelemetryConfig
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
-from esper.trainer.config import MuonConfig, OptimizerConfig, TrainerConfig
+from esper.trainer.config import OptimizerConfig, TrainerConfig
 from esper.trainer.device import TYPES, is_out_of_memory
 from esper.trainer.evaluation import Outcome, Repeated, evaluate, held_out
+from esper.trainer.global_batch import GlobalBatch
 from esper.trainer.governor import Governor, GovernorSettings
+from esper.trainer.parts import allowed_steps, averaged, learning_of, optimizer_for, refuse_sparse
 from esper.trainer.schedule import Schedule
 
 
@@ -71,11 +71,13 @@ class Trainer:
         port: Port | None = None,
         steps: int | None = None,
         state: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks.alone(config.shards)
         self.task = task
         self.device = device
-        _refuse_sparse(host)
+        refuse_sparse(host)
         if config.compile and isinstance(growth.blueprint, (Width, Heads)):
             name = growth.blueprint.name
             raise UserError(f"trainer.compile=true cannot see what blueprint={name} listens to: use trainer.compile=false, or another one.")
@@ -84,14 +86,15 @@ class Trainer:
         self.port: Port = port or NullPort()
         self.port.decided = growth.decided
         size, workers = config.batch_size, config.num_workers
-        self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device)
+        share, shares = (self.ranks.share, self.ranks.shards) if self.ranks.shards else (None, 1)
+        self.batches = Batches(task.train, size, seed_for(seed, "batches"), task.collate, workers, device, share=share, shares=shares)
         self.steps_per_epoch = config.steps_per_epoch(self.batches.length)
-        self.total = steps or _allowed(config, task, self.batches.length)
+        self.total = steps or allowed_steps(config, task, self.batches.length)
         self.validation = held_out(task, "validation", device)
-        self.optimizer = _optimizer(optimizer, self.model, task.outputs)
+        self.optimizer = optimizer_for(optimizer, self.model, task.outputs)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
         self.compiled: Callable[[Any], Tensor] = torch.compile(self.model, mode=config.compile_mode) if config.compile else self.model
-        self.average = _average(config.ema, self.model)
+        self.average = averaged(config.ema, self.model)
         self.measured = self.model if self.average is None else self.average
         self.outcome = Outcome()
         self.said: set[str] = set()  # alerts that are given once a run
@@ -99,7 +102,10 @@ class Trainer:
         self.grow = self._attach(growth, optimizer, seed, None if state is None else {"grow": state["grow"]})
         if self.average is not None:
             self.grow.follow(self.average, keep=True)
+        self.shared = GlobalBatch(self.ranks, self.grow, seed, self._batch, self._mean_loss) if self.ranks.shards else None
         self.governor = Governor(self.grow, self._governor_settings()) if config.governor else None
+        if self.governor is not None and self.shared is not None:
+            self.governor.loss_of = self.shared.loss_again
         if state is not None:
             self._take_over(state)
         self._publish_every = growth.telemetry.every
@@ -120,7 +126,7 @@ class Trainer:
             telemetry=growth.telemetry,
             kernel=growth.kernel,
             flags=growth.flags,
-            learning=_learning(optimizer, self.config.clip),
+            learning=learning_of(optimizer, self.config.clip),
             warmup=optimizer.branch_warmup,
             steps_per_epoch=self.steps_per_epoch,
             accumulate=self.config.accumulate,
@@ -129,6 +135,7 @@ class Trainer:
             seed=seed,
             debug=self.config.debug,
             state=state,
+            ranks=self.ranks,
         )
 
     def _governor_settings(self) -> GovernorSettings:
@@ -192,6 +199,9 @@ class Trainer:
         with self._autocast():
             return self.task.sample_loss(model(batch[0]), batch)
 
+    def _mean_loss(self, batch: Any) -> Tensor:
+        return self.loss(self.compiled, batch).mean()
+
     def fit(self, between: Callable[[Trainer], None] | None = None) -> Outcome:
         """Train to the end, then measure validation and, once, test; ``between`` is called after every step."""
         self.model.train()
@@ -211,8 +221,8 @@ class Trainer:
                 ) from error
             if between is not None:
                 between(self)
-        final = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
-        test = evaluate(self.measured, self.task, held_out(self.task, "test", self.device))
+        final = {f"validation/{name}": value for name, value in self._measured(self.validation).items()}
+        test = self._measured(held_out(self.task, "test", self.device))
         self.outcome.final = final | {f"test/{name}": value for name, value in test.items()}
         self._check_finite("test", test["loss"])
         self.batches.close()
@@ -237,20 +247,12 @@ class Trainer:
         lr_factor = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
-        losses = []
-        for micro in range(self.config.accumulate):
-            number = step * self.config.accumulate + micro
-            batch = self._batch(number)
-            loss = self.loss(self.compiled, batch).mean()
-            torch.autograd.backward(self._scaled(loss / self.config.accumulate))
-            losses.append(loss.detach())
-            self.grow.after_backward(batch, losses[-1])
+        mean, seen = self._gradients(step)
         norm = self._gradient_norm()
-        mean = torch.stack(losses).mean()
         anomaly = None if self.governor is None else self.governor.admit(step, *self._seen(mean, norm))
         if self.governor is not None and anomaly is not None:
             self.optimizer.zero_grad(set_to_none=True)
-            self.governor.recover(anomaly, batch)
+            self.governor.recover(anomaly, seen)
             self.grow.tick(None)
         else:
             if self.average is not None:  # weights with which this step's forward and backward were healthy
@@ -261,6 +263,20 @@ class Trainer:
             self.governor.measure()
         self.optimizer.zero_grad(set_to_none=True)
         return self._said_of(step, float(mean), lr_factor) if (step + 1) % self._publish_every == 0 else {}
+
+    def _gradients(self, step: int) -> tuple[Tensor, Any]:
+        """The mean loss, with the gradients in place, and what the governor looks at again: the last batch, or the step's number."""
+        if self.shared is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            return self.shared.gradients(step, parameters, lambda loss: torch.autograd.backward(self._scaled(loss))), step
+        losses = []
+        for number in range(step * self.config.accumulate, (step + 1) * self.config.accumulate):
+            batch = self._batch(number)
+            loss = self._mean_loss(batch)
+            torch.autograd.backward(self._scaled(loss / self.config.accumulate))
+            losses.append(loss.detach())
+            self.grow.after_backward(batch, losses[-1])
+        return torch.stack(losses).mean(), batch
 
     def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
         """Loss and gradient norm as numbers; waits for the device once. No norm with a scaler, which skips overflows by itself."""
@@ -294,13 +310,16 @@ class Trainer:
         return {"train/loss": loss, "train/lr_factor": lr_factor}
 
     def _validate(self) -> dict[str, float]:
-        values = {f"validation/{name}": value for name, value in evaluate(self.measured, self.task, self.validation).items()}
+        values = {f"validation/{name}": value for name, value in self._measured(self.validation).items()}
         for name, value in values.items():
             best = self.outcome.best.get(name)
             if best is None or math.isnan(best) or (value > best if self._maximize(name) else value < best):
                 self.outcome.best[name] = value
         self._check_finite("validation", values["validation/loss"])
         return values
+
+    def _measured(self, batches: Batches) -> dict[str, float]:
+        return evaluate(self.measured, self.task, batches, self.ranks)
 
     def _check_finite(self, which: str, loss: float) -> None:
         """Raise an alert, once for each set, that its loss is not a number; if training goes well, the data are the cause."""
@@ -344,54 +363,3 @@ class Trainer:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, TYPES[self.config.precision])
-
-
-def _allowed(config: TrainerConfig, task: Task, samples: int) -> int:
-    """Steps of the run; raises UserError where they need more passes over the training set than the task allows."""
-    steps, a_pass = config.total_steps(samples), samples // config.batch_size
-    passes = steps * config.accumulate / a_pass
-    if task.passes and passes > task.passes and not config.overfit:
-        raise UserError(
-            f"{steps} steps of {config.batch_size * config.accumulate} samples are {passes:.2f} passes over the {samples} training "
-            f"samples, and task.passes={task.passes} allows no more: use trainer.steps={a_pass * task.passes // config.accumulate} or "
-            "less, more data, or task.passes=0."
-        )
-    return steps
-
-
-def _refuse_sparse(host: nn.Module) -> None:
-    """Raise UserError for sparse gradients: AdamW and clipping refuse them too, but only in the middle of the first step."""
-    for name, module in host.named_modules():
-        if getattr(module, "sparse", False) is True:
-            raise UserError(
-                f"The host's '{name}' gives sparse gradients, which neither the optimizer of this loop nor its clipping takes: build it "
-                "with sparse=False, or grow it in a loop of your own with esper.attach."
-            )
-
-
-def _average(decay: float, model: nn.Module) -> AveragedModel | None:
-    """An exponential moving average of weights and norm statistics; None for a decay of 0."""
-    if not decay:
-        return None
-    moved = get_ema_multi_avg_fn(decay)
-    return AveragedModel(model, multi_avg_fn=moved, use_buffers=True)
-
-
-def _optimizer(config: OptimizerConfig, model: nn.Module, outputs: int) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    made: torch.optim.Optimizer
-    if isinstance(config, MuonConfig):
-        made = muon_for(model, config.lr, config.weight_decay, config.momentum, outputs, config.adamw)
-    elif config.name == "sgd":
-        made = torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    else:
-        made = torch.optim.AdamW(parameters, config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay)
-    for group in made.param_groups:
-        group["initial_lr"] = config.lr
-    return made
-
-
-def _learning(config: OptimizerConfig, clip: float) -> BranchLearning:
-    if isinstance(config, MuonConfig):
-        return BranchLearning(config.branch_lr, config.weight_decay, BETAS, clip=clip, rule="muon", momentum=config.momentum)
-    return BranchLearning(config.branch_lr, config.weight_decay, clip=clip)

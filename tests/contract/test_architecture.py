@@ -31,16 +31,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "blueprints": set(),
     "kernels": set(),
     "checkpoint": set(),
+    "distributed": set(),
     "seeds": MODEL,
-    "engine": {"seeds", "checkpoint", *MODEL},
-    "trainer": {"engine", "seeds", "checkpoint", "tasks", *MODEL},
+    "engine": {"seeds", "checkpoint", "distributed", *MODEL},
+    "trainer": {"engine", "seeds", "checkpoint", "distributed", "tasks", *MODEL},
 }
 """The rooms below running and the command line, and the other rooms that each may import."""
 WHERE_USED: dict[str, set[str]] = {
     "engine": {"bus", "controllers", "export"},
 }
 """Rooms that may be imported within a function only: ``attach(controller="heuristic")`` and ``grow.save`` need them, no other user does."""
-WITHOUT_CIRCLES = ("engine", "trainer", "checkpoint", "lifecycle", "grafting", "blueprints", "kernels")
+WITHOUT_CIRCLES = ("engine", "trainer", "checkpoint", "distributed", "lifecycle", "grafting", "blueprints", "kernels")
 
 
 def module_of(path: Path) -> str:

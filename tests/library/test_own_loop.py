@@ -324,20 +324,6 @@ def test_the_stability_gate_hears_the_loss_wherever_it_is_given_and_says_when_it
     assert given != "never" or "the gate 'stability' stays shut: give it to grow.tick(loss)" in said[0]
 
 
-@pytest.mark.usefixtures("processes")
-def test_training_in_several_processes_is_refused_before_replicas_could_drift_apart(tmp_path: Path) -> None:
-    code = (
-        "import sys, torch\nfrom tests.growing import Loop\n"
-        "torch.distributed.init_process_group('gloo', init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)\nLoop()"
-    )
-    start = [sys.executable, "-c", code, f"file://{tmp_path}/meeting"]
-    root = Path(__file__).resolve().parents[2]
-    ranks = [subprocess.Popen([*start, str(rank)], cwd=root, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for process in ranks:
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode == 1 and "UserError: This training runs in 2 processes" in said
-
-
 class Words(nn.Module):
     """A host whose embedding gives sparse gradients."""
 

@@ -244,7 +244,8 @@ class Guard:
     def _keep(self, tick: int) -> KeptHost | None:
         """The present state, or None where it is not sound."""
         taken = Snapshot(self.registry.model, self.transitions.optimizer, self.registry, tick)
-        return KeptHost(taken, self.signal.state()) if taken.healthy else None
+        healthy = self.transitions.ranks.all_agree(f"the host kept at tick {tick}", taken.healthy)
+        return KeptHost(taken, self.signal.state()) if healthy else None
 
     def _youngest(self) -> KeptHost | None:
         found = [(baseline.tick, number) for number, baseline in self.baselines.items() if baseline.kept is not None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.checkpoint.tree import kept
+from esper.distributed import Ranks
 from esper.engine.costs import Meter
 from esper.engine.extra_passes import drawing_alike, shapes_of, to_device, untouched_buffers
 from esper.seeds import Branch, SeedRegistry
@@ -56,13 +57,18 @@ class Judge:
     losses that were not finite with the branch off, which is not its fault.
     """
 
-    def __init__(self, registry: SeedRegistry, loss: LossFunction, data: Iterable[Any], device: torch.device, meter: Meter) -> None:
+    def __init__(
+        self, registry: SeedRegistry, loss: LossFunction, data: Iterable[Any], device: torch.device, meter: Meter, ranks: Ranks
+    ) -> None:
         self.registry = registry
         self.loss = loss
         self.data = data
         self.device = device
         self.meter = meter
+        self.ranks = ranks
         self.recent: deque[Any] = deque(maxlen=RECENT)
+        self.gathered: Callable[[], list[Any]] | None = None
+        """What gives the recent batches, where they are made again when they are needed and none is remembered."""
         self.spoiled = 0
         self.on = torch.zeros(0)
         self.off: list[Tensor] = []
@@ -70,7 +76,7 @@ class Judge:
 
     def remember(self, batch: Any) -> None:
         """Keep a training batch for recalibrating norm statistics; a host without such statistics keeps none."""
-        if self._has_norms:
+        if self._has_norms and self.gathered is None:
             self.recent.append(batch)
 
     def look(self, branches: list[Branch], errors: list[float]) -> list[Gain]:
@@ -121,14 +127,25 @@ class Judge:
         values = []
         try:
             with quiet_evaluation(model), untouched_buffers(model), drawing_alike(self.data), self._recalibrated(norms):
-                for batch in self.data:
+                for number, batch in enumerate(self.data):
+                    if number % self.ranks.size != self.ranks.rank:
+                        continue  # another rank's
                     batch = to_device(batch, self.device)
                     with self.meter.counting("judge", (self.registry.cost_key(), shapes_of(batch))):
                         values.append(self.loss(model, batch).detach().reshape(-1).double().cpu())
         finally:
             for layer, recording in zip(self.registry.layers, recordings, strict=True):
                 layer.recording = recording
+        values = self._of_all(values)
         return torch.cat(values) if values else torch.zeros(0)
+
+    def _of_all(self, values: list[Tensor]) -> list[Tensor]:
+        """The losses of all batches, in the order of the data; every rank has measured its share of them."""
+        if self.ranks.size == 1:
+            return values
+        found = self.ranks.gather("the judge set", [value.numel() for value in values], torch.cat(values) if values else None)
+        shares = [list(losses.split(sizes)) if sizes else [] for sizes, losses in found]
+        return [shares[number % len(shares)][number // len(shares)] for number in range(sum(map(len, shares)))]
 
     @contextmanager
     def _recalibrated(self, norms: list[Any]) -> Iterator[None]:
@@ -136,7 +153,8 @@ class Judge:
 
         Norms that the user froze (evaluation mode) keep theirs.
         """
-        if not norms or not self.recent:
+        recent = list(self.recent) if self.gathered is None else self.gathered() if norms and self.ranks.first else []
+        if not norms or not self.ranks.decided("recent batches", lambda: len(recent)):
             yield
             return
         model = self.registry.model
@@ -147,13 +165,14 @@ class Judge:
                 norm.momentum = None
                 norm.training = True
             try:
-                for batch in self.recent:
+                for batch in recent if self.ranks.first else ():
                     with self.meter.counting("judge", ("recalibrate", self.registry.cost_key(), shapes_of(batch))):
                         self.loss(model, batch)
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
                     norm.training = False
+            self.ranks.from_rank([buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)])
             yield
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.distributed import Ranks
 from esper.engine.costs import Meter
 from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
 from esper.engine.judging.judge import LossFunction
@@ -52,6 +53,9 @@ class Objective:
         self.failed: set[int] = set()
         self.raised: dict[int, Exception] = {}
         self.step_size = 0.0
+        self.ranks = Ranks.alone()
+        """With others, the scores wait in ``scores`` until those of all ranks are known."""
+        self.scores: list[tuple[int, float]] = []
         self._searched = -search_every
         self._looked = False
 
@@ -78,7 +82,9 @@ class Objective:
         if by_kind["shadow"]:
             self._shadow(by_kind["shadow"], batch, scale, host_loss)
         if by_kind["functional_gradient"] and tick - self._searched >= self.search_every:
-            self._search(by_kind["functional_gradient"], batch)
+            if self.ranks.first:
+                self._search(by_kind["functional_gradient"], batch)
+            self.step_size = self.ranks.decided(f"step size at tick {tick}", lambda: self.step_size)
             self._searched = tick
         for kind in ("functional_gradient", "reconstruction"):
             self._regress(by_kind[kind], kind, batch, scale)
@@ -251,5 +257,12 @@ class Objective:
                     self.failed.add(branch)
 
     def _score(self, branch: int, value: float) -> None:
+        if self.ranks.many:
+            self.scores.append((branch, value))
+        else:
+            self.note_score(branch, value)
+
+    def note_score(self, branch: int, value: float) -> None:
+        """Add a micro-batch's score to the average of a branch."""
         known = self.readiness.get(branch)
         self.readiness[branch] = value if known is None or known != known else 0.9 * known + 0.1 * value
