@@ -16,6 +16,10 @@ class Preempted(KeyboardInterrupt):
     """SIGTERM after which everything was saved; its text is the command that goes on with the same bits."""
 
 
+class Pruned(Exception):
+    """A search has ended this run early, because its held-out metric fell behind that of others; what it has done is kept."""
+
+
 class TrackerError(RuntimeError):
     """The story of a run could not be kept; the run itself went on. The command line prints it alone, exit code 1."""
 

@@ -24,6 +24,8 @@ from esper.cli.machine import refuse_impossible
 from esper.cli.preset_files import keys_set_by, refuse_overridden_arm
 from esper.config import GROUPS, PRESETS, RootConfig, build, conf_folder, options, structure
 from esper.errors import UserError
+from esper.search.config import SearchConfig
+from esper.search.space import examples
 from esper.user_code import variable
 
 
@@ -80,7 +82,11 @@ def check_jobs(words: Sequence[str], multirun: bool, on_sweep: Callable[[int], N
         if _in_workers(composed.tree):
             on_sweep(composed.tree.hydra.launcher.threads)
         typed = {overrides.key_of(override) for override in parsed}
+        if searches(composed.tree.hydra) and not _in_workers(composed.tree):
+            raise UserError("hydra/sweeper=optuna runs its trials in hydra/launcher=workers; leave the other launcher out.")
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
+        if not searches(composed.tree.hydra):
+            overrides.check_discrete(parsed)
         jobs = _jobs(parsed)
         first = replace(_compose(next(jobs)), multirun=True)
         for job, changed in zip(jobs, _further(parsed), strict=True):
@@ -140,7 +146,7 @@ def _also(folder: Path) -> None:
 
 def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
     """One job with every sweep's first value, then one for each further value."""
-    choices = [list(item.sweep_string_iterator()) if item.is_sweep_override() else [None] for item in parsed]
+    choices = [_values_of(item) if item.is_sweep_override() else [None] for item in parsed]
 
     def job(changed: int, value: Any) -> list[Override]:
         chosen = [value if i == changed else values[0] for i, values in enumerate(choices)]
@@ -153,11 +159,16 @@ def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
             yield job(index, value)
 
 
+def _values_of(item: Override) -> list[str]:
+    """The values to check of an override that has several: all of them, or the ends of an interval or range of numbers."""
+    return list(examples(item) if item.is_interval_sweep() else item.sweep_string_iterator())
+
+
 def _further(parsed: list[Override]) -> Iterator[Override]:
     """The override that the jobs of ``_jobs`` after the first differ in."""
     for item in parsed:
         if item.is_sweep_override():
-            for text in list(item.sweep_string_iterator())[1:]:
+            for text in _values_of(item)[1:]:
                 yield _with_value(item, text)
 
 
@@ -204,6 +215,11 @@ def _in_workers(tree: DictConfig) -> bool:
     return str(tree.hydra.launcher._target_).endswith(".WorkersLauncher")
 
 
+def searches(internals: DictConfig) -> bool:
+    """Whether the sweeper is esper's search, which draws from intervals too."""
+    return str(internals.sweeper._target_).endswith(".OptunaSweeper")
+
+
 def _compose(parsed: list[Override]) -> Composed:
     """One composition, checked."""
     internals.check_words(parsed)
@@ -217,6 +233,10 @@ def _compose(parsed: list[Override]) -> Composed:
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf_folder(), *conf.own())])
     if _in_workers(tree):
         structure(LauncherConfig, {key: value for key, value in tree.hydra.launcher.items() if key != "_target_"}, "hydra.launcher")
+    if searches(tree.hydra):
+        settings = OmegaConf.to_container(tree.hydra.sweeper)
+        assert isinstance(settings, dict)
+        structure(SearchConfig, {str(key): value for key, value in settings.items() if key != "_target_"}, "hydra.sweeper")
     refuse_impossible(tree, here=internals.runs_here(tree.hydra))
     secrets.refuse(_values(tree, resolve=True))  # before any other sentence about what a file sets
     _refuse_unfitting_preset(tree)

@@ -14,6 +14,7 @@ from typing import Any
 from esper import config
 from esper.config import GROUPS, PRESETS
 from esper.errors import UserError
+from esper.search.config import SearchConfig
 from esper.setting_fields import setting
 
 
@@ -89,7 +90,7 @@ def description(group: str, name: str) -> str:
 
 
 def register() -> None:
-    """Give Hydra the options that are dataclasses and not files, the keys of the root, and esper's launcher."""
+    """Give Hydra the options that are dataclasses and not files, the keys of the root, esper's launcher and its search."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -100,6 +101,8 @@ def register() -> None:
     store.store(name="root", node=config.root_defaults(), provider="esper")
     workers = {"_target_": "hydra_plugins.esper_workers.WorkersLauncher", **dataclasses.asdict(LauncherConfig())}
     store.store(group="hydra/launcher", name="workers", node=workers, provider="esper")
+    optuna = {"_target_": "hydra_plugins.esper_workers.OptunaSweeper", **dataclasses.asdict(SearchConfig()), "params": {}}
+    store.store(group="hydra/sweeper", name="optuna", node=optuna, provider="esper")
 
 
 def register_for_sweeps() -> None:

@@ -12,16 +12,21 @@ from esper.cli import conf
 from esper.cli.programs import programs
 from esper.config import GROUPS, PRESETS, RootConfig, accepted, default_options, listing, nearest, options, shown
 from esper.errors import UserError
+from esper.search.config import SearchConfig
 
 ABOUT = "neural networks that grow while they train, and proof of whether growing paid"
 
 USAGE = """\
 usage: esper [overrides]            train one run (same as python -m esper)
        esper --multirun [overrides] sweep: model=mlp,cnn seed=0,1,2
+       esper -m hydra/sweeper=optuna [overrides]
+                                    search: optimizer.lr='interval(0.001,0.1)' (--help hydra/sweeper=optuna: its keys)
        esper PROGRAM [arguments]    another program
        esper --help GROUP           the options of a group and their keys (--help grafting=drift: of that option)
        esper OPTION                 --version; --hydra-help; --shell-completion install=bash (or zsh, fish) to eval
 """
+
+SEARCH = "hydra/sweeper=optuna"
 
 RECIPES = {
     "esper": "the default run",
@@ -40,6 +45,9 @@ def text(words: Sequence[str] = ()) -> str:
     Raises:
         UserError: an option that the group does not have.
     """
+    if SEARCH in words:
+        about = (SearchConfig.__doc__ or "").replace("``", "")
+        return "\n".join([about, *_keys(SearchConfig, dataclasses.asdict(SearchConfig()), "hydra.sweeper")])
     for word in words:
         group, _, option = word.partition("=")
         if group in GROUPS:

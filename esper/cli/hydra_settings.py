@@ -29,6 +29,7 @@ _COMPOSED = ("hydra.runtime", "hydra.overrides", "hydra.job.override_dirname")
 _OURS = (
     "hydra_plugins.esper_workers.WorkersLauncher",
     "hydra_plugins.esper_workers.BasicSweeper",
+    "hydra_plugins.esper_workers.OptunaSweeper",
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 )

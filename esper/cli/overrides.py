@@ -127,6 +127,17 @@ def check_single(overrides: Sequence[Override]) -> None:
             raise UserError(f"{_typed(override)} gives {key} several values: add --multirun to sweep over them.")
 
 
+def check_discrete(overrides: Sequence[Override]) -> None:
+    """Refuses an interval in a sweep that runs every value.
+
+    Raises:
+        UserError: naming the first override with an interval.
+    """
+    for override in overrides:
+        if override.is_interval_sweep():
+            raise UserError(f"{_typed(override)} is an interval, and a sweep runs every value: add hydra/sweeper=optuna to search in it.")
+
+
 def _unknown(key: str, path: Sequence[str], node: Any, tree: Mapping[str, Any]) -> str:
     """The sentence about an unknown key."""
     leaf = key.split(".")[-1]

@@ -30,7 +30,7 @@ STORAGE = {
 
 
 #: Package that is imported → the extra of esper-grow that installs it; `esper compare runs` needs none.
-EXTRAS = {"mlflow": "mlflow", "requests": "mlflow", "sqlalchemy": "mlflow"} | dict.fromkeys(
+EXTRAS = {"optuna": "search", "mlflow": "mlflow", "requests": "mlflow", "sqlalchemy": "mlflow"} | dict.fromkeys(
     ("torch", "hydra", "omegaconf", "redis", "safetensors", "sklearn", "zstandard", "zlib_ng", "psutil", "pybreaker", "limits"), "train"
 )
 

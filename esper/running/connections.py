@@ -7,7 +7,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from esper.tracking import MlflowConfig, RunInfo, Tracker, TrackerRunner, prepar
 from esper.tracking.mlflow_store import check_store
 from esper.tracking.progress_bar import ProgressBar
 from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
+from esper.trainer.trainer import Trainer
 from esper.user_code import CustomTracker
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ CONTROLLER_S, TRACKER_S = 5.0, 60.0  # how long the end of a run waits for parts
 class Setup:
     """A requested run: settings, folder, task, device, and the checkpoint's state that it continues from, if any.
 
-    ``controls`` are the control runs that it makes, ``ranks`` the processes that share the training.
+    ``controls`` are the control runs that it makes, ``ranks`` the processes that share the training; ``watch`` is called after every look
+    at the validation set.
     """
 
     config: RootConfig
@@ -62,6 +64,7 @@ class Setup:
     controls: Collection[str]
     quiet: bool
     ranks: Ranks
+    watch: Callable[[Trainer], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from esper.bus.trainer.bus_port import ControllerSilent
 from esper.config import RootConfig, config_hash
-from esper.errors import TrackerError
+from esper.errors import Pruned, TrackerError
 from esper.report.summary_file import BranchSummary, CompilerSummary, GateSummary, SecondsSummary, SeedsSummary, Summary, write_summary
 from esper.running.callbacks import TRACE
 from esper.running.connections import Connections, Setup, let_payloads_go, let_them_read
@@ -18,7 +18,7 @@ from esper.trainer.evaluation import fingerprint
 from esper.trainer.trainer import Trainer
 
 #: Exceptions after which a run can go on where it was stopped.
-STOPPED = (KeyboardInterrupt, ControllerSilent)
+STOPPED = (KeyboardInterrupt, ControllerSilent, Pruned)
 
 
 class Ending:

@@ -30,7 +30,7 @@ from esper.running.ending import Ending
 from esper.running.model_selection import announce, put_in_place, replaces
 from esper.running.processes import joined, refuse_wrong_processes, tell
 from esper.running.provenance import environment, note_session, other_versions, refuse_other_data
-from esper.running.run_folder import FolderLock, hold_folder, refuse_occupied, status
+from esper.running.run_folder import hold_folder, refuse_occupied, status
 from esper.tracking import MlflowConfig, Tracker, TrackerError, tracking_uri, ui_command
 from esper.trainer.device import choose_device, describe, keep_freed_memory, numerics
 from esper.trainer.trainer import Trainer
@@ -49,10 +49,18 @@ class Result:
     primary: float
 
 
-def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None, controls: Collection[str] | None = None) -> Result:
+def run(
+    config: RootConfig,
+    folder: Path,
+    quiet: bool = False,
+    state: Any = None,
+    controls: Collection[str] | None = None,
+    watch: Callback | None = None,
+) -> Result:
     """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to continue from.
 
-    ``controls`` are those that are trained too: those of a sweep's report, or (None) all that the run has.
+    ``controls`` are those that are trained too: those of a sweep's report, or (None) all that the run has. ``watch`` is called after
+    every look at the validation set; it may end the run by raising Pruned, which is raised again.
 
     Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; the results so far are kept, and the exception is raised again.
     Raises UserError for errors that the user can mend.
@@ -76,7 +84,7 @@ def run(config: RootConfig, folder: Path, quiet: bool = False, state: Any = None
                 refuse_other_data(state, task, folder)
             with numerics(config.trainer), hold_folder(config, folder) as lock:
                 wanted = controls_of(config) if controls is None else controls
-                return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet, ranks), trackers)
+                return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet, ranks, watch), trackers)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that names the folder
         raise
@@ -149,21 +157,24 @@ def _let_go_on_failure(trainer: Trainer) -> Iterator[None]:
 
 def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpointer: Checkpointer) -> None:
     """Train the remaining steps, and wait until the last checkpoint is on disk."""
-    after_step = _after_step(setup.lock, checksums, checkpointer)
+    after_step = _after_step(setup, checksums, checkpointer)
     with listening(trainer), profiled(trainer, after_step, setup.config.trainer.profile, setup.folder) as callback:
         log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
         trainer.fit(callback)
     checkpointer.saver.wait()
 
 
-def _after_step(lock: FolderLock, checksums: WeightChecksums, checkpointer: Checkpointer) -> Callback:
+def _after_step(setup: Setup, checksums: WeightChecksums, checkpointer: Checkpointer) -> Callback:
     """The callback after every step: the weights' checksum is written before the checkpoint, the folder checked at every evaluation."""
 
     def after(trainer: Trainer) -> None:
-        if trainer.validates(trainer.outcome.steps):
-            lock.refuse_removed()
+        looked = trainer.validates(trainer.outcome.steps)
+        if looked:
+            setup.lock.refuse_removed()
         checksums(trainer)
         checkpointer(trainer)
+        if looked and setup.watch is not None:
+            setup.watch(trainer)
 
     return after
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
@@ -18,6 +20,30 @@ class BasicSweeper(basic_sweeper.BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Nothing: ``esper.cli.compose.check_jobs`` has looked at every value, and the launcher composes the jobs."""
+
+
+class OptunaSweeper(Sweeper):
+    """``hydra/sweeper=optuna``: the jobs are trials that Optuna proposes as it learns, in the processes of ``hydra/launcher=workers``.
+
+    The arguments are the fields of ``esper.search.config.SearchConfig``.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Prepare to compose the trials."""
+        from hydra.core.plugins import Plugins
+
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+        assert isinstance(launcher, WorkersLauncher)  # esper.cli.compose has seen to it
+        self.launcher = launcher
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the trials and report."""
+        from esper.compare.search.search import start
+
+        return start(self.launcher.composer, self.launcher.settings, self.settings, arguments)
 
 
 class WorkersLauncher(Launcher):

@@ -13,7 +13,8 @@ from tests.here import here
 
 pytestmark = pytest.mark.e2e
 
-COMMANDS = [one for one in written() if any(part in one for part in SWEEPS) and "compare sweep=" not in one]
+SEARCHES = [one for one in written() if "hydra/sweeper=optuna" in one]
+COMMANDS = [one for one in written() if any(part in one for part in SWEEPS) and "compare sweep=" not in one and one not in SEARCHES]
 AGAIN = [one for one in written() if "compare sweep=" in one]
 SEEDS = 2
 STEPS = ("trainer.steps=60", *(word for word in SHORT if not word.startswith(("trainer.steps", "trainer.control"))))
@@ -37,7 +38,7 @@ def swept(words: list[str], tracking: str) -> dict[str, object]:
 
 
 def test_the_sweeps_are_found() -> None:
-    assert len(COMMANDS) >= 4 and len(AGAIN) == 1
+    assert len(COMMANDS) >= 4 and len(AGAIN) == len(SEARCHES) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -45,6 +46,13 @@ def test_a_sweep_ends_in_a_verdict(command: str, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     found = swept(shlex.split(command)[1:], "csv")
     assert "pairs" in str(found["said"])
+
+
+@pytest.mark.parametrize("command", SEARCHES)
+def test_a_search_ends_with_its_best_trial(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = swept([*shlex.split(command)[1:], "hydra.sweeper.n_trials=2"], "csv")
+    assert "2 trials: 2 finished" in str(found["said"])
 
 
 @pytest.mark.parametrize("command", AGAIN)

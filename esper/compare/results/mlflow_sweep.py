@@ -17,7 +17,7 @@ from esper.tracking.run_page import MAIN
 
 SWEEP, KIND, ARM, BLOCK, SEED = "esper.sweep", "esper.kind", "arm", "block", "seed"
 PLAN, PLAN_DIGEST, TUNED, JOB_ERROR = "esper.plan", "esper.plan_digest", "esper.tuned", "esper.error"
-TUNING = "tuning"  # KIND of a run that tuned an arm
+TUNING, TRIAL = "tuning", "trial"  # KIND of a run that tuned an arm, and of one of a search
 PIECE = 4_000  # characters of such a text in one tag; the store takes 5,000
 VERDICT = "verdict"
 CURVES = ["arm", "block", "run", "step", "value"]

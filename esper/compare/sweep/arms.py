@@ -57,12 +57,12 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
             values.setdefault(key.lstrip("+"), set()).add(value)
     varying = [key for key, found in values.items() if len(found) > 1 and key != SEED and not key.startswith("hydra.")]
     for key in varying:
-        if _below(key, WHOLE):
+        if is_below(key, WHOLE):
             raise UserError(
                 f"{key} has several values in this sweep; {listing(WHOLE)} belong to a sweep as a whole and make no arms: "
                 f"give one value of {key}, or start a sweep for each."
             )
-    blocked = [key for key in varying if _below(key, blocks)]
+    blocked = [key for key in varying if is_below(key, blocks)]
     armed = [key for key in varying if key not in blocked]
     jobs = []
     for number, (overrides, one) in enumerate(zip(job_overrides, settings, strict=True)):
@@ -123,7 +123,8 @@ def refuse_own_seed(job: Job, seed: int) -> None:
         )
 
 
-def _below(key: str, owners: Sequence[str]) -> bool:
+def is_below(key: str, owners: Sequence[str]) -> bool:
+    """Whether a key is one of the owners, or below one."""
     return any(key == owner or key.startswith(f"{owner}.") for owner in owners)
 
 

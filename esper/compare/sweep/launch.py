@@ -38,9 +38,9 @@ class JobComposer:
 
     def __init__(self, context: HydraContext, config: DictConfig) -> None:
         self.config = config
-        self._loader = context.config_loader
+        self.loader = context.config_loader
         self._composed: dict[tuple[str, ...], DictConfig] = {}
-        _prefer_sweep_options(self._loader)
+        _prefer_sweep_options(self.loader)
 
     def compose(self, overrides: Sequence[str], number: int) -> DictConfig:
         """The tree of job ``number``, ``hydra`` included."""
@@ -50,7 +50,7 @@ class JobComposer:
         if shared and rest in self._composed:
             config = copy.deepcopy(self._composed[rest])
         else:
-            config = self._loader.load_sweep_config(self.config, list(overrides))
+            config = self.loader.load_sweep_config(self.config, list(overrides))
             if shared:
                 self._composed[rest] = copy.deepcopy(config)
         with open_dict(config):
@@ -92,11 +92,11 @@ def launch(composer: JobComposer, launcher: LauncherConfig, job_overrides: Seque
     began, whole = time.monotonic(), _is_whole(composer.config)
     overrides = [tuple(str(text) for text in one) for one in job_overrides]
     folder = Path(str(composer.config.hydra.sweep.dir)).resolve()
-    prepared = [_prepare(composer, one, first + number, folder) for number, one in enumerate(overrides)]
+    prepared = [prepare_job(composer, one, first + number, folder) for number, one in enumerate(overrides)]
     config = prepared[0].config
     if config.resume == "auto" and (before := sweep_to_resume(folder, sys.argv[1:], Path(config.output))) != folder:
         folder = before
-        prepared = [_prepare(composer, one, first + number, folder) for number, one in enumerate(overrides)]
+        prepared = [prepare_job(composer, one, first + number, folder) for number, one in enumerate(overrides)]
     refuse_unknown_blocks(config.compare.block, _settings(prepared))
     layout = lay_out(overrides, config.compare.block, config.seed)
     if whole:
@@ -131,7 +131,7 @@ def _settings(jobs: Sequence[PreparedJob]) -> set[str]:
     return {key for config in unlike.values() for key in flatten(plain(config))}
 
 
-def _prepare(composer: JobComposer, overrides: Sequence[str], number: int, sweep: Path) -> PreparedJob:
+def prepare_job(composer: JobComposer, overrides: Sequence[str], number: int, sweep: Path) -> PreparedJob:
     """The job's checked config, and its folder below the sweep's."""
     config = composer.compose(overrides, number)
     HydraConfig.instance().set_config(config)

@@ -15,9 +15,9 @@ from typing import Any
 
 import esper
 from esper.compare.results.comparison import tuning_text
-from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, TUNED, TUNING, split_text
+from esper.compare.results.mlflow_sweep import ARM, BLOCK, KIND, SEED, SWEEP, TRIAL, TUNED, TUNING, split_text
 from esper.compare.results.plan import saved_text
-from esper.compare.sweep.sweep import PreparedJob, Sweep, TuningJob
+from esper.compare.sweep.sweep import PreparedJob, Sweep, TrialJob, TuningJob
 from esper.compare.sweep.worker_pool import interrupted_by_user
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
@@ -142,8 +142,13 @@ class MlflowProcess:
 
     def _tags(self, one: PreparedJob) -> dict[str, str]:
         job = one.job
-        kind = {KIND: TUNING} if isinstance(job, TuningJob) else {}
+        kind = {KIND: TUNING} if isinstance(job, TuningJob) else {KIND: TRIAL} if isinstance(job, TrialJob) else {}
         return kind | {"name": job.label, SWEEP: self.sweep.id, ARM: job.arm, BLOCK: job.block, SEED: str(job.seed)}
+
+    def add(self, one: PreparedJob) -> None:
+        """Name a job that was not there at the beginning, before it runs."""
+        if self._process is not None:
+            self._ask({"ask": "add", "folder": str(one.folder.resolve()), "tags": self._tags(one)})
 
     def failed(self, one: PreparedJob, error: str) -> None:
         """Record a job that failed, also one that never reached the store itself."""

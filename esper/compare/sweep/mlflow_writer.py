@@ -119,6 +119,10 @@ class SweepWriter:
         for start in range(0, len(new), NAMES):
             self.client.log_batch(run_id, params=new[start : start + NAMES])
 
+    def add(self, request: Mapping[str, Any]) -> None:
+        """Take in a job of a search, which proposes its jobs on the way."""
+        self.jobs[request["folder"]] = request["tags"]
+
     def failed(self, request: Mapping[str, Any]) -> None:
         """Mark the run of a job that failed; a job that never opened one gets one."""
         folder = str(Path(request["folder"]).resolve())
@@ -234,7 +238,7 @@ def main() -> int:
             else:
                 assert writer is not None
                 with writer.lock:
-                    writer.failed(request) if request["ask"] == "failed" else writer.close(request)
+                    {"add": writer.add, "failed": writer.failed, "close": writer.close}[request["ask"]](request)
             answers.write(json.dumps({"parent": writer.parent if writer else ""}) + "\n")
         except UserError as error:
             answers.write(json.dumps({"refused": str(error)}) + "\n")

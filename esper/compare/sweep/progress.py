@@ -14,7 +14,8 @@ from rich.table import Table
 from esper.compare.sweep.arms import Job
 
 STATES = ("done", "running", "waiting", "failed", "kept")
-COLOURS = {"done": "green", "running": "yellow", "waiting": "dim", "failed": "red", "kept": "cyan"}
+PRUNED = "pruned"  # of a search; other sweeps have no such column
+COLOURS = {"done": "green", "running": "yellow", "waiting": "dim", "failed": "red", "kept": "cyan", PRUNED: "magenta"}
 
 
 class Progress:
@@ -50,14 +51,14 @@ class Progress:
         self.state[job.number] = "running"
         self._refresh()
 
-    def finished(self, job: Job, seconds: float, error: str, log: str) -> None:
-        """A job has ended; ``error`` is empty when it went well."""
-        self.state[job.number] = "failed" if error else "done"
+    def finished(self, job: Job, seconds: float, error: str, log: str, pruned: bool = False) -> None:
+        """A job has ended; ``error`` is empty when it went well, also when it was ``pruned``."""
+        self.state[job.number] = "failed" if error else PRUNED if pruned else "done"
         self._finished += 1
         if error:
             self.console.print(f"[red]failed[/] {escape(job.label)}: {escape(error)}; its log is {escape(log)}")
         elif not self._live:
-            self.console.print(f"{self._finished}/{self._open()} {escape(job.label)} done in {seconds:.1f} s")
+            self.console.print(f"{self._finished}/{self._open()} {escape(job.label)} {self.state[job.number]} in {seconds:.1f} s")
         self._refresh()
 
     def _open(self) -> int:
@@ -76,9 +77,10 @@ class Progress:
             left = f", about {pace * (self._open() - self._finished):.0f} s left"
         table = Table(title=f"{self._finished} of {self._open()} jobs{left}", title_justify="left")
         table.add_column("arm")
-        for state in STATES:
+        states = (*STATES, PRUNED) if PRUNED in self.state.values() else STATES
+        for state in states:
             table.add_column(state, justify="right", style=COLOURS[state])
         for name, jobs in self.rows.items():
             counts = Counter(self.state[job.number] for job in jobs)
-            table.add_row(escape(name) or "–", *(str(counts[state]) for state in STATES))
+            table.add_row(escape(name) or "–", *(str(counts[state]) for state in states))
         return table

@@ -22,6 +22,7 @@ from esper.compare.sweep.arms import Job, Layout
 from esper.config import PRESETS, RootConfig, config_hash, plain
 from esper.report.summary_file import NAME as SUMMARY
 from esper.report.summary_file import read_summary
+from esper.search.space import shown
 from esper.tracking.mlflow_run import ASIDE
 
 if TYPE_CHECKING:
@@ -41,6 +42,19 @@ class TuningJob(Job):
     def label(self) -> str:
         """A name that a person can read, like ``tuning linear optimizer.lr=0.003 seed=1000000``."""
         return " ".join(part for part in ("tuning", self.arm, self.block, format_values(self.values), f"seed={self.seed}") if part)
+
+
+@dataclass(frozen=True)
+class TrialJob(Job):
+    """A job of a search: one seed of trial ``trial``, which tries ``values``, as they would be typed."""
+
+    trial: int = 0
+    values: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """A name that a person can read, like ``trial 3 optimizer.lr=0.003 seed=0``."""
+        return f"trial {self.trial} {shown(self.values)} seed={self.seed}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A worker: a process that runs one job of a sweep after another.
 
-It reads a JSON line a request from its socket and answers with one. The output of a job goes to ``job.log`` in its own folder. What jobs
-need was imported before the process was forked, so that they start at once.
+It reads a JSON line a request from its socket and answers with one. A job that is ``watched`` sends a line with its metrics after every
+look at the validation set, and is told whether to go on. The output of a job goes to ``job.log`` in its own folder. What jobs need was
+imported before the process was forked, so that they start at once.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from esper.config import build, plain
-from esper.errors import Preempted, Terminated, UserError
+from esper.errors import Preempted, Pruned, Terminated, UserError
 
 LOG = "job.log"
 SAVED, LOST = 75, 143
@@ -39,8 +41,7 @@ def serve(channel: socket.socket) -> int:
                 busy.set()
                 if over.is_set():
                     break
-                answers.write(json.dumps(handle(json.loads(line))) + "\n")
-                answers.flush()
+                _send(answers, handle(json.loads(line), lambda told: _goes_on(requests, answers, told)))
                 busy.clear()
     except Preempted:
         return SAVED
@@ -51,11 +52,26 @@ def serve(channel: socket.socket) -> int:
     return 0
 
 
-def handle(request: dict[str, Any]) -> dict[str, Any]:
+def _send(answers: TextIO, told: dict[str, Any]) -> None:
+    answers.write(json.dumps(told) + "\n")
+    answers.flush()
+
+
+def _goes_on(requests: TextIO, answers: TextIO, told: dict[str, Any]) -> bool:
+    """Tell the sweep how the job under way is doing; whether it should go on. It ends with the sweep's process."""
+    _send(answers, {"report": told})
+    reply = requests.readline()
+    return not reply or bool(json.loads(reply)["go_on"])
+
+
+GoesOn = Callable[[dict[str, Any]], bool]
+
+
+def handle(request: dict[str, Any], goes_on: GoesOn) -> dict[str, Any]:
     """The answer to one request: ``describe`` a config's task, or ``run`` it in a folder."""
     if request["ask"] == "describe":
         return describe(request)
-    return run_job(request)
+    return run_job(request, goes_on)
 
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +84,7 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     return {"primary": task.primary, "directions": {"loss": "min", **directions}, "samples": len(task.test)}
 
 
-def run_job(request: dict[str, Any]) -> dict[str, Any]:
+def run_job(request: dict[str, Any], goes_on: GoesOn) -> dict[str, Any]:
     """Run one job; an exception becomes its status and the last lines of its log."""
     started = time.perf_counter()
     folder = Path(request["folder"])
@@ -82,7 +98,10 @@ def run_job(request: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger().setLevel(logging.INFO)
     status, error = "FINISHED", ""
     try:
-        _train(request, folder)
+        _train(request, folder, goes_on)
+    except Pruned as end:
+        status = "PRUNED"
+        print(f"esper: {end}", file=sys.stderr)
     except UserError as refusal:
         status, error = "FAILED", str(refusal)
         print(f"esper: {refusal}", file=sys.stderr)
@@ -97,7 +116,7 @@ def run_job(request: dict[str, Any]) -> dict[str, Any]:
     return {"status": status, "error": error, "seconds": time.perf_counter() - started}
 
 
-def _train(request: dict[str, Any], folder: Path) -> None:
+def _train(request: dict[str, Any], folder: Path, goes_on: GoesOn) -> None:
     import yaml
 
     from esper.compare.sweep.resume import can_resume, wait_for_orphan
@@ -111,7 +130,20 @@ def _train(request: dict[str, Any], folder: Path) -> None:
     if state is not None:
         print(f"going on after step {state['trainer']['steps']}", file=sys.stderr, flush=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-    run(config, folder, quiet=True, state=state, controls=request.get("controls", ()))
+    watch = _watch(goes_on) if request.get("watched") else None
+    run(config, folder, quiet=True, state=state, controls=request.get("controls", ()), watch=watch)
+
+
+def _watch(goes_on: GoesOn) -> Callable[[Any], None]:
+    """Called with the trainer after a look at the validation set: tells its metrics, and ends the run where the sweep says so."""
+
+    def watch(trainer: Any) -> None:
+        steps, history = trainer.outcome.steps, trainer.outcome.history
+        values = {name: value for tick, name, value in history if tick == history[-1][0] and name.startswith("validation/")}
+        if steps < trainer.total and not goes_on({"step": steps, "of": trainer.total, "values": values}):
+            raise Pruned(f"ended after step {steps} of {trainer.total}: on the validation set it has fallen behind earlier trials")
+
+    return watch
 
 
 def _stop(signum: int, frame: object) -> NoReturn:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esper.compare.sweep.forks import ForkServerClient, server_for, thread_limits
+from esper.compare.sweep.forks import Fork, ForkServerClient, server_for, thread_limits
 from esper.compare.sweep.worker import SAVED
 from esper.errors import Terminated
 
@@ -27,6 +27,8 @@ SAVE_S = 25.0  # how long all jobs together may take to save their state after a
 LEAVE_S = 4.0  # and after Ctrl-C, where the user waits: a job that is killed then resumes from its newest checkpoint
 Request = dict[str, Any]
 Answer = dict[str, Any]
+GoesOn = Callable[[dict[str, Any]], bool]
+Given = tuple[int, Request, GoesOn | None]
 
 
 class WorkerProcess:
@@ -39,15 +41,19 @@ class WorkerProcess:
         self._over = False
         self._fork = server.fork(self._environment)
 
-    def ask(self, request: Request) -> Answer:
-        """The answer; a process that dies over a job has failed it, and the next job gets a new process."""
+    def ask(self, request: Request, goes_on: GoesOn | None = None) -> Answer:
+        """The answer; a process that dies over a job has failed it, and the next job gets a new process.
+
+        ``goes_on`` is called with every report of a watched job, and says whether the job goes on.
+        """
         fork, line = self._fork, ""
         with contextlib.suppress(OSError):  # it has gone: the empty line tells the same
-            fork.channel.sendall(json.dumps(request).encode() + b"\n")
-            line = fork.answers.readline()
-        if line.endswith("\n"):
-            answer: Answer = json.loads(line)
-            return answer
+            _write(fork, request)
+            while (line := fork.answers.readline()).endswith("\n"):
+                answer: Answer = json.loads(line)
+                if "report" not in answer:
+                    return answer
+                _write(fork, {"go_on": goes_on is None or goes_on(answer["report"])})
         fork.ended.wait()
         with self._lock:
             if not self._over:
@@ -76,13 +82,17 @@ class WorkerProcess:
         return self._fork.code in (0, SAVED, -signal.SIGTERM)
 
 
+def _write(fork: Fork, request: Request) -> None:
+    fork.channel.sendall(json.dumps(request).encode() + b"\n")
+
+
 def _how(code: int | None) -> str:
     if code is None:
         return "was lost with the one that it was forked from"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-Answers = queue.SimpleQueue[tuple[WorkerProcess, int, Answer]]
+Answers = queue.SimpleQueue[tuple[WorkerProcess, int, Answer | Exception]]
 
 
 class WorkerPool:
@@ -134,25 +144,46 @@ class WorkerPool:
         no index. Ending the iteration early drops the requests that have not begun and waits for those that have.
         """
         waiting, number = iter(requests), itertools.count()
-        answers: Answers = queue.SimpleQueue()
-        idle = deque(self._workers)
 
-        def begin() -> None:
-            while idle and (request := next(waiting, None)) is not None:
-                worker, index = idle.popleft(), next(number)
-                started(index)
-                threading.Thread(target=_answer, args=(answers, worker, index, request), daemon=True).start()
+        def take() -> Given | None:
+            if (request := next(waiting, None)) is None:
+                return None
+            started(index := next(number))
+            return index, request, None
+
+        yield from self.feed(take)
+
+    def feed(self, take: Callable[[], Given | None]) -> Iterator[tuple[int, Answer]]:
+        """Run what ``take`` gives whenever a worker is free: (index, request, and what to do with reports); yields (index, answer).
+
+        ``take`` gives None while there is nothing to run, and is asked again after every answer; the iteration is over once nothing runs
+        and there is nothing to run. Ending it early waits for the jobs that have begun.
+        """
+        answers: Answers = queue.SimpleQueue()
+        idle, busy = deque(self._workers), 0
+
+        def begin() -> int:
+            begun = 0
+            while idle and (given := take()) is not None:
+                worker, (index, request, goes_on) = idle.popleft(), given
+                threading.Thread(target=_ask, args=(worker, index, request, goes_on, answers), daemon=True).start()
+                begun += 1
+            return begun
 
         try:
-            begin()
-            while len(idle) < len(self._workers):
+            busy += begin()
+            while busy:
                 worker, index, answer = _next(answers)
                 idle.append(worker)
+                busy -= 1
+                if isinstance(answer, Exception):
+                    raise answer
                 yield index, answer
-                begin()
+                busy += begin()
         except GeneratorExit:
-            while len(idle) < len(self._workers) and not self._stopping:
-                idle.append(_next(answers)[0])
+            while busy and not self._stopping:
+                _next(answers)
+                busy -= 1
             raise
 
 
@@ -161,11 +192,15 @@ def interrupted_by_user(kind: type[BaseException] | None) -> bool:
     return kind is not None and issubclass(kind, KeyboardInterrupt) and not issubclass(kind, Terminated)
 
 
-def _answer(answers: Answers, worker: WorkerProcess, index: int, request: Request) -> None:
-    answers.put((worker, index, worker.ask(request)))
+def _ask(worker: WorkerProcess, index: int, request: Request, goes_on: GoesOn | None, answers: Answers) -> None:
+    """Have the worker run a job, and put its answer where the sweep waits for it; or the error of what hears its reports."""
+    try:
+        answers.put((worker, index, worker.ask(request, goes_on)))
+    except Exception as error:
+        answers.put((worker, index, error))
 
 
-def _next(answers: Answers) -> tuple[WorkerProcess, int, Answer]:
+def _next(answers: Answers) -> tuple[WorkerProcess, int, Answer | Exception]:
     """The next answer; wakes up now and then so that Ctrl-C is seen while waiting."""
     while True:
         with contextlib.suppress(queue.Empty):
