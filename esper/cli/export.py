@@ -24,6 +24,8 @@ from esper.export.saved_model import FOLDER as MODEL
 from esper.running.builders import build_trainer
 from esper.running.resume import saved_run
 from esper.running.run_folder import CONFIG
+from esper.tasks.table_columns import FILE as PREPROCESSING
+from esper.tasks.table_columns import write_preprocessing
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -54,6 +56,11 @@ def main(arguments: Sequence[str]) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for file in FORMATS[given.get("format", "pt2")](model, example(description["host"]["task"]), folder, target):
         print(file)
+    if (folder / PREPROCESSING).is_file():
+        if target != folder:
+            with replacing(target / PREPROCESSING) as aside:
+                shutil.copyfile(folder / PREPROCESSING, aside)
+        print(target / PREPROCESSING)
     return 0
 
 
@@ -81,7 +88,9 @@ def save_state(config: RootConfig, state: Any, folder: Path) -> Path:
     """Save the model of a checkpoint's state into ``folder``, as a run's end would; returns the folder."""
     task = config.task.build()
     trainer = build_trainer(config, task, torch.device("cpu"), state=state["trainer"])
-    return trainer.grow.save(folder, host_card(plain(config)["model"], task))
+    saved = trainer.grow.save(folder, host_card(plain(config)["model"], task))
+    write_preprocessing(task.preprocessing, saved)
+    return saved
 
 
 def example(task: dict[str, object]) -> Tensor:

@@ -31,6 +31,7 @@ from esper.running.model_selection import announce, put_in_place, replaces
 from esper.running.processes import joined, refuse_wrong_processes, tell
 from esper.running.provenance import environment, note_session, other_versions, refuse_other_data
 from esper.running.run_folder import hold_folder, refuse_occupied, status
+from esper.tasks.table_columns import write_preprocessing
 from esper.tracking import MlflowConfig, Tracker, TrackerError, tracking_uri, ui_command
 from esper.trainer.device import choose_device, describe, keep_freed_memory, numerics
 from esper.trainer.trainer import Trainer
@@ -139,6 +140,7 @@ def _begin(setup: Setup, links: Connections) -> Trainer:
         reserve(folder)
         links.trackers.start()  # only now: a refused run leaves no MLflow run behind
         links.trackers.await_open()
+        write_preprocessing(setup.task.preprocessing, folder)
         note_session(folder, 0 if state is None else trainer.outcome.steps, environment(setup.device))
         setup.lock.begin()
     return trainer
@@ -188,6 +190,7 @@ def _leave_model(setup: Setup, links: Connections, trainer: Trainer, summary: Su
             trainer.grow.save(setup.folder / MODEL, card)
         else:
             save_model(setup.folder / MODEL, host, [], card)
+        write_preprocessing(trainer.task.preprocessing, setup.folder / MODEL)
     links.trackers.log_model(trainer.grow.export() if host is None else host, _sample(trainer))
     if host is not None:
         announce(summary, links.port)

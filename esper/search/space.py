@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 LOG = "log"
-DIGITS = 4  # of a number in a name
+DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,16 @@ class Dimension:
         return list(self.choices) or [self.text(self.low), self.text(self.high)]
 
     def text(self, value: Any) -> str:
-        """The value as it would be typed."""
+        """The value as it would be typed; a number of an interval has four digits, which are enough and easier to read."""
         if self.choices:
             return str(value)
-        return str(int(value)) if self.whole else repr(float(value))
+        if self.whole:
+            return str(int(value))
+        short = float(value)
+        if self.step is None and self.high > self.low:
+            places = DIGITS - math.ceil(math.log10(self.high - self.low))
+            short = float(f"{short:.{DIGITS}g}") if self.log else round(short, max(0, places))
+        return repr(min(max(short, self.low), self.high))
 
     def distribution(self) -> BaseDistribution:
         """The same for Optuna."""
@@ -111,16 +117,8 @@ def _checked(override: Override, found: Dimension) -> Dimension:
 
 
 def shown(values: Mapping[str, str]) -> str:
-    """Values as they are told, ``optimizer.lr=0.003162 model.width=64``; numbers are rounded."""
-    return " ".join(f"{key.lstrip('+')}={_short(text)}" for key, text in values.items())
-
-
-def _short(text: str) -> str:
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return text if len(text) <= DIGITS + 2 else f"{number:.{DIGITS}g}"
+    """Values as they are told, ``optimizer.lr=0.003162 model.width=64``."""
+    return " ".join(f"{key.lstrip('+')}={text}" for key, text in values.items())
 
 
 def words(values: Mapping[str, str]) -> list[str]:

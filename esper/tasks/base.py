@@ -58,6 +58,8 @@ class Task:
     description: str
     passes: int = 0
     """A run that needs more passes over ``train`` than this is refused; 0: any number will do."""
+    preprocessing: Mapping[str, Any] | None = None
+    """What turned the data into inputs, as plain values: it is kept with the run and beside its model. None where nothing is needed."""
 
     def __post_init__(self) -> None:
         assert self.primary in self.metrics, (self.primary, list(self.metrics))

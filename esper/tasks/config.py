@@ -127,6 +127,31 @@ class FolderConfig:
         return folder.build(self)
 
 
+@dataclass
+class TableConfig:
+    """A table of your own (CSV or Parquet): every row a sample, one column the target; classification or regression."""
+
+    name: str = "table"
+    path: str = setting("", help="the file, .csv (also compressed) or .parquet")
+    target: str = setting("", help="the column to predict")
+    kind: str = setting("auto", choices=("auto", "classification", "regression"), help="auto: by what the target holds")
+    columns: list[str] = setting([], help="columns to learn from; none: all others")
+    drop: list[str] = setting([], help="columns to leave out")
+    categories: list[str] = setting([], help="columns of numbers that are names, such as postcodes")
+    most_categories: int = setting(64, low=2, high=10_000, help="most frequent categories of a column, told apart; all others are one")
+    separator: str = setting(",", help="between the fields of a CSV file")
+    split_seed: int = setting(0, low=0, help="decides which row is in which set, whatever the run's seed")
+    judge: float = setting(0.15, low=0.0, high=1.0, unit="share", help="rows that gates are decided on")
+    validation: float = setting(0.15, low=0.0, high=1.0, unit="share", help="rows of the curves")
+    test: float = setting(0.15, low=0.0, high=1.0, unit="share", help="rows touched once, at the end")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for data that is absent or cannot be used."""
+        from esper.tasks import table
+
+        return table.build(self)
+
+
 CONFIGS: dict[str, type] = {
     "digits": DigitsConfig,
     "mnist1d": Mnist1dConfig,
@@ -134,4 +159,5 @@ CONFIGS: dict[str, type] = {
     "cifar10": Cifar10Config,
     "text": TextConfig,
     "folder": FolderConfig,
+    "table": TableConfig,
 }

@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def build(config: TextConfig) -> Task:
     vocabulary = sorted(set(text))
     codes = encode(text, vocabulary)
     starts = _deal(config, len(codes))
-    data = {which: Windows(codes, starts[which], config.context) for which in SETS}
+    data: dict[str, Any] = {which: Windows(codes, starts[which], config.context) for which in SETS}
     return Task(
         name=config.name,
         **data,
