@@ -210,11 +210,15 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"is": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _command(value: Any) -> Any:
     """The command again; only classes of ``esper.messages`` are built."""
+    if isinstance(value, dict) and "is" not in value:
+        return {name: _command(one) for name, one in value.items()}
     if isinstance(value, dict):
         kind = vars(messages)[value["is"]]
         assert dataclasses.is_dataclass(kind) and isinstance(kind, type), value["is"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +167,11 @@ def test_presets_compose_together() -> None:
     kinds = {preset: conf.options(preset) for preset in PRESETS}
     for number in range(max(map(len, kinds.values()))):
         row = {preset: names[number % len(names)] for preset, names in kinds.items()}
-        config = compose([f"{preset}={name}" for preset, name in row.items()])
+        try:
+            config = compose([f"{preset}={name}" for preset, name in row.items()])
+        except UserError as error:  # files that choose different hosts do not go together, and that is said
+            assert re.search(r"sets model\.\w+, and model=\w+ has no such key", str(error)), error
+            continue
         assert {preset: getattr(config, preset) for preset in PRESETS} == row
 
 

@@ -38,7 +38,7 @@ def written() -> list[str]:
     found = [*RECIPES]
     for row in re.findall(r"^\| .* \| (.*) \|$", section, re.MULTILINE):
         found += re.findall(r"`([^`]+)`", row)
-    return list(dict.fromkeys(one if re.match(r"([A-Z_]+=\S+ )*(esper|mlflow)\b", one) else f"esper {one}" for one in found))
+    return list(dict.fromkeys(one if re.match(r"([A-Z_]+=\S+ )*(esper|mlflow|torchrun)\b", one) else f"esper {one}" for one in found))
 
 
 COMMANDS = [one for one in written() if not any(part in one for part in SWEEPS)]
@@ -74,7 +74,7 @@ def test_the_tables_are_found() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # as where a user starts it
-    name, *words = shlex.split(command.replace("<run folder>", FOLDER))
+    name, *words = shlex.split(command.replace("<run folder>", FOLDER).replace("<run or sweep>", FOLDER))
     while name.partition("=")[0].isupper():
         monkeypatch.setenv(*name.split("=", 1))
         name, *words = words
@@ -93,8 +93,12 @@ def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Pa
         rows = [f"{row % 7},{'ab'[row % 2]},{'xy'[row % 7 > 3]}" for row in range(80)]
         (workshop / "data.csv").write_text("\n".join(["number,letter,column", *rows]))
         words += lessened(words)
-    elif words[:2] == ["compare", "fingerprint"]:
-        words[2:] = [str(run_folder), str(run_folder)]
+    elif words[:1] == ["diff"]:
+        words[1:] = [str(run_folder), str(run_folder)]
+    elif words in (["watch"], ["watch", "--web"]):
+        done = here(*words)
+        assert done.returncode == 2 and "Nothing is under way" in done.stderr, "of a run that goes on: tests/watch"
+        return None
     elif words[:2] == ["bus", "status"]:
         done = here("bus", "status", str(run_folder))
         assert done.returncode == 2 and "bus=embedded" in done.stderr, "a run without a server has none to look into"

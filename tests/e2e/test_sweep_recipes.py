@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ from tests.here import here
 pytestmark = pytest.mark.e2e
 
 SEARCHES = [one for one in written() if "hydra/sweeper=optuna" in one]
-COMMANDS = [one for one in written() if any(part in one for part in SWEEPS) and "compare sweep=" not in one and one not in SEARCHES]
+AT_ONCE = [one for one in written() if one.startswith("torchrun")]
+COMMANDS = [
+    one for one in written() if any(part in one for part in SWEEPS) and "compare sweep=" not in one and one not in SEARCHES + AT_ONCE
+]
 AGAIN = [one for one in written() if "compare sweep=" in one]
 SEEDS = 2
 STEPS = ("trainer.steps=60", *(word for word in SHORT if not word.startswith(("trainer.steps", "trainer.control"))))
@@ -38,14 +43,24 @@ def swept(words: list[str], tracking: str) -> dict[str, object]:
 
 
 def test_the_sweeps_are_found() -> None:
-    assert len(COMMANDS) >= 4 and len(AGAIN) == len(SEARCHES) == 1
+    assert len(COMMANDS) >= 4 and len(AGAIN) == len(SEARCHES) == len(AT_ONCE) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_sweep_ends_in_a_verdict(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = swept(shlex.split(command)[1:], "csv")
-    assert "pairs" in str(found["said"])
+    alone = "controller.memory=" in command  # runs that learn from each other, of one arm
+    assert ("One arm" if alone else "pairs") in str(found["said"])
+
+
+@pytest.mark.parametrize("command", AT_ONCE)
+def test_several_processes_train_one_run(command: str, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:], *SHORT, "tracking=csv"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    (summary,) = tmp_path.glob("outputs/*/*/summary.json")
+    assert json.loads(summary.read_text(encoding="utf-8"))["status"] == "FINISHED"
 
 
 @pytest.mark.parametrize("command", SEARCHES)

