@@ -145,7 +145,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("preset", "name"), PRESET_FILES, ids=[f"{preset}-{name}" for preset, name in PRESET_FILES])
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [pytest.param(*one, marks=pytest.mark.slow if one[0] == "arm" else ()) for one in PRESET_FILES],
+    ids=[f"{preset}-{name}" for preset, name in PRESET_FILES],
+)
 def test_a_preset_composes_and_fits_every_option_that_may_stand_beside_it(preset: str, name: str) -> None:
     """One composition a file; its keys are then looked up in the dataclass of every option that it does not choose itself."""
     config = compose([f"{preset}={name}"])
@@ -161,6 +165,7 @@ def test_a_preset_composes_and_fits_every_option_that_may_stand_beside_it(preset
                 structure(options(group)[other], {"name": other, leaf.partition(".")[0]: value}, group)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_presets_compose_together() -> None:
     """Each file of a kind once beside one of the other kinds; what each sets fits every option (the test above)."""
@@ -228,7 +233,16 @@ def test_hydra_may_be_prepared_again_and_again() -> None:
 CHOSEN_BY_ARM = {name: [key for key in SETS["arm", name] if key in GROUPS] for name in conf.options("arm")}
 
 
-@pytest.mark.parametrize(("arm", "group"), [(arm, group) for arm, groups in CHOSEN_BY_ARM.items() for group in groups])
+#: The quick tests take each group once.
+BY_ARM = {group: arm for arm, groups in CHOSEN_BY_ARM.items() for group in groups}
+REFUSALS = [
+    pytest.param(arm, group, marks=() if BY_ARM[group] == arm else pytest.mark.slow)
+    for arm, groups in CHOSEN_BY_ARM.items()
+    for group in groups
+]
+
+
+@pytest.mark.parametrize(("arm", "group"), REFUSALS)
 def test_an_option_of_a_group_that_the_arm_chooses_is_refused_in_words(arm: str, group: str) -> None:
     for name in (conf.options(group)[0], conf.options(group)[-1]):
         with pytest.raises(UserError, match=f"^{group} is set on the command line and by arm '{arm}'.*leave {group} out"):

@@ -24,6 +24,7 @@ def committed() -> dict[str, Any]:
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_does_no_more_than_what_is_committed(step: str, found: dict[str, Any], committed: dict[str, Any]) -> None:
     then, room = committed["steps"][step], 1.0 if found["torch"] == committed["torch"] else OTHER_TORCH

@@ -43,12 +43,13 @@ def alike(case: Case, strided: Tensor | None = None) -> None:
         assert torch.equal(found, expected) if DEVICE == "cpu" else error(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.float16))])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_the_same_values_as_the_functional_op(kinds: str, dtype: torch.dtype) -> None:
     alike(make_case(37, 30, 4, kinds, hidden=20, dtype=dtype))
 
 
+@pytest.mark.slow
 def test_whole_tiles_and_strided_rows() -> None:
     alike(make_case(128, 64, 4, "mlp_relu", hidden=16, share=1.0))
     case = make_case(24, 12, 3, "mlp_gelu")

@@ -39,9 +39,9 @@ def arriving(case: Case) -> Tensor:
     return torch.randn(as_rows(case.x).shape, generator=torch.Generator().manual_seed(4)).to(case.x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kinds", ["mlp_relu", "mlp_gelu", "low_rank", "mlp_silu,low_rank"])
-@pytest.mark.parametrize(("width", "seeds"), [(37, 12), (40, 10), (24, 3)])
+@pytest.mark.parametrize(("width", "seeds"), [(37, 12), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((40, 10), (24, 3)))])
 def test_the_values_are_the_references(packed: list[int], width: int, seeds: int, kinds: str, dtype: torch.dtype) -> None:
     case = make_case(45, width, seeds, kinds, hidden=7, share=0.8, dtype=dtype)
     dy = arriving(case)
@@ -71,7 +71,7 @@ def spoilt(case: Case, what: str, seed: int, dy: Tensor) -> tuple[Case, Tensor]:
     return Case(x, case.alpha, case.route, case.kinds, parameters), dy
 
 
-@pytest.mark.parametrize("what", ["w1", "w2", "x", "large", "dy"])
+@pytest.mark.parametrize("what", ["w1", *(pytest.param(one, marks=pytest.mark.slow) for one in ("w2", "x", "large", "dy"))])
 def test_no_branch_is_felt_by_another_of_its_tile(what: str) -> None:
     case = make_case(40, 32, 10, "mlp_relu", hidden=6, share=1.0, dtype=torch.bfloat16)
     case.alpha.fill_(0.5)

@@ -42,6 +42,7 @@ def learn(step: int, model: Any, handle: Grow, optimizer: torch.optim.Optimizer)
     optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_a_seed_that_lives_through_all_stages_compiles_nothing_anew() -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -74,7 +75,7 @@ def test_asleep_the_host_is_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.GRAFTING])
+@pytest.mark.parametrize("stage", [pytest.param(Stage.TRAINING, marks=pytest.mark.slow), Stage.GRAFTING])
 def test_compiled_and_eager_agree_for_a_model_that_draws_dropout_in_eager(stage: Stage) -> None:
     """``backend="eager"`` keeps torch's own dropout: the shadow forward replays its masks through the compiled host."""
     torch.compiler.reset()
@@ -91,6 +92,7 @@ def test_compiled_and_eager_agree_for_a_model_that_draws_dropout_in_eager(stage:
         torch.testing.assert_close(compiled[name][: len(value)] if value.dim() else compiled[name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 def test_a_step_that_was_compiled_before_anything_was_attached_feels_the_branches() -> None:
     torch.compiler.reset()
     model, data = build("mlp"), batch("mlp", 7)[0]

@@ -148,6 +148,7 @@ def test_autocast_and_a_gradient_scaler_train_the_branches(dtype: torch.dtype) -
     assert bank.values(0)["w2"].abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_model_grows_as_the_eager_one() -> None:
     eager, twin = build("mlp"), build("mlp")
     compiled: Any = torch.compile(twin, backend="aot_eager")

@@ -98,7 +98,7 @@ LIFE: dict[int, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("reads", ["chunk", "layer"])
+@pytest.mark.parametrize("reads", ["chunk", pytest.param("layer", marks=pytest.mark.slow)])
 def test_a_whole_life_is_four_graphs_and_what_the_seeds_do_is_felt(reads: str) -> None:
     torch.compiler.reset()
     blueprint = MLP(receptive_field=reads, hidden=4)
@@ -190,7 +190,7 @@ def without_waiting() -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("every", [1, 1000])
+@pytest.mark.parametrize("every", [1, pytest.param(1000, marks=pytest.mark.slow)])
 def test_in_a_step_without_a_decision_the_host_never_waits(every: int) -> None:
     torch.compiler.reset()
     lasting = short(grafting_max="300step", training_min="1step")
