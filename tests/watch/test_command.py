@@ -29,7 +29,11 @@ def start(processes: None, whole_runs: None, checkout: Path) -> Iterator[Start]:
         command = [sys.executable, "-m", "esper", *words]
         running.append(
             subprocess.Popen(
-                command, env=environment, text=True, **(streams or {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL})
+                command,
+                env=environment,
+                text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+                **(streams or {"stderr": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}),
             )
         )
         return running[-1]
