@@ -95,7 +95,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(parameters) != len(saved):
         raise ValueError(f"the saved optimizer has {len(saved)} parameters, this one {len(parameters)}")
-    for parameter, values in zip(parameters, saved, strict=True):
+    counts_there = [bool(group.get("fused") or group.get("capturable")) for group in optimizer.param_groups for _ in group["params"]]
+    for parameter, values, there in zip(parameters, saved, counts_there, strict=True):
         present = optimizer.state[parameter]
         for name in present.keys() - values.keys():
             del present[name]
@@ -104,8 +105,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -
                 present[name] = value
             elif isinstance(present.get(name), Tensor) and not present[name].is_sparse:
                 present[name].copy_(value)
-            else:  # step counts stay on the CPU, moments go where the parameter is
-                present[name] = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+            else:  # moments go where the parameter is; step counts only where the optimizer counts there
+                present[name] = value.clone() if value.dim() == 0 and not there else value.to(parameter.device, copy=True)
         if not present:
             del optimizer.state[parameter]
 

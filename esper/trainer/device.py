@@ -49,7 +49,8 @@ def numerics(config: TrainerConfig) -> Iterator[None]:
     """Context in which the config's determinism and number of threads hold; the earlier settings come back afterwards.
 
     In deterministic mode torch would fill new memory with NaN, to reveal reads of it. This is switched off, because it
-    costs one more kernel for nearly every tensor.
+    costs one more kernel for nearly every tensor. A compiler would choose among kernels by their speed, which differs from run to
+    run, and so may their sums; it is told not to.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), filling.fill_uninitialized_memory
     if config.deterministic:
@@ -59,12 +60,24 @@ def numerics(config: TrainerConfig) -> Iterator[None]:
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        with torch.autograd.set_detect_anomaly(config.detect_anomaly):
+        with torch.autograd.set_detect_anomaly(config.detect_anomaly), _same_kernels(config.compile and config.deterministic):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.set_num_threads(before[1])
         filling.fill_uninitialized_memory = before[2]
+
+
+@contextmanager
+def _same_kernels(wanted: bool) -> Iterator[None]:
+    """Within: ``torch.compile`` makes the same kernels in every run, if wanted."""
+    if not wanted:
+        yield
+        return
+    from torch._inductor import config as compiler
+
+    with compiler.patch(deterministic=True):
+        yield
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,9 @@ Before each optimizer step it asks whether this step's forward and backward look
 on are verified, and from time to time a snapshot of them is taken. If not, the step is not made: the branch that caused the
 anomaly is looked for by switching branches off on the same batch, and host, optimizer and the other branches return to the
 last good snapshot. Neither the tick count nor the data order goes back: the run continues with the next batch.
+
+On a GPU a step may be ``postponed``: it is made before its numbers are known, so that the host need not wait for them, and judged
+just before the next one.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, TypeVar
 
@@ -73,13 +77,14 @@ class Governor:
         self._largest = math.inf
         self._before: list[Tensor] = []
         self._measured: dict[str, float] = {}
+        self._postponed: tuple[int, float, float] | None = None
         self.loss_of: Callable[[Any], float] = lambda batch: float(grow.loss(grow.registry.model, batch).mean())
         """The loss of what ``recover`` is given to look at again."""
         grow.guard.on_return = self.restart
 
     def restart(self) -> None:
         """After the host returned to an earlier state: forget the usual values, and take a new snapshot."""
-        self.bands, self._before, self._measured = _bands(), [], {}
+        self.bands, self._before, self._measured, self._postponed = _bands(), [], {}, None
         self.bad = dict.fromkeys(self.bands, 0)
         self._largest, self.snapshot = math.inf, None
         self._take()
@@ -89,19 +94,18 @@ class Governor:
         """Whether the size of the coming update is measured: at the same ticks as the seeds' health."""
         return self.grow.observer.due
 
+    def waits(self, step: int) -> bool:
+        """Whether this step's loss and gradient must be known before it is made: for a snapshot, a measurement, or after a bad step."""
+        return self.snapshot is None or step % self.settings.every == 0 or self.measures_update or any(self.bad.values())
+
     def admit(self, step: int, loss: float, gradient: float | None) -> Anomaly | None:
         """Judge this step's loss and gradient norm: None if the optimizer may make ``step``, else the anomaly.
 
         ``gradient`` None: a gradient scaler looks after it.
         """
-        values = {"loss": loss, **self._measured} | ({} if gradient is None else {"gradient": gradient})
-        self._measured = {}
-        what = self._what(values)
-        if what is not None:
-            return Anomaly(step, what)
-        for name, value in values.items():
-            if not self.bands[name].out(value):
-                self.bands[name].accept(value)
+        anomaly = self._judged(step, {"loss": loss} | ({} if gradient is None else {"gradient": gradient}))
+        if anomaly is not None:
+            return anomaly
         if not any(self.bad.values()) and (self.snapshot is None or step % self.settings.every == 0):
             what = self._take()
             if what is not None:
@@ -110,16 +114,55 @@ class Governor:
             self._before = [p.detach().clone() for p in self._parameters()]
         return None
 
+    def postpone(self, step: int, loss: Tensor, gradient: Tensor) -> Anomaly | None:
+        """Let the optimizer make this step before its loss and gradient are known, where it ``waits`` for nothing.
+
+        ``earlier`` judges them before the next step; the optimizer itself must leave out this one if either is not finite. Returns an
+        anomaly that the step before left behind, in its update or activations.
+        """
+        anomaly = self._judged(step, {})
+        if anomaly is None:
+            self.grow.readings.post([loss, gradient], partial(self._note, step))
+        return anomaly
+
+    def _note(self, step: int, values: list[Tensor]) -> None:
+        loss, gradient = values
+        self._postponed = step, float(loss), float(gradient)
+
+    def earlier(self) -> Anomaly | None:
+        """Judge the step that was postponed, if one was, before the next is made."""
+        self.grow.readings.arrive()
+        postponed, self._postponed = self._postponed, None
+        if postponed is None:
+            return None
+        step, loss, gradient = postponed
+        return self._judged(step, {"loss": loss, "gradient": gradient})
+
+    def _judged(self, step: int, values: dict[str, float]) -> Anomaly | None:
+        if self._measured:
+            squares = self.grow.observer.mean_squares()
+            values = values | self._measured | {"activation": math.sqrt(sum(squares) / len(squares)) if squares else 0.0}
+            self._measured = {}
+        what = self._what(values)
+        if what is not None:
+            return Anomaly(step, what)
+        for name, value in values.items():
+            if not self.bands[name].out(value):
+                self.bands[name].accept(value)
+        return None
+
     def measure(self) -> None:
-        """Note the size of the update and of the activations after the optimizer's step and the tick; the next ``admit`` judges them."""
-        if not self._before:
+        """Note the size of the update, between the optimizer's step and the tick; the next step judges it, and the activations."""
+        before, self._before = self._before, []
+        if not before:
             return
         with torch.no_grad():
-            change = [now.detach() - then for now, then in zip(self._parameters(), self._before, strict=True)]
-            self._measured["update"] = float(torch.stack(torch._foreach_norm(change)).float().norm()) if change else 0.0
-        self._before = []
-        squares = self.grow.observer.mean_squares()
-        self._measured["activation"] = math.sqrt(sum(squares) / len(squares)) if squares else 0.0
+            change = torch._foreach_sub([now.detach() for now in self._parameters()], before)
+            norm = torch.stack(torch._foreach_norm(change)).float().norm()
+        self.grow.readings.post([norm], self._note_update)
+
+    def _note_update(self, values: list[Tensor]) -> None:
+        self._measured = {"update": float(values[0])}
 
     def recover(self, anomaly: Anomaly, batch: Any) -> None:
         """Remove the branches that caused the anomaly and return everything else to the last good snapshot.
@@ -237,6 +280,7 @@ class Governor:
             "signal": dict(self._signal),
             "largest": self._largest,
             "measured": dict(self._measured),
+            "postponed": None if self._postponed is None else list(self._postponed),
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
@@ -250,6 +294,8 @@ class Governor:
         self._largest = float(state["largest"])
         self._signal = {name: float(value) for name, value in state["signal"].items()}
         self._measured = {name: float(value) for name, value in state["measured"].items()}
+        postponed = state.get("postponed")  # checkpoints of earlier versions postponed nothing
+        self._postponed = None if postponed is None else (int(postponed[0]), float(postponed[1]), float(postponed[2]))
 
 
 def _bands() -> dict[str, Band]:

@@ -35,8 +35,8 @@ from esper.trainer.config import OptimizerConfig, TrainerConfig
 from esper.trainer.device import TYPES, is_out_of_memory
 from esper.trainer.evaluation import Outcome, Repeated, evaluate, held_out
 from esper.trainer.global_batch import GlobalBatch
-from esper.trainer.governor import Governor, GovernorSettings
-from esper.trainer.parts import allowed_steps, averaged, learning_of, optimizer_for, refuse_sparse
+from esper.trainer.governor import Anomaly, Governor, GovernorSettings
+from esper.trainer.parts import allowed_steps, averaged, fused, learning_of, optimizer_for, refuse_sparse
 from esper.trainer.schedule import Schedule
 
 
@@ -108,6 +108,10 @@ class Trainer:
             self.governor.loss_of = self.shared.loss_again
         if state is not None:
             self._take_over(state)
+        self.skipping: Any = self.optimizer
+        """The optimizer, whose fused kernels leave out a step where ``found_inf`` is 1."""
+        self.postpones = self.grow.readings.late and fused(self.optimizer) and self.average is None and self.shared is None
+        """Whether the governor may judge a step one step later, so that the host never waits for the device."""
         self._publish_every = growth.telemetry.every
         self._validate_every = max(1, parse(config.validate_every).ticks(self.total, self.steps_per_epoch))
 
@@ -247,28 +251,28 @@ class Trainer:
         lr_factor = self.scheduler.factor(step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_factor
-        mean, seen = self._gradients(step)
+        mean = self._gradients(step)
         norm = self._gradient_norm()
-        anomaly = None if self.governor is None else self.governor.admit(step, *self._seen(mean, norm))
+        anomaly = self._anomaly(step, mean, norm)
         if self.governor is not None and anomaly is not None:
             self.optimizer.zero_grad(set_to_none=True)
-            self.governor.recover(anomaly, seen)
+            self.governor.recover(anomaly, self._seen_at(anomaly.step))
             self.grow.tick(None)
         else:
             if self.average is not None:  # weights with which this step's forward and backward were healthy
                 self.average.update_parameters(self.model)
             self._apply()
+            if self.governor is not None:
+                self.governor.measure()
             self.grow.tick(mean)
-        if self.governor is not None:
-            self.governor.measure()
         self.optimizer.zero_grad(set_to_none=True)
         return self._said_of(step, float(mean), lr_factor) if (step + 1) % self._publish_every == 0 else {}
 
-    def _gradients(self, step: int) -> tuple[Tensor, Any]:
-        """The mean loss, with the gradients in place, and what the governor looks at again: the last batch, or the step's number."""
+    def _gradients(self, step: int) -> Tensor:
+        """The mean loss, with the gradients in place."""
         if self.shared is not None:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            return self.shared.gradients(step, parameters, lambda loss: torch.autograd.backward(self._scaled(loss))), step
+            return self.shared.gradients(step, parameters, lambda loss: torch.autograd.backward(self._scaled(loss)))
         losses = []
         for number in range(step * self.config.accumulate, (step + 1) * self.config.accumulate):
             batch = self._batch(number)
@@ -276,14 +280,27 @@ class Trainer:
             torch.autograd.backward(self._scaled(loss / self.config.accumulate))
             losses.append(loss.detach())
             self.grow.after_backward(batch, losses[-1])
-        return torch.stack(losses).mean(), batch
+        return torch.stack(losses).mean()
 
-    def _seen(self, loss: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
-        """Loss and gradient norm as numbers; waits for the device once. No norm with a scaler, which skips overflows by itself."""
-        if norm is None or self.scaler is not None:
-            return float(loss), None
+    def _seen_at(self, step: int) -> Any:
+        """What the governor looks at again: the last micro-batch of this step, or the step's number where processes share it out."""
+        return step if self.shared is not None else self._batch((step + 1) * self.config.accumulate - 1)
+
+    def _anomaly(self, step: int, loss: Tensor, norm: Tensor | None) -> Anomaly | None:
+        """What the governor says of this step, or of the one before if that was postponed; waits for the device where it must."""
+        self.skipping.found_inf = None
+        if self.governor is None:
+            return None
+        earlier = self.governor.earlier()
+        if earlier is not None:
+            return earlier
+        if norm is None or self.scaler is not None:  # the scaler skips overflows by itself
+            return self.governor.admit(step, float(loss), None)
+        if self.postpones and not self.governor.waits(step):
+            self.skipping.found_inf = 1.0 - torch.isfinite(loss + norm).float()
+            return self.governor.postpone(step, loss, norm)
         values = torch.stack([loss.float(), norm.float()]).tolist()
-        return values[0], values[1]
+        return self.governor.admit(step, values[0], values[1])
 
     def _gradient_norm(self) -> Tensor | None:
         """Clip the host's gradient and return its norm before clipping; None where it is not needed."""

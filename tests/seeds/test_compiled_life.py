@@ -24,6 +24,15 @@ BACKEND = "inductor" if torch.cuda.is_available() else "aot_eager"
 """Where Triton runs kernels go through the compiler; on a CPU what is counted is the same, and compiling costs a second less."""
 
 
+@pytest.fixture(autouse=True)
+def same_kernels() -> Iterator[None]:
+    """The compiler chooses no kernel by its speed: a graph that is made twice would have other sums when others use the GPU too."""
+    from torch._inductor import config as compiler
+
+    with compiler.patch(deterministic=True):
+        yield
+
+
 class Commands(NullPort):
     """Gives the commands of its script, and keeps the rows it is given."""
 

@@ -19,6 +19,21 @@ from tests.checkpoint.conftest import Make, bits
 SLOW = ("trainer.steps=80", "grafting.ramp=30step", "lifecycle.grafting_max=90%")
 
 
+@pytest.fixture(params=["at once", "a step later"])
+def guarded(request: pytest.FixtureRequest, make: Make) -> Make:
+    """Makes trainers whose governor sees a step before it is made, as on a CPU, or may see it one step later, as on a GPU."""
+
+    def made(*overrides: str) -> Trainer:
+        trainer = make(*overrides)
+        if request.param == "a step later":
+            for group in trainer.optimizer.param_groups:
+                group["fused"] = True
+            trainer.grow.readings.late = trainer.postpones = True
+        return trainer
+
+    return made
+
+
 def alerts(trainer: Trainer) -> list[str]:
     return [event.text for event in trainer.port.events(Alert)]
 
@@ -33,15 +48,15 @@ def finite(trainer: Trainer) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
 
 
-def test_a_governor_that_has_nothing_to_do_changes_no_bit(make: Make) -> None:
-    guarded, alone = make(), make("trainer.governor=false")
-    guarded.fit()
+def test_a_governor_that_has_nothing_to_do_changes_no_bit(guarded: Make) -> None:
+    watched, alone = guarded(), guarded("trainer.governor=false")
+    watched.fit()
     alone.fit()
-    assert bits(guarded) == bits(alone) and not alerts(guarded)
+    assert bits(watched) == bits(alone) and not alerts(watched)
 
 
-def test_a_batch_of_nan_is_not_learned_and_harms_no_seed(make: Make) -> None:
-    trainer = make(*SLOW)
+def test_a_batch_of_nan_is_not_learned_and_harms_no_seed(guarded: Make) -> None:
+    trainer = guarded(*SLOW)
     steps(trainer, 22)
     before = [branch.stage for branch in trainer.grow.registry.branches.living()]
     assert Stage.GRAFTING in before
@@ -56,8 +71,8 @@ def test_a_batch_of_nan_is_not_learned_and_harms_no_seed(make: Make) -> None:
     assert finite(trainer)
 
 
-def test_an_exploding_branch_is_found_and_rolled_back_and_the_others_stay(make: Make) -> None:
-    trainer = make(*SLOW)
+def test_an_exploding_branch_is_found_and_rolled_back_and_the_others_stay(guarded: Make) -> None:
+    trainer = guarded(*SLOW)
     steps(trainer, 24)
     grafting = trainer.grow.registry.in_stage(Stage.GRAFTING)
     culprit, others = grafting[1], [branch for branch in grafting if branch is not grafting[1]]
@@ -70,8 +85,8 @@ def test_an_exploding_branch_is_found_and_rolled_back_and_the_others_stay(make: 
     assert f"branch {culprit.id}" in alerts(trainer)[0] and finite(trainer)
 
 
-def test_weights_with_a_flipped_bit_return_to_the_last_good_snapshot_with_the_optimizer(make: Make) -> None:
-    trainer = make()
+def test_weights_with_a_flipped_bit_return_to_the_last_good_snapshot_with_the_optimizer(guarded: Make) -> None:
+    trainer = guarded()
     steps(trainer, 30)
     assert trainer.governor is not None and trainer.governor.snapshot is not None
     weight = trainer.optimizer.param_groups[0]["params"][0]
@@ -99,8 +114,8 @@ def test_a_host_that_returned_to_an_earlier_state_is_measured_anew(make: Make) -
     assert not governor.anomalies
 
 
-def test_a_learning_rate_times_1000_is_undone(make: Make) -> None:
-    trainer = make("trainer.steps=80")
+def test_a_learning_rate_times_1000_is_undone(guarded: Make) -> None:
+    trainer = guarded("trainer.steps=80")
     steps(trainer, 40)
     for group in trainer.optimizer.param_groups:
         group["initial_lr"] *= 1000.0
@@ -112,8 +127,8 @@ def test_a_learning_rate_times_1000_is_undone(make: Make) -> None:
     assert float(trainer.grow.signal.fast) < 10.0
 
 
-def test_a_poisoned_gradient_is_never_applied(make: Make) -> None:
-    trainer = make()
+def test_a_poisoned_gradient_is_never_applied(guarded: Make) -> None:
+    trainer = guarded()
     steps(trainer, 12)
     handle = trainer.optimizer.param_groups[0]["params"][0].register_hook(lambda gradient: gradient * float("nan"))
     steps(trainer, 1)
@@ -121,8 +136,8 @@ def test_a_poisoned_gradient_is_never_applied(make: Make) -> None:
     assert finite(trainer) and "the gradient is nan" in alerts(trainer)[0]
 
 
-def test_failures_that_repeat_stop_the_run_with_a_report(make: Make) -> None:
-    trainer = make()
+def test_failures_that_repeat_stop_the_run_with_a_report(guarded: Make) -> None:
+    trainer = guarded()
     steps(trainer, 10)
     good = trainer._batch
     trainer._batch = lambda number: (good(number)[0] * float("inf"), good(number)[1])
