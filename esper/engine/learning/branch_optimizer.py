@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from esper.blueprints import SlotBank
 from esper.engine.device_readings import Readings
 from esper.engine.learning.branch_rows import BankRows, BlockRows, Rows, SlotRows, by_bank
 from esper.engine.learning.branch_rows import BranchLearning as BranchLearning
-from esper.engine.learning.muon import MuonAdamW, orthogonalised, rate_scale
+from esper.engine.learning.branch_step import BranchStep, Moved, shaped
+from esper.engine.learning.muon import MuonAdamW
 from esper.errors import UserError
 from esper.seeds import Branch, SeedRegistry
 
@@ -133,7 +133,7 @@ class BranchOptimizer:
         moving = [part.learning & torch.isfinite(square) for part, square in zip(rows, squares, strict=True)]
         steps = torch.cat([part.count(mine) for part, mine in zip(rows, moving, strict=True)])
         for part, mine in zip(rows, moving, strict=True):
-            part.gradients = [torch.where(_shaped(mine, gradient), gradient, 0.0) for gradient in part.gradients]
+            part.gradients = [torch.where(shaped(mine, gradient), gradient, 0.0) for gradient in part.gradients]
         self.readings.post([square.sqrt() for square in squares], partial(self._noted, rows, self.scaled))
         self._move(rows, torch.cat(squares), steps, factor, torch.cat(moving))
 
@@ -204,8 +204,8 @@ class BranchOptimizer:
         if moving is not None:
             squares, rate, steps = torch.where(moving, squares, 0.0), torch.where(moving, rate, 0.0), steps.clamp(min=1.0)
         scale = (learning.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0) if learning.clip > 0.0 else None
-        step = _Step(learning, [len(part.values[0]) for part in rows], scale, rate, steps, moving)
-        tensors = [_Moved(place, *held) for place, part in enumerate(rows) for held in _tensors(part)]
+        step = BranchStep(learning, [len(part.values[0]) for part in rows], scale, rate, steps, moving)
+        tensors = [Moved(place, *held) for place, part in enumerate(rows) for held in _tensors(part)]
         if learning.rule == "muon":
             matrices = [flag for part in rows for flag in part.matrices]
             step.muon([one for one, matrix in zip(tensors, matrices, strict=True) if matrix])
@@ -235,79 +235,8 @@ class BranchOptimizer:
         return True
 
 
-class _Moved(NamedTuple):
-    """One tensor ``[A, …]`` of part ``place`` with its gradient and moments."""
-
-    place: int
-    value: Tensor
-    gradient: Tensor
-    first: Tensor
-    second: Tensor
-
-
 def _tensors(part: Rows | BankRows) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     return zip(part.values, part.gradients, part.first, part.second, strict=True)
-
-
-@dataclass
-class _Step:
-    """One step of many tensors: ``scale`` (of the gradients; None: 1), ``rate`` and ``steps`` ``[rows]``; ``lengths`` rows a part.
-
-    Rows that are not ``moving`` (bool ``[rows]``; None: all are) have gradients and a rate of zero, and keep their moments.
-    """
-
-    learning: BranchLearning
-    lengths: list[int]
-    scale: Tensor | None
-    rate: Tensor
-    steps: Tensor
-    moving: Tensor | None
-
-    def adamw(self, tensors: list[_Moved]) -> None:
-        """In place."""
-        learning, (beta1, beta2) = self.learning, self.learning.betas
-        values, gradients = [one.value for one in tensors], self._clipped(tensors)
-        first, second = [one.first for one in tensors], [one.second for one in tensors]
-        torch._foreach_mul_(first, self._kept(beta1, tensors))
-        torch._foreach_add_(first, gradients, alpha=1.0 - beta1)
-        torch._foreach_mul_(second, self._kept(beta2, tensors))
-        torch._foreach_addcmul_(second, gradients, gradients, 1.0 - beta2)
-        below = torch._foreach_div(second, self._each(1.0 - beta2**self.steps, tensors))
-        torch._foreach_sqrt_(below)
-        torch._foreach_add_(below, learning.eps)
-        moved = torch._foreach_mul(first, self._each(self.rate / (1.0 - beta1**self.steps), tensors))
-        torch._foreach_div_(moved, below)
-        if learning.weight_decay:
-            torch._foreach_mul_(values, self._each(1.0 - self.rate * learning.weight_decay, tensors))
-        torch._foreach_sub_(values, moved)
-
-    def muon(self, tensors: list[_Moved]) -> None:
-        """In place: momentum as Nesterov's, made orthogonal matrix by matrix, as torch.optim.Muon does."""
-        momentum, gradients = self.learning.momentum, self._clipped(tensors)
-        rates, kept = self._each(self.rate, tensors), self._kept(momentum, tensors)
-        for one, gradient, rate, share in zip(tensors, gradients, rates, kept, strict=True):
-            one.first.mul_(share).add_(gradient, alpha=1.0 - momentum)
-            direction = orthogonalised(gradient.lerp(one.first, momentum).flatten(2)).view_as(one.value)
-            one.value.mul_(1.0 - rate * self.learning.weight_decay)
-            one.value.sub_(rate * rate_scale(one.value.shape[1:]) * direction)
-
-    def _clipped(self, tensors: list[_Moved]) -> list[Tensor]:
-        gradients = [one.gradient for one in tensors]
-        return gradients if self.scale is None else list(torch._foreach_mul(gradients, self._each(self.scale, tensors)))
-
-    def _kept(self, share: float, tensors: list[_Moved]) -> list[Any]:
-        """The share of a moment that each row keeps."""
-        return [share] * len(tensors) if self.moving is None else self._each(torch.where(self.moving, share, 1.0), tensors)
-
-    def _each(self, scalars: Tensor, tensors: list[_Moved]) -> list[Tensor]:
-        """A factor a branch, shaped for each of the tensors."""
-        parts = torch.split(scalars, self.lengths)
-        return [_shaped(parts[one.place], one.value) for one in tensors]
-
-
-def _shaped(scalars: Tensor, tensor: Tensor) -> Tensor:
-    """``[rows]`` for ``tensor [rows, …]``."""
-    return scalars.view(-1, *([1] * (tensor.dim() - 1)))
 
 
 def _squares(part: Rows | BankRows) -> Tensor:
