@@ -159,7 +159,7 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).resolve().parent
-    if given.out.resolve() != here:
+    if not (given.out / "question.md").exists():  # another study of the same nets has its own
         shutil.copy(here / "question.md", given.out)
     sweeps = {"muon": given.sweep} | ({"adamw": given.adamw} if given.adamw else {})
     found = cells(sweeps)

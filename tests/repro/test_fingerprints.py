@@ -19,7 +19,7 @@ from esper.running.run import run
 pytestmark = pytest.mark.usefixtures("whole_runs")
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
-STUDIES = {"growth_map", "growth_map_adamw", "growth_map_quick", "digits_why_quick"}
+STUDIES = {"growth_map", "growth_map_adamw", "growth_map_quick", "growth_frontier", "growth_frontier_quick", "digits_why_quick"}
 """They have several blocks or an other file's arms; ``tests/compare/test_studies.py`` runs the arms of both."""
 EXPERIMENTS = sorted({path.stem for path in FOLDER.glob("*.yaml")} - STUDIES)
 BRIEF = ["trainer.steps=80", "tracking=none", "trainer.control=false", "trainer.validate_every=50%"]
