@@ -142,7 +142,8 @@ def _findings(study: Path) -> str:
 
 def _command(sweep: Path) -> str:
     words = json.loads((sweep / "sweep.json").read_text())["command"]
-    return shlex.join(["esper", *(word for word in words if not word.startswith(("output=", "hydra.sweep.dir=")))])
+    told = [word for word in words if not word.startswith(("output=", "hydra.sweep.dir=", "task.cache="))]
+    return shlex.join(["esper", *(re.sub(r"=/.*/([^/]+)$", r"=<the folder \1>", word) for word in told)])
 
 
 def _sentences(result: dict[str, Any]) -> list[str]:

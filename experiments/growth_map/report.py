@@ -49,6 +49,11 @@ def gains(arms: dict[str, dict[int, dict[str, Any]]], arm: str, other: str) -> n
     return np.array([arms[other][seed]["test/loss"] - arms[arm][seed]["test/loss"] for seed in seeds])
 
 
+def grown(found: Cells) -> dict[str, str]:
+    """The ways of growing that the sweeps have, with their names."""
+    return {arm: name for arm, name in NAMES.items() if any(arms[arm] for arms in found.values())}
+
+
 def called(cell: tuple[str, int, int]) -> str:
     """The cell in words."""
     optimizer, tokens, steps = cell
@@ -66,6 +71,7 @@ def mean(values: np.ndarray) -> str:
 
 def findings(found: Cells) -> str:
     """The map as a table, and what it says of the predictions."""
+    names = grown(found)
     lines = [
         "![gain at equal MACs](map.png)",
         "",
@@ -73,36 +79,36 @@ def findings(found: Cells) -> str:
         "",
         "Gain in nats a byte over the final net from scratch at equal MACs (mean ± standard error, pairs); positive: growing is better.",
         "",
-        "| | " + " | ".join(NAMES.values()) + " |",
-        "|---|" + "---|" * len(NAMES),
+        "| | " + " | ".join(names.values()) + " |",
+        "|---|" + "---|" * len(names),
     ]
     for cell, arms in found.items():
-        lines.append(f"| {called(cell)} | " + " | ".join(mean(gains(arms, arm, EQUAL[arm])) for arm in NAMES) + " |")
+        lines.append(f"| {called(cell)} | " + " | ".join(mean(gains(arms, arm, EQUAL[arm])) for arm in names) + " |")
     lines += ["", "Against the final net from scratch with all steps, and the share of its MACs:", ""]
-    lines += ["| | " + " | ".join(NAMES.values()) + " |", "|---|" + "---|" * len(NAMES)]
+    lines += ["| | " + " | ".join(names.values()) + " |", "|---|" + "---|" * len(names)]
     for cell, arms in found.items():
         full = np.mean([row["macs"] for row in arms["deep"].values()]) if arms["deep"] else math.nan
         parts = []
-        for arm in NAMES:
+        for arm in names:
             share = np.mean([row["macs"] for row in arms[arm].values()]) / full if arms[arm] else math.nan
             parts.append(f"{mean(gains(arms, arm, 'deep'))}, {share:.0%}" if math.isfinite(share) else "–")
         lines.append(f"| {called(cell)} | " + " | ".join(parts) + " |")
-    pairs = [(cell, arm, gains(arms, arm, EQUAL[arm])) for cell, arms in found.items() for arm in NAMES]
+    pairs = [(cell, arm, gains(arms, arm, EQUAL[arm])) for cell, arms in found.items() for arm in names]
     known = [(cell, arm, values) for cell, arm, values in pairs if len(values)]
-    ahead = [f"{called(cell)}, {NAMES[arm]} ({mean(values)})" for cell, arm, values in known if values.mean() > 0]
+    ahead = [f"{called(cell)}, {names[arm]} ({mean(values)})" for cell, arm, values in known if values.mean() > 0]
     told = f": {'; '.join(ahead)}" if ahead else ""
     lines += ["", f"Of {len(known)} places on the map growing is ahead at equal MACs in {len(ahead)}{told}.", ""]
     reached = [
-        f"{called(cell)}, {NAMES[arm]}"
+        f"{called(cell)}, {names[arm]}"
         for cell, arms in found.items()
         for arm in ("half_75", "quarter_50", "quarter_75")
         if len(values := gains(arms, arm, "deep")) and values.mean() >= 0
     ]
     lines.append(f"A grown net has the full quality of the final net at 63 % of its MACs or less in: {'; '.join(reached) or 'none'}.")
     alone = [
-        f"{called(cell)}, {NAMES[arm]} ({mean(values)})"
+        f"{called(cell)}, {names[arm]} ({mean(values)})"
         for cell, arms in found.items()
-        for arm in NAMES
+        for arm in names
         if len(values := gains(arms, arm, arm.partition("_")[0])) and values.mean() <= 0
     ]
     lines += ["", f"The small host alone, which costs less, is at least as good as the net grown from it in: {'; '.join(alone) or 'none'}."]
@@ -113,7 +119,8 @@ def draw_map(found: Cells, path: Path) -> None:
     """A row a cell of data and length, a column a way of growing: the gain at equal MACs in colour."""
     from matplotlib.figure import Figure
 
-    values = np.array([[np.mean(one) if len(one := gains(arms, arm, EQUAL[arm])) else np.nan for arm in NAMES] for arms in found.values()])
+    names = grown(found)
+    values = np.array([[np.mean(one) if len(one := gains(arms, arm, EQUAL[arm])) else np.nan for arm in names] for arms in found.values()])
     most = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     figure = Figure(figsize=(7.5, 1.5 + 0.6 * len(values)), layout="constrained")
     axes = figure.add_subplot()
@@ -121,7 +128,7 @@ def draw_map(found: Cells, path: Path) -> None:
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             axes.text(column, row, f"{value:+.3f}" if math.isfinite(value) else "–", ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(NAMES)), NAMES.values(), fontsize=8)
+    axes.set_xticks(range(len(names)), names.values(), fontsize=8)
     axes.set_yticks(range(len(values)), [called(cell) for cell in found])
     axes.set_title("Gain of growing at equal MACs [nats a byte]; blue: growing is better", fontsize=10)
     figure.colorbar(image, ax=axes)

@@ -45,8 +45,9 @@ def test_an_experiment_is_told_its_time_and_cores_and_keeps_what_the_lane_says(t
 
 @pytest.mark.usefixtures("processes")
 def test_programs_run_with_their_share_and_one_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shows").mkdir()
-    program, endless = tmp_path / "shows" / "run.py", tmp_path / "endless.py"
+    program, endless = tmp_path / "shows" / "run.py", tmp_path / "endless" / "run.py"
+    for one in (program, endless):
+        one.parent.mkdir()
     program.write_text(PRINTS)
     endless.write_text("import time\nwhile True: time.sleep(1)\n")
     monkeypatch.setattr(side_by_side, "GRACE_S", 0.5)
