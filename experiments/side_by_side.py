@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = (".parquet", ".safetensors", "events.jsonl", "metrics.csv")
 """Ends of names that an archive leaves out."""
 GRACE_S = 60.0
-TRY_S = 90.0
+TRY_S = 45.0
 CONTROL = "nvidia-cuda-mps-control"
 
 

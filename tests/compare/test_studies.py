@@ -20,8 +20,9 @@ from esper.compare.results.comparison import TuningCandidate, TuningResult, with
 from esper.compare.results.plan import Plan, save_plan
 from esper.compare.results.report import write_results
 from esper.compare.results.runs import Run
-from esper.config import conf_folder
+from esper.config import conf_folder, plain
 from esper.running.run import run
+from esper.tracking.run_info import flatten
 
 
 def experiment(name: str) -> dict[str, Any]:
@@ -124,3 +125,33 @@ def test_the_arms_of_the_study_of_the_default_run_are_what_they_are_called(tmp_p
     kept = [branch for branch in unfrozen["branches"] if branch.get("alpha", 0.0) > 0.0]
     assert kept and {branch["stage"] for branch in kept} == {"FINE_TUNING"}
     assert unfrozen["seeds"]["fossilized"] == 0
+
+
+@pytest.mark.usefixtures("whole_runs")
+def test_every_grown_cnn_is_the_final_net_in_the_end_and_costs_at_most_four_fifths_of_it(tmp_path: Path) -> None:
+    found = {}
+    for arm in ("cnn_deep", "cnn_small", "cnn_copy", "cnn_fresh"):
+        config = compose(["experiment=growth_cnn", f"arm={arm}", "trainer.steps=50", "trainer.batch_size=4", "tracking=none"])
+        found[arm] = run(config, tmp_path / arm, quiet=True, controls=()).summary
+    sizes = {arm: summary["parameters"]["after"] for arm, summary in found.items()}
+    assert sizes["cnn_small"] < sizes["cnn_deep"] == sizes["cnn_copy"] == sizes["cnn_fresh"]
+    assert found["cnn_small"]["macs"] < found["cnn_copy"]["macs"] == found["cnn_fresh"]["macs"] <= 0.8 * found["cnn_deep"]["macs"]
+
+
+def test_every_arm_of_the_defaults_changes_only_what_it_is_about() -> None:
+    def of(arm: str) -> dict[str, Any]:
+        return flatten(plain(compose(["experiment=defaults", "task=digits", f"arm={arm}"])))
+
+    told = of("scheduled")
+    differing = {}
+    for arm in experiment("defaults")["hydra"]["sweeper"]["params"]["arm"].split(","):
+        found = of(arm)
+        changed = {key.partition(".")[0] for key in told.keys() | found.keys() if told.get(key) != found.get(key)} - {"arm"}
+        differing.setdefault(frozenset(changed), []).append(arm)
+    assert differing == {
+        frozenset(): ["scheduled"],
+        frozenset({"controller"}): ["decided", "several"],
+        frozenset({"lifecycle"}): ["no_isolation", "unjudged", "unjudged_macs", "trainable", "trainable_macs"],
+        frozenset({"grafting"}): ["at_once"],
+        frozenset({"optimizer"}): ["slow_branches", "fast_branches", "cold_branches", "warm_branches"],
+    }
