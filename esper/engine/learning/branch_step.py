@@ -61,12 +61,12 @@ class BranchStep:
     def muon(self, tensors: list[Moved]) -> None:
         """In place: momentum as Nesterov's, made orthogonal matrix by matrix, as torch.optim.Muon does; all of one shape at once."""
         factors = zip(tensors, self._clipped(tensors), self._shaped(self.rate, tensors), self._shaped(self._share(), tensors), strict=True)
-        alike: dict[Any, list[tuple[Moved, Tensor, Tensor, Tensor]]] = defaultdict(list)
-        for held in factors:
-            alike[(held[0].value.flatten(2).shape[1:], held[0].value.dtype)].append(held)
+        alike: dict[Any, list[tuple[Moved, tuple[Tensor, ...]]]] = defaultdict(list)
+        for one, *beside in factors:
+            alike[(one.value.flatten(2).shape[1:], one.value.dtype)].append((one, tuple(part.flatten(2) for part in beside)))
         for (shape, dtype), several in alike.items():
-            moved = [one for one, *_ in several]
-            gradient, rate, share = (torch.cat([held[kind].flatten(2) for held in several]) for kind in (1, 2, 3))
+            moved = [one for one, _ in several]
+            gradient, rate, share = (torch.cat(parts) for parts in zip(*(beside for _, beside in several), strict=True))
             first = torch.cat([one.first.flatten(2) for one in moved]).mul_(share).add_(gradient, alpha=1.0 - self.learning.momentum)
             direction = orthogonalised(gradient.lerp(first, self.learning.momentum)).to(dtype)
             value = torch.cat([one.value.flatten(2) for one in moved]).mul_(1.0 - rate * self.learning.weight_decay)
