@@ -82,8 +82,17 @@ class SideBySide:
         self.ends, self.out, self.work, self.shared = time.monotonic() + 60.0 * minutes, out.resolve(), work, shared
         self.codes: dict[str, int] = {}
 
+    def run_all(self, lanes: list[Lane]) -> None:
+        """All lanes at once; returns when the last has ended."""
+        threads = [threading.Thread(target=self.run, args=(lane,)) for lane in lanes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
     def run(self, lane: Lane) -> None:
-        """The lane's studies, one after another."""
+        """The lane's studies, one after another; called in a thread, which keeps to the lane's cores as what it starts does."""
+        os.sched_setaffinity(0, lane.cores)
         for number, study in enumerate(lane.studies):
             minutes = (self.ends - time.monotonic()) / 60.0 / (len(lane.studies) - number)
             name, began = named(study), time.monotonic()
@@ -107,7 +116,6 @@ class SideBySide:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, lane.cores),
             )
             return _ended(process, 60.0 * minutes + GRACE_S)
 
@@ -180,11 +188,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         shared = shared_gpu(Path(work) / "mps") if given.mps else {}
         call = SideBySide(given.minutes - (time.monotonic() - began) / 60.0, given.out, Path(work), shared)
-        threads = [threading.Thread(target=call.run, args=(lane,)) for lane in lanes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        call.run_all(lanes)
         end_sharing(shared)
     for name in call.codes:
         print(f"--- {name}\n" + "\n".join((given.out / f"{name}.log").read_text(errors="replace").splitlines()[-12:]))

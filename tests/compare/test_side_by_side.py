@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tarfile
 import time
@@ -55,8 +56,9 @@ def test_programs_run_with_their_share_and_one_that_does_not_end_is_stopped(tmp_
     out.mkdir()
     call = SideBySide(0.02, out, tmp_path, {})
     began = time.monotonic()
-    for lane in lanes_of([f"cpu:1 {program} --out {{out}} {{cores}}", f"cpu:1 {endless}"], [0]):
-        call.run(lane)
+    available = os.sched_getaffinity(0)
+    call.run_all(lanes_of([f"cpu:1 {program} --out {{out}} {{cores}}", f"cpu:1 {endless}"], [0]))
+    assert os.sched_getaffinity(0) == available
     assert call.codes == {"shows": 0, "endless": -15}
     assert (out / "shows.log").read_text() == f"[0] '' --out {out / 'shows'} 1\n"
     assert time.monotonic() - began < 60
