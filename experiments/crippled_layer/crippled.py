@@ -19,7 +19,7 @@ PART = 4
 TEACHER = 10
 """Units of the function that each layer has to learn."""
 NOISE = 0.1
-SLOPE = 0.25
+SLOPE = 0.5
 """Of the leaky ReLU: PART working units lose nothing of their input, so a branch behind them can say what they do not."""
 
 

@@ -39,13 +39,22 @@ COMMON = (
     "blueprint.hidden=32",
     "optimizer.lr=0.01",
     "lifecycle.training_min=1%",
-    "lifecycle.fine_tuning_min=20%",
+    "lifecycle.fine_tuning_min=40%",
     "telemetry.every=10",
     "trainer.validate_every=2%",
     "trainer.control=false",
     "tracking=none",
 )
-_BANDIT = ("controller=bandit", "controller.germinate_at=5%", "controller.every=2%", "controller.max_active=6", f"controller.most={EVENTS}")
+_BANDIT = (
+    "controller=bandit",
+    "controller.germinate_at=5%",
+    "controller.every=2%",
+    "controller.max_active=6",
+    f"controller.most={EVENTS}",
+    "controller.blueprints=[mlp]",  # as in the other arms: where to grow is the question here
+    "controller.strategies=[linear]",
+    "controller.objectives=[shadow]",
+)
 _LOCAL = "{germinate_at: 5%, count: 6, max_active: 6}"
 ARMS: dict[str, tuple[str, ...]] = {
     "healthy": ("controller=none",),
@@ -130,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, write, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=18)
-    parser.add_argument("--pilots", type=int, default=12)
+    parser.add_argument("--pilots", type=int, default=18)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
