@@ -132,13 +132,13 @@ class HeuristicController:
         scores = [self.health.scores(name, count, weights) for name, count in zip(self.places.names, counts, strict=True)]
         score = np.concatenate(scores) if scores else np.zeros(0)
         score[~self.places.free(self.attempts.unavailable(tick))] = np.nan
-        rows = np.flatnonzero(~np.isnan(score))
-        first = rows
-        if len(rows) > room:
-            least = np.partition(score[rows], len(rows) - room)[len(rows) - room]
-            first = rows[score[rows] >= least]
-        for some in (first, np.setdiff1d(rows, first, assume_unique=True) if len(first) < len(rows) else first[:0]):
-            for row in some[np.argsort(-score[some], kind="stable")]:
+        # The best of as many sites as there is room are as good as the last of these, so no seed below it comes among the first.
+        best = np.sort(np.fmax.reduceat(score, self.places.first[:-1])) if len(score) else score
+        best = best[~np.isnan(best)]
+        least = best[-room] if len(best) >= room else -np.inf
+        for some in (score >= least, score < least):
+            rows = np.flatnonzero(some)
+            for row in rows[np.argsort(-score[rows], kind="stable")]:
                 yield self.places.seed(int(row)), float(score[row])
 
     def _affordable(self, places: Iterator[tuple[Seed, float]], room: int) -> list[tuple[Seed, float]]:
