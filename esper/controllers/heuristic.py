@@ -109,7 +109,7 @@ class HeuristicController:
             return []
         room = max(0, min(wanted, self.config.max_active - len(self.places.active | set(self.attempts.open))))
         places = self._affordable(self._ranked(tick, room), room) if room else []
-        return [self._germinate(tick, n, place) for n, place in enumerate(places)]
+        return [self._germinate(tick, n, place, need) for n, (place, need) in enumerate(places)]
 
     def _start_wave(self, tick: int) -> None:
         if not self.first_done and tick >= self.view.ticks(self.config.germinate_at):
@@ -120,8 +120,8 @@ class HeuristicController:
         self.goal = self.attempts.applied + len(self.attempts.open) + self.config.count
         self.plateau.restart(tick)
 
-    def _ranked(self, tick: int, room: int) -> Iterator[Seed]:
-        """Dormant seeds that may be tried, the neediest first; equal ones in the order of sites and seeds.
+    def _ranked(self, tick: int, room: int) -> Iterator[tuple[Seed, float]]:
+        """Dormant seeds that may be tried with their scores, the neediest first; equal ones in the order of sites and seeds.
 
         Mostly the first ``room`` are wanted, so the others, which may be a hundred thousand, are sorted only when they are asked for.
         """
@@ -132,32 +132,33 @@ class HeuristicController:
         scores = [self.health.scores(name, count, weights) for name, count in zip(self.places.names, counts, strict=True)]
         score = np.concatenate(scores) if scores else np.zeros(0)
         score[~self.places.free(self.attempts.unavailable(tick))] = np.nan
-        rows = np.flatnonzero(~np.isnan(score))
-        first = rows
-        if len(rows) > room:
-            least = np.partition(score[rows], len(rows) - room)[len(rows) - room]
-            first = rows[score[rows] >= least]
-        for some in (first, np.setdiff1d(rows, first, assume_unique=True) if len(first) < len(rows) else first[:0]):
-            for row in some[np.argsort(-score[some], kind="stable")]:
-                yield self.places.seed(int(row))
+        # The best of as many sites as there is room are as good as the last of these, so no seed below it comes among the first.
+        best = np.sort(np.fmax.reduceat(score, self.places.first[:-1])) if len(score) else score
+        best = best[~np.isnan(best)]
+        least = best[-room] if len(best) >= room else -np.inf
+        for some in (score >= least, score < least):
+            rows = np.flatnonzero(some)
+            for row in rows[np.argsort(-score[rows], kind="stable")]:
+                yield self.places.seed(int(row)), float(score[row])
 
-    def _affordable(self, places: Iterator[Seed], room: int) -> list[Seed]:
+    def _affordable(self, places: Iterator[tuple[Seed, float]], room: int) -> list[tuple[Seed, float]]:
         """The first ``room`` of the ``places`` that fit the budget."""
         left = self.budget.limit - self.budget.used - sum(self.budget.cost(site) for site, _ in self.attempts.open)
-        fitting: list[Seed] = []
-        for site, seed in places:
-            cost = self.budget.cost(site)
+        fitting: list[tuple[Seed, float]] = []
+        for place, need in places:
+            cost = self.budget.cost(place[0])
             if cost <= left:
                 left -= cost
-                fitting.append((site, seed))
+                fitting.append((place, need))
                 if len(fitting) == room:
                     break
         return fitting
 
-    def _germinate(self, tick: int, n: int, place: Seed) -> Germinate:
+    def _germinate(self, tick: int, n: int, place: Seed, need: float) -> Germinate:
         site, seed = place
         blueprint, strategy = self.config.blueprint, self.config.strategy
-        command = Germinate(id=command_id(tick, n), site=site, seed=seed, blueprint=blueprint, strategy=strategy)
+        why = {"controller": self.config.name, "need": round(need, 4)}
+        command = Germinate(id=command_id(tick, n), site=site, seed=seed, blueprint=blueprint, strategy=strategy, why=why)
         self.attempts.sent(command)
         return command
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -236,7 +237,8 @@ class HierarchicalController:
             left = left - cost
         offers = [(group, place) for group in wanting for place in range(len(group.pending))]
         if offers:
-            value = np.array([self._worth(group, group.pending[place]) for group, place in offers])
+            usual = _usual_need(group.pending[place] for group, place in offers)
+            value = np.array([self._worth(group, group.pending[place], usual) for group, place in offers])
             chosen = allocate(value, np.array([group.pending[place].cost for group, place in offers]), left)
             places: dict[str, list[int]] = {}
             for number in np.flatnonzero(chosen).tolist():
@@ -247,12 +249,18 @@ class HierarchicalController:
         for group in self.groups.values():
             group.waited = group.waited + 1 if group.pending and group.name not in granted else 0
 
-    def _worth(self, group: Any, pending: Any) -> float:
-        """The gain that is expected of a proposal: what the local controller says of it, or what its group's branches have gained."""
+    def _worth(self, group: Any, pending: Any, usual: float) -> float:
+        """The gain that is expected of a proposal: what the local controller says of it, or what its group's branches have gained.
+
+        A local controller that knows no gain may say how much its seeds need a branch; beside the ``usual`` need of all that is proposed
+        it scales what the group's branches have gained.
+        """
         worth = 0.0
         for one in pending.germinations():
             said = one.why.get("expected")
             mean = (self.config.expected + group.gains) / (1.0 + group.ends)
+            if isinstance(need := one.why.get("need"), float) and usual > 0.0:
+                mean *= max(0.0, need) / usual
             known = said * self.credit.cost(one.site, one.blueprint) if isinstance(said, float) else mean
             worth += max(LEAST * self.config.expected, known)
         return float(worth * (1.0 + self.config.fairness * group.waited))
@@ -340,3 +348,9 @@ def _germinations(command: Command) -> list[Germinate]:
 def _of_seed(kind: Any, seed: Seed) -> Command:
     made: Command = kind(id="", select=Selector(site=seed[0], seeds=[seed[1]], stage=int(Stage.GRAFTING)))
     return made
+
+
+def _usual_need(proposals: Iterable[Any]) -> float:
+    """The mean of the needs that the proposals' germinations name; 0 where none does."""
+    needs = [one.why["need"] for pending in proposals for one in pending.germinations() if isinstance(one.why.get("need"), float)]
+    return max(0.0, sum(needs) / len(needs)) if needs else 0.0

@@ -2,6 +2,7 @@
 
 python experiments/ab_controller/run.py                 # about three minutes with 16 processes; writes results.csv and README.md here
 python experiments/ab_controller/run.py --pairs 2 --pilots 1 --steps 100 --tasks mnist1d --out /tmp/try
+python experiments/ab_controller/run.py --again         # no runs: README.md once more from results.csv and measured.json
 
 The fixed schedule that stands as the reference, and the memory of the bandit that begins wiser, come from pilot runs on other seeds. A task
 whose data is not installed is left out, and the README says so.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import multiprocessing
 import os
 import platform
@@ -169,10 +171,26 @@ def table(rows: list[dict[str, Any]], task: str, reference: str) -> list[str]:
     return lines
 
 
-def report(rows: list[dict[str, Any]], references: dict[str, str], missing: list[str], options: argparse.Namespace, seconds: float) -> str:
-    """The study's README."""
+def measured(options: argparse.Namespace, missing: list[str], seconds: float) -> dict[str, Any]:
+    """What the README says beside the results: where they were measured, how, in what time, and what was left out."""
     import torch
 
+    place = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
+    said = {name: getattr(options, name) for name in ("pilots", "steps", "processes")}
+    return said | {"seconds": round(seconds), "place": place, "missing": missing}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs of a results.csv, numbers as numbers."""
+    texts = ("phase", "task", "arm", "fingerprint")
+    with path.open(newline="") as file:
+        return [{key: value if key in texts else float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def report(rows: list[dict[str, Any]], said: dict[str, Any]) -> str:
+    """The study's README."""
+    pilot = [row for row in rows if row["phase"] == "pilot"]
+    references = {task: best_fixed(pilot, task) for task in TASKS if any(row["task"] == task for row in pilot)}
     study = [row for row in rows if row["phase"] == "study"]
     pairs = len({row["seed"] for row in study})
     lines = [
@@ -184,15 +202,14 @@ def report(rows: list[dict[str, Any]], references: dict[str, str], missing: list
         "",
         f"**Plan, stated beforehand.** {pairs} paired seeds, test accuracy, two-sided sign-flip test, Holm's correction over the",
         f"controllers that learn or look, α = {SIGNIFICANCE}. The reference is the fixed schedule of the highest mean validation",
-        f"accuracy in {options.pilots} pilots on other seeds; the bandit's memory comes from pilots too, one after the other. Places of",
+        f"accuracy in {said['pilots']} pilots on other seeds; the bandit's memory comes from pilots too, one after the other. Places of",
         "fixed schedules are drawn by lot. A controller that does not beat the reference is said not to.",
         "",
-        f"**Command.** `python experiments/ab_controller/run.py` ({seconds:.0f} s with {options.processes} processes;",
-        f"{options.steps} steps a run, Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()},",
-        "one thread a run).",
+        f"**Command.** `python experiments/ab_controller/run.py` ({said['seconds']} s with {said['processes']} processes;",
+        f"{said['steps']} steps a run, {said['place']}, one thread a run).",
         "Every run is in `results.csv`; the arms are in `conf/arm`, the rest in `conf/experiment/ab_controller.yaml`.",
         "",
-        *missing,
+        *said["missing"],
     ]
     for task, reference in references.items():
         found = {arm: against(study, task, arm, reference) for arm in LEARNING}
@@ -207,7 +224,7 @@ def report(rows: list[dict[str, Any]], references: dict[str, str], missing: list
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Pilots, the study, the decision."""
+    """Run, write, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--pilots", type=int, default=8)
@@ -215,8 +232,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--again", action="store_true", help="no runs: README.md once more from results.csv and measured.json")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    if not options.again:
+        measure(options)
+    text = report(read(options.out / "results.csv"), json.loads((options.out / "measured.json").read_text()))
+    (options.out / "README.md").write_text(text)
+    print(text)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All the runs, into results.csv and measured.json."""
     began = time.perf_counter()
     tasks, missing = available(options.tasks)
     rows: list[dict[str, Any]] = []
@@ -235,11 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    references = {task: best_fixed([row for row in rows if row["phase"] == "pilot"], task) for task in tasks}
-    text = report(rows, references, missing, options, time.perf_counter() - began)
-    (options.out / "README.md").write_text(text)
-    print(text)
-    return 0
+    (options.out / "measured.json").write_text(json.dumps(measured(options, missing, time.perf_counter() - began)) + "\n")
 
 
 if __name__ == "__main__":

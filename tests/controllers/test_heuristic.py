@@ -212,3 +212,36 @@ def test_a_run_that_goes_on_tells_the_stages_to_a_controller_that_was_not_there(
     controller.observe(RunStarted(tick=50, total_ticks=100, sites=[site]))
     assert controller.view.active() == [("fc1", 1)]
     assert controller.view.seeds(stage=Stage.FOSSILIZED) == [("fc1", 0)]
+
+
+def test_the_order_is_that_of_a_sort_of_all_seeds_however_many_have_a_site_no_health_or_the_same_score():
+    draws = np.random.default_rng(4)
+    for trial in range(20):
+        sizes = draws.integers(1, 7, size=5).tolist()
+        made = HeuristicConfig(count=3).build(0)
+        sites = [{"name": f"s{n}", "seeds": size, "telemetry_every": 1, "blueprint": "mlp"} for n, size in enumerate(sizes)]
+        made.places.observe(RunStarted(tick=0, total_ticks=100, sites=sites))
+        expected = []
+        for n, size in enumerate(sizes):
+            rows = draws.integers(0, 3, size=(size, 3)).astype("<f4")
+            rows[draws.random(size) < 0.2] = np.nan
+            columns = ["variance", "near_zero", "correlation"]
+            made.health.observe(Telemetry(site=f"s{n}", ticks=[1], seeds=size, columns=columns, data=rows.tobytes()))
+            expected += [((f"s{n}", seed), need) for seed, need in made.health.need(f"s{n}", (0.6, 0.3, 0.1)).items()]
+        expected.sort(key=lambda entry: -entry[1])
+        for room in (1, 3, 50):
+            assert list(made._ranked(1, room)) == expected, (trial, room)
+
+
+def test_means_run_on_alike_with_and_without_gaps_beside_them():
+    whole, gappy = Health(), Health()
+    draws = np.random.default_rng(5)
+    for _ in range(6):
+        rows = [tuple(row) for row in draws.random((3, 3))]
+        whole.observe(_telemetry(rows))
+        gappy.observe(_telemetry([*rows[:2], (float("nan"), 0.0, 0.0)]))
+    assert np.array_equal(whole.means("fc1", 3)[:2], gappy.means("fc1", 3)[:2])
+    again = Health()
+    again.load_state(gappy.state())
+    again.observe(_telemetry([(1.0, 0.0, 0.0)] * 3))
+    assert np.isfinite(again.means("fc1", 3)).all() and again.need("fc1", (1, 0, 0)).keys() == {0, 1, 2}

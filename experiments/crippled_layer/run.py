@@ -1,0 +1,164 @@
+"""Do controllers find the one layer that needs growth? A host of which one layer is crippled, so that the right answer is known.
+
+python experiments/crippled_layer/run.py                  # about two minutes with 16 processes; writes results.csv, README.md and a figure
+python experiments/crippled_layer/run.py --seeds 1 --pilots 1 --steps 200 --out /tmp/try
+python experiments/crippled_layer/run.py --again          # no runs: README.md and the figure once more from results.csv
+
+Every arm may grow six branches. The bandit that begins wiser has the memory of pilots on other data, in which other layers were crippled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+from report import machine, read, summed_up, verdict, write_up  # noqa: E402
+
+__all__ = ["chain", "machine", "main", "summed_up", "verdict", "write_up"]
+
+LAYERS = 6
+EVENTS = 6
+ALIVE = 4
+COMMON = (
+    "model=custom",
+    "model.target=crippled:Host",
+    "task=custom",
+    "task.target=crippled:sums",
+    "sites.per_site=8",
+    "blueprint.hidden=32",
+    "optimizer.lr=0.01",
+    "lifecycle.training_min=1%",
+    "lifecycle.fine_tuning_min=40%",
+    "telemetry.every=10",
+    "trainer.validate_every=2%",
+    "trainer.control=false",
+    "tracking=none",
+)
+_BANDIT = (
+    "controller=bandit",
+    "controller.germinate_at=5%",
+    "controller.every=2%",
+    "controller.max_active=6",
+    f"controller.most={EVENTS}",
+    "controller.blueprints=[mlp]",  # as in the other arms: where to grow is the question here
+    "controller.strategies=[linear]",
+    "controller.objectives=[shadow]",
+)
+_LOCAL = "{germinate_at: 5%, count: 6, max_active: 6}"
+ARMS: dict[str, tuple[str, ...]] = {
+    "healthy": ("controller=none",),
+    "host": ("controller=none",),
+    "by_lot": ("controller=random", "controller.earliest=5%", "controller.latest=20%", f"controller.count={EVENTS}"),
+    "by_health": ("controller=heuristic", "controller.germinate_at=5%", f"controller.count={EVENTS}", "controller.max_active=6"),
+    "by_bandit": _BANDIT,
+    "wiser_bandit": _BANDIT,
+    "by_probe": ("controller=probe", "controller.germinate_at=5%", "controller.candidates=6", f"controller.most={EVENTS}"),
+    "by_allocator": (
+        "controller=hierarchical",
+        "controller.local=heuristic",
+        f"controller.local_settings={_LOCAL}",
+        f"controller.most={EVENTS}",
+        "controller.max_active=6",
+    ),
+}
+PILOT = 1000
+"""The pilots' first seed; the study's are 0, 1, 2, …"""
+COLUMNS = ("phase", "arm", "seed", "crippled", "error", "validation_error", "germinated", "there", "kept", "kept_there", "macs", "seconds")
+Job = dict[str, Any]
+
+
+def one(job: Job) -> dict[str, Any]:
+    """One run: the seed draws the data and the weights, and says which layer is crippled; ``memory`` is a bandit's file."""
+    os.environ["ESPER_ALLOW"] = "crippled"
+    from esper.cli.compose import compose
+    from esper.running.run import run
+
+    seed, layer = job["seed"], job["seed"] % LAYERS
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*COMMON, *ARMS[job["arm"]], f"seed={seed}", f"+task.args.seed={seed}", f"trainer.steps={job['steps']}", f"output={folder}"]
+        words += [f"+model.args.crippled={-1 if job['arm'] == 'healthy' else layer}", f"+model.args.alive={ALIVE}"]
+        config, memory = compose(words), Path(folder) / "memory.json"
+        if job.get("memory"):
+            if Path(job["memory"]).exists():
+                shutil.copy(job["memory"], memory)
+            config.controller.memory = str(memory)
+        began = time.perf_counter()
+        summary = run(config, Path(folder) / "run", quiet=True).summary
+        if job.get("remember"):
+            shutil.copy(memory, job["memory"])
+    branches = summary["branches"]
+    there = [branch for branch in branches if branch["site"] == f"layer{layer}"]
+    return {name: job[name] for name in ("phase", "arm", "seed")} | {
+        "crippled": layer,
+        "error": summary["metrics"]["final"]["test/error"],
+        "validation_error": summary["metrics"]["final"]["validation/error"],
+        "germinated": len(branches),
+        "there": len(there),
+        "kept": sum(branch["stage"] == "FOSSILIZED" for branch in branches),
+        "kept_there": sum(branch["stage"] == "FOSSILIZED" for branch in there),
+        "macs": summary["macs"],
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def chain(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Runs one after the other: the pilots of a bandit, each of which begins with what the earlier ones have learnt."""
+    return [one(job) for job in jobs]
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The pilots, then every arm on every seed."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        memory = {"memory": str(Path(folder) / "memory.json"), "steps": options.steps}
+        pilots = [{"phase": "pilot", "arm": "wiser_bandit", "seed": PILOT + n, "remember": True} | memory for n in range(options.pilots)]
+        learnt = pool.apply_async(chain, (pilots,))
+        unlearnt = [arm for arm in options.arms if arm != "wiser_bandit"]
+        jobs = [{"phase": "study", "arm": arm, "seed": seed, "steps": options.steps} for seed in range(options.seeds) for arm in unlearnt]
+        for row in pool.imap_unordered(one, jobs):
+            rows.append(row)
+            print(f"{row['arm']} {row['seed']}: {row['error']:.4f}, {row['there']} of {row['germinated']} there", flush=True)
+        rows += learnt.get()
+        if "wiser_bandit" in options.arms:
+            rows += pool.map(one, [{"phase": "study", "arm": "wiser_bandit", "seed": seed} | memory for seed in range(options.seeds)])
+    return sorted(rows, key=lambda row: (row["phase"], list(ARMS).index(row["arm"]), row["seed"]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, write, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=18)
+    parser.add_argument("--pilots", type=int, default=18)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--again", action="store_true", help="no runs: the README and the figure once more from results.csv")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.again:
+        began = time.perf_counter()
+        rows = measure(options)
+        with (options.out / "results.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        seconds = time.perf_counter() - began
+        machine(options.out, f"{seconds:.0f} s with {options.processes} processes; {options.steps} steps a run")
+    print(write_up(read(options.out / "results.csv"), options.out, LAYERS, EVENTS, list(ARMS)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
