@@ -1,0 +1,311 @@
+"""The search for a size: a first small model, settings of the optimizer, then growth for as long as it pays and the budget lasts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from esper.auto.attempts import DEAR, FAILED, FINISHED, LARGE, PRUNED, Attempt, Limits, Purse, attempt
+from esper.auto.config import MACS, AutoConfig, amount
+from esper.auto.moves import KINDS, LENGTH, TRAIN, Growth, growth_of, growth_space, growth_words, scaled, settings_space, start_words
+from esper.auto.report import Report, show, write_report
+from esper.auto.stopping import Stop, stopping
+from esper.config import RootConfig
+from esper.errors import UserError
+from esper.export.saved_model import FOLDER as MODEL
+from esper.search.config import SearchConfig
+from esper.search.study import Study
+from esper.tasks.base import Task
+
+FIRST_STEPS = 100  # of the first model, and the fewest of any: fewer teach nothing about a setting
+EPOCHS, LEAST_CAP = 60, 1000  # an attempt is no longer than so many epochs, or steps where those are fewer
+TRIALS = (4, 20)  # of the optimizer's settings
+MEAN_LENGTH = 0.5  # of the steps that an attempt may have, as it is drawn
+ROUNDS = 8  # attempts that the rest of the budget is thought to last for
+MISSES = 2  # attempts in a row, beyond two of every kind, after which nothing pays any more
+LOSS_FALL = 0.01  # share by which the loss must fall where the metric itself cannot tell
+GROWN, DEARER = 2.0, 1.5  # what a step of a growth is thought to cost at first, and how many times that it may
+ROOM = 0.95  # of what is left may be planned with: judging costs too
+STATE = "auto.json"
+FIRST, SETTINGS, GROW = "first", "settings", "grow"
+
+
+@dataclass
+class Auto:
+    """One search for a size.
+
+    Args:
+        config: auto's own settings.
+        given: the words of the runs.
+        base: the configuration that these words make.
+        task: the data, for the choice of the first model.
+        folder: of everything.
+    """
+
+    config: AutoConfig
+    given: list[str]
+    base: RootConfig
+    task: Task
+    folder: Path
+    console: Console
+    attempts: list[Attempt] = field(default_factory=list)
+    path: list[Attempt] = field(default_factory=list)
+    ended: str = "it broke"
+    widened: int = 0
+
+    def __post_init__(self) -> None:
+        self.purse = Purse(amount(self.config.budget))
+        self.start = start_words(self.task, self.given)
+        self.host = next((word.partition("=")[2] for word in self.start if word.startswith("model=")), str(self.base.model.name))
+        self.kinds = [*KINDS.get(self.host, KINDS["mlp"]), TRAIN]
+        self.settings: dict[str, str] = {}
+        self.weights = {TRAIN: 1.0}  # what a step of each kind costs, in steps of the model that it starts from
+        self.misses = 0
+        self.stop = Stop()
+        metric = self.task.metrics[self.task.primary]
+        self.direction, self.sign = metric.direction, 1.0 if metric.direction == "max" else -1.0
+
+    @property
+    def best(self) -> Attempt | None:
+        """The best model so far."""
+        return self.path[-1] if self.path else None
+
+    def run(self) -> Report:
+        """Search until the budget is spent or nothing pays any more. However it ends, the best model so far and the report are left.
+
+        Raises:
+            UserError: not even the first model could be trained.
+            KeyboardInterrupt: Ctrl-C or SIGTERM.
+        """
+        try:
+            with stopping() as self.stop:
+                self._first()
+                self._search_settings()
+                self._grow()
+                self.stop.check()
+        except KeyboardInterrupt as stop:
+            self.ended = "it was stopped"
+            stop.args = (str(self.folder),)  # for the sentence that names the folder
+            raise
+        finally:
+            report = self._leave()
+        return report
+
+    # --- the three phases ---
+
+    def _first(self) -> None:
+        """A first model as soon as there can be one; it also tells what a step costs."""
+        one = self._attempt(FIRST, "the first model", [], FIRST_STEPS, {})
+        if one.state == LARGE:
+            raise UserError(f"The smallest model has {one.why}; allow more parameters, or give a smaller one: model.width=….")
+        if one.state == FAILED:
+            raise UserError(one.why)
+        if one.state != FINISHED:
+            raise UserError(
+                f"budget={self.config.budget} is spent before the first model has made {FIRST_STEPS} steps, which take about "
+                f"{self._shown(2 * self.purse.spent)}; give more."
+            )
+        self._keep(one)
+
+    def _search_settings(self) -> None:
+        """The optimizer's settings, by Optuna; trials that fall behind end early."""
+        room, cost = self.config.search * self.purse.amount.value, self._step_cost(1.0)
+        trials = max(TRIALS[0], min(TRIALS[1], int(room / (MEAN_LENGTH * self._cap() * cost))))
+        most = self._fitting(room / trials / MEAN_LENGTH, 1.0)
+        settings = SearchConfig(n_trials=trials, startup=max(3, trials // 3), prune_trials=2, seed=self.base.seed)
+        study = Study(settings_space(self.given), settings, [self.direction])
+        end = self.purse.spent + room
+        for _ in range(trials):
+            proposal = study.ask()
+            steps = max(FIRST_STEPS, round(float(proposal.values[LENGTH]) * most))
+            if self.purse.spent + steps * cost > min(end, self.purse.amount.value):
+                return
+            values = scaled(proposal.values, 1.0, self.given)
+            falls = partial(study.report, proposal.number)
+            one = self._attempt(SETTINGS, _told(values), [], steps, values, falls)
+            if one.state == PRUNED:
+                study.prune(proposal.number)
+            else:
+                study.finish(proposal.number, [one.quality])
+            if self._improves(one, 0.0):
+                self.settings = values
+                self._keep(one)
+
+    def _grow(self) -> None:
+        """Go on from the best model in one of the ways that it bears, as Optuna proposes; what pays is kept."""
+        study = self._growth_study()
+        while True:
+            best = self.best
+            assert best is not None
+            if self.misses >= len(self.kinds) + MISSES:
+                self.ended = (
+                    f"nothing pays any more: {self.misses} attempts in a row did not improve validation by {self.config.gain:.2g} of it"
+                )
+                return
+            proposal = study.ask()
+            growth = growth_of(proposal.values)
+            weight = self.weights.get(growth.kind, GROWN)
+            most = self._fitting(self.purse.left / ROUNDS / MEAN_LENGTH, weight)
+            steps = max(FIRST_STEPS, round(growth.length * most))
+            if ROOM * self.purse.left < steps * self._step_cost(weight):
+                self.ended = "the budget is spent"
+                return
+            one = self._attempt(GROW, growth.kind, self._words(growth), steps, scaled(self.settings, growth.factor, self.given), None, best)
+            if one.state == FAILED and not math.isfinite(one.quality) and one.macs == 0.0:
+                self.kinds.remove(growth.kind)  # this model does not bear it
+                one.what = f"{growth.kind}: not possible here"
+                study = self._growth_study()
+                continue
+            self._learn_cost(growth.kind, one, best)
+            study.finish(proposal.number, [self._gained(one)])
+            if one.state == DEAR:  # now its cost is known: the same again, in as many steps as there is room for
+                study.suggest({"grow": growth.kind, "factor": growth.factor, LENGTH: growth.length})
+            if self._improves(one, self.config.gain):
+                self.widened += growth.kind == "width"
+                self._keep(one)
+                self.misses = 0
+            elif one.state != DEAR:
+                self.misses += 1
+
+    def _learn_cost(self, kind: str, one: Attempt, parent: Attempt) -> None:
+        """Remember how many times its parent's step such a growth's step costs."""
+        if one.reached and one.macs:
+            self.weights[kind] = max(1.0, one.macs / one.reached / (parent.macs / parent.steps))
+
+    def _growth_study(self) -> Study:
+        """Learns which ways to grow pay; every way is tried gently and in full before it chooses."""
+        settings = SearchConfig(n_trials=10**6, startup=len(self.kinds) + 2, seed=self.base.seed)
+        study = Study(growth_space(self.kinds), settings, ["max"])
+        for factor in (0.5, 1.0):
+            for kind in self.kinds if factor < 1 else self.kinds[:-1]:
+                study.suggest({"grow": kind, "factor": factor, LENGTH: factor})
+        return study
+
+    def _words(self, growth: Growth) -> list[str]:
+        return growth_words(growth, self.host, self.widened, 2)
+
+    # --- one attempt ---
+
+    def _attempt(
+        self,
+        phase: str,
+        what: str,
+        words: Sequence[str],
+        steps: int,
+        values: dict[str, str],
+        falls: Any = None,
+        parent: Attempt | None = None,
+    ) -> Attempt:
+        """Run, note and tell one attempt."""
+        number = len(self.attempts)
+        folder = self.folder / "attempts" / str(number)
+        own = [word for word in self.given if not word.startswith("seed=")]
+        every = [*own, *self.start, *words, *(f"{key}={text}" for key, text in values.items() if f"{key}={text}" not in own)]
+        every += [f"trainer.steps={steps}", "trainer.checkpoint_every=", f"seed={(self.base.seed + number) % 2**32}"]
+        every += [] if words else ["controller=none"]
+        every += [] if parent is None else [f"model.weights={parent.folder}"]
+        every += [] if any(word.startswith("tracking=") for word in own) else ["tracking=none"]
+        most = math.inf if parent is None else DEARER * self.weights.get(what, GROWN) * steps * parent.macs / parent.steps
+        limits = Limits(self.purse, self.config.max_parameters, most, self.stop, falls or (lambda step, value: False))
+        self.stop.check()
+        one = Attempt(number, phase, what, -1 if parent is None else parent.number, str(folder), values=dict(values))
+        self.attempts.append(one)
+        attempt(one, every, limits)
+        return one
+
+    def _keep(self, one: Attempt) -> None:
+        one.kept = True
+        self.path.append(one)
+        self._tell(one)
+        self._save()
+
+    def _improves(self, one: Attempt, gain: float) -> bool:
+        """Whether an attempt is better than the best; says what came of it where it is not.
+
+        It is where the metric is better by more than ``gain`` of it. An accuracy on few samples cannot tell so little: within half its
+        standard error the loss decides.
+        """
+        gained, best = self._gained(one), self.best
+        assert best is not None
+        alike = one.state == FINISHED and gained * abs(best.quality) > -self._noise(best.quality)
+        better = gained > gain or (alike and one.loss < (1 - LOSS_FALL) * best.loss)
+        if not better:
+            self._tell(one)
+            self._save()
+        return better
+
+    def _noise(self, quality: float) -> float:
+        """Half the standard error of an accuracy on the validation set; 0 for other metrics."""
+        if self.task.primary != "accuracy":
+            return 0.0
+        return 0.5 * math.sqrt(max(0.0, quality * (1 - quality)) / len(self.task.validation))  # type: ignore[arg-type]
+
+    def _gained(self, one: Attempt) -> float:
+        """The improvement over the best model so far, as a share of it; NaN where there is no number."""
+        assert self.best is not None
+        if one.state != FINISHED:
+            return math.nan
+        return self.sign * (one.quality - self.best.quality) / max(abs(self.best.quality), 1e-9)
+
+    # --- what things cost ---
+
+    def _step_cost(self, weight: float) -> float:
+        """What a step of the best model costs in the budget's unit, times ``weight`` for what is to grow."""
+        best = self.best
+        assert best is not None
+        paid = best.macs if self.purse.amount.unit == MACS else best.seconds
+        return weight * paid / max(1, best.steps)
+
+    def _cap(self) -> int:
+        return max(LEAST_CAP, EPOCHS * int(self.base.trainer.steps_per_epoch(len(self.task.train))))  # type: ignore[arg-type]
+
+    def _fitting(self, room: float, weight: float) -> int:
+        """Steps that fit into so much of the budget, within what is useful."""
+        return int(max(FIRST_STEPS, min(self._cap(), room / self._step_cost(weight))))
+
+    def _shown(self, value: float) -> str:
+        return f"{value:.3g} MACs" if self.purse.amount.unit == MACS else f"{value:.0f} s"
+
+    # --- what is left ---
+
+    def _tell(self, one: Attempt) -> None:
+        done = min(1.0, self.purse.spent / self.purse.amount.value)
+        size = "" if math.isnan(one.parameters) else f", {one.parameters:,.0f} parameters"
+        came = f"{self.task.primary} {one.quality:.4g}{size}" if one.state == FINISHED else f"{one.state}: {one.why}"
+        kept = ", kept" if one.kept else ""
+        line = f"{one.number} {one.phase}, {one.what}: {came}{kept} ({done:.0%} of the budget)"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _report(self) -> Report:
+        words = [*self.given, *self.start]
+        return Report(self.task.primary, self.direction, self.purse.amount, self.purse.spent, self.ended, self.attempts, self.path, words)
+
+    def _save(self) -> None:
+        """``auto.json``, replaced whole: after a kill it names the folder of the best model."""
+        report = self._report()
+        partial = self.folder / f".{STATE}"
+        partial.write_text(json.dumps(report.plain() | {"config": asdict(self.config)}, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self.folder / STATE)
+
+    def _leave(self) -> Report:
+        """The best model, the report and its figure."""
+        report = self._report()
+        self._save()
+        if self.best is not None:
+            shutil.copytree(Path(self.best.folder) / MODEL, self.folder / MODEL, dirs_exist_ok=True)
+            write_report(report, self.folder)
+            show(report, self.folder, self.console)
+        return report
+
+
+def _told(values: dict[str, str]) -> str:
+    return " ".join(f"{key.rpartition('.')[2]}={text}" for key, text in values.items() if not key.endswith("branch_lr"))
