@@ -13,6 +13,7 @@ from esper.auto.config import MACS, Amount
 from esper.auto.stopping import Stop
 from esper.errors import Pruned, UserError
 from esper.report.summary_file import NAME, read_summary
+from esper.tasks.base import Task
 
 FINISHED, PRUNED, FAILED, LARGE, DEAR, SPENT = "finished", "ended early", "failed", "too large", "too dear", "budget spent"
 
@@ -28,7 +29,6 @@ class Attempt:
     folder: str
     state: str = FAILED
     quality: float = math.nan
-    test: float = math.nan
     loss: float = math.nan
     parameters: float = math.nan
     steps: int = 0
@@ -100,7 +100,7 @@ def attempt(one: Attempt, words: Sequence[str], limits: Limits) -> Attempt:
     try:
         config = compose(words)
         one.steps = config.trainer.steps
-        run(config, folder, quiet=True, controls=(), watch=watcher)
+        run(config, folder, quiet=True, controls=(), watch=watcher, test=False)
         one.state = FINISHED
     except Pruned:
         one.state, one.why = watcher.state, watcher.why
@@ -112,6 +112,21 @@ def attempt(one: Attempt, words: Sequence[str], limits: Limits) -> Attempt:
         limits.purse.pay(one.macs)
         one.spent = limits.purse.spent
     return one
+
+
+def tested(words: Sequence[str], task: Task, model: Path) -> dict[str, float]:
+    """What the model in a folder, of a run with these words, is worth on the test set."""
+    from esper.cli.compose import compose
+    from esper.export.saved_model import load_weights
+    from esper.randomness import generator
+    from esper.trainer.device import choose_device, numerics
+    from esper.trainer.evaluation import evaluate, held_out
+
+    config = compose(words)
+    device = choose_device(config.trainer)
+    with numerics(config.trainer):
+        host = load_weights(config.model.build(task, generator(0, "host")), str(model))
+        return evaluate(host.to(device), task, held_out(task, "test", device))
 
 
 class _Watcher:
@@ -152,7 +167,7 @@ def _take_over(one: Attempt, folder: Path, watcher: _Watcher) -> None:
     summary = read_summary(folder)
     final = (summary.get("metrics") or {}).get("final") or {}
     primary = str(summary["primary"]).partition("/")[2]
-    numbers = {"quality": final.get(f"validation/{primary}"), "test": final.get(f"test/{primary}"), "loss": final.get("validation/loss")}
+    numbers = {"quality": final.get(f"validation/{primary}"), "loss": final.get("validation/loss")}
     for name, value in numbers.items():
         setattr(one, name, math.nan if value is None else float(value))
     one.macs, one.reached = float(summary.get("macs") or 0.0), int(summary.get("steps") or 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from esper.auto.attempts import DEAR, FAILED, FINISHED, LARGE, PRUNED, Attempt, Limits, Purse, attempt
+from esper.auto.attempts import DEAR, FAILED, FINISHED, LARGE, PRUNED, Attempt, Limits, Purse, attempt, tested
 from esper.auto.config import MACS, AutoConfig, amount
 from esper.auto.moves import KINDS, LENGTH, TRAIN, Growth, growth_of, growth_space, growth_words, scaled, settings_space, start_words
 from esper.auto.report import Report, show, write_report
@@ -60,6 +60,7 @@ class Auto:
     attempts: list[Attempt] = field(default_factory=list)
     path: list[Attempt] = field(default_factory=list)
     ended: str = "it broke"
+    test: dict[str, float] = field(default_factory=dict)
     widened: int = 0
 
     def __post_init__(self) -> None:
@@ -287,7 +288,8 @@ class Auto:
 
     def _report(self) -> Report:
         words = [*self.given, *self.start]
-        return Report(self.task.primary, self.direction, self.purse.amount, self.purse.spent, self.ended, self.attempts, self.path, words)
+        spent = self.purse.amount, self.purse.spent, self.ended
+        return Report(self.task.primary, self.direction, *spent, self.attempts, self.path, words, self.test)
 
     def _save(self) -> None:
         """``auto.json``, replaced whole: after a kill it names the folder of the best model."""
@@ -297,11 +299,13 @@ class Auto:
         os.replace(partial, self.folder / STATE)
 
     def _leave(self) -> Report:
-        """The best model, the report and its figure."""
+        """The best model, its one look at the test set, the report and its figure."""
+        if self.best is not None:
+            shutil.copytree(Path(self.best.folder) / MODEL, self.folder / MODEL, dirs_exist_ok=True)
+            self.test = tested([*self.given, *self.start], self.task, self.folder / MODEL)
         report = self._report()
         self._save()
         if self.best is not None:
-            shutil.copytree(Path(self.best.folder) / MODEL, self.folder / MODEL, dirs_exist_ok=True)
             write_report(report, self.folder)
             show(report, self.folder, self.console)
         return report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ class Report:
     attempts: Sequence[Attempt]
     path: Sequence[Attempt]
     words: Sequence[str]
+    test: Mapping[str, float]
 
     def plain(self) -> dict[str, Any]:
         """As JSON knows it; NaN is null."""
@@ -50,6 +51,7 @@ class Report:
             "ended": self.ended,
             "best": None if best is None else {"attempt": best.number, "folder": best.folder},
             "path": [one.number for one in self.path],
+            "test": {name: number(value) for name, value in self.test.items()},
             "words": list(self.words),
             "attempts": attempts,
         }
@@ -58,7 +60,7 @@ class Report:
         """What came of it."""
         best, first = self.path[-1], self.path[0]
         unit = "MACs" if self.budget.unit != "s" else "s"
-        tested = "" if math.isnan(best.test) else f", {best.test:.4g} on the test set, which had no part in any choice"
+        tested = f", {self.test[self.metric]:.4g} on the test set, which was looked at once, at the end" if self.test else ""
         lines = [
             f"The best model has {best.parameters:,.0f} parameters (the first had {first.parameters:,.0f}): "
             f"{self.metric} {best.quality:.4g} on validation, the best of {sum(one.state == FINISHED for one in self.attempts)}{tested}."
@@ -79,11 +81,11 @@ def show(report: Report, folder: Path, console: Console) -> None:
     from rich.table import Table
 
     table = Table(title=f"the path: {report.metric} on validation, {report.direction}", title_justify="left")
-    for name in ("attempt", "what", report.metric, "test", "parameters", "steps", "training MACs"):
+    for name in ("attempt", "what", report.metric, "parameters", "steps", "training MACs"):
         table.add_column(name, justify="left" if name == "what" else "right")
     for one in report.path:
         what = one.what if one.phase != "grow" else f"grown: {one.what}"
-        numbers = [f"{one.quality:.4g}", f"{one.test:.4g}", f"{one.parameters:,.0f}", str(one.steps), f"{one.macs:.3g}"]
+        numbers = [f"{one.quality:.4g}", f"{one.parameters:,.0f}", str(one.steps), f"{one.macs:.3g}"]
         table.add_row(str(one.number), escape(what), *numbers)
     console.print(table)
     for line in report.sentences():

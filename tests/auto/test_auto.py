@@ -65,7 +65,15 @@ def test_the_model_that_is_left_is_the_one_that_was_measured(searched: tuple[Pat
     model = esper.load_model(folder / "model")
     measured = evaluate(model, task, held_out(task, "validation", torch.device("cpu")))
     assert measured["accuracy"] == pytest.approx(kept["attempts"][kept["best"]["attempt"]]["quality"])
+    assert evaluate(model, task, held_out(task, "test", torch.device("cpu"))) == pytest.approx(kept["test"])
     assert (folder / "model" / "preprocessing.json").exists()
+
+
+def test_the_test_set_is_looked_at_once_at_the_end(searched: tuple[Path, dict[str, Any], str]) -> None:
+    folder, kept, said = searched
+    summaries = [path.read_text() for path in folder.glob("attempts/*/summary.json")]
+    assert len(summaries) >= 6 and not any('"test/' in text for text in summaries)
+    assert f"{kept['test']['accuracy']:.4g} on the test set" in said
 
 
 def test_with_a_budget_of_macs_the_same_words_find_the_same(searched: tuple[Path, dict[str, Any], str], table: str, tmp_path: Path) -> None:
