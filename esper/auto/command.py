@@ -6,11 +6,15 @@ import secrets
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from esper.auto.config import AutoConfig, sorted_words
 from esper.errors import UserError
+
+if TYPE_CHECKING:
+    from esper.auto.auto import Auto
 
 USAGE = """\
 usage: esper auto budget=10min|1e13macs [task=… model=… key=value …]
@@ -35,6 +39,16 @@ def main(words: Sequence[str]) -> int:
     if {"--help", "-h"} & set(words):
         print(USAGE, flush=True)
         return 0
+    prepared(words, Console()).run()
+    return 0
+
+
+def prepared(words: Sequence[str], console: Console) -> Auto:
+    """The search that these words ask for, with its data read, its settings checked and its folder made.
+
+    Raises:
+        UserError: words that are not accepted, or data that cannot be learnt.
+    """
     config, given = sorted_words(words)
     from esper.auto.auto import Auto
     from esper.auto.moves import start_words
@@ -44,8 +58,7 @@ def main(words: Sequence[str]) -> int:
     task = base.task.build()
     compose([*given, *start_words(task, given), "controller=none"])
     folder = _folder(config, base.output)
-    Auto(config, given, base, task, folder, Console()).run()
-    return 0
+    return Auto(config, given, base, task, folder, console)
 
 
 def _folder(config: AutoConfig, output: str) -> Path:
