@@ -39,6 +39,7 @@ class Attempt:
     kept: bool = False
     why: str = ""
     values: dict[str, str] = field(default_factory=dict)
+    host: list[str] = field(default_factory=list)
 
 
 class Purse:
@@ -129,18 +130,32 @@ def tested(words: Sequence[str], task: Task, model: Path) -> dict[str, float]:
         return evaluate(host.to(device), task, held_out(task, "test", device))
 
 
+def chosen_by(trainer: Any) -> dict[str, float]:
+    """Loss and metrics over the rows of the validation and judge sets together: nothing is judged here, and few rows choose badly."""
+    from esper.trainer.evaluation import evaluate, held_out
+
+    found: dict[str, float] = {}
+    sets = {which: len(getattr(trainer.task, which)) for which in ("validation", "judge")}
+    for which, count in sets.items():
+        for name, value in evaluate(trainer.measured, trainer.task, held_out(trainer.task, which, trainer.device)).items():
+            found[name] = found.get(name, 0.0) + value * count / sum(sets.values())
+    return found
+
+
 class _Watcher:
-    """Called after every look at the validation set; ends the run where a limit is reached."""
+    """Called after every look at the validation set; ends the run where a limit is reached, and measures the model at the end."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.state, self.why, self.macs = FAILED, "", 0.0
+        self.values: dict[str, float] = {}
 
     def __call__(self, trainer: Any) -> None:
         self.limits.stop.check()
         self.macs = float(trainer.grow.meter.total)
         steps, total = trainer.outcome.steps, trainer.total
         if steps >= total:
+            self.values = chosen_by(trainer)
             return
         limits, size = self.limits, trainer.parameters
         if limits.most_parameters and size > limits.most_parameters:
@@ -165,10 +180,7 @@ def _take_over(one: Attempt, folder: Path, watcher: _Watcher) -> None:
         one.macs = watcher.macs
         return
     summary = read_summary(folder)
-    final = (summary.get("metrics") or {}).get("final") or {}
-    primary = str(summary["primary"]).partition("/")[2]
-    numbers = {"quality": final.get(f"validation/{primary}"), "loss": final.get("validation/loss")}
-    for name, value in numbers.items():
-        setattr(one, name, math.nan if value is None else float(value))
+    if watcher.values:
+        one.quality, one.loss = watcher.values[str(summary["primary"]).partition("/")[2]], watcher.values["loss"]
     one.macs, one.reached = float(summary.get("macs") or 0.0), int(summary.get("steps") or 0)
     one.parameters = float((summary.get("parameters") or {}).get("after") or math.nan)

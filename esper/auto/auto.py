@@ -16,7 +16,20 @@ from rich.console import Console
 
 from esper.auto.attempts import DEAR, FAILED, FINISHED, LARGE, PRUNED, Attempt, Limits, Purse, attempt, tested
 from esper.auto.config import MACS, AutoConfig, amount
-from esper.auto.moves import KINDS, LENGTH, TRAIN, Growth, growth_of, growth_space, growth_words, scaled, settings_space, start_words
+from esper.auto.moves import (
+    LARGER,
+    LENGTH,
+    TRAIN,
+    Growth,
+    growth_of,
+    growth_space,
+    growth_words,
+    host_words,
+    kinds_of,
+    larger_host,
+    scaled,
+    settings_space,
+)
 from esper.auto.report import Report, show, write_report
 from esper.auto.stopping import Stop, stopping
 from esper.config import RootConfig
@@ -27,12 +40,13 @@ from esper.search.study import Study
 from esper.tasks.base import Task
 
 FIRST_STEPS = 100  # of the first model, and the fewest of any: fewer teach nothing about a setting
-EPOCHS, LEAST_CAP = 60, 1000  # an attempt is no longer than so many epochs, or steps where those are fewer
-TRIALS = (4, 20)  # of the optimizer's settings
+EPOCHS, LEAST_CAP = 30, 1000  # an attempt is no longer than so many epochs, or steps where those are fewer
+TRIALS = (4, 12)  # of the optimizer's settings
 MEAN_LENGTH = 0.5  # of the steps that an attempt may have, as it is drawn
 ROUNDS = 8  # attempts that the rest of the budget is thought to last for
-MISSES = 2  # attempts in a row, beyond two of every kind, after which nothing pays any more
+MISSES = 3  # attempts of every kind, all in a row, after which nothing pays any more
 LOSS_FALL = 0.01  # share by which the loss must fall where the metric itself cannot tell
+HEADS = 2  # attention heads of a growth
 GROWN, DEARER = 2.0, 1.5  # what a step of a growth is thought to cost at first, and how many times that it may
 ROOM = 0.95  # of what is left may be planned with: judging costs too
 STATE = "auto.json"
@@ -46,6 +60,7 @@ class Auto:
     Args:
         config: auto's own settings.
         given: the words of the runs.
+        start: further words, of the first model.
         base: the configuration that these words make.
         task: the data, for the choice of the first model.
         folder: of everything.
@@ -53,6 +68,7 @@ class Auto:
 
     config: AutoConfig
     given: list[str]
+    start: list[str]
     base: RootConfig
     task: Task
     folder: Path
@@ -65,11 +81,10 @@ class Auto:
 
     def __post_init__(self) -> None:
         self.purse = Purse(amount(self.config.budget))
-        self.start = start_words(self.task, self.given)
-        self.host = next((word.partition("=")[2] for word in self.start if word.startswith("model=")), str(self.base.model.name))
-        self.kinds = [*KINDS.get(self.host, KINDS["mlp"]), TRAIN]
+        self.model, self.host = self.base.model, self.start  # the best one's host, without what grew in it
+        self.kinds = kinds_of(self.model.name)
         self.settings: dict[str, str] = {}
-        self.weights = {TRAIN: 1.0}  # what a step of each kind costs, in steps of the model that it starts from
+        self.weights = {TRAIN: 1.0, LARGER: GROWN**2}  # what a step of each kind costs, in steps of the model that it starts from
         self.misses = 0
         self.stop = Stop()
         metric = self.task.metrics[self.task.primary]
@@ -147,7 +162,7 @@ class Auto:
         while True:
             best = self.best
             assert best is not None
-            if self.misses >= len(self.kinds) + MISSES:
+            if self.misses >= len(self.kinds) * MISSES:
                 self.ended = (
                     f"nothing pays any more: {self.misses} attempts in a row did not improve validation by {self.config.gain:.2g} of it"
                 )
@@ -160,7 +175,7 @@ class Auto:
             if ROOM * self.purse.left < steps * self._step_cost(weight):
                 self.ended = "the budget is spent"
                 return
-            one = self._attempt(GROW, growth.kind, self._words(growth), steps, scaled(self.settings, growth.factor, self.given), None, best)
+            one = self._grown(growth, steps, best)
             if one.state == FAILED and not math.isfinite(one.quality) and one.macs == 0.0:
                 self.kinds.remove(growth.kind)  # this model does not bear it
                 one.what = f"{growth.kind}: not possible here"
@@ -171,8 +186,8 @@ class Auto:
             if one.state == DEAR:  # now its cost is known: the same again, in as many steps as there is room for
                 study.suggest({"grow": growth.kind, "factor": growth.factor, LENGTH: growth.length})
             if self._improves(one, self.config.gain):
-                self.widened += growth.kind == "width"
                 self._keep(one)
+                self._follow(growth, one)
                 self.misses = 0
             elif one.state != DEAR:
                 self.misses += 1
@@ -191,8 +206,21 @@ class Auto:
                 study.suggest({"grow": kind, "factor": factor, LENGTH: factor})
         return study
 
-    def _words(self, growth: Growth) -> list[str]:
-        return growth_words(growth, self.host, self.widened, 2)
+    def _grown(self, growth: Growth, steps: int, best: Attempt) -> Attempt:
+        """An attempt that goes on from the best model, or begins anew with a host that is larger than it."""
+        host = list(self.host)
+        if growth.kind == LARGER:
+            self.next, _ = larger_host(self.base.model, self.task, best.parameters)
+            words = host_words(self.next)
+            host = [*(word for word in host if key_of(word) != key_of(words[0])), *words]
+        words = growth_words(growth, self.model, self.widened, HEADS)
+        return self._attempt(GROW, growth.kind, words, steps, scaled(self.settings, growth.factor, self.given), None, best, host)
+
+    def _follow(self, growth: Growth, one: Attempt) -> None:
+        """What was kept is what the next attempts go on from."""
+        self.widened += growth.kind == "width"
+        if growth.kind == LARGER:
+            self.model, self.host, self.widened = self.next, one.host, 0
 
     # --- one attempt ---
 
@@ -205,23 +233,30 @@ class Auto:
         values: dict[str, str],
         falls: Any = None,
         parent: Attempt | None = None,
+        host: Sequence[str] = (),
     ) -> Attempt:
-        """Run, note and tell one attempt."""
+        """Run and note one attempt; ``host`` are the words of its host, by default those of the best model's."""
         number = len(self.attempts)
         folder = self.folder / "attempts" / str(number)
-        own = [word for word in self.given if not word.startswith("seed=")]
-        every = [*own, *self.start, *words, *(f"{key}={text}" for key, text in values.items() if f"{key}={text}" not in own)]
+        host = list(host or self.host)
+        own = self._all_words(host)
+        every = [*own, *words, *(f"{key}={text}" for key, text in values.items() if f"{key}={text}" not in own)]
         every += [f"trainer.steps={steps}", "trainer.checkpoint_every=", f"seed={(self.base.seed + number) % 2**32}"]
         every += [] if words else ["controller=none"]
-        every += [] if parent is None else [f"model.weights={parent.folder}"]
+        every += [] if parent is None or what == LARGER else [f"model.weights={parent.folder}"]
         every += [] if any(word.startswith("tracking=") for word in own) else ["tracking=none"]
         most = math.inf if parent is None else DEARER * self.weights.get(what, GROWN) * steps * parent.macs / parent.steps
         limits = Limits(self.purse, self.config.max_parameters, most, self.stop, falls or (lambda step, value: False))
         self.stop.check()
-        one = Attempt(number, phase, what, -1 if parent is None else parent.number, str(folder), values=dict(values))
+        one = Attempt(number, phase, what, -1 if parent is None else parent.number, str(folder), values=dict(values), host=host)
         self.attempts.append(one)
         attempt(one, every, limits)
         return one
+
+    def _all_words(self, host: Sequence[str]) -> list[str]:
+        """The user's words with those of a host in the place of its own, and without the random seed."""
+        keys = {"seed", *map(key_of, host)}
+        return [*(word for word in self.given if key_of(word) not in keys), *host]
 
     def _keep(self, one: Attempt) -> None:
         one.kept = True
@@ -245,10 +280,11 @@ class Auto:
         return better
 
     def _noise(self, quality: float) -> float:
-        """Half the standard error of an accuracy on the validation set; 0 for other metrics."""
+        """Half the standard error of an accuracy on the rows that choose; 0 for other metrics."""
         if self.task.primary != "accuracy":
             return 0.0
-        return 0.5 * math.sqrt(max(0.0, quality * (1 - quality)) / len(self.task.validation))  # type: ignore[arg-type]
+        rows = len(self.task.validation) + len(self.task.judge)  # type: ignore[arg-type]
+        return 0.5 * math.sqrt(max(0.0, quality * (1 - quality)) / rows)
 
     def _gained(self, one: Attempt) -> float:
         """The improvement over the best model so far, as a share of it; NaN where there is no number."""
@@ -287,7 +323,7 @@ class Auto:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _report(self) -> Report:
-        words = [*self.given, *self.start]
+        words = self._all_words(self.host)
         spent = self.purse.amount, self.purse.spent, self.ended
         return Report(self.task.primary, self.direction, *spent, self.attempts, self.path, words, self.test)
 
@@ -302,13 +338,18 @@ class Auto:
         """The best model, its one look at the test set, the report and its figure."""
         if self.best is not None:
             shutil.copytree(Path(self.best.folder) / MODEL, self.folder / MODEL, dirs_exist_ok=True)
-            self.test = tested([*self.given, *self.start], self.task, self.folder / MODEL)
+            self.test = tested(self._all_words(self.host), self.task, self.folder / MODEL)
         report = self._report()
         self._save()
         if self.best is not None:
             write_report(report, self.folder)
             show(report, self.folder, self.console)
         return report
+
+
+def key_of(word: str) -> str:
+    """The setting that a word is for."""
+    return word.partition("=")[0]
 
 
 def _told(values: dict[str, str]) -> str:

@@ -56,9 +56,10 @@ def prepared(words: Sequence[str], console: Console) -> Auto:
 
     base = compose([*given, "controller=none"])
     task = base.task.build()
-    compose([*given, *start_words(task, given), "controller=none"])
+    start = start_words(task, given)
+    base = compose([*given, *start, "controller=none"])
     folder = _folder(config, base.output)
-    return Auto(config, given, base, task, folder, console)
+    return Auto(config, given, start, base, task, folder, console)
 
 
 def _folder(config: AutoConfig, output: str) -> Path:

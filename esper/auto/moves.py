@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
+
+from esper.randomness import generator
 from esper.search.space import Dimension, Space
 from esper.tasks.base import Task
 
 TRAIN = "train"  # no growth: the same model, longer
+LARGER = "larger host"  # from new weights: what grew in place may be worse than what was large from the beginning
 LENGTH = "length"  # share of the steps that there are for an attempt: small data are learnt by heart in more
 LR, DECAY = "optimizer.lr", "optimizer.weight_decay"
 
@@ -20,7 +25,7 @@ HOSTS: dict[str, list[str]] = {
 }
 #: The kinds of growth of a host that bears them; other hosts try those of the perceptron.
 KINDS = {"mlp": ("width", "branches"), "cnn": ("width", "depth"), "transformer": ("width", "depth", "heads")}
-UNITS = {"mlp": 16, "cnn": 8, "transformer": 256}  # of the first widening; each that is kept doubles the next
+UNITS = 16  # of the first widening of other hosts
 
 #: Everything germinates at once, is blended in over the first tenth, and learns to the end; the whole run is judged on validation.
 GROWING = (
@@ -45,6 +50,37 @@ def start_words(task: Task, given: Sequence[str]) -> list[str]:
     if "model" in keys:
         return []
     return [word for word in HOSTS[host_for(task)] if word.partition("=")[0] not in keys]
+
+
+def kinds_of(host: str) -> list[str]:
+    """The ways to go on from a model of a host."""
+    return [*KINDS.get(host, KINDS["mlp"]), *([LARGER] if host in HOSTS else []), TRAIN]
+
+
+def wider(model: Any, times: int) -> Any:
+    """The settings of one of these hosts that is so many times as wide."""
+    if model.name == "cnn":
+        return replace(model, channels=[times * channels for channels in model.channels])
+    return replace(model, width=times * model.width)
+
+
+def larger_host(model: Any, task: Task, parameters: float) -> tuple[Any, int]:
+    """The next doubling of a host that has more parameters than these, and how many it has. Nothing is allocated to find out."""
+    times = 1
+    while True:
+        times *= 2
+        found = wider(model, times)
+        with torch.device("meta"):
+            count = sum(one.numel() for one in found.build(task, generator(0, "host")).parameters())
+        if count > parameters:
+            return found, count
+
+
+def host_words(model: Any) -> list[str]:
+    """The words for the width of one of these hosts."""
+    if model.name == "cnn":
+        return [f"model.channels=[{','.join(map(str, model.channels))}]"]
+    return [f"model.width={model.width}"]
 
 
 def settings_space(given: Sequence[str]) -> Space:
@@ -73,11 +109,13 @@ def growth_of(values: Mapping[str, str]) -> Growth:
     return Growth(values["grow"], float(values["factor"]), float(values[LENGTH]))
 
 
-def growth_words(growth: Growth, host: str, widened: int, attention: int) -> list[str]:
-    """The words by which a run grows so; ``widened`` is how often the model has been widened already."""
-    units = UNITS.get(host, 16) * 2**widened
+def growth_words(growth: Growth, model: Any, widened: int, attention: int) -> list[str]:
+    """The words by which a run grows so; ``model`` are the host's settings, ``widened`` is how often it has been widened already."""
+    hidden = {"mlp": lambda: model.width, "cnn": lambda: max(model.channels), "transformer": lambda: model.width * model.expansion}
+    units = hidden.get(model.name, lambda: UNITS)() * 2**widened  # so that each widening doubles the layers
     blueprint = {
         TRAIN: ["controller=none"],
+        LARGER: ["controller=none"],
         "width": ["blueprint=width", f"blueprint.units={units}", *GROWING],
         "branches": ["blueprint=mlp", *GROWING],
         "depth": ["blueprint=block", *GROWING],

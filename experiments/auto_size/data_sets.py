@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,10 +37,17 @@ FROM = {
 }
 
 
-def write_tables(folder: Path) -> None:
-    """Every table as ``<name>.csv``."""
+def write_tables(folder: Path) -> list[str]:
+    """Every table as ``<name>.csv``; the names of the data sets that there are, without those whose package is not installed."""
+    found = [name for name in PLAIN if find_spec({"mnist1d": "mnist1d", "digits": "sklearn"}[name])]
     for name in TARGETS:
-        _table(name).to_csv(folder / f"{name}.csv", index=False)
+        try:
+            _table(name).to_csv(folder / f"{name}.csv", index=False)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+        else:
+            found.append(name)
+    return found
 
 
 def task_words(name: str, folder: Path, split: int) -> list[str]:
@@ -52,18 +61,23 @@ def task_words(name: str, folder: Path, split: int) -> list[str]:
 
 def _table(name: str) -> pd.DataFrame:
     import pandas as pd
-    from sklearn import datasets
-    from statsmodels.datasets import anes96, fair
-    from vega_datasets import local_data
 
     if name in ("breast_cancer", "diabetes", "wine"):
+        from sklearn import datasets
+
         frame: pd.DataFrame = getattr(datasets, f"load_{name}")(as_frame=True).frame
         return frame
     if name == "affairs":
+        from statsmodels.datasets import fair
+
         frame = fair.load_pandas().data
         return frame.assign(affair=(frame["affairs"] > 0).astype(int)).drop(columns="affairs")
     if name == "vote":
+        from statsmodels.datasets import anes96
+
         return anes96.load_pandas().data.drop(columns="logpopul")
+    from vega_datasets import local_data
+
     if name == "weather":
         return local_data.seattle_weather()
     if name == "cars":

@@ -17,6 +17,7 @@ from data_sets import FROM
 
 POINTS = 100.0
 ALLOWED, SHARE = 0.5, 0.5
+RUNS = 30  # of a grid
 
 TEXT = """# Does `esper auto` find a good size by itself?
 
@@ -36,8 +37,9 @@ pair. The *oracle* is the size with the best mean on the **test** set, with rate
 among five by what it is measured by, so it looks a little better than it is. The *grid's choice* is the run that validation would choose.
 
 **auto** may spend half of the MACs of its pair's grid, begins with the smallest size of the grid, and sees the test set once. *Spent* is what
-it had spent when it ended. **Boosting** is scikit-learn's `HistGradientBoosting` on the training and judging rows as esper prepares them
-(auto does not learn from the judging rows), its five settings by Optuna in {trials} trials on the validation rows.
+it had spent when it ended. **Boosting** is scikit-learn's `HistGradientBoosting` on the rows as esper prepares them, its five settings by Optuna in
+{trials} trials on the rows that choose in auto and in the grid too (validation and judging). With the best settings it is then fitted to these rows and the
+training rows together, as one would do it: it learns from 85 % of the rows of a table, auto and the grid from 55 %.
 
 ## Against the grid
 
@@ -72,7 +74,9 @@ def write_report(folder: Path) -> None:
     rows = pd.read_csv(folder / "results.csv", dtype={"size": str})
     about = json.loads((folder / "about.json").read_text())
     names = [name for name in FROM if {"auto", "static"} <= set(rows[rows["name"] == name]["kind"])]
-    judged = [judge(rows, name) for name in names]
+    judged = [one for one in (judge(rows, name) for name in names) if one["pairs"]]
+    if not judged:
+        raise SystemExit(f"{folder}: no data set has a whole grid and a search of auto; give more time.")
     draw(judged, folder / "sizes.png")
     (folder / "README.md").write_text(text(rows, judged, about))
 
@@ -82,7 +86,9 @@ def judge(rows: pd.DataFrame, name: str) -> dict[str, Any]:
     mine = rows[rows["name"] == name]
     static, auto = mine[mine["kind"] == "static"], mine[mine["kind"] == "auto"].set_index("pair")
     counts = static.groupby("pair").size()
-    pairs = sorted(set(counts[counts == counts.max()].index) & set(auto.index))
+    pairs = sorted(set(counts[counts == RUNS].index) & set(auto.index))
+    if not pairs:
+        return {"name": name, "pairs": 0}
     static, auto = static[static["pair"].isin(pairs)], auto.loc[pairs]
     chosen = static.loc[static.groupby(["size", "pair"])["validation"].idxmax()]
     by_size = chosen.groupby("size").agg({"test": "mean", "parameters": "mean"}).sort_values("parameters")
@@ -195,7 +201,9 @@ def _verdict(
             f"On {len(ahead)} of {len(boosted)} tables auto is ahead of the tuned boosting by the mean"
             f"{': ' + ', '.join(ahead) if ahead else ''}; on the others boosting is."
         )
-    lines.append("The pairs are few and some test sets small, so the intervals are wide: nothing here is a verdict about a single data set.")
+    lines.append(
+        "The pairs are few and some test sets small, so the intervals are wide: nothing here is a verdict about a single data set."
+    )
     return lines
 
 

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from data_sets import NAMES, PLAIN, REGRESSIONS, TARGETS, task_words, write_tables
+from report import write_report
 
 WIDTHS = (16, 32, 64, 128, 256)
 CHANNELS = ((4, 8), (8, 16), (12, 24), (16, 32), (32, 64))
@@ -71,17 +73,24 @@ def full_length(name: str, folder: Path, short: bool) -> int:
 
 
 def trained(words: list[str]) -> dict[str, Any]:
-    """The numbers of one run."""
+    """The numbers of one run; ``validation`` is over the same rows as auto's."""
+    from esper.auto.attempts import chosen_by
     from esper.cli.compose import compose
     from esper.running.run import run
 
+    values: dict[str, float] = {}
+
+    def watch(trainer: Any) -> None:
+        if trainer.outcome.steps == trainer.total:
+            values.update(chosen_by(trainer))
+
     with tempfile.TemporaryDirectory() as folder:
         common = ["tracking=none", "controller=none", "trainer.checkpoint_every=", "trainer.save=false"]
-        summary = run(compose([*words, *common]), Path(folder), quiet=True, controls=()).summary
-    primary, final = summary["primary"], summary["metrics"]["final"]
+        summary = run(compose([*words, *common]), Path(folder), quiet=True, controls=(), watch=watch).summary
+    metric, final = summary["primary"].removeprefix("validation/"), summary["metrics"]["final"]
     return {
-        "validation": final[primary],
-        "test": final[primary.replace("validation/", "test/")],
+        "validation": values[metric],
+        "test": final[f"test/{metric}"],
         "parameters": summary["parameters"]["after"],
         "macs": summary["macs"],
     }
@@ -101,7 +110,11 @@ def auto(job: Job) -> dict[str, Any]:
     from esper.auto.auto import Auto
     from esper.auto.command import prepared
 
-    words = [*task_words(job["name"], job["data"], job["pair"]), f"seed={job['pair']}", f"budget={job['budget']:.6e}macs".replace("e+", "e")]
+    words = [
+        *task_words(job["name"], job["data"], job["pair"]),
+        f"seed={job['pair']}",
+        f"budget={job['budget']:.6e}macs".replace("e+", "e"),
+    ]
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
         search: Auto = prepared([*words, f"to={folder}/auto"], Console(file=nothing))
         report = search.run()
@@ -123,7 +136,7 @@ def auto(job: Job) -> dict[str, Any]:
 
 
 def boosting(job: Job) -> dict[str, Any]:
-    """Gradient boosting on the rows that auto has for training and judging; its settings by Optuna on the validation rows."""
+    """Gradient boosting, its settings by Optuna on the rows that choose auto's too; then fitted to all rows but those of the test."""
     import numpy as np
     import optuna
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
@@ -132,12 +145,17 @@ def boosting(job: Job) -> dict[str, Any]:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     task: Any = compose(task_words(job["name"], job["data"], job["pair"])).task.build()
-    sets = {which: (getattr(task, which).inputs.numpy(), getattr(task, which).targets.numpy()) for which in ("validation", "test")}
-    rows = [np.concatenate([getattr(getattr(task, which), part).numpy() for which in ("train", "judge")]) for part in ("inputs", "targets")]
     regression = job["name"] in REGRESSIONS
+    kind = HistGradientBoostingRegressor if regression else HistGradientBoostingClassifier
 
-    def score(model: Any, which: str) -> float:
-        inputs, targets = sets[which]
+    def rows(*sets: str) -> list[Any]:
+        return [np.concatenate([getattr(getattr(task, which), part).numpy() for which in sets]) for part in ("inputs", "targets")]
+
+    def fitted(settings: dict[str, Any], *sets: str) -> Any:
+        return kind(**settings, early_stopping=False, random_state=job["pair"]).fit(*rows(*sets))
+
+    def score(model: Any, *sets: str) -> float:
+        inputs, targets = rows(*sets)
         found = model.predict(inputs)
         return float(1 - np.mean((found - targets) ** 2) if regression else np.mean(found == targets))
 
@@ -149,16 +167,12 @@ def boosting(job: Job) -> dict[str, Any]:
             "min_samples_leaf": trial.suggest_int("min_samples_leaf", 2, 50, log=True),
             "l2_regularization": trial.suggest_float("l2_regularization", 1e-3, 10.0, log=True),
         }
-        kind = HistGradientBoostingRegressor if regression else HistGradientBoostingClassifier
-        model = kind(**settings, early_stopping=False, random_state=job["pair"]).fit(*rows)
-        value = score(model, "validation")
-        if not models or value > models[-1][0]:
-            models.append((value, model))
-        return value
+        return score(fitted(settings, "train"), "validation", "judge")
 
-    models: list[tuple[float, Any]] = []
-    optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=job["pair"])).optimize(tried, n_trials=job["trials"])
-    return {"validation": models[-1][0], "test": score(models[-1][1], "test"), "attempts": job["trials"]}
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=job["pair"]))
+    study.optimize(tried, n_trials=job["trials"])
+    best = fitted(study.best_params, "train", "judge", "validation")
+    return {"validation": study.best_value, "test": score(best, "test"), "attempts": job["trials"]}
 
 
 def one(job: Job) -> dict[str, Any]:
@@ -174,7 +188,9 @@ def jobs_of(given: argparse.Namespace, data: Path, pool: Any) -> list[Job]:
     full = dict(zip(given.names, pool.starmap(full_length, [(name, data, given.short) for name in given.names]), strict=True))
     common = {"data": data, "out": given.out, "trials": 3 if given.short else TRIALS}
     grid = [(name, size) for name in given.names for size, _ in sizes(name)]
-    steps = [{"kind": "cost", "name": name, "pair": 0, "size": size, "rate": 1e-3, "length": 0.0, "full": 1, **common} for name, size in grid]
+    steps = [
+        {"kind": "cost", "name": name, "pair": 0, "size": size, "rate": 1e-3, "length": 0.0, "full": 1, **common} for name, size in grid
+    ]
     cost = {(row["name"], row["size"]): row["macs"] for row in pool.map(one, steps, chunksize=1)}
     for name in given.names:
         lengths = [round(length * full[name]) for length in LENGTHS]
@@ -191,11 +207,9 @@ def jobs_of(given: argparse.Namespace, data: Path, pool: Any) -> list[Job]:
 
 
 def main() -> None:
-    from report import write_report
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--pairs", type=int, default=5, help="divisions of every data set, each with a random seed of its own")
+    parser.add_argument("--pairs", type=int, default=4, help="divisions of every data set, each with a random seed of its own")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=8.3, help="what has not ended by then is left out")
@@ -206,7 +220,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     rows, total = [], 0
     with tempfile.TemporaryDirectory() as data, multiprocessing.get_context("spawn").Pool(given.processes) as pool:
-        write_tables(Path(data))
+        there = write_tables(Path(data))
+        given.names = [name for name in given.names if name in there]
         jobs = jobs_of(given, Path(data), pool)
         total = len(jobs)
         waiting = [pool.apply_async(one, (job,)) for job in jobs]
@@ -233,9 +248,14 @@ def main() -> None:
     import sklearn
     import torch
 
-    about |= {"torch": torch.__version__, "sklearn": sklearn.__version__, "load": math.nan if not hasattr(os, "getloadavg") else os.getloadavg()[0]}
+    about |= {
+        "torch": torch.__version__,
+        "sklearn": sklearn.__version__,
+        "load": math.nan if not hasattr(os, "getloadavg") else os.getloadavg()[0],
+    }
     (given.out / "about.json").write_text(json.dumps(about, indent=1) + "\n")
-    write_report(given.out)
+    if find_spec("matplotlib"):
+        write_report(given.out)
 
 
 if __name__ == "__main__":
