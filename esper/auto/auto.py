@@ -176,9 +176,11 @@ class Auto:
                 self.ended = "the budget is spent"
                 return
             one = self._grown(growth, steps, best)
-            if one.state == FAILED and not math.isfinite(one.quality) and one.macs == 0.0:
-                self.kinds.remove(growth.kind)  # this model does not bear it
-                one.what = f"{growth.kind}: not possible here"
+            if one.state == LARGE or (
+                one.state == FAILED and one.macs == 0.0
+            ):  # this model, or the limit, does not bear it: nor will a later
+                self.kinds.remove(growth.kind)
+                self._tell(one)
                 study = self._growth_study()
                 continue
             self._learn_cost(growth.kind, one, best)
@@ -273,7 +275,7 @@ class Auto:
         gained, best = self._gained(one), self.best
         assert best is not None
         alike = one.state == FINISHED and gained * abs(best.quality) > -self._noise(best.quality)
-        better = gained > gain or (alike and one.loss < (1 - LOSS_FALL) * best.loss)
+        better = gained > gain or (alike and one.loss < (1 - max(gain, LOSS_FALL)) * best.loss)
         if not better:
             self._tell(one)
             self._save()

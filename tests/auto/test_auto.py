@@ -86,7 +86,7 @@ def test_with_a_budget_of_macs_the_same_words_find_the_same(searched: tuple[Path
 
 
 def test_no_model_is_larger_than_allowed_and_where_nothing_pays_it_stops(table: str, tmp_path: Path) -> None:
-    kept, said = found(table, tmp_path / "a", "budget=1e10macs", "max_parameters=700", "gain=0.9", "search=0", "trainer.validate_every=20%")
+    kept, said = found(table, tmp_path / "a", "budget=1e10macs", "max_parameters=700", "gain=1", "search=0", "trainer.validate_every=20%")
     assert "nothing pays any more" in kept["ended"] and kept["spent"] < 1e10
     grown = [one for one in kept["attempts"] if one["phase"] == "grow"]
     assert {one["state"] for one in grown} <= {"too large", "finished"} and any(one["state"] == "too large" for one in grown)

@@ -9,6 +9,7 @@ import pytest
 from esper.auto.config import amount, sorted_words
 from esper.auto.moves import growth_words, host_for, settings_space, start_words
 from esper.errors import UserError
+from esper.hosts.config import MLPConfig
 from esper.tasks.config import DigitsConfig
 from tests.here import here
 
@@ -70,6 +71,6 @@ def test_the_first_model_suits_the_data_and_the_users_words_have_the_last_say() 
 def test_each_widening_that_is_kept_doubles_the_next() -> None:
     from esper.auto.moves import Growth
 
-    units = [growth_words(Growth("width", 1.0, 1.0), "mlp", widened, 2)[1] for widened in range(3)]
+    units = [growth_words(Growth("width", 1.0, 1.0), MLPConfig(width=16), widened, 2)[1] for widened in range(3)]
     assert units == ["blueprint.units=16", "blueprint.units=32", "blueprint.units=64"]
-    assert growth_words(Growth("train", 1.0, 1.0), "mlp", 0, 2) == ["controller=none"]
+    assert growth_words(Growth("train", 1.0, 1.0), MLPConfig(), 0, 2) == ["controller=none"]
