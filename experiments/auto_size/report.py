@@ -21,8 +21,9 @@ RUNS = 30  # of a grid
 
 TEXT = """# Does `esper auto` find a good size by itself?
 
-**Question.** Is the model that [`esper auto`](../../docs/auto.md) finds within {allowed} point of the best of a grid of static sizes on the test
-set, with fewer parameters on average, for at most half of the grid's MACs? And how does it compare with a tuned gradient boosting on tables?
+**Question.** Is the model that [`esper auto`](../../docs/auto.md) finds within {allowed} point of the best of a grid of static sizes on
+the test set, with fewer parameters on average, for at most half of the grid's MACs? And how does it compare with a tuned gradient
+boosting on tables?
 
 **Data.** {count} data sets that ship with packages:
 
@@ -32,24 +33,26 @@ Accuracies and explained variances are given in points (100 × the value). Every
 random seed ({pairs} of them, {complete} data sets with all of them); all methods of a pair have the same rows.
 
 **The grid.** Five sizes (perceptrons with two hidden layers of 16 … 256 units on tables; convolution nets with 4-8 … 32-64 channels on
-series and images), three learning rates, and two lengths: as long as the longest attempt of auto, and a quarter of it. That makes 30 runs a
-pair. The *oracle* is the size with the best mean on the **test** set, with rate and length chosen on validation in each pair. It is chosen
-among five by what it is measured by, so it looks a little better than it is. The *grid's choice* is the run that validation would choose.
+series and images), three learning rates, and two lengths: as long as the longest attempt of auto, and a quarter of it. That makes 30
+runs a pair. The *oracle* is the size with the best mean on the **test** set, with rate and length chosen on validation in each pair. It
+is chosen among five by what it is measured by, so it looks a little better than it is. The *grid's choice* is the run that validation
+would choose.
 
-**auto** may spend half of the MACs of its pair's grid, begins with the smallest size of the grid, and sees the test set once. *Spent* is what
-it had spent when it ended. **Boosting** is scikit-learn's `HistGradientBoosting` on the rows as esper prepares them, its five settings by Optuna in
-{trials} trials on the rows that choose in auto and in the grid too (validation and judging). With the best settings it is then fitted to these rows and the
-training rows together, as one would do it: it learns from 85 % of the rows of a table, auto and the grid from 55 %.
+**auto** may spend half of the MACs of its pair's grid, begins with the smallest size of the grid, and sees the test set once. *Spent*
+is what it had spent when it ended. **Boosting** is scikit-learn's `HistGradientBoosting` on the rows as esper prepares them, its five
+settings by Optuna in {trials} trials on the rows that choose in auto and in the grid too (validation and judging). With the best
+settings it is then fitted to these rows and the training rows together, as one would do it: it learns from 85 % of the rows of a table,
+auto and the grid from 55 %.
 
 ## Against the grid
 
 {grid}
 
-Differences are of auto to the oracle with a 95 % t-interval over pairs. Of {count} data sets auto is within {allowed} point of the oracle on
-{within}, by the mean; the oracle's sizes differ from data set to data set, and auto's cannot be seen beforehand. Over data sets the mean
-difference is {mean:+.2f} points to the oracle (median {median:+.2f}), and {choice:+.2f} to the grid's choice. Its models have {ratio:.2f}
-times the parameters of the oracle's (geometric mean over data sets; {absolute:,.0f} against {oracle:,.0f} as plain means). It spent
-{spent:.0%} of the grid's MACs.
+Differences are of auto to the oracle with a 95 % t-interval over pairs. Of {count} data sets auto is within {allowed} point of the
+oracle on {within}, by the mean; the oracle's sizes differ from data set to data set, and auto's cannot be seen beforehand. Over data
+sets the mean difference is {mean:+.2f} points to the oracle (median {median:+.2f}), and {choice:+.2f} to the grid's choice. Its models
+have {ratio:.2f} times the parameters of the oracle's (geometric mean over data sets; {absolute:,.0f} against {oracle:,.0f} as plain
+means). It spent {spent:.0%} of the grid's MACs.
 
 ![auto against every size of the grid](sizes.png)
 
@@ -63,10 +66,9 @@ Positive is better for auto. Over these data sets the mean difference is {boost:
 
 {verdict}
 
-**Command.** `python experiments/auto_size/run.py`: {made} of {planned} jobs in {minutes:.1f} minutes with {processes} processes (Python {python},
-torch {torch}, scikit-learn {sklearn}, {machine}). `results.csv` has a row for every run and search, `paths/` every search in full.
-This file is written by `report.py`.
-"""
+**Command.** `python experiments/auto_size/run.py`: {made} of {planned} jobs in {minutes:.1f} minutes with {processes} processes (Python
+{python}, torch {torch}, scikit-learn {sklearn}, {machine}). `results.csv` has a row for every run and search, `paths/` every search in
+full. This file is written by `report.py`."""
 
 
 def write_report(folder: Path) -> None:
@@ -158,7 +160,8 @@ def text(rows: pd.DataFrame, judged: list[dict[str, Any]], about: dict[str, Any]
 
 def _grid_table(judged: list[dict[str, Any]]) -> str:
     lines = [
-        "| data | pairs | oracle: size | parameters | test | grid's choice: test | auto: test | parameters | difference to the oracle | spent |",
+        "| data | pairs | oracle: size | parameters | test | grid's choice: test | auto: test | parameters "
+        "| difference to the oracle | spent |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in judged:
