@@ -52,7 +52,7 @@ class Setup:
     """A requested run: settings, folder, task, device, and the checkpoint's state that it continues from, if any.
 
     ``controls`` are the control runs that it makes, ``ranks`` the processes that share the training; ``watch`` is called after every look
-    at the validation set.
+    at the validation set; ``test`` says whether the test set is measured at the end.
     """
 
     config: RootConfig
@@ -65,6 +65,7 @@ class Setup:
     quiet: bool
     ranks: Ranks
     watch: Callable[[Trainer], None] | None = None
+    test: bool = True
 
 
 @dataclass(frozen=True)

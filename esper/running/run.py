@@ -57,11 +57,13 @@ def run(
     state: Any = None,
     controls: Collection[str] | None = None,
     watch: Callback | None = None,
+    test: bool = True,
 ) -> Result:
     """Train as ``config`` says, everything written under ``folder``; ``state`` is that of a checkpoint to continue from.
 
     ``controls`` are those that are trained too: those of a sweep's report, or (None) all that the run has. ``watch`` is called after
-    every look at the validation set; it may end the run by raising Pruned, which is raised again.
+    every look at the validation set; it may end the run by raising Pruned, which is raised again. ``test``: the test set
+    is measured at the end; a search that looks at it once leaves that to its last model.
 
     Ctrl-C and SIGTERM end the run as KILLED, an error as FAILED; the results so far are kept, and the exception is raised again.
     Raises UserError for errors that the user can mend.
@@ -85,7 +87,7 @@ def run(
                 refuse_other_data(state, task, folder)
             with numerics(config.trainer), hold_folder(config, folder) as lock:
                 wanted = controls_of(config) if controls is None else controls
-                return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet, ranks, watch), trackers)
+                return _carry_out(Setup(config, folder, lock, task, device, state, wanted, quiet, ranks, watch, test), trackers)
     except KeyboardInterrupt as stop:
         stop.args = stop.args or (str(folder),)  # for the sentence that names the folder
         raise
@@ -162,7 +164,7 @@ def _train(setup: Setup, trainer: Trainer, checksums: WeightChecksums, checkpoin
     after_step = _after_step(setup, checksums, checkpointer)
     with listening(trainer), profiled(trainer, after_step, setup.config.trainer.profile, setup.folder) as callback:
         log.info("step %d of %d comes next", trainer.outcome.steps + 1, trainer.total)
-        trainer.fit(callback)
+        trainer.fit(callback, setup.test)
     checkpointer.saver.wait()
 
 

@@ -96,6 +96,11 @@ class Study:
             trial = self._study.ask(self.space.distributions())
             return Proposal(trial.number, self.space.texts(trial.params))
 
+    def suggest(self, values: Mapping[str, Any]) -> None:
+        """Let the next proposal have these values."""
+        with self._lock:
+            self._study.enqueue_trial(dict(values))
+
     def report(self, number: int, step: int, value: float) -> bool:
         """Note a trial's metric after so many steps; whether it should end, because it has fallen behind."""
         if self._pruner is None or not math.isfinite(value):

@@ -206,8 +206,8 @@ class Trainer:
     def _mean_loss(self, batch: Any) -> Tensor:
         return self.loss(self.compiled, batch).mean()
 
-    def fit(self, between: Callable[[Trainer], None] | None = None) -> Outcome:
-        """Train to the end, then measure validation and, once, test; ``between`` is called after every step."""
+    def fit(self, between: Callable[[Trainer], None] | None = None, test: bool = True) -> Outcome:
+        """Train to the end, then measure validation and, once, where it is asked for, ``test``; ``between`` is called after every step."""
         self.model.train()
         if self.config.freeze_host:
             freeze_statistics(self.model)
@@ -225,10 +225,11 @@ class Trainer:
                 ) from error
             if between is not None:
                 between(self)
-        final = {f"validation/{name}": value for name, value in self._measured(self.validation).items()}
-        test = self._measured(held_out(self.task, "test", self.device))
-        self.outcome.final = final | {f"test/{name}": value for name, value in test.items()}
-        self._check_finite("test", test["loss"])
+        self.outcome.final = {f"validation/{name}": value for name, value in self._measured(self.validation).items()}
+        if test:
+            tested = self._measured(held_out(self.task, "test", self.device))
+            self.outcome.final |= {f"test/{name}": value for name, value in tested.items()}
+            self._check_finite("test", tested["loss"])
         self.batches.close()
         return self.outcome
 
