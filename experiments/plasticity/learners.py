@@ -7,6 +7,7 @@ that the choice of it is tuned like a rate.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,7 @@ class ContinualBackprop(Learner):
     def __init__(self, settings: Mapping[str, Any], width: int, draws: torch.Generator) -> None:
         super().__init__(settings, width, draws)
         linear = [layer for layer in self.net if isinstance(layer, nn.Linear)]
-        self.pairs = list(zip(linear[:-1], linear[1:], strict=True))
+        self.pairs = list(pairwise(linear))
         self.active = [torch.zeros(0)] * len(self.pairs)
         self.utility = [torch.zeros(width) for _ in self.pairs]
         self.mean = [torch.zeros(width) for _ in self.pairs]

@@ -44,12 +44,14 @@ def _strengths(*strengths: float) -> list[dict[str, Any]]:
     return [*sgd, {"base": "adam", "lr": 0.003, "strength": strengths[1]}]
 
 
-SHAPES = ((40, 28), (58, 7))
-"""Hidden units of the host and of a branch, in either layer: 9,018 and 9,126 parameters; 64 units without branches have 8,970."""
+SHAPES = (((40, 28), (500, 3000), (0.2,)), ((58, 7), (100, 500), (0.1, 0.2)))
+"""Hidden units of the host and of a branch, in either layer (9,018 and 9,126 parameters; 64 units without branches have 8,970), the steps
+between two removals, and the host's rates."""
 _GROWN = [
-    {"base": "sgd", "lr": 0.2, "branch_lr": 0.003, "host": host, "units": units, "every": every, "maturity": MATURITY}
-    for host, units in SHAPES
-    for every in (150, 1000)
+    {"base": "sgd", "lr": lr, "branch_lr": 0.003, "host": host, "units": units, "every": every, "maturity": MATURITY}
+    for (host, units), times, rates in SHAPES
+    for every in times
+    for lr in rates
 ]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "sgd": _base("sgd", 0.03, 0.1, 0.2, 0.3),
@@ -78,7 +80,7 @@ class Plan:
     short_grids: bool = False
 
 
-QUICK = Plan(tasks=20, tuning_tasks=4, grown_tuning_tasks=4, seeds=2, control_seeds=1, tune_seeds=1, short_grids=True)
+QUICK = Plan(tasks=6, tuning_tasks=1, grown_tuning_tasks=1, seeds=2, control_seeds=1, tune_seeds=1, short_grids=True)
 
 
 def learner(arm: str, settings: dict[str, Any], steps: int, seed: int) -> Learner:

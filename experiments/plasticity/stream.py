@@ -1,4 +1,4 @@
-"""A stream of tasks made of one small data set, seen online: every sample once a task, and each prediction counted before it is learnt from."""
+"""A stream of tasks made of one small data set, seen online: every sample once a task, predicted before it is learnt from."""
 
 from __future__ import annotations
 
