@@ -210,7 +210,7 @@ class Observer:
             rows[:, STATISTICS], power, count = values
             if chunks:
                 below = rows[chunks, Column.VARIANCE] + rows[chunks, Column.MEAN].square()
-                rows[chunks, Column.BRANCH_RMS_RATIO] = (power[chunks] / (sizes * count) / below.clamp(min=1e-24)).sqrt()
+                rows[chunks, Column.BRANCH_RMS_RATIO] = (power[chunks] / (sizes * count.clamp(min=1.0)) / below.clamp(min=1e-24)).sqrt()
 
         return [site.health, site.power, site.rows], in_graph
 

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from esper.blueprints import Block, Blueprint, Heads, SlotBank, Width
+from esper.blueprints import Block, BlockBank, Blueprint, Heads, SlotBank, Width
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
+from esper.seeds.blocks_in_graph import GraphBlock
 from esper.seeds.device_copy import to_device
 from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, layer_or_chunk_kind
 from esper.seeds.graph_ops import GraphSite
 
 if TYPE_CHECKING:
+    from esper.seeds.branches import Branch
     from esper.seeds.registry import SeedRegistry
 
 
@@ -32,6 +34,7 @@ class CompiledSites:
         self.sites: list[GraphSite] = []
         self._alphas = torch.zeros(0)
         self._members: list[dict[int, int]] = []
+        self._blocks: dict[int, GraphBlock] = {}
         self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         begin = weakref.WeakMethod(self._begin)
         self.near_zero = 0.0
@@ -65,6 +68,7 @@ class CompiledSites:
                 self._set_parameters(number)
             for number in changed:
                 self._route(number)
+            self._blocks = {branch: block for branch, block in self._blocks.items() if registry.branches[branch].alive}
             first = self.registry.first_row
             rows = [first[number] + seed for number, members in enumerate(self._members) for seed in members]
             branches = [branch for members in self._members for branch in members.values()]
@@ -124,14 +128,22 @@ class CompiledSites:
             return True
         for number in range(len(registry.layers)):
             living = registry.living_at(number)
-            if not all(self._capable(blueprint) for blueprint in {branch.blueprint for branch in living}):
+            if not all(self._in_a_bank(name) or self._as_a_block(number, name) for name in {branch.blueprint for branch in living}):
                 return True
             blended = [branch.row for branch in living if registry.adds(branch)] if len(living) > 1 else []
             if len(set(blended)) != len(blended):
                 return True
         return False
 
-    def _capable(self, blueprint: str) -> bool:
+    def _as_a_block(self, number: int, blueprint: str) -> bool:
+        """Whether the graph can hold a block of this blueprint here: one that reads what the site gives and has parameters of its own."""
+        config = self.registry.blueprints[blueprint]
+        if not isinstance(config, Block) or isinstance(config, (Width, Heads)) or config.reads_input or config.start == "shared":
+            return False
+        return self.registry.layers[number].geometry.seeds == 1
+
+    def _in_a_bank(self, blueprint: str) -> bool:
+        """Whether the graph can hold branches of this blueprint, all those of a bank as one tensor."""
         config = self.registry.blueprints[blueprint]
         if isinstance(config, (Block, Width, Heads)) or (kind := layer_or_chunk_kind(config)) is None:
             return False
@@ -160,12 +172,13 @@ class CompiledSites:
         """Blueprints that grew anywhere and that the graph can hold here."""
         registry = self.registry
         grown = [name for name in registry.blueprints if any(name in layer.banks for layer in registry.layers)]
-        return [name for name in grown if self._capable(name) and registry.misfit(registry.first_row[number], name) is None]
+        return [name for name in grown if self._in_a_bank(name) and registry.misfit(registry.first_row[number], name) is None]
 
     def _route(self, number: int) -> None:
         registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
         names, inside = self._names(number), [] if self.leaves_graph else registry.blended(number)
         self._members[number] = {branch.seed: branch.id for branch in inside}
+        self.sites[number].block = next((self._block(branch) for branch in inside if self._as_a_block(number, branch.blueprint)), None)
         for reads_layer, target in enumerate((self.sites[number].route, self.sites[number].layer_route)):
             banks = [name for name in names if self._reads_layer(name) == bool(reads_layer)]
             route, entries, mine = torch.full((seeds, 3), -1, dtype=torch.int32), [], [b for b in inside if b.blueprint in banks]
@@ -175,6 +188,18 @@ class CompiledSites:
             if entries:
                 route[[branch.seed for branch in mine]] = torch.tensor(entries, dtype=torch.int32)
             target.copy_(to_device(route, registry.device), non_blocking=True)
+
+
+    def _block(self, branch: Branch) -> GraphBlock:
+        bank = self.registry.bank(branch.site, branch.blueprint)
+        assert isinstance(bank, BlockBank)
+        if branch.id not in self._blocks:
+            block = bank.blocks[str(branch.slot)]
+            for tensor in (*block.parameters(), *block.buffers()):
+                graph.stays_where_it_is(tensor)
+            self._blocks[branch.id] = GraphBlock(branch.seed, block)
+        self._blocks[branch.id].learning = self.registry.learns(branch)
+        return self._blocks[branch.id]
 
 
 def _gone() -> None:

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Geometry
+from esper.blueprints.block_call import BlockCall
 from esper.kernels.branch_kinds import split_banks
 from esper.kernels.chunk_layout import as_rows, gather_chunks
 from esper.kernels.torch_ops import branches as reference_branches
 from esper.kernels.torch_ops import reference_telemetry
+from esper.seeds.blocks_in_graph import GraphBlock, add_block
 from esper.seeds.layer_branches import LayerBranches
 
 SITES: dict[int, GraphSite] = {}
@@ -36,7 +38,7 @@ class GraphSite:
     """One site's tensors, ``[S]`` float32 unless said otherwise.
 
     In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``parameters``, the stacks of the banks that ``kinds`` names;
-    ``layer_route``, ``layer_kinds`` and ``layer_parameters``, the same of branches that read the whole layer.
+    ``layer_route``, ``layer_kinds`` and ``layer_parameters``, the same of branches that read the whole layer; ``block``, a grown one.
     Out: ``contained``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
     ``power``, Σ(αδ)² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
     gradient at every chunk.
@@ -52,6 +54,7 @@ class GraphSite:
     parameters: list[Tensor] = field(default_factory=list)
     layer_kinds: str = ""
     layer_parameters: list[Tensor] = field(default_factory=list)
+    block: GraphBlock | None = None
     contained: Tensor = field(init=False)
     forwards: Tensor = field(init=False)
     health: Tensor = field(init=False)
@@ -69,7 +72,7 @@ class GraphSite:
         self.probe = torch.zeros(seeds, device=device, requires_grad=True)
         self.probe.register_post_accumulate_grad_hook(self._take)
         for tensor in [value for value in vars(self).values() if isinstance(value, Tensor)]:
-            _stays_where_it_is(tensor)
+            stays_where_it_is(tensor)
 
     def _take(self, probe: Tensor) -> None:
         self.squares, probe.grad = probe.grad, None
@@ -83,7 +86,7 @@ class GraphSite:
         self.layer_kinds, self.layer_parameters = layer_kinds, leaves[len(stacks) :]
 
 
-def _stays_where_it_is(tensor: Tensor) -> None:
+def stays_where_it_is(tensor: Tensor) -> None:
     """Tell captured graphs (``mode="reduce-overhead"``) that they may read and write this memory itself, and need no copy of it."""
     from torch._dynamo import mark_static_address  # a compiler is at work, so it is there
 
@@ -96,7 +99,7 @@ def _leaf(stack: Tensor) -> Tensor:
 
     leaf = stack.detach().requires_grad_()
     maybe_mark_dynamic(leaf, 0)
-    _stays_where_it_is(leaf)
+    stays_where_it_is(leaf)
 
     def hand_over(of: Tensor) -> None:
         stack.grad = of.grad if stack.grad is None or of.grad is None else stack.grad + of.grad
@@ -127,15 +130,17 @@ def _make_ready(number: int) -> bool:
     return True
 
 
-def forward_in_graph(x: Tensor, number: int, awake: bool, due: bool, forces_grad: bool) -> Tensor:
-    """The output of the seed layer of this number for ``x``, for the compiler to trace."""
+def forward_in_graph(
+    x: Tensor, number: int, awake: bool, due: bool, forces_grad: bool, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> Tensor:
+    """The output of the seed layer of this number for ``x``, for the compiler to trace; ``inputs`` and ``named`` are its module's."""
     _make_ready(number)
     site = SITES[number]
     dim = site.geometry.dim
     last = x if dim == -1 else x.movedim(dim, -1)
     y = last
-    if awake and (site.kinds or site.layer_kinds):
-        y = _blended(last, site, due)
+    if awake and (site.kinds or site.layer_kinds or site.block is not None):
+        y = _blended(last, site, due, inputs, named)
     elif due:
         site.health.copy_(_health(last, site))
     if (due and x.requires_grad) or forces_grad:
@@ -147,12 +152,17 @@ def _uses_triton(x: Tensor, site: GraphSite) -> bool:
     return site.triton and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _blended(x: Tensor, site: GraphSite, due: bool) -> Tensor:
+def _blended(x: Tensor, site: GraphSite, due: bool, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     y, live, power, health = _with_chunk_branches(x, site, due) if site.kinds else (x, None, None, _health(x, site) if due else None)
     rows = x.reshape(-1, x.shape[-1])
     for number, (name, stacks) in enumerate(split_banks(site.layer_kinds, site.layer_parameters)):
         added, mine, squares = LayerBranches.apply(rows, site.alpha, site.layer_route, number, name, *stacks)  # type: ignore[no-untyped-call]
         y = y + added.view(x.shape)
+        live, power = mine if live is None else live + mine, squares if power is None else power + squares
+    if site.block is not None:
+        dim = site.geometry.dim
+        whole, mine, squares = add_block(y.movedim(-1, dim), site.block, site.alpha, BlockCall.of(inputs, named), due)
+        y = whole.movedim(dim, -1)
         live, power = mine if live is None else live + mine, squares if power is None else power + squares
     assert live is not None and power is not None
     with torch.no_grad():

@@ -116,12 +116,12 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
             return _outside_the_graph(self, inputs, named, output)
         if self.asleep and not self.telemetry_due and not self.forces_grad:
             return None
-        return map_first_tensor(output, self._in_graph)
+        return map_first_tensor(output, lambda x: self._in_graph(x, inputs, named))
 
-    def _in_graph(self, x: Tensor) -> Tensor:
+    def _in_graph(self, x: Tensor, inputs: Any, named: Any) -> Tensor:
         if not self._fits(x):
             _refuse_outside(self, x)
-        return forward_in_graph(x, self.graph_number, not self.asleep, self.telemetry_due, self.forces_grad)
+        return forward_in_graph(x, self.graph_number, not self.asleep, self.telemetry_due, self.forces_grad, inputs, named)
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         """The module's output with the branches on its first tensor."""

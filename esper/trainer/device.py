@@ -15,6 +15,8 @@ import torch.utils.deterministic
 from esper.errors import UserError
 from esper.trainer.config import NO_GPU, NO_HALF, TrainerConfig
 
+GRAPHS = 64
+"""Graphs that torch may make of a host's code."""
 filling: Any = torch.utils.deterministic  # whose setting is a property that type checkers do not see
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -60,7 +62,7 @@ def numerics(config: TrainerConfig) -> Iterator[None]:
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        with torch.autograd.set_detect_anomaly(config.detect_anomaly), _same_kernels(config.compile and config.deterministic):
+        with torch.autograd.set_detect_anomaly(config.detect_anomaly), _compiler_settings(config):
             yield
     finally:
         torch.use_deterministic_algorithms(before[0])
@@ -69,14 +71,18 @@ def numerics(config: TrainerConfig) -> Iterator[None]:
 
 
 @contextmanager
-def _same_kernels(wanted: bool) -> Iterator[None]:
-    """Within: ``torch.compile`` makes the same kernels in every run, if wanted."""
-    if not wanted:
+def _compiler_settings(config: TrainerConfig) -> Iterator[None]:
+    """Within: ``torch.compile`` makes the same kernels in every run, if that is wanted, and a host may grow more than three blocks.
+
+    Torch compiles a piece of code eight times, and then runs it uncompiled; every grown block takes two.
+    """
+    if not config.compile:
         yield
         return
+    from torch._dynamo import config as frontend
     from torch._inductor import config as compiler
 
-    with compiler.patch(deterministic=True):
+    with compiler.patch(deterministic=config.deterministic), frontend.patch(recompile_limit=GRAPHS):
         yield
 
 

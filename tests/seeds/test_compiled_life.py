@@ -12,7 +12,7 @@ from growing import Net, batch, build, germinate, sample_loss, set_stage, short
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from esper import attach
-from esper.blueprints import MLP, Affine
+from esper.blueprints import MLP, Affine, Block
 from esper.engine.extra_passes import DropoutReplay
 from esper.engine.grow import Grow
 from esper.engine.port import NullPort
@@ -54,27 +54,29 @@ class Commands(NullPort):
 class Run:
     """A user's loop on a host of two sites; ``compiled`` as one graph, or the loop fails."""
 
-    def __init__(self, script: dict[int, list[Any]], compiled: bool = True, state: Any = None, **given: Any) -> None:
-        self.model = build("mlp").to(DEVICE)
+    def __init__(self, script: dict[int, list[Any]], compiled: bool = True, state: Any = None, host: str = "mlp", **given: Any) -> None:
+        self.host = host
+        self.model = build(host).to(DEVICE)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 0.01, weight_decay=0.1)
         self.port = Commands(script)
         settings: dict[str, Any] = {
             "lifecycle": short(),
+            "sites": ["fc1", "fc2"],
             "per_site": 2,
             "blueprint": MLP(receptive_field="chunk", hidden=4),
             "judge": [self.batch(900, 64)],
             "telemetry": TelemetryConfig(every=5),
         }
         self.grow: Grow = attach(
-            self.model, loss=sample_loss, optimizer=self.optimizer, total_steps=400, sites=["fc1", "fc2"],
-            port=self.port, state=state, **(settings | given),
+            self.model, loss=sample_loss, optimizer=self.optimizer, total_steps=400, port=self.port, state=state,
+            **(settings | given),
         )  # fmt: skip
         self.graphs = CompileCounterWithBackend(BACKEND)
         self.call: Any = torch.compile(lambda x: self.model(x), backend=self.graphs, fullgraph=True) if compiled else self.model
         self.number = 0
 
     def batch(self, number: int, size: int = 12) -> Any:
-        return tuple(part.to(DEVICE) for part in batch("mlp", number, size))
+        return tuple(part.to(DEVICE) for part in batch(self.host, number, size))
 
     def step(self) -> torch.Tensor:
         data = self.batch(self.number)
@@ -151,6 +153,46 @@ def test_another_blueprint_compiles_once_and_at_another_site_no_more() -> None:
     assert first <= 4 and second - first <= 2, "awake, with telemetry and without"
     assert run.graphs.frame_count == second and not run.port.refused
     assert {branch.blueprint for branch in run.grow.registry.branches.entries} == {"mlp", affine}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["copy", "zero_copy"])
+def test_a_grown_block_is_in_the_graph_and_compiled_once_for_each_of_its_states(start: str) -> None:
+    torch.compiler.reset()
+    script: dict[int, list[Any]] = {2: [germinate("blocks.0")], 3: [germinate("blocks.1")]}
+    given: dict[str, Any] = {"host": "decoder", "sites": ["blocks.0", "blocks.1"], "per_site": 1, "blueprint": Block(start=start)}
+    run, plain = Run(script, **given), Run(script, compiled=False, **given)
+    made = {}
+    for step in range(90):
+        losses = run.step(), plain.step()
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4, msg=f"step {step}")
+        made[step] = run.graphs.frame_count
+    assert not run.grow.registry.compiled.leaves_graph and run.stages >= {"GRAFTING", "EVALUATING", "CULLED"} and not run.port.refused
+    assert [b.path for b in run.grow.registry.branches.entries] == [b.path for b in plain.grow.registry.branches.entries]
+    for mine, other in zip(run.port.rows, plain.port.rows, strict=True):
+        assert mine[:2] == other[:2]
+        measured = [column for column in range(12) if column != 8]  # of what is frozen a graph has a gradient of zero, and eager none
+        torch.testing.assert_close(mine[2][:, measured], other[2][:, measured], rtol=1e-2, atol=1e-4, equal_nan=True)
+    assert made[89] <= 8, f"two asleep, and two for each set of blocks: {made}"
+
+
+@pytest.mark.slow
+def test_a_grown_block_that_is_not_finite_changes_nothing_in_a_compiled_host() -> None:
+    torch.compiler.reset()
+    given: dict[str, Any] = {"host": "decoder", "sites": ["blocks.1"], "per_site": 1, "blueprint": Block(start="copy")}
+    run = Run({1: [germinate("blocks.1")]}, lifecycle=short(grafting_max="300step", training_min="1step"), **given)
+    run.steps(10)
+    (branch,) = run.grow.registry.branches.entries
+    assert branch.stage is Stage.GRAFTING
+    data, host = run.batch(50), [p for name, p in run.model.named_parameters() if "seed_layer" not in name]
+    with run.grow.registry.without(branch), torch.no_grad():
+        wanted = run.model(data[0])
+    with torch.no_grad():
+        next(run.grow.registry.layers[0].bank("block").blocks["0"].parameters()).fill_(float("nan"))
+    output = run.call(data[0])
+    torch.testing.assert_close(output, wanted)
+    sample_loss(run.call, data).mean().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in host if p.grad is not None)
 
 
 @pytest.mark.slow
