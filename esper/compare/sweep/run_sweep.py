@@ -27,7 +27,7 @@ from esper.compare.sweep.tuning import choose, tuning_jobs, with_values
 from esper.compare.sweep.worker import LOG
 from esper.compare.sweep.worker_pool import WorkerPool
 from esper.errors import Preempted, Terminated
-from esper.tracking.config import MlflowConfig
+from esper.tracking.config import mlflow_in
 
 
 def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
@@ -229,9 +229,10 @@ def judge_sweep(sweep: Sweep) -> Comparison | None:
 def _say_how_to_judge_again(sweep: Sweep) -> None:
     """Print the command that judges the sweep by its id; nothing where no store keeps the runs."""
     config = sweep.jobs[0].config
-    if not isinstance(config.tracking, MlflowConfig):
+    mlflow = mlflow_in(config.tracking)
+    if mlflow is None:
         return
     words = ["esper", "compare", f"sweep={sweep.id}"]
-    words += [f"uri={config.tracking.uri}"] if config.tracking.uri else []
+    words += [f"uri={mlflow.uri}"] if mlflow.uri else []
     words += [f"output={config.output}"] if config.output != OUTPUT else []
     sweep.console.print(f"To judge this sweep again from the store:\n  {shlex.join(words)}", soft_wrap=True, highlight=False, markup=False)
