@@ -30,18 +30,18 @@ python_use_unqualified_type_names = True
 html_theme = "furo"
 html_title = f"esper {version}"
 
+FIRST = ("README.md", "question.md")  # what to read first in a folder; a study that has not run yet has its question alone
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def to_pages(app: Sphinx, page: str, source: list[str]) -> None:
-    """A link to a folder leads to its README.md, as it does where the sources are read; the settings are written from the dataclasses."""
+    """A link to a folder leads to the page to read first in it; the settings are written from the dataclasses."""
     here = (Path(app.srcdir) / page).parent
 
     def target(found: re.Match[str]) -> str:
         path, hash, anchor = found[1].partition("#")
-        folder = (here / path) if "://" not in path else None
-        readme = folder is not None and bool(path) and folder.is_dir() and (folder / "README.md").is_file()
-        return f"]({path.rstrip('/')}/README.md{hash}{anchor})" if readme else found[0]
+        pages = [name for name in FIRST if path and "://" not in path and (here / path / name).is_file()]
+        return f"]({path.rstrip('/')}/{pages[0]}{hash}{anchor})" if pages else found[0]
 
     source[0] = LINK.sub(target, source[0])
     source[0] = source[0].replace(settings_reference.MARK, settings_reference.text())
