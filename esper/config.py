@@ -145,20 +145,47 @@ def build(tree: Mapping[str, Any], choices: Mapping[str, str | None] | None = No
     root: RootConfig = structure(RootConfig, settings, "")
     for group in GROUPS:
         if group in tree:
-            setattr(root, group, _build_group(group, tree[group]))
+            setattr(root, group, build_group(group, tree[group]))
     for preset in PRESETS:
         setattr(root, preset, (choices or {}).get(preset) or "")
     return root
 
 
-def _build_group(group: str, values: Any) -> Any:
+def build_group(group: str, values: Any) -> Any:
+    """The checked settings of one group from its plain values, which have the option's name.
+
+    Raises:
+        UserError: as ``build``.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{group}={values} is no option of the group {group}; choose {listing(options(group))}.")
+    if group == "tracking" and isinstance(values.get("trackers"), Mapping) and len(values["trackers"]) > 1:
+        return _several_trackers(values)
     known = options(group)
     name = values.get("name")
     if name not in known:
         raise UserError(f"{group}.name={name} is not accepted: {group} is {listing(known)}{nearest(name, known)}.")
     return structure(known[name], values, group)
+
+
+def _several_trackers(values: Mapping[str, Any]) -> Any:
+    """The settings of each tracker, from those that Hydra merged into one group, or as ``plain`` wrote them."""
+    from esper.tracking.config import SeveralTrackers
+
+    known, made, used = options("tracking"), {}, {"name", "trackers"}
+    if "none" in values["trackers"]:
+        raise UserError("tracking=none stands alone: leave it out of the list, or leave the others out.")
+    for name, own in values["trackers"].items():
+        if name not in known:
+            raise UserError(f"tracking.trackers has {name}, and tracking is {listing(known)}{nearest(name, known)}.")
+        fields = {field.name for field in dataclasses.fields(known[name])}
+        flat = {key: value for key, value in values.items() if key in fields}
+        made[name] = structure(known[name], {**flat, "trackers": {name: {}}, **(own or {}), "name": name}, "tracking")
+        used |= flat.keys()
+    if unknown := [key for key in values if key not in used]:
+        near = nearest(unknown[0], used, "tracking.")
+        raise UserError(f"There is no key tracking.{unknown[0]}: tracking=[{','.join(made)}] has {listing(sorted(used))}{near}.")
+    return SeveralTrackers(process=next(iter(made.values())).process, trackers=made)
 
 
 def structure(kind: type, values: Mapping[str, Any], path: str) -> Any:

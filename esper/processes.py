@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from esper.setting_fields import setting
 
@@ -22,6 +23,11 @@ class ControllerPlace:
     deadline_s: float = setting(
         60.0, low=0.001, unit="s", help="external, lockstep: the run stops, to be resumed, when a decision takes longer"
     )
+
+
+def chosen(name: str) -> Any:
+    """The field by which the names of several trackers survive Hydra's merging of their settings into one group."""
+    return setting({name: {}}, help="the names in tracking=[mlflow,csv]; chosen by that, not set")
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any
 
 from esper.bus.config import MemoryConfig
 from esper.errors import UserError
-from esper.processes import ControllerPlace, TrackerPlace
+from esper.processes import ControllerPlace, TrackerPlace, chosen
 from esper.setting_fields import setting
 
 VARIABLE = "ESPER_ALLOW"
@@ -340,6 +340,7 @@ class CustomTracker(TrackerPlace):
     """A tracker of the user's own: ``target(**args)`` is an ``esper.tracking.Tracker``."""
 
     name: str = "custom"
+    trackers: dict[str, Any] = chosen("custom")
     target: str = setting("", help="package.module:Name of a tracker")
     args: dict[str, Any] = setting({}, help="its keyword arguments")
 

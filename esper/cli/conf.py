@@ -79,6 +79,11 @@ def has_file(group: str, name: str) -> bool:
     return any((place / group / f"{name}.yaml").is_file() for place in (config.conf_folder(), *_own))
 
 
+def is_own(group: str, name: str) -> bool:
+    """Whether the option is a file of the user's."""
+    return any((place / group / f"{name}.yaml").is_file() for place in _own)
+
+
 def description(group: str, name: str) -> str:
     """The description of an option in one line: from its dataclass, or the first comment of its file."""
     for place in (config.conf_folder(), *_own):

@@ -95,7 +95,7 @@ def _keys(kind: type, values: Mapping[str, Any], path: str) -> list[str]:
         name, value = f"{path}.{field.name}", values[field.name]
         if dataclasses.is_dataclass(hints[field.name]):
             lines += _keys(hints[field.name], value, name)
-        elif field.name != "name":
+        elif field.name not in ("name", "trackers"):
             lines += _key(f"{name}={shown(value)}", field.metadata, hints[field.name])
     return lines
 

@@ -84,13 +84,28 @@ def check_group(override: Override) -> None:
     group, names = key_of(override), conf.options(key_of(override))
     if override.is_add() or override.is_delete():
         raise UserError(f"{_typed(override)} is not accepted: choose with {group}={_example(names)}, without + or ~.")
-    values = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    values: list[Any] = list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.value()]
+    if group == "tracking" and isinstance(values[0], list):
+        values = check_several(values[0])
     for value in values:
         if value is None and group in PRESETS:
             continue
         if not isinstance(value, str) or value not in names:
             near = nearest(value, names)
             raise UserError(f"{group}={shown(value)} is no option of the group {group}: choose {listing(names)}{near}.")
+
+
+def check_several(names: list[Any]) -> list[Any]:
+    """The names in ``tracking=[mlflow,csv]``.
+
+    Raises:
+        UserError: none, one twice, or a file of the user's, whose settings need not say which tracker they are for.
+    """
+    if not names or len(set(map(str, names))) < len(names):
+        raise UserError("tracking=[…] takes different trackers, as in tracking=[mlflow,csv]; for none write tracking=none.")
+    if own := [name for name in names if len(names) > 1 and conf.is_own("tracking", str(name))]:
+        raise UserError(f"tracking=[…] takes esper's own options, and {own[0]} is a file: let it name the others in its defaults.")
+    return names
 
 
 def check_key(override: Override, tree: Mapping[str, Any]) -> None:

@@ -148,7 +148,9 @@ def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
                 "words with resume=auto."
             )
         if key in GROUPS:
-            if text not in conf.options(key):
+            if key == "tracking" and text.startswith("["):
+                overrides.check_group(overrides.parse([word])[0])
+            elif text not in conf.options(key):
                 raise UserError(f"{key}={text} is no option of the group {key}: choose {listing(conf.options(key))}.")
             tree[key] = option(key, text)
             continue

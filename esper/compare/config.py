@@ -30,7 +30,10 @@ class CompareConfig:
     looks: int = setting(3, low=2, high=10, help="number of looks of a sequential sweep, the last included")
     ranking: bool = setting(False, help="also compare every arm with every other")
     figures: bool = setting(True, help="draw the figures")
-    tune: dict[str, Any] = setting({}, help="key: list of values that every arm may choose from on validation; a,b: one value for both")
+    tune: dict[str, Any] = setting(
+        {}, help="key: list of values that every arm may choose from on validation, with tune_trials also interval(a,b); a,b: one for both"
+    )
+    tune_trials: int = setting(0, low=0, high=10_000, help="trials by which Optuna tunes each arm; 0: every combination of the lists")
     tune_seeds: int = setting(3, low=1, help="seeds of their own that the tuning of each arm uses")
     final_of: dict[str, str] = setting({}, help="arm: arm with whose kept branches it starts, seed by seed")
     fresh_seeds: dict[str, int] = setting({}, low=0, help="arm: number added to its seeds, for an A/A test")

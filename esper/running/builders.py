@@ -20,7 +20,7 @@ from esper.messages import RunStarted
 from esper.randomness import generator
 from esper.running.provenance import git_state
 from esper.tasks.base import SETS, Task
-from esper.tracking import DatasetInfo, RunInfo, differences, readable_name
+from esper.tracking import DatasetInfo, RunInfo, SeveralTrackers, differences, readable_name
 from esper.trainer.device import is_out_of_memory
 from esper.trainer.trainer import Growth, Trainer
 
@@ -164,6 +164,8 @@ def _defaults(config: RootConfig) -> dict[str, Any]:
     tree = dataclasses.asdict(RootConfig()) | {"name": config.name, "output": config.output}
     for group in GROUPS:
         chosen = getattr(config, group)
-        if chosen is not None:
+        if isinstance(chosen, SeveralTrackers):
+            tree[group] = dataclasses.asdict(SeveralTrackers(trackers={name: options(group)[name]() for name in chosen.trackers}))
+        elif chosen is not None:
             tree[group] = dataclasses.asdict(options(group)[chosen.name](name=chosen.name))
     return tree

@@ -34,7 +34,7 @@ from esper.running.controller_memory import recall
 from esper.running.run_folder import FolderLock
 from esper.tasks.base import Task
 from esper.telemetry_columns import COLUMNS
-from esper.tracking import MlflowConfig, RunInfo, Tracker, TrackerRunner, prepared_trackers
+from esper.tracking import RunInfo, Tracker, TrackerRunner, mlflow_in, prepared_trackers, trackers_in
 from esper.tracking.mlflow_store import check_store
 from esper.tracking.progress_bar import ProgressBar
 from esper.tracking.tracker_thread import STREAMS as READ_BY_TRACKERS
@@ -199,15 +199,19 @@ def connect(setup: Setup, trackers: Sequence[Tracker]) -> Connections:
     return Connections(info, bus, port, runner, TrackerRunner(bus.local, info, trackers), progress)
 
 
+def _wants_model(settings: Any) -> bool:
+    own = isinstance(settings, CustomTracker)
+    return bool(settings.build().wants_model if own else getattr(settings, "model", False))
+
+
 @contextmanager
 def trackers_of(config: RootConfig, folder: Path) -> Iterator[list[Tracker]]:
     """The run's trackers. Raises UserError for a store that cannot be there; MLflow is tried while the run is prepared."""
     if config.tracking.process == EXTERNAL:
-        own = isinstance(config.tracking, CustomTracker)
-        yield [ExternalTrackers(config.tracking.build().wants_model if own else getattr(config.tracking, "model", False))]
+        yield [ExternalTrackers(any(map(_wants_model, trackers_in(config.tracking))))]
         return
-    if isinstance(config.tracking, MlflowConfig):
-        check_store(config.tracking, config.output)
+    if mlflow := mlflow_in(config.tracking):
+        check_store(mlflow, config.output)
     with prepared_trackers(config.tracking, folder, Path(config.output)) as trackers:
         yield trackers
 

@@ -8,7 +8,7 @@ from esper.config import RootConfig
 from esper.controllers import Controller, ControllerRunner
 from esper.errors import UserError
 from esper.processes import PLACES
-from esper.tracking import MlflowConfig, tracking_uri
+from esper.tracking import mlflow_in, tracking_uri
 
 if TYPE_CHECKING:
     from esper.running.connections import Connections, Setup
@@ -19,7 +19,8 @@ def recall(config: RootConfig, controller: Controller) -> None:
     name = getattr(config.controller, "memory", "")
     if not name or name.endswith(".json"):
         return
-    if not isinstance(config.tracking, MlflowConfig) or config.controller.process != PLACES[0]:
+    mlflow = mlflow_in(config.tracking)
+    if mlflow is None or config.controller.process != PLACES[0]:
         raise UserError(
             f"controller.memory={name} is an MLflow experiment, which needs tracking=mlflow and controller.process=internal; "
             "choose them, or name a file that ends in .json."
@@ -27,7 +28,7 @@ def recall(config: RootConfig, controller: Controller) -> None:
     from esper.controllers.memory import read_experiment
 
     learner: Any = controller
-    learner.recall(read_experiment(tracking_uri(config.tracking, config.output), name))
+    learner.recall(read_experiment(tracking_uri(mlflow, config.output), name))
 
 
 def remember(setup: Setup, links: Connections, tick: int) -> None:

@@ -32,7 +32,7 @@ from esper.running.processes import joined, refuse_wrong_processes, tell
 from esper.running.provenance import environment, note_session, other_versions, refuse_other_data
 from esper.running.run_folder import hold_folder, refuse_occupied, status
 from esper.tasks.table_columns import write_preprocessing
-from esper.tracking import MlflowConfig, Tracker, TrackerError, tracking_uri, ui_command
+from esper.tracking import Tracker, TrackerError, mlflow_in, tracking_uri, ui_command
 from esper.trainer.device import choose_device, describe, keep_freed_memory, numerics
 from esper.trainer.trainer import Trainer
 
@@ -122,7 +122,8 @@ def _carry_out(setup: Setup, trackers: Sequence[Tracker]) -> Result:
     summary, config = ending.summary, setup.config
     assert summary is not None
     if not setup.quiet:
-        command = ui_command(tracking_uri(config.tracking, config.output)) if isinstance(config.tracking, MlflowConfig) else ""
+        mlflow = mlflow_in(config.tracking)
+        command = ui_command(tracking_uri(mlflow, config.output)) if mlflow else ""
         print_report(summary, "" if lost else command)
     if lost is not None:
         raise lost

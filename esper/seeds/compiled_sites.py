@@ -189,7 +189,6 @@ class CompiledSites:
                 route[[branch.seed for branch in mine]] = torch.tensor(entries, dtype=torch.int32)
             target.copy_(to_device(route, registry.device), non_blocking=True)
 
-
     def _block(self, branch: Branch) -> GraphBlock:
         bank = self.registry.bank(branch.site, branch.blueprint)
         assert isinstance(bank, BlockBank)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
-from esper.processes import TrackerPlace
+from esper.processes import TrackerPlace, chosen
 from esper.setting_fields import setting
 
 SQLITE = "sqlite:///"
@@ -18,6 +19,7 @@ class NoneConfig(TrackerPlace):
     """The Parquet files of the run's folder and nothing else."""
 
     name: str = "none"
+    trackers: dict[str, Any] = chosen("none")
 
 
 @dataclass
@@ -25,6 +27,7 @@ class CsvConfig(TrackerPlace):
     """``metrics.csv`` and ``events.jsonl`` in the run's folder."""
 
     name: str = "csv"
+    trackers: dict[str, Any] = chosen("csv")
     figures: bool = setting(True, help="draw the figures at the end of the run")
 
 
@@ -33,6 +36,7 @@ class MlflowConfig(TrackerPlace):
     """An MLflow run for every run, written by its own process."""
 
     name: str = "mlflow"
+    trackers: dict[str, Any] = chosen("mlflow")
     uri: str = setting("", help="tracking URI; empty: sqlite in mlflow.db of the outputs folder")
     experiment: str = setting("esper", help="MLflow experiment that the run belongs to")
     figures: bool = setting(True, help="draw the figures at the end of the run and log them")
@@ -40,6 +44,47 @@ class MlflowConfig(TrackerPlace):
     points: int = setting(500, low=2, high=100_000, help="values a per-site aggregate gets over the run, at most")
     system_s: float = setting(5.0, low=0.0, high=3600.0, unit="s", help="interval of system metrics; 0: none")
     close_s: float = setting(120.0, low=1.0, unit="s", help="how long the end of a run waits for the tracker")
+
+
+@dataclass
+class TensorBoardConfig(TrackerPlace):
+    """Event files in ``tensorboard`` of the run's folder, for ``tensorboard --logdir outputs``."""
+
+    name: str = "tensorboard"
+    trackers: dict[str, Any] = chosen("tensorboard")
+    figures: bool = setting(True, help="draw the figures at the end of the run and log them as images")
+    points: int = setting(500, low=2, high=100_000, help="values a per-site aggregate gets over the run, at most")
+
+
+@dataclass
+class WandbConfig(TrackerPlace):
+    """A run in Weights & Biases, on its server or kept offline in ``wandb`` of the run's folder."""
+
+    name: str = "wandb"
+    trackers: dict[str, Any] = chosen("wandb")
+    project: str = setting("esper", help="W&B project that the run belongs to")
+    entity: str = setting("", help="W&B team or user; empty: the one that is logged in")
+    mode: str = setting("", choices=("", "online", "offline"), help="empty: WANDB_MODE of the environment, else online")
+    figures: bool = setting(True, help="draw the figures at the end of the run and log them as images")
+    points: int = setting(500, low=2, high=100_000, help="values a per-site aggregate gets over the run, at most")
+
+
+@dataclass
+class SeveralTrackers(TrackerPlace):
+    """What ``tracking=[mlflow,csv]`` makes: the settings of each, by name. A setting that several have is the same in all of them."""
+
+    name: str = "several"
+    trackers: dict[str, Any] = setting({})
+
+
+def trackers_in(config: Any) -> list[Any]:
+    """The settings of each tracker of a run, one or several."""
+    return list(config.trackers.values()) if isinstance(config, SeveralTrackers) else [config]
+
+
+def mlflow_in(config: Any) -> MlflowConfig | None:
+    """The settings of MLflow; None where it is not among the trackers."""
+    return next((one for one in trackers_in(config) if isinstance(one, MlflowConfig)), None)
 
 
 def tracking_uri(config: MlflowConfig, outputs: str) -> str:

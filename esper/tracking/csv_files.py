@@ -79,9 +79,9 @@ class CsvFiles:
         self._metrics.close()
         self._events.close()
         if self.config.figures:
-            from esper.tracking.figures import draw_all
+            from esper.tracking.figures import drawn
 
-            draw_all(Path(self._info.folder))
+            drawn(Path(self._info.folder))
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -218,9 +218,9 @@ class MlflowRun:
     def _log_files(self) -> None:
         folder = Path(self._info.folder)
         if self.config.figures:
-            from esper.tracking.figures import draw_all
+            from esper.tracking.figures import drawn
 
-            draw_all(folder)
+            drawn(folder)
         for pattern in KEPT:
             for path in sorted(folder.glob(pattern)):
                 said = path.name == NOTE or (path.name == "config.yaml" and self._info.config)

@@ -171,6 +171,7 @@ class MlflowSubprocess(RemoteMlflow):
     def __init__(self, config: MlflowConfig) -> None:
         super().__init__(config)
         self._process: subprocess.Popen[bytes] | None = None
+        self._tried = False
 
     def prepare(self, folder: Path, outputs: Path) -> None:
         """Start the process, which imports MLflow and tries the store meanwhile; returns at once, ``open`` has its answer."""
@@ -189,14 +190,26 @@ class MlflowSubprocess(RemoteMlflow):
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer
             )  # fmt: skip
+        self._tried = False
         self._send(Prepare(self.config, str(outputs), str(folder)))
+
+    def try_out(self) -> None:
+        """Wait until the process that ``prepare`` started has tried the store; its refusal is raised."""
+        if self._process is None or self._tried:
+            return
+        try:
+            self._wait()
+            self._tried = True
+        except Exception:
+            self._stop()
+            raise
 
     def open(self, info: RunInfo) -> None:
         """Wait until the MLflow run exists (seconds; the caller is a separate thread)."""
         if self._process is None:
             self.prepare(Path(info.folder), Path(info.outputs))
+        self.try_out()
         try:
-            self._wait()
             self._ask(Open(self.config, info))
         except Exception:
             self._stop()

@@ -130,10 +130,12 @@ class SeedAverages:
         self._stride = 1
         self._known: dict[str, set[int]] = {}
         self._next: dict[str, int] = {}
+        self._first = 0
 
-    def set_length(self, total_ticks: int) -> None:
-        """Spread the points over a run of this length."""
+    def set_length(self, total_ticks: int, since: int = 0) -> None:
+        """Spread the points over a run of this length; of a run resumed after tick ``since``, those before were given."""
         self._stride = max(1, math.ceil(total_ticks / self._points))
+        self._first = since - since % self._stride + self._stride if since else 0
 
     def go_on(self, said: dict[str, tuple[int, set[int]]]) -> None:
         """Continue after an earlier session; by site, the tick of its last points and the stages that it had seen."""
@@ -146,7 +148,7 @@ class SeedAverages:
         found: list[Point] = []
         values = rows(message)
         for tick, block in zip(message.ticks, values, strict=True):
-            if tick >= self._next.get(message.site, 0):
+            if tick >= self._next.get(message.site, self._first):
                 self._next[message.site] = tick - tick % self._stride + self._stride
                 found += self._of_tick(message, tick, block)
         return found

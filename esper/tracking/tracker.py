@@ -16,7 +16,10 @@ STATUSES = ("FINISHED", "FAILED", "KILLED")
 
 
 class Tracker(Protocol):
-    """Records the messages of one run. ``wants_model``: it reads the final model from the run's folder on ``close``."""
+    """Records the messages of one run. ``wants_model``: it reads the final model from the run's folder on ``close``.
+
+    A tracker may have a fifth method, ``try_out()``: called before any tracker is opened, it raises where the tracker could not work.
+    """
 
     wants_model: bool
 

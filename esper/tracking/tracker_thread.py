@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 import threading
@@ -147,7 +148,7 @@ class TrackerRunner:
 
     def _work(self) -> None:
         try:
-            self._each(lambda tracker: tracker.open(self.info))
+            self._open()
             self._opened.set()
             self._listen()
             self.cpu_s = time.thread_time()
@@ -162,6 +163,16 @@ class TrackerRunner:
             self._settled.set()
             for consumer in self._consumers.values():
                 consumer.close()
+
+    def _open(self) -> None:
+        """Open all trackers, or leave those closed that come after one that cannot work: none of them begins a run that is refused."""
+        opened: list[Tracker] = []
+        tried = [self._works(tracker, getattr(tracker, "try_out", lambda: None)) for tracker in self._alive]
+        for tracker in self._alive if all(tried) else ():
+            if not self._works(tracker, functools.partial(tracker.open, self.info)):
+                break
+            opened.append(tracker)
+        self._alive = opened
 
     def _listen(self) -> None:
         """Read until close() was called and the streams are empty."""
@@ -211,11 +222,16 @@ class TrackerRunner:
 
     def _each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self._alive):
-            try:
-                call(tracker)
-            except Exception as error:  # training goes on, and close() raises it
+            if not self._works(tracker, functools.partial(call, tracker)):
                 self._alive.remove(tracker)
-                self._fail(getattr(tracker, "called", type(tracker).__name__), error)
+
+    def _works(self, tracker: Tracker, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except Exception as error:  # training goes on, and close() raises it
+            self._fail(getattr(tracker, "called", type(tracker).__name__), error)
+            return False
+        return True
 
     def _fail(self, what: str, error: Exception) -> None:
         reason = str(error).strip() or type(error).__name__

@@ -87,7 +87,8 @@ def test_every_option_that_is_no_file_is_one_that_hydra_knows() -> None:
 def test_a_sweeps_own_options_differ_from_a_single_runs_in_what_is_kept_alone() -> None:
     written = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (conf_folder() / "sweep").glob("*/*.yaml")}
     changed = {name: {key: value for key, value in tree.items() if key != "defaults"} for name, tree in written.items()}
-    assert changed == {"csv": {"figures": False}, "mlflow": {"figures": False, "model": False, "system_s": 0.0}}
+    fewer = {"figures": False}
+    assert changed == {"csv": fewer, "tensorboard": fewer, "wandb": fewer, "mlflow": {"figures": False, "model": False, "system_s": 0.0}}
 
 
 @pytest.mark.filterwarnings("error")
@@ -205,7 +206,7 @@ def test_help_explains_every_key_of_a_group(group: str, capsys: pytest.CaptureFi
         assert f"  {name}" in told
     chosen = default_options()[group]
     for key in option_values(options(group)[chosen], chosen):
-        assert key == "name" or f"  {group}.{key}=" in told or f"  {group}.{key}." in told
+        assert key in ("name", "trackers") or f"  {group}.{key}=" in told or f"  {group}.{key}." in told
 
 
 def test_help_of_an_option_that_is_not_there_says_so(capsys: pytest.CaptureFixture[str]) -> None:

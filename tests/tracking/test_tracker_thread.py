@@ -86,7 +86,7 @@ def test_a_tracker_that_fails_is_said_once_and_raised_at_close_while_the_others_
 
 
 def test_two_failures_are_both_named(bus, info, story, publish):
-    runner = run(bus, info, [Listener("open"), Listener("close", ValueError("later"))])
+    runner = run(bus, info, [Listener("record"), Listener("close", ValueError("later"))])
     publish(info.run, story(5))
     with pytest.raises(TrackerError, match=r"no space left.*later"):
         runner.close("FINISHED")

@@ -11,7 +11,6 @@ import re
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import msgspec
@@ -97,20 +96,18 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="esper track", description=__doc__)
     parser.add_argument("folder", type=Path, help="output folder of a run with tracking.process=external")
     options = parser.parse_args(list(argv))
-    from esper.config import options as known
-    from esper.tracking import RunInfo, TrackerRunner, build_trackers
+    from esper.config import build_group
+    from esper.tracking import RunInfo, TrackerRunner, build_trackers, trackers_in
     from esper.tracking.tracker_thread import STREAMS
 
     with joined(options.folder.resolve(), "tracking") as (bus, found):
         info = msgspec.convert(found.info, RunInfo)
-        settings = info.config["tracking"]
-        kind = known("tracking")[settings["name"]]
-        names = {field.name for field in fields(kind)}
-        config = kind(**{key: value for key, value in settings.items() if key in names})
+        config = build_group("tracking", info.config["tracking"])
+        names = ",".join(one.name for one in trackers_in(config))
         ending = _Ending()
         group = fresh_group(bus, found.run, STREAMS)
         runner = TrackerRunner(bus, info, [*build_trackers(config), ending], group=group)
-        print(f"tracking {found.run} with tracking={settings['name']}", file=sys.stderr, flush=True)
+        print(f"tracking {found.run} with tracking={names}", file=sys.stderr, flush=True)
         runner.start()
         while runner.error is None:
             if ending.over.wait(0.5) and runner.drain() and ending.over.is_set():  # and it was not resumed since

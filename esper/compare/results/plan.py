@@ -50,8 +50,9 @@ class Plan:
     sequential: bool = False
     looks: int = 3
     ranking: bool = False
-    tune: dict[str, list[Any]] = field(default_factory=dict)
+    tune: dict[str, Any] = field(default_factory=dict)
     tune_seeds: int = 0
+    tune_trials: int = 0
     noise: tuple[float, ...] = ()
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
     paired: bool = True
@@ -75,6 +76,10 @@ class Plan:
         if self.direction not in ("max", "min"):
             raise UserError(f"The direction of {self.metric!r} is {self.direction!r}; set compare.direction to max or min.")
         for key, values in self.tune.items():
+            if isinstance(values, str) and self.tune_trials:
+                continue
+            if isinstance(values, str) and "interval(" in values:
+                raise UserError(f"compare.tune.{key}={values} is an interval, which no grid has: add compare.tune_trials=<how many>.")
             if not isinstance(values, list) or not values:
                 raise UserError(f"compare.tune.{key}={values} is not accepted: give a list of values, as in {key}: [0.001, 0.003].")
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
@@ -249,6 +254,7 @@ def make_plan(
         ranking=config.ranking,
         tune=dict(config.tune),
         tune_seeds=config.tune_seeds if config.tune else 0,
+        tune_trials=config.tune_trials if config.tune else 0,
         noise=noise,
         about=dict(about or {}),
         paired=paired,

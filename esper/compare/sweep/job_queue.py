@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
 from esper.compare.sweep.dependencies import run_order, sources
-from esper.compare.sweep.sweep import PreparedJob, Sweep
+from esper.compare.sweep.sweep import PreparedJob, Sweep, TuningJob
+from esper.compare.sweep.tuning import startup
 
 
 class Entry(NamedTuple):
@@ -26,8 +28,9 @@ Group = tuple[str, int]
 class JobQueue:
     """Jobs in the order in which they may begin: seed by seed, so that pairs are complete early, the tuning of a block before its first.
 
-    A job waits for the tuning of its arm, and for the jobs that it takes something over from. Where the sweep has a time limit, a group
-    whose last job would end after it is not begun. A job is taken to need as long a step as those of its arm and block did so far.
+    A job waits for the tuning of its arm and for the jobs that it takes something over from; a trial of a tuning that learns waits for
+    those before it. Where the sweep has a time limit, a group whose last job would end after it is not begun. A job is taken to need as
+    long a step as those of its arm and block did so far.
     """
 
     def __init__(self, sweep: Sweep, workers: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,6 +43,8 @@ class JobQueue:
         self._open: dict[Place, int] = {}  # tuning jobs that have not ended
         for one in sweep.tuning_jobs:
             self._open[(one.job.arm, one.job.block)] = self._open.get((one.job.arm, one.job.block), 0) + 1
+        self._startup = startup(sweep.compare.tune_trials)
+        self._trials = Counter(self._trial(Entry(True, i)) for i in range(len(sweep.tuning_jobs)))  # jobs that have not ended
         self._paces: dict[Place, list[float]] = {}  # seconds a step, or an epoch, of jobs that have ended
         self._known: dict[Place, float] = {}  # what they tell of others
         self._begun: set[Group] = set()
@@ -80,7 +85,17 @@ class JobQueue:
             self._over.add((*place, job.seed))
             return None
         self._open[place] -= 1
+        self._trials[self._trial(entry)] -= 1
         return None if self._open[place] else place
+
+    def trial_is_over(self, entry: Entry) -> bool:
+        """Whether this tuning job was the last of its trial to end."""
+        return not self._trials[self._trial(entry)]
+
+    def _trial(self, entry: Entry) -> tuple[Place, int]:
+        job = self.job(entry).job
+        assert isinstance(job, TuningJob)
+        return (job.arm, job.block), job.trial
 
     def _order(self, entry: Entry) -> tuple[int, ...]:
         job, layout = self.job(entry).job, self.sweep.layout
@@ -93,7 +108,10 @@ class JobQueue:
         tuned = [*needed] if entry.tuning else [job.arm, *needed]
         if any(self._open.get((arm, job.block)) for arm in tuned):
             return False
-        return entry.tuning or all((arm, job.block, job.seed) in self._over for arm in needed)
+        if entry.tuning:
+            place, trial = self._trial(entry)
+            return trial < self._startup or not any(self._trials[(place, earlier)] for earlier in range(trial))
+        return all((arm, job.block, job.seed) in self._over for arm in needed)
 
     # --- the time limit ---
 

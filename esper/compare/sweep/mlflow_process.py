@@ -20,7 +20,7 @@ from esper.compare.results.plan import saved_text
 from esper.compare.sweep.sweep import PreparedJob, Sweep, TrialJob, TuningJob
 from esper.compare.sweep.worker_pool import interrupted_by_user
 from esper.errors import UserError
-from esper.tracking.config import MlflowConfig, tracking_uri
+from esper.tracking.config import MlflowConfig, mlflow_in, tracking_uri
 from esper.tracking.mlflow_store import check_store
 from esper.tracking.remote import SOCKET
 
@@ -41,13 +41,13 @@ class MlflowProcess:
         self.files: list[Path] = []
         self.metrics: dict[str, float] = {}
         self.tags: dict[str, str] = {}
-        self._config = sweep.jobs[0].config.tracking
+        self._config: MlflowConfig | None = mlflow_in(sweep.jobs[0].config.tracking)
         self._process: subprocess.Popen[str] | None = None
         self._opened = False
         self.environment: dict[str, str] = {}
 
     def __enter__(self) -> MlflowProcess:
-        if not isinstance(self._config, MlflowConfig):
+        if self._config is None:
             return self
         check_store(self._config, self.sweep.jobs[0].config.output)
         self._home = tempfile.TemporaryDirectory(prefix="esper-")
@@ -57,6 +57,7 @@ class MlflowProcess:
         return self
 
     def _start(self, path: str) -> subprocess.Popen[str]:
+        assert self._config is not None
         root = str(Path(esper.__file__).resolve().parents[1])
         search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
         with (self.sweep.folder / LOG).open("ab") as log:
@@ -121,7 +122,7 @@ class MlflowProcess:
 
     def open(self) -> None:
         """Make or continue the parent run, with the plan on it, before the first job."""
-        if self._process is None:
+        if self._process is None or self._config is None:
             return
         sweep, config = self.sweep, self.sweep.jobs[0].config
         self._answer()  # to what it was asked when it began

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esper.compare.results.analysis import analyse
 from esper.compare.results.comparison import Comparison, with_tuned
@@ -27,7 +27,10 @@ from esper.compare.sweep.tuning import choose, tuning_jobs, with_values
 from esper.compare.sweep.worker import LOG
 from esper.compare.sweep.worker_pool import WorkerPool
 from esper.errors import Preempted, Terminated
-from esper.tracking.config import MlflowConfig
+from esper.tracking.config import mlflow_in
+
+if TYPE_CHECKING:
+    from esper.compare.sweep.tuning_trials import TuningTrials
 
 
 def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
@@ -64,6 +67,7 @@ def _plan_run_judge(sweep: Sweep, workers: WorkerPool, mlflow: MlflowProcess, re
     sweep.plan = plan_sweep(sweep, workers)
     if sweep.plan is not None:
         sweep.tuning_jobs = tuning_jobs(sweep.jobs, sweep.plan.tune_seeds, sweep.folder)
+        _trials_of(sweep)  # refuses what cannot be tuned, before the first run
     mlflow.open()
     if resumed:  # not before everything that may refuse it
         sweep.console.print(f"Going on with the sweep in {sweep.folder}", highlight=False, soft_wrap=True)
@@ -115,7 +119,7 @@ class _JobRunner:
 
     def __init__(self, sweep: Sweep, workers: WorkerPool, mlflow: MlflowProcess, progress: Progress) -> None:
         self.sweep, self.workers, self.mlflow, self.progress = sweep, workers, mlflow, progress
-        self.queue = JobQueue(sweep, workers.size)
+        self.queue, self.trials = JobQueue(sweep, workers.size), _trials_of(sweep)
 
     def run(self, seeds: set[int]) -> None:
         """Run what no earlier start has done of the jobs with these seeds, and of the tuning before them."""
@@ -147,11 +151,16 @@ class _JobRunner:
 
     def _ended(self, entry: Entry, seconds: float | None = None) -> None:
         tuned = self.queue.ended(entry, seconds)
+        if self.trials is not None and entry.tuning and self.queue.trial_is_over(entry):
+            self.trials.learn(self.queue.job(entry), self.sweep.tuning_jobs)
         if tuned:
             self._choose(*tuned)
 
     def _prepare(self, jobs: list[PreparedJob], index: int) -> PreparedJob | None:
         """The job, ready to run, with the settings that it takes over from others; None where there is nothing to run."""
+        if self.trials is not None and jobs is self.sweep.tuning_jobs:
+            jobs[index] = self.trials.with_proposal(jobs[index])
+            self.mlflow.add(jobs[index])
         try:
             one = jobs[index] = derive(jobs[index], self.sweep.finished)
         except MissingSource as missing:
@@ -187,6 +196,15 @@ class _JobRunner:
         for i, one in enumerate(sweep.jobs):
             if (one.job.arm, one.job.block) == (arm, block):
                 sweep.jobs[i] = replace(one, config=with_values(one.config, found.values, one.choices))
+
+
+def _trials_of(sweep: Sweep) -> TuningTrials | None:
+    """What gives the trials of the arms their values; None where nothing is tuned by trials."""
+    if sweep.plan is None or not sweep.plan.tune_trials:
+        return None
+    from esper.compare.sweep.tuning_trials import TuningTrials
+
+    return TuningTrials(sweep.jobs, sweep.compare, sweep.plan.metric, sweep.plan.direction)
 
 
 def _progress_rows(sweep: Sweep) -> dict[str, list[Job]]:
@@ -229,9 +247,10 @@ def judge_sweep(sweep: Sweep) -> Comparison | None:
 def _say_how_to_judge_again(sweep: Sweep) -> None:
     """Print the command that judges the sweep by its id; nothing where no store keeps the runs."""
     config = sweep.jobs[0].config
-    if not isinstance(config.tracking, MlflowConfig):
+    mlflow = mlflow_in(config.tracking)
+    if mlflow is None:
         return
     words = ["esper", "compare", f"sweep={sweep.id}"]
-    words += [f"uri={config.tracking.uri}"] if config.tracking.uri else []
+    words += [f"uri={mlflow.uri}"] if mlflow.uri else []
     words += [f"output={config.output}"] if config.output != OUTPUT else []
     sweep.console.print(f"To judge this sweep again from the store:\n  {shlex.join(words)}", soft_wrap=True, highlight=False, markup=False)

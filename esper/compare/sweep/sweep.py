@@ -34,9 +34,10 @@ OUTPUT = "outputs"  # where esper compare looks unless it is told
 
 @dataclass(frozen=True)
 class TuningJob(Job):
-    """A job that tries ``values`` for its arm; it is not part of the comparison."""
+    """A job that tries ``values`` for its arm; it is not part of the comparison. Where Optuna proposes them, ``trial`` is their number."""
 
     values: Values = dataclasses.field(default_factory=dict)
+    trial: int = -1
 
     @property
     def label(self) -> str:

@@ -26,17 +26,24 @@ LENGTH = {"trainer.steps", "trainer.epochs"}
 
 
 def grid(compare: CompareConfig, arm: str) -> list[Values]:
-    """Every combination of the values that ``compare.tune`` lists for ``arm``; keys with a comma between them share a value.
-
-    An arm of ``compare.equal_macs`` has its length from other arms and chooses none.
-    """
-    tuned = {key: values for key, values in compare.tune.items() if arm not in compare.equal_macs or not LENGTH & {*_keys(key)}}
+    """Every combination of the values that ``compare.tune`` lists for ``arm``; keys with a comma between them share a value."""
+    tuned = tuned_by(compare, arm)
     combinations = itertools.product(*tuned.values())
-    return [{key: value for keys, value in zip(tuned, one, strict=True) for key in _keys(keys)} for one in combinations]
+    return [{key: value for keys, value in zip(tuned, one, strict=True) for key in keys_of(keys)} for one in combinations]
 
 
-def _keys(text: str) -> list[str]:
+def tuned_by(compare: CompareConfig, arm: str) -> dict[str, Any]:
+    """What ``arm`` chooses of ``compare.tune``: an arm of ``compare.equal_macs`` has its length from other arms and chooses none."""
+    return {key: given for key, given in compare.tune.items() if arm not in compare.equal_macs or not LENGTH & {*keys_of(key)}}
+
+
+def keys_of(text: str) -> list[str]:
     return [key.strip() for key in text.split(",")]
+
+
+def startup(trials: int) -> int:
+    """How many trials of an arm are drawn by chance, the same for every arm and without waiting for others: a third, ten at most."""
+    return min(10, -(-trials // 3))
 
 
 def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
@@ -45,8 +52,8 @@ def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
     Raises:
         UserError: naming the key and its value in every arm.
     """
-    settings = {" ".join(filter(None, place)): flatten(plain(one.config)) for place, one in _first(jobs).items()}
-    for key in itertools.chain.from_iterable(map(_keys, jobs[0].config.compare.tune)):
+    settings = {" ".join(filter(None, place)): flatten(plain(one.config)) for place, one in first_jobs(jobs).items()}
+    for key in itertools.chain.from_iterable(map(keys_of, jobs[0].config.compare.tune)):
         found = {name: one.get(key) for name, one in settings.items()}
         if len({json.dumps(value, sort_keys=True) for value in found.values()}) > 1:
             told = ", ".join(f"{name} has {'none' if value is None else value}" for name, value in found.items())
@@ -56,7 +63,7 @@ def refuse_varied(jobs: Sequence[PreparedJob]) -> None:
             )
 
 
-def _first(jobs: Sequence[PreparedJob]) -> dict[tuple[str, str], PreparedJob]:
+def first_jobs(jobs: Sequence[PreparedJob]) -> dict[tuple[str, str], PreparedJob]:
     """The first job of every arm in every block."""
     found: dict[tuple[str, str], PreparedJob] = {}
     for one in jobs:
@@ -84,7 +91,7 @@ def with_values(config: RootConfig, values: Mapping[str, Any], choices: Mapping[
 
 
 def tuning_jobs(jobs: Sequence[PreparedJob], seeds: int, folder: Path) -> list[PreparedJob]:
-    """The tuning jobs: for every arm in every block each combination with each tuning seed; none where nothing is tuned.
+    """The tuning jobs: for every arm in every block each combination, or each trial, with each tuning seed; none where nothing is tuned.
 
     Raises:
         UserError: a key or a value that is not accepted.
@@ -92,14 +99,29 @@ def tuning_jobs(jobs: Sequence[PreparedJob], seeds: int, folder: Path) -> list[P
     if not jobs[0].config.compare.tune:
         return []
     refuse_varied(jobs)
+    if jobs[0].config.compare.tune_trials:
+        return _trial_jobs(jobs, folder)
     found: list[PreparedJob] = []
-    for one in _first(jobs).values():
+    for one in first_jobs(jobs).values():
         for number, values in enumerate(grid(one.config.compare, one.job.arm)):
             for seed in range(FIRST_SEED, FIRST_SEED + seeds):
                 config = dataclasses.replace(with_values(one.config, values, one.choices), seed=seed)
                 job = TuningJob(len(jobs) + len(found), one.job.overrides, one.job.arm, one.job.block, seed, values)
                 place = folder / f"tune-{one.folder.name}-{number}-{seed - FIRST_SEED}"
                 found.append(PreparedJob(job, config, one.choices, place))
+    return found
+
+
+def _trial_jobs(jobs: Sequence[PreparedJob], folder: Path) -> list[PreparedJob]:
+    """The tuning jobs of every arm in every block, by trial and seed; their values are not known yet."""
+    compare, found = jobs[0].config.compare, list[PreparedJob]()
+    for one in first_jobs(jobs).values():
+        for trial in range(compare.tune_trials):
+            for at in range(compare.tune_seeds):
+                seed = FIRST_SEED + at
+                job = TuningJob(len(jobs) + len(found), one.job.overrides, one.job.arm, one.job.block, seed, {}, trial)
+                place = folder / f"tune-{one.folder.name}-{trial}-{at}"
+                found.append(PreparedJob(job, dataclasses.replace(one.config, seed=seed), one.choices, place))
     return found
 
 
@@ -128,8 +150,13 @@ def choose(tried: Sequence[PreparedJob], metric: str, sign: float) -> TuningResu
 
 
 def _row(group: Sequence[PreparedJob], metric: str) -> TuningCandidate:
-    found = [_validated(one, metric) for one in group]
-    return TuningCandidate(values_of(group[0]), float(np.mean(found)), len(found), sum(math.isnan(value) for value in found))
+    failed = sum(math.isnan(_validated(one, metric)) for one in group)
+    return TuningCandidate(values_of(group[0]), mean_of(group, metric), len(group), failed)
+
+
+def mean_of(group: Sequence[PreparedJob], metric: str) -> float:
+    """The mean validation metric of tuning jobs, NaN where one failed."""
+    return float(np.mean([_validated(one, metric) for one in group]))
 
 
 def _validated(one: PreparedJob, metric: str) -> float:

@@ -33,3 +33,12 @@ def draw_all(folder: Path) -> list[Path]:
         paths.append(target / f"{name}.png")
         figure.savefig(paths[-1], dpi=130)
     return paths
+
+
+def drawn(folder: Path) -> list[Path]:
+    """The figures of a run that has ended, drawn unless another tracker has drawn them; their paths."""
+    paths = sorted((folder / "figures").glob("*.png"))
+    recorded = [path.stat().st_mtime for path in folder.glob("*.parquet")]
+    if paths and recorded and min(path.stat().st_mtime for path in paths) > max(recorded):
+        return paths
+    return draw_all(folder)

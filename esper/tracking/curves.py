@@ -1,0 +1,41 @@
+"""What trackers with curves show of a run beside MLflow: every metric, and means over the seeds of each site and stage."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from esper.errors import UserError
+from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry
+from esper.tracking.run_page import Point, SeedAverages
+
+
+class Curves:
+    """Turns messages into points, with the same names as in MLflow (``docs/tracking.md``)."""
+
+    def __init__(self, points: int) -> None:
+        self._averages = SeedAverages(points)
+        self._alerts: Counter[str] = Counter()
+        self.tick = 0
+
+    def points(self, messages: Sequence[Message]) -> list[Point]:
+        """The points of a batch of messages; ``tick`` is then the last tick that any of them is of."""
+        found: list[Point] = []
+        for message in messages:
+            match message:
+                case Metrics():
+                    found += [(message.tick, name, value) for name, value in message.values.items()]
+                case Telemetry():
+                    found += self._averages.points(message)
+                case RunStarted():
+                    self._averages.set_length(message.total_ticks, message.tick)
+                case Alert():
+                    self._alerts[message.level] += 1
+                    found.append((message.tick, f"alerts/{message.level}", float(self._alerts[message.level])))
+            self.tick = max(self.tick, getattr(message, "tick", 0))
+        return found
+
+
+def not_installed(option: str, package: str) -> UserError:
+    """The error for a tracker whose library is an extra."""
+    return UserError(f"tracking={option} needs {package}, which is not installed: pip install 'esper-grow[{option}]'.")
