@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from tests.scripts.test_controller_studies import study
+from studies import study
 
 
 @pytest.fixture
