@@ -10,6 +10,8 @@ import pytest
 import torch
 from studies import study
 
+from esper.seeds import find_sites
+
 
 @pytest.fixture
 def folder(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
@@ -28,6 +30,7 @@ def test_a_crippled_layer_keeps_few_working_units_and_the_others_are_whole(folde
     inputs = torch.randn(32, 4 * PART)
     alive = [int((host.get_submodule(f"layer{k}")(inputs[:, k * PART : (k + 1) * PART]) != 0).any(0).sum()) for k in range(4)]
     assert alive == [16, 16, PART, 16]
+    assert [site.name for site in find_sites(host, [*host.growth_sites], 4, lambda: host(inputs))] == [f"layer{k}" for k in range(4)]
     task = sums(layers=4, samples=200, seed=1)
     x, y = task.train[0]
     assert x.shape == (4 * PART,) and y.ndim == 0 and task.primary == "error"
