@@ -41,11 +41,14 @@ def test_the_quick_form_runs_every_kind_of_arm_and_writes_the_page(checkout: Pat
     module = study(checkout, "crippled_layer")
     memory = {"memory": str(tmp_path / "memory.json"), "steps": 120}
     jobs = [{"phase": "pilot", "arm": "wiser_bandit", "seed": 7, "remember": True} | memory]
-    jobs += [{"phase": "study", "arm": arm, "seed": 1, "steps": 120} for arm in ("healthy", "host", "by_health", "by_allocator")]
+    jobs += [
+        {"phase": "study", "arm": arm, "seed": 1, "steps": 120} for arm in ("healthy", "host", "by_health", "by_probe", "by_allocator")
+    ]
     rows = module.chain(jobs)
     by_arm = {row["arm"]: row for row in rows}
     assert by_arm["healthy"]["error"] < by_arm["host"]["error"], "crippling hurts"
     assert by_arm["by_health"]["there"] >= 5 and by_arm["by_allocator"]["there"] >= 5, "of six, at one of six layers"
+    assert by_arm["by_probe"]["kept"] <= 2 < by_arm["by_probe"]["germinated"], "losers go, also those that have passed their first look"
     assert (tmp_path / "memory.json").exists() and by_arm["wiser_bandit"]["crippled"] == 1
     module.machine(tmp_path, "in a moment")
     text = module.write_up(rows, tmp_path, module.LAYERS, module.EVENTS, list(module.ARMS))
