@@ -13,12 +13,9 @@ from esper.controllers.bookkeeping import Attempts, Budget
 from esper.controllers.view import ACTIVE, RunView, Seed, check_duration, refuse_unfitting
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage
-from esper.messages import CONTROLLER, Acknowledgement, Command, GateResult, Germinate, Message, RunStarted, Selector, SetStage
+from esper.messages import CONTROLLER, Acknowledgement, Command, EmergencyStop, GateResult, Germinate, Message, RunStarted, Selector
 from esper.processes import ControllerPlace
 from esper.setting_fields import setting
-
-#: Where a loser goes: the way out of each stage that ends a branch.
-_WAY_OUT = {Stage.GERMINATED: Stage.CANCELLED, Stage.STABILIZATION: Stage.ROLLED_BACK}
 
 
 @dataclass
@@ -180,9 +177,11 @@ class ProbeController:
         self.next = tick + self.view.ticks(self.config.pause)
         return [self._dismiss(tick, n, seed) for n, seed in enumerate(losers)]
 
-    def _dismiss(self, tick: int, n: int, seed: Seed) -> SetStage:
-        target = _WAY_OUT.get(Stage(self.view.stages[seed]), Stage.CULLED)
-        return SetStage(id=command_id(tick, n), select=Selector(site=seed[0], seeds=[seed[1]]), target=int(target))
+    def _dismiss(self, tick: int, n: int, seed: Seed) -> EmergencyStop:
+        """Stopped, not moved: a loser that passed its first look is in FINE_TUNING by now, which has a least age."""
+        return EmergencyStop(
+            id=command_id(tick, n), select=Selector(site=seed[0], seeds=[seed[1]]), reason="others gained more in the trial"
+        )
 
     def _lot(self) -> random.Random:
         """A separate generator for every trial."""

@@ -131,7 +131,7 @@ def attach(
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
     ranks = Ranks() if ranks is None else ranks
     refuse_different_starts(ranks, registry, settings, judge, kept)
-    port = _port(port, controller, seed, debug, kept) if ranks.first else NullPort()
+    port = _port(port, controller, seed, debug, kept, strategy) if ranks.first else NullPort()
     return Grow(registry, settings, loss, judge, judged, rate, scaler, port, ranks, kept)
 
 
@@ -209,10 +209,12 @@ def _refuse_objective(blueprint: AnyBlueprint, lifecycle: LifecycleConfig) -> No
         )
 
 
-def _port(port: Port | None, controller: Any, seed: int, debug: bool, state: dict[str, Any] | None) -> Port | None:
+def _port(
+    port: Port | None, controller: Any, seed: int, debug: bool, state: dict[str, Any] | None, grafting: GraftingConfig
+) -> Port | None:
     if controller is not None and port is not None:
         raise UserError("attach takes a controller in this process or a port to one elsewhere, not both.")
-    port = port if controller is None else controlled_port(controller, seed, debug)
+    port = port if controller is None else controlled_port(controller, seed, debug, grafting)
     remind(port, (state or {}).get("controller"))
     return port
 

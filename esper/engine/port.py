@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esper.errors import UserError
+from esper.grafting import GraftingConfig
 from esper.messages import Command, Message
 from esper.telemetry_columns import COLUMNS
 
@@ -80,13 +81,14 @@ class NullPort:
 RUN = "attached"
 
 
-def controlled_port(controller: Any, seed: int, debug: bool = False) -> Port:
+def controlled_port(controller: Any, seed: int, debug: bool = False, grafting: GraftingConfig | None = None) -> Port:
     """The port over which ``controller`` hears and commands.
 
     Args:
         controller: a name (``heuristic``, ``random``, ``none``), a configuration of ``esper.controllers``, or a controller.
         seed: the run's random seed.
         debug: raise the controller's exceptions, instead of continuing without its decision.
+        grafting: the run's; with ``learned`` a strategy is chosen for what germinates.
 
     Raises:
         UserError: a name that there is not, or an object that is no controller.
@@ -97,8 +99,10 @@ def controlled_port(controller: Any, seed: int, debug: bool = False) -> Port:
     from esper.bus.memory.bus import MemoryBus
     from esper.bus.trainer.bus_port import BusPort
     from esper.controllers import ControllerRunner
+    from esper.controllers.learned_grafting import with_learned_grafting
 
     decided = _controller(controller, seed)
+    decided = decided if grafting is None else with_learned_grafting(decided, grafting, seed)
     bus = MemoryBus(MemoryConfig())
     return BusPort(bus, RUN, COLUMNS, ControllerRunner(bus, RUN, decided, debug=debug))
 

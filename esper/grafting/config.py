@@ -108,6 +108,34 @@ class PerformanceConfig(HoldingConfig):
     max_speed: float = setting(2.0, low=1.0, help="fastest ramp, in units of linear's")
 
 
+@dataclass
+class LearnedConfig(HoldingConfig):
+    """The strategy that has paid before, for every seed. The others run on their own defaults."""
+
+    name: str = "learned"
+    strategies: list[str] = setting(["linear", "drift", "momentum", "grad_norm"], help="what is chosen from")
+    margin: float = setting(0.01, low=0.0, high=1.0, help="how much more another must be expected to pay for a change in mid-graft")
+    rent: float = setting(0.02, low=0.0, high=1.0, help="reward that a whole run at alpha 0 costs: gains are shares of the loss")
+    noise: float = setting(0.05, low=1e-6, high=10.0, help="standard deviation of a reward that is assumed at first")
+    memory: str = setting("", help="what strategies have paid in earlier runs: a .json file, read at the start and added to at the end")
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be chosen from.
+
+        Raises:
+            UserError: an unknown strategy, ``learned`` itself, none at all, or a memory that is no .json file.
+        """
+        super().__post_init__()
+        others = [name for name in CONFIGS if name != self.name]
+        for name in self.strategies:
+            if name not in others:
+                raise UserError(f"grafting.strategies names '{name}'; there are {', '.join(others)}.")
+        if not self.strategies:
+            raise UserError(f"grafting.strategies is empty, so nothing could be chosen; there are {', '.join(others)}.")
+        if self.memory and not self.memory.endswith(".json"):
+            raise UserError(f"grafting.memory={self.memory} is no file that ends in .json; name one.")
+
+
 CONFIGS: dict[str, type[GraftingConfig]] = {
     "linear": LinearConfig,
     "drift": DriftConfig,
@@ -116,4 +144,5 @@ CONFIGS: dict[str, type[GraftingConfig]] = {
     "stability": StabilityConfig,
     "grad_norm": GradNormConfig,
     "performance": PerformanceConfig,
+    "learned": LearnedConfig,
 }

@@ -13,6 +13,7 @@ from esper.grafting.config import CONFIGS, GraftingConfig
 from esper.grafting.custom import CUSTOM, CustomStrategy
 from esper.grafting.drift import DRIFT
 from esper.grafting.grad_norm import GRAD_NORM
+from esper.grafting.learned import LEARNED
 from esper.grafting.linear import LINEAR
 from esper.grafting.momentum import MOMENTUM
 from esper.grafting.performance import PERFORMANCE
@@ -20,7 +21,7 @@ from esper.grafting.stability import STABILITY
 
 #: By name; branches and checkpoints hold the names.
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (LINEAR, DRIFT, MOMENTUM, ADAPTIVE, STABILITY, GRAD_NORM, PERFORMANCE)
+    strategy.name: strategy for strategy in (LINEAR, DRIFT, MOMENTUM, ADAPTIVE, STABILITY, GRAD_NORM, PERFORMANCE, LEARNED)
 }
 #: ``custom`` is the user's own rule: it has no defaults to run on, so it is no option of the package.
 STRATEGY_NAMES: tuple[str, ...] = (*STRATEGIES, CUSTOM.name)

@@ -50,8 +50,9 @@ def build_controller(config: RootConfig, task: Task) -> Controller:
         )
     if hasattr(config.controller, "metric"):
         _check_metric(config.controller.metric, config.controller.direction, task)
-    controller: Controller = config.controller.build(config.seed)
-    return controller
+    from esper.controllers.learned_grafting import with_learned_grafting
+
+    return with_learned_grafting(config.controller.build(config.seed), config.grafting, config.seed)
 
 
 def _check_metric(name: str, direction: str, task: Task) -> None:

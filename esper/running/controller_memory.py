@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.config import RootConfig
 from esper.controllers import Controller, ControllerRunner
+from esper.controllers.learned_grafting import keep_all
 from esper.errors import UserError
 from esper.processes import PLACES
 from esper.tracking import mlflow_in, tracking_uri
@@ -34,9 +35,7 @@ def recall(config: RootConfig, controller: Controller) -> None:
 def remember(setup: Setup, links: Connections, tick: int) -> None:
     """Keep what the controller has learnt, in the run's folder, from which trackers take it, and in the memory file if it has one."""
     runner = links.controller
-    if not isinstance(runner, ControllerRunner) or not hasattr(runner.controller, "evidence"):
+    if not isinstance(runner, ControllerRunner):
         return
-    from esper.controllers.memory import keep
-
     runner.hear()
-    keep(runner.controller, getattr(setup.config.controller, "memory", ""), setup.folder, tick)
+    keep_all(runner.controller, getattr(setup.config.controller, "memory", ""), setup.folder, tick)

@@ -47,7 +47,7 @@ class Layer(nn.Module):
 class Host(nn.Module):
     """``layers`` of them side by side and a linear ``head`` over all; layer ``crippled`` (-1: none) has ``alive`` working units."""
 
-    growth_sites = ("layer*",)
+    growth_sites = ("layer?",)
 
     def __init__(self, layers: int = 6, width: int = 32, crippled: int = -1, alive: int = PART) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from esper.controllers import ControllerRunner
 from esper.controllers.base import Controller
 from esper.lifecycle.stages import Stage
 from esper.messages import Acknowledgement, Cancel, Command, Germinate, Metrics, Transition
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # growing.py
 
 COLUMNS = ("stage", "alpha", "mean", "variance", "near_zero", "correlation")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies import study
 
-from tests.scripts.test_controller_studies import study
+from esper.seeds import find_sites
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def test_a_crippled_layer_keeps_few_working_units_and_the_others_are_whole(folde
     inputs = torch.randn(32, 4 * PART)
     alive = [int((host.get_submodule(f"layer{k}")(inputs[:, k * PART : (k + 1) * PART]) != 0).any(0).sum()) for k in range(4)]
     assert alive == [16, 16, PART, 16]
+    assert [site.name for site in find_sites(host, [*host.growth_sites], 4, lambda: host(inputs))] == [f"layer{k}" for k in range(4)]
     task = sums(layers=4, samples=200, seed=1)
     x, y = task.train[0]
     assert x.shape == (4 * PART,) and y.ndim == 0 and task.primary == "error"
@@ -39,11 +41,14 @@ def test_the_quick_form_runs_every_kind_of_arm_and_writes_the_page(checkout: Pat
     module = study(checkout, "crippled_layer")
     memory = {"memory": str(tmp_path / "memory.json"), "steps": 120}
     jobs = [{"phase": "pilot", "arm": "wiser_bandit", "seed": 7, "remember": True} | memory]
-    jobs += [{"phase": "study", "arm": arm, "seed": 1, "steps": 120} for arm in ("healthy", "host", "by_health", "by_allocator")]
+    jobs += [
+        {"phase": "study", "arm": arm, "seed": 1, "steps": 120} for arm in ("healthy", "host", "by_health", "by_probe", "by_allocator")
+    ]
     rows = module.chain(jobs)
     by_arm = {row["arm"]: row for row in rows}
     assert by_arm["healthy"]["error"] < by_arm["host"]["error"], "crippling hurts"
     assert by_arm["by_health"]["there"] >= 5 and by_arm["by_allocator"]["there"] >= 5, "of six, at one of six layers"
+    assert by_arm["by_probe"]["kept"] <= 2 < by_arm["by_probe"]["germinated"], "losers go, also those that have passed their first look"
     assert (tmp_path / "memory.json").exists() and by_arm["wiser_bandit"]["crippled"] == 1
     module.machine(tmp_path, "in a moment")
     text = module.write_up(rows, tmp_path, module.LAYERS, module.EVENTS, list(module.ARMS))

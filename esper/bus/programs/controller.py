@@ -16,6 +16,7 @@ from esper.bus.codec import decode_body, encode_body
 from esper.bus.discovery import joined
 from esper.bus.protocol import Delivery, RemoteBus, counts_in_words, parse_id
 from esper.controllers.base import Controller, decision
+from esper.controllers.learned_grafting import keep_all, with_learned_grafting
 from esper.controllers.runner import Contained
 from esper.errors import UserError
 from esper.messages import CONTROLLER, Checkpoint, Message, Proposal, RunEnded, RunStarted, TickEnded
@@ -189,21 +190,27 @@ def main(argv: Sequence[str]) -> int:
         kind = options_of("controller")[settings["name"]]
         names = {field.name for field in fields(kind)}
         config = kind(**{key: value for key, value in settings.items() if key in names})
-        controller = _local(config, options.group, seed) if options.group else config.build(seed)
+        controller = _local(config, options.group, seed) if options.group else _whole(config, found.info["config"]["grafting"], seed)
         place = folder / "bus" / ("controller " + quote(options.group, safe="") if options.group else "controller")
         runner = ExternalRunner(bus, found.run, Contained(controller), place, options.group)
         what = f"the group '{options.group}' of {found.run}" if options.group else found.run
         print(f"controlling {what} with controller={settings['name']}", file=sys.stderr, flush=True)
         try:
             status = runner.serve()
-            if status == "FINISHED" and hasattr(controller, "evidence"):
-                from esper.controllers.memory import keep
-
-                keep(controller, str(settings.get("memory", "")), folder, runner.tick)
+            if status == "FINISHED":
+                keep_all(controller, str(settings.get("memory", "")), folder, runner.tick)
         finally:
             runner.close()
         print(f"the run ended: {status}; {counts_in_words(bus.counts())}", file=sys.stderr)
     return 0 if status == "FINISHED" else 1
+
+
+def _whole(config: Any, grafting: dict[str, Any], seed: int) -> Controller:
+    """The run's controller, which chooses grafting strategies too where the run asks for that."""
+    from esper.grafting.config import CONFIGS
+
+    kind = CONFIGS.get(grafting["name"])
+    return config.build(seed) if kind is None else with_learned_grafting(config.build(seed), kind(**grafting), seed)
 
 
 def _local(config: Any, group: str, seed: int) -> Controller:
