@@ -2,8 +2,8 @@
 
     python experiments/write_up.py <folder of the sweep> experiments/<study>
 
-The study's question stands in ``question.md`` of its folder, what its own program adds in ``findings.md``; everything else comes from the
-sweep, whose runs go into ``runs.csv``, those of tuning too.
+The study's question stands in ``question.md`` of its folder, what its own program adds in ``findings.md``, and what came of the predictions
+in ``outcome.md``; everything else comes from the sweep, whose runs go into ``runs.csv``, those of tuning too.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def _left(result: dict[str, Any]) -> str:
 
 
 def _findings(study: Path) -> str:
-    """What the study's own program wrote for the README, between empty lines."""
-    path = study / "findings.md"
-    return f"\n{path.read_text().strip()}\n" if path.exists() else ""
+    """What the study's own program wrote for the README, and what came of its predictions, between empty lines."""
+    paths = [path for name in ("findings.md", "outcome.md") if (path := study / name).exists()]
+    return "".join(f"\n{path.read_text().strip()}\n" for path in paths)
 
 
 def _command(sweep: Path) -> str:
