@@ -66,7 +66,8 @@ def test_the_model_that_is_left_is_the_one_that_was_measured(searched: tuple[Pat
     right = {which: evaluate(model, task, held_out(task, which, torch.device("cpu")))["accuracy"] for which in ("validation", "judge")}
     rows = {which: len(getattr(task, which)) for which in right}
     measured = sum(right[which] * rows[which] for which in rows) / sum(rows.values())
-    assert measured == pytest.approx(kept["attempts"][kept["best"]["attempt"]]["quality"])
+    best = kept["attempts"][kept["best"]["attempt"]]
+    assert measured == pytest.approx(best["quality"]) and sum(one.numel() for one in model.parameters()) == best["parameters"]
     assert evaluate(model, task, held_out(task, "test", torch.device("cpu"))) == pytest.approx(kept["test"])
     assert (folder / "model" / "preprocessing.json").exists()
 
