@@ -66,7 +66,8 @@ Positive is better for auto. Over these data sets the mean difference is {boost:
 
 {verdict}
 
-**Command.** `python experiments/auto_size/run.py`: {made} of {planned} jobs in {minutes:.1f} minutes with {processes} processes (Python
+**Command.** `python experiments/auto_size/run.py`: {made} of {planned} jobs ({failed} failed) in
+{minutes:.1f} minutes with {processes} processes (Python
 {python}, torch {torch}, scikit-learn {sklearn}, {machine}). `results.csv` has a row for every run and search, `paths/` every search in
 full. This file is written by `report.py`."""
 
@@ -154,7 +155,7 @@ def text(rows: pd.DataFrame, judged: list[dict[str, Any]], about: dict[str, Any]
         boosting=_boosting_table(boosted),
         boost=boost,
         verdict="\n".join(f"- {line}" for line in _verdict(judged, differences, ratio, spent, boosted)),
-        **{key: about[key] for key in ("made", "planned", "minutes", "processes", "python", "torch", "sklearn", "machine")},
+        **{key: about[key] for key in ("made", "failed", "planned", "minutes", "processes", "python", "torch", "sklearn", "machine")},
     )
 
 

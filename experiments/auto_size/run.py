@@ -176,7 +176,7 @@ def boosting(job: Job) -> dict[str, Any]:
 
 
 def one(job: Job) -> dict[str, Any]:
-    """A job's row. One that cannot be carried out ends the study."""
+    """A job's row."""
     began = time.monotonic()
     row = {"static": static, "cost": static, "auto": auto, "boosting": boosting}[job["kind"]](job)
     return {key: job.get(key, "") for key in COLUMNS} | row | {"seconds": time.monotonic() - began}
@@ -218,7 +218,7 @@ def main() -> None:
     began = time.monotonic()
     given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)
-    rows, total = [], 0
+    rows, total, failed = [], 0, 0
     with tempfile.TemporaryDirectory() as data, multiprocessing.get_context("spawn").Pool(given.processes) as pool:
         there = write_tables(Path(data))
         given.names = [name for name in given.names if name in there]
@@ -234,12 +234,17 @@ def main() -> None:
                     rows.append(result.get(timeout=max(0.0, left)))
                 except multiprocessing.TimeoutError:
                     continue
+                except Exception as error:  # of one job: the others' results are not lost, and the report says how many there are
+                    print(f"a job failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    failed += 1
+                    continue
                 writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in rows[-1].items()})
                 file.flush()
         pool.terminate()
     about = {
         "planned": total,
         "made": len(rows),
+        "failed": failed,
         "minutes": (time.monotonic() - began) / 60,
         "processes": given.processes,
         "python": platform.python_version(),
