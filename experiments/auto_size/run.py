@@ -209,7 +209,7 @@ def jobs_of(given: argparse.Namespace, data: Path, pool: Any) -> list[Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--pairs", type=int, default=4, help="divisions of every data set, each with a random seed of its own")
+    parser.add_argument("--pairs", type=int, default=2, help="divisions of every data set, each with a random seed of its own")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=8.3, help="what has not ended by then is left out")
@@ -224,16 +224,16 @@ def main() -> None:
         given.names = [name for name in given.names if name in there]
         jobs = jobs_of(given, Path(data), pool)
         total = len(jobs)
-        waiting = [pool.apply_async(one, (job,)) for job in jobs]
+        results = pool.imap_unordered(one, jobs, chunksize=1)  # a row is written as soon as its job has ended
         with (given.out / "results.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            for result in waiting:
+            while True:
                 left = given.minutes * 60 - (time.monotonic() - began)
                 try:
-                    rows.append(result.get(timeout=max(0.0, left)))
-                except multiprocessing.TimeoutError:
-                    continue
+                    rows.append(results.next(timeout=max(0.0, left)))
+                except (StopIteration, multiprocessing.TimeoutError):
+                    break
                 except Exception as error:  # of one job: the others' results are not lost, and the report says how many there are
                     print(f"a job failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     failed += 1
