@@ -30,7 +30,8 @@ class Attempt:
     state: str = FAILED
     quality: float = math.nan
     loss: float = math.nan
-    parameters: float = math.nan
+    parameters: float = math.nan  # of the exported model
+    fuller: float = 1.0  # these over those that learnt: layers that were widened on both sides have more
     steps: int = 0
     reached: int = 0
     macs: float = 0.0
@@ -40,6 +41,11 @@ class Attempt:
     why: str = ""
     values: dict[str, str] = field(default_factory=dict)
     host: list[str] = field(default_factory=list)
+
+    @property
+    def macs_a_step(self) -> float:
+        """MACs of a step of a run that goes on from this one's model."""
+        return self.fuller * self.macs / max(1, self.steps)
 
 
 class Purse:
@@ -149,17 +155,21 @@ class _Watcher:
         self.limits = limits
         self.state, self.why, self.macs = FAILED, "", 0.0
         self.values: dict[str, float] = {}
+        self.size, self.fuller = 0, 1.0
 
     def __call__(self, trainer: Any) -> None:
         self.limits.stop.check()
         self.macs = float(trainer.grow.meter.total)
         steps, total = trainer.outcome.steps, trainer.total
+        limits = self.limits
+        if not self.size or steps >= total:
+            self.size = sum(parameter.numel() for parameter in trainer.grow.export().parameters())
+            self.fuller = self.size / trainer.parameters
+        if limits.most_parameters and self.size > limits.most_parameters:
+            self._end(LARGE, f"{self.size:,} parameters, and max_parameters={limits.most_parameters:,}")
         if steps >= total:
             self.values = chosen_by(trainer)
             return
-        limits, size = self.limits, trainer.parameters
-        if limits.most_parameters and size > limits.most_parameters:
-            self._end(LARGE, f"{size:,} parameters, and max_parameters={limits.most_parameters:,}")
         if (expected := self.macs / steps * total) > limits.most_macs:
             self._end(DEAR, f"it would take {expected:.2g} MACs, {expected / limits.most_macs:.1f} times the most it may")
         if limits.purse.exceeded(self.macs):
@@ -183,4 +193,4 @@ def _take_over(one: Attempt, folder: Path, watcher: _Watcher) -> None:
     if watcher.values:
         one.quality, one.loss = watcher.values[str(summary["primary"]).partition("/")[2]], watcher.values["loss"]
     one.macs, one.reached = float(summary.get("macs") or 0.0), int(summary.get("steps") or 0)
-    one.parameters = float((summary.get("parameters") or {}).get("after") or math.nan)
+    one.parameters, one.fuller = float(watcher.size or math.nan), watcher.fuller

@@ -173,8 +173,11 @@ class Auto:
             most = self._fitting(self.purse.left / ROUNDS / MEAN_LENGTH, weight)
             steps = max(FIRST_STEPS, round(growth.length * most))
             if ROOM * self.purse.left < steps * self._step_cost(weight):
-                self.ended = "the budget is spent"
-                return
+                last = int(ROOM * self.purse.left / self._step_cost(1.0))
+                if last < FIRST_STEPS or growth.kind == TRAIN:
+                    self.ended = "the budget is spent"
+                    return
+                growth, steps = Growth(TRAIN, growth.factor, 1.0), min(last, self._cap())  # what no growth fits into
             one = self._grown(growth, steps, best)
             if one.state == LARGE or (
                 one.state == FAILED and one.macs == 0.0
@@ -197,7 +200,7 @@ class Auto:
     def _learn_cost(self, kind: str, one: Attempt, parent: Attempt) -> None:
         """Remember how many times its parent's step such a growth's step costs."""
         if one.reached and one.macs:
-            self.weights[kind] = max(1.0, one.macs / one.reached / (parent.macs / parent.steps))
+            self.weights[kind] = max(1.0, one.macs / one.reached / parent.macs_a_step)
 
     def _growth_study(self) -> Study:
         """Learns which ways to grow pay; every way is tried gently and in full before it chooses."""
@@ -247,7 +250,7 @@ class Auto:
         every += [] if words else ["controller=none"]
         every += [] if parent is None or what == LARGER else [f"model.weights={parent.folder}"]
         every += [] if any(word.startswith("tracking=") for word in own) else ["tracking=none"]
-        most = math.inf if parent is None else DEARER * self.weights.get(what, GROWN) * steps * parent.macs / parent.steps
+        most = math.inf if parent is None else DEARER * self.weights.get(what, GROWN) * steps * parent.macs_a_step
         limits = Limits(self.purse, self.config.max_parameters, most, self.stop, falls or (lambda step, value: False))
         self.stop.check()
         one = Attempt(number, phase, what, -1 if parent is None else parent.number, str(folder), values=dict(values), host=host)
@@ -302,7 +305,7 @@ class Auto:
         best = self.best
         assert best is not None
         paid = best.macs if self.purse.amount.unit == MACS else best.seconds
-        return weight * paid / max(1, best.steps)
+        return weight * best.fuller * paid / max(1, best.steps)
 
     def _cap(self) -> int:
         return max(LEAST_CAP, EPOCHS * int(self.base.trainer.steps_per_epoch(len(self.task.train))))  # type: ignore[arg-type]

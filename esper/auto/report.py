@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.auto.attempts import FINISHED, Attempt
 from esper.auto.config import Amount
+from esper.auto.moves import LARGER, TRAIN
 from esper.export.saved_model import FOLDER as MODEL
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def show(report: Report, folder: Path, console: Console) -> None:
     for name in ("attempt", "what", report.metric, "parameters", "steps", "training MACs"):
         table.add_column(name, justify="left" if name == "what" else "right")
     for one in report.path:
-        what = one.what if one.phase != "grow" else f"grown: {one.what}"
+        what = one.what if one.phase != "grow" else {TRAIN: "trained longer", LARGER: LARGER}.get(one.what, f"grown: {one.what}")
         numbers = [f"{one.quality:.4g}", f"{one.parameters:,.0f}", str(one.steps), f"{one.macs:.3g}"]
         table.add_row(str(one.number), escape(what), *numbers)
     console.print(table)

@@ -66,8 +66,9 @@ Positive is better for auto. Over these data sets the mean difference is {boost:
 
 {verdict}
 
-**Command.** `python experiments/auto_size/run.py`: {made} of {planned} jobs in {minutes:.1f} minutes with {processes} processes (Python
-{python}, torch {torch}, scikit-learn {sklearn}, {machine}). `results.csv` has a row for every run and search, `paths/` every search in
+**Command.** `python experiments/auto_size/run.py`: {made} of {planned} jobs ({failed} failed) in
+{minutes:.1f} minutes with {processes} processes (Python {python},
+torch {torch}, scikit-learn {sklearn}, {machine}). `results.csv` has a row for every run and search, `paths/` every search in
 full. This file is written by `report.py`."""
 
 
@@ -80,7 +81,7 @@ def write_report(folder: Path) -> None:
     if not judged:
         raise SystemExit(f"{folder}: no data set has a whole grid and a search of auto; give more time.")
     draw(judged, folder / "sizes.png")
-    (folder / "README.md").write_text(text(rows, judged, about))
+    (folder / "README.md").write_text(text(rows, judged, about) + "\n")
 
 
 def judge(rows: pd.DataFrame, name: str) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def text(rows: pd.DataFrame, judged: list[dict[str, Any]], about: dict[str, Any]
         boosting=_boosting_table(boosted),
         boost=boost,
         verdict="\n".join(f"- {line}" for line in _verdict(judged, differences, ratio, spent, boosted)),
-        **{key: about[key] for key in ("made", "planned", "minutes", "processes", "python", "torch", "sklearn", "machine")},
+        **{key: about[key] for key in ("made", "failed", "planned", "minutes", "processes", "python", "torch", "sklearn", "machine")},
     )
 
 
@@ -202,7 +203,7 @@ def _verdict(
         ahead = [f"`{one['name']}`" for one in boosted if one["to_boosting"].mean() > 0]
         lines.append(
             f"On {len(ahead)} of {len(boosted)} tables auto is ahead of the tuned boosting by the mean"
-            f"{': ' + ', '.join(ahead) if ahead else ''}; on the others boosting is."
+            f"{': ' + ', '.join(ahead) if ahead else ''}{'; on the others boosting is' if len(ahead) < len(boosted) else ''}."
         )
     lines.append(
         "The pairs are few and some test sets small, so the intervals are wide: nothing here is a verdict about a single data set."

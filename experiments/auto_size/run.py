@@ -176,7 +176,7 @@ def boosting(job: Job) -> dict[str, Any]:
 
 
 def one(job: Job) -> dict[str, Any]:
-    """A job's row. One that cannot be carried out ends the study."""
+    """A job's row."""
     began = time.monotonic()
     row = {"static": static, "cost": static, "auto": auto, "boosting": boosting}[job["kind"]](job)
     return {key: job.get(key, "") for key in COLUMNS} | row | {"seconds": time.monotonic() - began}
@@ -209,7 +209,7 @@ def jobs_of(given: argparse.Namespace, data: Path, pool: Any) -> list[Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--pairs", type=int, default=4, help="divisions of every data set, each with a random seed of its own")
+    parser.add_argument("--pairs", type=int, default=2, help="divisions of every data set, each with a random seed of its own")
     parser.add_argument("--names", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=8.3, help="what has not ended by then is left out")
@@ -218,21 +218,25 @@ def main() -> None:
     began = time.monotonic()
     given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)
-    rows, total = [], 0
+    rows, total, failed = [], 0, 0
     with tempfile.TemporaryDirectory() as data, multiprocessing.get_context("spawn").Pool(given.processes) as pool:
         there = write_tables(Path(data))
         given.names = [name for name in given.names if name in there]
         jobs = jobs_of(given, Path(data), pool)
         total = len(jobs)
-        waiting = [pool.apply_async(one, (job,)) for job in jobs]
+        results = pool.imap_unordered(one, jobs, chunksize=1)  # a row is written as soon as its job has ended
         with (given.out / "results.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            for result in waiting:
+            while True:
                 left = given.minutes * 60 - (time.monotonic() - began)
                 try:
-                    rows.append(result.get(timeout=max(0.0, left)))
-                except multiprocessing.TimeoutError:
+                    rows.append(results.next(timeout=max(0.0, left)))
+                except (StopIteration, multiprocessing.TimeoutError):
+                    break
+                except Exception as error:  # of one job: the others' results are not lost, and the report says how many there are
+                    print(f"a job failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    failed += 1
                     continue
                 writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in rows[-1].items()})
                 file.flush()
@@ -240,6 +244,7 @@ def main() -> None:
     about = {
         "planned": total,
         "made": len(rows),
+        "failed": failed,
         "minutes": (time.monotonic() - began) / 60,
         "processes": given.processes,
         "python": platform.python_version(),

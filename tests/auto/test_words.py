@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from esper.auto.config import amount, sorted_words
-from esper.auto.moves import growth_words, host_for, settings_space, start_words
+from esper.auto.moves import LARGER, growth_words, host_for, host_words, kinds_of, larger_host, settings_space, start_words
 from esper.errors import UserError
-from esper.hosts.config import MLPConfig
+from esper.hosts.config import CNNConfig, MLPConfig
 from esper.tasks.config import DigitsConfig
 from tests.here import here
 
@@ -74,3 +74,12 @@ def test_each_widening_that_is_kept_doubles_the_next() -> None:
     units = [growth_words(Growth("width", 1.0, 1.0), MLPConfig(width=16), widened, 2)[1] for widened in range(3)]
     assert units == ["blueprint.units=16", "blueprint.units=32", "blueprint.units=64"]
     assert growth_words(Growth("train", 1.0, 1.0), MLPConfig(), 0, 2) == ["controller=none"]
+
+
+def test_a_larger_host_is_the_next_doubling_with_more_parameters() -> None:
+    task = DigitsConfig().build()
+    host, count = larger_host(MLPConfig(width=16), task, 4_000)  # of width 32: 3,466
+    assert host_words(host) == ["model.width=64"] and count == 64 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10
+    host, count = larger_host(CNNConfig(channels=[4, 8]), task, 1_954)
+    assert host_words(host) == ["model.channels=[8,16]"] and count > 1_954
+    assert LARGER in kinds_of("cnn") and LARGER not in kinds_of("custom"), "no one knows how a model of the user's own gets wider"

@@ -90,7 +90,7 @@ def test_a_recipe_does_what_it_says(command: str, workshop: Path, run_folder: Pa
         rows = [f"{lr},{seed},{0.9 + lr + seed / 1_000}" for lr in (0.1, 0.01) for seed in range(6)]
         (workshop / "runs.csv").write_text("\n".join(["lr,seed,val_acc", *rows]))
     elif words[:1] == ["auto"]:
-        words = [word if not word.startswith("budget=") else "budget=1e9macs" for word in words]
+        words = [word if not word.startswith("budget=") else "budget=5e8macs" for word in words]
     elif "task=table" in words:
         rows = [f"{row % 7},{'ab'[row % 2]},{'xy'[row % 7 > 3]}" for row in range(80)]
         (workshop / "data.csv").write_text("\n".join(["number,letter,column", *rows]))
