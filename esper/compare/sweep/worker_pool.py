@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from esper.compare.sweep.forks import Fork, ForkServerClient, server_for, thread_limits
 from esper.compare.sweep.worker import SAVED
@@ -31,8 +31,41 @@ GoesOn = Callable[[dict[str, Any]], bool]
 Given = tuple[int, Request, GoesOn | None]
 
 
+class Worker(Protocol):
+    """What runs one job after another."""
+
+    def ask(self, request: Request, goes_on: GoesOn | None = None) -> Answer:
+        """The answer to a request. Blocks its caller; ``goes_on`` as in :meth:`WorkerProcess.ask`."""
+
+    def stop(self) -> None:
+        """Begin to end, and the run under way too."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end, for ``seconds`` at most; whether it has come."""
+
+    def close(self) -> None:
+        """Let go of it after its end."""
+
+    @property
+    def saved(self) -> bool:
+        """Whether it ended without a job, or over one whose state is saved."""
+
+
+class Server(Protocol):
+    """What the workers of a pool have in common."""
+
+    def close(self) -> None:
+        """Let it end after its last worker."""
+
+    def wait(self) -> None:
+        """Wait for its end."""
+
+    def kill(self) -> None:
+        """End it and all of its workers at once."""
+
+
 class WorkerProcess:
-    """One worker; ``ask`` blocks its caller until the answer is there."""
+    """One worker of this machine; ``ask`` blocks its caller until the answer is there."""
 
     def __init__(self, server: ForkServerClient, environment: Mapping[str, str]) -> None:
         self._server = server
@@ -92,18 +125,19 @@ def _how(code: int | None) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-Answers = queue.SimpleQueue[tuple[WorkerProcess, int, Answer | Exception]]
+Answers = queue.SimpleQueue[tuple[Worker, int, Answer | Exception]]
 
 
 class WorkerPool:
-    """As many workers as there are environments. Use as a context: leaving it ends the processes.
+    """Workers, and what they have in common. Use as a context: leaving it ends them.
 
-    ``saved`` tells afterwards whether every job that was under way has saved its state.
+    ``saved`` tells afterwards whether every job that was under way has saved its state. ``away`` says that jobs may run on other machines.
     """
 
-    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
-        self._server = server_for(environments)
-        self._workers = [WorkerProcess(self._server, environment) for environment in environments]
+    def __init__(self, server: Server, workers: Sequence[Worker], away: bool = False) -> None:
+        self._server = server
+        self._workers = list(workers)
+        self.away = away
         self._stopping = False
         self.saved = False
 
@@ -187,12 +221,18 @@ class WorkerPool:
             raise
 
 
+def local_pool(environments: Sequence[Mapping[str, str]]) -> WorkerPool:
+    """As many worker processes of this machine as there are environments."""
+    server = server_for(environments)
+    return WorkerPool(server, [WorkerProcess(server, environment) for environment in environments])
+
+
 def interrupted_by_user(kind: type[BaseException] | None) -> bool:
     """Whether this exception is that of Ctrl-C."""
     return kind is not None and issubclass(kind, KeyboardInterrupt) and not issubclass(kind, Terminated)
 
 
-def _ask(worker: WorkerProcess, index: int, request: Request, goes_on: GoesOn | None, answers: Answers) -> None:
+def _ask(worker: Worker, index: int, request: Request, goes_on: GoesOn | None, answers: Answers) -> None:
     """Have the worker run a job, and put its answer where the sweep waits for it; or the error of what hears its reports."""
     try:
         answers.put((worker, index, worker.ask(request, goes_on)))
@@ -200,7 +240,7 @@ def _ask(worker: WorkerProcess, index: int, request: Request, goes_on: GoesOn | 
         answers.put((worker, index, error))
 
 
-def _next(answers: Answers) -> tuple[WorkerProcess, int, Answer | Exception]:
+def _next(answers: Answers) -> tuple[Worker, int, Answer | Exception]:
     """The next answer; wakes up now and then so that Ctrl-C is seen while waiting."""
     while True:
         with contextlib.suppress(queue.Empty):
