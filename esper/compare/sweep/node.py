@@ -41,6 +41,10 @@ class Node:
         os.environ.update(variables)
         self._pool: WorkerPool = local_pool([{**variables, SOCKET: self._socket}])
 
+    def ready(self) -> int:
+        """The number of this process; asked for to know that it is there."""
+        return os.getpid()
+
     def ask(self, request: Request) -> Answer:
         """The worker's answer. One that :meth:`end` stops has ``stopped`` in it, and whether the state of its job is ``saved``."""
         with self._lock:

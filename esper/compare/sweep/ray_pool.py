@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +15,11 @@ from esper.compare.sweep.node import LOST, Node, environment
 from esper.compare.sweep.worker_pool import Answer, GoesOn, Request, WorkerPool
 from esper.errors import UserError
 
+ANSWER_S = 5.0  # how long a cluster may take to answer
+
 
 class RayWorker:
-    """One worker of the cluster. A job whose node is lost begins again in a new actor, wherever the cluster has room for it."""
+    """One worker of the cluster. After the loss of its node it waits until the cluster has room for another."""
 
     def __init__(self, config: RayConfig, variables: Mapping[str, str]) -> None:
         self.config, self.variables = config, dict(variables)
@@ -24,41 +27,60 @@ class RayWorker:
         self._over = False
         self._end: Any = None
         self.saved = False
-        self._actor = self._start()
+        self._start()
 
-    def _start(self) -> Any:
+    def _start(self) -> None:
         import ray
 
         needs = {"num_cpus": self.config.cpus, "num_gpus": self.config.gpus}
         actor: Any = ray.remote(Node)
-        return actor.options(**needs, max_concurrency=2, scheduling_strategy="SPREAD").remote(self.variables)
+        self._actor = actor.options(**needs, max_concurrency=2, scheduling_strategy="SPREAD").remote(self.variables)
+        self._ready = self._actor.ready.remote()
 
     def ask(self, request: Request, goes_on: GoesOn | None = None) -> Answer:
-        """The answer, from a second node and a third where the first is lost."""
+        """The answer; ``lost`` is in it where the node was lost over the job."""
         import ray
 
         assert goes_on is None, "a search runs on one machine"
-        for _ in range(1 + self.config.lost):
+        try:
+            answer: Answer = ray.get(self._actor.ask.remote(request))
+        except ray.exceptions.RayActorError:
+            return {"status": "FAILED", "error": LOST, "seconds": 0.0, "lost": True}
+        return answer
+
+    def revive(self) -> None:
+        """Wait for a place on a node that lives."""
+        import ray
+
+        while True:
+            with self._lock:
+                if self._over:
+                    return
+                self._start()
             try:
-                answer: Answer = ray.get(self._actor.ask.remote(request))
-                return answer
-            except ray.exceptions.RayActorError:
-                with self._lock:
-                    if self._over:
-                        break
-                    self._actor = self._start()
-        return {"status": "FAILED", "error": LOST, "seconds": 0.0}
+                ray.get(self._ready)
+                return
+            except ray.exceptions.RayActorError:  # that node is lost too
+                continue
 
     def stop(self) -> None:
         """Have the worker end, and the run under way with it."""
+        import ray
+
         with self._lock:
             self._over = True
-            self._end = self._actor.end.remote()
+            if ray.wait([self._ready], timeout=0)[0]:
+                self._end = self._actor.end.remote()
+            else:  # it has found no place yet
+                ray.kill(self._actor)
+                self.saved = True
 
     def wait(self, seconds: float) -> bool:
         """Wait for the end, for ``seconds`` at most; whether it has come."""
         import ray
 
+        if self._end is None:
+            return True
         ready, _ = ray.wait([self._end], timeout=max(seconds, 0.001))
         if ready:
             try:
@@ -114,7 +136,7 @@ def ray_pool(config: RayConfig, most: int) -> WorkerPool:
         )
     shared = environment(thread_limits(config.threads))
     workers = [RayWorker(config, shared) for _ in range(min(config.workers or fits, fits, most))]
-    return WorkerPool(connection, workers, away=True)
+    return WorkerPool(connection, workers, away=True, losses=config.lost)
 
 
 def _connect(config: RayConfig) -> bool:
@@ -127,8 +149,9 @@ def _connect(config: RayConfig) -> bool:
         return False
     before = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(config.address)
         ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"No Ray cluster answers at hydra.launcher.address={config.address}; start one (ray start --head), "
             "or scripts/cluster up to try it on this machine."
@@ -136,3 +159,11 @@ def _connect(config: RayConfig) -> bool:
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray sets its own, and a sweep saves its jobs
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at ``address``, which Ray would try to reach for minutes; ValueError for no address."""
+    if address == "auto":
+        return
+    host, _, number = address.rpartition(":")
+    socket.create_connection((host, int(number)), ANSWER_S).close()

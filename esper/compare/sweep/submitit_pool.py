@@ -65,9 +65,7 @@ class BatchWorker:
         import submitit
 
         assert goes_on is None, "a search runs on one machine"
-        request = request | {
-            "wait_s": 60.0 * self.config.timeout_min
-        }  # for the same job of a killed sweep, still in the queue
+        request = request | {"wait_s": 60.0 * self.config.timeout_min}  # for the same job of a killed sweep, still in the queue
         self._idle.clear()
         try:
             for _ in range(1 + self.config.lost):
@@ -91,6 +89,9 @@ class BatchWorker:
         finally:
             self._job = None
             self._idle.set()
+
+    def revive(self) -> None:
+        """Nothing: the queue has places enough."""
 
     def stop(self) -> None:
         """Cancel the job under way, which saves its state."""
