@@ -12,7 +12,7 @@ from typing import Any
 
 from esper.cli.launchers import BatchSystem, SubmititConfig
 from esper.compare.sweep.forks import thread_limits
-from esper.compare.sweep.node import LOST, Node, environment
+from esper.compare.sweep.node import LOST, Node
 from esper.compare.sweep.worker_pool import Answer, GoesOn, Request, WorkerPool, local_pool
 from esper.errors import UserError
 
@@ -141,7 +141,7 @@ def submitit_pool(config: SubmititConfig, most: int, folder: Path) -> WorkerPool
         UserError: no submitit, or no Slurm on this machine.
     """
     executor = executor_for(config, folder)
-    shared = environment(thread_limits(config.threads))
+    shared = thread_limits(config.threads)  # the rest of the environment is Slurm's to hand on: these are written to a file
     lock = threading.Lock()
     return BatchPool(BatchQueue(), [BatchWorker(config, executor, shared, lock) for _ in range(min(config.workers, most))], away=True)
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +18,6 @@ from esper.compare.sweep.submitit_pool import executor_for
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
 from esper.running.run import run
-from tests.resume.killing import differences
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 STEPS = 500  # long enough not to be over when a busy machine comes to take a node away
@@ -49,37 +47,73 @@ def saving(folder: Path, count: int) -> bool:
     return len(found) == count and all(any((one / "checkpoints").glob("[0-9]*")) for one in found)
 
 
-@pytest.fixture
-def cluster(processes: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A real Ray cluster on the loopback interface: a head that takes no jobs, and two nodes for a job each."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
+class Cluster:
+    """The servers of ``scripts/cluster``, with two nodes for a job each."""
 
-    local = {"include_dashboard": False, "node_ip_address": "127.0.0.2"}  # Ray takes 127.0.0.1 for the machine's other address
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **local})
-    for _ in range(2):
-        found.add_node(num_cpus=1, **local)
+    def __init__(self, folder: Path, checkout: Path) -> None:
+        self.script = [sys.executable, str(checkout / "scripts" / "cluster_servers.py")]
+        self.folder = folder
+
+    def ask(self, what: str, *options: str) -> tuple[int, str]:
+        command = [*self.script, what, "--folder", str(self.folder), *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    def lose_a_node(self) -> None:
+        """Kill the process that makes a node one; Ray's other processes on it end with it."""
+        keeper = int((self.folder / "lock").read_text())
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        os.kill(max(int(one) for one in children if Path(f"/proc/{one}/comm").read_text().strip() == "raylet"), signal.SIGKILL)
+
+
+@pytest.fixture
+def cluster(processes: None, heavy_libraries: None, tmp_path: Path, checkout: Path) -> Iterator[Cluster]:
+    """A real Ray cluster, a real MLflow server and a real bus server."""
+    found = Cluster(tmp_path / "cluster", checkout)
     yield found
-    found.shutdown()
+    found.ask("down")
 
 
 @pytest.mark.e2e
-def test_the_job_of_a_lost_node_goes_on_elsewhere_and_every_result_counts_once(cluster: Any, tmp_path: Path) -> None:
-    process = begin(
-        "-m", "seed=0,1,2", *WORDS, f"output={tmp_path}", "hydra/launcher=ray", f"hydra.launcher.address={cluster.address}"
-    )  # fmt: skip
+def test_the_job_of_a_lost_node_goes_on_elsewhere_and_every_result_counts_once(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = cluster.ask("up", "--nodes", "2")
+    assert code == 0 and said.count(" answers") == 3, said
+    assert (cluster.folder / "ray-token").stat().st_mode & 0o077 == 0
+    told = [line for line in said.splitlines() if not line.startswith("#")]
+    password = subprocess.run(["bash", "-c", f"{told[1]}; printenv ESPER_BUS_PASSWORD"], capture_output=True, text=True, check=True)
+    for key, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "ray-token")}.items():
+        monkeypatch.setitem(ENVIRONMENT, key, value)
+    monkeypatch.setitem(ENVIRONMENT, "ESPER_BUS_PASSWORD", password.stdout.strip())
+    shared = [word for word in WORDS if not word.startswith("tracking=")]
+    words = [*shared, *told[2].split()[3:], "tracking.system_s=0"]
+    process = begin("-m", "seed=0,1,2", *words, f"output={tmp_path}")
     until(lambda: saving(tmp_path, 2), process)
-    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    cluster.lose_a_node()
     said = process.communicate(timeout=180)[0]
     assert process.returncode == 0, said
     found = jobs(tmp_path)
-    assert [read_summary(one)["status"] for one in found] == ["FINISHED"] * 3, said
     again = [one for one in found if "going on after step" in (one / "job.log").read_text()]
     assert len(again) == 1, "the job of the node that was lost, and no other"
-    assert said.count(" seed=") == 3, "each job has ended once"
-    seed = found.index(again[0])
-    run(compose([*WORDS, f"seed={seed}", f"output={tmp_path}"]), tmp_path / "whole", quiet=True)
-    assert [text for text in differences(again[0], tmp_path / "whole") if not text.startswith("summary run:")] == []
+    run(compose([*WORDS, f"seed={found.index(again[0])}", f"output={tmp_path}"]), tmp_path / "whole", quiet=True)
+    assert read_summary(again[0])["fingerprint"] == read_summary(tmp_path / "whole")["fingerprint"]
+    assert kept(next(word for word in words if word.startswith("tracking.uri=")).removeprefix("tracking.uri=")) == 3
+    code, said = cluster.ask("down")
+    assert code == 0 and "It is down." in said
+    assert cluster.ask("status")[0] == 1
+
+
+def kept(uri: str) -> int:
+    """How many runs the server has below the one sweep, all of which finished."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("esper").experiment_id])
+    assert {one.info.status for one in found} == {"FINISHED"}
+    parents = [one.data.tags.get("mlflow.parentRunId") for one in found]
+    assert parents.count(None) == 1 and len(set(parents)) == 2
+    return len(found) - 1
 
 
 def test_a_stopped_sweep_of_submitits_jobs_saves_them_and_goes_on(processes: None, whole_runs: None, tmp_path: Path) -> None:

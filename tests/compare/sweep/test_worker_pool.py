@@ -17,7 +17,7 @@ import pytest
 
 import esper
 from esper.cli.compose import compose
-from esper.compare.sweep import forks, launch
+from esper.compare.sweep import forks, launch, pools
 from esper.compare.sweep import mlflow_process as tracking
 from esper.compare.sweep import worker_pool as workers
 from esper.compare.sweep.arms import Job
@@ -56,8 +56,9 @@ def test_a_sweep_on_the_cpu_leaves_the_gpus_alone(device: str, gpu: bool, tmp_pa
     from esper.app import main
 
     asked: list[Any] = []
-    monkeypatch.setattr(launch, "worker_environments", lambda *given: asked.append(given) or [{}])
-    monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: None)
+    monkeypatch.setattr(pools, "worker_environments", lambda *given: asked.append(given) or [{}])
+    monkeypatch.setattr(pools, "local_pool", lambda environments: None)
+    monkeypatch.setattr(launch, "run_sweep", lambda sweep, start: start({}))
     monkeypatch.chdir(tmp_path)
     main(["-m", "seed=0,1", "tracking=none", f"trainer.device={device}", "hydra.launcher.workers=5", "hydra.launcher.threads=2"])
     assert asked == [(2, 2, gpu)]
