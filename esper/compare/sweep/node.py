@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from esper.compare.sweep.worker_pool import SAVE_S, Answer, Request, WorkerPool,
 from esper.tracking.remote import SOCKET
 
 LOST = "its node was lost"
+LOOK_S = 0.5
 _HANDED_ON = ("MLFLOW_", "ESPER_")
 
 
@@ -39,6 +41,7 @@ class Node:
         self._saved = False
         self._stopped, self._over = threading.Event(), threading.Event()
         os.environ.update(variables)
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         self._pool: WorkerPool = local_pool([{**variables, SOCKET: self._socket}])
 
     def ready(self) -> int:
@@ -108,3 +111,10 @@ class Node:
         self._writer.wait()
         self._writer = None  # the next job has a new one
         return str(answer.get("refused") or f"the process that writes to MLflow failed: {answer['error']}")
+
+
+def _end_with(parent: int) -> None:
+    """End this process, and its worker, once its parent is gone: the process that makes a node one of Ray's, say."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os._exit(1)
