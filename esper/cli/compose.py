@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from esper import secrets
 from esper.cli import conf, overrides
 from esper.cli import hydra_settings as internals
-from esper.cli.conf import LauncherConfig
+from esper.cli.launchers import is_local, keys_of
 from esper.cli.machine import refuse_impossible
 from esper.cli.preset_files import keys_set_by, refuse_overridden_arm
 from esper.config import GROUPS, PRESETS, RootConfig, build, conf_folder, options, structure
@@ -83,7 +83,7 @@ def check_jobs(words: Sequence[str], multirun: bool, on_sweep: Callable[[int], N
             on_sweep(composed.tree.hydra.launcher.threads)
         typed = {overrides.key_of(override) for override in parsed}
         if searches(composed.tree.hydra) and not _in_workers(composed.tree):
-            raise UserError("hydra/sweeper=optuna runs its trials in hydra/launcher=workers; leave the other launcher out.")
+            raise UserError("hydra/sweeper=optuna runs its trials in hydra/launcher=local; leave the other launcher out.")
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
         if not searches(composed.tree.hydra):
             overrides.check_discrete(parsed)
@@ -212,7 +212,7 @@ def _tree(parsed: list[Override]) -> DictConfig:
 
 
 def _in_workers(tree: DictConfig) -> bool:
-    return str(tree.hydra.launcher._target_).endswith(".WorkersLauncher")
+    return is_local(str(tree.hydra.launcher._target_))
 
 
 def searches(internals: DictConfig) -> bool:
@@ -231,8 +231,8 @@ def _compose(parsed: list[Override]) -> Composed:
     if arm := tree.hydra.runtime.choices.get("arm"):
         typed = [overrides.key_of(item) for item in parsed]
         refuse_overridden_arm(typed, arm, [place / "arm" for place in (conf_folder(), *conf.own())])
-    if _in_workers(tree):
-        structure(LauncherConfig, {key: value for key, value in tree.hydra.launcher.items() if key != "_target_"}, "hydra.launcher")
+    if (keys := keys_of(str(tree.hydra.launcher._target_))) is not None:
+        structure(keys, {key: value for key, value in tree.hydra.launcher.items() if key != "_target_"}, "hydra.launcher")
     if searches(tree.hydra):
         settings = OmegaConf.to_container(tree.hydra.sweeper)
         assert isinstance(settings, dict)

@@ -7,26 +7,14 @@ that exist as dataclasses only.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from esper import config
+from esper.cli.launchers import LAUNCHERS
 from esper.config import GROUPS, PRESETS
 from esper.errors import UserError
 from esper.search.config import SearchConfig
-from esper.setting_fields import setting
-
-
-@dataclass
-class LauncherConfig:
-    """The keys of ``hydra.launcher`` that esper defines."""
-
-    workers: int = setting(0, low=0, help="processes at once; 0: one per GPU, or per core where there is no GPU")
-    threads: int = setting(1, low=1, help="CPU threads of numerical libraries in each")
-    retry: bool = setting(False, help="run jobs again that failed in an earlier start of the same sweep")
-    minutes: float = setting(0.0, low=0.0, help="begin no pairs that would end later than so long after the sweep's start; 0: no limit")
-
 
 #: The user's own folders of options (``--config-dir``), laid out as ``conf`` is.
 _own: list[Path] = []
@@ -95,7 +83,7 @@ def description(group: str, name: str) -> str:
 
 
 def register() -> None:
-    """Give Hydra the options that are dataclasses and not files, the keys of the root, esper's launcher and its search."""
+    """Give Hydra the options that are dataclasses and not files, the keys of the root, esper's launchers and its search."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -104,8 +92,9 @@ def register() -> None:
             if not (config.conf_folder() / group / f"{name}.yaml").is_file():
                 store.store(group=group, name=name, node=config.option_values(kind, name), provider="esper")
     store.store(name="root", node=config.root_defaults(), provider="esper")
-    workers = {"_target_": "hydra_plugins.esper_workers.WorkersLauncher", **dataclasses.asdict(LauncherConfig())}
-    store.store(group="hydra/launcher", name="workers", node=workers, provider="esper")
+    for name, (target, launcher) in LAUNCHERS.items():
+        keys = {key: value for key, value in config.option_values(launcher, name).items() if key != "name"}
+        store.store(group="hydra/launcher", name=name, node={"_target_": target, **keys}, provider="esper")
     optuna = {"_target_": "hydra_plugins.esper_workers.OptunaSweeper", **dataclasses.asdict(SearchConfig()), "params": {}}
     store.store(group="hydra/sweeper", name="optuna", node=optuna, provider="esper")
 

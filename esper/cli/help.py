@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from esper.cli import conf
+from esper.cli.launchers import LAUNCHERS
 from esper.cli.programs import programs
 from esper.config import GROUPS, PRESETS, RootConfig, accepted, default_options, listing, nearest, options, shown
 from esper.errors import UserError
@@ -21,12 +22,15 @@ usage: esper [overrides]            train one run (same as python -m esper)
        esper --multirun [overrides] sweep: model=mlp,cnn seed=0,1,2
        esper -m hydra/sweeper=optuna [overrides]
                                     search: optimizer.lr='interval(0.001,0.1)' (--help hydra/sweeper=optuna: its keys)
+       esper -m hydra/launcher=ray [overrides]
+                                    sweep on a cluster (--help hydra/launcher: local, ray, submitit)
        esper PROGRAM [arguments]    another program
        esper --help GROUP           the options of a group and their keys (--help grafting=drift: of that option)
        esper OPTION                 --version; --hydra-help; --shell-completion install=bash (or zsh, fish) to eval
 """
 
 SEARCH = "hydra/sweeper=optuna"
+LAUNCHER = "hydra/launcher"
 
 RECIPES = {
     "esper": "the default run",
@@ -50,9 +54,21 @@ def text(words: Sequence[str] = ()) -> str:
         return "\n".join([about, *_keys(SearchConfig, dataclasses.asdict(SearchConfig()), "hydra.sweeper")])
     for word in words:
         group, _, option = word.partition("=")
+        if group == LAUNCHER:
+            return _launcher(option)
         if group in GROUPS:
             return _group(group, option or default_options()[group], alone=bool(option))
     return _everything()
+
+
+def _launcher(name: str) -> str:
+    """The launchers of sweeps with a line each, or the keys of the one of this name."""
+    if not name:
+        return "\n".join(f"  {each:<12} {kind.__doc__}" for each, (_, kind) in LAUNCHERS.items())
+    if name not in LAUNCHERS:
+        raise UserError(f"{LAUNCHER}={name} is no launcher of esper's: choose {listing(LAUNCHERS)}{nearest(name, LAUNCHERS)}.")
+    kind = LAUNCHERS[name][1]
+    return "\n".join([str(kind.__doc__), *_keys(kind, dataclasses.asdict(kind()), "hydra.launcher")])
 
 
 def _everything() -> str:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from esper import secrets
 from esper.cli import conf, overrides
+from esper.cli.launchers import LAUNCHERS, is_local, keys_of
 from esper.config import listing
 from esper.errors import UserError
 from esper.user_code import VARIABLE, allowed
@@ -27,7 +28,7 @@ _COMPOSED = ("hydra.runtime", "hydra.overrides", "hydra.job.override_dirname")
 
 #: The launchers and sweepers that take data alone.
 _OURS = (
-    "hydra_plugins.esper_workers.WorkersLauncher",
+    *(target for target, _ in LAUNCHERS.values()),
     "hydra_plugins.esper_workers.BasicSweeper",
     "hydra_plugins.esper_workers.OptunaSweeper",
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -82,7 +83,8 @@ def _check_classes(group: str, settings: Mapping[str, Any]) -> None:
 
 def runs_here(composed: DictConfig) -> bool:
     """Whether the launcher is one that runs its jobs on this machine; others may send them elsewhere."""
-    return composed.launcher["_target_"] in _OURS
+    target = composed.launcher["_target_"]
+    return target in _OURS and (keys_of(target) is None or is_local(target))
 
 
 def _check(key: str) -> None:

@@ -12,7 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from esper.cli.conf import LauncherConfig
+from esper.cli.launchers import LAUNCHERS
 
 
 class BasicSweeper(basic_sweeper.BasicSweeper):
@@ -23,7 +23,7 @@ class BasicSweeper(basic_sweeper.BasicSweeper):
 
 
 class OptunaSweeper(Sweeper):
-    """``hydra/sweeper=optuna``: the jobs are trials that Optuna proposes as it learns, in the processes of ``hydra/launcher=workers``.
+    """``hydra/sweeper=optuna``: the jobs are trials that Optuna proposes as it learns, in the processes of ``hydra/launcher=local``.
 
     The arguments are the fields of ``esper.search.config.SearchConfig``.
     """
@@ -36,7 +36,7 @@ class OptunaSweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
-        assert isinstance(launcher, WorkersLauncher)  # esper.cli.compose has seen to it
+        assert isinstance(launcher, LocalLauncher)  # esper.cli.compose has seen to it
         self.launcher = launcher
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -46,18 +46,15 @@ class OptunaSweeper(Sweeper):
         return start(self.launcher.composer, self.launcher.settings, self.settings, arguments)
 
 
-class WorkersLauncher(Launcher):
-    """``hydra/launcher=workers``: the jobs of a sweep in processes that are reused, compared at the end.
+class SweepLauncher(Launcher):
+    """The jobs of a sweep in workers, compared at the end; subclasses say where. The arguments are the keys in ``esper.cli.launchers``."""
 
-    Args:
-        workers: processes at once; 0 means one per GPU, or per core where there is no GPU.
-        threads: CPU threads of numerical libraries in each (torch's own are ``trainer.threads``).
-        retry: run jobs again that failed in an earlier start of the same sweep.
-        minutes: begin no pairs that would end later than so long after the sweep's start; 0 means that there is no limit.
-    """
+    name: str
 
-    def __init__(self, workers: int = 0, threads: int = 1, retry: bool = False, minutes: float = 0.0) -> None:
-        self.settings = LauncherConfig(workers, threads, retry, minutes)
+    def __init__(self, **settings: Any) -> None:
+        from esper.config import structure
+
+        self.settings = structure(LAUNCHERS[self.name][1], settings, "hydra.launcher")
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Prepare to compose the jobs; the task function is not used, because the workers run the jobs themselves."""
@@ -70,3 +67,21 @@ class WorkersLauncher(Launcher):
         from esper.compare.sweep.launch import launch
 
         return launch(self.composer, self.settings, job_overrides, initial_job_idx)
+
+
+class LocalLauncher(SweepLauncher):
+    """``hydra/launcher=local``: in processes of this machine."""
+
+    name = "local"
+
+
+class RayLauncher(SweepLauncher):
+    """``hydra/launcher=ray``: on the nodes of a Ray cluster."""
+
+    name = "ray"
+
+
+class SubmititLauncher(SweepLauncher):
+    """``hydra/launcher=submitit``: as jobs of a Slurm cluster."""
+
+    name = "submitit"

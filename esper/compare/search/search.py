@@ -1,4 +1,4 @@
-"""A search from its first trial to its report: ``hydra/sweeper=optuna`` in the workers of ``hydra/launcher=workers``."""
+"""A search from its first trial to its report: ``hydra/sweeper=optuna`` in the workers of ``hydra/launcher=local``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from esper.cli.conf import LauncherConfig
+from esper.cli.launchers import LauncherConfig
 from esper.compare.search.report import show, store_metrics, store_tags, write_results
 from esper.compare.search.result import SearchResult, result_of
 from esper.compare.search.trials import FAILED, PRUNED, Goal, Trials
@@ -27,7 +27,7 @@ from esper.compare.sweep.progress import Progress
 from esper.compare.sweep.resume import can_resume, read_note, sweep_lock, sweep_to_resume, write_note
 from esper.compare.sweep.sweep import PreparedJob, Sweep, TrialJob, resume_command, save_outcome, set_aside
 from esper.compare.sweep.worker import LOG
-from esper.compare.sweep.worker_pool import Given, WorkerPool, worker_environments
+from esper.compare.sweep.worker_pool import Given, WorkerPool, local_pool, worker_environments
 from esper.config import structure
 from esper.errors import Preempted, Terminated, UserError
 from esper.search.config import SearchConfig
@@ -141,7 +141,7 @@ def start(composer: JobComposer, launcher: LauncherConfig, keys: Mapping[str, An
         most = settings.n_trials * len(layout.seeds)
         environments = worker_environments(min(launcher.workers, most), launcher.threads, config.trainer.device != "cpu")[:most]
         with MlflowProcess(one) as mlflow:
-            workers = WorkerPool([{**variables, **mlflow.environment} for variables in environments])
+            workers = local_pool([{**variables, **mlflow.environment} for variables in environments])
             try:
                 with workers:
                     return _run(one, proposals, workers, mlflow, resumed=bool(note))

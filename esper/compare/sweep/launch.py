@@ -19,12 +19,12 @@ from rich.console import Console
 
 from esper.cli import conf
 from esper.cli.compose import from_hydra
-from esper.cli.conf import LauncherConfig
+from esper.cli.launchers import LauncherConfig
 from esper.compare.sweep.arms import Job, Layout, lay_out, refuse_own_seed, refuse_repeated, refuse_unknown_blocks
+from esper.compare.sweep.pools import pool_of, refuse_local_store
 from esper.compare.sweep.resume import sweep_to_resume
 from esper.compare.sweep.run_sweep import run_sweep
 from esper.compare.sweep.sweep import PreparedJob, Sweep, resume_command
-from esper.compare.sweep.worker_pool import worker_environments
 from esper.config import conf_folder, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
@@ -82,7 +82,7 @@ def launch(composer: JobComposer, launcher: LauncherConfig, job_overrides: Seque
 
     Args:
         composer: of the jobs' configs.
-        launcher: how many workers there are, and whether failed jobs run again.
+        launcher: where the workers are and how many, and whether failed jobs run again.
         job_overrides: the words of each job; ``first`` is the number of the first one.
 
     Raises:
@@ -97,6 +97,7 @@ def launch(composer: JobComposer, launcher: LauncherConfig, job_overrides: Seque
     if config.resume == "auto" and (before := sweep_to_resume(folder, sys.argv[1:], Path(config.output))) != folder:
         folder = before
         prepared = [prepare_job(composer, one, first + number, folder) for number, one in enumerate(overrides)]
+    refuse_local_store(launcher, config)
     refuse_unknown_blocks(config.compare.block, _settings(prepared))
     layout = lay_out(overrides, config.compare.block, config.seed)
     if whole:
@@ -111,7 +112,7 @@ def launch(composer: JobComposer, launcher: LauncherConfig, job_overrides: Seque
     sweep = Sweep(layout, jobs, folder, sys.argv[1:], Console(), launcher.retry, not whole, launcher.minutes, began)
     gpu = any(one.config.trainer.device != "cpu" for one in jobs)
     try:
-        run_sweep(sweep, worker_environments(min(launcher.workers, len(jobs)), launcher.threads, gpu)[: len(jobs)])
+        run_sweep(sweep, pool_of(launcher, len(jobs), gpu, folder))
     except UserError as error:
         if not sweep.failures:
             raise

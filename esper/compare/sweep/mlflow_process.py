@@ -124,22 +124,30 @@ class MlflowProcess:
         """Make or continue the parent run, with the plan on it, before the first job."""
         if self._process is None or self._config is None:
             return
-        sweep, config = self.sweep, self.sweep.jobs[0].config
         self._answer()  # to what it was asked when it began
-        answer = self._ask(
-            {
-                "ask": "open",
-                "uri": tracking_uri(self._config, config.output),
-                "experiment": self._config.experiment,
-                "parent": sweep.parent,
-                "sweep": sweep.id,
-                "name": sweep.name,
-                "folder": str(sweep.folder.resolve()),
-                "plan": saved_text(sweep.folder) if sweep.plan else "",
-                "jobs": {str(one.folder.resolve()): self._tags(one) for one in (*sweep.jobs, *sweep.tuning_jobs)},
-            }
-        )
-        sweep.parent, self._opened = answer["parent"], True
+        jobs = (*self.sweep.jobs, *self.sweep.tuning_jobs)
+        answer = self._ask(self._opening() | {"jobs": {str(one.folder.resolve()): self._tags(one) for one in jobs}})
+        self.sweep.parent, self._opened = answer["parent"], True
+
+    def _opening(self) -> dict[str, Any]:
+        sweep, config = self.sweep, self.sweep.jobs[0].config
+        return {
+            "ask": "open",
+            "uri": tracking_uri(self._config, config.output),
+            "experiment": self._config.experiment,
+            "parent": sweep.parent,
+            "sweep": sweep.id,
+            "name": sweep.name,
+            "folder": str(sweep.folder.resolve()),
+            "plan": saved_text(sweep.folder) if sweep.plan else "",
+        }
+
+    def opening(self, one: PreparedJob) -> dict[str, Any]:
+        """What a process on another machine needs to write this job's run below the sweep's; empty where nothing is written."""
+        if self._process is None:
+            return {}
+        arms = list(dict.fromkeys(each.job.arm for each in self.sweep.jobs if each.job.arm))
+        return self._opening() | {"attached": True, "arms": arms, "jobs": {str(one.folder.resolve()): self._tags(one)}}
 
     def _tags(self, one: PreparedJob) -> dict[str, str]:
         job = one.job

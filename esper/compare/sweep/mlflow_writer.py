@@ -49,7 +49,7 @@ class SweepWriter:
     def __init__(self, opening: Mapping[str, Any]) -> None:
         self.lock = threading.Lock()
         self.jobs: dict[str, dict[str, str]] = opening["jobs"]
-        self.labels = axis_labels(list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
+        self.labels = axis_labels(opening.get("arms") or list(dict.fromkeys(tags[ARM] for tags in self.jobs.values() if tags.get(ARM))))
         arms = json.loads(opening["plan"])["arms"] if opening["plan"] else {}
         self.differing = sorted(set.intersection(*map(set, arms.values()))) if arms else []  # an axis needs a value of every arm
         self.uri: str = opening["uri"]
@@ -58,8 +58,10 @@ class SweepWriter:
         self.opened: dict[str, str] = {}  # MLflow run by the job's folder
         self.broken: set[str] = set()  # folders of jobs that failed
         self.parent: str = opening["parent"] or self._create_parent(opening)
-        self._begin()
-        self._note({}, plan_tags(opening["plan"]))
+        self.attached: bool = opening.get("attached", False)  # the sweep's own process has begun the parent run, and will end it
+        if not self.attached:
+            self._begin()
+            self._note({}, plan_tags(opening["plan"]))
 
     def _begin(self) -> None:
         """Mark the parent run RUNNING, also one that ended before.
@@ -127,9 +129,20 @@ class SweepWriter:
         """Mark the run of a job that failed; a job that never opened one gets one."""
         folder = str(Path(request["folder"]).resolve())
         self.broken.add(folder)
-        known = self.opened.get(folder) or self._create_failed(folder)
+        known = self.opened.get(folder) or self._opened_elsewhere(folder) or self._create_failed(folder)
         self.client.set_tag(known, JOB_ERROR, fitted(request["error"], LONGEST_TAG))
         self.client.set_terminated(known, "FAILED")
+
+    def _opened_elsewhere(self, folder: str) -> str:
+        """The newest run of this job that a process on another machine has opened; empty if none has."""
+        quoted = folder.replace("'", "\\'")
+        found = self.client.search_runs(
+            [self.experiment],
+            f"tags.`mlflow.parentRunId` = '{self.parent}' and tags.`esper.folder` = '{quoted}'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+        return found[0].info.run_id if found else ""
 
     def _create_failed(self, folder: str) -> str:
         tags = dict(self.tags(folder)) | {"mlflow.parentRunId": self.parent, "esper.folder": folder}
@@ -248,7 +261,7 @@ def main() -> int:
             answers.write(json.dumps({"error": f"{type(error).__name__}: {first}"}) + "\n")
         if request["ask"] == "close":
             return 0
-    if writer is not None:
+    if writer is not None and not writer.attached:
         with writer.lock:
             writer.client.set_terminated(writer.parent, "KILLED")
     return 1

@@ -96,12 +96,13 @@ def can_resume(config: RootConfig, folder: Path) -> bool:
     return status(folder) in ("KILLED", "DIED", "RUNNING") and hash_of(folder) == config_hash(config)
 
 
-def wait_for_orphan(folder: Path) -> str:
-    """The status with which the run in ``folder`` ended. It waits for the worker of a killed sweep, which saves its state.
+def wait_for_orphan(folder: Path, seconds: float) -> str:
+    """The status with which the run in ``folder`` ended. It waits for the worker of a killed sweep, which
+    saves its state, for ``seconds`` at most.
 
     Raises UserError when it does not end.
     """
-    deadline = time.monotonic() + ORPHAN_S
+    deadline = time.monotonic() + seconds
     while (now := status(folder)) == "RUNNING":
         if time.monotonic() > deadline:
             raise UserError(f"Another process is running in {folder}; wait for it, or end it first.")
@@ -111,7 +112,7 @@ def wait_for_orphan(folder: Path) -> str:
 
 def _words(command: Sequence[str]) -> list[str]:
     """The words that make the sweep, without those on its folder, resuming and the launcher."""
-    return sorted(word for word in command if not word.startswith(("hydra.sweep.dir=", "resume=", "hydra.launcher.")))
+    return sorted(word for word in command if not word.startswith(("hydra.sweep.dir=", "resume=", "hydra.launcher.", "hydra/launcher=")))
 
 
 def _runs(folder: Path) -> bool:

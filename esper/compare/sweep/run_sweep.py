@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from esper.compare.sweep.tuning_trials import TuningTrials
 
 
-def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Comparison | None:
+def run_sweep(sweep: Sweep, start: Callable[[Mapping[str, str]], WorkerPool]) -> Comparison | None:
     """Run every job that is not done yet and judge the arms; None where there is nothing to compare.
 
     Args:
         sweep: its jobs, each with a config and a folder.
-        environments: environment variables of the workers, one mapping each.
+        start: starts the workers; it is given environment variables for each of them.
 
     Raises:
         UserError: the sweep cannot be judged as asked; before its first run starts.
@@ -50,7 +50,7 @@ def run_sweep(sweep: Sweep, environments: Sequence[Mapping[str, str]]) -> Compar
         note = read_note(sweep.folder)
         sweep.id, sweep.parent = note.get("id") or secrets.token_hex(4), note.get("parent", "")
         with MlflowProcess(sweep) as mlflow:
-            workers = WorkerPool([{**variables, **mlflow.environment} for variables in environments])
+            workers = start(mlflow.environment)
             try:
                 with workers:
                     return _plan_run_judge(sweep, workers, mlflow, resumed=bool(note))
@@ -147,7 +147,8 @@ class _JobRunner:
                 self._ended(entry)
             else:
                 begun.append(entry)
-                yield one.request("run") | {"controls": controls_to_train(one, self.sweep.jobs)}
+                store = self.mlflow.opening(one) if self.workers.away else {}
+                yield one.request("run") | {"controls": controls_to_train(one, self.sweep.jobs), "store": store}
 
     def _ended(self, entry: Entry, seconds: float | None = None) -> None:
         tuned = self.queue.ended(entry, seconds)

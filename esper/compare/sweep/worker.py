@@ -119,12 +119,12 @@ def run_job(request: dict[str, Any], goes_on: GoesOn) -> dict[str, Any]:
 def _train(request: dict[str, Any], folder: Path, goes_on: GoesOn) -> None:
     import yaml
 
-    from esper.compare.sweep.resume import can_resume, wait_for_orphan
+    from esper.compare.sweep.resume import ORPHAN_S, can_resume, wait_for_orphan
     from esper.running.resume import state_in
     from esper.running.run import run
 
     config = build(request["config"], request["choices"])
-    if wait_for_orphan(folder) == "FINISHED":
+    if wait_for_orphan(folder, request.get("wait_s", ORPHAN_S)) == "FINISHED":
         return  # by the worker of a sweep that was killed
     state = state_in(folder) if can_resume(config, folder) else None
     if state is not None:

@@ -12,10 +12,10 @@ import signal
 import socket
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from esper.compare.sweep.forks import Fork, ForkServerClient, server_for, thread_limits
 from esper.compare.sweep.worker import SAVED
@@ -31,8 +31,44 @@ GoesOn = Callable[[dict[str, Any]], bool]
 Given = tuple[int, Request, GoesOn | None]
 
 
+class Worker(Protocol):
+    """What runs one job after another."""
+
+    def ask(self, request: Request, goes_on: GoesOn | None = None) -> Answer:
+        """The answer to a request. Blocks its caller; ``goes_on`` as in :meth:`WorkerProcess.ask`."""
+
+    def revive(self) -> None:
+        """Wait until it is there again after its node was lost, which an answer says by ``lost``."""
+
+    def stop(self) -> None:
+        """Begin to end, and the run under way too."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end, for ``seconds`` at most; whether it has come."""
+
+    def close(self) -> None:
+        """Let go of it after its end."""
+
+    @property
+    def saved(self) -> bool:
+        """Whether it ended without a job, or over one whose state is saved."""
+
+
+class Server(Protocol):
+    """What the workers of a pool have in common."""
+
+    def close(self) -> None:
+        """Let it end after its last worker."""
+
+    def wait(self) -> None:
+        """Wait for its end."""
+
+    def kill(self) -> None:
+        """End it and all of its workers at once."""
+
+
 class WorkerProcess:
-    """One worker; ``ask`` blocks its caller until the answer is there."""
+    """One worker of this machine; ``ask`` blocks its caller until the answer is there."""
 
     def __init__(self, server: ForkServerClient, environment: Mapping[str, str]) -> None:
         self._server = server
@@ -60,6 +96,9 @@ class WorkerProcess:
                 fork.close()
                 self._fork = self._server.fork(self._environment)
         return {"status": "FAILED", "error": f"the worker process {_how(fork.code)}", "seconds": 0.0}
+
+    def revive(self) -> None:
+        """Nothing: a process of this machine is not lost without the sweep."""
 
     def stop(self) -> None:
         """Have the process end, and the run under way with it; no other process takes its place."""
@@ -92,18 +131,21 @@ def _how(code: int | None) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-Answers = queue.SimpleQueue[tuple[WorkerProcess, int, Answer | Exception]]
+Answers = queue.SimpleQueue[tuple[Worker, int | None, Answer | Exception]]
+"""Of a worker and the job's index; without one, the worker is there again."""
 
 
 class WorkerPool:
-    """As many workers as there are environments. Use as a context: leaving it ends the processes.
+    """Workers, and what they have in common. Use as a context: leaving it ends them.
 
-    ``saved`` tells afterwards whether every job that was under way has saved its state.
+    ``saved`` tells afterwards whether every job that was under way has saved its state. ``away`` says that jobs may run on other machines;
+    a job whose machine is lost begins again on another one, ``losses`` times at most.
     """
 
-    def __init__(self, environments: Sequence[Mapping[str, str]]) -> None:
-        self._server = server_for(environments)
-        self._workers = [WorkerProcess(self._server, environment) for environment in environments]
+    def __init__(self, server: Server, workers: Sequence[Worker], away: bool = False, losses: int = 0) -> None:
+        self._server = server
+        self._workers = list(workers)
+        self.away, self.losses = away, losses
         self._stopping = False
         self.saved = False
 
@@ -159,32 +201,66 @@ class WorkerPool:
         ``take`` gives None while there is nothing to run, and is asked again after every answer; the iteration is over once nothing runs
         and there is nothing to run. Ending it early waits for the jobs that have begun.
         """
-        answers: Answers = queue.SimpleQueue()
-        idle, busy = deque(self._workers), 0
-
-        def begin() -> int:
-            begun = 0
-            while idle and (given := take()) is not None:
-                worker, (index, request, goes_on) = idle.popleft(), given
-                threading.Thread(target=_ask, args=(worker, index, request, goes_on, answers), daemon=True).start()
-                begun += 1
-            return begun
-
+        feeding = _Feeding(self._workers, take, self.losses)
         try:
-            busy += begin()
-            while busy:
-                worker, index, answer = _next(answers)
-                idle.append(worker)
-                busy -= 1
-                if isinstance(answer, Exception):
-                    raise answer
-                yield index, answer
-                busy += begin()
+            yield from feeding.run()
         except GeneratorExit:
-            while busy and not self._stopping:
-                _next(answers)
-                busy -= 1
+            while feeding.busy and not self._stopping:
+                feeding.heard()
             raise
+
+
+class _Feeding:
+    """Gives jobs to the workers that are free, and those of lost workers to others."""
+
+    def __init__(self, workers: Sequence[Worker], take: Callable[[], Given | None], losses: int) -> None:
+        self.take, self.losses = take, losses
+        self.idle = deque(workers)
+        self.busy: dict[int, Given] = {}
+        self.again: deque[Given] = deque()
+        self.lost: Counter[int] = Counter()  # how often, by job
+        self.reviving = 0
+        self.answers: Answers = queue.SimpleQueue()
+
+    def run(self) -> Iterator[tuple[int, Answer]]:
+        """The answers as they come in."""
+        self._begin()
+        while self.busy or (self.again and self.reviving):
+            if (heard := self.heard()) is not None:
+                yield heard
+            self._begin()
+
+    def _begin(self) -> None:
+        while self.idle and (given := self.again.popleft() if self.again else self.take()) is not None:
+            self.busy[given[0]] = given
+            threading.Thread(target=_ask, args=(self.idle.popleft(), *given, self.answers), daemon=True).start()
+
+    def heard(self) -> tuple[int, Answer] | None:
+        """Wait for the next answer; None where it was a worker that is there again, or the loss of one whose job begins again."""
+        worker, index, answer = _next(self.answers)
+        if index is None:
+            self.reviving -= 1
+            self.idle.append(worker)
+            return None
+        given = self.busy.pop(index)
+        if isinstance(answer, Exception):
+            raise answer
+        if not answer.get("lost"):
+            self.idle.append(worker)
+            return index, answer
+        self.reviving += 1
+        threading.Thread(target=_revive, args=(worker, self.answers), daemon=True).start()
+        self.lost[index] += 1
+        if self.lost[index] > self.losses:
+            return index, answer
+        self.again.append(given)
+        return None
+
+
+def local_pool(environments: Sequence[Mapping[str, str]]) -> WorkerPool:
+    """As many worker processes of this machine as there are environments."""
+    server = server_for(environments)
+    return WorkerPool(server, [WorkerProcess(server, environment) for environment in environments])
 
 
 def interrupted_by_user(kind: type[BaseException] | None) -> bool:
@@ -192,7 +268,7 @@ def interrupted_by_user(kind: type[BaseException] | None) -> bool:
     return kind is not None and issubclass(kind, KeyboardInterrupt) and not issubclass(kind, Terminated)
 
 
-def _ask(worker: WorkerProcess, index: int, request: Request, goes_on: GoesOn | None, answers: Answers) -> None:
+def _ask(worker: Worker, index: int, request: Request, goes_on: GoesOn | None, answers: Answers) -> None:
     """Have the worker run a job, and put its answer where the sweep waits for it; or the error of what hears its reports."""
     try:
         answers.put((worker, index, worker.ask(request, goes_on)))
@@ -200,7 +276,13 @@ def _ask(worker: WorkerProcess, index: int, request: Request, goes_on: GoesOn | 
         answers.put((worker, index, error))
 
 
-def _next(answers: Answers) -> tuple[WorkerProcess, int, Answer | Exception]:
+def _revive(worker: Worker, answers: Answers) -> None:
+    with contextlib.suppress(Exception):  # the pool was closed meanwhile
+        worker.revive()
+        answers.put((worker, None, {}))
+
+
+def _next(answers: Answers) -> tuple[Worker, int | None, Answer | Exception]:
     """The next answer; wakes up now and then so that Ctrl-C is seen while waiting."""
     while True:
         with contextlib.suppress(queue.Empty):

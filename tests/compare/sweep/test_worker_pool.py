@@ -17,13 +17,13 @@ import pytest
 
 import esper
 from esper.cli.compose import compose
-from esper.compare.sweep import forks, launch
+from esper.compare.sweep import forks, launch, pools
 from esper.compare.sweep import mlflow_process as tracking
 from esper.compare.sweep import worker_pool as workers
 from esper.compare.sweep.arms import Job
 from esper.compare.sweep.forks import ForkServerClient, early_server
 from esper.compare.sweep.sweep import PreparedJob
-from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, worker_environments
+from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, local_pool, worker_environments
 from esper.errors import Terminated
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -56,8 +56,9 @@ def test_a_sweep_on_the_cpu_leaves_the_gpus_alone(device: str, gpu: bool, tmp_pa
     from esper.app import main
 
     asked: list[Any] = []
-    monkeypatch.setattr(launch, "worker_environments", lambda *given: asked.append(given) or [{}])
-    monkeypatch.setattr(launch, "run_sweep", lambda sweep, environments: None)
+    monkeypatch.setattr(pools, "worker_environments", lambda *given: asked.append(given) or [{}])
+    monkeypatch.setattr(pools, "local_pool", lambda environments: None)
+    monkeypatch.setattr(launch, "run_sweep", lambda sweep, start: start({}))
     monkeypatch.chdir(tmp_path)
     main(["-m", "seed=0,1", "tracking=none", f"trainer.device={device}", "hydra.launcher.workers=5", "hydra.launcher.threads=2"])
     assert asked == [(2, 2, gpu)]
@@ -82,7 +83,7 @@ def test_every_worker_process_sees_the_gpu_that_is_its_own(tmp_path: Path, monke
     names = "[CUDA_VISIBLE_DEVICES,OMP_NUM_THREADS]"
     config = compose(["tracking=none", "task=custom", "task.target=gpu_teller:told", f"+task.args.names={names}"])
     asked = PreparedJob(Job(0, (), "", "", 0), config, {}, tmp_path).request("describe")
-    with WorkerPool(worker_environments(0, 2)) as running:
+    with local_pool(worker_environments(0, 2)) as running:
         assert [one.ask(asked)["error"] for one in running._workers] == ["4 2", "GPU-7f 2"]
 
 
@@ -121,7 +122,7 @@ def test_without_a_driver_there_is_no_gpu(tmp_path: Path, monkeypatch: pytest.Mo
 
 def frozen(count: int) -> WorkerPool:
     """Worker processes that a stop signal keeps from ending."""
-    pool = WorkerPool([{}] * count)
+    pool = local_pool([{}] * count)
     for process in processes_of(pool):
         while not caught(process) >> (signal.SIGTERM - 1) & 1:
             time.sleep(0.01)
@@ -201,7 +202,7 @@ def test_no_new_process_takes_the_place_of_one_that_was_stopped_over_its_job() -
 
 
 def test_a_worker_that_is_killed_is_replaced_by_another_fork_of_what_was_loaded() -> None:
-    with WorkerPool([{}, {}]) as running:
+    with local_pool([{}, {}]) as running:
         server, (killed, other) = running._server.process.pid, processes_of(running)
         os.kill(killed, signal.SIGKILL)
         answer = running.ask({"ask": "run"})
@@ -213,7 +214,7 @@ def test_a_worker_that_is_killed_is_replaced_by_another_fork_of_what_was_loaded(
 
 
 def test_where_the_loaded_process_itself_is_killed_its_jobs_fail_and_the_next_have_a_new_one() -> None:
-    with WorkerPool([{}, {}]) as running:
+    with local_pool([{}, {}]) as running:
         server, left = running._server.process.pid, processes_of(running)
         os.kill(server, signal.SIGKILL)
         for one in running._workers:
@@ -226,8 +227,8 @@ def test_where_the_loaded_process_itself_is_killed_its_jobs_fail_and_the_next_ha
 
 def test_workers_end_when_the_sweep_is_killed() -> None:
     script = (
-        "import os, time\nfrom esper.compare.sweep.worker_pool import WorkerPool\n"
-        "pool = WorkerPool([{}, {}])\nprint(pool._server.process.pid, flush=True)\ntime.sleep(600)"
+        "import os, time\nfrom esper.compare.sweep.worker_pool import local_pool\n"
+        "pool = local_pool([{}, {}])\nprint(pool._server.process.pid, flush=True)\ntime.sleep(600)"
     )
     sweep = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ROOT})
     assert sweep.stdout is not None
@@ -250,7 +251,7 @@ def test_the_server_that_began_early_is_the_one_whose_forks_do_the_jobs_where_it
         assert other is not early, "its libraries have read other limits"
         other.close()
         other.wait()
-        with WorkerPool(worker_environments(1, 1, gpu=False)) as running:
+        with local_pool(worker_environments(1, 1, gpu=False)) as running:
             assert running._server is early
             (worker,) = processes_of(running)
             server = Path(f"/proc/{early.process.pid}/task")

@@ -1,0 +1,211 @@
+"""`scripts/cluster up|status|down`: an MLflow server, a bus server and a Ray cluster of several nodes on this machine, to try sweeps with.
+
+All of it listens for this machine alone or asks for a token: MLflow and the bus on 127.0.0.1, Ray, which listens everywhere, with token
+authentication. `up` starts a keeper that has the servers as its children and ends them when it is told to. Data and logs are in
+`--folder`, and stay there for the next `up`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import secrets
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from esper.bus.server.embedded import EmbeddedServer
+from esper.errors import UserError
+
+LOCK, NOTE, LOG, TOKEN = "lock", "cluster.json", "keeper.log", "ray-token"
+HOST = "127.0.0.1"
+RAY_HOST = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's other address
+START_S, STOP_S = 180.0, 60.0
+
+
+def main(words: list[str]) -> int:
+    """Do what is asked; 0 done, 1 not up, 2 refused."""
+    parser = argparse.ArgumentParser(prog="scripts/cluster", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["up", "status", "down", "keep"], help="keep: stay in the foreground, until SIGTERM")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/cluster"), help="of data and logs (outputs/cluster)")
+    parser.add_argument("--nodes", type=int, default=4, help="nodes of the Ray cluster beside its head (4)")
+    parser.add_argument("--cpus", type=int, default=1, help="jobs that each node takes at once (1)")
+    parser.add_argument("--store", default="", help="MLflow's database, as in postgresql://…; empty: a file of SQLite in the folder")
+    options = parser.parse_args(words)
+    options.folder = options.folder.resolve()
+    try:
+        return {"up": up, "status": status, "down": down, "keep": keep}[options.what](options)
+    except UserError as error:
+        print(f"scripts/cluster: {error}", file=sys.stderr)
+        return 2
+
+
+def up(options: argparse.Namespace) -> int:
+    """Start the keeper, wait for all servers, and say what to set."""
+    folder: Path = options.folder
+    if keeper(folder):
+        print("It is up already.", file=sys.stderr)
+        return status(options)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / NOTE).unlink(missing_ok=True)
+    command = [sys.executable, __file__, "keep", "--folder", str(folder), "--nodes", str(options.nodes), "--cpus", str(options.cpus)]
+    with (folder / LOG).open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--store", options.store], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    deadline = time.monotonic() + START_S
+    while not (folder / NOTE).exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.terminate()
+            last = ((folder / LOG).read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
+            raise UserError(f"the servers did not come up ({last}); see {folder / LOG}")
+        time.sleep(0.1)
+    return status(options)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print what to set, and which of the servers answer; 1 where any does not."""
+    folder: Path = options.folder
+    if not keeper(folder) or not (folder / NOTE).exists():
+        print("It is not up: scripts/cluster up")
+        return 1
+    note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    lost = False
+    for name, (host, number) in note["servers"].items():
+        there = _answers(host, number)
+        lost |= not there
+        print(f"# {name:<8} {host}:{number:<6} {'answers' if there else 'DOES NOT ANSWER'}")
+    bus = json.loads((folder / "bus" / "address.json").read_text(encoding="utf-8"))
+    print("# for a sweep, in this shell:")
+    print(f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(folder / TOKEN))}")
+    print(f"export ESPER_BUS_PASSWORD=$({shlex.quote(sys.executable)} -c {shlex.quote(_READ)} {shlex.quote(str(folder))})")
+    mlflow, ray = note["servers"]["mlflow"], note["servers"]["ray"]
+    words = f"hydra/launcher=ray hydra.launcher.address={ray[0]}:{ray[1]} tracking.uri=http://{mlflow[0]}:{mlflow[1]}"
+    print(f"esper -m … {words} bus=redis bus.url=redis://{HOST}:{bus['port']}/0")
+    return int(lost)
+
+
+_READ = "import json, sys; print(json.load(open(sys.argv[1] + '/bus/address.json'))['password'])"
+
+
+def down(options: argparse.Namespace) -> int:
+    """End the keeper, and with it the servers; their data stay."""
+    process = keeper(options.folder)
+    if not process:
+        print("It is not up.")
+        return 0
+    os.kill(process, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_S
+    while keeper(options.folder):
+        if time.monotonic() > deadline:
+            raise UserError(f"the keeper (process {process}) does not end; see {options.folder / LOG}")
+        time.sleep(0.1)
+    print("It is down.")
+    return 0
+
+
+def keeper(folder: Path) -> int:
+    """The process that keeps the servers of ``folder``; 0 if none does."""
+    path = folder / LOCK
+    if not path.exists():
+        return 0
+    with path.open("r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(file.read() or 0)
+    return 0
+
+
+def keep(options: argparse.Namespace) -> int:
+    """Have the servers as children until SIGTERM."""
+    folder: Path = options.folder
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ExitStack() as servers, (folder / LOCK).open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            found = {"mlflow": servers.enter_context(mlflow(folder, options.store))}
+            bus = EmbeddedServer(folder / "bus")
+            servers.callback(bus.stop)
+            found["bus"] = (HOST, bus.note.tcp_port)
+            found["ray"] = servers.enter_context(ray_cluster(folder, options.nodes, options.cpus))
+            while not _answers(*found["mlflow"]):
+                time.sleep(0.1)
+            partial = folder / f".{NOTE}"
+            partial.write_text(json.dumps({"servers": found}) + "\n", encoding="utf-8")
+            partial.replace(folder / NOTE)
+            while True:
+                signal.pause()
+        except KeyboardInterrupt:
+            (folder / NOTE).unlink(missing_ok=True)
+    return 0
+
+
+@contextmanager
+def mlflow(folder: Path, store: str) -> Iterator[tuple[str, int]]:
+    """An MLflow server: where it listens."""
+    number = _free()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(number), "--workers", "1"]
+    command += ["--backend-store-uri", store or f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "artifacts")]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
+    with (folder / "mlflow.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)
+    try:
+        yield HOST, number
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(STOP_S / 4)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@contextmanager
+def ray_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[tuple[str, int]]:
+    """A Ray cluster whose head takes no jobs: where it listens."""
+    token = folder / TOKEN
+    if not token.exists():
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32), encoding="utf-8")
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0")
+    from ray.cluster_utils import Cluster
+
+    local: dict[str, Any] = {"include_dashboard": False, "node_ip_address": RAY_HOST}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **local})
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=cpus, **local)
+        host, _, number = cluster.address.rpartition(":")
+        yield host, int(number)
+    finally:
+        cluster.shutdown()
+
+
+def _free() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(host: str, number: int) -> bool:
+    try:
+        socket.create_connection((host, number), 2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

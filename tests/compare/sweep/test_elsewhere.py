@@ -1,0 +1,167 @@
+"""Sweeps whose jobs run elsewhere: on the nodes of a Ray cluster, as jobs of submitit's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from esper.cli.compose import compose
+from esper.cli.launchers import SubmititConfig
+from esper.compare.sweep.submitit_pool import executor_for
+from esper.errors import UserError
+from esper.report.summary_file import read_summary
+from esper.running.run import run
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+STEPS = 500  # long enough not to be over when a busy machine comes to take a node away
+WORDS = ("trainer.control=false", "trainer.checkpoint_every=2%", "telemetry.every=5", "tracking=csv", "controller=random")
+WORDS += (f"trainer.steps={STEPS}", "controller.earliest=5%", "controller.latest=40%")
+
+
+def begin(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "esper", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+
+
+def until(happened: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def jobs(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("sweeps/*/*/*/job.log"))
+
+
+def saving(folder: Path, count: int) -> bool:
+    """Whether so many jobs have begun, each with a checkpoint."""
+    found = jobs(folder)
+    return len(found) == count and all(any((one / "checkpoints").glob("[0-9]*")) for one in found)
+
+
+class Cluster:
+    """The servers of ``scripts/cluster``, with two nodes for a job each."""
+
+    def __init__(self, folder: Path, checkout: Path) -> None:
+        self.script = [sys.executable, str(checkout / "scripts" / "cluster_servers.py")]
+        self.folder = folder
+
+    def ask(self, what: str, *options: str) -> tuple[int, str]:
+        command = [*self.script, what, "--folder", str(self.folder), *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    def lose_a_node(self) -> None:
+        """Kill the process that makes a node one; Ray's other processes on it end with it."""
+        keeper = int((self.folder / "lock").read_text())
+        children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        os.kill(max(int(one) for one in children if Path(f"/proc/{one}/comm").read_text().strip() == "raylet"), signal.SIGKILL)
+
+
+@pytest.fixture
+def cluster(processes: None, heavy_libraries: None, tmp_path: Path, checkout: Path) -> Iterator[Cluster]:
+    """A real Ray cluster, a real MLflow server and a real bus server."""
+    found = Cluster(tmp_path / "cluster", checkout)
+    yield found
+    found.ask("down")
+
+
+@pytest.mark.e2e
+def test_the_job_of_a_lost_node_goes_on_elsewhere_and_every_result_counts_once(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, said = cluster.ask("up", "--nodes", "2")
+    assert code == 0 and said.count(" answers") == 3, said
+    assert (cluster.folder / "ray-token").stat().st_mode & 0o077 == 0
+    told = [line for line in said.splitlines() if not line.startswith("#")]
+    password = subprocess.run(["bash", "-c", f"{told[1]}; printenv ESPER_BUS_PASSWORD"], capture_output=True, text=True, check=True)
+    for key, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "ray-token")}.items():
+        monkeypatch.setitem(ENVIRONMENT, key, value)
+    monkeypatch.setitem(ENVIRONMENT, "ESPER_BUS_PASSWORD", password.stdout.strip())
+    shared = [word for word in WORDS if not word.startswith("tracking=")]
+    words = [*shared, *told[2].split()[3:], "tracking.system_s=0"]
+    process = begin("-m", "seed=0,1,2", *words, f"output={tmp_path}")
+    until(lambda: saving(tmp_path, 2), process)
+    cluster.lose_a_node()
+    said = process.communicate(timeout=180)[0]
+    assert process.returncode == 0, said
+    found = jobs(tmp_path)
+    again = [one for one in found if "going on after step" in (one / "job.log").read_text()]
+    assert len(again) == 1, "the job of the node that was lost, and no other"
+    run(compose([*WORDS, f"seed={found.index(again[0])}", f"output={tmp_path}"]), tmp_path / "whole", quiet=True)
+    assert read_summary(again[0])["fingerprint"] == read_summary(tmp_path / "whole")["fingerprint"]
+    assert kept(next(word for word in words if word.startswith("tracking.uri=")).removeprefix("tracking.uri=")) == 3
+    code, said = cluster.ask("down")
+    assert code == 0 and "It is down." in said
+    assert cluster.ask("status")[0] == 1
+
+
+def kept(uri: str) -> int:
+    """How many runs the server has below the one sweep, all of which finished."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    found = client.search_runs([client.get_experiment_by_name("esper").experiment_id])
+    assert {one.info.status for one in found} == {"FINISHED"}
+    parents = [one.data.tags.get("mlflow.parentRunId") for one in found]
+    assert parents.count(None) == 1 and len(set(parents)) == 2
+    return len(found) - 1
+
+
+def test_a_stopped_sweep_of_submitits_jobs_saves_them_and_goes_on(processes: None, whole_runs: None, tmp_path: Path) -> None:
+    sweep = ("-m", "seed=0,1", *WORDS, f"output={tmp_path}")
+    process = begin(*sweep, "hydra/launcher=submitit", "hydra.launcher.cluster=local", "hydra.launcher.workers=2")
+    until(lambda: saving(tmp_path, 2), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 75, said
+    stopped = [read_summary(one)["steps"] for one in jobs(tmp_path)]
+    assert all(0 < steps < STEPS for steps in stopped)
+    again = begin(*sweep, "resume=auto", "hydra.launcher.workers=2")  # on this machine now: where a job runs makes no other sweep
+    said = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, said
+    assert "seed=0 goes on from its newest checkpoint" in said and "seed=1 goes on from its newest checkpoint" in said
+    assert [read_summary(one)["status"] for one in jobs(tmp_path)] == ["FINISHED", "FINISHED"]
+
+
+def test_slurm_is_sent_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    settings = SubmititConfig(
+        timeout_min=90, cpus=4, gpus=1, memory_gb=16, partition="long", account="lab", qos="low", constraint="a100|h100"
+    )
+    executor = executor_for(settings, tmp_path)._executor
+    script = executor._make_submission_file_text(executor._submitit_command_str, "id").splitlines()
+    for line in ("time=90", "cpus-per-task=4", "gpus-per-node=1", "mem=16GB", "partition=long", "account=lab", "qos=low", "nodes=1"):
+        assert f"#SBATCH --{line}" in script
+    assert "#SBATCH --constraint=a100|h100" in script or "#SBATCH --constraint='a100|h100'" in script
+    assert "#SBATCH --requeue" in script, "where a node dies, Slurm runs the job again"
+    assert any(line.startswith("#SBATCH --signal=USR2@") for line in script), "so that it saves its state before the time limit"
+    assert any(line.startswith("srun ") and "submitit.core._submit" in line for line in script)
+
+
+def test_nothing_of_a_setting_becomes_a_line_of_the_script() -> None:
+    with pytest.raises(UserError, match="partition"):
+        SubmititConfig(partition="long\nrm -r /")
+
+
+def test_without_slurm_or_a_cluster_a_sentence_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from esper.app import REFUSED, main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", "seed=0,1", "hydra/launcher=submitit"]) == REFUSED
+    assert "cannot write to one file of SQLite" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no srun on the PATH"):
+        executor_for(SubmititConfig(), tmp_path)
