@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from study_runs import Row, between_marks, mean
+from study_runs import Row, between_marks, cost_line, mean
 
 from esper.compare import Judged, judge
 
@@ -21,7 +21,7 @@ def report(rows: list[Row], out: Path) -> None:
     verdicts.write(out / "comparison", figures=False)
     declines.write(out / "decline", figures=False)
     _figure(rows, out / "curves.png")
-    text = "\n".join(_table(rows, verdicts, declines))
+    text = "\n".join([cost_line(out), "", *_table(rows, verdicts, declines)])
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     readme = out / "README.md"
     if readme.exists():

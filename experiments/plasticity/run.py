@@ -25,7 +25,7 @@ from grown import Grown  # noqa: E402
 from learners import KINDS as LEARNERS  # noqa: E402
 from learners import Learner  # noqa: E402
 from stream import BATCH, KINDS, digits, tasks  # noqa: E402
-from study_runs import Row, TimeLimit, best, carry_out, job, mean, read, tuning_jobs  # noqa: E402
+from study_runs import Row, TimeLimit, best, carry_out, job, mean, note_machine, read, tuning_jobs  # noqa: E402
 
 from esper.randomness import generator  # noqa: E402
 
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.again:
         plan, limit = QUICK if options.quick else Plan(), TimeLimit(options.minutes)
-        options.out.mkdir(parents=True, exist_ok=True)
+        note_machine(options.out, options.workers)
         (options.out / "plan.json").write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n", encoding="utf-8")
         chosen = tune(plan, options.out, options.workers, limit)
         carry_out(one, judged_jobs(plan, chosen), options.out / "runs.csv", options.workers, limit)
