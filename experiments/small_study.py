@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from study_runs import Row, TimeLimit, best, between_marks, carry_out, cost_line, job, mean, note_machine, read, tuning_jobs
+from study_runs import Row, TimeLimit, best, between_marks, carry_out, cost_line, in_words, job, mean, note_machine, read, tuning_jobs
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -87,7 +87,7 @@ class Study:
                 for metric in self.metrics:
                     row = found[metric].get((block, arm))
                     cells.append(f"{mean(one[metric] for one in mine):.4f}")
-                    cells += [f"{row.difference:+.4f}", row.verdict] if row else ["–", "reference"]
+                    cells += [f"{row.difference:+.4f}", in_words(row.verdict)] if row else ["–", "reference"]
                 cells += [f"{mean(one[name] for one in mine):.0f}" for name in self.costs]
                 cells += [f"{mine[0]['settings']['lr']:g}", f"{mean(one['seconds'] for one in mine):.1f}"]
                 lines.append("| " + " | ".join(cells) + " |")

@@ -140,6 +140,11 @@ def cost_line(folder: Path) -> str:
     return f"{len(rows)} runs, those of the tuning included, in {hours:.1f} core hours{where}; no GPU."
 
 
+def in_words(verdict: str) -> str:
+    """The verdict on an arm against its reference: better, worse, equivalent or inconclusive."""
+    return {"B better": "better", "A better": "worse"}.get(verdict, verdict)
+
+
 def between_marks(path: Path, mark: str, text: str) -> None:
     """Put ``text`` into the file between ``<!-- mark -->`` and the next ``<!-- end -->``."""
     before, found, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
