@@ -71,11 +71,11 @@ REFERENCE = "continual_backprop"
 class Plan:
     """How long and how often."""
 
-    tasks: int = 200
+    tasks: int = 120
     tuning_tasks: int = 100
     grown_tuning_tasks: int = 60
     seeds: int = 15
-    control_seeds: int = 6
+    control_seeds: int = 4
     tune_seeds: int = 2
     short_grids: bool = False
 
@@ -120,14 +120,10 @@ def tune(plan: Plan, out: Path, workers: int, limit: TimeLimit) -> dict[tuple[st
 
 
 def judged_jobs(plan: Plan, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Row]:
-    """Every arm with every seed, seed by seed; the controls with the first ones alone."""
-    jobs = []
-    for seed in range(plan.seeds):
-        for kind in KINDS:
-            arms = [*GRIDS, *(CONTROLS if seed < plan.control_seeds else ())]
-            arms.sort(key=lambda arm: arm not in ("grown", "grown_l2", "kept"))
-            jobs += [job(arm, kind, seed, chosen[CONTROLS.get(arm, arm), kind], tasks=plan.tasks) for arm in arms]
-    return jobs
+    """Every arm with every seed, seed by seed; then the controls with the first seeds alone."""
+    places = [(arm, kind, seed) for seed in range(plan.seeds) for kind in KINDS for arm in GRIDS]
+    places += [(arm, kind, seed) for seed in range(plan.control_seeds) for kind in KINDS for arm in CONTROLS]
+    return [job(arm, kind, seed, chosen[CONTROLS.get(arm, arm), kind], tasks=plan.tasks) for arm, kind, seed in places]
 
 
 def main(arguments: list[str]) -> int:
@@ -136,6 +132,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run that would end later; 0: no limit")
+    parser.add_argument("--tuned", type=Path, help="a tuning.csv of before, so that nothing is tuned again")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="no runs: from the files alone")
     options = parser.parse_args(arguments)
@@ -143,7 +140,10 @@ def main(arguments: list[str]) -> int:
         plan, limit = QUICK if options.quick else Plan(), TimeLimit(options.minutes)
         note_machine(options.out, options.workers)
         (options.out / "plan.json").write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n", encoding="utf-8")
-        chosen = tune(plan, options.out, options.workers, limit)
+        if options.tuned:
+            chosen = best(read(options.tuned), "late_accuracy")
+        else:
+            chosen = tune(plan, options.out, options.workers, limit)
         carry_out(one, judged_jobs(plan, chosen), options.out / "runs.csv", options.workers, limit)
     from report import report  # matplotlib and pandas only now, after the processes
 
