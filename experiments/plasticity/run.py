@@ -109,14 +109,13 @@ def one(given: Row) -> Row:
     return {"late_accuracy": late, "accuracy": mean(accuracies), **costs, **curve}
 
 
-def tune(plan: Plan, out: Path, workers: int, limit: TimeLimit) -> dict[tuple[str, str], dict[str, Any]]:
-    """The settings of every arm and stream, by the accuracy in the last quarter with seeds of their own."""
+def tune(plan: Plan, out: Path, workers: int, limit: TimeLimit) -> list[Row]:
+    """Runs of every arm and stream with each of its settings, with seeds of their own."""
     jobs = tuning_jobs({arm: grid[:2] if plan.short_grids else grid for arm, grid in GRIDS.items()}, KINDS, plan.tune_seeds)
     for given in jobs:
         given["tasks"] = plan.grown_tuning_tasks if given["arm"].startswith("grown") else plan.tuning_tasks
     jobs.sort(key=lambda given: -given["arm"].startswith("grown"))  # the longest first
-    rows = carry_out(one, jobs, out / "tuning.csv", workers, limit)
-    return best(rows, "late_accuracy")
+    return carry_out(one, jobs, out / "tuning.csv", workers, limit)
 
 
 def judged_jobs(plan: Plan, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Row]:
@@ -140,10 +139,8 @@ def main(arguments: list[str]) -> int:
         plan, limit = QUICK if options.quick else Plan(), TimeLimit(options.minutes)
         note_machine(options.out, options.workers)
         (options.out / "plan.json").write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n", encoding="utf-8")
-        if options.tuned:
-            chosen = best(read(options.tuned), "late_accuracy")
-        else:
-            chosen = tune(plan, options.out, options.workers, limit)
+        tuned = read(options.tuned) if options.tuned else tune(plan, options.out, options.workers, limit)
+        chosen = best(tuned, "late_accuracy")
         carry_out(one, judged_jobs(plan, chosen), options.out / "runs.csv", options.workers, limit)
     from report import report  # matplotlib and pandas only now, after the processes
 
