@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from study_runs import Row, TimeLimit, best, between_marks, carry_out, job, mean, read, tuning_jobs
+from study_runs import Row, TimeLimit, best, between_marks, carry_out, cost_line, in_words, job, mean, note_machine, read, tuning_jobs
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
@@ -46,6 +46,7 @@ class Study:
 
     def _run(self, options: argparse.Namespace) -> None:
         limit, quick = TimeLimit(options.minutes), options.quick
+        note_machine(options.out, options.workers)
         steps = 100 if quick else self.steps
         grid = [{"lr": rate} for rate in (RATES[1:3] if quick else RATES)]
         tuned = {arm: grid for arm in self.arms if arm not in self.untuned}
@@ -86,11 +87,11 @@ class Study:
                 for metric in self.metrics:
                     row = found[metric].get((block, arm))
                     cells.append(f"{mean(one[metric] for one in mine):.4f}")
-                    cells += [f"{row.difference:+.4f}", row.verdict] if row else ["–", "reference"]
+                    cells += [f"{row.difference:+.4f}", in_words(row.verdict)] if row else ["–", "reference"]
                 cells += [f"{mean(one[name] for one in mine):.0f}" for name in self.costs]
                 cells += [f"{mine[0]['settings']['lr']:g}", f"{mean(one['seconds'] for one in mine):.1f}"]
                 lines.append("| " + " | ".join(cells) + " |")
-        text = "\n".join(lines)
+        text = "\n".join([cost_line(out), "", *lines])
         (out / "results.md").write_text(text + "\n", encoding="utf-8")
         if (out / "README.md").exists():
             between_marks(out / "README.md", "results", text)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -120,6 +122,27 @@ def best(rows: Sequence[Row], metric: str) -> dict[tuple[str, str], Row]:
         values.setdefault((row["arm"], row["block"]), {}).setdefault(settings, []).append(row[metric])
     means = {place: {settings: sum(found) / len(found) for settings, found in by.items()} for place, by in values.items()}
     return {place: json.loads(max(by, key=lambda settings: by[settings])) for place, by in means.items()}
+
+
+def note_machine(folder: Path, workers: int) -> None:
+    """``machine.json``: where the runs were made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine(), "cores": os.cpu_count()}
+    (folder / "machine.json").write_text(json.dumps(found | {"workers": workers}, indent=2) + "\n", encoding="utf-8")
+
+
+def cost_line(folder: Path) -> str:
+    """One sentence: how many runs were made, in how many hours of a core, where."""
+    rows = [row for name in ("tuning.csv", "runs.csv") if (folder / name).exists() for row in read(folder / name)]
+    hours, path = sum(row["seconds"] for row in rows) / 3600.0, folder / "machine.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    where = f", on {known['workers']} of {known['cores']} cores ({known['processor']}), torch {known['torch']}" if known else ""
+    return f"{len(rows)} runs, those of the tuning included, in {hours:.1f} core hours{where}; no GPU."
+
+
+def in_words(verdict: str) -> str:
+    """The verdict on an arm against its reference: better, worse, equivalent or inconclusive."""
+    return {"B better": "better", "A better": "worse"}.get(verdict, verdict)
 
 
 def between_marks(path: Path, mark: str, text: str) -> None:

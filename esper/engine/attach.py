@@ -39,6 +39,9 @@ from esper.seeds.compiled_modules import host_modules
 from esper.seeds.layer import device_of
 from esper.seeds.registry import AnyBlueprint
 
+SAMPLES_FOR_WIDTH = 64
+"""A narrow layer's few outputs may all be positive for one sample; then nothing shows that a ReLU follows."""
+
 
 @global_draws_kept()
 def attach(
@@ -191,7 +194,7 @@ def _find_sites(
         patterns = [name for name, module in host_modules(model).items() if is_attention(module)]
         if not patterns:
             raise UserError("blueprint=heads finds no attention layer to which it could add heads in this host; choose another blueprint.")
-    forward = probing(loss, model, to_device(sample, device_of(model)))
+    forward = probing(loss, model, to_device(sample, device_of(model)), SAMPLES_FOR_WIDTH if widens else 1)
     with untouched_buffers(model):
         found = find_sites(model, patterns, 1 if block or widens else per_site, forward, blocks=block, widths=widens)
         _refuse_misfits(blueprint, found)

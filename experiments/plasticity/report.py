@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from study_runs import Row, between_marks, mean
+from study_runs import Row, between_marks, cost_line, in_words, mean
 
 from esper.compare import Judged, judge
 
@@ -21,7 +21,7 @@ def report(rows: list[Row], out: Path) -> None:
     verdicts.write(out / "comparison", figures=False)
     declines.write(out / "decline", figures=False)
     _figure(rows, out / "curves.png")
-    text = "\n".join(_table(rows, verdicts, declines))
+    text = "\n".join([cost_line(out), "", *_table(rows, verdicts, declines)])
     (out / "results.md").write_text(text + "\n", encoding="utf-8")
     readme = out / "README.md"
     if readme.exists():
@@ -69,14 +69,14 @@ def _table(rows: list[Row], verdicts: Judged, declines: Judged) -> list[str]:
             mine = [row for row in rows if (row["block"], row["arm"]) == (block, arm)]
             if not mine:
                 continue
-            row, fall = next((r for (b, a), r in found.items() if _is(b, block) and _is(a, arm)), None), None
+            row = next((r for (b, a), r in found.items() if _is(b, block) and _is(a, arm)), None)
             fall = next((r for b, r in falls.items() if _is(b, f"{block} {arm}")), None)
             costs = [mean(one[name] for one in mine) for name in ("parameters", "culled", "seconds")]
             lines.append(
                 f"| {block} | {arm} | {len(mine)} | {mean(one['late_accuracy'] for one in mine):.4f} | "
-                + (f"{row.difference:+.4f} | {row.verdict}" if row else "– | reference")
+                + (f"{row.difference:+.4f} | {in_words(row.verdict)}" if row else "– | reference")
                 + " | "
-                + (f"{fall.difference:+.4f} | {fall.verdict}" if fall else "– | –")
+                + (f"{fall.difference:+.4f} | {in_words(fall.verdict)}" if fall else "– | –")
                 + f" | {costs[0]:.0f} | {costs[1]:.0f} | {costs[2]:.0f} |"
             )
     return lines

@@ -25,7 +25,7 @@ from grown import Grown  # noqa: E402
 from learners import KINDS as LEARNERS  # noqa: E402
 from learners import Learner  # noqa: E402
 from stream import BATCH, KINDS, digits, tasks  # noqa: E402
-from study_runs import Row, TimeLimit, best, carry_out, job, mean, read, tuning_jobs  # noqa: E402
+from study_runs import Row, TimeLimit, best, carry_out, job, mean, note_machine, read, tuning_jobs  # noqa: E402
 
 from esper.randomness import generator  # noqa: E402
 
@@ -71,11 +71,11 @@ REFERENCE = "continual_backprop"
 class Plan:
     """How long and how often."""
 
-    tasks: int = 200
+    tasks: int = 120
     tuning_tasks: int = 100
     grown_tuning_tasks: int = 60
     seeds: int = 15
-    control_seeds: int = 6
+    control_seeds: int = 4
     tune_seeds: int = 2
     short_grids: bool = False
 
@@ -109,25 +109,20 @@ def one(given: Row) -> Row:
     return {"late_accuracy": late, "accuracy": mean(accuracies), **costs, **curve}
 
 
-def tune(plan: Plan, out: Path, workers: int, limit: TimeLimit) -> dict[tuple[str, str], dict[str, Any]]:
-    """The settings of every arm and stream, by the accuracy in the last quarter with seeds of their own."""
+def tune(plan: Plan, out: Path, workers: int, limit: TimeLimit) -> list[Row]:
+    """Runs of every arm and stream with each of its settings, with seeds of their own."""
     jobs = tuning_jobs({arm: grid[:2] if plan.short_grids else grid for arm, grid in GRIDS.items()}, KINDS, plan.tune_seeds)
     for given in jobs:
         given["tasks"] = plan.grown_tuning_tasks if given["arm"].startswith("grown") else plan.tuning_tasks
     jobs.sort(key=lambda given: -given["arm"].startswith("grown"))  # the longest first
-    rows = carry_out(one, jobs, out / "tuning.csv", workers, limit)
-    return best(rows, "late_accuracy")
+    return carry_out(one, jobs, out / "tuning.csv", workers, limit)
 
 
 def judged_jobs(plan: Plan, chosen: dict[tuple[str, str], dict[str, Any]]) -> list[Row]:
-    """Every arm with every seed, seed by seed; the controls with the first ones alone."""
-    jobs = []
-    for seed in range(plan.seeds):
-        for kind in KINDS:
-            arms = [*GRIDS, *(CONTROLS if seed < plan.control_seeds else ())]
-            arms.sort(key=lambda arm: arm not in ("grown", "grown_l2", "kept"))
-            jobs += [job(arm, kind, seed, chosen[CONTROLS.get(arm, arm), kind], tasks=plan.tasks) for arm in arms]
-    return jobs
+    """Every arm with every seed, seed by seed; then the controls with the first seeds alone."""
+    places = [(arm, kind, seed) for seed in range(plan.seeds) for kind in KINDS for arm in GRIDS]
+    places += [(arm, kind, seed) for seed in range(plan.control_seeds) for kind in KINDS for arm in CONTROLS]
+    return [job(arm, kind, seed, chosen[CONTROLS.get(arm, arm), kind], tasks=plan.tasks) for arm, kind, seed in places]
 
 
 def main(arguments: list[str]) -> int:
@@ -136,14 +131,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run that would end later; 0: no limit")
+    parser.add_argument("--tuned", type=Path, help="a tuning.csv of before, so that nothing is tuned again")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--again", action="store_true", help="no runs: from the files alone")
     options = parser.parse_args(arguments)
     if not options.again:
         plan, limit = QUICK if options.quick else Plan(), TimeLimit(options.minutes)
-        options.out.mkdir(parents=True, exist_ok=True)
+        note_machine(options.out, options.workers)
         (options.out / "plan.json").write_text(json.dumps(dataclasses.asdict(plan), indent=2) + "\n", encoding="utf-8")
-        chosen = tune(plan, options.out, options.workers, limit)
+        tuned = read(options.tuned) if options.tuned else tune(plan, options.out, options.workers, limit)
+        chosen = best(tuned, "late_accuracy")
         carry_out(one, judged_jobs(plan, chosen), options.out / "runs.csv", options.workers, limit)
     from report import report  # matplotlib and pandas only now, after the processes
 

@@ -85,6 +85,16 @@ def test_auto_takes_the_layers_behind_hidden_layers() -> None:
         find_sites(nn.Sequential(nn.Linear(6, 3)), ["auto"], 1, lambda: None, widths=True)
 
 
+def test_a_narrow_hidden_layer_is_found_although_all_its_units_are_on_for_the_first_sample() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(2))
+        net[0].bias.zero_()
+    inputs, labels = torch.tensor([[1.0, 2.0], [-1.0, 1.0], [2.0, -1.0]]), torch.tensor([0, 1, 2])
+    grow = attach(net, loss=sample_loss, judge=[(inputs, labels)], total_steps=200, blueprint=Width(units=2), controller="heuristic")
+    assert [site.name for site in grow.registry.sites] == ["2"]
+
+
 @pytest.mark.parametrize(("host", "site"), [("deep", "b"), ("deep", "c"), ("mlp", "fc2"), ("decoder", "blocks.1.mlp.fc2")])
 def test_a_widened_host_has_the_outputs_and_gradients_of_wider_layers(host: str, site: str) -> None:
     """At α = 1 the engine's forward and backward are those of the exported host, whose own layers are wider."""

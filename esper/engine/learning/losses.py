@@ -93,9 +93,9 @@ def _cut(part: Any, length: int, samples: int) -> Any:
     return part
 
 
-def probing(loss: LossFunction, model: nn.Module, sample: Any) -> Callable[[], Tensor]:
-    """Runs the model on the first samples of ``sample``; on all of it where the user's loss cannot do with fewer."""
-    chosen = [few(sample)]
+def probing(loss: LossFunction, model: nn.Module, sample: Any, samples: int = 1) -> Callable[[], Tensor]:
+    """Runs the model on the first ``samples`` of ``sample``; on all of it where the user's loss cannot do with fewer."""
+    chosen = [few(sample, samples)]
 
     def forward() -> Tensor:
         try:
