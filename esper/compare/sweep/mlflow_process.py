@@ -130,11 +130,12 @@ class MlflowProcess:
         self.sweep.parent, self._opened = answer["parent"], True
 
     def _opening(self) -> dict[str, Any]:
-        sweep, config = self.sweep, self.sweep.jobs[0].config
+        sweep, settings = self.sweep, self._config
+        assert settings is not None, "nothing is asked of a writer that is not there"
         return {
             "ask": "open",
-            "uri": tracking_uri(self._config, config.output),
-            "experiment": self._config.experiment,
+            "uri": tracking_uri(settings, sweep.jobs[0].config.output),
+            "experiment": settings.experiment,
             "parent": sweep.parent,
             "sweep": sweep.id,
             "name": sweep.name,
