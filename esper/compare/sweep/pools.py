@@ -9,7 +9,7 @@ from esper.cli.launchers import LauncherConfig, RayConfig, SubmititConfig
 from esper.compare.sweep.worker_pool import WorkerPool, local_pool, worker_environments
 from esper.config import RootConfig
 from esper.errors import UserError
-from esper.tracking.config import MlflowConfig, sqlite_file, tracking_uri
+from esper.tracking.config import mlflow_in, sqlite_file, tracking_uri
 
 
 def pool_of(launcher: LauncherConfig, most: int, gpu: bool, folder: Path) -> Callable[[Mapping[str, str]], WorkerPool]:
@@ -39,9 +39,10 @@ def pool_of(launcher: LauncherConfig, most: int, gpu: bool, folder: Path) -> Cal
 
 def refuse_local_store(launcher: LauncherConfig, config: RootConfig) -> None:
     """Raise UserError where jobs on other machines would write to a file of SQLite, which takes one machine's processes alone."""
-    if not isinstance(launcher, (RayConfig, SubmititConfig)) or not isinstance(config.tracking, MlflowConfig):
+    mlflow = mlflow_in(config.tracking)
+    if not isinstance(launcher, (RayConfig, SubmititConfig)) or mlflow is None:
         return
-    if (file := sqlite_file(tracking_uri(config.tracking, config.output))) is not None:
+    if (file := sqlite_file(tracking_uri(mlflow, config.output))) is not None:
         raise UserError(
             f"The jobs may run on several machines, which cannot write to one file of SQLite ({file}): give the address of an MLflow "
             "server, tracking.uri=http://…, or choose tracking=csv. scripts/cluster up starts a server to try it with."
