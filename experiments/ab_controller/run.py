@@ -176,7 +176,7 @@ def measured(options: argparse.Namespace, missing: list[str], seconds: float) ->
     import torch
 
     place = f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
-    said = {name: getattr(options, name) for name in ("pilots", "steps", "processes")}
+    said = {name: getattr(options, name) for name in ("pairs", "pilots", "steps", "tasks", "processes")}
     return said | {"seconds": round(seconds), "place": place, "missing": missing}
 
 
@@ -205,8 +205,8 @@ def report(rows: list[dict[str, Any]], said: dict[str, Any]) -> str:
         f"accuracy in {said['pilots']} pilots on other seeds; the bandit's memory comes from pilots too, one after the other. Places of",
         "fixed schedules are drawn by lot. A controller that does not beat the reference is said not to.",
         "",
-        f"**Command.** `python experiments/ab_controller/run.py` ({said['seconds']} s with {said['processes']} processes;",
-        f"{said['steps']} steps a run, {said['place']}, one thread a run).",
+        f"**Command.** `python experiments/ab_controller/run.py --pairs {said['pairs']} --pilots {said['pilots']} --steps {said['steps']}",
+        f"--tasks {' '.join(said['tasks'])}` ({said['seconds']} s with {said['processes']} processes; {said['place']}, one thread a run).",
         "Every run is in `results.csv`; the arms are in `conf/arm`, the rest in `conf/experiment/ab_controller.yaml`.",
         "",
         *said["missing"],

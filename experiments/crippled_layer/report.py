@@ -21,12 +21,12 @@ def read(path: Path) -> Rows:
         return [{key: value if key in _TEXT else float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def machine(folder: Path, cost: str) -> None:
-    """Keep beside the results where and in what time they were measured."""
+def machine(folder: Path, options: str, cost: str) -> None:
+    """Keep beside the results how, where and in what time they were measured."""
     import torch
 
     place = f"{cost}; Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread a run"
-    (folder / "machine.json").write_text(json.dumps({"measured": place}) + "\n")
+    (folder / "machine.json").write_text(json.dumps({"options": options, "measured": place}) + "\n")
 
 
 def summed_up(rows: Rows, arms: list[str]) -> dict[str, dict[str, float]]:
@@ -112,7 +112,7 @@ def write_up(rows: Rows, folder: Path, layers: int, events: int, arms: list[str]
     """Write README.md and the figure into ``folder``; returns the text."""
     found = summed_up(rows, arms)
     figure(found, layers, folder / "found.png")
-    measured = json.loads((folder / "machine.json").read_text())["measured"]
+    said = json.loads((folder / "machine.json").read_text())
     pilots = sum(row["phase"] == "pilot" for row in rows)
     runs = int(max(one["runs"] for one in found.values()))
     good = [f"`{arm}`" for arm, one in found.items() if arm not in ("healthy", "host") and verdict(one) == "both"]
@@ -129,7 +129,7 @@ def write_up(rows: Rows, folder: Path, layers: int, events: int, arms: list[str]
         "seeds; each draws the data and the weights, and has the next layer crippled. `wiser_bandit` begins with what",
         f"{pilots} pilots on other data have learnt, one after the other, with another layer crippled in each.",
         "",
-        f"**Command.** `python experiments/crippled_layer/run.py` ({measured}).",
+        f"**Command.** `python experiments/crippled_layer/run.py {said['options']}` ({said['measured']}).",
         "Every run is in `results.csv`. `--again` writes this page from it.",
         "",
         *table(found),

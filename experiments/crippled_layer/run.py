@@ -161,7 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.perf_counter()
         save(measure(options), options.out)
         seconds = time.perf_counter() - began
-        machine(options.out, f"{seconds:.0f} s with {options.processes} processes; {options.steps} steps a run")
+        given = f"--seeds {options.seeds} --pilots {options.pilots} --steps {options.steps}"
+        machine(options.out, given, f"{seconds:.0f} s with {options.processes} processes")
     print(write_up(read(options.out / "results.csv"), options.out, LAYERS, EVENTS, list(ARMS)))
     return 0
 
