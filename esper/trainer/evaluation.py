@@ -26,14 +26,16 @@ def evaluate(model: nn.Module, task: Task, batches: Batches, ranks: Ranks | None
     Each of several ``ranks`` measures a share of the batches; the sums run over all of them in their order, wherever they were measured.
     """
     ranks = ranks or Ranks.alone()
-    mine: list[tuple[int, dict[str, float]]] = []
+    samples_of, names, sums_of = [], ["loss", *task.metrics], []
     with quiet_evaluation(model):
         for position in range(ranks.rank, len(batches), ranks.size):
             batch = batches.batch(0, position)
             output = model(batch[0])
-            values: dict[str, Tensor] = {"loss": task.sample_loss(output, batch)}
-            values |= {name: metric.compute(output, batch) for name, metric in task.metrics.items()}
-            mine.append((len(batch[1]), {name: float(value.double().sum()) for name, value in values.items()}))
+            values = [task.sample_loss(output, batch), *(metric.compute(output, batch) for metric in task.metrics.values())]
+            samples_of.append(len(batch[1]))
+            sums_of.append(torch.stack([value.double().sum() for value in values]))
+    found_here = torch.stack(sums_of).tolist() if sums_of else []  # a GPU is waited for once
+    mine = [(samples, dict(zip(names, found, strict=True))) for samples, found in zip(samples_of, found_here, strict=True)]
     shares = ranks.values("an evaluation", mine)
     sums: dict[str, float] = {}
     count = 0
