@@ -150,6 +150,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything the rest of a run depends on, by reference; taken between two steps."""
+        self.grow.readings.arrive()  # first: the governor judges a postponed step by numbers that may still be under way
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
             "host": dict(host_parameters(self.model)),

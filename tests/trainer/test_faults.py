@@ -14,7 +14,7 @@ from esper.grafting import STRATEGIES
 from esper.lifecycle import Stage
 from esper.messages import Alert, GateResult, Selector, SetStage
 from esper.trainer.trainer import Trainer
-from tests.checkpoint.conftest import Make, bits
+from tests.checkpoint.conftest import Make, bits, train_until
 
 SLOW = ("trainer.steps=80", "grafting.ramp=30step", "lifecycle.grafting_max=90%")
 
@@ -32,6 +32,15 @@ def guarded(request: pytest.FixtureRequest, make: Make) -> Make:
         return trainer
 
     return made
+
+
+def judged_later(make: Make, *overrides: str, **given: Any) -> Trainer:
+    """A trainer as on a GPU; a step waits for its numbers every tenth time and at telemetry alone."""
+    trainer = make("trainer.governor_snapshot=10step", *overrides, **given)
+    for group in trainer.optimizer.param_groups:
+        group["fused"] = True
+    trainer.grow.readings.late = trainer.postpones = True
+    return trainer
 
 
 def alerts(trainer: Trainer) -> list[str]:
@@ -134,6 +143,17 @@ def test_a_poisoned_gradient_is_never_applied(guarded: Make) -> None:
     steps(trainer, 1)
     handle.remove()
     assert finite(trainer) and "the gradient is nan" in alerts(trainer)[0]
+
+
+def test_a_resumed_run_judges_the_step_that_was_postponed_before_the_checkpoint(make: Make) -> None:
+    trainer = judged_later(make, *SLOW)
+    steps(trainer, 22)
+    good = trainer._batch
+    trainer._batch = lambda number: (torch.full_like(good(number)[0], float("nan")), good(number)[1])
+    resumed = judged_later(make, *SLOW, state=train_until(trainer, 23))
+    assert not alerts(trainer), "it is judged one step later"
+    steps(resumed, 1)
+    assert len(alerts(resumed)) == 1 and "step 22: the loss is nan" in alerts(resumed)[0]
 
 
 def test_failures_that_repeat_stop_the_run_with_a_report(guarded: Make) -> None:
