@@ -219,6 +219,11 @@ class Grow:
         self._losses.clear()
         self._learn_nothing()
 
+    def forget_arrived(self) -> None:
+        """Let no failure count that the device told of the step before: that step was not healthy, and was made all the same."""
+        self.branch_optimizer.failures.clear()
+        self.measurements.error_rates.clear()
+
     def _learn_nothing(self) -> None:
         self.objective.pending.clear()
         self.objective.failed.clear()

@@ -69,6 +69,8 @@ class CompiledSites:
             for number in changed:
                 self._route(number)
             self._blocks = {branch: block for branch, block in self._blocks.items() if registry.branches[branch].alive}
+            for branch, block in self._blocks.items():  # outside the graph too, where its parameters keep their hooks
+                block.learning = registry.learns(registry.branches[branch])
             first = self.registry.first_row
             rows = [first[number] + seed for number, members in enumerate(self._members) for seed in members]
             branches = [branch for members in self._members for branch in members.values()]
@@ -197,7 +199,6 @@ class CompiledSites:
             for tensor in (*block.parameters(), *block.buffers()):
                 graph.stays_where_it_is(tensor)
             self._blocks[branch.id] = GraphBlock(branch.seed, block)
-        self._blocks[branch.id].learning = self.registry.learns(branch)
         return self._blocks[branch.id]
 
 

@@ -136,7 +136,10 @@ class Governor:
         if postponed is None:
             return None
         step, loss, gradient = postponed
-        return self._judged(step, {"loss": loss, "gradient": gradient})
+        anomaly = self._judged(step, {"loss": loss, "gradient": gradient})
+        if anomaly is not None:
+            self.grow.forget_arrived()  # else a batch of NaN would cull every branch that learned from it
+        return anomaly
 
     def _judged(self, step: int, values: dict[str, float]) -> Anomaly | None:
         if self._measured:

@@ -22,16 +22,16 @@ SLOW = ("trainer.steps=80", "grafting.ramp=30step", "lifecycle.grafting_max=90%"
 @pytest.fixture(params=["at once", "a step later"])
 def guarded(request: pytest.FixtureRequest, make: Make) -> Make:
     """Makes trainers whose governor sees a step before it is made, as on a CPU, or may see it one step later, as on a GPU."""
+    return make if request.param == "at once" else lambda *words, **given: judged_later(make, *words, **given)
 
-    def made(*overrides: str) -> Trainer:
-        trainer = make(*overrides)
-        if request.param == "a step later":
-            for group in trainer.optimizer.param_groups:
-                group["fused"] = True
-            trainer.grow.readings.late = trainer.postpones = True
-        return trainer
 
-    return made
+def judged_later(make: Make, *overrides: str, **given: Any) -> Trainer:
+    """A trainer as on a GPU; a step waits for its numbers every tenth time and at telemetry alone."""
+    trainer = make("trainer.governor_snapshot=10step", *overrides, **given)
+    for group in trainer.optimizer.param_groups:
+        group["fused"] = True
+    trainer.grow.readings.late = trainer.postpones = True
+    return trainer
 
 
 def judged_later(make: Make, *overrides: str, **given: Any) -> Trainer:
@@ -73,9 +73,11 @@ def test_a_batch_of_nan_is_not_learned_and_harms_no_seed(guarded: Make) -> None:
     trainer._batch = lambda number: (torch.full_like(good(number)[0], float("nan")), good(number)[1])
     steps(trainer, 1)
     trainer._batch = good
-    assert finite(trainer) and len(alerts(trainer)) == 1 and "the loss is nan" in alerts(trainer)[0]
+    assert finite(trainer)
+    steps(trainer, 1)  # the verdict on a step that was postponed
+    assert finite(trainer) and len(alerts(trainer)) == 1 and "step 22: the loss is nan" in alerts(trainer)[0]
     assert [branch.stage for branch in trainer.grow.registry.branches.living()] == before
-    assert trainer.grow.tick_number == 23
+    assert trainer.grow.tick_number == 24
     trainer.fit()
     assert finite(trainer)
 
@@ -142,7 +144,20 @@ def test_a_poisoned_gradient_is_never_applied(guarded: Make) -> None:
     handle = trainer.optimizer.param_groups[0]["params"][0].register_hook(lambda gradient: gradient * float("nan"))
     steps(trainer, 1)
     handle.remove()
-    assert finite(trainer) and "the gradient is nan" in alerts(trainer)[0]
+    assert finite(trainer)
+    steps(trainer, 1)
+    assert finite(trainer) and len(alerts(trainer)) == 1 and "step 12: the gradient is nan" in alerts(trainer)[0]
+
+
+def test_a_resumed_run_judges_the_step_that_was_postponed_before_the_checkpoint(make: Make) -> None:
+    trainer = judged_later(make, *SLOW)
+    steps(trainer, 22)
+    good = trainer._batch
+    trainer._batch = lambda number: (torch.full_like(good(number)[0], float("nan")), good(number)[1])
+    resumed = judged_later(make, *SLOW, state=train_until(trainer, 23))
+    assert not alerts(trainer), "it is judged one step later"
+    steps(resumed, 1)
+    assert len(alerts(resumed)) == 1 and "step 22: the loss is nan" in alerts(resumed)[0]
 
 
 def test_a_resumed_run_judges_the_step_that_was_postponed_before_the_checkpoint(make: Make) -> None:
