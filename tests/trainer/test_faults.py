@@ -34,15 +34,6 @@ def judged_later(make: Make, *overrides: str, **given: Any) -> Trainer:
     return trainer
 
 
-def judged_later(make: Make, *overrides: str, **given: Any) -> Trainer:
-    """A trainer as on a GPU; a step waits for its numbers every tenth time and at telemetry alone."""
-    trainer = make("trainer.governor_snapshot=10step", *overrides, **given)
-    for group in trainer.optimizer.param_groups:
-        group["fused"] = True
-    trainer.grow.readings.late = trainer.postpones = True
-    return trainer
-
-
 def alerts(trainer: Trainer) -> list[str]:
     return [event.text for event in trainer.port.events(Alert)]
 
@@ -147,17 +138,6 @@ def test_a_poisoned_gradient_is_never_applied(guarded: Make) -> None:
     assert finite(trainer)
     steps(trainer, 1)
     assert finite(trainer) and len(alerts(trainer)) == 1 and "step 12: the gradient is nan" in alerts(trainer)[0]
-
-
-def test_a_resumed_run_judges_the_step_that_was_postponed_before_the_checkpoint(make: Make) -> None:
-    trainer = judged_later(make, *SLOW)
-    steps(trainer, 22)
-    good = trainer._batch
-    trainer._batch = lambda number: (torch.full_like(good(number)[0], float("nan")), good(number)[1])
-    resumed = judged_later(make, *SLOW, state=train_until(trainer, 23))
-    assert not alerts(trainer), "it is judged one step later"
-    steps(resumed, 1)
-    assert len(alerts(resumed)) == 1 and "step 22: the loss is nan" in alerts(resumed)[0]
 
 
 def test_a_resumed_run_judges_the_step_that_was_postponed_before_the_checkpoint(make: Make) -> None:

@@ -225,10 +225,16 @@ class _Feeding:
     def run(self) -> Iterator[tuple[int, Answer]]:
         """The answers as they come in."""
         self._begin()
-        while self.busy or (self.again and self.reviving):
+        while self.busy or self._left_for_revived():
             if (heard := self.heard()) is not None:
                 yield heard
             self._begin()
+
+    def _left_for_revived(self) -> bool:
+        """Whether a job is left for a worker that is coming back."""
+        if self.reviving and not self.again and (given := self.take()) is not None:
+            self.again.append(given)
+        return bool(self.reviving and self.again)
 
     def _begin(self) -> None:
         while self.idle and (given := self.again.popleft() if self.again else self.take()) is not None:

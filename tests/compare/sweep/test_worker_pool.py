@@ -23,7 +23,7 @@ from esper.compare.sweep import worker_pool as workers
 from esper.compare.sweep.arms import Job
 from esper.compare.sweep.forks import ForkServerClient, early_server
 from esper.compare.sweep.sweep import PreparedJob
-from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _gpus, local_pool, worker_environments
+from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _Feeding, _gpus, local_pool, worker_environments
 from esper.errors import Terminated
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -270,3 +270,25 @@ def test_a_sweep_that_is_refused_leaves_no_server(tmp_path: Path, monkeypatch: p
     assert main(["-m", "trainer.steps=10,-3", "tracking=none"]) == REFUSED
     (server,) = begun
     assert server.process.returncode == -signal.SIGTERM and not list(tmp_path.iterdir())
+
+
+class _LostOnce:
+    """A worker that is lost in the middle of its first job, and does the others."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, request: dict[str, Any], goes_on: Any = None) -> dict[str, Any]:
+        self.asked += 1
+        return {"lost": True, "error": "its node was lost"} if self.asked == 1 else {"done": request["job"]}
+
+    def revive(self) -> None:
+        """It is there again at once."""
+
+
+def test_where_all_workers_are_lost_with_their_last_chance_the_jobs_that_are_left_are_still_done() -> None:
+    jobs = iter([(number, {"job": number}, None) for number in range(3)])
+    worker: Any = _LostOnce()
+    feeding = _Feeding([worker], lambda: next(jobs, None), losses=0)
+    answers = dict(feeding.run())
+    assert answers[0]["lost"] and answers[1] == {"done": 1} and answers[2] == {"done": 2}
