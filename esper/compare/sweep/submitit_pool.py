@@ -72,7 +72,11 @@ class BatchWorker:
                 with self._lock:
                     if self._over.is_set():
                         break
-                    self._job = self.executor.submit(BatchJob(self.variables), request)
+                    try:
+                        self._job = self.executor.submit(BatchJob(self.variables), request)
+                    except submitit.core.utils.FailedJobError as error:
+                        said = " ".join(str(error).split())
+                        return {"status": "FAILED", "error": f"Slurm did not take the job: {said}", "seconds": 0.0}
                 while not self._job.done():
                     time.sleep(LOOK_S)
                 try:

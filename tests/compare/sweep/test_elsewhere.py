@@ -6,15 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from esper.cli.compose import compose
 from esper.cli.launchers import SubmititConfig
-from esper.compare.sweep.submitit_pool import executor_for
+from esper.compare.sweep.submitit_pool import BatchWorker, executor_for
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
 from esper.running.run import run
@@ -165,3 +168,14 @@ def test_without_slurm_or_a_cluster_a_sentence_says_what_to_do(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"no srun on the PATH"):
         executor_for(SubmititConfig(), tmp_path)
+
+
+def test_what_slurm_refuses_is_a_failed_job_with_slurms_own_words() -> None:
+    from submitit.core.utils import FailedJobError
+
+    def refuse(*given: Any) -> Any:
+        raise FailedJobError("sbatch: error: invalid partition specified: gpus")
+
+    worker = BatchWorker(SubmititConfig(), SimpleNamespace(submit=refuse), {}, threading.Lock())
+    answer = worker.ask({"ask": "run"})
+    assert answer["status"] == "FAILED" and "invalid partition specified: gpus" in answer["error"]
