@@ -155,12 +155,13 @@ class _Watcher:
         self.limits = limits
         self.state, self.why, self.macs = FAILED, "", 0.0
         self.values: dict[str, float] = {}
-        self.size, self.fuller = 0, 1.0
+        self.steps, self.size, self.fuller = 0, 0, 1.0
 
     def __call__(self, trainer: Any) -> None:
         self.limits.stop.check()
         self.macs = float(trainer.grow.meter.total)
-        steps, total = trainer.outcome.steps, trainer.total
+        self.steps = steps = trainer.outcome.steps
+        total = trainer.total
         limits = self.limits
         if not self.size or steps >= total:
             self.size = sum(parameter.numel() for parameter in trainer.grow.export().parameters())
@@ -187,7 +188,7 @@ class _Watcher:
 def _take_over(one: Attempt, folder: Path, watcher: _Watcher) -> None:
     """The numbers of the run's summary, as far as it has one."""
     if not (folder / NAME).exists():
-        one.macs = watcher.macs
+        one.macs, one.reached = watcher.macs, watcher.steps
         return
     summary = read_summary(folder)
     if watcher.values:

@@ -17,6 +17,7 @@ from rich.console import Console
 from esper.auto.attempts import DEAR, FAILED, FINISHED, LARGE, PRUNED, Attempt, Limits, Purse, attempt, tested
 from esper.auto.config import MACS, AutoConfig, amount
 from esper.auto.moves import (
+    HOSTS,
     LARGER,
     LENGTH,
     TRAIN,
@@ -50,6 +51,7 @@ HEADS = 2  # attention heads of a growth
 GROWN, DEARER = 2.0, 1.5  # what a step of a growth is thought to cost at first, and how many times that it may
 ROOM = 0.95  # of what is left may be planned with: judging costs too
 STATE = "auto.json"
+BROKE, STOPPED, REFUSED = "it broke", "it was stopped", "it was refused"
 FIRST, SETTINGS, GROW = "first", "settings", "grow"
 
 
@@ -75,7 +77,7 @@ class Auto:
     console: Console
     attempts: list[Attempt] = field(default_factory=list)
     path: list[Attempt] = field(default_factory=list)
-    ended: str = "it broke"
+    ended: str = BROKE
     test: dict[str, float] = field(default_factory=dict)
     widened: int = 0
 
@@ -108,9 +110,12 @@ class Auto:
                 self._search_settings()
                 self._grow()
                 self.stop.check()
+        except UserError:
+            self.ended = REFUSED
+            raise
         except KeyboardInterrupt as stop:
-            self.ended = "it was stopped"
-            stop.args = (str(self.folder),)  # for the sentence that names the folder
+            self.ended = STOPPED
+            stop.args = (str(self.folder),) if self.path else ()  # for the sentence that names the folder
             raise
         finally:
             report = self._leave()
@@ -122,13 +127,14 @@ class Auto:
         """A first model as soon as there can be one; it also tells what a step costs."""
         one = self._attempt(FIRST, "the first model", [], FIRST_STEPS, {})
         if one.state == LARGE:
-            raise UserError(f"The smallest model has {one.why}; allow more parameters, or give a smaller one: model.width=….")
+            smaller = f": {key_of(host_words(self.model)[0])}=…" if self.model.name in HOSTS else ""
+            raise UserError(f"The first model has {one.why}; allow more parameters, or give a smaller model{smaller}.")
         if one.state == FAILED:
             raise UserError(one.why)
         if one.state != FINISHED:
             raise UserError(
-                f"budget={self.config.budget} is spent before the first model has made {FIRST_STEPS} steps, which take about "
-                f"{self._shown(2 * self.purse.spent)}; give more."
+                f"budget={self.config.budget} is spent before the first model has made {FIRST_STEPS} steps: {one.reached} of them took "
+                f"{self._shown(self.purse.spent)}; give more."
             )
         self._keep(one)
 
@@ -249,7 +255,6 @@ class Auto:
         every += [f"trainer.steps={steps}", "trainer.checkpoint_every=", f"seed={(self.base.seed + number) % 2**32}"]
         every += [] if words else ["controller=none"]
         every += [] if parent is None or what == LARGER else [f"model.weights={parent.folder}"]
-        every += [] if any(word.startswith("tracking=") for word in own) else ["tracking=none"]
         most = math.inf if parent is None else DEARER * self.weights.get(what, GROWN) * steps * parent.macs_a_step
         limits = Limits(self.purse, self.config.max_parameters, most, self.stop, falls or (lambda step, value: False))
         self.stop.check()
@@ -340,7 +345,12 @@ class Auto:
         os.replace(partial, self.folder / STATE)
 
     def _leave(self) -> Report:
-        """The best model, its one look at the test set, the report and its figure."""
+        """The best model, its one look at the test set, the report and its figure; without a model nothing, and the folder is free again."""
+        if self.best is None and self.ended != BROKE:
+            shutil.rmtree(self.folder / "attempts", ignore_errors=True)
+            if not self.config.to:
+                self.folder.rmdir()
+            return self._report()
         if self.best is not None:
             shutil.copytree(Path(self.best.folder) / MODEL, self.folder / MODEL, dirs_exist_ok=True)
             self.test = tested(self._all_words(self.host), self.task, self.folder / MODEL)

@@ -53,7 +53,12 @@ def prepared(words: Sequence[str], console: Console) -> Auto:
     from esper.auto.auto import Auto
     from esper.auto.moves import start_words
     from esper.cli.compose import compose
+    from esper.cli.overrides import parse
 
+    for word in given:
+        if parse([word])[0].is_sweep_override():
+            raise UserError(f"{word} gives several values, and esper auto makes no sweep: give one.")
+    given += [] if any(word.startswith("tracking=") for word in given) else ["tracking=none"]
     base = compose([*given, "controller=none"])
     task = base.task.build()
     start = start_words(task, given)
@@ -67,7 +72,11 @@ def _folder(config: AutoConfig, output: str) -> Path:
     now = datetime.now()
     made = Path(config.to) if config.to else Path(output) / "auto" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}-{secrets.token_hex(3)}"
     folder = made.resolve()
-    if folder.exists() and any(folder.iterdir()):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made ({str(error.strerror).lower()}); give another: to=….") from None
+    if taken:
         raise UserError(f"to={made} has files in it already; give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -20,6 +20,7 @@ DECIDED = {
     "trainer.steps": "the budget decides how long each run lasts",
     "trainer.epochs": "the budget decides how long each run lasts",
     "trainer.control": "the runs of auto are each other's controls",
+    "trainer.checkpoint_every": "a search for a size is not resumed, and its runs keep no checkpoints",
     "model.weights": "each growth starts from the best model so far",
     "blueprint": "auto tries every kind of growth that the model bears",
     "controller": "auto decides when something grows",
@@ -93,14 +94,25 @@ def sorted_words(words: Sequence[str]) -> tuple[AutoConfig, list[str]]:
         for decided, why in DECIDED.items():
             if key.lstrip("+~") == decided or key.lstrip("+~").startswith(f"{decided}."):
                 raise UserError(f"{word} is not accepted by esper auto: {why}; leave it out.")
-        if key.startswith("-"):
+        if _foreign(word):
             raise UserError(
-                f"{word} is no word of esper auto: it takes {', '.join(OWN)} and settings such as task=digits{nearest(key, OWN)}."
+                f"'{word}' is no word of esper auto: it takes {', '.join(f'{one}=…' for one in OWN)} and settings of its runs, as in "
+                f"task=digits{nearest(key, OWN)}."
             )
         rest.append(word)
-    config = structure(AutoConfig, own, "auto")
+    config = structure(AutoConfig, own, "")
     amount(config.budget)
     return config, rest
+
+
+def _foreign(word: str) -> bool:
+    """Whether a word is no setting of a run, and so meant for auto: an option, a bare word, an unknown first key."""
+    from esper.cli import conf
+
+    if word.startswith(("+", "~")):
+        return False
+    key, equals, _ = word.partition("=")
+    return not equals or key.partition(".")[0].partition("/")[0] not in (*conf.groups(), *conf.root_keys(), "hydra")
 
 
 def _number(key: str, text: str) -> object:

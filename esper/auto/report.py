@@ -71,7 +71,7 @@ class Report:
         tried = {one.what for one in self.attempts if one.phase == "grow"}
         for kind in sorted(tried):
             found = [one for one in self.attempts if one.phase == "grow" and one.what == kind]
-            lines.append(f"{kind}: tried {len(found)} times, kept {sum(one.kept for one in found)} times.")
+            lines.append(f"{kind}: {sum(one.kept for one in found)} of {len(found)} kept.")
         lines.append(f"It ended because {self.ended}; {self.spent:.3g} of {self.budget.value:.3g} {unit} were spent.")
         return lines
 
