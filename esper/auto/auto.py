@@ -345,7 +345,7 @@ class Auto:
         os.replace(partial, self.folder / STATE)
 
     def _leave(self) -> Report:
-        """The best model, its one look at the test set, the report and its figure; without a model nothing, and the folder is free again."""
+        """The best model, its one look at the test set, the report and its figure; without a model nothing is left."""
         if self.best is None and self.ended != BROKE:
             shutil.rmtree(self.folder / "attempts", ignore_errors=True)
             if not self.config.to:
