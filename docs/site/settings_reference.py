@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from esper.cli import conf
-from esper.cli.conf import LauncherConfig
+from esper.cli.launchers import LAUNCHERS
 from esper.config import GROUPS, PRESETS, RootConfig, accepted, default_options, option_values, options, shown
 from esper.search.config import SearchConfig
 
@@ -27,7 +27,7 @@ def text() -> str:
                 kind = options(group)[name]
                 lines += _table(kind, option_values(kind, name), group)
     for title, kind, path in (
-        ("hydra/launcher=workers", LauncherConfig, "hydra.launcher"),
+        *((f"hydra/launcher={name}", kind, "hydra.launcher") for name, (_, kind) in LAUNCHERS.items()),
         ("hydra/sweeper=optuna", SearchConfig, "hydra.sweeper"),
     ):
         lines += ["", f"## {title}", "", _plain((kind.__doc__ or "").partition("\n")[0]), ""]

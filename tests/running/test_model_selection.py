@@ -42,8 +42,8 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> Any:
     fit = Trainer.fit
 
     def to(accuracy: float) -> None:
-        def spoilt(self: Trainer, between: Any = None) -> Outcome:
-            outcome = fit(self, between)
+        def spoilt(self: Trainer, between: Any = None, test: bool = True) -> Outcome:
+            outcome = fit(self, between, test)
             if between is not None:
                 outcome.final["validation/accuracy"] = accuracy
             return outcome

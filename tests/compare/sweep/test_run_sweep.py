@@ -42,7 +42,7 @@ Outcome = Callable[[RootConfig, Path], tuple[float, str]]
 class InstantWorkers:
     """Runs nothing: writes the summary of a run whose accuracy ``outcome`` decides."""
 
-    size = 1
+    size, away = 1, False
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
