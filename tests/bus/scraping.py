@@ -58,7 +58,7 @@ class Run:
         """Let others join, as processes of their own would; the password is given by the environment."""
         config = dataclasses.replace(self.config, url=f"redis://127.0.0.1:{server.address.tcp_port}/0")
         outside = {"name": "none", "process": "external"}
-        invite(self.folder, "run", config, {"config": {"controller": outside, "tracking": outside}})
+        invite(self.folder, "run", config, {"config": {"controller": outside, "grafting": {"name": "linear"}, "tracking": outside}})
 
     def scrape(self) -> list[Sample]:
         """What is there now."""

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 RECORD = {
     "config": {
         "seed": 3,
+        "grafting": {"name": "linear"},
         "controller": {
             **{"name": "random", "process": "external", "count": 12},
             **{"earliest": "5%", "latest": "70%", "embargo": "5%"},
