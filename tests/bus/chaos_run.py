@@ -37,7 +37,7 @@ COMPARED = tuple(kind.__name__ for kind in (Transition, GateResult, RunEnded))
 def record(folder: Path, seed: int) -> RunInfo:
     """What the run is, for those who join it."""
     outside = {"process": "external"}
-    config = {"seed": seed, "controller": CONTROLLER | outside, "tracking": TRACKING | outside}
+    config = {"seed": seed, "controller": CONTROLLER | outside, "grafting": {"name": "linear"}, "tracking": TRACKING | outside}
     place = {"folder": str(folder), "outputs": str(folder)}
     return RunInfo(run=RUN, name=RUN, started_ms=1_700_000_000_000, config=config, **place)
 
