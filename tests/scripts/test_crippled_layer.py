@@ -50,7 +50,7 @@ def test_the_quick_form_runs_every_kind_of_arm_and_writes_the_page(checkout: Pat
     assert by_arm["by_health"]["there"] >= 5 and by_arm["by_allocator"]["there"] >= 5, "of six, at one of six layers"
     assert by_arm["by_probe"]["kept"] <= 2 < by_arm["by_probe"]["germinated"], "losers go, also those that have passed their first look"
     assert (tmp_path / "memory.json").exists() and by_arm["wiser_bandit"]["crippled"] == 1
-    module.machine(tmp_path, "in a moment")
+    module.machine(tmp_path, "--seeds 1", "in a moment")
     text = module.write_up(rows, tmp_path, module.LAYERS, module.EVENTS, list(module.ARMS))
     assert "by_health" in text and (tmp_path / "found.png").stat().st_size > 1000
 
