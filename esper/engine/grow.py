@@ -169,13 +169,12 @@ class Grow:
 
         Returns whether this was a tick. A step that the gradient scaler skipped is not one: no seed ages and no branch moves.
         """
-        losses, self._losses = self._losses, []
+        losses, self._losses = ([metric] if metric is not None else self._losses), []
         self.readings.arrive()
         if self._skipped():
             self.branch_optimizer.clear()
             self.objective.pending.clear()
             return False
-        losses = [metric] if metric is not None else losses
         self._hear(self.agreement.begin(losses))
         if self.signal.diverging:
             self._learn_nothing()
