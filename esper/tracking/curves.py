@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -36,6 +37,15 @@ class Curves:
         return found
 
 
-def not_installed(option: str, package: str) -> UserError:
-    """The error for a tracker whose library is an extra."""
-    return UserError(f"tracking={option} needs {package}, which is not installed: pip install 'esper-grow[{option}]'.")
+def import_now(module: str, option: str, package: str, figures: bool) -> None:
+    """Import what the end of a run needs: the ``module`` of a tracker's library, which is an extra, and Matplotlib for ``figures``.
+
+    Raises:
+        UserError: the library is not installed.
+    """
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"tracking={option} needs {package}, which is not installed: pip install 'esper-grow[{option}]'.") from None
+    if figures:
+        import matplotlib.figure  # noqa: F401

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from esper.messages import Message, RunStarted
 from esper.tracking.config import TensorBoardConfig
-from esper.tracking.curves import Curves, not_installed
+from esper.tracking.curves import Curves, import_now
 from esper.tracking.run_info import RunInfo
 from esper.tracking.run_page import final_values, main_values, page_description
 
@@ -33,12 +33,7 @@ class TensorBoardEvents:
         Raises:
             UserError: TensorBoard is not installed.
         """
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError:
-            raise not_installed("tensorboard", "TensorBoard") from None
-        if self.config.figures:
-            import matplotlib.figure  # noqa: F401
+        import_now("torch.utils.tensorboard", "tensorboard", "TensorBoard", self.config.figures)
 
     def open(self, info: RunInfo) -> None:
         """Begin an event file, with the settings by which TensorBoard's HParams page tells runs apart."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from esper.errors import UserError
 from esper.messages import Message
 from esper.tracking.config import WandbConfig
-from esper.tracking.curves import Curves, not_installed
+from esper.tracking.curves import Curves, import_now
 from esper.tracking.run_info import RunInfo
 from esper.tracking.run_page import final_values, main_values, page_description
 
@@ -35,12 +35,7 @@ class WandbRun:
         Raises:
             UserError: wandb is not installed.
         """
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            raise not_installed("wandb", "wandb") from None
-        if self.config.figures:
-            import matplotlib.figure  # noqa: F401
+        import_now("wandb", "wandb", "wandb", self.config.figures)
 
     def open(self, info: RunInfo) -> None:
         """Begin the W&B run, or go on with the one of this folder.
