@@ -140,7 +140,13 @@ class MlflowRun:
             client.log_dict(self.run_id, info.config, "config.yaml")
 
     def _log_dataset(self) -> None:
+        """The data set, an entry that every run of an experiment shares.
+
+        MLflow looks for the entry and then adds it, so of two runs that begin at the same moment the later one is refused;
+        its second attempt finds the entry of the other.
+        """
         from mlflow.entities import Dataset, DatasetInput
+        from mlflow.exceptions import MlflowException
 
         data = self._info.dataset
         assert data is not None
@@ -148,7 +154,10 @@ class MlflowRun:
         source = json.dumps({"description": data.description, "sha256": data.digest})
         profile = json.dumps(data.sizes)
         entry = Dataset(data.name, data.digest[:36], "local", source, profile=profile)
-        self._client.log_inputs(self.run_id, [DatasetInput(entry, [])])
+        try:
+            self._client.log_inputs(self.run_id, [DatasetInput(entry, [])])
+        except MlflowException:
+            self._client.log_inputs(self.run_id, [DatasetInput(entry, [])])
 
     def record(self, messages: Sequence[Message]) -> None:
         """Send metrics unchanged, telemetry as aggregates and alerts as a count; everything else is in the files."""

@@ -246,7 +246,12 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
                 place = None if file is None else (file.resolve().parent / "mlflow-artifacts").as_uri()
-                return str(client.create_experiment(name, artifact_location=place, tags=KIND))
+                try:
+                    return str(client.create_experiment(name, artifact_location=place, tags=KIND))
+                except MlflowException as error:  # another process was first, perhaps on another machine
+                    found = client.get_experiment_by_name(name)
+                    if found is None:
+                        raise error
     except (MlflowException, requests.RequestException) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(

@@ -13,9 +13,7 @@ from stored_runs import LIGHT, history, tracked
 
 from esper.compare.sweep.sweep import set_aside
 from esper.messages import Alert, Metrics, RunStarted, Telemetry
-from esper.tracking import (
-    MlflowConfig,
-)
+from esper.tracking import DatasetInfo, MlflowConfig
 from esper.tracking.mlflow_run import MlflowRun
 from esper.tracking.parquet_files import ParquetFiles
 from esper.tracking.run_page import final_values
@@ -32,6 +30,29 @@ def test_a_run_carries_name_params_tags_dataset_and_config(client, info):
     data = found.inputs.dataset_inputs[0].dataset
     assert data.name == "digits" and data.digest == "d" * 36 and "d" * 64 in data.source
     assert "config.yaml" in [item.path for item in client.list_artifacts(run.run_id)]
+
+
+def test_of_two_runs_that_begin_at_once_both_keep_their_data_set(client, make_info, outputs):
+    """The other run adds the entry they share after MLflow looked for it for this one, and before it adds it."""
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    data = DatasetInfo(name="shared", digest="e" * 64, description="", sizes={})
+    infos = [make_info(name, outputs / name, dataset=data) for name in ("one", "other")]
+    for info in infos:
+        Path(info.folder).mkdir()
+    runs: list[MlflowRun] = []
+
+    def meanwhile(session: Session, *_: object) -> None:
+        if any(type(entry).__name__ == "SqlDataset" for entry in session.new):
+            event.remove(Session, "before_flush", meanwhile)
+            runs.append(tracked(infos[1], []))
+
+    event.listen(Session, "before_flush", meanwhile)
+    runs.append(tracked(infos[0], []))
+    assert len(runs) == 2
+    for run in runs:
+        assert [found.dataset.name for found in client.get_run(run.run_id).inputs.dataset_inputs] == ["shared"]
 
 
 def test_timestamps_are_start_plus_tick_and_telling_twice_stores_once(client, info):

@@ -15,11 +15,7 @@ from stored_runs import tracked
 
 from esper.errors import UserError
 from esper.messages import Metrics
-from esper.tracking import (
-    MlflowConfig,
-    tracking_uri,
-    ui_command,
-)
+from esper.tracking import MlflowConfig, tracking_uri, ui_command
 from esper.tracking.mlflow_run import MlflowRun
 from esper.tracking.mlflow_store import check_store, quiet_client
 
@@ -40,6 +36,22 @@ def test_a_deleted_experiment_is_refused_with_the_command_that_restores_it(clien
         prepared(MlflowConfig(experiment="thrown away"), outputs, tmp_path)
     client.restore_experiment(experiment)
     prepared(MlflowConfig(experiment="thrown away"), outputs, tmp_path)
+
+
+def test_an_experiment_that_another_machine_makes_at_that_moment_is_taken(client, outputs, tmp_path):
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    made: list[str] = []
+
+    def meanwhile(session: Session, *_: object) -> None:
+        if any(type(entry).__name__ == "SqlExperiment" for entry in session.new):
+            event.remove(Session, "before_flush", meanwhile)
+            made.append(client.create_experiment("shared"))  # without the lock that processes of one machine take
+
+    event.listen(Session, "before_flush", meanwhile)
+    prepared(MlflowConfig(experiment="shared"), outputs, tmp_path)
+    assert made == [client.get_experiment_by_name("shared").experiment_id]
 
 
 def test_a_deleted_run_is_refused_when_it_is_to_be_continued(client, info, outputs):
