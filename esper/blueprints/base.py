@@ -21,12 +21,12 @@ Parameters = dict[str, Tensor]
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0): in place, since its input is a sum of its own; but not on a view, for which autograd would copy the base."""
-    return torch.relu(x) if x._is_view() else torch.relu_(x)
+    return torch.relu(x) if torch.compiler.is_compiling() or x._is_view() else torch.relu_(x)
 
 
 def sigmoid(x: Tensor) -> Tensor:
     """σ(x), in place where ``relu`` is."""
-    return torch.sigmoid(x) if x._is_view() else torch.sigmoid_(x)
+    return torch.sigmoid(x) if torch.compiler.is_compiling() or x._is_view() else torch.sigmoid_(x)
 
 
 #: Activations by the names that torch's functions have.

@@ -37,6 +37,12 @@ class ActiveBranches:
         """Zero the entries ``values[k, …]`` that stand for no branch."""
         return values if self.real is None else values.masked_fill(~self.real.view(-1, *[1] * (values.dim() - 1)), 0)
 
+    def by_seed(self, values: Tensor, like: Tensor) -> Tensor:
+        """float32 ``[S]``, as many as ``like`` has, of values ``[k]``; 0 for all other seeds."""
+        seats = like.shape[0]
+        seat = self.seeds if self.real is None else torch.where(self.real, self.seeds, seats)
+        return torch.zeros(seats + 1, device=like.device).scatter(0, seat, values.float())[:seats]
+
 
 @dataclass(frozen=True)
 class Chunks:

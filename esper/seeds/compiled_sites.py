@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from esper.blueprints import Block, BlockBank, Blueprint, Heads, SlotBank, Width
+from esper.blueprints import BLUEPRINTS, Block, BlockBank, Heads, SlotBank, Width
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
 from esper.seeds.blocks_in_graph import GraphBlock
 from esper.seeds.device_copy import to_device
 from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, layer_or_chunk_kind
-from esper.seeds.graph_ops import GraphSite
+from esper.seeds.graph_ops import Bank, GraphSite
 
 if TYPE_CHECKING:
     from esper.seeds.branches import Branch
     from esper.seeds.registry import SeedRegistry
+
+Way = Literal["chunk", "layer", "traced"]
+"""How the graph computes a bank: by the kernels, by products over the layer, or by tracing the blueprint's own function."""
 
 
 class CompiledSites:
@@ -110,7 +113,7 @@ class CompiledSites:
                 first, seeds = registry.first_row[number], layer.geometry.seeds
                 route = torch.full((seeds, 3), -1, dtype=torch.int32, device=device)
                 alpha = self._alphas[first : first + seeds]
-                site = GraphSite(layer.geometry, self.near_zero, alpha, route, route.clone(), self._by_kernel(number))
+                site = GraphSite(layer.geometry, self.near_zero, alpha, route, route.clone(), route.clone(), self._by_kernel(number))
                 self.sites.append(site)
                 graph.SITES[layer.graph_number] = site
         self.refresh(range(len(self.sites)))
@@ -130,7 +133,7 @@ class CompiledSites:
             return True
         for number in range(len(registry.layers)):
             living = registry.living_at(number)
-            if not all(self._in_a_bank(name) or self._as_a_block(number, name) for name in {branch.blueprint for branch in living}):
+            if not all(self._way(name) or self._as_a_block(number, name) for name in {branch.blueprint for branch in living}):
                 return True
             blended = [branch.row for branch in living if registry.adds(branch)] if len(living) > 1 else []
             if len(set(blended)) != len(blended):
@@ -144,45 +147,48 @@ class CompiledSites:
             return False
         return self.registry.layers[number].geometry.seeds == 1
 
-    def _in_a_bank(self, blueprint: str) -> bool:
-        """Whether the graph can hold branches of this blueprint, all those of a bank as one tensor."""
+    def _way(self, blueprint: str) -> Way | None:
+        """How the graph can hold branches of this blueprint, all those of a bank as one tensor."""
         config = self.registry.blueprints[blueprint]
-        if isinstance(config, (Block, Width, Heads)) or (kind := layer_or_chunk_kind(config)) is None:
-            return False
-        return not (KINDS[kind].affine and self._reads_layer(blueprint))
-
-    def _reads_layer(self, blueprint: str) -> bool:
-        config = self.registry.blueprints[blueprint]
-        return isinstance(config, Blueprint) and config.receptive_field == "layer"
+        if isinstance(config, (Block, Width, Heads)) or type(config) is not BLUEPRINTS.get(config.name):
+            return None
+        kind = layer_or_chunk_kind(config)
+        if kind is None or (KINDS[kind].affine and config.receptive_field == "layer"):
+            return "traced"
+        return "layer" if config.receptive_field == "layer" else "chunk"
 
     def _set_parameters(self, number: int) -> None:
-        handed: list[tuple[list[str], list[Tensor]]] = [([], []), ([], [])]  # of branches that read their chunk, and the whole layer
-        fits = True
+        handed: dict[Way, list[Bank]] = {"chunk": [], "layer": []}
+        traced, fits = [], True
         for blueprint in self._names(number):
             bank = self.registry.bank(number, blueprint)
             assert isinstance(bank, SlotBank)
             bank.reserve(2)  # sizes 0 and 1 are compiled in
-            kinds, stacks = handed[self._reads_layer(blueprint)]
-            kinds.append(str(layer_or_chunk_kind(bank.blueprint)))
-            stacks += [bank.stacks[name] for name in KINDS[kinds[-1]].stack_names]
-            fits = fits and (self._reads_layer(blueprint) or bank_fits(bank, self.registry.layers[number].geometry))
+            way = self._way(blueprint)
+            if way in handed:
+                kind = str(layer_or_chunk_kind(bank.blueprint))
+                handed[way].append((kind, [bank.stacks[name] for name in KINDS[kind].stack_names]))
+                fits = fits and (way == "layer" or bank_fits(bank, self.registry.layers[number].geometry))
+            else:
+                traced.append((bank.blueprint, dict(bank.stacks)))
         self.sites[number].triton = fits and self._by_kernel(number)
-        (kinds, stacks), (layer_kinds, layer_stacks) = handed
-        self.sites[number].set_parameters(",".join(kinds), stacks, ",".join(layer_kinds), layer_stacks)
+        self.sites[number].set_parameters(handed["chunk"], handed["layer"], traced)
 
     def _names(self, number: int) -> list[str]:
         """Blueprints that grew anywhere and that the graph can hold here."""
         registry = self.registry
         grown = [name for name in registry.blueprints if any(name in layer.banks for layer in registry.layers)]
-        return [name for name in grown if self._in_a_bank(name) and registry.misfit(registry.first_row[number], name) is None]
+        return [name for name in grown if self._way(name) and registry.misfit(registry.first_row[number], name) is None]
 
     def _route(self, number: int) -> None:
         registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
         names, inside = self._names(number), [] if self.leaves_graph else registry.blended(number)
         self._members[number] = {branch.seed: branch.id for branch in inside}
         self.sites[number].block = next((self._block(branch) for branch in inside if self._as_a_block(number, branch.blueprint)), None)
-        for reads_layer, target in enumerate((self.sites[number].route, self.sites[number].layer_route)):
-            banks = [name for name in names if self._reads_layer(name) == bool(reads_layer)]
+        site = self.sites[number]
+        targets: dict[Way, Tensor] = {"chunk": site.route, "layer": site.layer_route, "traced": site.traced_route}
+        for way, target in targets.items():
+            banks = [name for name in names if self._way(name) == way]
             route, entries, mine = torch.full((seeds, 3), -1, dtype=torch.int32), [], [b for b in inside if b.blueprint in banks]
             for branch in mine:
                 bits = (SUBTRACT if branch.residual else 0) | (0 if registry.learns(branch) else FROZEN)

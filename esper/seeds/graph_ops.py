@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.blueprints import Geometry
+from esper.blueprints import Blueprint, Geometry
 from esper.blueprints.block_call import BlockCall
 from esper.kernels.branch_kinds import split_banks
 from esper.kernels.chunk_layout import as_rows, gather_chunks
@@ -25,6 +25,10 @@ from esper.kernels.torch_ops import branches as reference_branches
 from esper.kernels.torch_ops import reference_telemetry
 from esper.seeds.blocks_in_graph import GraphBlock, add_block
 from esper.seeds.layer_branches import LayerBranches
+from esper.seeds.traced_branches import TracedBank, traced_branches
+
+Bank = tuple[str, list[Tensor]]
+"""A bank's kind and its stacks, in the kind's order."""
 
 SITES: dict[int, GraphSite] = {}
 """By the number of the seed layer; an entry goes with its layer."""
@@ -38,7 +42,8 @@ class GraphSite:
     """One site's tensors, ``[S]`` float32 unless said otherwise.
 
     In: ``alpha``; ``route`` int32 ``[S, 3]`` as ``esper.kernels`` has it; ``parameters``, the stacks of the banks that ``kinds`` names;
-    ``layer_route``, ``layer_kinds`` and ``layer_parameters``, the same of branches that read the whole layer; ``block``, a grown one.
+    ``layer_route``, ``layer_kinds`` and ``layer_parameters``, the same of branches that read the whole layer; ``traced_route`` and
+    ``traced``, the same of branches for which there is no kernel; ``block``, a grown one.
     Out: ``contained``, forwards in which the seed's branch was contained, and ``forwards`` ``[1]``, all of them; ``health`` ``[S, 4]``;
     ``power``, Σ(αδ)² of the branch; ``rows``, of how many rows; and, as the gradient of ``probe``, the sum of squares of the
     gradient at every chunk.
@@ -49,11 +54,13 @@ class GraphSite:
     alpha: Tensor
     route: Tensor
     layer_route: Tensor
+    traced_route: Tensor
     triton: bool
     kinds: str = ""
     parameters: list[Tensor] = field(default_factory=list)
     layer_kinds: str = ""
     layer_parameters: list[Tensor] = field(default_factory=list)
+    traced: list[TracedBank] = field(default_factory=list)
     block: GraphBlock | None = None
     contained: Tensor = field(init=False)
     forwards: Tensor = field(init=False)
@@ -77,13 +84,21 @@ class GraphSite:
     def _take(self, probe: Tensor) -> None:
         self.squares, probe.grad = probe.grad, None
 
-    def set_parameters(self, kinds: str, stacks: list[Tensor], layer_kinds: str, layer_stacks: list[Tensor]) -> None:
-        """Hand these stacks to the graph, whose slots may double without compiling anything."""
-        known = {id(stack): leaf for stack, leaf in self._leaves if stack.data_ptr() == leaf.data_ptr()}
-        leaves = [known[id(stack)] if id(stack) in known else _leaf(stack) for stack in (*stacks, *layer_stacks)]
-        self._leaves = list(zip((*stacks, *layer_stacks), leaves, strict=True))
-        self.kinds, self.parameters = kinds, leaves[: len(stacks)]
-        self.layer_kinds, self.layer_parameters = layer_kinds, leaves[len(stacks) :]
+    def set_parameters(self, chunk: list[Bank], layer: list[Bank], traced: list[tuple[Blueprint, dict[str, Tensor]]]) -> None:
+        """Hand stacks to the graph, whose slots may double without compiling anything.
+
+        ``chunk`` and ``layer`` are the banks of a kind each, ``traced`` those of a blueprint each.
+        """
+        before = {id(stack): leaf for stack, leaf in self._leaves if stack.data_ptr() == leaf.data_ptr()}
+        self._leaves = []
+
+        def leaf(stack: Tensor) -> Tensor:
+            self._leaves.append((stack, before[id(stack)] if id(stack) in before else _leaf(stack)))
+            return self._leaves[-1][1]
+
+        self.kinds, self.layer_kinds = (",".join(kind for kind, _ in banks) for banks in (chunk, layer))
+        self.parameters, self.layer_parameters = ([leaf(stack) for _, stacks in banks for stack in stacks] for banks in (chunk, layer))
+        self.traced = [TracedBank(blueprint, {name: leaf(stack) for name, stack in stacks.items()}) for blueprint, stacks in traced]
 
 
 def stays_where_it_is(tensor: Tensor) -> None:
@@ -139,7 +154,7 @@ def forward_in_graph(
     dim = site.geometry.dim
     last = x if dim == -1 else x.movedim(dim, -1)
     y = last
-    if awake and (site.kinds or site.layer_kinds or site.block is not None):
+    if awake and (site.kinds or site.layer_kinds or site.traced or site.block is not None):
         y = _blended(last, site, due, inputs, named)
     elif due:
         site.health.copy_(_health(last, site))
@@ -153,18 +168,22 @@ def _uses_triton(x: Tensor, site: GraphSite) -> bool:
 
 
 def _blended(x: Tensor, site: GraphSite, due: bool, inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    y, live, power, health = _with_chunk_branches(x, site, due) if site.kinds else (x, None, None, _health(x, site) if due else None)
+    y, live, power, health = x, torch.zeros_like(site.alpha), torch.zeros_like(site.alpha), None
+    if site.kinds:
+        y, live, power, health = _with_chunk_branches(x, site, due)
+    elif due:
+        health = _health(x, site)
     rows = x.reshape(-1, x.shape[-1])
     for number, (name, stacks) in enumerate(split_banks(site.layer_kinds, site.layer_parameters)):
         added, mine, squares = LayerBranches.apply(rows, site.alpha, site.layer_route, number, name, *stacks)  # type: ignore[no-untyped-call]
-        y = y + added.view(x.shape)
-        live, power = mine if live is None else live + mine, squares if power is None else power + squares
+        y, live, power = y + added.view(x.shape), live + mine, power + squares
+    for number, bank in enumerate(site.traced):
+        added, mine, squares = traced_branches(x, site.alpha, site.traced_route, number, bank)
+        y, live, power = y + added, live + mine, power + squares
     if site.block is not None:
         dim = site.geometry.dim
         whole, mine, squares = add_block(y.movedim(-1, dim), site.block, site.alpha, BlockCall.of(inputs, named), due)
-        y = whole.movedim(dim, -1)
-        live, power = mine if live is None else live + mine, squares if power is None else power + squares
-    assert live is not None and power is not None
+        y, live, power = whole.movedim(dim, -1), live + mine, power + squares
     with torch.no_grad():
         site.contained.add_((site.alpha > 0) & (live.detach() == 0))
         site.forwards.add_(1.0)

@@ -63,19 +63,12 @@ class LayerBranches(torch.autograd.Function):
         squares = active.only_real(squares.sum((1, 2)))
         fine = squares.isfinite() & strength.isfinite()
         added = torch.where(fine[:, None, None], strength.to(x.dtype)[:, None, None] * delta, 0)
-        live = LayerBranches._by_seed(active, torch.where(fine, strength, 0), alpha)
-        power = LayerBranches._by_seed(active, squares, alpha)
+        live = active.by_seed(torch.where(fine, strength, 0), alpha)
+        power = active.by_seed(squares, alpha)
         ctx.number, ctx.name = number, name
         ctx.mark_non_differentiable(live, power)
         ctx.save_for_backward(x, live, route, *parameters)
         return site.scatter(active.only_real(added), active), live, power
-
-    @staticmethod
-    def _by_seed(active: ActiveBranches, values: Tensor, like: Tensor) -> Tensor:
-        """``[S]`` of values ``[k]``, 0 for all other seeds."""
-        seats = like.shape[0]
-        seat = active.seeds if active.real is None else torch.where(active.real, active.seeds, seats)
-        return torch.zeros(seats + 1, device=like.device).scatter(0, seat, values.float())[:seats]
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Any, ...]:
