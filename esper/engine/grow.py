@@ -72,13 +72,15 @@ class Grow:
         self.clock, self.compiling = Stopwatch(), Compiling()
         self.replay = DropoutReplay(registry.model)
         self.signal = LossSignal()
+        self.device = next(iter(host_parameters(registry.model).values())).device
+        self.readings = Readings(self.device)
+        self.tick_number = 0
         config, ages = settings.lifecycle, settings.ages
         self.machine = Machine(registry.table, ages, config.reseed, config.training_slots)
-        self.objective = Objective(config.objective, registry, loss, self.replay, self.meter)
+        self.objective = Objective(config.objective, registry, loss, self.replay, self.meter, self.readings)
         self.transitions = Transitions(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
         self.transitions.ranks = ranks
         self.agreement = Agreement(ranks, registry, self.objective, self.meter)
-        self.device = next(iter(host_parameters(registry.model).values())).device
         self.judge = None if judge is None else Judge(registry, judge_loss or loss, judge, self.device, self.meter, ranks)
         self.guard = Guard(self.transitions, self.judge if config.guard else None, self.signal, config.significance, ages.judge_every)
         strategies = self.transitions.strategies
@@ -86,7 +88,6 @@ class Grow:
         self.gates = Gatekeeper(config, registry, self.judge, self.objective, self.signal, self.guard, self.port, ramp_end)
         self.faults = Faults(registry, self.port, self.gates.said, settings.debug)
         self.replacing = Replacing(config, ages, self.transitions, self.gates)
-        self.readings = Readings(self.device)
         self.branch_optimizer = BranchOptimizer(registry, settings.learning, self.readings)
         self.observer = Observer(registry, settings.telemetry, self.objective, self.readings, self.port, lambda: self.tick_number)
         self.passes = ExtraPasses(registry, loss, self.replay, self.meter, self.clock, self.observer.silent)
@@ -118,7 +119,6 @@ class Grow:
         self._kept: Follower | None = None
         self._losses: list[Tensor | float] = []
         self.steps = 0
-        self.tick_number = 0
         self._begin(state)
 
     def _begin(self, state: dict[str, Any] | None) -> None:
@@ -152,8 +152,7 @@ class Grow:
             self.judge.remember(batch)
         if self.registry.in_stage(Stage.TRAINING):
             with self.clock.timing("shadow"):
-                value = None if loss is None else float(loss)
-                self.objective.learn(batch, 1.0 / self.settings.accumulate, value, self.tick_number)
+                self.objective.learn(batch, 1.0 / self.settings.accumulate, loss, self.tick_number)
         self.agreement.note_micro_batch()
 
     def set_aside(self) -> None:
@@ -171,6 +170,8 @@ class Grow:
         """
         losses, self._losses = ([metric] if metric is not None else self._losses), []
         self.readings.arrive()
+        if self.signal.diverging and self.readings.late:
+            self.forget_arrived()
         if self._skipped():
             self.branch_optimizer.clear()
             self.objective.pending.clear()

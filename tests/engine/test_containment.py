@@ -156,6 +156,23 @@ def test_a_gradient_that_overflows_behind_a_finite_output_is_contained():
     assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read a step later"])
+@pytest.mark.parametrize("stage", [S.TRAINING, S.GRAFTING, S.FINE_TUNING], ids=lambda stage: stage.name)
+def test_a_batch_that_is_not_finite_is_held_against_no_branch(stage: Stage, late: bool):
+    loop = Loop(settings={"lifecycle": short(**PATIENT, readiness=1.0 if stage is S.TRAINING else -1.0)}, commands={1: [germinate()]})
+    loop.grow.readings.late = late
+    branch = loop.until(stage, most=150)
+    path, (inputs, targets) = list(branch.path), loop.batch(500)
+    loop.backward((inputs * float("nan"), targets))
+    loop.optimizer.zero_grad()  # the loop leaves the step out, and the tick too late to be asked for
+    with pytest.warns(UserWarning, match="the training loss is not finite"):
+        loop.grow.tick(float("nan"))
+        loop.run(2)
+    bank: Any = loop.grow.registry.layers[0].bank("mlp")
+    assert branch.path == path and branch.stage is stage and not loop.grow.branch_optimizer.failures
+    assert all(bool(torch.isfinite(stack).all()) for stack in bank.stacks.values())
+
+
 def test_rarely_failing_is_borne_and_a_failing_strategy_is_not():
     loop, branch = brought_to(S.GRAFTING)
     loop.grow.boundary.judge(loop.grow.tick_number, Measured(error_rates={branch.id: 0.4}))

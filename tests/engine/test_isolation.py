@@ -101,6 +101,21 @@ def test_an_objective_is_learnt(objective: str):
     assert scores[-1] > scores[2] + 0.02 and scores[-1] > 0.0, (scores[2], scores[-1])
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_score_that_is_read_a_step_later_is_the_same(objective: str):
+    """As on a GPU, for which nothing waits while a seed learns."""
+    settings = {"lifecycle": short(objective=objective, readiness=1.0, training_max="200step")}
+    loops = [Loop("mlp", settings=settings, commands={1: [germinate("fc2", 0), germinate("fc2", 1)]}) for _ in range(2)]
+    loops[1].grow.readings.late = True
+    found: list[list[dict[int, float]]] = [[], []]
+    for _ in range(12):
+        for loop, scores in zip(loops, found, strict=True):
+            loop.step()
+            scores.append(dict(loop.grow.objective.readiness))
+    assert found[0][-2] and found[1][-1] == pytest.approx(found[0][-2], rel=1e-5)
+    assert found[1][-1] != found[1][-2], "every step has its score"
+
+
 def recorded(loop: Loop, data: Any, run: Callable[[], Any]) -> list[torch.Tensor]:
     masks: list[torch.Tensor] = []
     hook = loop.model.drop.register_forward_hook(lambda module, inputs, output: masks.append((output == 0).clone()))

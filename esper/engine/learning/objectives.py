@@ -7,8 +7,9 @@ clipping of the host's gradients either.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from esper.distributed import Ranks
 from esper.engine.costs import Meter
+from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
 from esper.engine.judging.judge import LossFunction
 from esper.engine.supported_models import refuse_reentrant
@@ -36,17 +38,26 @@ class Objective:
 
     ``readiness`` holds each branch's average score.
 
-    The score is the relative fall of the loss (``shadow``), or the share of the regression target that is met.
+    The score is the relative fall of the loss (``shadow``), or the share of the regression target that is met. It is known when
+    ``readings`` arrive: nothing waits for the device.
     """
 
     def __init__(
-        self, kind: str, registry: SeedRegistry, loss: LossFunction, replay: DropoutReplay, meter: Meter, search_every: int = 50
+        self,
+        kind: str,
+        registry: SeedRegistry,
+        loss: LossFunction,
+        replay: DropoutReplay,
+        meter: Meter,
+        readings: Readings,
+        search_every: int = 50,
     ) -> None:
         self.kind = kind
         self.registry = registry
         self.loss = loss
         self.replay = replay
         self.meter = meter
+        self.readings = readings
         self.search_every = search_every
         self.pending: dict[nn.Parameter, Tensor] = {}
         self.readiness: dict[int, float] = {}
@@ -73,7 +84,7 @@ class Objective:
             return f"blueprint {blueprint.name} learns by objective shadow alone: it reads elsewhere"
         return None
 
-    def learn(self, batch: Any, scale: float, host_loss: float | None, tick: int) -> None:
+    def learn(self, batch: Any, scale: float, host_loss: Tensor | float | None, tick: int) -> None:
         """Gradients for the TRAINING branches from one micro-batch, times ``scale``; call after the host's backward."""
         training = self.registry.in_stage(Stage.TRAINING)
         if not training:
@@ -126,13 +137,14 @@ class Objective:
 
     # --- shadow: the task loss of a second forward, host frozen ---
 
-    def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: float | None) -> None:
+    def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: Tensor | float | None) -> None:
         model = self.registry.model
         with self.replay.again(), untouched_buffers(model):
-            if host_loss is None:
-                host_loss = self._measured("host", batch)
-            if not math.isfinite(host_loss):
-                return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
+            host = self._measured("host", batch) if host_loss is None else host_loss
+            if not (self.readings.late and isinstance(host, Tensor)):
+                host = float(host)
+                if not math.isfinite(host):
+                    return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             with self.replay.again(), self.registry.shadow(training) as groups:
                 key = (self.registry.cost_key(), shapes_of(batch))
                 with self.meter.counting("shadow", key), torch.enable_grad():
@@ -143,12 +155,22 @@ class Objective:
                     raised = take_errors(groups)
                     with self._containing([branch.id for branch in training]):
                         self._collect(loss * scale, groups)
-        fall = (host_loss - float(loss.detach())) / max(abs(host_loss), 1e-12)
-        self._note_failures(groups)
         self.raised |= raised
-        for branch in training:
-            if branch.id not in raised:
-                self._score(branch.id, fall)
+        scored = [branch for branch in training if branch.id not in raised]
+        failures = [(group.branches, group.failures) for group in groups]
+        told = [host] if isinstance(host, Tensor) else []
+        note = partial(self._note_shadow, scored, [names for names, _ in failures], host if isinstance(host, float) else None)
+        self._read([loss, *(found for _, found in failures), *told], note)
+
+    def _note_shadow(self, scored: list[Branch], names: list[list[int]], host: float | None, values: list[Tensor]) -> None:
+        loss, found = float(values[0]), values[1:]
+        host = float(found.pop()) if host is None else host
+        if not math.isfinite(host):
+            return
+        for branches, failures in zip(names, found, strict=True):
+            self.failed |= {branch for branch, failed in zip(branches, failures.tolist(), strict=True) if failed}
+        for branch in scored:
+            self._score(branch, (host - loss) / max(abs(host), 1e-12))
 
     # --- regression on the gradient at the site ---
 
@@ -186,11 +208,14 @@ class Objective:
             error, reference = delta - target, target
         axes = tuple(range(1, error.dim()))
         missed = error.square().sum(axes) / reference.detach().square().sum(axes).clamp(min=1e-24)
-        for branch, value in zip(group.branches, missed.detach().tolist(), strict=True):
-            if not math.isfinite(value):
-                self.failed.add(branch)
-            self._score(branch, 1.0 - value)
+        self._read([missed], partial(self._note_missed, [self.registry.branches[branch] for branch in group.branches]))
         return missed.sum()
+
+    def _note_missed(self, branches: list[Branch], values: list[Tensor]) -> None:
+        for branch, value in zip(branches, values[0].tolist(), strict=True):
+            if not math.isfinite(value):
+                self.failed.add(branch.id)
+            self._score(branch, 1.0 - value)
 
     def _descent(self, recording: Recording) -> Tensor:
         """``−η·B·g`` at the whole site: ``B`` undoes the batch mean, ``η`` is the line search's share of the activation's RMS."""
@@ -204,7 +229,7 @@ class Objective:
         best, self.step_size = float("inf"), STEP_SIZES[0]
         for size in STEP_SIZES:
             with self.replay.again(), untouched_buffers(self.registry.model), self.registry.injecting(self._injections(training, size)):
-                loss = self._measured("search", batch)
+                loss = float(self._measured("search", batch))
             if loss < best:
                 best, self.step_size = loss, size
 
@@ -235,11 +260,11 @@ class Objective:
                 raise
             self.raised |= dict.fromkeys(branches, error)
 
-    def _measured(self, purpose: str, batch: Any) -> float:
+    def _measured(self, purpose: str, batch: Any) -> Tensor:
         """The mean loss of a forward with the present groups, no gradients."""
         key = (purpose, self.registry.cost_key(), shapes_of(batch))
         with torch.no_grad(), self.meter.counting("objective", key):
-            return float(self.loss(self.registry.model, batch).mean())
+            return self.loss(self.registry.model, batch).mean()
 
     def _collect(self, loss: Tensor, groups: list[Any]) -> None:
         parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
@@ -250,17 +275,18 @@ class Objective:
                 held = self.pending.get(parameter)
                 self.pending[parameter] = gradient if held is None else held + gradient
 
-    def _note_failures(self, groups: list[Any]) -> None:
-        for group in groups:
-            for branch, failures in zip(group.branches, group.failures.tolist(), strict=True):
-                if failures:
-                    self.failed.add(branch)
-
-    def _score(self, branch: int, value: float) -> None:
+    def _read(self, values: list[Tensor], read: Callable[[list[Tensor]], None]) -> None:
+        """Several processes tell each other their scores within the step, so they read at once."""
         if self.ranks.many:
-            self.scores.append((branch, value))
+            read([value.detach() for value in values])
         else:
-            self.note_score(branch, value)
+            self.readings.post(values, read)
+
+    def _score(self, branch: Branch, value: float) -> None:
+        if self.ranks.many:
+            self.scores.append((branch.id, value))
+        elif branch.stage is Stage.TRAINING:  # it may have gone on since
+            self.note_score(branch.id, value)
 
     def note_score(self, branch: int, value: float) -> None:
         """Add a micro-batch's score to the average of a branch."""
