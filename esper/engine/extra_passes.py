@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.randomness import GlobalDraws, global_draws_kept, seed_for, seed_global_draws
+from esper.seeds.compiled_modules import uncompiled
 from esper.seeds.layer import ATTRIBUTE, ModelHook, OpaqueToCompiler, device_of
 
 
@@ -49,6 +50,15 @@ class DropoutReplay(ModelHook, OpaqueToCompiler):
             if self._draws is not None:
                 self._draws.put_back()
             yield
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within: a compiled forward remembers nothing, because it is such another one."""
+        asleep, self.asleep = self.asleep, True
+        try:
+            yield
+        finally:
+            self.asleep = asleep
 
     def close(self) -> None:
         """Take the hook off the model."""
@@ -114,7 +124,7 @@ def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def untouched_buffers(model: nn.Module) -> Iterator[None]:
-    """Within, forwards may move buffers (norm statistics); afterwards every buffer, seeds' too, is as before."""
+    """Within, forwards may move buffers (norm statistics); afterwards every buffer, seeds' too, is as before. Nothing runs compiled."""
     before = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
@@ -122,7 +132,8 @@ def untouched_buffers(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         with torch.no_grad():
             for module, name, buffer, value in before:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 _WRAPPED = "_orig_mod"
@@ -22,6 +24,42 @@ def host_modules(model: nn.Module) -> dict[str, nn.Module]:
         if name and not _is_wrapper(module):
             found[".".join(part for part in name.split(".") if part != _WRAPPED)] = module
     return found
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within: what ``torch.compile`` has compiled runs as it is written, and nothing is compiled.
+
+    A graph knows the live forward alone. Torch would also never again compile code that it met while something counts its operations.
+    """
+    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return eager
+
+
+def compiled_again() -> AbstractContextManager[Any]:
+    """Within ``uncompiled``: as without it."""
+    again: AbstractContextManager[Any] = torch.compiler.set_stance("default")
+    return again
+
+
+def compiled_whole(model: nn.Module, backend: Any) -> Any:
+    """The model as a graph of its own, compiled as the host is; None where parts of it are compiled one by one."""
+    if any(_is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules() if module is not model):
+        return None
+    return model if model._compiled_call_impl is not None else torch.compile(model, backend=backend)
+
+
+def backend_at_work() -> Any:
+    """The backend of the ``torch.compile`` that is tracing now, as that takes it; None if torch does not tell.
+
+    Of its own, in whatever mode, it is ``"inductor"``: another forward is not captured with the host's.
+    """
+    from torch._dynamo import symbolic_convert
+
+    find = getattr(symbolic_convert.InstructionTranslator, "current_tx", None)
+    backend = None if find is None else getattr(getattr(find(), "output", None), "compiler_fn", None)
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)) is not None:
+        backend = inner
+    return "inductor" if getattr(backend, "compiler_name", "") == "inductor" else backend
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +13,11 @@ from esper.blueprints import BLUEPRINTS, Block, BlockBank, Heads, SlotBank, Widt
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
 from esper.seeds.blocks_in_graph import GraphBlock
+from esper.seeds.compiled_modules import backend_at_work
 from esper.seeds.device_copy import to_device
 from esper.seeds.fused_group import FROZEN, SUBTRACT, bank_fits, layer_or_chunk_kind
 from esper.seeds.graph_ops import Bank, GraphSite
+from esper.seeds.shadow_sites import ShadowSites, shadow_sites
 
 if TYPE_CHECKING:
     from esper.seeds.branches import Branch
@@ -35,9 +37,12 @@ class CompiledSites:
     def __init__(self, registry: SeedRegistry) -> None:
         self._registry = weakref.ref(registry)
         self.sites: list[GraphSite] = []
-        self._alphas = torch.zeros(0)
+        self.alphas = torch.zeros(0)
         self._members: list[dict[int, int]] = []
         self._blocks: dict[int, GraphBlock] = {}
+        self.backend: Any = None
+        """What compiles the host; None where torch does not tell."""
+        self._shadow: tuple[list[Branch], ShadowSites | None] | None = None
         self._where: tuple[Tensor, Tensor] = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         begin = weakref.WeakMethod(self._begin)
         self.near_zero = 0.0
@@ -61,6 +66,7 @@ class CompiledSites:
         numbers = sorted(numbers)
         if not numbers:
             return
+        self._shadow = None
         registry, leaves = self.registry, self._must_leave_graph()
         changed = numbers if leaves == self.leaves_graph else list(range(len(registry.layers)))
         self.leaves_graph = leaves
@@ -86,7 +92,7 @@ class CompiledSites:
             return
         rows, branches = self._where
         values = torch.zeros(self.registry.table.rows).index_copy_(0, rows, self.registry.branches.alpha[branches])
-        self._alphas.copy_(to_device(values, self._alphas.device), non_blocking=True)
+        self.alphas.copy_(to_device(values, self.alphas.device), non_blocking=True)
 
     def containment_counts(self) -> list[Tensor]:
         """Of every site, how often each seed's branch was contained, and then, of every site, in how many forwards."""
@@ -105,14 +111,15 @@ class CompiledSites:
 
     def _begin(self) -> None:
         registry = self.registry
+        self.backend = backend_at_work()
         device = registry.device
-        self._alphas = torch.zeros(registry.table.rows, device=device)
+        self.alphas = torch.zeros(registry.table.rows, device=device)
         self._members = [{} for _ in registry.layers]
         with torch.no_grad():
             for number, layer in enumerate(registry.layers):
                 first, seeds = registry.first_row[number], layer.geometry.seeds
                 route = torch.full((seeds, 3), -1, dtype=torch.int32, device=device)
-                alpha = self._alphas[first : first + seeds]
+                alpha = self.alphas[first : first + seeds]
                 site = GraphSite(layer.geometry, self.near_zero, alpha, route, route.clone(), route.clone(), self._by_kernel(number))
                 self.sites.append(site)
                 graph.SITES[layer.graph_number] = site
@@ -133,7 +140,7 @@ class CompiledSites:
             return True
         for number in range(len(registry.layers)):
             living = registry.living_at(number)
-            if not all(self._way(name) or self._as_a_block(number, name) for name in {branch.blueprint for branch in living}):
+            if not all(self.way(name) or self._as_a_block(number, name) for name in {branch.blueprint for branch in living}):
                 return True
             blended = [branch.row for branch in living if registry.adds(branch)] if len(living) > 1 else []
             if len(set(blended)) != len(blended):
@@ -147,7 +154,7 @@ class CompiledSites:
             return False
         return self.registry.layers[number].geometry.seeds == 1
 
-    def _way(self, blueprint: str) -> Way | None:
+    def way(self, blueprint: str) -> Way | None:
         """How the graph can hold branches of this blueprint, all those of a bank as one tensor."""
         config = self.registry.blueprints[blueprint]
         if isinstance(config, (Block, Width, Heads)) or type(config) is not BLUEPRINTS.get(config.name):
@@ -157,6 +164,11 @@ class CompiledSites:
             return "traced"
         return "layer" if config.receptive_field == "layer" else "chunk"
 
+    def _way_of(self, blueprint: str) -> Way:
+        way = self.way(blueprint)
+        assert way is not None
+        return way
+
     def _set_parameters(self, number: int) -> None:
         handed: dict[Way, list[Bank]] = {"chunk": [], "layer": []}
         traced, fits = [], True
@@ -164,7 +176,7 @@ class CompiledSites:
             bank = self.registry.bank(number, blueprint)
             assert isinstance(bank, SlotBank)
             bank.reserve(2)  # sizes 0 and 1 are compiled in
-            way = self._way(blueprint)
+            way = self.way(blueprint)
             if way in handed:
                 kind = str(layer_or_chunk_kind(bank.blueprint))
                 handed[way].append((kind, [bank.stacks[name] for name in KINDS[kind].stack_names]))
@@ -178,24 +190,39 @@ class CompiledSites:
         """Blueprints that grew anywhere and that the graph can hold here."""
         registry = self.registry
         grown = [name for name in registry.blueprints if any(name in layer.banks for layer in registry.layers)]
-        return [name for name in grown if self._way(name) and registry.misfit(registry.first_row[number], name) is None]
+        return [name for name in grown if self.way(name) and registry.misfit(registry.first_row[number], name) is None]
 
     def _route(self, number: int) -> None:
-        registry, seeds = self.registry, self.registry.layers[number].geometry.seeds
-        names, inside = self._names(number), [] if self.leaves_graph else registry.blended(number)
+        registry = self.registry
+        inside = [] if self.leaves_graph else registry.blended(number)
         self._members[number] = {branch.seed: branch.id for branch in inside}
         self.sites[number].block = next((self._block(branch) for branch in inside if self._as_a_block(number, branch.blueprint)), None)
         site = self.sites[number]
         targets: dict[Way, Tensor] = {"chunk": site.route, "layer": site.layer_route, "traced": site.traced_route}
-        for way, target in targets.items():
-            banks = [name for name in names if self._way(name) == way]
-            route, entries, mine = torch.full((seeds, 3), -1, dtype=torch.int32), [], [b for b in inside if b.blueprint in banks]
-            for branch in mine:
-                bits = (SUBTRACT if branch.residual else 0) | (0 if registry.learns(branch) else FROZEN)
-                entries.append([banks.index(branch.blueprint), branch.slot, bits])
-            if entries:
-                route[[branch.seed for branch in mine]] = torch.tensor(entries, dtype=torch.int32)
-            target.copy_(to_device(route, registry.device), non_blocking=True)
+        for way, route in self.routes(number, [(branch, registry.learns(branch)) for branch in inside]).items():
+            targets[way].copy_(to_device(route, registry.device), non_blocking=True)
+
+    def routes(self, number: int, members: list[tuple[Branch, bool]]) -> dict[Way, Tensor]:
+        """Routes int32 ``[S, 3]``, on the CPU, for these branches of a site; of each is said whether it learns."""
+        banks: dict[Way, list[str]] = {"chunk": [], "layer": [], "traced": []}
+        for name in self._names(number):
+            banks[self._way_of(name)].append(name)
+        entries: dict[Way, dict[int, list[int]]] = {way: {} for way in banks}
+        for branch, learns in members:
+            if self.way(branch.blueprint) is not None:  # not a block
+                way, bits = self._way_of(branch.blueprint), (SUBTRACT if branch.residual else 0) | (0 if learns else FROZEN)
+                entries[way][branch.seed] = [banks[way].index(branch.blueprint), branch.slot, bits]
+        found = {way: torch.full((self.registry.layers[number].geometry.seeds, 3), -1, dtype=torch.int32) for way in banks}
+        for way, of in entries.items():
+            if of:
+                found[way][list(of)] = torch.tensor(list(of.values()), dtype=torch.int32)
+        return found
+
+    def shadow(self, training: list[Branch]) -> ShadowSites | None:
+        """The sites for a shadow forward of these TRAINING branches; None where no host is compiled, or where they leave its graph."""
+        if self._shadow is None or self._shadow[0] != training:
+            self._shadow = list(training), shadow_sites(self, training)
+        return self._shadow[1]
 
     def _block(self, branch: Branch) -> GraphBlock:
         bank = self.registry.bank(branch.site, branch.blueprint)

@@ -2,7 +2,8 @@
 
 α, routes and the parameters' stacks are inputs of the graph, which the engine writes between two steps. The results of a forward and
 backward are written to tensors that the engine reads. Therefore the graph has no breaks, and no event in the life of a seed compiles it
-again. A site that is asleep is not in the graph, unless telemetry is due. A host has therefore at most four graphs.
+again. A site that is asleep is not in the graph, unless telemetry is due. A host has therefore at most five graphs
+(see ``esper.seeds.shadow_sites`` for the fifth).
 
 A compiled graph must reach these tensors through ``SITES``, because sizes of attributes of torch's own modules are compiled in.
 """
@@ -69,7 +70,8 @@ class GraphSite:
     rows: Tensor = field(init=False)
     probe: Tensor = field(init=False)
     squares: Tensor | None = None
-    _leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Every stack with the tensor that stands for it in the graph."""
 
     def __post_init__(self) -> None:
         seeds, device = self.geometry.seeds, self.alpha.device
@@ -89,12 +91,12 @@ class GraphSite:
 
         ``chunk`` and ``layer`` are the banks of a kind each, ``traced`` those of a blueprint each.
         """
-        before = {id(stack): leaf for stack, leaf in self._leaves if stack.data_ptr() == leaf.data_ptr()}
-        self._leaves = []
+        before = {id(stack): leaf for stack, leaf in self.leaves if stack.data_ptr() == leaf.data_ptr()}
+        self.leaves = []
 
         def leaf(stack: Tensor) -> Tensor:
-            self._leaves.append((stack, before[id(stack)] if id(stack) in before else _leaf(stack)))
-            return self._leaves[-1][1]
+            self.leaves.append((stack, before[id(stack)] if id(stack) in before else _leaf(stack)))
+            return self.leaves[-1][1]
 
         self.kinds, self.layer_kinds = (",".join(kind for kind, _ in banks) for banks in (chunk, layer))
         self.parameters, self.layer_parameters = ([leaf(stack) for _, stacks in banks for stack in stacks] for banks in (chunk, layer))

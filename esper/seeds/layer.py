@@ -44,7 +44,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
 
     The graph of a compiled host contains ``esper.seeds.graph_ops`` instead. It depends on four flags of the layer: ``asleep``;
     ``telemetry_due``; ``leaves_graph``, where a blended branch cannot be in the graph; and ``keeps_activation``, where an objective needs
-    the activations. The last two break the graph at this site.
+    the activations. The last two break the graph at this site. ``ran_eagerly`` tells who resets it of a forward outside a graph.
     """
 
     def __init__(self, site: Site) -> None:
@@ -60,6 +60,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
         self.keeps_activation = False
         self.leaves_graph = False
         self.graph_number = -1
+        self.ran_eagerly = False
         self.source: Source | None = None
 
     def listen(self, module: nn.Module) -> None:
@@ -125,6 +126,7 @@ class SeedLayer(nn.Module, OpaqueToCompiler):
 
     def grown(self, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         """The module's output with the branches on its first tensor."""
+        self.ran_eagerly = True
         blocks = [bank for bank in self.banks.values() if isinstance(bank, BlockBank)] if self.banks else []
         for bank in blocks:
             bank.call = BlockCall.of(inputs, named)

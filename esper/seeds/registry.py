@@ -19,6 +19,7 @@ from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.randomness import generator
 from esper.seeds.branch_groups import BlockGroup, BranchGroups, GroupMember, Injection, build
 from esper.seeds.branches import Branch, BranchTable
+from esper.seeds.compiled_modules import uncompiled
 from esper.seeds.compiled_sites import CompiledSites
 from esper.seeds.device_copy import to_device
 from esper.seeds.fused_group import fuse
@@ -358,7 +359,8 @@ class SeedRegistry:
         for layer in self.layers:
             layer.recording = None
         try:
-            yield
+            with uncompiled():
+                yield
         finally:
             for layer, (groups, recording) in zip(self.layers, before, strict=True):
                 layer.groups, layer.recording = groups, recording

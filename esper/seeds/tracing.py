@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from esper.seeds.compiled_modules import uncompiled
 from esper.seeds.feature_axis import TracedInput, axis_after, axis_of_kind, is_linear
 
 _LIKE = frozenset(("to", "type_as", "view_as", "reshape_as", "expand_as"))
@@ -130,9 +129,8 @@ def tracing(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[ForwardTr
     handles = [module.register_forward_pre_hook(trace.enter) for module in model.modules()]
     handles += [module.register_forward_hook(trace.hook(name), with_kwargs=True) for name, module in named.items()]
     handles += [module.register_forward_hook(trace.leave, always_call=True) for module in model.modules()]
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with eager, trace:
+        with uncompiled(), trace:
             yield trace
     finally:
         for handle in handles:

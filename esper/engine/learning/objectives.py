@@ -27,7 +27,12 @@ from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
 from esper.seeds.branch_exceptions import containable, take_errors
 from esper.seeds.branch_groups import BlockGroup, Group, GroupMember, Injection, build
+from esper.seeds.compiled_modules import compiled_again, compiled_whole
 from esper.seeds.registry import AnyBlueprint
+from esper.seeds.shadow_sites import ShadowSites, in_shadow
+
+Failures = list[tuple[dict[int, int], Tensor]]
+"""Branches by their places in a tensor that counts the failures of each."""
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Line search of the functional gradient: steps as shares of the activation's RMS."""
@@ -67,6 +72,8 @@ class Objective:
         self.ranks = Ranks.alone()
         """With others, the scores wait in ``scores`` until those of all ranks are known."""
         self.scores: list[tuple[int, float]] = []
+        self._compiled: Any = None
+        self._fits_graph = True
         self._searched = -search_every
         self._looked = False
 
@@ -138,37 +145,75 @@ class Objective:
     # --- shadow: the task loss of a second forward, host frozen ---
 
     def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: Tensor | float | None) -> None:
-        model = self.registry.model
-        with self.replay.again(), untouched_buffers(model):
+        with self.replay.again(), untouched_buffers(self.registry.model):
             host = self._measured("host", batch) if host_loss is None else host_loss
             if not (self.readings.late and isinstance(host, Tensor)):
                 host = float(host)
                 if not math.isfinite(host):
                     return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
-            with self.replay.again(), self.registry.shadow(training) as groups:
-                key = (self.registry.cost_key(), shapes_of(batch))
-                with self.meter.counting("shadow", key), torch.enable_grad():
-                    loss = self.loss(model, batch).mean()
-                    if not self._looked:
-                        refuse_reentrant(loss)
-                        self._looked = True
-                    raised = take_errors(groups)
-                    with self._containing([branch.id for branch in training]):
-                        self._collect(loss * scale, groups)
-        self.raised |= raised
-        scored = [branch for branch in training if branch.id not in raised]
-        failures = [(group.branches, group.failures) for group in groups]
+            found = self._in_graph(training, batch, scale)
+            loss, failures = self._shadow_forward(training, batch, scale) if found is None else found
+        scored = [branch for branch in training if branch.id not in self.raised]
         told = [host] if isinstance(host, Tensor) else []
-        note = partial(self._note_shadow, scored, [names for names, _ in failures], host if isinstance(host, float) else None)
+        note = partial(self._note_shadow, scored, [places for places, _ in failures], host if isinstance(host, float) else None)
         self._read([loss, *(found for _, found in failures), *told], note)
 
-    def _note_shadow(self, scored: list[Branch], names: list[list[int]], host: float | None, values: list[Tensor]) -> None:
+    def _shadow_forward(self, training: list[Branch], batch: Any, scale: float) -> tuple[Tensor, Failures]:
+        """The loss, how often each branch failed; the gradients are pending."""
+        with self.replay.again(), self.registry.shadow(training) as groups:
+            key = (self.registry.cost_key(), shapes_of(batch))
+            with self.meter.counting("shadow", key), torch.enable_grad():
+                loss = self._looked_at(self.loss(self.registry.model, batch).mean())
+                raised = take_errors(groups)
+                with self._containing([branch.id for branch in training]):
+                    parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
+                    self._collect(loss * scale, [(parameter, parameter) for parameter in parameters])
+        self.raised |= raised
+        return loss, [(dict(enumerate(group.branches)), group.failures) for group in groups]
+
+    def _in_graph(self, training: list[Branch], batch: Any, scale: float) -> tuple[Tensor, Failures] | None:
+        """The same in a compiled host's graph; None if that does not hold all of it.
+
+        The MACs are counted in a pass beside it, once for every mixture of branches.
+        """
+        sites = self.registry.compiled.shadow(training) if self._fits_graph else None
+        if sites is None:
+            return None
+        if self._compiled is None:
+            self._compiled = compiled_whole(self.registry.model, self.registry.compiled.backend)
+            self._fits_graph = self._compiled is not None
+        if self._fits_graph:
+            with self.replay.again(), self.replay.resting(), in_shadow(self.registry, sites), compiled_again(), torch.enable_grad():
+                loss = self.loss(self._compiled, batch).mean()
+            self._fits_graph = not any(layer.ran_eagerly for layer in self.registry.layers)
+        if not self._fits_graph:
+            return None
+        self._count(sites, training, batch)
+        self._collect(loss * scale, sites.parameters)
+        return loss, [(sites.branches(), sites.failures())]
+
+    def _count(self, sites: ShadowSites, training: list[Branch], batch: Any) -> None:
+        key = (sites.key, shapes_of(batch))
+        if not self.meter.knows("shadow", key):
+            with self.replay.again(), self.registry.shadow(training) as groups, self.meter.learning("shadow", key), torch.enable_grad():
+                loss = self._looked_at(self.loss(self.registry.model, batch).mean())
+                torch.autograd.grad(loss, [p for group in groups for p in group.bank_parameters()], allow_unused=True)
+        self.meter.add("shadow", key)
+
+    def _looked_at(self, loss: Tensor) -> Tensor:
+        if not self._looked:
+            refuse_reentrant(loss)
+            self._looked = True
+        return loss
+
+    def _note_shadow(self, scored: list[Branch], places: list[dict[int, int]], host: float | None, values: list[Tensor]) -> None:
         loss, found = float(values[0]), values[1:]
         host = float(found.pop()) if host is None else host
         if not math.isfinite(host):
             return
-        for branches, failures in zip(names, found, strict=True):
-            self.failed |= {branch for branch, failed in zip(branches, failures.tolist(), strict=True) if failed}
+        for branches, failures in zip(places, found, strict=True):
+            counts = failures.tolist()
+            self.failed |= {branch for place, branch in branches.items() if counts[place]}
         for branch in scored:
             self._score(branch, (host - loss) / max(abs(host), 1e-12))
 
@@ -195,7 +240,7 @@ class Objective:
                     self.meter.counting("objective", key),
                 ):
                     loss = self._regression_loss(group, number, recording, kind)
-                    self._collect(loss * scale, [group])
+                    self._collect(loss * scale, [(p, p) for p in group.bank_parameters() if p.requires_grad])
 
     def _regression_loss(self, group: Group | BlockGroup, number: int, recording: Recording, kind: str) -> Tensor:
         assert recording.input is not None
@@ -266,11 +311,12 @@ class Objective:
         with torch.no_grad(), self.meter.counting("objective", key):
             return self.loss(self.registry.model, batch).mean()
 
-    def _collect(self, loss: Tensor, groups: list[Any]) -> None:
-        parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
+    def _collect(self, loss: Tensor, parameters: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Gradients of parameters, each by the tensor that stands for it in the forward."""
         if not parameters or not loss.requires_grad:
             return
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+        gradients = torch.autograd.grad(loss, [used for _, used in parameters], allow_unused=True)
+        for (parameter, _), gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 held = self.pending.get(parameter)
                 self.pending[parameter] = gradient if held is None else held + gradient
