@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from esper import messages
-from esper.distributed import Ranks
+from esper.distributed import Ranks, is_shard, is_sharded
+from esper.distributed.sharding import let_go
 from esper.engine.arguments import GrowSettings
 from esper.engine.costs import Meter
 from esper.engine.extra_passes import drawing_alike, host_parameters
@@ -62,9 +63,11 @@ class Agreement:
     # --- a step ---
 
     def note_micro_batch(self) -> None:
-        """After the backward pass of a micro-batch."""
+        """After the backward pass of a micro-batch, and the passes beside it."""
         if self.ranks.many:
             self.telemetry.note()
+        if self.ranks.sharded:
+            let_go(self.registry.model)
 
     def losses(self, mine: list[float]) -> list[float]:
         """The losses of all ranks, in their order; the scores of branches that learn, and telemetry, come along. Once a step."""
@@ -150,8 +153,12 @@ class Agreement:
         Raises UserError where a rank has other ones than rank 0.
         """
         self.step += 1
+        if self.ranks.sharded:
+            let_go(self.registry.model)
         if self.ranks.size == 1:
             return
+        if thorough and self.ranks.sharded is not is_sharded(self.registry.model):
+            raise UserError("The host was sharded after seeds were attached to it: call fully_shard first, then attach.")
         spent = {kind: macs - self._spent.get(kind, 0) for kind, macs in self.meter.spent.items()}
         found = self.ranks.values(
             f"the end of step {self.step}", {"state": self._state(tick, thorough), "macs": spent, "asked": self.asked}
@@ -176,7 +183,8 @@ class Agreement:
             "the alphas": _checksum([branches.alpha]),
         }
         if thorough:
-            state["the host's weights"] = _checksum(host_parameters(self.registry.model).values())
+            weights = host_parameters(self.registry.model).values()
+            state["the host's weights"] = _checksum(value for value in weights if not is_shard(value))  # of which ranks hold other parts
             state["the weights of branches"] = _checksum(self.branch_parameters())
         return state
 

@@ -93,7 +93,7 @@ class Objective:
         if by_kind["shadow"]:
             self._shadow(by_kind["shadow"], batch, scale, host_loss)
         if by_kind["functional_gradient"] and tick - self._searched >= self.search_every:
-            if self.ranks.first:
+            if self.ranks.first or self.ranks.sharded:
                 self._search(by_kind["functional_gradient"], batch)
             self.step_size = self.ranks.decided(f"step size at tick {tick}", lambda: self.step_size)
             self._searched = tick
@@ -139,11 +139,13 @@ class Objective:
 
     def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: Tensor | float | None) -> None:
         model = self.registry.model
+        self.ranks.come_to(f"a shadow pass for {len(training)} branches")
         with self.replay.again(), untouched_buffers(model):
-            host = self._measured("host", batch) if host_loss is None else host_loss
+            host, sound = self._measured("host", batch) if host_loss is None else host_loss, True
             if not (self.readings.late and isinstance(host, Tensor)):
                 host = float(host)
-                if not math.isfinite(host):
+                sound = math.isfinite(host)
+                if not (sound or self.ranks.sharded):
                     return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             with self.replay.again(), self.registry.shadow(training) as groups:
                 key = (self.registry.cost_key(), shapes_of(batch))
@@ -154,7 +156,9 @@ class Objective:
                         self._looked = True
                     raised = take_errors(groups)
                     with self._containing([branch.id for branch in training]):
-                        self._collect(loss * scale, groups)
+                        self._collect(loss * scale, groups, sound)
+        if not sound:
+            return  # as above, after a pass that the other ranks could not make without this one
         self.raised |= raised
         scored = [branch for branch in training if branch.id not in raised]
         failures = [(group.branches, group.failures) for group in groups]
@@ -227,6 +231,7 @@ class Objective:
     def _search(self, training: list[Branch], batch: Any) -> None:
         """η by line search: the step that lowers the loss of this batch most when the chunks of these branches take it."""
         best, self.step_size = float("inf"), STEP_SIZES[0]
+        self.ranks.come_to("the search for a step size")
         for size in STEP_SIZES:
             with self.replay.again(), untouched_buffers(self.registry.model), self.registry.injecting(self._injections(training, size)):
                 loss = float(self._measured("search", batch))
@@ -266,12 +271,12 @@ class Objective:
         with torch.no_grad(), self.meter.counting("objective", key):
             return self.loss(self.registry.model, batch).mean()
 
-    def _collect(self, loss: Tensor, groups: list[Any]) -> None:
+    def _collect(self, loss: Tensor, groups: list[Any], keeps: bool = True) -> None:
         parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
         if not parameters or not loss.requires_grad:
             return
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            if gradient is not None:
+            if gradient is not None and keeps:
                 held = self.pending.get(parameter)
                 self.pending[parameter] = gradient if held is None else held + gradient
 
