@@ -11,22 +11,19 @@ from torch import Tensor, nn
 from esper.distributed import Ranks, local
 
 
-def share_out(host: nn.Module, device: torch.device, ranks: Ranks, half: bool) -> None:
+def share_out(host: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """Leave each process its part of every weight of ``host``, in place; the weights are the same on all processes before.
 
     The blocks of a host gather their weights one after another, as each is called; everything outside of them is gathered for a whole
-    pass. With ``half`` they are gathered in bfloat16, where the host allows it; gradients are added up in float32 either way.
+    pass. They are gathered in float32 in every precision: autocast says which operations compute in another, as in one process.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (ranks.size,))
-    # autocast says which operations compute in half precision, as in one process; norms with running statistics take no half weights
-    gathered = torch.bfloat16 if half and not any(hasattr(module, "running_mean") for module in host.modules()) else None
-    policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     for block in _blocks(host):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(host, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh)
+    fully_shard(host, mesh=mesh)
     ranks.sharded = True
 
 

@@ -88,7 +88,7 @@ class Trainer:
         self.model = host.to(device).requires_grad_(not config.freeze_host)
         if config.sharded and self.ranks.size > 1:
             refuse_unshardable(optimizer)
-            share_out(self.model, device, self.ranks, config.precision == "bf16")
+            share_out(self.model, device, self.ranks)
         with fitting():
             state = put_in(state, mesh_of(self.model))
         self.port: Port = port or NullPort()
