@@ -133,7 +133,7 @@ def make_whole(model: nn.Module, device: torch.device | None = None) -> Callable
     let_go(model)
     device = device or torch.device("cpu")
     modules = list(model.modules())
-    before = [(one, type(one), dict(one.__dict__), dict(one._parameters), _hooks_of(one)) for one in modules]
+    before = [(one, type(one), dict(one.__dict__), (dict(one._parameters), dict(one._buffers)), _hooks_of(one)) for one in modules]
     gathered: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
@@ -143,14 +143,16 @@ def make_whole(model: nn.Module, device: torch.device | None = None) -> Callable
                     values = held.full_tensor().to(device)
                     gathered[id(parameter)] = nn.Parameter(values, requires_grad=held.requires_grad)
                 module._parameters[name] = gathered[id(parameter)]
+        module._buffers.update({name: buffer.to(device) for name, buffer in module._buffers.items() if buffer is not None})
     for module in modules:
         _forget_fsdp(module)
 
     def undo() -> None:
-        for module, kind, attributes, parameters, hooks in before:
+        for module, kind, attributes, (parameters, buffers), hooks in before:
             module.__class__ = kind
             module.__dict__.update(attributes)
             module._parameters.update(parameters)
+            module._buffers.update(buffers)
             for name, saved in hooks.items():
                 getattr(module, name).clear()
                 getattr(module, name).update(saved)
