@@ -184,8 +184,8 @@ class Agreement:
         }
         if thorough:
             weights = host_parameters(self.registry.model).values()
-            state["the host's weights"] = _checksum(value for value in weights if not is_shard(value))  # of which ranks hold other parts
-            state["the weights of branches"] = _checksum(self.branch_parameters())
+            state["the host's weights"] = _sum_of_bits(value for value in weights if not is_shard(value))  # of which ranks hold other parts
+            state["the weights of branches"] = _sum_of_bits(self.branch_parameters())
         return state
 
     def _refuse_apart(self, states: list[dict[str, Any]]) -> None:
@@ -201,6 +201,17 @@ class Agreement:
                     f"After step {self.step}, {apart[0]} on rank {rank} are not those of rank 0, so the processes no longer train one "
                     f"model: {advice}, and resume from the last checkpoint."
                 )
+
+
+def _sum_of_bits(tensors: Iterable[Tensor]) -> int:
+    """A sum that changes with every bit of these tensors, in one pass that takes eight bytes at a time; for weights, which are many."""
+    sums = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1)
+        size = flat.element_size()
+        whole = (flat.numel() * size) % 8 == 0 == (flat.storage_offset() * size) % 8
+        sums.append(flat.view(torch.int64 if whole else AS_INTEGERS[size]).sum(dtype=torch.int64))
+    return _crc(torch.stack(sums).tolist()) if sums else 0
 
 
 def _checksum(tensors: Iterable[Tensor]) -> int:
