@@ -5,6 +5,7 @@ Rank 0 alone composes the configuration, has the folder, the bus, the controller
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -63,6 +64,7 @@ def joined() -> Iterator[Ranks]:
         yield ranks
     except BaseException as error:
         ranks.leave(str(error) or type(error).__name__)
+        gc.freeze()  # else this process would look through all that it leaves for a second, while torchrun waits to start it again
         raise
     finally:
         ranks.break_off()
