@@ -377,10 +377,7 @@ class Grow:
     # --- the end ---
 
     def export(self) -> nn.Module:
-        """A plain module with everything that grew and nothing else: see ``esper.seeds.exporting``.
-
-        A host that FSDP shares out is gathered on the CPU of every process, so all of them call this.
-        """
+        """A plain module with all that grew: see ``esper.seeds.exporting``. All processes call it where FSDP shards the host."""
         return self._exported()[0]
 
     def save(self, folder: str | Path, host: dict[str, Any] | None = None) -> Path:
