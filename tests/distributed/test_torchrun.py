@@ -96,7 +96,7 @@ def start(tmp_path: Path, checkout: Path) -> Iterator[Callable[..., Started]]:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trainer=default"], "These are 2 processes, and trainer=default trains in one: add trainer=ddp (or fsdp), or leave torchrun out."),
+        (["trainer=default"], "2 processes, and trainer=default trains in one: add trainer=ddp (or fsdp), or leave torchrun out."),
         (["trainer.accumulate=3"], "A global batch of trainer.accumulate=3 micro-batches can be shared out among 1 or 3 processes"),
         (["-m", "seed=1,2"], "The processes that torchrun starts train one run together, and this is a sweep"),
     ],
