@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import esper
-from esper.checkpoint.files import Written, fsync_folder, map_bytes, parse_tensors, read_bytes, write_bytes, write_tensors
+from esper.checkpoint.files import Written, fsync_folder, map_bytes, parse_tensors, read_bytes, write_bytes, write_tensors, written
 from esper.checkpoint.schema import SCHEMA, manifest_of_today, state_of_today
+from esper.checkpoint.shards import SHARDS, locate
 from esper.checkpoint.tree import join, split
 from esper.errors import UserError
 
@@ -50,22 +51,27 @@ class Copy:
     plain: Any
     tensors: dict[str, Any]
     score: float | None
+    shards: Path | None = None
 
 
-def copy(state: dict[str, Any], step: int, tick: int, topology: Any, score: float | None) -> Copy:
-    """Copy a state into memory; ``score`` (larger is better, None unknown) decides which checkpoint is the best."""
+def copy(state: dict[str, Any], step: int, tick: int, topology: Any, score: float | None, shards: Path | None = None) -> Copy:
+    """Copy a state into memory; ``score`` (larger is better, None unknown) decides which checkpoint is the best.
+
+    ``shards`` is a folder beside the checkpoints with the state's sharded tensors, which is moved into the checkpoint.
+    """
     plain, tensors = split(state)
-    return Copy(step, tick, topology, plain, tensors, score)
+    return Copy(step, tick, topology, plain, tensors, score, shards)
 
 
 def write(taken: Copy, folder: Path) -> Checkpoint:
     """Write a copy as ``<folder>/<step>``, replacing one of that step; whole or not at all, whenever the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{taken.step:09d}.{os.getpid()}"
-    _discard(temporary)
+    discard(temporary)
     temporary.mkdir()
     state = json.dumps(taken.plain, separators=(",", ":"), allow_nan=False).encode()
-    parts = {TENSORS: write_tensors(temporary / TENSORS, taken.tensors), STATE: write_bytes(temporary / STATE, [state])}
+    parts = {} if taken.shards is None else _move_in(taken.shards, temporary)
+    parts |= {TENSORS: write_tensors(temporary / TENSORS, taken.tensors), STATE: write_bytes(temporary / STATE, [state])}
     manifest = {
         "format": FORMAT,
         "schema": SCHEMA,
@@ -85,6 +91,13 @@ def write(taken: Copy, folder: Path) -> Checkpoint:
     os.rename(temporary, target)
     fsync_folder(folder)
     return Checkpoint(target, manifest)
+
+
+def _move_in(shards: Path, temporary: Path) -> dict[str, Written]:
+    os.rename(shards, temporary / SHARDS)
+    files = sorted((temporary / SHARDS).iterdir())
+    fsync_folder(temporary / SHARDS)
+    return {f"{SHARDS}/{file.name}": written(file) for file in files}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -127,7 +140,8 @@ def _typed(manifest: dict[str, Any]) -> bool:
 def read(path: Path) -> tuple[Checkpoint, Any]:
     """(description, state). Raises UserError for a checkpoint that is damaged, truncated, foreign or newer.
 
-    The tensors lie in the file's own memory (``files.map_bytes``): copy those that are kept, with ``tree.kept``.
+    The tensors lie in the file's own memory (``files.map_bytes``): copy those that are kept, with ``tree.kept``. In the place of those
+    that were sharded among processes are notes, which ``shards.put_in`` reads.
     """
     checkpoint = read_manifest(path)
     try:
@@ -135,6 +149,10 @@ def read(path: Path) -> tuple[Checkpoint, Any]:
         plain = json.loads(read_bytes(path / STATE, stated[STATE]))
         state = join(plain, parse_tensors(map_bytes(path / TENSORS, stated[TENSORS])))
         state = state_of_today(state, checkpoint.manifest["schema"])
+        sharded = [name for name in checkpoint.manifest["parts"] if name.startswith(f"{SHARDS}/")]
+        for name in sharded:
+            map_bytes(path / SHARDS / Path(name).name, Written.of_card(checkpoint.manifest["parts"][name]))
+        state = locate(state, path.resolve() / SHARDS) if sharded else state
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _refused(path, _words(error)) from error
     return checkpoint, state
@@ -193,7 +211,7 @@ def sweep_out(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith("."):
-                _discard(path)
+                discard(path)
 
 
 def _own_digest(manifest: dict[str, Any]) -> str:
@@ -205,12 +223,13 @@ def _throw_away(path: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that nobody finds half of it."""
     if path.exists():
         away = path.parent / f".{path.name}.{os.getpid()}.gone"
-        _discard(away)
+        discard(away)
         os.rename(path, away)
-        _discard(away)
+        discard(away)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Delete a file or folder, if there is one."""
     if path.is_dir():
         shutil.rmtree(path)
     elif path.exists():

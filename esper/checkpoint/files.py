@@ -90,6 +90,14 @@ def map_bytes(path: Path, stated: Written) -> memoryview:
     return content
 
 
+def written(path: Path) -> Written:
+    """Size and digests of a file that something else has written."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+        return Written(size, PIECE, tuple(map(_digest, _cut([content], PIECE))))
+
+
 def _refuse_size(path: Path, size: int, stated: Written) -> None:
     if size != stated.bytes:
         raise ValueError(f"its {path.name} is {'truncated' if size < stated.bytes else 'longer than what was written'}")

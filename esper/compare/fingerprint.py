@@ -189,6 +189,7 @@ def _first_noted(first: Path, second: Path) -> Iterator[Difference]:
 def _first_weights(first: Path, second: Path) -> Iterator[Difference]:
     """The first checkpoint that both have and that differs, with the first tensor in it that does."""
     from esper.checkpoint import disk
+    from esper.checkpoint.shards import put_in
     from esper.checkpoint.tree import same
 
     common = {path.name for path in disk.checkpoints(first / disk.FOLDER)} & {p.name for p in disk.checkpoints(second / disk.FOLDER)}
@@ -196,7 +197,7 @@ def _first_weights(first: Path, second: Path) -> Iterator[Difference]:
         yield Difference("weights", "no step is left of which both have a checkpoint; trainer.checkpoint_keep keeps more of them")
     before = "there is no earlier checkpoint that both have"
     for name in sorted(common):
-        a, b = (disk.read(folder / disk.FOLDER / name)[1]["trainer"] for folder in (first, second))
+        a, b = (put_in(disk.read(folder / disk.FOLDER / name)[1]["trainer"]) for folder in (first, second))
         for part in ("host", "buffers", "optimizer", "grow"):
             if (part != "grow" and not same(a[part], b[part])) or (part == "grow" and not same(a[part]["garden"], b[part]["garden"])):
                 where = next((f" ({key})" for key in a[part] if not same(a[part][key], b[part].get(key))), "") if part == "host" else ""

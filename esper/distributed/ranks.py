@@ -35,8 +35,11 @@ class Ranks:
     """The ranks of this training, as one of them sees them; alone, it waits for nobody.
 
     ``shards`` is the number of micro-batches of which a global batch consists: the trainer's, which leaves the same bits on every number
-    of ranks. It is 0 in a loop of the user's own, where every rank has batches of its own.
+    of ranks. It is 0 in a loop of the user's own, where every rank has batches of its own. ``sharded`` says that the host is shared out by
+    FSDP, so that every pass through it takes all ranks.
     """
+
+    sharded = False
 
     def __init__(self, shards: int = 0) -> None:
         there = dist.is_available() and dist.is_initialized()
@@ -55,6 +58,11 @@ class Ranks:
         made = cls.__new__(cls)
         made.rank, made.size, made.shards, made._control, made._roll = 0, 1, shards, None, None
         return made
+
+    @property
+    def group(self) -> Any:
+        """The group over which ranks tell each other things; None where this one is alone."""
+        return self._control
 
     @property
     def share(self) -> range:
@@ -90,11 +98,15 @@ class Ranks:
         """What every rank has to say, without tensors."""
         return [found for found, _ in self.gather(label, value)]
 
-    def decided(self, label: str, value: Callable[[], Value], by: int = 0) -> Value:
-        """A value that one rank computes, alone, and all take; computed by the others, it might be another."""
+    def decided(self, label: str, value: Callable[[], Value], by: int = 0, passes: bool = False) -> Value:
+        """A value that one rank computes, alone, and all take; computed by the others, it might be another.
+
+        Where it takes ``passes`` through a sharded host, all ranks compute it at the same time.
+        """
         if self.size == 1:
             return value()
-        found: Value = self.values(label, value() if self.rank == by else None)[by]
+        mine = value() if self.rank == by or (passes and self.sharded) else None
+        found: Value = self.values(label, mine if self.rank == by else None)[by]
         return found
 
     def all_agree(self, label: str, yes: bool) -> bool:
@@ -128,6 +140,11 @@ class Ranks:
             f"The processes have parted: rank 0 has come to '{labels[0]}', and rank {other} to '{labels[other]}'. All of them must make "
             "the same calls with the same settings, data and code; resume from the last checkpoint once they do."
         )
+
+    def come_to(self, label: str) -> None:
+        """Meet all ranks before passes through a sharded host; one that has come to another place would wait in the passes for ever."""
+        if self.sharded:
+            self.values(label, None)
 
     # --- what must be equal ---
 
@@ -201,6 +218,17 @@ class Ranks:
                 raise RankLost(f"The processes of this training could not find each other: {error}") from error
             self.break_off()  # so that nobody waits for this rank
             raise self._roll.missing(doing, error) from error
+
+    @contextmanager
+    def watched_passes(self) -> Iterator[None]:
+        """Context of passes through a sharded host, in which a connection may break as well: ``watched`` then."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.sharded or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            with self.watched("a pass through the host"):
+                raise
 
     def leave(self, why: str) -> None:
         """Tell the others why this rank ends before they do, and break the connections."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from esper import messages
-from esper.distributed import Ranks
+from esper.distributed import Ranks, is_shard, is_sharded
+from esper.distributed.sharding import let_go
 from esper.engine.arguments import GrowSettings
 from esper.engine.costs import Meter
 from esper.engine.extra_passes import drawing_alike, host_parameters
@@ -62,9 +63,11 @@ class Agreement:
     # --- a step ---
 
     def note_micro_batch(self) -> None:
-        """After the backward pass of a micro-batch."""
+        """After the backward pass of a micro-batch, and the passes beside it."""
         if self.ranks.many:
             self.telemetry.note()
+        if self.ranks.sharded:
+            let_go(self.registry.model)
 
     def losses(self, mine: list[float]) -> list[float]:
         """The losses of all ranks, in their order; the scores of branches that learn, and telemetry, come along. Once a step."""
@@ -150,8 +153,12 @@ class Agreement:
         Raises UserError where a rank has other ones than rank 0.
         """
         self.step += 1
+        if self.ranks.sharded:
+            let_go(self.registry.model)
         if self.ranks.size == 1:
             return
+        if thorough and self.ranks.sharded is not is_sharded(self.registry.model):
+            raise UserError("The host was sharded after seeds were attached to it: call fully_shard first, then attach.")
         spent = {kind: macs - self._spent.get(kind, 0) for kind, macs in self.meter.spent.items()}
         found = self.ranks.values(
             f"the end of step {self.step}", {"state": self._state(tick, thorough), "macs": spent, "asked": self.asked}
@@ -176,8 +183,9 @@ class Agreement:
             "the alphas": _checksum([branches.alpha]),
         }
         if thorough:
-            state["the host's weights"] = _checksum(host_parameters(self.registry.model).values())
-            state["the weights of branches"] = _checksum(self.branch_parameters())
+            weights = host_parameters(self.registry.model).values()
+            state["the host's weights"] = _sum_of_bits(value for value in weights if not is_shard(value))  # of which ranks hold other parts
+            state["the weights of branches"] = _sum_of_bits(self.branch_parameters())
         return state
 
     def _refuse_apart(self, states: list[dict[str, Any]]) -> None:
@@ -193,6 +201,17 @@ class Agreement:
                     f"After step {self.step}, {apart[0]} on rank {rank} are not those of rank 0, so the processes no longer train one "
                     f"model: {advice}, and resume from the last checkpoint."
                 )
+
+
+def _sum_of_bits(tensors: Iterable[Tensor]) -> int:
+    """A sum that changes with every bit of these tensors, in one pass that takes eight bytes at a time; for weights, which are many."""
+    sums = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1)
+        size = flat.element_size()
+        whole = (flat.numel() * size) % 8 == 0 == (flat.storage_offset() * size) % 8
+        sums.append(flat.view(torch.int64 if whole else AS_INTEGERS[size]).sum(dtype=torch.int64))
+    return _crc(torch.stack(sums).tolist()) if sums else 0
 
 
 def _checksum(tensors: Iterable[Tensor]) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from esper.blueprints import BLUEPRINTS, Block, Heads, Width
 from esper.blueprints.heads import is_attention
 from esper.distributed import Ranks
+from esper.distributed.sharding import class_name, is_sharded, let_go
 from esper.engine.agreement import refuse_different_starts
 from esper.engine.arguments import GrowSettings, check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
@@ -37,7 +38,7 @@ from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
 from esper.seeds.block_trial import refuse_rigid, refuse_uncallable_blocks
 from esper.seeds.compiled_modules import host_modules
 from esper.seeds.layer import device_of
-from esper.seeds.registry import AnyBlueprint
+from esper.seeds.registry import AnyBlueprint, unshardable
 
 SAMPLES_FOR_WIDTH = 64
 """A narrow layer's few outputs may all be positive for one sample; then nothing shows that a ReLU follows."""
@@ -111,6 +112,7 @@ def attach(
     lifecycle, loss = lifecycle or LifecycleConfig(), as_tensor_loss(loss)
     branch_kind, strategy, rate = _blueprint(blueprint), _strategy(grafting), HostRate(optimizer, kept)
     _refuse_objective(branch_kind, lifecycle)
+    _refuse_sharded(branch_kind, model)
     found = _find_sites(model, branch_kind, sites, per_site, loss, _sample(sample, judge))
     length = _Length(total_steps, steps_per_epoch, lifecycle.clock)
     own = dataclasses.replace(learning or rate.learning(), warmup=parse(warmup).ticks(total_steps, steps_per_epoch) or 1)
@@ -133,6 +135,8 @@ def attach(
     registry = _registry(model, found, branch_kind, seed, lifecycle, kernel, flags)
     judged = None if judge_loss is None else as_tensor_loss(judge_loss)
     ranks = Ranks() if ranks is None else ranks
+    ranks.sharded = is_sharded(model)
+    let_go(model)
     refuse_different_starts(ranks, registry, settings, judge, kept)
     port = _port(port, controller, seed, debug, kept, strategy) if ranks.first else NullPort()
     return Grow(registry, settings, loss, judge, judged, rate, scaler, port, ranks, kept)
@@ -176,7 +180,7 @@ def _registry(
     kernel: str | KernelConfig,
     flags: FlagsConfig | None,
 ) -> SeedRegistry:
-    flagged = Flags(flags, type(model).__name__)
+    flagged = Flags(flags, class_name(model))
     flagged.refuse_unmatched([site.name for site in sites])
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
     registry = SeedRegistry(model, sites, blueprint, seed, lifecycle.objective != "reconstruction", kernels, flagged)
@@ -210,6 +214,11 @@ def _refuse_objective(blueprint: AnyBlueprint, lifecycle: LifecycleConfig) -> No
         raise UserError(
             f"blueprint={blueprint.name} learns by lifecycle.objective=shadow alone, not {lifecycle.objective}: it reads elsewhere."
         )
+
+
+def _refuse_sharded(blueprint: AnyBlueprint, model: nn.Module) -> None:
+    if is_sharded(model) and (reason := unshardable(blueprint)):
+        raise UserError(f"blueprint={blueprint.name} cannot grow here: {reason}; use another blueprint, or DistributedDataParallel.")
 
 
 def _port(

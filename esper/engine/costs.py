@@ -71,6 +71,10 @@ class Meter:
             yield
         self._known[(kind, key)] = counter.get_total_flops() // 2
 
+    def scale(self, kind: str, key: Hashable, known: Hashable, share: float) -> None:
+        """Take for the cost of a pass this ``share`` of a known one."""
+        self._known[(kind, key)] = round(self._known[(kind, known)] * share)
+
     @contextmanager
     def _counter(self) -> Iterator[FlopCounterMode]:
         """Torch's counter; fused kernels, whose work it cannot see, step aside for the products they stand for."""

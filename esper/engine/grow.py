@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.checkpoint import disk
+from esper.checkpoint.shards import put_in
 from esper.checkpoint.tree import fitting, join, kept, split
-from esper.distributed import Ranks
+from esper.distributed import Ranks, whole
+from esper.distributed.sharding import mesh_of
 from esper.engine.agreement import Agreement
 from esper.engine.arguments import GrowSettings
 from esper.engine.branch_replacement import Replacing
 from esper.engine.commands import Executor
 from esper.engine.costs import Compiling, Meter, Stopwatch
 from esper.engine.device_readings import Readings
-from esper.engine.extra_passes import DropoutReplay, host_parameters, shapes_of
+from esper.engine.extra_passes import DropoutReplay, host_parameters
 from esper.engine.judging.gatekeeper import Gatekeeper
 from esper.engine.judging.guard import Guard
 from esper.engine.judging.judge import Judge, LossFunction
@@ -32,7 +33,7 @@ from esper.engine.learning.branch_optimizer import BranchOptimizer, HostRate
 from esper.engine.learning.objectives import Objective
 from esper.engine.measurements import ExtraPasses, Faults, Measurements
 from esper.engine.port import NullPort, Port, memory_of
-from esper.engine.saved_state import host_alone, read_state, refuse_misfit, topology
+from esper.engine.saved_state import host_alone, read_state, refuse_misfit, refuse_scattered, topology, write_state
 from esper.engine.signals import GraftingSignals, LossSignal
 from esper.engine.telemetry import Observer
 from esper.engine.tick import TickBoundary
@@ -147,7 +148,7 @@ class Grow:
         self.measurements.note_batch(batch, self._scale)
         self.set_aside()
         if self.settings.count_macs:
-            self._count(batch)
+            self.passes.count(batch, self.agreement.ranks)
         if self.judge is not None:
             self.judge.remember(batch)
         if self.registry.in_stage(Stage.TRAINING):
@@ -245,7 +246,7 @@ class Grow:
         loop that resumes from one calls ``follow`` again for its averages, in the same order. With ``keep``, ``export`` and ``save`` give
         the average.
 
-        Raises UserError where there is no copy of the model in it.
+        Raises UserError where there is no copy of the model in it, and for a model that FSDP shards.
         """
         follower = Follower(self.registry, averaged, self.known_averages.pop(0) if self.known_averages else None)
         self.followers.append(follower)
@@ -288,12 +289,6 @@ class Grow:
     def _skipped(self) -> bool:
         return self.scaler is not None and float(self.scaler.get_scale()) < self._scale
 
-    def _count(self, batch: Any) -> None:
-        key = (self.registry.cost_key(), shapes_of(batch))
-        if not self.meter.knows("step", key):
-            self.passes.count_step(key, batch)
-        self.meter.add("step", key)
-
     # --- saving, and going on ---
 
     def state(self) -> dict[str, Any]:
@@ -301,6 +296,7 @@ class Grow:
 
         With the host and optimizer of that moment, ``attach(state=…)`` continues from it with the same bits.
         """
+        refuse_scattered(self.agreement.ranks)
         return dict(join(*split(self._whole_state())))
 
     def _whole_state(self) -> dict[str, Any]:
@@ -339,7 +335,7 @@ class Grow:
         """
         with fitting():
             refuse_misfit(state.get("topology"), topology(self.registry), "The saved state")
-            state = kept(state)
+            state = kept(put_in(state, mesh_of(self.registry.model)))
             self.tick_number = self.transitions.tick = int(state["tick"])
             self.steps = int(state["step"])
             self.registry.load(state["garden"])
@@ -364,9 +360,11 @@ class Grow:
         return host_alone(self.registry.model.state_dict())
 
     def save_branches(self, folder: str | Path) -> Path:
-        """Write ``state()`` as a checkpoint under ``folder``; returns its path, which ``attach(state=…)`` takes."""
-        copy = disk.copy(self._whole_state(), self.steps, self.tick_number, topology(self.registry), None)
-        return disk.write(copy, Path(folder)).path
+        """Write ``state()`` as a checkpoint under ``folder``; returns its path, which ``attach(state=…)`` takes.
+
+        Of a host that FSDP shards, all processes call this with one folder, and each writes its parts.
+        """
+        return write_state(self._whole_state(), Path(folder), self.steps, self.tick_number, self.registry, self.agreement.ranks)
 
     def load_branches(self, saved: str | Path | dict[str, Any]) -> None:
         """Take over the seeds and branches of a ``state()``, or of a folder of ``save_branches``; the host does not change.
@@ -379,7 +377,7 @@ class Grow:
     # --- the end ---
 
     def export(self) -> nn.Module:
-        """A plain module with everything that grew and nothing else: see ``esper.seeds.exporting``."""
+        """A plain module with all that grew: see ``esper.seeds.exporting``. All processes call it where FSDP shards the host."""
         return self._exported()[0]
 
     def save(self, folder: str | Path, host: dict[str, Any] | None = None) -> Path:
@@ -391,7 +389,7 @@ class Grow:
     def _exported(self) -> tuple[nn.Module, list[Any]]:
         from esper.seeds.exporting import export_with_cards
 
-        with nullcontext() if self._kept is None else self._kept.applied():
+        with whole(self.registry.model), nullcontext() if self._kept is None else self._kept.applied():
             return export_with_cards(self.registry)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.distributed import Ranks, is_sharded
 from esper.engine.agreement import Agreement, AtTick
 from esper.engine.costs import Meter, Stopwatch
 from esper.engine.device_readings import Readings
@@ -116,6 +117,7 @@ class ExtraPasses:
     meter: Meter
     clock: Stopwatch
     silent: Callable[[], AbstractContextManager[None]]
+    _first: dict[Any, tuple[Hashable, int]] = field(default_factory=dict)
 
     def counterfactual(self, branch: Branch, batch: Any) -> float:
         """Loss of a batch with the branch off minus the loss with it on."""
@@ -125,13 +127,32 @@ class ExtraPasses:
                 off = self._loss(batch)
         return off - on
 
+    def count(self, batch: Any, ranks: Ranks) -> None:
+        """Add the cost of the step's pass over a batch, which is counted once for every structure and shape.
+
+        Of a host that ``ranks`` share out it is counted once for every structure alone: with another shape this process might be alone.
+        """
+        structure, shapes = self.registry.cost_key(), shapes_of(batch)
+        key = (structure, shapes)
+        if not self.meter.knows("step", key):
+            first = self._first.get(structure) if ranks.sharded else None
+            if first is None:
+                ranks.come_to("a pass that counts operations")
+                self.count_step(key, batch)
+                self._first = {structure: (key, _samples(shapes))}
+            else:
+                self.meter.scale("step", key, first[0], _samples(shapes) / first[1])
+        self.meter.add("step", key)
+
     def count_step(self, key: Hashable, batch: Any) -> None:
         """Run the step's forward and backward once more under torch's counter, for the cost of every step with this key."""
         model = self.registry.model
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         with self.replay.again(), untouched_buffers(model), self.silent(), self.meter.learning("step", key), torch.enable_grad():
             loss = self.loss(model, batch).mean()
-            refuse_reentrant(loss)
+            leaves = refuse_reentrant(loss)
+            if is_sharded(model):  # whose forward uses weights that it has gathered
+                parameters = leaves
             if parameters and loss.requires_grad:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
 
@@ -139,6 +160,13 @@ class ExtraPasses:
         key = ("counterfactual", self.registry.cost_key(), shapes_of(batch))
         with self.replay.again(), self.meter.counting("objective", key):
             return float(self.loss(self.registry.model, batch).mean())
+
+
+def _samples(shapes: tuple[Any, ...]) -> int:
+    """Samples of a batch of these shapes, as its first tensor has them."""
+    while shapes and not isinstance(shapes[0], int):
+        shapes = shapes[0] if not isinstance(shapes[0], str) else shapes[1]
+    return max(1, shapes[0]) if shapes else 1
 
 
 class Measurements:
@@ -282,8 +310,9 @@ class Measurements:
         if self.agreement is None or not asked:
             return {branch.id: self.passes.counterfactual(branch, self.batch) for branch in asked}
         ranks, batch = self.agreement.ranks, self.batch
+        ranks.come_to(f"passes at tick {tick}")
         values = ranks.decided(
-            f"counterfactuals at tick {tick}", lambda: [self.passes.counterfactual(branch, batch) for branch in asked], ranks.size - 1
+            f"counterfactuals at tick {tick}", lambda: [self.passes.counterfactual(branch, batch) for branch in asked], ranks.size - 1, True
         )
         return {branch.id: value for branch, value in zip(asked, values, strict=True)}
 

@@ -13,6 +13,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.checkpoint import disk
+from esper.checkpoint.shards import take_out, write
+from esper.distributed import Ranks
+from esper.distributed.sharding import class_name
 from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.errors import UserError
 from esper.seeds import SeedRegistry
@@ -43,6 +46,30 @@ def _of_grow(state: Any, where: str) -> Tree:
     raise UserError(f"{where} {what}; give what grow.state() returned or grow.save_branches wrote.")
 
 
+def write_state(state: Tree, folder: Path, step: int, tick: int, registry: SeedRegistry, ranks: Ranks) -> Path:
+    """Write a ``state`` as a checkpoint of ``step``, and return its path; of a sharded host each process writes its parts of it."""
+    place = None
+    if ranks.sharded:
+        state, shards = take_out(state)
+        place = folder / ".shards"
+        if ranks.first:
+            disk.discard(place)
+        ranks.all_agree("a place for shards", True)
+        write(shards, place, ranks.group)
+    path = folder / f"{step:09d}"
+    if ranks.first or not ranks.sharded:
+        path = disk.write(disk.copy(state, step, tick, topology(registry), None, place), folder).path
+    if ranks.sharded:
+        ranks.all_agree("a saved state", True)
+    return path
+
+
+def refuse_scattered(ranks: Ranks) -> None:
+    """Raise UserError where a state in one process's memory would be of a sharded host."""
+    if ranks.sharded:
+        raise UserError("No process has the whole state of a host that FSDP shards: use grow.save_branches(folder) in all processes.")
+
+
 def topology(registry: SeedRegistry) -> Tree:
     """The parts that must agree before a tensor is loaded: the host's tensors and modules' classes, the sites and seeds (JSON-able).
 
@@ -51,7 +78,7 @@ def topology(registry: SeedRegistry) -> Tree:
     model = registry.model
     named = {**host_parameters(model), **host_buffers(model)}
     host = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in named.items()}
-    modules = {name: type(module).__name__ for name, module in model.named_modules() if ATTRIBUTE not in name.split(".")}
+    modules = {name: class_name(module) for name, module in model.named_modules() if ATTRIBUTE not in name.split(".")}
     return {"host": host, "modules": modules, **registry.topology()}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import SlotBank
+from esper.distributed.sharding import let_go, like, local, put
 from esper.engine.extra_passes import host_buffers, host_parameters
 from esper.seeds import SeedRegistry
 
@@ -24,6 +25,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, registry: SeedRegistry, tick: int) -> None:
         self.tick = tick
+        let_go(model)
         with torch.no_grad():
             self._host = {name: value.detach().clone() for name, value in host_parameters(model).items()}
             self._buffers = {name: value.clone() for name, value in host_buffers(model).items()}
@@ -35,8 +37,9 @@ class Snapshot:
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, registry: SeedRegistry) -> None:
         """Put host, optimizer state, and the branches alive both then and now back as they were."""
+        let_go(model)
         for name, value in host_parameters(model).items():
-            value.copy_(self._host[name])
+            put(value, self._host[name])
         for name, buffer in host_buffers(model).items():
             buffer.copy_(self._buffers[name])
         if optimizer is not None and self._optimizer is not None:
@@ -69,9 +72,12 @@ class Snapshot:
 
 
 def finite(tensors: list[Tensor]) -> bool:
-    """Whether every number in every tensor is finite; asks each device once (an optimizer counts its steps on the CPU)."""
+    """Whether every number in every tensor is finite; asks each device once (an optimizer counts its steps on the CPU).
+
+    Of sharded tensors this process knows its part alone.
+    """
     by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in map(present_values, tensors):
+    for tensor in map(present_values, map(local, tensors)):
         if tensor.is_floating_point() and tensor.numel():
             by_device.setdefault(tensor.device, []).append(tensor)
     # A sum of squares would overflow; the largest magnitude is NaN or infinite exactly when something is.
@@ -104,9 +110,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState) -
             if not isinstance(value, Tensor):
                 present[name] = value
             elif isinstance(present.get(name), Tensor) and not present[name].is_sparse:
-                present[name].copy_(value)
+                put(present[name], value)
             else:  # moments go where the parameter is; step counts only where the optimizer counts there
-                present[name] = value.clone() if value.dim() == 0 and not there else value.to(parameter.device, copy=True)
+                present[name] = value.clone() if value.dim() == 0 and not there else like(parameter, value)
         if not present:
             del optimizer.state[parameter]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esper.distributed.sharding import is_shard, is_sharded
 from esper.errors import UserError
 from esper.seeds.layer import ATTRIBUTE
 
@@ -39,10 +41,12 @@ def fit(model: nn.Module) -> nn.Module:
         raise UserError("This model carries seeds already; call export() on the first handle, or attach once.")
     if next(itertools.chain(model.parameters(), model.buffers()), None) is None:
         raise UserError("This model has no parameters, so there is nothing to grow beside.")
+    sharded = is_sharded(model)
     for name, module in model.named_modules():
+        _refuse_first_fsdp(name, module)
         if isinstance(module, nn.DataParallel):
             raise UserError(f"'{name}' is nn.DataParallel, which copies it at every step; train it on one device.")
-        reason = _unplain(module)
+        reason = _unplain(module, sharded)
         if reason is not None:
             which = f"The layer '{name}'" if name else "This model"
             raise UserError(
@@ -69,8 +73,15 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _unplain(module: nn.Module) -> str | None:
-    """Why the module's weights are not numbers in floating point as torch keeps them, or None."""
+def _refuse_first_fsdp(name: str, module: nn.Module) -> None:
+    """The first FSDP keeps the weights of many layers in one flat tensor, of which no layer can be told."""
+    if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+        where = f"'{name}'" if name else "The model"
+        raise UserError(f"{where} is in FullyShardedDataParallel, which hides its layers; use torch.distributed.fsdp.fully_shard instead.")
+
+
+def _unplain(module: nn.Module, sharded: bool = False) -> str | None:
+    """Why the module's weights are not numbers in floating point as torch keeps them, or None; ``sharded`` by ``fully_shard`` is fine."""
     by_transformers = getattr(module, "is_quantized", False) is True or getattr(module, "hf_quantizer", None) is not None
     if by_transformers or type(module).__module__.startswith(_QUANTIZED):
         return "is quantized"
@@ -80,18 +91,27 @@ def _unplain(module: nn.Module) -> str | None:
         kind = type(parameter)
         if name == "weight" and not parameter.is_floating_point():
             return "is quantized"
+        if sharded and is_shard(parameter) and sum(place.is_shard() for place in _placements(parameter)) <= 1:
+            continue
         if kind is not Tensor and kind.__module__ != nn.Parameter.__module__:
             return f"keeps its {name} in a {kind.__name__}, a kind of tensor that may be quantized or sharded"
     return None
 
 
-def refuse_reentrant(loss: Tensor) -> None:
+def _placements(parameter: Any) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = tuple(parameter.placements)
+    return found
+
+
+def refuse_reentrant(loss: Tensor) -> list[Tensor]:
     """Look in the graph of a loss for the node of ``torch.utils.checkpoint`` with ``use_reentrant=True``.
+
+    Returns the leaves of the graph: the weights that the forward has used.
 
     Raises:
         UserError: it is there. Its backward cannot give gradients to chosen tensors, nor to any that is made inside.
     """
-    open_nodes, seen = [loss.grad_fn], set()
+    open_nodes, seen, leaves = [loss.grad_fn], set(), []
     while open_nodes:
         node = open_nodes.pop()
         if node is None or node in seen:
@@ -102,7 +122,11 @@ def refuse_reentrant(loss: Tensor) -> None:
                 "This model uses reentrant gradient checkpointing, under which no branch could learn; call torch.utils.checkpoint "
                 "with use_reentrant=False."
             )
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            leaves.append(leaf)
         open_nodes += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _refuse_switched_on(name: str, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esper.blueprints import Block, Blueprint
+from esper.distributed.sharding import is_shard
 from esper.engine.device_readings import Readings
 from esper.engine.extra_passes import host_parameters
 from esper.engine.learning.branch_rows import gradient_norms
@@ -307,5 +308,14 @@ class Observer:
 
 
 def _dot(gradients: list[Tensor]) -> Tensor:
-    """Sum of squares over these tensors."""
-    return torch.stack([torch.dot(flat, flat) for flat in (present_values(gradient).float().reshape(-1) for gradient in gradients)]).sum()
+    """Sum of squares over these tensors; of sharded ones over all processes' parts."""
+    return torch.stack([_squares(gradient) for gradient in gradients]).sum()
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    if is_shard(gradient):
+        total: Any = gradient.float().square().sum()
+        whole: Tensor = total.full_tensor()
+        return whole
+    flat = present_values(gradient).float().reshape(-1)
+    return torch.dot(flat, flat)

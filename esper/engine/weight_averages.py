@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import BlockBank, SlotBank
+from esper.distributed import is_sharded
 from esper.engine.extra_passes import host_parameters
 from esper.engine.saved_state import HostAlone, expect_host_alone
 from esper.errors import UserError
@@ -39,6 +40,8 @@ class Follower:
     """
 
     def __init__(self, registry: SeedRegistry, averaged: nn.Module, known: dict[str, Any] | None = None) -> None:
+        if is_sharded(registry.model):
+            raise UserError("An average of the weights cannot follow a host that FSDP shards; average under DistributedDataParallel.")
         self.registry = registry
         self.model = _counterpart(registry.model, averaged)
         self.device = device_of(self.model)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from esper.distributed import is_sharded
 from esper.engine.grow import Grow
 from esper.engine.saved_state import host_alone
 from esper.errors import UserError
@@ -33,6 +35,12 @@ def keep_in(checkpoint: dict[str, Any], grow: Grow | None) -> None:
     for name in {"state_dict", "current_model_state"} & checkpoint.keys():
         checkpoint[name] = host_alone(checkpoint[name])
     checkpoint["esper"] = NOTHING if grow is None else grow.state()
+
+
+def refuse_sharded(model: nn.Module, why: str) -> None:
+    """Raise UserError for a host that FSDP shards: ``why`` the other trainer cannot keep what grows beside it."""
+    if is_sharded(model):
+        raise UserError(f"FSDP leaves no process the whole state of what grows here, and {why}")
 
 
 def found(name: str, *places: Path) -> Path:

@@ -13,7 +13,7 @@ from esper import Grow, attach
 from esper.engine.extra_passes import to_device
 from esper.engine.learning.losses import told_without
 from esper.engine.saved_state import HostAlone
-from esper.integrations.checkpoints import found, grown_in
+from esper.integrations.checkpoints import found, grown_in, refuse_sharded
 
 
 class GrowCallback(TrainerCallback):
@@ -35,6 +35,7 @@ class GrowCallback(TrainerCallback):
         given: dict[str, Any] = {"loss": told_without(trainer.compute_loss), "accumulate": steps, "total_steps": state.max_steps}
         given |= {"seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
         given |= {"state": _beside(state, output, self._moved_to)} if state.global_step else {}
+        refuse_sharded(parts["model"], "this callback keeps that of one: train with DDP, or in a loop of your own with esper.attach.")
         self.grow = attach(parts["model"], optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
         self._hook, self._trainer, self._step = HostAlone.on(parts["model"]), trainer, trainer.training_step
         self._parts: list[Any] = []

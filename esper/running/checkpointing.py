@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from esper import messages
@@ -14,6 +15,7 @@ from esper.bus.trainer.bus_port import ControllerSilent
 from esper.checkpoint import disk
 from esper.checkpoint.background_saver import Retention, Saver
 from esper.checkpoint.disk import Checkpoint, Copy
+from esper.checkpoint.shards import take_out, write
 from esper.errors import Preempted, RankLost
 from esper.lifecycle.duration import parse
 from esper.running.connections import Connections, Setup
@@ -32,7 +34,8 @@ SKIPPED = (
 class Checkpointer:
     """Called between two steps of a session that begins after step ``since`` (−1: at the start).
 
-    The port and the controller are saved with the trainer. A checkpoint counts once the trackers have stored all messages before it.
+    The port and the controller are saved with the trainer. A checkpoint counts once the trackers have stored all messages before it. Of a
+    host that processes share out, each of them writes its part, and the training waits for it: ``write_part``.
     """
 
     def __init__(self, setup: Setup, links: Connections, since: int) -> None:
@@ -52,21 +55,37 @@ class Checkpointer:
         while self._finished:
             done = self._finished.pop(0)
             self.port.emit(messages.Checkpoint(tick=trainer.grow.tick_number, path=str(done.path), digest=done.manifest["sha256"]))
-        if self.port.silent is not None:
-            self._stop(trainer, self.port.silent)
-        if not self.every:
+        steps, silent = trainer.outcome.steps, self.port.silent
+        over, stops = steps == trainer.total, trainer.grow.agreement.stops
+        due = silent is not None or self._falls_due(trainer, over or stops)
+        if trainer.ranks.sharded:
+            disk.discard(self._shards)
+            trainer.ranks.decided(beside(steps), lambda: [str(self._shards) if due else "", bool(silent or (due and stops))])
+        if silent is not None:
+            self._stop(trainer, silent)
+        if not due:
             return
-        steps, grow = trainer.outcome.steps, trainer.grow
-        interval = max(1, parse(self.every).ticks(trainer.total, trainer.steps_per_epoch))
-        over, stops = steps == trainer.total, grow.agreement.stops
-        self._due = self._due or steps % interval == 0 or over or stops
-        if not self._due or not (over or grow.steps % grow.settings.steps_per_tick == 0):
-            return  # a resumed run would publish the first messages of a tick again
-        self._due = False
-        if not self.saver.save(lambda: self._copy(trainer), wait=over or stops) and self.saver.skipped == 1:
+        if not self.saver.save(lambda: self._copy(trainer), wait=over or stops or trainer.ranks.sharded) and self.saver.skipped == 1:
             log.info(SKIPPED, steps)
         if stops:
             raise Preempted(f"esper resume={self.folder}")
+
+    def _falls_due(self, trainer: Trainer, ends: bool) -> bool:
+        """Whether a checkpoint is to be saved after this step; the run ``ends`` with it, or goes on."""
+        if not self.every:
+            return False
+        steps, grow = trainer.outcome.steps, trainer.grow
+        interval = max(1, parse(self.every).ticks(trainer.total, trainer.steps_per_epoch))
+        self._due = self._due or steps % interval == 0 or ends
+        if not self._due or not (steps == trainer.total or grow.steps % grow.settings.steps_per_tick == 0):
+            return False  # a resumed run would publish the first messages of a tick again
+        self._due = False
+        return True
+
+    @property
+    def _shards(self) -> Path:
+        """Where the processes write their parts of a checkpoint until it is whole."""
+        return self.folder / disk.FOLDER / ".shards"
 
     def _stop(self, trainer: Trainer, silent: ControllerSilent) -> NoReturn:
         """The controller in another process missed its deadline: save a checkpoint for a resumed run, then stop."""
@@ -87,7 +106,12 @@ class Checkpointer:
             **provenance(trainer.task, trainer.device),
         }
         sites = state["trainer"]["grow"]["topology"]
-        return disk.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer))
+        place = None
+        if trainer.ranks.sharded:
+            state, shards = take_out(state)
+            place = self._shards
+            write(shards, place, trainer.ranks.group)
+        return disk.copy(state, trainer.outcome.steps, trainer.grow.tick_number, sites, _score(trainer), place)
 
     def _settled(self) -> bool:
         self.port.barrier()
@@ -98,6 +122,16 @@ class Checkpointer:
 
     def _written(self, checkpoint: Checkpoint) -> None:
         self._finished.append(checkpoint)
+
+
+def beside(steps: int) -> str:
+    """The label under which rank 0 says what follows after a step."""
+    return f"what follows after step {steps}"
+
+
+def write_part(trainer: Trainer, folder: str) -> None:
+    """Write this process's part of a checkpoint that rank 0 saves."""
+    write(take_out({"trainer": trainer.state()})[1], Path(folder), trainer.ranks.group)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from esper.bus.trainer.bus_port import ControllerSilent
 from esper.config import RootConfig, config_hash
+from esper.distributed import is_sharded
 from esper.errors import Pruned, TrackerError
 from esper.report.summary_file import BranchSummary, CompilerSummary, GateSummary, SecondsSummary, SeedsSummary, Summary, write_summary
 from esper.running.callbacks import TRACE
@@ -126,7 +127,7 @@ def _quietly(other: bool) -> Iterator[None]:
 def summarize(config: RootConfig, trainer: Trainer, folder: Path, run: str, status: str, alerts: list[dict[str, Any]]) -> Summary:
     """Everything but the controls, which are made afterwards."""
     grow, outcome = trainer.grow, trainer.outcome
-    grown = grow.export().state_dict()
+    grown = {} if is_sharded(grow.registry.model) else grow.export().state_dict()  # ended early: its parts are on many processes
     registry = grow.registry
     gates = {
         name: GateSummary(closest=gate.closest, threshold=gate.threshold, asked=gate.asked, passed=gate.passed)

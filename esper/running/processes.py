@@ -5,6 +5,7 @@ Rank 0 alone composes the configuration, has the folder, the bus, the controller
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from esper.distributed import Ranks, refuse_uneven
 from esper.distributed.ranks import WAIT
 from esper.errors import UserError
 from esper.running.builders import build_trainer
-from esper.running.checkpointing import listening
+from esper.running.checkpointing import beside, listening, write_part
 from esper.running.world import world
 from esper.trainer.device import choose_device, numerics
 from esper.trainer.trainer import Trainer
@@ -38,7 +39,8 @@ def refuse_wrong_processes(config: RootConfig) -> None:
         refuse_uneven(config.trainer.shards, size)
     elif size > 1:
         raise UserError(
-            f"These are {size} processes, and trainer={config.trainer.name} trains in one: add trainer=ddp, or leave torchrun out."
+            f"These are {size} processes, and trainer={config.trainer.name} trains in one: add trainer=ddp (or fsdp), or leave "
+            "torchrun out."
         )
 
 
@@ -62,6 +64,7 @@ def joined() -> Iterator[Ranks]:
         yield ranks
     except BaseException as error:
         ranks.leave(str(error) or type(error).__name__)
+        gc.freeze()  # else this process would look through all that it leaves for a second, while torchrun waits to start it again
         raise
     finally:
         ranks.break_off()
@@ -104,7 +107,13 @@ class _Stopped(Exception):
 
 
 def _stop_with_the_others(trainer: Trainer) -> None:
-    if trainer.grow.agreement.stops and trainer.config.checkpoint_every:
+    if trainer.ranks.sharded:
+        told: Any = trainer.ranks.decided(beside(trainer.outcome.steps), lambda: None)
+        if told[0]:
+            write_part(trainer, told[0])
+        if told[1]:
+            raise _Stopped
+    elif trainer.grow.agreement.stops and trainer.config.checkpoint_every:
         raise _Stopped
 
 

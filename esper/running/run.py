@@ -20,7 +20,7 @@ from esper.export.saved_model import host_card, save_model
 from esper.messages import Alert
 from esper.report.end_of_run import print_report
 from esper.report.summary_file import ControlSummary, Summary, reserve
-from esper.running.builders import build_trainer, refuse_idle
+from esper.running.builders import build_host, build_trainer, refuse_idle
 from esper.running.callbacks import Callback, WeightChecksums, profiled
 from esper.running.checkpointing import Checkpointer, listening
 from esper.running.connections import Connections, Setup, connect, load_state, refuse_unreachable, refuse_untrackable, trackers_of
@@ -139,7 +139,9 @@ def _begin(setup: Setup, links: Connections) -> Trainer:
     trainer = build_trainer(config, setup.task, setup.device, links.port, state=kept, ranks=setup.ranks)
     with _let_go_on_failure(trainer):
         refuse_idle(config, setup.task, trainer)
-        links.trackers.try_model(trainer.grow.export(), _sample(trainer))
+        # a sharded host is not gathered for it
+        model = build_host(config, setup.task) if setup.ranks.sharded else trainer.grow.export()
+        links.trackers.try_model(model, _sample(trainer))
         reserve(folder)
         links.trackers.start()  # only now: a refused run leaves no MLflow run behind
         links.trackers.await_open()
@@ -176,7 +178,8 @@ def _after_step(setup: Setup, checksums: WeightChecksums, checkpointer: Checkpoi
         looked = trainer.validates(trainer.outcome.steps)
         if looked:
             setup.lock.refuse_removed()
-        checksums(trainer)
+        if not setup.ranks.sharded:  # else no process has all weights
+            checksums(trainer)
         checkpointer(trainer)
         if looked and setup.watch is not None:
             setup.watch(trainer)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from esper.distributed.sharding import class_name
+
 
 @dataclass(frozen=True)
 class TracedInput:
@@ -95,7 +97,7 @@ def axis_of_kind(module: nn.Module, dims: int) -> int | None:
 
 def is_linear(module: nn.Module) -> bool:
     """A linear layer of torch, or the ``Conv1D`` that transformers' GPT-2 has for one."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    return isinstance(module, nn.Linear) or (class_name(module) == "Conv1D" and hasattr(module, "nf"))
 
 
 def _of_product(given: list[TracedInput], dims: int) -> int | None:

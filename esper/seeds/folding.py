@@ -57,8 +57,8 @@ def fold(module: nn.Module, terms: list[tuple[float, Linear]]) -> None:
     m = torch.eye(width, dtype=torch.float64, device=weight.device)
     c = torch.zeros(width, dtype=torch.float64, device=weight.device)
     for alpha, (a, shift) in terms:
-        m += alpha * a
-        c += 0.0 if shift is None else alpha * shift
+        m += alpha * a.to(m.device)  # a host that was sharded is gathered on the CPU
+        c += 0.0 if shift is None else alpha * shift.to(m.device)
     changed = weight.double() @ m if type(module).__name__ == "Conv1D" else (m.t() @ weight.double().flatten(1)).view(weight.shape)
     bias = module.bias
     assert bias is None or isinstance(bias, Tensor)

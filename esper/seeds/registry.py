@@ -11,6 +11,7 @@ from typing import Any
 from torch import Generator, nn
 
 from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, Heads, SlotBank, WideConv, Width
+from esper.distributed.sharding import class_name, is_sharded
 from esper.feature_flags import Flags
 from esper.kernels import Kernels
 from esper.lifecycle import SeedTable, Stage
@@ -27,6 +28,13 @@ from esper.seeds.layer import SeedLayer, device_of
 from esper.seeds.sites import Site, stack_of
 
 AnyBlueprint = Blueprint | Block
+
+
+def unshardable(blueprint: AnyBlueprint) -> str | None:
+    """Why this blueprint cannot grow on a host that FSDP shares out among processes, or None."""
+    if isinstance(blueprint, (Block, Width, Heads)):
+        return f"{blueprint.name} begins with weights of the host, of which FSDP leaves no process a whole layer"
+    return None
 
 
 class SeedRegistry:
@@ -50,7 +58,7 @@ class SeedRegistry:
         self.seed = seed
         self.silent = silent
         self.kernels = kernels
-        self.flags = flags or (Flags(model=type(model).__name__) if kernels is None else kernels.flags)
+        self.flags = flags or (Flags(model=class_name(model)) if kernels is None else kernels.flags)
         self.first_row: list[int] = []
         rows = 0
         for site in sites:
@@ -113,6 +121,8 @@ class SeedRegistry:
         site, config = self.sites[self.site_of(row)], self.blueprints[blueprint]
         geometry = site.geometry
         reason = config.misfit(geometry)
+        if reason is None and is_sharded(self.model):
+            reason = unshardable(config)
         if reason is None and isinstance(config, Block):
             reason = config.silencing_misfit(site.module)
         if reason is None and isinstance(config, Block) and geometry.seeds != 1:

@@ -72,6 +72,11 @@ class TrainerConfig:
         """Micro-batches that are shared out among processes, 0 where the training has one process."""
         return 0
 
+    @property
+    def sharded(self) -> bool:
+        """Whether several processes share out the host's weights among them."""
+        return False
+
     def steps_per_epoch(self, samples: int) -> int:
         """Optimizer steps of an epoch over this many samples; those left over make none."""
         return max(1, samples // self.batch_size // self.accumulate)
@@ -93,12 +98,32 @@ class DDPConfig(TrainerConfig):
         """Refuse what has no meaning in several processes so far."""
         super().__post_init__()
         if self.compile:
-            raise UserError("trainer=ddp cannot average the telemetry of a compiled model: use trainer.compile=false.")
+            raise UserError(f"trainer={self.name} cannot average the telemetry of a compiled model: use trainer.compile=false.")
 
     @property
     def shards(self) -> int:
         """All micro-batches of a step."""
         return self.accumulate
+
+
+@dataclass
+class FSDPConfig(DDPConfig):
+    """As ddp, for hosts that are too large for each process: they share out its weights, gradients and optimizer state (FSDP2)."""
+
+    name: str = "fsdp"
+
+    def __post_init__(self) -> None:
+        """Refuse what needs whole weights in every process."""
+        super().__post_init__()
+        if self.precision == "fp16":
+            raise UserError("trainer=fsdp has no loss scaling: use trainer.precision=bf16 or fp32.")
+        if self.ema:
+            raise UserError("trainer=fsdp keeps no average of the weights, which no process has whole: use trainer.ema=0, or trainer=ddp.")
+
+    @property
+    def sharded(self) -> bool:
+        """Several processes share out the host."""
+        return True
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.distributed import Ranks
+from esper.distributed.sharding import let_go
 from esper.seeds.sites import quiet_evaluation
 from esper.tasks.base import Task
 from esper.tasks.loading import Batches
@@ -23,7 +24,8 @@ LOGITS = 2**25
 def evaluate(model: nn.Module, task: Task, batches: Batches, ranks: Ranks | None = None) -> dict[str, float]:
     """``loss`` and every metric of the task, as means over the samples of all batches (float64).
 
-    Each of several ``ranks`` measures a share of the batches; the sums run over all of them in their order, wherever they were measured.
+    Each of several ``ranks`` measures a share of the batches, of a sharded host in as many passes as every other. The sums
+    run over all of them in their order, wherever they were measured.
     """
     ranks = ranks or Ranks.alone()
     samples_of, names, sums_of = [], ["loss", *task.metrics], []
@@ -34,6 +36,9 @@ def evaluate(model: nn.Module, task: Task, batches: Batches, ranks: Ranks | None
             values = [task.sample_loss(output, batch), *(metric.compute(output, batch) for metric in task.metrics.values())]
             samples_of.append(len(batch[1]))
             sums_of.append(torch.stack([value.double().sum() for value in values]))
+        if ranks.sharded and 0 < len(batches) % ranks.size <= ranks.rank:
+            model(batches.batch(0, len(batches) - 1)[0])  # the last batches of the others take this rank too
+        let_go(model)
     found_here = torch.stack(sums_of).tolist() if sums_of else []  # a GPU is waited for once
     mine = [(samples, dict(zip(names, found, strict=True))) for samples, found in zip(samples_of, found_here, strict=True)]
     shares = ranks.values("an evaluation", mine)

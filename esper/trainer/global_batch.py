@@ -55,6 +55,7 @@ class GlobalBatch:
     def loss_again(self, step: int) -> float:
         """The mean loss of a step's micro-batches once more, with the same draws; buffers and draws are the caller's to put back."""
         losses = []
+        self.ranks.come_to(f"the passes of a closer look at step {step}")
         for number in self._numbers(step):
             self._begin(number, {})
             losses.append(float(self.loss_of(self.batch_of(number))))
@@ -79,9 +80,14 @@ class GlobalBatch:
     @torch.no_grad()
     def _put(self, parameters: list[nn.Parameter], total: OrderedSum) -> None:
         """Share the sums with the other ranks, and put gradients and norm statistics in their places."""
-        branches, statistics = self.grow.agreement.branch_parameters(), self._statistics()
+        branches, statistics, found = self.grow.agreement.branch_parameters(), self._statistics(), total.result
+        if self.ranks.sharded:  # FSDP has averaged the host's over the processes
+            averaged, found = found[: len(parameters)], found[len(parameters) :]
+            for parameter, gradient in zip(parameters, averaged, strict=True):
+                parameter.grad = None if gradient is None else gradient * self.ranks.size
+            parameters = []
         learn = [*parameters, *branches]
-        sums = self.ranks.sum(total.result, [*learn, *statistics])
+        sums = self.ranks.sum(found, [*learn, *statistics])
         for parameter, gradient in zip(learn, sums[: len(learn)], strict=True):
             parameter.grad = gradient
         for buffer, summed in zip(statistics, sums[len(learn) :], strict=True):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from esper.checkpoint.tree import Still
+from esper.distributed import local
 from esper.engine.extra_passes import untouched_buffers
 from esper.engine.grow import Grow
 from esper.engine.snapshot import Snapshot
@@ -31,6 +32,7 @@ from esper.lifecycle import Stage
 from esper.lifecycle.transitions import refusal
 from esper.messages import Alert
 from esper.seeds import Branch
+from esper.trainer.sharded_host import largest, length
 
 JUMP = 100.0
 """Factor by which the largest weight may grow between two snapshots; weights that were all zero may grow from SMALLEST_WEIGHT."""
@@ -111,7 +113,7 @@ class Governor:
             if what is not None:
                 return Anomaly(step, what)
         if self.measures_update:
-            self._before = [p.detach().clone() for p in self._parameters()]
+            self._before = [local(p.detach()).clone() for p in self._parameters()]
         return None
 
     def postpone(self, step: int, loss: Tensor, gradient: Tensor) -> Anomaly | None:
@@ -160,8 +162,7 @@ class Governor:
         if not before:
             return
         with torch.no_grad():
-            change = torch._foreach_sub([now.detach() for now in self._parameters()], before)
-            norm = torch.stack(torch._foreach_norm(change)).float().norm()
+            norm = length(torch._foreach_sub([local(now.detach()) for now in self._parameters()], before), self.grow.agreement.ranks)
         self.grow.readings.post([norm], self._note_update)
 
     def _note_update(self, values: list[Tensor]) -> None:
@@ -221,14 +222,13 @@ class Governor:
         """
         grow, parameters = self.grow, self._parameters()
         with torch.no_grad():
-            norms = torch._foreach_norm(parameters, float("inf")) if parameters else [torch.zeros(())]
-            largest = float(torch.stack([norm.float() for norm in norms]).max())
-        if not math.isfinite(largest) or largest > JUMP * max(self._largest, SMALLEST_WEIGHT):
-            return f"the largest weight is {largest:.3g}, and was {self._largest:.3g} at the snapshot before"
+            weight = largest(parameters, grow.agreement.ranks)
+        if not math.isfinite(weight) or weight > JUMP * max(self._largest, SMALLEST_WEIGHT):
+            return f"the largest weight is {weight:.3g}, and was {self._largest:.3g} at the snapshot before"
         taken = Snapshot(grow.registry.model, grow.optimizer, grow.registry, grow.tick_number)
-        if not taken.healthy:
+        if not grow.agreement.ranks.all_agree("a snapshot", taken.healthy):
             return "the optimizer's state or the norm statistics are not finite"
-        self.snapshot, self._signal, self._largest = taken, grow.signal.state(), largest
+        self.snapshot, self._signal, self._largest = taken, grow.signal.state(), weight
         return None
 
     def _parameters(self) -> list[Tensor]:

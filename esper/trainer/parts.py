@@ -36,6 +36,12 @@ def refuse_sparse(host: nn.Module) -> None:
             )
 
 
+def refuse_unshardable(config: OptimizerConfig) -> None:
+    """Raise UserError for an optimizer that needs whole matrices."""
+    if isinstance(config, MuonConfig):
+        raise UserError("optimizer=muon turns whole matrices, and trainer=fsdp leaves no process one: use optimizer=adamw, or trainer=ddp.")
+
+
 def averaged(decay: float, model: nn.Module) -> AveragedModel | None:
     """An exponential moving average of weights and norm statistics; None for a decay of 0."""
     if not decay:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints import Block, Blueprint, Heads, Width
+from esper.checkpoint.shards import put_in
 from esper.checkpoint.tree import fitting, kept
-from esper.distributed import Ranks
+from esper.distributed import Ranks, is_shard
+from esper.distributed.sharding import make_whole, mesh_of, put
 from esper.engine.attach import attach
 from esper.engine.extra_passes import freeze_statistics, host_buffers, host_parameters
 from esper.engine.grow import Grow
@@ -36,8 +38,9 @@ from esper.trainer.device import TYPES, is_out_of_memory
 from esper.trainer.evaluation import Outcome, Repeated, evaluate, held_out
 from esper.trainer.global_batch import GlobalBatch
 from esper.trainer.governor import Anomaly, Governor, GovernorSettings
-from esper.trainer.parts import allowed_steps, averaged, fused, learning_of, optimizer_for, refuse_sparse
+from esper.trainer.parts import allowed_steps, averaged, fused, learning_of, optimizer_for, refuse_sparse, refuse_unshardable
 from esper.trainer.schedule import Schedule
+from esper.trainer.sharded_host import share_out
 
 
 @dataclass
@@ -83,6 +86,11 @@ class Trainer:
             raise UserError(f"trainer.compile=true cannot see what blueprint={name} listens to: use trainer.compile=false, or another one.")
         self.scheduler = scheduler
         self.model = host.to(device).requires_grad_(not config.freeze_host)
+        if config.sharded and self.ranks.size > 1:
+            refuse_unshardable(optimizer)
+            share_out(self.model, device, self.ranks)
+        with fitting():
+            state = put_in(state, mesh_of(self.model))
         self.port: Port = port or NullPort()
         self.port.decided = growth.decided
         size, workers = config.batch_size, config.num_workers
@@ -171,7 +179,7 @@ class Trainer:
         with fitting():
             for kind, tensors in (("host", host_parameters(self.model)), ("buffers", host_buffers(self.model))):
                 for name, value in tensors.items():
-                    value.copy_(state[kind][name])
+                    put(value, state[kind][name])
             restore_optimizer(self.optimizer, state["optimizer"])
             if self.scaler is not None and state["scaler"] is not None:
                 self.scaler.load_state_dict(kept(state["scaler"]))
@@ -209,6 +217,10 @@ class Trainer:
 
     def fit(self, between: Callable[[Trainer], None] | None = None, test: bool = True) -> Outcome:
         """Train to the end, then measure validation and, once, where it is asked for, ``test``; ``between`` is called after every step."""
+        with self.ranks.watched_passes():
+            return self._fit(between, test)
+
+    def _fit(self, between: Callable[[Trainer], None] | None, test: bool) -> Outcome:
         self.model.train()
         if self.config.freeze_host:
             freeze_statistics(self.model)
@@ -232,6 +244,7 @@ class Trainer:
             self.outcome.final |= {f"test/{name}": value for name, value in tested.items()}
             self._check_finite("test", tested["loss"])
         self.batches.close()
+        make_whole(self.model, self.device)  # for the rest, which is rank 0's alone
         return self.outcome
 
     def advance(self) -> None:
@@ -311,7 +324,9 @@ class Trainer:
         if self.config.clip <= 0.0 and self.governor is None:
             return None
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return nn.utils.clip_grad_norm_(parameters, self.config.clip if self.config.clip > 0.0 else math.inf)
+        norm: Any = nn.utils.clip_grad_norm_(parameters, self.config.clip if self.config.clip > 0.0 else math.inf)
+        whole: Tensor = norm.full_tensor() if is_shard(norm) else norm
+        return whole
 
     def _apply(self) -> None:
         if self.scaler is None:

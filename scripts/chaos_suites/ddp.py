@@ -121,6 +121,7 @@ def _measure(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     return {
         "command": f"scripts/chaos ddp --workers {options.workers} --minutes {options.minutes:g} --every {options.every:g}",
         "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": found["environment"]["packages"]["torch"],
         "workers": options.workers,

@@ -17,7 +17,7 @@ LIMIT_S = 120.0
 def on_ranks(count: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What ``work(rank, *arguments)`` returned on each rank: ``(class name, text)`` of an exception, None if the process died."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "esper", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "esper", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
     meeting = folder / f"meeting-{len(list(folder.glob('meeting-*')))}"
     pipes, processes = [], []
     for rank in range(count):

@@ -10,6 +10,7 @@ import torch
 
 from esper.cli.compose import compose
 from esper.distributed import Ranks
+from esper.distributed.sharding import make_whole
 from esper.lifecycle import Stage
 from esper.running.builders import build_trainer
 from esper.trainer.device import numerics
@@ -50,6 +51,7 @@ def train(rank: int, words: list[str]) -> dict[str, Any]:
                     trainer.grow.registry.layers[branch.site].bank(branch.blueprint).stacks["b2"][branch.slot] = 1e30
             trainer.advance()
     assert trainer.governor is not None
+    make_whole(trainer.model)
     return {
         "anomalies": [str(anomaly) for anomaly in trainer.governor.anomalies],
         "weights": {name: value.tolist() for name, value in trainer.model.state_dict().items()},
@@ -63,3 +65,8 @@ def test_what_goes_wrong_on_one_rank_is_rolled_back_on_all_to_the_same_bits(tmp_
     assert len(alone["anomalies"]) == 2 and alone["anomalies"][0] == "step 30: the loss is nan"
     assert "caused by branch 0" in alone["anomalies"][1] and "ROLLED_BACK" in dict(alone["path"][0])
     assert on_ranks(2, train, tmp_path, words) == [alone, alone]
+    for found in on_ranks(2, train, tmp_path, ["trainer=fsdp", *words[1:]]):  # no process of which has whole weights
+        assert found["anomalies"][0] == alone["anomalies"][0] and found["path"] == alone["path"]
+        assert "caused by branch 0" in found["anomalies"][1]
+        for name, values in alone["weights"].items():
+            torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(values), atol=1e-4, rtol=0.0)

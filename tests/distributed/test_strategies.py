@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from esper.errors import UserError
 from tests.distributed.launching import on_ranks
 
 pytestmark = pytest.mark.usefixtures("processes", "heavy_libraries")
@@ -63,6 +64,47 @@ def under_accelerate(rank: int, folder: str) -> dict[str, Any]:
     assert running.args.world_size == 2
     running.train()
     return _told(own.grow, running.model)
+
+
+def under_sharding_lightning(rank: int, folder: str) -> Any:
+    _be(rank)
+    import lightning
+    import test_lightning as one
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.fsdp import fully_shard
+
+    class Sharded(one.Classifier):
+        def configure_model(self) -> None:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def fit(kept: bool) -> Any:
+        own, model = one.callback(), Sharded()
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = lightning.Trainer(
+            max_steps=12,
+            max_epochs=1000,
+            accelerator="cpu",
+            devices=2,
+            strategy=strategy,
+            callbacks=[own],
+            enable_checkpointing=kept,
+            default_root_dir=folder,
+            **quiet,
+        )
+        trainer.fit(model, one.data())
+        return own.grow
+
+    with pytest.raises(UserError, match=r"Trainer\(enable_checkpointing=False\)"):
+        fit(kept=True)
+    grow = fit(kept=False)
+    weights = {name: value.tolist() for name, value in grow.export().state_dict().items()}
+    return {"weights": weights, "branches": [[name for name, _ in branch.path] for branch in grow.registry.branches.entries]}
+
+
+def test_two_processes_share_out_a_host_under_lightning(tmp_path: Path) -> None:
+    first, second = on_ranks(2, under_sharding_lightning, tmp_path, str(tmp_path))
+    assert first == second and first["branches"][0][:4] == ["GERMINATED", "TRAINING", "GRAFTING", "STABILIZATION"]
 
 
 @pytest.mark.parametrize("strategy", [under_lightning, under_accelerate])

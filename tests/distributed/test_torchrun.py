@@ -96,7 +96,7 @@ def start(tmp_path: Path, checkout: Path) -> Iterator[Callable[..., Started]]:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trainer=default"], "These are 2 processes, and trainer=default trains in one: add trainer=ddp, or leave torchrun out."),
+        (["trainer=default"], "2 processes, and trainer=default trains in one: add trainer=ddp (or fsdp), or leave torchrun out."),
         (["trainer.accumulate=3"], "A global batch of trainer.accumulate=3 micro-batches can be shared out among 1 or 3 processes"),
         (["-m", "seed=1,2"], "The processes that torchrun starts train one run together, and this is a sweep"),
     ],
@@ -151,3 +151,25 @@ def test_torchrun_restarts_a_killed_rank_without_a_person(start: Callable[..., S
     assert one.end() == 0, one.text()
     assert one.text().count("going on in") == 2
     assert one.summary()["fingerprint"] == undisturbed["fingerprint"]
+
+
+def test_a_sharded_training_names_a_killed_rank_and_goes_on_in_another_number_of_processes(
+    start: Callable[..., Started], undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sharded = ["trainer=fsdp", "trainer.checkpoint_every=20step"]
+    first = start(2, *sharded)
+    first.await_checkpoint()
+    victim = first.rank(1)
+    os.kill(victim, signal.SIGKILL)
+    assert first.end() == 1
+    sentences = [line for line in first.text().splitlines() if line.startswith("esper: ")]
+    assert len(sentences) == 1 and sentences[0].startswith(f"esper: Rank 1 (process {victim} on "), first.text()
+    assert list(first.folder.glob(f"outputs/*/*/{disk.FOLDER}/*/shards/*.distcp")), "each process has written its part"
+    monkeypatch.chdir(first.folder)
+    assert main([*WORDS, *sharded, "resume=auto"]) == 0
+    found = first.summary()
+    assert "going on in" in capfd.readouterr().err and found["status"] == "FINISHED"
+    assert found["seeds"] == undisturbed["seeds"] and found["macs"] == undisturbed["macs"]
+    assert [branch["path"] for branch in found["branches"]] == [branch["path"] for branch in undisturbed["branches"]]
+    for name, value in undisturbed["metrics"]["final"].items():
+        assert found["metrics"]["final"][name] == pytest.approx(value, abs=1e-3), name

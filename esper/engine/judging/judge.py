@@ -6,7 +6,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,19 +125,32 @@ class Judge:
         for layer in self.registry.layers:
             layer.recording = None
         values = []
+        self.ranks.come_to("a look at the judge set")
         try:
             with quiet_evaluation(model), untouched_buffers(model), drawing_alike(self.data), self._recalibrated(norms):
-                for number, batch in enumerate(self.data):
-                    if number % self.ranks.size != self.ranks.rank:
-                        continue  # another rank's
+                for batch, counts in self._share():
                     batch = to_device(batch, self.device)
-                    with self.meter.counting("judge", (self.registry.cost_key(), shapes_of(batch))):
-                        values.append(self.loss(model, batch).detach().reshape(-1).double().cpu())
+                    with self.meter.counting("judge", (self.registry.cost_key(), shapes_of(batch))) if counts else nullcontext():
+                        found = self.loss(model, batch).detach().reshape(-1).double().cpu()
+                    if counts:
+                        values.append(found)
         finally:
             for layer, recording in zip(self.registry.layers, recordings, strict=True):
                 layer.recording = recording
         values = self._of_all(values)
         return torch.cat(values) if values else torch.zeros(0)
+
+    def _share(self) -> Iterator[tuple[Any, bool]]:
+        """This rank's share of the batches, each with whether its losses count.
+
+        Of a sharded host the last rank's batches may be followed by one more: a pass takes all ranks, so all make the same number.
+        """
+        number, batch = -1, None
+        for number, batch in enumerate(self.data):
+            if number % self.ranks.size == self.ranks.rank:
+                yield batch, True
+        if self.ranks.sharded and 0 < (number + 1) % self.ranks.size <= self.ranks.rank:
+            yield batch, False
 
     def _of_all(self, values: list[Tensor]) -> list[Tensor]:
         """The losses of all batches, in the order of the data; every rank has measured its share of them."""
@@ -147,13 +160,18 @@ class Judge:
         shares = [list(losses.split(sizes)) if sizes else [] for sizes, losses in found]
         return [shares[number % len(shares)][number // len(shares)] for number in range(sum(map(len, shares)))]
 
+    @property
+    def _recalibrates(self) -> bool:
+        """Whether this rank makes the passes that measure norm statistics; those of rank 0 are taken."""
+        return self.ranks.first or self.ranks.sharded
+
     @contextmanager
     def _recalibrated(self, norms: list[Any]) -> Iterator[None]:
         """Within: the statistics of these norms are measured on recent training batches, for the present branches.
 
         Norms that the user froze (evaluation mode) keep theirs.
         """
-        recent = list(self.recent) if self.gathered is None else self.gathered() if norms and self.ranks.first else []
+        recent = list(self.recent) if self.gathered is None else self.gathered() if norms and self._recalibrates else []
         if not norms or not self.ranks.decided("recent batches", lambda: len(recent)):
             yield
             return
@@ -165,7 +183,7 @@ class Judge:
                 norm.momentum = None
                 norm.training = True
             try:
-                for batch in recent if self.ranks.first else ():
+                for batch in recent if self._recalibrates else ():
                     with self.meter.counting("judge", ("recalibrate", self.registry.cost_key(), shapes_of(batch))):
                         self.loss(model, batch)
             finally:

@@ -100,7 +100,7 @@ class Objective:
         if by_kind["shadow"]:
             self._shadow(by_kind["shadow"], batch, scale, host_loss)
         if by_kind["functional_gradient"] and tick - self._searched >= self.search_every:
-            if self.ranks.first:
+            if self.ranks.first or self.ranks.sharded:
                 self._search(by_kind["functional_gradient"], batch)
             self.step_size = self.ranks.decided(f"step size at tick {tick}", lambda: self.step_size)
             self._searched = tick
@@ -145,21 +145,25 @@ class Objective:
     # --- shadow: the task loss of a second forward, host frozen ---
 
     def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: Tensor | float | None) -> None:
+        self.ranks.come_to(f"a shadow pass for {len(training)} branches")
         with self.replay.again(), untouched_buffers(self.registry.model):
-            host = self._measured("host", batch) if host_loss is None else host_loss
+            host, sound = self._measured("host", batch) if host_loss is None else host_loss, True
             if not (self.readings.late and isinstance(host, Tensor)):
                 host = float(host)
-                if not math.isfinite(host):
+                sound = math.isfinite(host)
+                if not (sound or self.ranks.sharded):
                     return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             found = self._in_graph(training, batch, scale)
-            loss, failures = self._shadow_forward(training, batch, scale) if found is None else found
+            loss, failures = self._shadow_forward(training, batch, scale, sound) if found is None else found
+        if not sound:
+            return  # as above, after a pass that the other ranks could not make without this one
         scored = [branch for branch in training if branch.id not in self.raised]
         told = [host] if isinstance(host, Tensor) else []
         note = partial(self._note_shadow, scored, [places for places, _ in failures], host if isinstance(host, float) else None)
         self._read([loss, *(found for _, found in failures), *told], note)
 
-    def _shadow_forward(self, training: list[Branch], batch: Any, scale: float) -> tuple[Tensor, Failures]:
-        """The loss, how often each branch failed; the gradients are pending."""
+    def _shadow_forward(self, training: list[Branch], batch: Any, scale: float, sound: bool) -> tuple[Tensor, Failures]:
+        """The loss, how often each branch failed; the gradients are pending, unless the host's own loss is not ``sound``."""
         with self.replay.again(), self.registry.shadow(training) as groups:
             key = (self.registry.cost_key(), shapes_of(batch))
             with self.meter.counting("shadow", key), torch.enable_grad():
@@ -167,8 +171,8 @@ class Objective:
                 raised = take_errors(groups)
                 with self._containing([branch.id for branch in training]):
                     parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
-                    self._collect(loss * scale, [(parameter, parameter) for parameter in parameters])
-        self.raised |= raised
+                    self._collect(loss * scale, [(parameter, parameter) for parameter in parameters], sound)
+        self.raised |= raised if sound else {}
         return loss, [(dict(enumerate(group.branches)), group.failures) for group in groups]
 
     def _in_graph(self, training: list[Branch], batch: Any, scale: float) -> tuple[Tensor, Failures] | None:
@@ -272,6 +276,7 @@ class Objective:
     def _search(self, training: list[Branch], batch: Any) -> None:
         """η by line search: the step that lowers the loss of this batch most when the chunks of these branches take it."""
         best, self.step_size = float("inf"), STEP_SIZES[0]
+        self.ranks.come_to("the search for a step size")
         for size in STEP_SIZES:
             with self.replay.again(), untouched_buffers(self.registry.model), self.registry.injecting(self._injections(training, size)):
                 loss = float(self._measured("search", batch))
@@ -311,13 +316,13 @@ class Objective:
         with torch.no_grad(), self.meter.counting("objective", key):
             return self.loss(self.registry.model, batch).mean()
 
-    def _collect(self, loss: Tensor, parameters: list[tuple[nn.Parameter, Tensor]]) -> None:
+    def _collect(self, loss: Tensor, parameters: list[tuple[nn.Parameter, Tensor]], keeps: bool = True) -> None:
         """Gradients of parameters, each by the tensor that stands for it in the forward."""
         if not parameters or not loss.requires_grad:
             return
         gradients = torch.autograd.grad(loss, [used for _, used in parameters], allow_unused=True)
         for (parameter, _), gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
+            if gradient is not None and keeps:
                 held = self.pending.get(parameter)
                 self.pending[parameter] = gradient if held is None else held + gradient
 
