@@ -180,6 +180,7 @@ def _registry(
     flagged.refuse_unmatched([site.name for site in sites])
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
     registry = SeedRegistry(model, sites, blueprint, seed, lifecycle.objective != "reconstruction", kernels, flagged)
+    registry.reseed = lifecycle.reseed
     registry.layers[-1].forces_grad = not any(p.requires_grad for p in model.parameters())
     return registry
 

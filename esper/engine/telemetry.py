@@ -267,6 +267,7 @@ class Observer:
             "host_parameters": host,
             "telemetry_every": self.config.every,
             "growth": self.registry.flags.on("growth", site.name),
+            "reseed": self.registry.reseed,
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:

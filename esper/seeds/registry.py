@@ -61,6 +61,8 @@ class SeedRegistry:
         self.layers = [SeedLayer(site) for site in sites]
         self.by_name = {site.name: number for number, site in enumerate(sites)}
         self.device = device_of(model)
+        self.reseed = False
+        """Whether a fossilized seed may germinate again; controllers are told of it."""
         self._changed: set[int] = set()
         self._cached: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
         self.released: list[Branch] = []
