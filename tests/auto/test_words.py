@@ -48,7 +48,7 @@ def test_own_words_and_those_of_the_runs_are_told_apart() -> None:
         (["budget=1h", "gain=2"], "esper: gain=2.0 is not accepted"),
         (["budget=1h", "-m"], "'-m' is no word of esper auto"),
         (["task=digits", "budgt=1h"], "did you mean budget?"),
-        (["budget=1h", "max_params=100"], "did you mean max_parameters."),
+        (["budget=1h", "max_params=100"], "did you mean max_parameters?"),
         (["help"], "'help' is no word of esper auto: it takes budget=…"),
         (
             ["budget=1h", "optimizer.lr=0.1,0.2"],
