@@ -1,7 +1,7 @@
 """Do ranks that grow under the judge adapt a frozen transformer better than peft's own LoRA with as many parameters?
 
 python experiments/adapters/run.py            # the whole study: tuning.csv, runs.csv, the verdicts, the figure, the README
-python experiments/adapters/run.py --short    # one change, six pairs, one tuning seed: a quarter of an hour of two cores
+python experiments/adapters/run.py --short    # one change, eight pairs, one tuning seed
 python experiments/adapters/run.py --quick --out try
 python experiments/adapters/run.py --again    # verdicts, figure and table once more from the files
 """
@@ -26,8 +26,10 @@ from study_runs import Row, TimeLimit, best, carry_out, job, note_machine, tunin
 
 LAYERS = tuple(f"transformer.h.{block}.{layer}" for block in (0, 1) for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))
 MODULO, LENGTH, BATCH = 30, 12, 32
+JUDGED = 32
+"""Batches of eight sequences by which ranks are judged."""
 RANK, MOST = 2, 6
-"""Ranks that one seed of ``grown`` adds, and the most that a layer may have: those of one seed of ``shrunk``, and of peft's in its tuning."""
+"""Ranks of one seed of ``grown``, and the most that a layer may have: those of a seed of ``shrunk``, and of peft's arms in their tuning."""
 WAVES = {"grown": ("2%", "30%", "60%"), "shrunk": ("2%",)}
 Batch = dict[str, Tensor]
 
@@ -105,7 +107,7 @@ def grown(arm: str, model: nn.Module, change: str, data: list[Batch], lr: float,
     settings = lora_settings(model, config, lifecycle=life)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)  # of the frozen host: the ranks follow its schedule
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: falling(step, len(data)))
-    judge = [sequences(change, 8, seed * 1_000_003 + 900_000 + number) for number in range(32)]
+    judge = [sequences(change, 8, seed * 1_000_003 + 900_000 + number) for number in range(JUDGED)]
     grow = attach(
         model,
         **settings,
@@ -211,7 +213,7 @@ STUDY = Following(
     tune_seeds=2,
 )
 
-SHORT = replace(STUDY, blocks=("steps",), seeds=6, tune_seeds=1)
+SHORT = replace(STUDY, blocks=("steps",), seeds=8, tune_seeds=1)
 
 if __name__ == "__main__":
     short = "--short" in sys.argv
