@@ -1,8 +1,10 @@
 """LoRA adapters whose ranks grow: peft's own ``LoraConfig`` says where, the judge says how many, and peft loads what comes of it.
 
-settings = lora_settings(model, config)     # LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_fc"])
-grow = attach(model, **settings, judge=…, total_steps=…, controller=…)
-save_adapter(grow, "adapter", config)       # PeftModel.from_pretrained(host, "adapter")
+In a loop of your own::
+
+    settings = lora_settings(model, config)     # LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_fc"])
+    grow = attach(model, **settings, judge=…, total_steps=…, controller=…)
+    save_adapter(grow, "adapter", config)       # PeftModel.from_pretrained(host, "adapter")
 """
 
 from __future__ import annotations
