@@ -164,7 +164,7 @@ def build_group(group: str, values: Any) -> Any:
     known = options(group)
     name = values.get("name")
     if name not in known:
-        raise UserError(f"{group}.name={name} is not accepted: {group} is {listing(known)}{nearest(name, known)}.")
+        raise UserError(f"{group}.name={name} is not accepted: {group} is {listing(known)}{did_you_mean(name, known)}")
     return structure(known[name], values, group)
 
 
@@ -177,14 +177,14 @@ def _several_trackers(values: Mapping[str, Any]) -> Any:
         raise UserError("tracking=none stands alone: leave it out of the list, or leave the others out.")
     for name, own in values["trackers"].items():
         if name not in known:
-            raise UserError(f"tracking.trackers has {name}, and tracking is {listing(known)}{nearest(name, known)}.")
+            raise UserError(f"tracking.trackers has {name}, and tracking is {listing(known)}{did_you_mean(name, known)}")
         fields = {field.name for field in dataclasses.fields(known[name])}
         flat = {key: value for key, value in values.items() if key in fields}
         made[name] = structure(known[name], {**flat, "trackers": {name: {}}, **(own or {}), "name": name}, "tracking")
         used |= flat.keys()
     if unknown := [key for key in values if key not in used]:
-        near = nearest(unknown[0], used, "tracking.")
-        raise UserError(f"There is no key tracking.{unknown[0]}: tracking=[{','.join(made)}] has {listing(sorted(used))}{near}.")
+        near = did_you_mean(unknown[0], used, "tracking.")
+        raise UserError(f"There is no key tracking.{unknown[0]}: tracking=[{','.join(made)}] has {listing(sorted(used))}{near}")
     return SeveralTrackers(process=next(iter(made.values())).process, trackers=made)
 
 
@@ -200,8 +200,8 @@ def structure(kind: type, values: Mapping[str, Any], path: str) -> Any:
     for key, value in values.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in fields:
-            near = nearest(key, fields, name.removesuffix(str(key)))
-            raise UserError(f"There is no key {name}: {_owner(path, values)} has {listing(fields)}{near}.")
+            near = did_you_mean(key, fields, name.removesuffix(str(key)))
+            raise UserError(f"There is no key {name}: {_owner(path, values)} has {listing(fields)}{near}")
         arguments[key] = _convert(value, hints[key], fields[key].metadata, name)
     try:
         return kind(**arguments)
@@ -233,8 +233,8 @@ def _convert(value: Any, hint: Any, metadata: Mapping[str, Any], name: str) -> A
         return {key: _convert(item, inner[1], metadata, f"{name}.{key}") for key, item in value.items()}
     converted = _scalar(value, hint)
     if converted is _WRONG or not _in_range(converted, metadata) or not _in_form(converted, metadata):
-        near = nearest(value, metadata.get("choices") or ())
-        raise UserError(f"{name}={shown(value)} is not accepted: {name} takes {accepted(hint, metadata)}{near}.")
+        near = did_you_mean(value, metadata.get("choices") or ())
+        raise UserError(f"{name}={shown(value)} is not accepted: {name} takes {accepted(hint, metadata)}{near}")
     return converted
 
 
@@ -307,10 +307,27 @@ def shown(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def nearest(word: Any, words: Iterable[str], prefix: str = "") -> str:
-    """``; did you mean width``, to end a sentence with, or nothing when no word is near."""
-    close = difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{close[0]}" if close else ""
+def did_you_mean(word: Any, words: Iterable[str], prefix: str = "", otherwise: str = ".") -> str:
+    """The end of a sentence: ``; did you mean width?``, or ``otherwise`` when no word is near."""
+    close = nearest(word, words)
+    return f"; did you mean {prefix}{close}?" if close else otherwise
+
+
+def nearest(word: Any, words: Iterable[str]) -> str:
+    """The one of ``words`` that is spelt most like ``word``, or nothing when none is near."""
+    return next(iter(difflib.get_close_matches(str(word), list(words), n=1, cutoff=0.5)), "")
+
+
+def or_list(word: str) -> str:
+    """The list to write instead of ``key=a,b``, before other advice: ``write key=[a,b] for all of them at once, or``.
+
+    Nothing for a setting that takes no list.
+    """
+    key, _, text = word.lstrip("+").partition("=")
+    group, _, field = key.partition(".")
+    kinds = options(group).values() if field and group in GROUPS else ()
+    takes = any(str(one.type).startswith("list[") for kind in kinds for one in dataclasses.fields(kind) if one.name == field)
+    return f"write {key}=[{text}] for all of them at once, or " if (takes or key == "tracking") and "(" not in text else ""
 
 
 def listing(words: Iterable[str]) -> str:

@@ -73,8 +73,8 @@ def environment() -> dict[str, float]:
         name, _, value = (text.strip() for text in part.partition("="))
         if name not in FEATURES:
             close = difflib.get_close_matches(name, FEATURES, n=1)
-            near = f"; did you mean {close[0]}" if close else ""
-            raise UserError(f"{VARIABLE} says '{part}', and there is no feature '{name}': there are {' and '.join(FEATURES)}{near}.")
+            near = f"; did you mean {close[0]}?" if close else "."
+            raise UserError(f"{VARIABLE} says '{part}', and there is no feature '{name}': there are {' and '.join(FEATURES)}{near}")
         said[name] = _percent(part, value)
     return said
 

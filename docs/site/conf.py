@@ -27,6 +27,7 @@ suppress_warnings = ["myst.header", "misc.highlighting_failure"]  # headings may
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 python_use_unqualified_type_names = True
+linkcheck_timeout = 20
 html_theme = "furo"
 html_title = f"esper {version}"
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from esper.auto.config import AutoConfig, sorted_words
+from esper.config import or_list
 from esper.errors import UserError
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def prepared(words: Sequence[str], console: Console) -> Auto:
 
     for word in given:
         if parse([word])[0].is_sweep_override():
-            raise UserError(f"{word} gives several values, and esper auto makes no sweep: give one.")
+            key = word.partition("=")[0]
+            raise UserError(f"{word} gives {key} several values, and esper auto makes no sweep: {or_list(word)}give one.")
     given += [] if any(word.startswith("tracking=") for word in given) else ["tracking=none"]
     base = compose([*given, "controller=none"])
     task = base.task.build()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from esper.config import nearest
+from esper.config import did_you_mean
 from esper.errors import UserError
 from esper.setting_fields import setting
 
@@ -97,7 +97,7 @@ def sorted_words(words: Sequence[str]) -> tuple[AutoConfig, list[str]]:
         if _foreign(word):
             raise UserError(
                 f"'{word}' is no word of esper auto: it takes {', '.join(f'{one}=…' for one in OWN)} and settings of its runs, as in "
-                f"task=digits{nearest(key, OWN)}."
+                f"task=digits{did_you_mean(key, OWN)}"
             )
         rest.append(word)
     config = structure(AutoConfig, own, "")

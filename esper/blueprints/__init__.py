@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from esper.blueprints.block import Block, BlockBank
     from esper.blueprints.catalogue import BLUEPRINTS, blueprint_of
     from esper.blueprints.conv import Conv
-    from esper.blueprints.geometry import BehindHidden, Geometry
+    from esper.blueprints.geometry import BehindHidden, Geometry, LinearLayer
     from esper.blueprints.glu import GLU
     from esper.blueprints.heads import Heads
+    from esper.blueprints.lora import LoRA
     from esper.blueprints.low_rank import LowRank
     from esper.blueprints.mlp import MLP
     from esper.blueprints.width import WideConv, Width
@@ -30,6 +31,8 @@ __all__ = [
     "Conv",
     "Geometry",
     "Heads",
+    "LinearLayer",
+    "LoRA",
     "LowRank",
     "SlotBank",
     "WideConv",
@@ -44,9 +47,10 @@ _MODULES = {
     "esper.blueprints.block": ("Block", "BlockBank"),
     "esper.blueprints.catalogue": ("BLUEPRINTS", "blueprint_of"),
     "esper.blueprints.conv": ("Conv",),
-    "esper.blueprints.geometry": ("BehindHidden", "Geometry"),
+    "esper.blueprints.geometry": ("BehindHidden", "Geometry", "LinearLayer"),
     "esper.blueprints.glu": ("GLU",),
     "esper.blueprints.heads": ("Heads",),
+    "esper.blueprints.lora": ("LoRA",),
     "esper.blueprints.low_rank": ("LowRank",),
     "esper.blueprints.mlp": ("MLP",),
     "esper.blueprints.width": ("WideConv", "Width"),

@@ -44,6 +44,10 @@ class Blueprint(BlueprintSettings):
 
     spatial = False
     output = ""
+    reads_input = False
+    """Whether a branch reads what its site's module reads; else it reads the output of that module."""
+    part_of_layer = False
+    """Whether what grew becomes part of the host's own layers in an exported model; where such branches grow, no others do."""
 
     def misfit(self, geometry: Geometry) -> str | None:
         """Why a branch cannot grow at such a site, or None."""

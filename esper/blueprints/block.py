@@ -30,6 +30,8 @@ class Block(BlockSettings):
 
     reads_input = False
     """Whether what grew reads the site's input and is added to its output; else it reads the output, and takes its place."""
+    part_of_layer = False
+    """Whether what grew becomes part of the host's own layers in an exported model; where such branches grow, no others do."""
 
     def misfit(self, geometry: Geometry) -> str | None:
         """Only modules that map their input to its own shape."""

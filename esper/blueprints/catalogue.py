@@ -11,6 +11,7 @@ from esper.blueprints.config import BlockSettings, BlueprintSettings, HeadsSetti
 from esper.blueprints.conv import Conv
 from esper.blueprints.glu import GLU
 from esper.blueprints.heads import Heads
+from esper.blueprints.lora import LoRA
 from esper.blueprints.low_rank import LowRank
 from esper.blueprints.mlp import MLP
 from esper.blueprints.width import Width
@@ -24,6 +25,7 @@ BLUEPRINTS: dict[str, type[Blueprint] | type[Block]] = {
     "block": Block,
     "width": Width,
     "heads": Heads,
+    "lora": LoRA,
 }
 
 

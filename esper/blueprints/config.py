@@ -38,6 +38,16 @@ class LowRankSettings(BlueprintSettings):
 
 
 @dataclass
+class LoRASettings(BlueprintSettings):
+    """Ranks for linear layers of the host, as LoRA adds them; every seed that is kept adds ``rank`` more."""
+
+    name: str = "lora"
+    receptive_field: str = setting("layer", choices=("layer",), help="new ranks read what the layer reads")
+    rank: int = setting(4, low=1, high=2**20, help="ranks that one branch adds to its layer")
+    scaling: float = setting(1.0, help="factor of the product, the same for all ranks of a layer: lora_alpha / r of peft")
+
+
+@dataclass
 class MLPSettings(BlueprintSettings):
     """One hidden layer of ``hidden`` units."""
 
@@ -130,4 +140,5 @@ CONFIGS: dict[str, type] = {
     "block": BlockSettings,
     "width": WidthSettings,
     "heads": HeadsSettings,
+    "lora": LoRASettings,
 }

@@ -44,6 +44,13 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class LinearLayer(Geometry):
+    """A linear layer that reads ``source`` features."""
+
+    source: int = 0
+
+
+@dataclass(frozen=True)
 class BehindHidden(Geometry):
     """A layer behind a hidden layer that reads ``source`` features, with an ``activation``, and a ``bias`` or none.
 

@@ -24,6 +24,7 @@ class Heads(HeadsSettings, Block):
     """New heads, of the present ones' size; their output starts at zero."""
 
     reads_input = True
+    part_of_layer = True
 
     def misfit(self, geometry: Geometry) -> str | None:
         """Whether the module is an attention layer is seen by ``silencing_misfit``."""

@@ -25,6 +25,7 @@ class Width(WidthSettings, Blueprint):
     """New hidden units; what depends on the host is set when they germinate (``esper.engine.learning.new_units``)."""
 
     output = "w2"
+    part_of_layer = True
 
     def misfit(self, geometry: Geometry) -> str | None:
         """Only a layer that reads a hidden layer's activation, and nothing else; normalized channels by whole groups."""

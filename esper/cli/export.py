@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from esper.atomic_files import replacing
 from esper.checkpoint import disk
-from esper.config import RootConfig, listing, nearest, plain
+from esper.config import RootConfig, did_you_mean, listing, plain
 from esper.errors import UserError
 from esper.export.program import refuse_without_onnx, to_onnx, to_pt2, traced
 from esper.export.saved_model import DESCRIPTION, WEIGHTS, build_host, host_card, load_into, model_folder, read_description
@@ -150,10 +150,10 @@ def _given(arguments: Sequence[str]) -> dict[str, str]:
     for word in arguments:
         key, sign, value = word.partition("=")
         if not sign or key not in ("run", "to", "format"):
-            raise UserError(f"'{word}' is not accepted: {USAGE}{nearest(key, ('run', 'to', 'format'))}.")
+            raise UserError(f"'{word}' is not accepted: {USAGE}{did_you_mean(key, ('run', 'to', 'format'))}")
         given[key] = value
     if not given.get("run"):
         raise UserError(f"esper export needs a run: {USAGE}.")
     if given.get("format", "pt2") not in FORMATS:
-        raise UserError(f"format={given['format']} is not accepted: it takes {listing(FORMATS)}{nearest(given['format'], FORMATS)}.")
+        raise UserError(f"format={given['format']} is not accepted: it takes {listing(FORMATS)}{did_you_mean(given['format'], FORMATS)}")
     return given

@@ -11,7 +11,7 @@ from typing import Any
 from esper.cli import conf
 from esper.cli.launchers import LAUNCHERS
 from esper.cli.programs import programs
-from esper.config import GROUPS, PRESETS, RootConfig, accepted, default_options, listing, nearest, options, shown
+from esper.config import GROUPS, PRESETS, RootConfig, accepted, default_options, did_you_mean, listing, options, shown
 from esper.errors import UserError
 from esper.search.config import SearchConfig
 
@@ -66,7 +66,7 @@ def _launcher(name: str) -> str:
     if not name:
         return "\n".join(f"  {each:<12} {kind.__doc__}" for each, (_, kind) in LAUNCHERS.items())
     if name not in LAUNCHERS:
-        raise UserError(f"{LAUNCHER}={name} is no launcher of esper's: choose {listing(LAUNCHERS)}{nearest(name, LAUNCHERS)}.")
+        raise UserError(f"{LAUNCHER}={name} is no launcher of esper's: choose {listing(LAUNCHERS)}{did_you_mean(name, LAUNCHERS)}")
     kind = LAUNCHERS[name][1]
     return "\n".join([str(kind.__doc__), *_keys(kind, dataclasses.asdict(kind()), "hydra.launcher")])
 
@@ -94,7 +94,7 @@ def _group(group: str, option: str, alone: bool) -> str:
     """The options of a group with a line each, then the keys of ``option``; the keys only, where it is asked for ``alone``."""
     names = conf.options(group)
     if option not in names:
-        raise UserError(f"{group}={option} is no option of the group {group}: choose {listing(names)}{nearest(option, names)}.")
+        raise UserError(f"{group}={option} is no option of the group {group}: choose {listing(names)}{did_you_mean(option, names)}")
     kind, values = _settings(group, option)
     lines = [f"{group}={option}: {conf.description(group, option)}" if alone else f"Options of {group} (* is the default):"]
     if not alone:

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from esper.cli import conf
-from esper.config import PRESETS, listing, nearest, shown
+from esper.config import PRESETS, did_you_mean, listing, or_list, shown
 from esper.errors import UserError
 from esper.user_code import OPTIONS as CUSTOM
 
@@ -53,7 +53,7 @@ def _quote(word: str) -> str:
 def _parse_one(word: str) -> Override:
     if "=" not in word and not word.startswith("~"):
         known = [f"{key}=…" for key in (*conf.groups(), *conf.root_keys())]
-        raise UserError(f"'{word}' is no setting: write key=value, as in seed=1{nearest(word, known)}.")
+        raise UserError(f"'{word}' is no setting: write key=value, as in seed=1{did_you_mean(word, known)}")
     try:
         return OverridesParser.create().parse_overrides([word])[0]
     except OverrideParseException as error:
@@ -91,8 +91,8 @@ def check_group(override: Override) -> None:
         if value is None and group in PRESETS:
             continue
         if not isinstance(value, str) or value not in names:
-            near = nearest(value, names)
-            raise UserError(f"{group}={shown(value)} is no option of the group {group}: choose {listing(names)}{near}.")
+            near = did_you_mean(value, names)
+            raise UserError(f"{group}={shown(value)} is no option of the group {group}: choose {listing(names)}{near}")
 
 
 def check_several(names: list[Any]) -> list[Any]:
@@ -138,8 +138,8 @@ def check_single(overrides: Sequence[Override]) -> None:
     """
     for override in overrides:
         if override.is_sweep_override():
-            key = key_of(override)
-            raise UserError(f"{_typed(override)} gives {key} several values: add --multirun to sweep over them.")
+            word, key = _typed(override), key_of(override)
+            raise UserError(f"{word} gives {key} several values: {or_list(word)}add --multirun to sweep over them.")
 
 
 def check_discrete(overrides: Sequence[Override]) -> None:
@@ -160,14 +160,14 @@ def _unknown(key: str, path: Sequence[str], node: Any, tree: Mapping[str, Any]) 
     if not path:
         known = [*conf.groups(), *conf.root_keys()]
         same_leaf = [name for name in everywhere if name.split(".")[-1] == leaf]
-        hint = f"; did you mean {listing(same_leaf[:3])}" if same_leaf else nearest(key, [*known, *everywhere])
-        return f"There is no key {key}: the first word of a setting is {listing(known)}{hint}."
+        hint = f"; did you mean {listing(same_leaf[:3])}?" if same_leaf else did_you_mean(key, [*known, *everywhere])
+        return f"There is no key {key}: the first word of a setting is {listing(known)}{hint}"
     owner = ".".join(path)
     if not isinstance(node, Mapping):
         return f"There is no key {key}: {owner} is a single value."
     chosen = f"{owner}={node['name']}" if "name" in node else owner
-    near = nearest(leaf, list(node), f"{owner}.") or nearest(key, everywhere)
-    return f"There is no key {key}: {chosen} has {listing(node)}{near}."
+    near = did_you_mean(leaf, list(node), f"{owner}.", "") or did_you_mean(key, everywhere)
+    return f"There is no key {key}: {chosen} has {listing(node)}{near}"
 
 
 def _dotted(tree: Mapping[str, Any], path: str = "") -> list[str]:

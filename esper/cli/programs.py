@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper import user_code
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing
 from esper.errors import UserError
 
 Main = Callable[[Sequence[str]], int]
@@ -99,6 +99,6 @@ def named(arguments: Sequence[str]) -> Program | None:
         return known[word]
     if word.isidentifier():
         first = f"{listing(known)}, or a setting such as seed=1"
-        near = nearest(word, known) or "; esper --help lists all there is"
-        raise UserError(f"esper has no program '{word}': the first word is {first}{near}.")
+        near = did_you_mean(word, known, otherwise="; esper --help lists all there is.")
+        raise UserError(f"esper has no program '{word}': the first word is {first}{near}")
     return None

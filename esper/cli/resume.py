@@ -19,7 +19,7 @@ from esper.checkpoint.tree import fitting
 from esper.cli import conf, overrides
 from esper.cli.compose import option
 from esper.cli.terminal import Sentence
-from esper.config import GROUPS, RootConfig, build, listing
+from esper.config import GROUPS, RootConfig, build, listing, or_list
 from esper.errors import UserError
 from esper.running.resume import Start, fork_state, is_over, locate, saved_config, saved_state, total_steps, unfinished
 from esper.running.run_folder import CONFIG, refuse_running
@@ -147,17 +147,17 @@ def _changed(tree: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
                 f"'{word}' is no setting, and a run goes on alone: write key=value, as in trainer.steps=4000; a sweep goes on by its own "
                 "words with resume=auto."
             )
+        value = overrides.parse([word])[0]
+        if value.is_sweep_override():
+            raise UserError(f"{word} gives {key} several values, and a run goes on alone: {or_list(word)}give one.")
         if key in GROUPS:
             if key == "tracking" and text.startswith("["):
-                overrides.check_group(overrides.parse([word])[0])
+                overrides.check_group(value)
             elif text not in conf.options(key):
                 raise UserError(f"{key}={text} is no option of the group {key}: choose {listing(conf.options(key))}.")
             tree[key] = option(key, text)
             continue
         node, leaf = _place(tree, key)
-        value = overrides.parse([word])[0]
-        if value.is_sweep_override():
-            raise UserError(f"{word} gives several values, and a run goes on alone, with one of them.")
         node[leaf] = value.value()
     return tree
 

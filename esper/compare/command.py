@@ -20,7 +20,7 @@ from esper.compare.results.report import show, write_results
 from esper.compare.sources.mlflow_reader import reading
 from esper.compare.sources.mlflow_sweeps import find_sweep, job_runs, plan_of, plan_untouched, run_of_store, sweep_curves, tuned_of
 from esper.compare.sources.open_store import check_store_there
-from esper.config import listing, nearest, structure
+from esper.config import did_you_mean, listing, structure
 from esper.errors import UserError
 from esper.tracking.config import MlflowConfig, tracking_uri
 
@@ -100,7 +100,7 @@ def read_words(arguments: Sequence[str], program: str, keys: Sequence[str], sett
         key, equals, text = word.partition("=")
         key = key.removeprefix("compare.")
         if not equals or key not in keys:
-            raise UserError(f"'{word}' is not accepted: {program} takes {listing(keys)}{nearest(key, keys)}.")
+            raise UserError(f"'{word}' is not accepted: {program} takes {listing(keys)}{did_you_mean(key, keys)}")
         if key in given:
             raise UserError(f"{key} is given twice ({given[key]} and {text}); give it once.")
         try:
@@ -147,4 +147,4 @@ def _check_metric(metric: str, stored: Sequence[Any]) -> None:
     names = sorted({name for run in stored if run.status == "FINISHED" for name in run.metrics})
     if names and not {f"final/test/{metric}", f"final/{metric}"} & set(names):
         known = [name.removeprefix("final/test/") for name in names if name.startswith("final/test/")]
-        raise UserError(f"No run of the sweep has the metric {metric!r}; they have {listing(known)}{nearest(metric, known)}.")
+        raise UserError(f"No run of the sweep has the metric {metric!r}; they have {listing(known)}{did_you_mean(metric, known)}")

@@ -20,7 +20,7 @@ from esper.compare.results.report import show, write_results
 from esper.compare.sources.files import own_table
 from esper.compare.sources.selection import Gathered, Selection, gather, guessed_direction
 from esper.compare.sources.table import canonical
-from esper.config import listing, nearest, structure
+from esper.config import did_you_mean, listing, structure
 from esper.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def arm_named(word: str, arms: Mapping[str, Mapping[str, Any]]) -> str:
         return word
     found = [name for name, settings in arms.items() if list(settings.values()) == [canonical(word)]]
     if not found:
-        raise UserError(f"There is no arm {word!r}; the arms are {listing(arms)}{nearest(word, arms)}.")
+        raise UserError(f"There is no arm {word!r}; the arms are {listing(arms)}{did_you_mean(word, arms)}")
     return found[0]
 
 

@@ -13,7 +13,7 @@ from esper.compare.results.plan import Plan
 from esper.compare.results.registered_plans import Registered, digest_of, parse_registered, save_registered
 from esper.compare.sources.mlflow_reader import StoredRun, reading
 from esper.compare.sources.open_store import check_store_there
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing
 from esper.errors import UserError
 
 FILE = ".json"
@@ -60,7 +60,7 @@ def _stored_plan(name: str, uri: str) -> StoredRun:
     if len(found) != 1:
         names = [run.name for run in plans]
         told = f"{len(found)} plans called {name!r}" if found else f"no plan {name!r}"
-        raise UserError(f"The store has {told}; it has {listing(names)}{nearest(name, names)}.")
+        raise UserError(f"The store has {told}; it has {listing(names)}{did_you_mean(name, names)}")
     return found[0]
 
 

@@ -22,6 +22,7 @@ class Places:
         self.first = np.zeros(1, np.int64)
         self.stage = np.zeros(0, np.int8)
         self.grows = np.zeros(0, bool)
+        self.reseeds = np.zeros(0, bool)
         self._number: dict[str, int] = {}
         self._heard: dict[Seed, int] = {}
         self.active: set[Seed] = set()
@@ -34,6 +35,7 @@ class Places:
             self.first = np.concatenate([[0], np.cumsum([site["seeds"] for site in message.sites])]).astype(np.int64)
             self.stage = np.zeros(self.first[-1], np.int8)
             self.grows = np.repeat([site.get("growth", True) for site in message.sites], np.diff(self.first))
+            self.reseeds = np.repeat([site.get("reseed", False) for site in message.sites], np.diff(self.first))
             for site in message.sites:
                 for number, stage in enumerate(site.get("stages", ())):
                     self._note((site["name"], number), stage)
@@ -61,8 +63,11 @@ class Places:
         return self.names[number], row - int(self.first[number])
 
     def free(self, unavailable: list[Seed]) -> np.ndarray:
-        """Which seeds may germinate, bool ``[seeds]``: DORMANT ones where growth is on, without those given."""
-        free: np.ndarray = (self.stage == Stage.DORMANT) & self.grows
+        """Which seeds may germinate, bool ``[seeds]``: DORMANT ones where growth is on, without those given.
+
+        FOSSILIZED ones too, where ``lifecycle.reseed`` allows them another generation.
+        """
+        free: np.ndarray = ((self.stage == Stage.DORMANT) | ((self.stage == Stage.FOSSILIZED) & self.reseeds)) & self.grows
         free[[self.row(seed) for seed in unavailable]] = False
         return free
 

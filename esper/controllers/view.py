@@ -52,16 +52,20 @@ class RunView:
     def seeds(self, site: str = "*", stage: int | None = None) -> list[Seed]:
         """Seeds of the sites that match the glob, in the order of the sites, that are in ``stage`` (None: in any).
 
-        Of DORMANT ones those that may germinate: a site at which growth is off has none.
+        Of DORMANT ones those that may germinate: a site at which growth is off has none, and where ``lifecycle.reseed`` lets a fossilized
+        seed germinate again, it is among them.
         """
         return [
             (name, seed)
             for name, described in self.sites.items()
             if fnmatchcase(name, site)
             for seed in range(described["seeds"])
-            if stage is None or self.stages[name, seed] == stage
+            if stage is None or self.stages[name, seed] == stage or (stage == Stage.DORMANT and self._reseeded(name, seed))
             if stage != Stage.DORMANT or described.get("growth", True)
         ]
+
+    def _reseeded(self, site: str, seed: int) -> bool:
+        return self.stages[site, seed] == Stage.FOSSILIZED and bool(self.sites[site].get("reseed", False))
 
     def matching(self, site: str) -> list[dict[str, Any]]:
         """The descriptions of the sites that the glob of ``controller.site`` matches; raises UserError when it matches none."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.blueprints import BLUEPRINTS, Block, Heads, Width
+from esper.blueprints import BLUEPRINTS, Block, Heads, LoRA, Width
 from esper.blueprints.heads import is_attention
 from esper.distributed import Ranks
 from esper.distributed.sharding import class_name, is_sharded, let_go
@@ -184,6 +184,7 @@ def _registry(
     flagged.refuse_unmatched([site.name for site in sites])
     kernels = Kernels(KernelConfig(kernel) if isinstance(kernel, str) else kernel, device_of(model), flagged)
     registry = SeedRegistry(model, sites, blueprint, seed, lifecycle.objective != "reconstruction", kernels, flagged)
+    registry.reseed = lifecycle.reseed
     registry.layers[-1].forces_grad = not any(p.requires_grad for p in model.parameters())
     return registry
 
@@ -193,14 +194,15 @@ def _find_sites(
 ) -> list[Site]:
     """The sites that match; each can carry the blueprint, or a UserError says why none can."""
     patterns, widens = [sites] if isinstance(sites, str) else list(sites), isinstance(blueprint, Width)
-    block = isinstance(blueprint, Block)
+    block, linear = isinstance(blueprint, Block), isinstance(blueprint, LoRA)
     if isinstance(blueprint, Heads) and patterns == ["auto"]:
         patterns = [name for name, module in host_modules(model).items() if is_attention(module)]
         if not patterns:
             raise UserError("blueprint=heads finds no attention layer to which it could add heads in this host; choose another blueprint.")
     forward = probing(loss, model, to_device(sample, device_of(model)), SAMPLES_FOR_WIDTH if widens else 1)
     with untouched_buffers(model):
-        found = find_sites(model, patterns, 1 if block or widens else per_site, forward, blocks=block, widths=widens)
+        seeds = 1 if block or blueprint.part_of_layer else per_site
+        found = find_sites(model, patterns, seeds, forward, blocks=block, widths=widens, linear=linear)
         _refuse_misfits(blueprint, found)
         if block:
             refuse_uncallable_blocks(model, found, forward)
@@ -210,7 +212,7 @@ def _find_sites(
 
 
 def _refuse_objective(blueprint: AnyBlueprint, lifecycle: LifecycleConfig) -> None:
-    if isinstance(blueprint, (Width, Heads)) and lifecycle.objective != "shadow":
+    if blueprint.part_of_layer and lifecycle.objective != "shadow":
         raise UserError(
             f"blueprint={blueprint.name} learns by lifecycle.objective=shadow alone, not {lifecycle.objective}: it reads elsewhere."
         )

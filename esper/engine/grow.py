@@ -7,7 +7,7 @@ step, ``observe(…)`` when a held-out metric was measured, ``export()`` at the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class Grow:
         self.judge = None if judge is None else Judge(registry, judge_loss or loss, judge, self.device, self.meter, ranks)
         self.guard = Guard(self.transitions, self.judge if config.guard else None, self.signal, config.significance, ages.judge_every)
         strategies = self.transitions.strategies
-        ramp_end = {name: _as_float32(strategy.alpha_max) for name, strategy in strategies.items()}
+        # as alphas hold it: 0.7 is not reached by the float32 next below it
+        ramp_end = {name: float(torch.tensor(strategy.alpha_max, dtype=torch.float32)) for name, strategy in strategies.items()}
         self.gates = Gatekeeper(config, registry, self.judge, self.objective, self.signal, self.guard, self.port, ramp_end)
         self.faults = Faults(registry, self.port, self.gates.said, settings.debug)
         self.replacing = Replacing(config, ages, self.transitions, self.gates)
@@ -386,13 +387,12 @@ class Grow:
 
         return save_model(folder, *self._exported(), host)
 
+    def exported_values(self) -> AbstractContextManager[None]:
+        """Context in which the model has the values that are exported: those of the average that is kept, or its own."""
+        return nullcontext() if self._kept is None else self._kept.applied()
+
     def _exported(self) -> tuple[nn.Module, list[Any]]:
         from esper.seeds.exporting import export_with_cards
 
-        with whole(self.registry.model), nullcontext() if self._kept is None else self._kept.applied():
+        with whole(self.registry.model), self.exported_values():
             return export_with_cards(self.registry)
-
-
-def _as_float32(value: float) -> float:
-    """The value as alphas hold it: 0.7 is not reached by the float32 next below it."""
-    return float(torch.tensor(value, dtype=torch.float32))

@@ -23,6 +23,7 @@ from esper.lifecycle import Stage
 from esper.lifecycle.config import OBJECTIVES
 from esper.seeds import Recording, SeedRegistry, TelemetryConfig
 from esper.seeds.layer import ATTRIBUTE
+from esper.seeds.layer_ranks import ranks_of
 from esper.telemetry_columns import COLUMNS, Column
 
 MEASURED = slice(Column.MEAN, Column.GRAD_RATIO + 1)
@@ -268,12 +269,14 @@ class Observer:
             "host_parameters": host,
             "telemetry_every": self.config.every,
             "growth": self.registry.flags.on("growth", site.name),
+            "reseed": self.registry.reseed,
         }
 
     def branch_cards(self) -> list[dict[str, Any]]:
         """One dict a branch: its place, kind, path and worth."""
         cards = []
         for branch in self.registry.branches.entries:
+            ranks = ranks_of(branch, self.registry) if branch.alive and self.registry.adds(branch) else 0
             cards.append(
                 {
                     "site": self.registry.sites[branch.site].name,
@@ -291,6 +294,7 @@ class Observer:
                     "parameters": branch.parameters,
                     "replaces": branch.replaces,
                 }
+                | ({"ranks": ranks} if ranks else {})
             )
         return cards
 

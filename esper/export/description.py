@@ -62,6 +62,11 @@ def _check_card(card: dict[str, Any]) -> None:
     if "heads" in card:
         _count(card["heads"], "heads")
         return
+    if "ranks" in card:
+        for key in ("ranks", "reads", "width"):
+            _count(card.get(key), key)
+        _is(card.get("folded"), bool, "folded")
+        return
     if "hidden" in card:
         _is(card["hidden"], str, "hidden")
         _is(card.get("norm"), str, "norm")

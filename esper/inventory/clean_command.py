@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing
 from esper.errors import UserError
 from esper.inventory.clean_rules import KINDS, UNASKED, Item, may_go, remove
 from esper.inventory.filters import chosen, read_words
@@ -55,7 +55,7 @@ def _kinds(text: str) -> list[str]:
     kinds = list(KINDS) if text == "all" else [word for word in text.split(",") if word]
     for word in kinds:
         if word not in KINDS:
-            raise UserError(f"what={word} is not accepted: it takes {listing([*KINDS, 'all'])}{nearest(word, [*KINDS, 'all'])}.")
+            raise UserError(f"what={word} is not accepted: it takes {listing([*KINDS, 'all'])}{did_you_mean(word, [*KINDS, 'all'])}")
     return kinds
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing
 from esper.errors import UserError
 from esper.inventory.entries import JOB, KINDS, STATUSES, Entry
 
@@ -28,7 +28,7 @@ def read_words(words: Sequence[str], program: str, keys: Sequence[str] = KEYS) -
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or key not in keys:
-            raise UserError(f"'{word}' is not accepted: {program} takes {listing(f'{key}=…' for key in keys)}{nearest(key, keys)}.")
+            raise UserError(f"'{word}' is not accepted: {program} takes {listing(f'{key}=…' for key in keys)}{did_you_mean(key, keys)}")
         if key in given:
             raise UserError(f"{key} is given twice ({given[key]} and {text}); give it once, several values as {key}=a,b.")
         given[key] = text
@@ -103,7 +103,7 @@ def _words(text: str, key: str, known: Sequence[str]) -> list[str]:
     for word in found:
         if word not in known:
             shown = [one.lower() for one in known]
-            raise UserError(f"{key}={word.lower()} is not accepted: it takes {listing(shown)}{nearest(word.lower(), shown)}.")
+            raise UserError(f"{key}={word.lower()} is not accepted: it takes {listing(shown)}{did_you_mean(word.lower(), shown)}")
     return found
 
 
@@ -125,6 +125,6 @@ def _order(word: str) -> Callable[[Entry], tuple[bool, float | str]]:
         "time": lambda entry: -entry.seconds,
     }
     if word not in orders:
-        raise UserError(f"sort={word} is not accepted: it takes {listing(orders)}{nearest(word, orders)}.")
+        raise UserError(f"sort={word} is not accepted: it takes {listing(orders)}{did_you_mean(word, orders)}")
     value = orders[word]
     return lambda entry: (isinstance(found := value(entry), float) and math.isnan(found), found)

@@ -134,6 +134,7 @@ def closing_lines(summary: Mapping[str, Any], ui: str = "") -> list[tuple[str, s
     lines += [
         ("training MACs", count(summary.get("macs"))),
         ("parameters", f"{count(parameters.get('before'))} → {count(parameters.get('after'))}"),
+        ("ranks", _ranks(summary.get("branches") or [])),
         ("time", _time(seconds)),
         ("compiling", _compiling(summary.get("compiler") or {})),
         ("bits", _bits(summary.get("environment") or {})),
@@ -142,6 +143,15 @@ def closing_lines(summary: Mapping[str, Any], ui: str = "") -> list[tuple[str, s
         ("see it in MLflow", ui),
     ]
     return [(label, text) for label, text in lines if text]
+
+
+def _ranks(branches: Sequence[Mapping[str, Any]]) -> str:
+    """The ranks that grew on each layer (``blueprint=lora``)."""
+    found: dict[str, int] = {}
+    for branch in branches:
+        if branch.get("ranks"):
+            found[branch["site"]] = found.get(branch["site"], 0) + branch["ranks"]
+    return ", ".join(f"{site} {number}" for site, number in found.items())
 
 
 def _bits(environment: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ class BranchSummary(TypedDict, total=False):
     """One branch: ``seed`` is −1 for a block, ``path`` lists [stage name, tick].
 
     ``gain`` is loss off − loss on, ``gain_bound`` its lower confidence bound; None where it was never judged. ``replaces`` is the branch
-    in whose place it was to be, else −1; its gain is that over the other.
+    in whose place it was to be, else −1; its gain is that over the other. ``ranks`` are those that it adds to its layer at the end of the
+    run (``blueprint=lora``).
     """
 
     site: str
@@ -34,6 +35,7 @@ class BranchSummary(TypedDict, total=False):
     gain_bound: float | None
     parameters: int
     replaces: int
+    ranks: int
 
 
 class GateSummary(TypedDict, total=False):

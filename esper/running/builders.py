@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from esper.blueprints import blueprint_of
-from esper.config import GROUPS, RootConfig, config_hash, default_options, listing, nearest, options, plain
+from esper.config import GROUPS, RootConfig, config_hash, default_options, did_you_mean, listing, options, plain
 from esper.controllers import Controller
 from esper.distributed import Ranks
 from esper.engine.port import Port
@@ -45,8 +45,8 @@ def build_controller(config: RootConfig, task: Task) -> Controller:
     known = options("grafting")
     if strategy and strategy not in known:
         raise UserError(
-            f"controller.strategy={strategy} is not accepted: grafting is {listing(known)}{nearest(strategy, known)}; "
-            "empty means the run's own."
+            f"controller.strategy={strategy} is not accepted: grafting is {listing(known)}, or empty for the run's own"
+            f"{did_you_mean(strategy, known)}"
         )
     if hasattr(config.controller, "metric"):
         _check_metric(config.controller.metric, config.controller.direction, task)
@@ -59,8 +59,8 @@ def _check_metric(name: str, direction: str, task: Task) -> None:
     directions = {"train/loss": "min", "validation/loss": "min"}
     directions |= {f"validation/{metric}": known.direction for metric, known in task.metrics.items()}
     if name not in directions:
-        near = nearest(name, directions)
-        raise UserError(f"controller.metric={name} is no metric of task={task.name}; there are {listing(directions)}{near}.")
+        near = did_you_mean(name, directions)
+        raise UserError(f"controller.metric={name} is no metric of task={task.name}; there are {listing(directions)}{near}")
     if direction != directions[name]:
         raise UserError(
             f"controller.direction={direction} is not accepted: {name} gets better towards its {directions[name]}imum; "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from esper.blueprints import BLUEPRINTS, Block, BlockBank, Heads, SlotBank, Width
+from esper.blueprints import BLUEPRINTS, Block, BlockBank, SlotBank
 from esper.kernels.branch_kinds import KINDS
 from esper.seeds import graph_ops as graph
 from esper.seeds.blocks_in_graph import GraphBlock
@@ -150,14 +150,14 @@ class CompiledSites:
     def _as_a_block(self, number: int, blueprint: str) -> bool:
         """Whether the graph can hold a block of this blueprint here: one that reads what the site gives and has parameters of its own."""
         config = self.registry.blueprints[blueprint]
-        if not isinstance(config, Block) or isinstance(config, (Width, Heads)) or config.reads_input or config.start == "shared":
+        if not isinstance(config, Block) or config.part_of_layer or config.reads_input or config.start == "shared":
             return False
         return self.registry.layers[number].geometry.seeds == 1
 
     def way(self, blueprint: str) -> Way | None:
         """How the graph can hold branches of this blueprint, all those of a bank as one tensor."""
         config = self.registry.blueprints[blueprint]
-        if isinstance(config, (Block, Width, Heads)) or type(config) is not BLUEPRINTS.get(config.name):
+        if isinstance(config, Block) or config.part_of_layer or type(config) is not BLUEPRINTS.get(config.name):
             return None
         kind = layer_or_chunk_kind(config)
         if kind is None or (KINDS[kind].affine and config.receptive_field == "layer"):

@@ -151,6 +151,25 @@ class Deepened(nn.Module):
         return _of_module(self, name)
 
 
+class Adapted(nn.Module):
+    """A linear layer of the host with ranks beside it, where they could not be put into its weight: ``module(x) + (x·down)·up``."""
+
+    def __init__(self, module: nn.Module, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(called)
+        self.module = module
+        self.down, self.up = linear(down, None, 0), linear(up, None, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[…, Cin]`` → ``[…, C]``."""
+        output: Tensor = self.module(x)
+        added: Tensor = self.up(self.down(x))
+        return output + added.to(output.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return _of_module(self, name)
+
+
 def _of_module(grown: nn.Module, name: str) -> Any:
     """An attribute of ``grown``, or of the host's module that it took the place of: hosts ask their layers for their kind."""
     try:

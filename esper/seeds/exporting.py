@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry, Heads, SlotBank, Width
+from esper.blueprints import BLUEPRINTS, BlockBank, Blueprint, Geometry, LoRA, SlotBank
 from esper.blueprints.block import assembled
 from esper.blueprints.heads import add_heads, is_attention
 from esper.blueprints.plain_modules import plain_net
 from esper.seeds.branches import Branch
 from esper.seeds.compiled_modules import unwrapped
-from esper.seeds.exported_modules import Deepened, GrownBlock, GrownBranch, GrownSite
-from esper.seeds.folding import fold, foldable, matrix
+from esper.seeds.exported_modules import Adapted, Deepened, GrownBlock, GrownBranch, GrownSite
+from esper.seeds.folding import fold, foldable, matrix, weight_is_its_own
 from esper.seeds.hidden_layers import LAYERS, not_listening, widen
 from esper.seeds.layer import ATTRIBUTE, ModelHook, SeedLayer, mark_for_compiler, unmark_for_compiler
+from esper.seeds.layer_ranks import add_to_weight, factors
 from esper.seeds.registry import SeedRegistry
 
 Card = dict[str, Any]
@@ -49,7 +50,10 @@ def export_with_cards(registry: SeedRegistry) -> tuple[nn.Module, list[Card]]:
             wide, others = _apart(registry, registry.blended(number))
             if others:
                 cards.append(_build_in(registry, number, module, plain, inner[number], others))
-            cards += [_widened(registry, branch, module, plain) for branch in wide]
+            if wide and isinstance(registry.blueprints[wide[0].blueprint], LoRA):
+                cards.append(_with_ranks(registry, wide, module, plain, inner[number]))
+            else:
+                cards += [_widened(registry, branch, module, plain) for branch in wide]
     for parameter in plain.parameters():
         parameter.grad = None
     return plain, cards
@@ -79,6 +83,12 @@ def rebuild_branches(host: nn.Module, cards: list[Card], blueprint_of: Any, budg
             budget.spend([(card["units"], *wider.weight.shape[1:]), (len(module.weight), card["units"], *module.weight.shape[2:])])
             widen(wider, module, card["units"], norm if isinstance(norm, nn.GroupNorm) else None)
             continue
+        if "ranks" in card:
+            if not card["folded"]:
+                shapes = (card["reads"], card["ranks"]), (card["ranks"], card["width"])
+                budget.spend(shapes)
+                _replace(host, module, _beside(module, *map(torch.zeros, shapes)))
+            continue
         if card["folded"]:
             if card["bias"] and module.bias is None:
                 weight = module.weight
@@ -91,8 +101,8 @@ def rebuild_branches(host: nn.Module, cards: list[Card], blueprint_of: Any, budg
 
 
 def _apart(registry: SeedRegistry, branches: list[Branch]) -> tuple[list[Branch], list[Branch]]:
-    """Branches that are hidden units of the host, and all others."""
-    wide = [isinstance(registry.layers[branch.site].bank(branch.blueprint).blueprint, (Width, Heads)) for branch in branches]
+    """Branches that are hidden units, heads or ranks of the host's own layers, and all others."""
+    wide = [registry.blueprints[branch.blueprint].part_of_layer for branch in branches]
     return list(itertools.compress(branches, wide)), [branch for branch, is_wide in zip(branches, wide, strict=True) if not is_wide]
 
 
@@ -112,6 +122,26 @@ def _widened(registry: SeedRegistry, branch: Branch, module: nn.Module, plain: n
         rows, columns = rows.t(), columns.t()
     widen(hidden, module, len(rows), norm, rows, columns, values)
     return {"site": site.name, "hidden": site.hidden.name, "norm": site.hidden.norm_name, "units": len(rows)}
+
+
+def _with_ranks(registry: SeedRegistry, branches: list[Branch], module: nn.Module, plain: nn.Module, inner: set[int]) -> Card:
+    """Put the ranks of a site's branches into the weight of its layer, or beside it where that weight serves elsewhere too."""
+    site, blueprint = registry.sites[branches[0].site], registry.blueprints[branches[0].blueprint]
+    assert isinstance(blueprint, LoRA)
+    down, up = factors(registry, branches)
+    card: Card = {"site": site.name, "ranks": up.shape[0], "reads": down.shape[0], "width": up.shape[1], "folded": False}
+    if not (site.read_elsewhere or inner) and weight_is_its_own(module, plain):
+        add_to_weight(module, down, blueprint.scaling * up)
+        return card | {"folded": True}
+    adapted = _beside(module, down, blueprint.scaling * up)
+    _move_hooks(module, adapted, inner)
+    _replace(plain, module, adapted)
+    return card
+
+
+def _beside(module: nn.Module, down: Tensor, up: Tensor) -> Adapted:
+    kind = next(module.parameters())
+    return Adapted(module, down, up).to(kind.device, kind.dtype)
 
 
 def _build_in(registry: SeedRegistry, number: int, module: nn.Module, plain: nn.Module, inner: set[int], blended: list[Branch]) -> Card:

@@ -100,6 +100,13 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (class_name(module) == "Conv1D" and hasattr(module, "nf"))
 
 
+def inputs_of(linear: nn.Module) -> int:
+    """Features that a linear layer reads; transformers' ``Conv1D`` has them on the first axis of its weight."""
+    weight = linear.weight  # no parameter of its own where it is parametrized
+    assert isinstance(weight, Tensor)
+    return weight.shape[1 if isinstance(linear, nn.Linear) else 0]
+
+
 def _of_product(given: list[TracedInput], dims: int) -> int | None:
     """Rows come from the left operand, columns from the right; a weight's own axes are features."""
     if len(given) != 2 or dims < 2:

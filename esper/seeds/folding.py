@@ -17,10 +17,13 @@ def foldable(module: nn.Module, model: nn.Module, blueprints: list[object]) -> b
 
     The caller ensures that nothing stands between the layer and the branches, and that its weight is not read elsewhere.
     """
+    return all(type(blueprint) in (Affine, LowRank) for blueprint in blueprints) and weight_is_its_own(module, model)
+
+
+def weight_is_its_own(module: nn.Module, model: nn.Module) -> bool:
+    """Whether ``module`` is a layer that does nothing beside its weights, and no other module of ``model`` holds these."""
     transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")  # the linear layer of transformers' GPT-2
     if type(module) not in _LAYERS and not transposed:
-        return False
-    if not all(type(blueprint) in (Affine, LowRank) for blueprint in blueprints):
         return False
     own = dict(module.named_parameters(recurse=False))
     if "weight" not in own or module._forward_pre_hooks:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.blueprints.block_call import first_tensor
 from esper.blueprints.width import ACTIVATIONS
 
 BETWEEN = 4
@@ -124,11 +125,11 @@ class Source:
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self.activation: Tensor | None = None
-        self._handle = None if module is None else module.register_forward_pre_hook(self.hear)
+        self._handle = None if module is None else module.register_forward_pre_hook(self.hear, with_kwargs=True)
 
-    def hear(self, module: nn.Module, inputs: Any) -> None:
+    def hear(self, module: nn.Module, inputs: Any, named: Any) -> None:
         """A forward pre-hook."""
-        self.activation = inputs[0]
+        self.activation = first_tensor(inputs or named)
 
     def forget(self) -> None:
         """The forward has gone past the site."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Generator, nn
 
-from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, Heads, SlotBank, WideConv, Width
+from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, SlotBank, WideConv, Width
 from esper.distributed.sharding import class_name, is_sharded
 from esper.feature_flags import Flags
 from esper.kernels import Kernels
@@ -32,8 +32,8 @@ AnyBlueprint = Blueprint | Block
 
 def unshardable(blueprint: AnyBlueprint) -> str | None:
     """Why this blueprint cannot grow on a host that FSDP shares out among processes, or None."""
-    if isinstance(blueprint, (Block, Width, Heads)):
-        return f"{blueprint.name} begins with weights of the host, of which FSDP leaves no process a whole layer"
+    if isinstance(blueprint, Block) or blueprint.part_of_layer:
+        return f"{blueprint.name} works on weights of the host, of which FSDP leaves no process a whole layer"
     return None
 
 
@@ -70,6 +70,8 @@ class SeedRegistry:
         self.layers = [SeedLayer(site) for site in sites]
         self.by_name = {site.name: number for number, site in enumerate(sites)}
         self.device = device_of(model)
+        self.reseed = False
+        """Whether a fossilized seed may germinate again; controllers are told of it."""
         self._changed: set[int] = set()
         self._cached: dict[tuple[Stage, ...] | int, list[Branch]] = {}  # by stages, by site; until the next touch
         self.released: list[Branch] = []
@@ -81,7 +83,7 @@ class SeedRegistry:
             layer.attach(site.module)
             if site.hidden is not None:
                 layer.listen(site.hidden.module)
-            elif isinstance(blueprint, Heads):
+            elif blueprint.reads_input:
                 layer.listen(site.module)
 
     # --- addresses ---
@@ -127,14 +129,14 @@ class SeedRegistry:
             reason = config.silencing_misfit(site.module)
         if reason is None and isinstance(config, Block) and geometry.seeds != 1:
             reason = f"{blueprint} fills its site, but {geometry.seeds} seeds share this one (sites.per_site=1 is needed)"
-        if reason is None and isinstance(config, Heads) and self.layers[self.site_of(row)].source is None:
-            reason = "heads grow where they are the run's own blueprint (blueprint=heads)"
-        return reason or self._in_the_way(site, isinstance(config, (Width, Heads)))
+        if reason is None and config.reads_input and self.layers[self.site_of(row)].source is None:
+            reason = f"{blueprint} grow where they are the run's own blueprint (blueprint={blueprint})"
+        return reason or self._in_the_way(site, config.part_of_layer)
 
     def _in_the_way(self, site: Site, widens: bool) -> str | None:
         """Why a branch cannot grow for those that live beside it, or None: a layer is either widened, or something grows on it."""
         if any(self._widens(branch) is not widens for branch in self.living_at(self.by_name[site.name]) if widens or self._widens(branch)):
-            return f"units or heads of the host and branches of other kinds cannot both grow at '{site.name}'"
+            return f"units, heads or ranks of the host and branches of other kinds cannot both grow at '{site.name}'"
         if widens and site.hidden is not None and site.hidden.name in self.by_name:
             others = [branch for branch in self.living_at(self.by_name[site.hidden.name]) if not self._widens(branch)]
             return f"branches that grew on '{site.hidden.name}' would not fit it when it is wider" if others else None
@@ -145,7 +147,7 @@ class SeedRegistry:
         return None
 
     def _widens(self, branch: Branch) -> bool:
-        return isinstance(self.blueprints[branch.blueprint], (Width, Heads))
+        return self.blueprints[branch.blueprint].part_of_layer
 
     def germinate(self, row: int, blueprint: str, strategy: str) -> Branch:
         """Allocate a branch for a seed (its stage is the machine's business). Draws from a generator of this seed's own."""
@@ -205,7 +207,7 @@ class SeedRegistry:
                 grown.source = layer.source if config.reads_input else None
             else:
                 layer.banks[blueprint] = bank = SlotBank(self._fitted(config, self.sites[number]), layer.geometry, self.device)
-                bank.source = layer.source if isinstance(config, Width) else None
+                bank.source = layer.source if config.part_of_layer else None
         return layer.bank(blueprint)
 
     def _fitted(self, config: Blueprint, site: Site) -> Blueprint:

@@ -11,14 +11,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from esper.blueprints import BehindHidden, Geometry
+from esper.blueprints import BehindHidden, Geometry, LinearLayer
 from esper.blueprints.block_call import first_tensor
 from esper.errors import UserError
 from esper.randomness import global_draws_kept
 from esper.seeds.compiled_modules import host_modules
-from esper.seeds.hidden_layers import HiddenLayer, hidden_layers
+from esper.seeds.feature_axis import inputs_of, is_linear
+from esper.seeds.hidden_layers import LAYERS, HiddenLayer, hidden_layers
 from esper.seeds.roles import ROLES, with_role
 from esper.seeds.tracing import ForwardTrace, tracing
 
@@ -48,6 +49,8 @@ class _Seen:
     output: torch.Size
     axis: int | None
     residual: bool
+    changed: bool
+    """Whether a forward pre-hook puts something else in the place of what the module is given."""
 
     @property
     def place(self) -> int:
@@ -58,13 +61,13 @@ class _Seen:
 
 
 def find_sites(
-    model: nn.Module, match: list[str], per_site: int, forward: Forward, blocks: bool = False, widths: bool = False
+    model: nn.Module, match: list[str], per_site: int, forward: Forward, blocks: bool = False, widths: bool = False, linear: bool = False
 ) -> list[Site]:
     """Sites of ``model`` that match, in the order of its modules.
 
     A pattern is a glob over module names, a role (``esper.seeds.roles``) or ``auto``; ``blocks`` makes ``auto`` look for the host's
-    residual blocks, ``widths`` for layers behind hidden layers. ``forward`` runs the model once on a sample batch (evaluation mode, no
-    gradients, RNG kept), so that shapes and roles are known.
+    residual blocks, ``widths`` for layers behind hidden layers, ``linear`` for linear layers. ``forward`` runs the model once on a
+    sample batch (evaluation mode, no gradients, RNG kept), so that shapes and roles are known.
 
     ``auto`` leaves out modules that cannot carry seeds, and logs them: layers that are never called, since another module reads their
     weights (``nn.MultiheadAttention`` those of its ``out_proj``) or they are unused.
@@ -84,7 +87,7 @@ def find_sites(
         if not patterns:
             raise UserError("blueprint=width finds no hidden layer that it could widen in this host; choose another blueprint.")
     elif auto:
-        patterns, hidden = _automatic(model, modules, blocks)
+        patterns, hidden = _automatic(model, modules, blocks, linear)
     if not patterns:
         raise UserError("sites.match=[] names no module, so nothing could grow; give patterns, or auto.")
     named = {name: module for name, module in modules.items() if not _is_container(module)}
@@ -103,13 +106,15 @@ def find_sites(
     if hidden:  # the last layer that is called gives the host's output
         called = [name for name in chosen if name in seen]
         chosen = [name for name in chosen if name not in called[-1:]]
-    reasons = {name: _unfit(name, modules, seen.get(name), trace) for name in chosen}
+    reasons = {name: _unfit(name, modules, seen.get(name), trace, linear) for name in chosen}
     _leave_out(reasons, auto)
     sites = []
     for name in chosen:
         if reasons[name] is None:
             read_elsewhere = any(id(parameter) in trace.read_elsewhere for parameter in named[name].parameters(recurse=False))
             geometry = _geometry(name, seen[name], per_site)
+            if linear and is_linear(named[name]):
+                geometry = LinearLayer(**dataclasses.asdict(geometry), source=inputs_of(named[name]))
             if name in behind:
                 geometry = _behind(geometry, behind[name], named[name])
             sites.append(Site(name, named[name], geometry, read_elsewhere, behind.get(name)))
@@ -150,7 +155,7 @@ def _leave_out(reasons: dict[str, str | None], auto: bool) -> None:
         log.warning("sites.match=auto leaves out %s: %s", names, reason)
 
 
-def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool) -> tuple[list[str], bool]:
+def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool, linear: bool) -> tuple[list[str], bool]:
     """The patterns for ``auto``, and whether they are all the layers of the host, of which the last is not hidden."""
     if blocks:
         found = [name for name, module in modules.items() if hasattr(module, "output_layers")]
@@ -160,16 +165,16 @@ def _automatic(model: nn.Module, modules: dict[str, nn.Module], blocks: bool) ->
                 "in this host; name the blocks, e.g. sites.match=['blocks.*']."
             )
         return found, False
-    own = list(getattr(model, "growth_sites", ()))
+    own = [] if linear else list(getattr(model, "growth_sites", ()))
     if own:
         return own, False
-    linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    if len(linear) < 2:
+    layers = [name for name, module in modules.items() if (is_linear(module) if linear else isinstance(module, LAYERS))]
+    if len(layers) < 2:
         raise UserError(f"{NO_HIDDEN}; name the modules that may grow, e.g. sites.match=['fc1'].")
-    return linear, True
+    return layers, True
 
 
-def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, trace: ForwardTrace) -> str | None:
+def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, trace: ForwardTrace, linear: bool) -> str | None:
     """Why a module cannot carry seeds, or None."""
     if seen is None:
         module = modules[name]
@@ -180,6 +185,8 @@ def _unfit(name: str, modules: dict[str, nn.Module], seen: _Seen | None, trace: 
             reader = type(modules[parent]).__name__ if parent in modules else "the host"
             return f"{reader} reads its weights and never calls it, so what grew there would not be felt"
         return "it is not called when the host runs"
+    if linear and seen.changed:
+        return "a forward pre-hook changes what it reads, and ranks beside its weight would not read the same"
     shape, axis = seen.output, seen.place
     if axis < len(shape) - 1 and axis != 1:
         return (
@@ -195,6 +202,13 @@ def _is_container(module: nn.Module) -> bool:
 
 def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, trace: ForwardTrace) -> dict[str, _Seen]:
     seen: dict[str, _Seen] = {}
+    given: dict[str, Tensor | None] = {}
+
+    def arrive(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, named: Any) -> None:
+            given[name] = first_tensor(inputs or named)
+
+        return hook
 
     def remember(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
@@ -202,11 +216,12 @@ def _probe(model: nn.Module, modules: dict[str, nn.Module], forward: Forward, tr
             if tensor is not None:
                 same = source is not None and source.shape == tensor.shape
                 block = same and any(True for _ in module.children())
-                seen[name] = _Seen(tensor.shape, trace.node(tensor).axis, block)
+                seen[name] = _Seen(tensor.shape, trace.node(tensor).axis, block, given.pop(name, None) is not source)
 
         return hook
 
     handles = [module.register_forward_hook(remember(name), with_kwargs=True) for name, module in modules.items()]
+    handles += [module.register_forward_pre_hook(arrive(name), with_kwargs=True, prepend=True) for name, module in modules.items()]
     try:
         with quiet_evaluation(model):
             forward()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing
 from esper.errors import UserError
 from esper.tasks.base import SETS, Batch, InMemory, Metric, Task, digest_of, logits, ready
 from esper.tasks.classification import correct, sample_loss, stratified
@@ -73,8 +73,9 @@ def _chosen(config: TableConfig, frame: pd.DataFrame) -> pd.DataFrame:
     for key, given in (("target", [config.target]), ("columns", config.columns), ("drop", config.drop), ("categories", config.categories)):
         for name in given:
             if name not in names:
-                alone = "; is task.separator right" if len(names) == 1 else ""
-                raise UserError(f"task.{key}: the table has no column {name}, but {listing(names)}{nearest(name, names)}{alone}.")
+                otherwise = "; is task.separator right?" if len(names) == 1 else "."
+                near = did_you_mean(name, names, otherwise=otherwise)
+                raise UserError(f"task.{key}: the table has no column {name}, but {listing(names)}{near}")
     if len(set(names)) < len(names):
         raise UserError(f"{config.path} has two columns of the same name; rename one.")
     kept = [name for name in (config.columns or names) if name not in config.drop and name != config.target]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.blueprints import Block, Blueprint, Heads, Width
+from esper.blueprints import Block, Blueprint
 from esper.checkpoint.shards import put_in
 from esper.checkpoint.tree import fitting, kept
 from esper.distributed import Ranks, is_shard
@@ -81,7 +81,7 @@ class Trainer:
         self.task = task
         self.device = device
         refuse_sparse(host)
-        if config.compile and isinstance(growth.blueprint, (Width, Heads)):
+        if config.compile and growth.blueprint.part_of_layer:
             name = growth.blueprint.name
             raise UserError(f"trainer.compile=true cannot see what blueprint={name} listens to: use trainer.compile=false, or another one.")
         self.scheduler = scheduler

@@ -36,7 +36,7 @@ def test_a_program_of_esper_yaml_is_called_with_its_words_and_listed(home: Path,
     assert main(["--help"]) == 0
     assert "census       my_pkg.programs:census, of esper.yaml" in capsys.readouterr().out
     assert main(["sensus"]) == 2
-    assert "did you mean census" in capsys.readouterr().err
+    assert "did you mean census?" in capsys.readouterr().err
 
 
 def test_the_package_may_be_allowed_in_the_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

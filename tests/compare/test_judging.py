@@ -97,9 +97,9 @@ def test_several_tasks_have_interquartile_means_and_profiles() -> None:
 def test_what_is_asked_wrongly_is_a_sentence() -> None:
     frame = table(6)
     for settings, words in (
-        ({"arm": "arms"}, "arms is nothing that the runs of the table have; .*; did you mean arm"),
-        ({"metric": "ac"}, "ac is nothing that .*; did you mean acc"),
-        ({"reference": "plane"}, "There is no arm 'plane'; .* did you mean plain"),
+        ({"arm": "arms"}, "arms is nothing that the runs of the table have; .*; did you mean arm[?]"),
+        ({"metric": "ac"}, "ac is nothing that .*; did you mean acc[?]"),
+        ({"reference": "plane"}, "There is no arm 'plane'; .* did you mean plain[?]"),
         ({"take": "first"}, "take=first is not accepted: it takes last, best or the number of a step"),
         ({"missing": "drop"}, "missing=drop is not accepted"),
         ({"pooling": "none"}, "pooling=none is not accepted"),

@@ -107,7 +107,7 @@ def test_the_store_alone_gives_the_same_comparison(done: tuple[Path, str], capsy
         (["sweep=SWEEP", "metric=beauty"], "say also direction"),
         (["sweep=SWEEP", "reference=nobody"], "no arm of this sweep"),
         (["sweep=SWEEP", "alpha=2"], "compare.alpha=2"),
-        (["swep=1"], "did you mean sweep"),
+        (["swep=1"], "did you mean sweep?"),
         (["alpha=0.1"], "needs sweep="),
     ],
 )
@@ -394,5 +394,5 @@ def test_every_arm_starts_from_the_same_weights_sees_the_same_data_and_germinate
 
 def test_a_block_that_is_no_key_is_refused_before_the_first_run(tmp_path: Path) -> None:
     said = esper("-m", "model=mlp,cnn", "seed=0,1", "compare.block=[modle]", f"output={tmp_path}", code=2)
-    assert "did you mean model." in said and "Traceback" not in said
+    assert "did you mean model?" in said and "Traceback" not in said
     assert not list(tmp_path.rglob("plan.json"))

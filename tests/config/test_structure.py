@@ -7,7 +7,7 @@ from enum import Enum
 
 import pytest
 
-from esper.config import PRESETS, RootConfig, build, config_hash, listing, nearest, plain, structure
+from esper.config import PRESETS, RootConfig, build, config_hash, did_you_mean, listing, plain, structure
 from esper.errors import UserError
 from esper.setting_fields import setting
 
@@ -66,7 +66,7 @@ def test_one_word_is_a_list_of_one(given: object, taken: list[str]) -> None:
         ({"least": 2.0}, "takes a finite number of at most 1.0"),
         ({"rate": float("nan")}, "g.rate=nan is not accepted"),
         ({"rate": float("inf")}, "g.rate=inf is not accepted"),
-        ({"kind": "gelo"}, "g.kind takes relu or gelu; did you mean gelu."),
+        ({"kind": "gelo"}, "g.kind takes relu or gelu; did you mean gelu?"),
         ({"on": 1}, "takes true or false"),
         ({"mode": "fast"}, "takes FAST or SLOW"),
         ({"sizes": 3}, "takes a list, as in [a,b]"),
@@ -76,8 +76,8 @@ def test_one_word_is_a_list_of_one(given: object, taken: list[str]) -> None:
         ({"weights": 3}, "takes keys with values"),
         ({"weights": {"a": -1}}, "g.weights.a=-1 is not accepted"),
         ({"inner": 3}, "takes other keys"),
-        ({"inner": {"dept": 3}}, "There is no key g.inner.dept: g.inner has depth; did you mean g.inner.depth."),
-        ({"widht": 3}, "did you mean g.width."),
+        ({"inner": {"dept": 3}}, "There is no key g.inner.dept: g.inner has depth; did you mean g.inner.depth?"),
+        ({"widht": 3}, "did you mean g.width?"),
         ({"width": 13}, "g is not accepted: 13 brings bad luck."),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_is_not_accepted_is_named_with_what_is(values: dict[str, object], s
 def test_groups_are_built_from_their_packages_alone() -> None:
     root = build({"seed": 3, "grafting": {"name": "linear", "ramp": "7%"}}, {"arm": "a", "debug": None})
     assert (root.seed, root.grafting.ramp, root.arm, root.debug) == (3, "7%", "a", "")
-    with pytest.raises(UserError, match=r"grafting\.name=liner is not accepted.*did you mean linear"):
+    with pytest.raises(UserError, match=r"grafting\.name=liner is not accepted.*did you mean linear\?"):
         build({"grafting": {"name": "liner"}})
     with pytest.raises(UserError, match="grafting=None is no option"):
         build({"grafting": None})
@@ -114,5 +114,5 @@ def test_the_plain_form_builds_the_same_config_again() -> None:
 
 def test_words_are_listed_and_the_near_one_found() -> None:
     assert listing(["a"]) == "a" and listing(["a", "b", "c"]) == "a, b or c" and listing([]) == "nothing"
-    assert nearest("widht", ["width", "depth"]) == "; did you mean width"
-    assert nearest("q", ["width"]) == ""
+    assert did_you_mean("widht", ["width", "depth"]) == "; did you mean width?"
+    assert did_you_mean("q", ["width"]) == "."

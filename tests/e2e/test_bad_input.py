@@ -65,7 +65,7 @@ def script(*entries: str) -> list[str]:
         (["telemetry.every=100000"], r"comes at tick 100000 \(telemetry\.every\), and nothing germinates after tick 30"),
         (["controller.germinate_at=", "controller.plateau=5%", "controller.metric=validation/lss"], r"did you mean validation/loss"),
         (["controller.metric=validation/accuracy"], r"gets better towards its maximum; set controller\.direction=max"),
-        (["controller.strategy=liner"], r"controller\.strategy=liner is not accepted.*did you mean linear; empty means the run's own"),
+        (["controller.strategy=liner"], r"controller\.strategy=liner is not accepted.*or empty for the run's own; did you mean linear\?"),
         (script("at: 10%, command: germinat"), r"controller\.script\[0\]\.command is 'germinat'; accepted are germinate"),
         (["task=text", "task.path=/nowhere.txt"], r"/nowhere\.txt"),
         (["task=cifar10", "task.path=/nowhere"], r"finds no data_batch_1\.bin in /nowhere; download"),

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from growing import Loop, batch, germinate, same, sample_loss, set_stage, short
+from growing import Loop, batch, build, germinate, same, sample_loss, set_stage, short
 
+from esper import attach
+from esper.controllers import CONFIGS as CONTROLLERS
 from esper.grafting import CONFIGS
 from esper.lifecycle import Stage
 from esper.messages import EmergencyStop, Transition
-from esper.seeds import Branch
+from esper.seeds import Branch, TelemetryConfig
 
 S = Stage
 SLOW = short(training_min="6step", stabilization_min="6step", evaluating_min="6step", fine_tuning_min="6step", fade="6step")
@@ -186,3 +188,30 @@ def test_a_host_that_has_learned_since_is_not_taken_back_by_a_command():
     loop.grow.tick(1.0)
     same(now, loop.host_state())
     assert loop.port.stages()[-1] == ("GRAFTING", "ROLLED_BACK") and not loop.port.alerts
+
+
+SCRIPT = [{"at": f"{at}step", "command": "germinate", "site": "fc1", "count": 1} for at in (12, 60)]
+AGAIN = {
+    "heuristic": {"germinate_at": "12step", "plateau": "20step", "until": "90step", "count": 1},
+    "random": {"earliest": "12step", "latest": "60step", "count": 2},
+    "scheduled": {"script": SCRIPT},
+}
+
+
+@pytest.mark.parametrize("reseed", [True, False])
+@pytest.mark.parametrize("name", list(AGAIN))
+def test_a_controller_takes_a_fossilized_seed_for_a_free_place_where_it_may_germinate_again(name: str, reseed: bool):
+    """One site with one seed: there is no other place."""
+    controller = CONTROLLERS[name](**AGAIN[name])
+    told = {"sites": "fc1", "per_site": 1, "judge": [batch(number=900, size=64)], "telemetry": TelemetryConfig(every=1)}
+    grow = attach(build("mlp"), loss=sample_loss, total_steps=100, lifecycle=short(reseed=reseed, gain=0.0), controller=controller, **told)
+    for number in range(100):
+        data = batch(number=number)
+        loss = sample_loss(grow.registry.model, data).mean()
+        loss.backward()
+        grow.after_backward(data, loss.detach())
+        grow.tick(loss.detach())
+        grow.observe({"validation/loss": 1.0})
+    entries = grow.registry.branches.entries
+    assert entries[0].stage is S.FOSSILIZED and entries[0].alive
+    assert [branch.generation for branch in entries][:2] == ([1, 2] if reseed else [1])

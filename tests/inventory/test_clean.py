@@ -178,7 +178,7 @@ def test_without_a_terminal_nothing_goes_unless_told(rich: Path, checkout: Path,
     command = [sys.executable, "-m", "esper", "clean", f"output={rich}"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(checkout)})
     assert done.returncode == 1 and "--yes removes without asking" in done.stderr and files(rich) == before
-    for words, said in ((["what=chekpoints"], "did you mean checkpoints"), (["--force"], "'--force' is not accepted")):
+    for words, said in ((["what=chekpoints"], "did you mean checkpoints?"), (["--force"], "'--force' is not accepted")):
         assert main(["clean", f"output={rich}", *words]) == 2
         assert said in capsys.readouterr().err
 

@@ -43,7 +43,7 @@ def test_filters_choose_and_a_wrong_one_is_refused(made: Path, capsys: pytest.Ca
     assert listed(capsys, f"output={made}", "status=failed") == []
     assert listed(capsys, f"output={made}", "older=1d") == []
     assert len(listed(capsys, f"output={made}", "name=seed=7", "newer=1d", "metric=accuracy")) == 1
-    for word, said in (("stat=failed", "did you mean status"), ("status=fail", "did you mean failed"), ("older=3", "as in older=7d")):
+    for word, said in (("stat=failed", "did you mean status?"), ("status=fail", "did you mean failed?"), ("older=3", "as in older=7d")):
         assert main(["list", f"output={made}", word]) == 2
         assert said in capsys.readouterr().err
     assert main(["list", "output=nowhere"]) == 2 and "There is no folder nowhere" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_what_cannot_be_found_is_said(made: Path, outputs: Path, capsys: pytest.
         ([str(outputs)], "is no run's and no sweep's folder"),
         (["a", "b"], "takes one run, and 2 are named: a, b"),
         (["--all"], "'--all' is no option of esper show"),
-        (["outptu=x"], "did you mean output"),
+        (["outptu=x"], "did you mean output?"),
     ):
         assert main(["show", *words, f"output={outputs}"]) == 2
         assert said in capsys.readouterr().err

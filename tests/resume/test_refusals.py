@@ -153,7 +153,7 @@ def test_a_broken_summary_is_said_and_no_obstacle_to_auto(
         ("++trainer.foo=1", "There is no key trainer.foo in this run's configuration"),
         ("~trainer.clip", "'~trainer.clip' is no setting, and a run goes on alone"),
         ("optimizer.lrr=0.1", "There is no key optimizer.lrr in this run's configuration"),
-        ("optimizer.lr=0.1,0.2", "optimizer.lr=0.1,0.2 gives several values, and a run goes on alone, with one"),
+        ("optimizer.lr=0.1,0.2", "optimizer.lr=0.1,0.2 gives optimizer.lr several values, and a run goes on alone: give one."),
     ],
 )
 @pytest.mark.parametrize("key", ["resume", "fork"])

@@ -1,17 +1,19 @@
-"""The studies with loops of their own in their smallest form: plasticity, mend, adapt."""
+"""The studies with loops of their own in their smallest form: plasticity, mend, adapt, adapters."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
-STUDIES = ("plasticity", "mend", "adapt")
+STUDIES = ("plasticity", "mend", "adapt", "adapters")
 OURS = ("stream", "learners", "grown", "report", "study_runs", "small_study", "second_training")
 
 
@@ -105,3 +107,43 @@ def test_a_stream_is_the_same_for_the_same_seed_and_each_task_another(study: Mod
     assert torch.equal(first[1].inputs, again[1].inputs) and not torch.equal(first[0].inputs, first[1].inputs)
     shuffled = list(study.tasks("shuffled", 2, 1))
     assert sorted(shuffled[0].labels.bincount().tolist()) == sorted(shuffled[1].labels.bincount().tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("heavy_libraries")
+@pytest.mark.parametrize("study", ["adapters"], indirect=True)
+def test_every_arm_of_the_adapters_adapts_and_says_its_ranks(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "JUDGED", 2)
+    ranks = dict.fromkeys(study.LAYERS, 2) | {study.LAYERS[0]: 0}
+    given = {"block": "steps", "seed": 0, "steps": 30, "settings": {"lr": 0.03, "ranks": ranks}}
+    rows = {arm: study.one({"arm": arm, **given}) for arm in ("nothing", "grown", "same_ranks")}
+    assert rows["same_ranks"]["added"] == 2 * sum(study.host_sizes()[name] for name in study.LAYERS[1:])
+    assert rows["same_ranks"]["loss"] < rows["nothing"]["loss"] - 0.2 and rows["nothing"]["added"] == 0
+    assert rows["grown"].keys() == rows["nothing"].keys() and rows["grown"]["loss"] <= rows["nothing"]["loss"]
+    assert study.ranks_for("same_ranks", rows["same_ranks"]) == ranks
+    assert set(study.ranks_for("uniform", rows["same_ranks"]).values()) == {2}
+
+
+def _as_if_trained(given: dict[str, Any]) -> dict[str, Any]:
+    """A run of the study of adapters that costs nothing: a function of its arm and seed."""
+    layers = sys.modules["study_adapters"].LAYERS
+    grown = dict.fromkeys(layers, 2) | {layers[0]: 2 * given["seed"]}
+    found = {"nothing": {}, "grown": grown}.get(given["arm"], given["settings"].get("ranks", {}))
+    told = {f"rank.{name.removeprefix('transformer.h.')}": found.get(name, 0) for name in layers}
+    return {"loss": 1.0 + given["seed"], "judge": -given["settings"]["lr"], "added": 1024 + 256 * given["seed"], **told}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("processes", "heavy_libraries")
+@pytest.mark.parametrize("study", ["adapters"], indirect=True)
+def test_arms_of_peft_follow_the_ranks_of_the_grown_run_of_their_pair(
+    study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "one", _as_if_trained)
+    assert study.SHORT.main(["--quick", "--out", str(tmp_path), "--workers", "2"]) == 0
+    with (tmp_path / "runs.csv").open() as file:
+        rows = {(row["arm"], int(row["seed"])): row for row in csv.DictReader(file)}
+    assert len(rows) == 10 and {arm for arm, _ in rows} == set(study.STUDY.arms)
+    first = f"rank.{study.LAYERS[0].removeprefix('transformer.h.')}"
+    assert [rows[arm, seed][first] for arm in ("grown", "same_ranks", "uniform") for seed in (0, 1)] == ["0", "2", "0", "2", "1", "1"]
+    assert (tmp_path / "results.md").read_text().count("| steps |") == 5

@@ -174,9 +174,9 @@ WINE = frame_of("wine")[0]
     ("frame", "settings", "sentence"),
     [
         (WINE, {"target": ""}, "needs task.target=<column>; the table has alcohol"),
-        (WINE, {"target": "tarket"}, "no column tarket, .*did you mean target"),
+        (WINE, {"target": "tarket"}, "no column tarket, .*did you mean target[?]"),
         (WINE, {"drop": ["sugar"]}, "task.drop: the table has no column sugar"),
-        (WINE, {"separator": ";"}, "is task.separator right"),
+        (WINE, {"separator": ";"}, "is task.separator right[?]"),
         (WINE.head(30), {}, "has 30 rows; four sets need at least 40"),
         (WINE.assign(target=WINE["target"].where(WINE.index > 3)), {}, "missing in 4 of 178 rows; remove"),
         (WINE.assign(target=[f"k{row}" for row in WINE.index]), {}, "178 of 178 classes with fewer than 4 rows, such as"),

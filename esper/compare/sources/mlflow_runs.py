@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from esper.compare.results.mlflow_sweep import KIND
 from esper.compare.sources.mlflow_reader import MlflowReader
 from esper.compare.sources.table import METRIC, NAME, PARAM, RUN, SECONDS, START, STATUS, TAG, RunsTable
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing
 from esper.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,6 +62,6 @@ def _experiment_ids(reader: MlflowReader, place: str, asked: Sequence[str]) -> l
     found = [by_name.get(one, one) for one in asked]
     for one, number in zip(asked, found, strict=True):
         if number not in known:
-            near = nearest(one, by_name)
-            raise UserError(f"The store at {place} has no experiment {one!r}; it has {listing(list(by_name)[:12])}{near}.")
+            near = did_you_mean(one, by_name)
+            raise UserError(f"The store at {place} has no experiment {one!r}; it has {listing(list(by_name)[:12])}{near}")
     return found

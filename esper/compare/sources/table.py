@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from esper.compare.results.mlflow_sweep import MOST_CURVES
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing, nearest
 from esper.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,12 +77,8 @@ class RunsTable:
         names = list(dict.fromkeys([*known, *more]))
         shown = names if len(names) <= 12 else [*names[:12], f"{len(names) - 12} more"]
         bare = {one.split(".", 1)[-1]: one for one in names}
-        near = nearest(name, names) or (f"; did you mean {bare[close]}" if (close := _close(name, bare)) else "")
-        raise UserError(f"{key}={name} is nothing that the runs of {self.place} have; they have {listing(shown)}{near}.")
-
-
-def _close(name: str, words: Iterable[str]) -> str:
-    return nearest(name, words).removeprefix("; did you mean ")
+        near = did_you_mean(name, names, otherwise="") or (f"; did you mean {bare[close]}?" if (close := nearest(name, bare)) else ".")
+        raise UserError(f"{key}={name} is nothing that the runs of {self.place} have; they have {listing(shown)}{near}")
 
 
 def canonical(value: Any) -> int | str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from esper.config import listing, nearest
+from esper.config import did_you_mean, listing, or_list
 from esper.errors import UserError
 
 SEED = "seed"
@@ -60,7 +60,7 @@ def lay_out(job_overrides: Sequence[Sequence[str]], blocks: Sequence[str], seed:
         if is_below(key, WHOLE):
             raise UserError(
                 f"{key} has several values in this sweep; {listing(WHOLE)} belong to a sweep as a whole and make no arms: "
-                f"give one value of {key}, or start a sweep for each."
+                f"{or_list(key + '=' + ','.join(sorted(values[key])))}give one value of {key}, or start a sweep for each."
             )
     blocked = [key for key in varying if is_below(key, blocks)]
     armed = [key for key in varying if key not in blocked]
@@ -90,7 +90,7 @@ def refuse_unknown_blocks(blocks: Sequence[str], settings: Iterable[str]) -> Non
         if key not in known:
             raise UserError(
                 f"There is no key {key} in this sweep, and compare.block=[{','.join(blocks)}] asks to judge its values apart"
-                f"{nearest(key, sorted(known))}."
+                f"{did_you_mean(key, sorted(known))}"
             )
 
 

@@ -11,7 +11,7 @@ from esper.compare.results.plan import Plan, make_plan, save_plan
 from esper.compare.statistics.power import PILOT_PAIRS
 from esper.compare.sweep.sweep import PreparedJob, Sweep
 from esper.compare.sweep.worker_pool import WorkerPool
-from esper.config import listing, nearest, plain
+from esper.config import did_you_mean, listing, plain
 from esper.errors import UserError
 from esper.tracking.run_info import flatten
 
@@ -109,8 +109,8 @@ def common_metric(asked: str, tasks: Sequence[Described]) -> tuple[str, str]:
             named = f"compare.metric={metric}" if asked else f"{metric}, the primary metric of the first task,"
             names = list(known["directions"])
             raise UserError(
-                f"{named} is no metric of the task{where}, which has {listing(names)}{nearest(metric, names)}; "
-                "give one that every task of the sweep has: compare.metric=…."
+                f"{named} is no metric of the task{where}, which has {listing(names)}; "
+                f"give one that every task of the sweep has, compare.metric=…{did_you_mean(metric, names)}"
             )
         directions.setdefault(known["directions"][metric], where)
     if len(directions) > 1:

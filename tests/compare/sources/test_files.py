@@ -153,7 +153,7 @@ def test_columns_are_found_by_their_short_names_and_missed_with_the_nearest(tmp_
     assert len(gathered(tmp_path / "t.csv", arm=("params.lr",), metric="val_acc").runs) == 2
     with pytest.raises(UserError, match=r"arm=lr may be params\.lr or tags\.lr"):
         gathered(tmp_path / "t.csv", arm=("lr",), metric="val_acc")
-    with pytest.raises(UserError, match=r"metric=val_ac is nothing that .* have; .*; did you mean metrics\.val_acc"):
+    with pytest.raises(UserError, match=r"metric=val_ac is nothing that .* have; .*; did you mean metrics\.val_acc\?"):
         gathered(tmp_path / "t.csv", arm=("params.lr",), metric="val_ac")
 
 
@@ -172,7 +172,7 @@ def test_filters_are_conditions_that_all_hold(tmp_path: Path) -> None:
     for text, words in (
         ("net", "cannot be read"),
         ("net = cnn or acc > 1", "cannot be read"),
-        ("nett = cnn", "did you mean net"),
+        ("nett = cnn", "did you mean net[?]"),
         ("acc > 9", "No run"),
     ):
         with pytest.raises(UserError, match=words):

@@ -74,7 +74,7 @@ def test_a_server_gives_the_table_that_the_file_gives(store: Store) -> None:
                 table.history("metrics.val_acc").sort_values(["run", "step"], ignore_index=True) for table in tables if table.history
             ]
             assert histories[0].equals(histories[1]) and len(histories[0]) == 42
-        with pytest.raises(UserError, match=r"has no experiment 'lrs'; it has .*; did you mean lr"):
+        with pytest.raises(UserError, match=r"has no experiment 'lrs'; it has .*; did you mean lr\?"):
             mlflow_runs(direct, uri, ("lrs",), ())
 
 
@@ -106,7 +106,7 @@ def test_a_plan_in_the_store_is_judged_by_and_holds_the_verdict(store: Store, tm
     ):
         assert runs([*again, *words]) == 0
         assert reason in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(UserError, match="The store has no plan 'ous'; it has ours; did you mean ours"):
+    with pytest.raises(UserError, match=r"The store has no plan 'ous'; it has ours; did you mean ours\?"):
         runs(["plan=ous", *again[1:]])
     client.set_tag(run.info.run_id, "esper.plan.0", run.data.tags["esper.plan.0"].replace('"alpha": 0.05', '"alpha": 0.4'))
     assert runs(again) == 0
