@@ -8,7 +8,7 @@ from typing import Any
 
 from esper.controllers.base import command_id
 from esper.controllers.bookkeeping import Attempts, Budget
-from esper.controllers.view import Seed, check_duration
+from esper.controllers.view import Seed, check_duration, check_times
 from esper.errors import UserError
 from esper.lifecycle.duration import parse
 from esper.messages import CONTROLLER, Command, Germinate, Message, RunStarted, Telemetry
@@ -125,23 +125,13 @@ class BanditController:
             self.attempts.rest_ticks = self._ticks(self.config.embargo)
             self.arms.begin(message.sites)
             self.budget.check({blueprint for blueprint, _, _ in self.arms.arms})
-            self._check_times(message)
+            check_times(self.config.germinate_at, self.config.until, message)
         elif isinstance(message, Telemetry):
             self.health.observe(message)
             self.arms.hear(message)
 
     def _ticks(self, text: str) -> int:
         return parse(text).ticks(self.total, 0)
-
-    def _check_times(self, started: RunStarted) -> None:
-        last = min(self._ticks(self.config.until), self.total - 1)
-        end = f"nothing germinates after tick {last} of {self.total} (controller.until={self.config.until}), so nothing ever would"
-        if (first := self._ticks(self.config.germinate_at)) > last:
-            raise UserError(
-                f"controller.germinate_at={self.config.germinate_at} is tick {first}, and {end}; give an earlier time, or a later until."
-            )
-        if (first := min(site["telemetry_every"] for site in started.sites)) > last:
-            raise UserError(f"The first telemetry comes at tick {first} (telemetry.every), and {end}; lower telemetry.every.")
 
     # --- deciding ---
 
