@@ -38,7 +38,7 @@ ENDING = ".safetensors"
 MOST_NAMED = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Learnt:
     """The decisions of one run."""
 
@@ -181,7 +181,8 @@ def learn(runs: list[Learnt], left_out: list[str], target: Path, seed: int) -> l
         f"rewards       {sum(rewards) / len(rewards):.4f} a germination; {paid} of {len(rewards)} earned something",
         f"held out      log-probability {held.imitated:.3f} a decision after imitation, {held.improved:.3f} after improvement; "
         f"{held.uniform:.3f} by lot",
-        f"predictions   off by {held.error:.4f} (RMS); the mean of the others is off by {held.mean_error:.4f}",
+        f"predictions   off by {held.error:.4f} (RMS); the mean of the others is off by {held.mean_error:.4f}"
+        + (": learn from more runs, for these predict nothing" if held.error >= held.mean_error else ""),
         f"knows         {', '.join(words.blueprint)} by {', '.join(words.strategy)}; objectives {', '.join(words.objective)}",
         f"policy        {target} ({policy.digest}); use it: esper controller=policy controller.weights={target}",
     ]

@@ -29,7 +29,7 @@ RENT, TREND = 0.02, 0.5
 _BY_COMMAND = f"command {CONTROLLER}-"
 
 
-@dataclass
+@dataclass(eq=False)
 class Example:
     """One decision: its situation, the kind of action, and what was chosen; ``rest`` ``[B]`` is what every branch still earned.
 

@@ -14,12 +14,13 @@ from esper.controllers.bandit import LOSS
 from esper.errors import UserError
 from esper.lifecycle.stages import Stage
 from esper.messages import GateResult, Message, Metrics, RunStarted, Telemetry, Transition
-from esper.telemetry_columns import COLUMNS
 from esper.tracking.parquet_files import STARTED
 from esper.tracking.recorded_tables import read_recorded
 
 FILES = ("seeds.parquet", "transitions.parquet", "gates.parquet", "metrics.parquet", STARTED, "summary.json")
 """What of a run is read."""
+MEASURES = ("alpha", "variance", "near_zero", "correlation", "grad_norm")
+"""The columns of telemetry by which a policy sees."""
 Tick = tuple[int, list[Message], list[Message]]
 """A tick, what happened in it, and the telemetry at its end, after which the controller decided."""
 
@@ -43,8 +44,9 @@ def ticks(folder: Path) -> Iterator[Tick]:
     Raises:
         UserError: a table that cannot be read, or a run without telemetry or validation loss.
     """
-    tables = {name: read_recorded(folder, name) for name in ("transitions", "gates", "metrics", "seeds")}
-    if not len(tables["seeds"]):
+    tables = {name: read_recorded(folder, name) for name in ("transitions", "gates", "metrics")}
+    seeds = read_recorded(folder, "seeds", ["tick", "site", "seed", *MEASURES])
+    if not len(seeds):
         raise UserError("it has no telemetry")
     events: dict[int, list[Message]] = {}
     for tick, values in _metrics(tables["metrics"]).items():
@@ -55,7 +57,7 @@ def ticks(folder: Path) -> Iterator[Tick]:
         events.setdefault(row["tick"], []).append(GateResult(**row))
     for row in tables["transitions"].to_pylist():
         events.setdefault(row["tick"], []).append(_transition(row))
-    telemetry = _telemetry(tables["seeds"])
+    telemetry = _telemetry(seeds)
     for tick in sorted({*events, *telemetry}):
         yield tick, events.get(tick, []), telemetry.get(tick, [])
 
@@ -77,18 +79,17 @@ def _telemetry(table: Any) -> dict[int, list[Message]]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    columns = [name for name in COLUMNS if name in table.schema.names]
     site = pc.cast(table["site"], pa.string())
     names = sorted(set(site.unique().to_pylist()))
     code = pc.index_in(site, value_set=pa.array(names)).to_numpy()
     tick, seed = table["tick"].to_numpy(), table["seed"].to_numpy()
     order = np.lexsort((seed, code, tick))
-    values = np.column_stack([table[name].to_numpy() for name in columns]).astype("<f4")[order]
+    values = np.column_stack([table[name].to_numpy() for name in MEASURES]).astype("<f4")[order]
     tick, code = tick[order], code[order]
     cuts = np.flatnonzero((np.diff(tick) != 0) | (np.diff(code) != 0)) + 1
     found: dict[int, list[Message]] = {}
     for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(tick)], strict=True):
         at = int(tick[begin])
-        message = Telemetry(site=names[code[begin]], ticks=[at], seeds=end - begin, columns=columns, data=values[begin:end].tobytes())
+        message = Telemetry(site=names[code[begin]], ticks=[at], seeds=end - begin, columns=[*MEASURES], data=values[begin:end].tobytes())
         found.setdefault(at, []).append(message)
     return found

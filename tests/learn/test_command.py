@@ -49,9 +49,16 @@ def trained(folder: Path, *words: str) -> Path:
 def recorded(tmp_path_factory: pytest.TempPathFactory, whole_runs: None) -> Path:
     """The outputs of three runs that germinated by lot."""
     place = tmp_path_factory.mktemp("outputs")
-    for seed in range(3):
-        trained(place / "day" / f"run{seed}", *LOT, f"seed={seed}")
+    for seed in range(3):  # all of the same name
+        trained(place / "day" / f"run{seed}", *LOT, f"seed={seed}", "name=same")
     return place
+
+
+@pytest.fixture(autouse=True)
+def few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learnt is the business of test_training."""
+    for passes in ("IMITATION", "IMPROVEMENT"):
+        monkeypatch.setattr(f"esper.learn.training.{passes}", 5)
 
 
 def test_what_runs_did_becomes_a_policy_that_decides_in_another_run(recorded: Path, tmp_path: Path, capsys: Any):
@@ -78,9 +85,7 @@ def test_what_runs_did_becomes_a_policy_that_decides_in_another_run(recorded: Pa
     assert pq.read_table(folder / "transitions.parquet").equals(pq.read_table(whole / "transitions.parquet"))
 
 
-def test_the_same_runs_give_the_same_file_named_one_by_one_or_not(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("IMITATION", "IMPROVEMENT"):
-        monkeypatch.setattr(f"esper.learn.training.{name}", 2)
+def test_the_same_runs_give_the_same_file_named_one_by_one_or_not(recorded: Path, tmp_path: Path):
     named = [str(recorded / "day" / f"run{seed}") for seed in range(3)]
     for target, words in (("all", [f"output={recorded}"]), ("named", named)):
         main([*words, f"to={tmp_path / target}.safetensors"])
