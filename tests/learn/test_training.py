@@ -14,6 +14,8 @@ from esper.learn import training
 from esper.learn.examples import Example, Replay
 from tests.learn.test_examples import Story, flat
 
+pytestmark = pytest.mark.slow
+
 QUIET = {"runs": 1.0, "decisions": 1.0, "error": 0.1, "rent": 0.02, "trend": 0.5}
 
 
