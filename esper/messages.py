@@ -276,10 +276,14 @@ class ApplyEach(Command):
 
 @message
 class EmergencyStop(Command):
-    """Cull all selected branches that are not FOSSILIZED, now; overtakes every queued command. An empty selection is everything."""
+    """Cull all selected branches that are not FOSSILIZED, now; overtakes every queued command. An empty selection is everything.
+
+    ``why`` explains the decision as in ``Germinate``; the transitions' events repeat it.
+    """
 
     reason: str = ""
     select: Selector = field(default_factory=Selector)
+    why: dict[str, Any] = field(default_factory=dict)
 
 
 @message

@@ -69,6 +69,7 @@ PROGRAMS: dict[str, Program] = {
     "track": Program("esper.bus.programs.tracker:main", "write the story of a run with tracking.process=external: track <run folder>"),
     "bus": Program("esper.bus.programs.inspect:main", "what is on a run's bus: bus status|tail|dead-letters|flush <run folder>"),
     "auto": Program("esper.auto.command:main", "a model of a size found by itself: budget=10min|1e13macs task=… [max_parameters=…]"),
+    "learn": Program("esper.learn.command:main", "a policy for controller=policy from recorded runs: learn [runs …] to=<file>"),
     "check": Program("esper.cli.check:main", "train nothing: sites, stage schedule, estimated time and memory"),
 }
 

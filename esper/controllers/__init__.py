@@ -7,6 +7,7 @@ from esper.controllers.base import Controller, command_id
 from esper.controllers.heuristic import HeuristicConfig
 from esper.controllers.hierarchical import HierarchicalConfig
 from esper.controllers.none import NoneConfig
+from esper.controllers.policy import PolicyConfig
 from esper.controllers.probe import ProbeConfig
 from esper.controllers.random import RandomConfig
 from esper.controllers.runner import ControllerRunner
@@ -23,4 +24,5 @@ CONFIGS: dict[str, type] = {
     "bandit": BanditConfig,
     "probe": ProbeConfig,
     "hierarchical": HierarchicalConfig,
+    "policy": PolicyConfig,
 }

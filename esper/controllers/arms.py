@@ -13,24 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from esper.bus.telemetry_codec import unpack
 from esper.controllers.health import Health
 from esper.controllers.places import Places
 from esper.controllers.posterior import Posterior
+from esper.controllers.senses import DIGITS, SEED_FEATURES, SITE_FEATURES, Senses
 from esper.errors import UserError
 from esper.messages import Telemetry
 
-SEED_FEATURES = ("quiet", "near zero", "correlation")
-SITE_FEATURES = ("site variance", "site near zero", "site correlation", "site gradient", "depth", "log width")
 SMALL = ("affine", "low_rank", "mlp", "glu", "conv")
 """Blueprints that may grow beside each other at a site."""
 STRATEGIES = ("linear", "drift", "momentum", "grad_norm")
 OBJECTIVES = ("shadow", "functional_gradient")
 OWN_NAMES = 32
 """Sites that have a feature of their own; of more, neighbours share one."""
-DIGITS = 4
-"""Decimals of features, which explanations show."""
-_DECAY = 0.9
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Arms:
     def __init__(self, blueprints: list[str], strategies: list[str], objectives: list[str]) -> None:
         self._wanted = blueprints, strategies, objectives
         self.names: list[str] = []
-        self._gradients: dict[str, float] = {}
+        self.senses = Senses()
         self.arms: list[tuple[str, str, str]] = []
 
     def begin(self, sites: list[dict[str, Any]]) -> None:
@@ -68,7 +63,7 @@ class Arms:
         self.arms = list(product(fitting, strategies or STRATEGIES, learn_from))
         self.sites = [site["name"] for site in sites]
         count = len(sites)
-        self._fixed = np.array([[number / max(1, count - 1), np.log2(max(1, site["width"])) / 10.0] for number, site in enumerate(sites)])
+        self.senses.begin(sites)
         shared = [self.sites[number - number % max(1, -(-count // OWN_NAMES))] for number in range(count)]
         self._identity = [f"site={name}" for name in shared]
         self._fits = np.array([[name in site["blueprints"] for name, _, _ in self.arms] for site in sites])
@@ -82,34 +77,14 @@ class Arms:
         return list(dict.fromkeys(arm[place] for arm in self.arms))
 
     def hear(self, message: Telemetry) -> None:
-        """The mean gradient norm of a site's seeds."""
-        if "grad_norm" not in message.columns:
-            return
-        column = unpack(message)[-1, :, message.columns.index("grad_norm")]
-        known = column[np.isfinite(column)]
-        if known.size:
-            value = float(known.mean())
-            self._gradients[message.site] = _DECAY * self._gradients.get(message.site, value) + (1.0 - _DECAY) * value
+        """Telemetry of a site."""
+        self.senses.hear(message)
 
     def look(self, health: Health, places: Places, free: np.ndarray, progress: float) -> None:
         """Gather the present features of every seed and site; ``free`` are the seeds that may germinate, bool ``[seeds]``."""
-        means = [health.means(name, int(count)) for name, count in zip(places.names, np.diff(places.first), strict=True)]
-        whole = np.concatenate(means) if means else np.zeros((0, 3))
-        variance, near_zero, correlation = whole.T
-        first, sizes = places.first[:-1], np.diff(places.first)
-        known = np.isfinite(variance)
-        counts = np.maximum(1, np.add.reduceat(known, first, dtype=float))
-        filled = np.where(known[:, None], np.abs(whole), 0.0)
-        by_site = np.add.reduceat(filled, first) / counts[:, None]
-        usual = np.repeat(by_site[:, 0], sizes)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            quiet = np.where(usual > 0.0, 1.0 / (1.0 + variance / usual), 1.0)
-        self._seed = np.nan_to_num(np.column_stack([quiet, near_zero, np.abs(correlation)])).round(DIGITS)
-        gradients = np.array([self._gradients.get(name, np.nan) for name in places.names])
-        relative = np.column_stack([_relative(by_site[:, 0]), by_site[:, 1], by_site[:, 2], _relative(gradients)])
-        self._site = np.column_stack([relative, self._fixed]).round(DIGITS)
-        self._free, self._first, self._progress = free & known, first, round(progress, DIGITS)
-        self._choices: np.ndarray | None = None
+        self.senses.look(health, places)
+        self._seed, self._site, self._first = self.senses.seed, self.senses.site, self.senses.first
+        self._free, self._progress = free & self.senses.known, round(progress, DIGITS)
 
     def take(self, row: int) -> None:
         """A seed that has been chosen may not be chosen again."""
@@ -195,19 +170,11 @@ class Arms:
 
     def state(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"gradients": self._gradients}
+        return self.senses.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self._gradients = dict(state["gradients"])
+        self.senses.load_state(state)
 
 
 _KEYS = ("blueprint", "strategy", "objective")
-
-
-def _relative(values: np.ndarray) -> np.ndarray:
-    """``log(value / geometric mean)``, a third of it, within ±1; 0 where a value is missing or not positive."""
-    known = np.isfinite(values) & (values > 0.0)
-    logs = np.log(np.where(known, values, 1.0))
-    middle = logs[known].mean() if known.any() else 0.0
-    return np.where(known, np.clip((logs - middle) / 3.0, -1.0, 1.0), 0.0)

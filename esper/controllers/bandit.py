@@ -8,7 +8,8 @@ from typing import Any
 
 from esper.controllers.base import command_id
 from esper.controllers.bookkeeping import Attempts, Budget
-from esper.controllers.view import Seed, check_duration
+from esper.controllers.heuristic import HeuristicConfig
+from esper.controllers.view import Seed, check_duration, check_times
 from esper.errors import UserError
 from esper.lifecycle.duration import parse
 from esper.messages import CONTROLLER, Command, Germinate, Message, RunStarted, Telemetry
@@ -41,6 +42,9 @@ class BanditConfig(ControllerPlace):
     rent: float = setting(0.02, low=0.0, high=1.0, help="reward that a whole run at alpha 0 costs: gains are shares of the loss")
     trend: float = setting(0.5, low=0.0, high=1.0, help="share of the host's extrapolated own learning that is no branch's gain")
     optimism: float = setting(0.05, low=-1.0, high=1.0, help="reward expected of a branch of which nothing is known")
+    need: float = setting(
+        0.3, low=0.0, high=10.0, help="how much more is expected at first of a seed of heuristic score 1 than of one of 0"
+    )
     noise: float = setting(0.05, low=1e-6, high=10.0, help="standard deviation of a reward that is assumed at first")
     memory: str = setting("", help="experience of earlier runs: a .json file, or the name of an MLflow experiment")
     embargo: str = setting("10%", unit="duration", help="how long a refused or culled seed is not tried again")
@@ -125,23 +129,13 @@ class BanditController:
             self.attempts.rest_ticks = self._ticks(self.config.embargo)
             self.arms.begin(message.sites)
             self.budget.check({blueprint for blueprint, _, _ in self.arms.arms})
-            self._check_times(message)
+            check_times(self.config.germinate_at, self.config.until, message)
         elif isinstance(message, Telemetry):
             self.health.observe(message)
             self.arms.hear(message)
 
     def _ticks(self, text: str) -> int:
         return parse(text).ticks(self.total, 0)
-
-    def _check_times(self, started: RunStarted) -> None:
-        last = min(self._ticks(self.config.until), self.total - 1)
-        end = f"nothing germinates after tick {last} of {self.total} (controller.until={self.config.until}), so nothing ever would"
-        if (first := self._ticks(self.config.germinate_at)) > last:
-            raise UserError(
-                f"controller.germinate_at={self.config.germinate_at} is tick {first}, and {end}; give an earlier time, or a later until."
-            )
-        if (first := min(site["telemetry_every"] for site in started.sites)) > last:
-            raise UserError(f"The first telemetry comes at tick {first} (telemetry.every), and {end}; lower telemetry.every.")
 
     # --- deciding ---
 
@@ -186,8 +180,17 @@ class BanditController:
         evidence.know(self.arms.names)
         for past in (self.known, self.own):
             evidence.merge(past)
-        prior = {"bias": self.config.optimism}
+        prior = {"bias": self.config.optimism} | self._expected_of_need()
         return Posterior(evidence, prior, prior_precision=1.0, shape=2.0, scale=self.config.noise**2)
+
+    def _expected_of_need(self) -> dict[str, float]:
+        """Prior weights of a seed's health, as the heuristic weighs it: the first branches of a run have to grow somewhere."""
+        from esper.controllers.senses import SEED_FEATURES
+
+        known = HeuristicConfig()
+        return dict(
+            zip(SEED_FEATURES, (self.config.need * one for one in (known.variance, known.near_zero, known.correlation)), strict=True)
+        )
 
     def _choose(self, posterior: Any, left: float) -> _Choice | None:
         """One decision by one draw, within ``left`` parameters; None where growing promises nothing."""

@@ -2,13 +2,14 @@
 
 A controller games what it is rewarded for, so the gain counts only as far as nothing else explains it. For a branch that is kept it is
 
-    g = min(off − on, began − on − trend · own) / loss
+    g = G / (loss + G),  G = min(off − on, began − on − trend · own)        (G / loss where G < 0)
 
 ``off − on`` is the judge's bound at the last look. ``began − on`` (gate ``no_harm``) is how far the loss has fallen since the blending
 began, which a host that merely leans on a useless branch does not show. ``own`` is the fall that the host would have learnt meanwhile
-by itself, extrapolated from the time before the blending. As a share of the present loss, a gain from an immature host (an early fossil)
-counts no more than a late one. A branch that was culled or cancelled has gained nothing; one that was rolled back has done harm, for which
-``min(0, off − on) / loss`` stands; one that is unfinished when the run ends has gained nothing. The reward is
+by itself, extrapolated from the time before the blending. As a share of the loss that there would be without it, a gain from an immature
+host (an early fossil) counts no more than a late one, and branches that lean on each other, each of which the judge finds worth more than
+the whole loss, are still told apart. A branch that was culled or cancelled has gained nothing; one that was rolled back has done harm, for
+which ``min(0, off − on) / loss`` stands; one that is unfinished when the run ends has gained nothing. The reward is
 
     g / cost − rent · ∫(1 − α) dt / T        (without the division where g < 0)
 
@@ -83,7 +84,10 @@ class OwnLearning:
         return self.values[-1][1] if self.values else math.nan
 
     def fall(self, begin: int, end: int) -> float:
-        """The fall expected between two ticks, from the values up to ``begin`` alone (Aitken: ``f·ρ(1−ρⁿ)/(1−ρ)``); 0 where unknown."""
+        """The fall expected between two ticks, from the values up to ``begin`` alone (Aitken: ``f·ρ(1−ρⁿ)/(1−ρ)``); 0 where unknown.
+
+        A loss that was never below 0 falls no further than there: a host whose loss has just begun to fall steeply promises no more.
+        """
         known = [(tick, value) for tick, value in self.values if tick <= begin]
         if len(known) < 3 or end <= begin:
             return 0.0
@@ -94,7 +98,8 @@ class OwnLearning:
         if before <= 0.0 or recent <= 0.0:
             return 0.0
         decay = min(recent / before, 0.9)
-        return float(recent * decay * (1.0 - decay ** ((end - begin) / window)) / (1.0 - decay))
+        expected = float(recent * decay * (1.0 - decay ** ((end - begin) / window)) / (1.0 - decay))
+        return min(expected, float(latest)) if values.min() >= 0.0 else expected
 
 
 class Credit:
@@ -162,7 +167,8 @@ class Credit:
             return max(-1.0, min(0.0, gain) / size) if harmed else 0.0
         began = life.blending if life.blending >= 0 else life.born
         fall = life.fall if math.isfinite(life.fall) else 0.0
-        return float(np.clip(min(gain, fall - self.trend * self.learning.fall(began, tick)) / size, -1.0, 1.0))
+        worth = min(gain, fall - self.trend * self.learning.fall(began, tick))
+        return max(-1.0, worth / (size + max(0.0, worth)))
 
     def _end(self, life: Life, tick: int, kept: bool, gain: float) -> Ended:
         life.pass_time(tick)

@@ -292,8 +292,7 @@ class HierarchicalController:
         silence = self._ticks(self.config.silence)
         for group in self.groups.values():
             if group.local is not None:
-                self.complaints += group.local.complaints
-                group.local.complaints = []
+                self.complaints += group.local.said()
             dead = group.local.dismissed if group.local is not None else tick - group.heard > silence
             if dead and not group.dead:
                 group.dead = True

@@ -55,6 +55,12 @@ class Contained:
                 self._contain(error, f"tick {tick}")
         return []
 
+    def said(self) -> list[str]:
+        """The sentences since the last call, and those of the controller itself, where it has some."""
+        own: list[str] = getattr(self.own, "complaints", [])
+        said, self.complaints, own[:] = [*self.complaints, *own], [], []
+        return said
+
     def _contain(self, error: Exception, at: str) -> None:
         if self.debug or isinstance(error, UserError):
             raise error
@@ -182,11 +188,8 @@ class ControllerRunner:
         self._contained.load_state(state)
 
     def complaints(self) -> list[str]:
-        """Sentences about exceptions of the controller since the last call, for alerts."""
-        said, self._contained.complaints = self._contained.complaints, []
-        own = getattr(self.controller, "complaints", [])  # an allocator speaks of its local controllers
-        said, own[:] = [*said, *own], []
-        return said
+        """Sentences about exceptions of the controller since the last call, and what it says itself, for alerts."""
+        return self._contained.said()
 
     def close(self) -> None:
         """Send the remaining commands and release the streams."""

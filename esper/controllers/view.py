@@ -107,6 +107,18 @@ def refuse_unfitting(sites: Iterable[dict[str, Any]], blueprint: str, where: str
     raise UserError(f"{what} fits no site {where}; blueprints that do: {', '.join(fitting) or 'none'}.")
 
 
+def check_times(germinate_at: str, until: str, started: RunStarted) -> None:
+    """Raise UserError where the first decision or the first telemetry would come after the last germination."""
+    total = started.total_ticks
+    first, last = (parse(text).ticks(total, 0) for text in (germinate_at, until))
+    last = min(last, total - 1)
+    end = f"nothing germinates after tick {last} of {total} (controller.until={until}), so nothing ever would"
+    if first > last:
+        raise UserError(f"controller.germinate_at={germinate_at} is tick {first}, and {end}; give an earlier time, or a later until.")
+    if (heard := min(site["telemetry_every"] for site in started.sites)) > last:
+        raise UserError(f"The first telemetry comes at tick {heard} (telemetry.every), and {end}; lower telemetry.every.")
+
+
 def check_duration(text: str) -> None:
     """Raise UserError unless ``text`` is a duration in steps or percent."""
     if parse(text).unit == "epoch":

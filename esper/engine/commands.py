@@ -183,7 +183,7 @@ class Executor:
                 actions = [action for part in _parts(command) for action in self._actions_of(_without_own(part, command), trial, tick)]
                 return self._as_one(actions) if command.as_one else actions
             case EmergencyStop():
-                return self._stop(command.select, trial)
+                return self._stop(command, trial)
             case SetStage():
                 return [
                     self._move(row, self._stage(command.target), trial, tick) for row in self._whole(self._select(command.select, trial))
@@ -273,7 +273,7 @@ class Executor:
             raise Refused(reason)
         return Action("replace", row, blueprint=command.blueprint, start=command.start)
 
-    def _stop(self, select: Selector, trial: Trial) -> list[Action]:
+    def _stop(self, command: EmergencyStop, trial: Trial) -> list[Action]:
         """All that is under way at the selected seeds; where that is nothing, there is nothing to stop."""
         away = {
             Stage.GERMINATED: Stage.CANCELLED,
@@ -283,10 +283,10 @@ class Executor:
             Stage.EVALUATING: Stage.CULLED,
             Stage.FINE_TUNING: Stage.CULLED,
         }
-        chosen = set(self._whole(self._matching(select, trial)))
+        chosen = set(self._whole(self._matching(command.select, trial)))
         rows = [row for row in trial.rows_in(*away) if row in chosen]
         trials = [Action("withdraw", branch.row) for branch in self.replacing.trials() if branch.row in chosen]
-        return [Action("move", row, target=away[trial.stage_of(row)]) for row in rows] + trials
+        return [Action("move", row, target=away[trial.stage_of(row)], why=command.why) for row in rows] + trials
 
     def _select(self, select: Selector, trial: Trial) -> list[int]:
         rows = self._matching(select, trial)
@@ -344,7 +344,7 @@ class Executor:
             self.transitions.germinate(action.row, action.blueprint, action.strategy, cause, action.objective, action.why)
         elif action.kind == "move":
             if table.stage_of(action.row) is not action.target:  # else it has just gone with another one
-                self.transitions.move(action.row, action.target, cause)
+                self.transitions.move(action.row, action.target, cause, action.why)
         elif action.kind == "replace":
             self.replacing.begin(action.row, action.blueprint, action.start, cause)
         elif action.kind == "withdraw":

@@ -100,13 +100,13 @@ class Transitions:
         self.counts["germinated"] += 1
         return branch
 
-    def move(self, row: int, target: Stage, cause: str) -> None:
+    def move(self, row: int, target: Stage, cause: str, why: Mapping[str, Any] | None = None) -> None:
         """Any other transition; raises ValueError where the table of transitions has none.
 
-        What is one decision with a branch that goes goes with it.
+        What is one decision with a branch that goes goes with it. ``why`` is the controller's explanation, which the event repeats.
         """
         branch = self.registry.branch_at(row)
-        self._move(row, target, cause)
+        self._move(row, target, cause, why)
         if branch is None or branch.group < 0 or target not in LEAVING:
             return
         for other in self.registry.group_of(branch):
@@ -115,7 +115,7 @@ class Transitions:
                 away = target if target in possible else min(possible, key=LEAVING_FIRST.index)
                 self._move(other.row, away, f"goes with branch {branch.id}: {cause}")
 
-    def _move(self, row: int, target: Stage, cause: str) -> None:
+    def _move(self, row: int, target: Stage, cause: str, why: Mapping[str, Any] | None = None) -> None:
         branch = self.registry.branch_at(row)
         source = self.machine.table.stage_of(row)
         self.machine.apply(row, target, cause)
@@ -123,7 +123,7 @@ class Transitions:
             self.machine.table.rest(row, self.tick)
         if branch is not None:
             self._carry_out(branch, source, target)
-        self._say(row, branch, source, target, cause)
+        self._say(row, branch, source, target, cause, why)
 
     def _carry_out(self, branch: Branch, source: Stage, target: Stage) -> None:
         branch.stage = target

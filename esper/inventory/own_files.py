@@ -14,7 +14,7 @@ OWN = re.compile(
     r"""
     config\.yaml | \.config\.yaml\.tmp | summary\.(json|tmp) | run\.lock | job\.json | (esper|job|tracker)\.log
     | \.?environments\.json(\.tmp)? | \.?weights\.csv(\.tmp)? | \.?metrics\.csv(\.tmp)? | \.?events\.jsonl(\.tmp)? | trace\.json\.gz
-    | mlflow\.json | \.mlflow\.json\.\d+
+    | started\.json | mlflow\.json | \.mlflow\.json\.\d+
     | (seeds|transitions|gates|metrics)\.(parquet|tmp)
     | \.parts/((seeds|transitions|gates|metrics)\.\d+\.\d+\.(parquet|tmp) | started\.json(\.tmp)? | alerts\.jsonl)
     | \.hydra/(config|hydra|overrides)\.yaml

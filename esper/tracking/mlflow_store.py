@@ -112,6 +112,7 @@ def quiet_client(uri: str, key: str = "tracking.uri", otherwise: str = OTHERWISE
         raise UserError(f"{key}={uri} is a folder; give sqlite:///<absolute path>.db or http(s)://<server>")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     file = sqlite_file(uri)
     if file is not None:
         with contextlib.suppress(OSError):  # opening the file will say why

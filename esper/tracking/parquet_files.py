@@ -26,7 +26,7 @@ GROUP_ROWS = 1 << 16
 BUFFER_BYTES = 32 << 20
 PARTS = ".parts"
 SINCE = b"esper.since"
-STARTED, ALERTS = "started.json", "alerts.jsonl"  # among the parts, for those who watch the run; its summary has both
+STARTED, ALERTS = "started.json", "alerts.jsonl"  # among the parts, for those who watch the run; its summary has the alerts
 ONCE = {"metrics": ["tick", "name"]}
 """Key columns of tables in which the last of several rows with the same key stands."""
 
@@ -145,6 +145,8 @@ class ParquetFiles:
         for name, make in TABLES.items():
             parts = sorted(self._parts.glob(f"{name}.*.parquet"))
             _merge(parts, self._folder / f"{name}.parquet", make([]).schema, limits[stream_of(name)], ONCE.get(name))
+        if (self._parts / STARTED).exists():  # without the sites a later reader could not tell what the rows were about
+            os.replace(self._parts / STARTED, self._folder / STARTED)
         for left in self._parts.iterdir():
             left.unlink()
         self._parts.rmdir()

@@ -4,8 +4,8 @@ python experiments/ab_controller/run.py                 # about three minutes wi
 python experiments/ab_controller/run.py --pairs 2 --pilots 1 --steps 100 --tasks mnist1d --out /tmp/try
 python experiments/ab_controller/run.py --again         # no runs: README.md once more from results.csv and measured.json
 
-The fixed schedule that stands as the reference, and the memory of the bandit that begins wiser, come from pilot runs on other seeds. A task
-whose data is not installed is left out, and the README says so.
+The fixed schedule that stands as the reference, the memory of the bandit that begins wiser, and the runs from which the policy is learnt
+come from pilots on other seeds. A task whose data is not installed is left out, and the README says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 FIXED = ("at_05", "at_10", "at_20", "at_35")
-LEARNING = ("by_health", "by_bandit", "wiser_bandit", "by_probe", "by_allocator")
+LEARNING = ("by_health", "by_bandit", "wiser_bandit", "by_probe", "by_allocator", "by_policy")
 ARMS = ("host", "any_time", *FIXED, *LEARNING)
 TASKS = ("mnist1d", "fashion_mnist")
 PILOT = 1000
@@ -50,7 +50,10 @@ Job = dict[str, Any]
 
 
 def one(job: Job) -> dict[str, Any]:
-    """One run of an arm; ``memory`` is the file that a bandit begins with, which it gets as a copy so that runs do not meet."""
+    """One run of an arm; ``memory`` is the file that a bandit begins with, which it gets as a copy so that runs do not meet.
+
+    ``weights`` is the file of a policy, and ``folder`` keeps the run for esper learn.
+    """
     from esper.cli.compose import compose
     from esper.running.run import run
 
@@ -63,8 +66,10 @@ def one(job: Job) -> dict[str, Any]:
             if Path(job["memory"]).exists():
                 shutil.copy(job["memory"], memory)
             config.controller.memory = str(memory)  # no override: an arm's own group may not be touched by one
+        if job.get("weights"):
+            config.controller.weights = job["weights"]
         began = time.perf_counter()
-        summary = run(config, Path(folder) / "run", quiet=True).summary
+        summary = run(config, Path(job.get("folder") or folder) / "run", quiet=True).summary
         if job.get("remember"):
             shutil.copy(Path(folder) / "memory.json", job["memory"])
     final, seeds = summary["metrics"]["final"], summary["seeds"]
@@ -87,18 +92,29 @@ def chain(jobs: list[Job]) -> list[dict[str, Any]]:
 
 
 def pilots(task: str, count: int, steps: int, folder: Path) -> list[list[Job]]:
-    """The fixed schedules on seeds of their own, and a chain of bandits that leaves its memory in ``folder``."""
-    common = {"phase": "pilot", "task": task, "steps": steps}
-    fixed = [[common | {"arm": arm, "seed": PILOT + number}] for arm in FIXED for number in range(count)]
+    """The fixed schedules on seeds of their own, and a chain of bandits that leaves its memory in ``folder``, as all leave their runs."""
+
+    def pilot(arm: str, seed: int) -> Job:
+        place = {"folder": str(folder / "runs" / f"{task}-{arm}-{seed}")}
+        return {"phase": "pilot", "task": task, "steps": steps, "arm": arm, "seed": seed} | place
+
+    fixed = [[pilot(arm, PILOT + number)] for arm in FIXED for number in range(count)]
     remembering = {"memory": str(folder / f"{task}.json"), "remember": True}
-    return [[common | remembering | {"arm": "wiser_bandit", "seed": PILOT + number} for number in range(count)], *fixed]
+    return [[pilot("wiser_bandit", PILOT + number) | remembering for number in range(count)], *fixed]
+
+
+def learnt(task: str, folder: Path) -> None:
+    """Learn a task's policy from its pilots, which have run."""
+    from esper.learn.command import main as learn
+
+    learn([*map(str, sorted((folder / "runs").glob(f"{task}-*/run"))), f"to={folder / task}.safetensors"])
 
 
 def studied(task: str, pairs: int, steps: int, folder: Path) -> list[list[Job]]:
     """Every arm on every seed."""
     common = {"phase": "study", "task": task, "steps": steps}
-    memory = {"memory": str(folder / f"{task}.json")}
-    return [[common | {"arm": arm, "seed": seed} | (memory if arm == "wiser_bandit" else {})] for seed in range(pairs) for arm in ARMS]
+    known = {"wiser_bandit": {"memory": str(folder / f"{task}.json")}, "by_policy": {"weights": str(folder / f"{task}.safetensors")}}
+    return [[common | {"arm": arm, "seed": seed} | known.get(arm, {})] for seed in range(pairs) for arm in ARMS]
 
 
 def available(tasks: list[str]) -> tuple[list[str], list[str]]:
@@ -151,13 +167,14 @@ def table(rows: list[dict[str, Any]], task: str, reference: str) -> list[str]:
     """The README's table of one task."""
     mine = [row for row in rows if row["task"] == task]
     host = np.mean([row["macs"] for row in mine if row["arm"] == "host"])
-    found = {arm: against(mine, task, arm, reference) for arm in ARMS if arm != reference}
-    adjusted = holm({arm: found[arm] for arm in LEARNING})
+    there = [arm for arm in ARMS if any(row["arm"] == arm for row in mine)]
+    found = {arm: against(mine, task, arm, reference) for arm in there if arm != reference}
+    adjusted = holm({arm: found[arm] for arm in LEARNING if arm in there})
     lines = [
         "| arm | test accuracy | against the best fixed (95 %) | p | p (Holm) | verdict | MACs | parameters | grown / kept |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for arm in ARMS:
+    for arm in there:
         some = [row for row in mine if row["arm"] == arm]
         mean = {name: np.mean([row[name] for row in some]) for name in ("accuracy", "macs", "parameters", "germinated", "fossilized")}
         difference = "reference | – | – | –"
@@ -197,13 +214,14 @@ def report(rows: list[dict[str, Any]], said: dict[str, Any]) -> str:
         "# Does a controller that learns beat the best fixed schedule?",
         "",
         "**Question.** Six growth events in every arm: does it pay to choose their time, place and kind by health, by a bandit",
-        "(from nothing, or with the memory of pilot runs), by a short trial, or by an allocator over local bandits, beside the best",
-        "of four fixed times?",
+        "(from nothing, or with the memory of pilot runs), by a short trial, by an allocator over local bandits, or by a policy that was",
+        "learnt from pilot runs, beside the best of four fixed times?",
         "",
         f"**Plan, stated beforehand.** {pairs} paired seeds, test accuracy, two-sided sign-flip test, Holm's correction over the",
         f"controllers that learn or look, α = {SIGNIFICANCE}. The reference is the fixed schedule of the highest mean validation",
-        f"accuracy in {said['pilots']} pilots on other seeds; the bandit's memory comes from pilots too, one after the other. Places of",
-        "fixed schedules are drawn by lot. A controller that does not beat the reference is said not to.",
+        f"accuracy in {said['pilots']} pilots on other seeds; the bandit's memory comes from pilots too, one after the other, and the",
+        "policy is learnt from all of these. Places of fixed schedules are drawn by lot. A controller that does not beat the reference",
+        "is said not to.",
         "",
         f"**Command.** `python experiments/ab_controller/run.py --pairs {said['pairs']} --pilots {said['pilots']} --steps {said['steps']}",
         f"--tasks {' '.join(said['tasks'])}` ({said['seconds']} s with {said['processes']} processes; {said['place']}, one thread a run).",
@@ -212,9 +230,10 @@ def report(rows: list[dict[str, Any]], said: dict[str, Any]) -> str:
         *said["missing"],
     ]
     for task, reference in references.items():
-        found = {arm: against(study, task, arm, reference) for arm in LEARNING}
+        learning = [arm for arm in LEARNING if any(row["arm"] == arm for row in study)]
+        found = {arm: against(study, task, arm, reference) for arm in learning}
         adjusted = holm(found)
-        winners = [f"`{arm}`" for arm in LEARNING if verdict(found[arm], adjusted[arm]) == "beats it"]
+        winners = [f"`{arm}`" for arm in learning if verdict(found[arm], adjusted[arm]) == "beats it"]
         lines += ["", f"## {task}: the best fixed schedule is `{reference}`", "", *table(study, task, reference), ""]
         lines.append(f"**Verdict.** {' and '.join(winners) or 'No controller'} {'beat' if len(winners) != 1 else 'beats'} `{reference}`.")
     idle = [row for row in study if row["arm"] != "host" and row["germinated"] == 0]
@@ -258,6 +277,9 @@ def measure(options: argparse.Namespace) -> None:
                     sep="\n",
                     flush=True,
                 )
+            if make is pilots:
+                for task in tasks:
+                    learnt(task, Path(folder))
     rows.sort(key=lambda row: (row["phase"], row["task"], ARMS.index(row["arm"]), row["seed"]))
     with (options.out / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)

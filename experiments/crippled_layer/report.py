@@ -113,7 +113,7 @@ def write_up(rows: Rows, folder: Path, layers: int, events: int, arms: list[str]
     found = summed_up(rows, arms)
     figure(found, layers, folder / "found.png")
     said = json.loads((folder / "machine.json").read_text())
-    pilots = sum(row["phase"] == "pilot" for row in rows)
+    pilots, lessons = (sum(row["phase"] == phase for row in rows) for phase in ("pilot", "lesson"))
     runs = int(max(one["runs"] for one in found.values()))
     good = [f"`{arm}`" for arm, one in found.items() if arm not in ("healthy", "host") and verdict(one) == "both"]
     share, recovery = f"{100 * WANTED_SHARE:.0f} %", f"{100 * WANTED_RECOVERY:.0f} %"
@@ -128,6 +128,7 @@ def write_up(rows: Rows, folder: Path, layers: int, events: int, arms: list[str]
         f"and at least {recovery} of the healthy host's gap in test error recovered. Every arm may grow {events} branches. {runs}",
         "seeds; each draws the data and the weights, and has the next layer crippled. `wiser_bandit` begins with what",
         f"{pilots} pilots on other data have learnt, one after the other, with another layer crippled in each.",
+        *([f"`by_policy` was learnt from {lessons} further pilots, which grew at random places or by health."] if lessons else []),
         "",
         f"**Command.** `python experiments/crippled_layer/run.py {said['options']}` ({said['measured']}).",
         "Every run is in `results.csv`. `--again` writes this page from it.",

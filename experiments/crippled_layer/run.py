@@ -4,7 +4,8 @@ python experiments/crippled_layer/run.py                  # about two minutes wi
 python experiments/crippled_layer/run.py --seeds 1 --pilots 1 --steps 200 --out /tmp/try
 python experiments/crippled_layer/run.py --again          # no runs: README.md and the figure once more from results.csv
 
-Every arm may grow six branches. The bandit that begins wiser has the memory of pilots on other data, in which other layers were crippled.
+Every arm may grow six branches. The bandit that begins wiser has the memory of pilots on other data, in which other layers were crippled;
+the policy was learnt by esper learn from pilots at random places and by health.
 """
 
 from __future__ import annotations
@@ -55,6 +56,13 @@ _BANDIT = (
     "controller.strategies=[linear]",
     "controller.objectives=[shadow]",
 )
+_POLICY = (
+    "controller=policy",
+    "controller.germinate_at=5%",
+    "controller.every=2%",
+    "controller.max_active=6",
+    f"controller.most={EVENTS}",
+)
 _LOCAL = "{germinate_at: 5%, count: 6, max_active: 6}"
 ARMS: dict[str, tuple[str, ...]] = {
     "healthy": ("controller=none",),
@@ -71,7 +79,10 @@ ARMS: dict[str, tuple[str, ...]] = {
         f"controller.most={EVENTS}",
         "controller.max_active=6",
     ),
+    "by_policy": _POLICY,
 }
+TAUGHT_BY = ("by_lot", "by_health")
+"""The arms whose pilots the policy is learnt from."""
 FIRST, PILOT = 100, 1000
 """The first seed of the study and of the pilots. The settings above were chosen on seeds below 100."""
 COLUMNS = ("phase", "arm", "seed", "crippled", "error", "validation_error", "germinated", "there", "kept", "kept_there", "macs", "seconds")
@@ -79,7 +90,10 @@ Job = dict[str, Any]
 
 
 def one(job: Job) -> dict[str, Any]:
-    """One run: the seed draws the data and the weights, and says which layer is crippled; ``memory`` is a bandit's file."""
+    """One run: the seed draws the data and the weights, and says which layer is crippled.
+
+    ``memory`` is a bandit's file, ``weights`` a policy's, and ``folder`` keeps the run for esper learn.
+    """
     os.environ["ESPER_ALLOW"] = "crippled"
     from esper.cli.compose import compose
     from esper.running.run import run
@@ -88,13 +102,14 @@ def one(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         words = [*COMMON, *ARMS[job["arm"]], f"seed={seed}", f"+task.args.seed={seed}", f"trainer.steps={job['steps']}", f"output={folder}"]
         words += [f"+model.args.crippled={-1 if job['arm'] == 'healthy' else layer}", f"+model.args.alive={ALIVE}"]
+        words += [f"controller.weights={job['weights']}"] if job["arm"] == "by_policy" else []
         config, memory = compose(words), Path(folder) / "memory.json"
         if job.get("memory"):
             if Path(job["memory"]).exists():
                 shutil.copy(job["memory"], memory)
             config.controller.memory = str(memory)
         began = time.perf_counter()
-        summary = run(config, Path(folder) / "run", quiet=True).summary
+        summary = run(config, Path(job.get("folder") or folder) / "run", quiet=True).summary
         if job.get("remember"):
             shutil.copy(memory, job["memory"])
     branches = summary["branches"]
@@ -117,6 +132,21 @@ def chain(jobs: list[Job]) -> list[dict[str, Any]]:
     return [one(job) for job in jobs]
 
 
+def lessons(pilots: int, steps: int, place: Path) -> list[Job]:
+    """The pilots from which the policy is learnt, each in a folder of its own."""
+    common = {"phase": "lesson", "steps": steps}
+    named = [(arm, PILOT + number) for arm in TAUGHT_BY for number in range(pilots)]
+    return [common | {"arm": arm, "seed": seed, "folder": str(place / f"{arm}-{seed}")} for arm, seed in named]
+
+
+def learnt(jobs: list[Job], target: Path) -> Path:
+    """The policy of these pilots, which have run, as a file."""
+    from esper.learn.command import main as learn
+
+    learn([*(f"{job['folder']}/run" for job in jobs), f"to={target}"])
+    return target
+
+
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The pilots, then every arm on every seed."""
     rows: list[dict[str, Any]] = []
@@ -124,16 +154,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         memory = {"memory": str(Path(folder) / "memory.json"), "steps": options.steps}
         pilots = [{"phase": "pilot", "arm": "wiser_bandit", "seed": PILOT + n, "remember": True} | memory for n in range(options.pilots)]
-        learnt = pool.apply_async(chain, (pilots,))
-        unlearnt = [arm for arm in options.arms if arm != "wiser_bandit"]
+        remembered = pool.apply_async(chain, (pilots if "wiser_bandit" in options.arms else [],))
+        unlearnt = [arm for arm in options.arms if arm not in ("wiser_bandit", "by_policy")]
         jobs = [{"phase": "study", "arm": arm, "seed": seed, "steps": options.steps} for seed in seeds for arm in unlearnt]
         for row in pool.imap_unordered(one, jobs):
             rows.append(row)
             save(rows, options.out)
             print(f"{row['arm']} {row['seed']}: {row['error']:.4f}, {row['there']} of {row['germinated']} there", flush=True)
-        rows += learnt.get()
+        rows += remembered.get()
         if "wiser_bandit" in options.arms:
             rows += pool.map(one, [{"phase": "study", "arm": "wiser_bandit", "seed": seed} | memory for seed in seeds])
+        if "by_policy" in options.arms:
+            taught = lessons(options.pilots, options.steps, Path(folder))
+            rows += pool.map(one, taught)
+            known = {"weights": str(learnt(taught, Path(folder) / "policy.safetensors")), "steps": options.steps}
+            rows += pool.map(one, [{"phase": "study", "arm": "by_policy", "seed": seed} | known for seed in seeds])
     return rows
 
 

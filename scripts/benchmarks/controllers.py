@@ -1,9 +1,9 @@
 """`scripts/bench controllers`: milliseconds of processor time that a tick costs each controller, at 100 sites of 1,000 seeds.
 
 A tick is everything that a controller does in it: hearing telemetry of every site, transitions and a metric, and deciding. It is measured
-with telemetry and a decision due at every tick, the worst there is. Of ``hierarchical`` it is a round of the allocator at ten times as
-many sites, each of which wants to grow. A controller in a process of its own (``controller.process=external``) does all of this beside
-the training.
+with telemetry and a decision due at every tick, the worst there is, on one core. Of ``hierarchical`` it is a round of the allocator at ten
+times as many sites, each of which wants to grow; the network of ``policy`` is of the size that ``esper learn`` makes, with weights drawn by
+lot. A controller in a process of its own (``controller.process=external``) does all of this beside the training.
 """
 
 from __future__ import annotations
@@ -11,35 +11,55 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from esper.controllers import CONFIGS
+from esper.controllers.policy.network import GERMINATE, HIDDEN, PolicyNetwork, Words
+from esper.controllers.policy.weights import packed, write
 from esper.lifecycle.stages import Stage
 from esper.messages import Acknowledgement, Germinate, Metrics, Proposal, RunStarted, Telemetry, Transition
+from esper.randomness import generator
 from esper.telemetry_columns import COLUMNS, Column
 
-LIMITS_MS = {"heuristic": 5.0, "bandit": 10.0, "hierarchical": 20.0}
+LIMITS_MS = {"heuristic": 5.0, "bandit": 10.0, "policy": 20.0, "hierarchical": 20.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "heuristic": {"germinate_at": "1step", "plateau": "1step", "count": 4, "max_active": 10**6},
     "bandit": {"germinate_at": "1step", "every": "1step", "max_active": 10**6},
+    "policy": {"germinate_at": "1step", "every": "1step", "max_active": 10**6, "embargo": "0step"},
 }
 TOTAL = 10_000
+BLUEPRINTS = {"mlp": 400, "affine": 16, "low_rank": 200, "glu": 600}
+OBJECTIVES = ("shadow", "functional_gradient")
+
+
+def drawn_policy(folder: str) -> str:
+    """The file of a policy whose network, drawn by lot, germinates at every decision."""
+    words = Words(tuple(BLUEPRINTS), ("linear", "drift", "momentum", "grad_norm"), OBJECTIVES)
+    network = PolicyNetwork(words, HIDDEN, generator(0, "bench"))
+    network.kinds[2].bias.data[GERMINATE] = 50.0
+    path = Path(folder) / "policy.safetensors"
+    write(packed(network, {"runs": 1.0, "decisions": 1.0, "error": 1e6, "rent": 0.02, "trend": 0.5}), path)
+    return str(path)
 
 
 def started(sites: int, seeds: int) -> RunStarted:
     """The start of a run of linear layers, all of the same size."""
-    adds = {name: {"parameters": size, "macs": size} for name, size in (("mlp", 400), ("affine", 16), ("low_rank", 200), ("glu", 600))}
+    adds = {name: {"parameters": size, "macs": size} for name, size in BLUEPRINTS.items()}
     card = {"kind": "Linear", "width": 8 * seeds, "seeds": seeds, "blueprint": "mlp", "blueprints": adds, "telemetry_every": 1}
-    card |= {"host_parameters": 10**7, "growth": True, "objectives": ["shadow", "functional_gradient"]}
+    card |= {"host_parameters": 10**7, "growth": True, "objectives": list(OBJECTIVES)}
     return RunStarted(tick=0, total_ticks=TOTAL, sites=[card | {"name": f"layers.{number}"} for number in range(sites)])
 
 
 def measure(name: str, sites: int, seeds: int, ticks: int) -> list[float]:
     """Milliseconds of every tick but the first five."""
-    controller = CONFIGS[name](**SETTINGS[name]).build(0)
+    with tempfile.TemporaryDirectory() as folder:
+        controller = CONFIGS[name](**SETTINGS[name], **({"weights": drawn_policy(folder)} if name == "policy" else {})).build(0)
     controller.observe(started(sites, seeds))
     draws, spent = np.random.default_rng(0), []
     for tick in range(1, ticks + 1):
@@ -98,6 +118,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ticks", type=int, default=40)
     parser.add_argument("names", nargs="*", default=list(LIMITS_MS))
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     slow, sizes = 0, (options.sites, options.seeds)
     for name in options.names or LIMITS_MS:
         found = allocate(10 * options.sites, options.ticks) if name == "hierarchical" else measure(name, *sizes, options.ticks)

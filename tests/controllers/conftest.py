@@ -18,7 +18,7 @@ from esper.bus.trainer.bus_port import BusPort
 from esper.controllers import ControllerRunner
 from esper.controllers.base import Controller
 from esper.lifecycle.stages import Stage
-from esper.messages import Acknowledgement, Cancel, Command, Germinate, Metrics, Transition
+from esper.messages import Acknowledgement, Cancel, Command, EmergencyStop, Germinate, Metrics, Transition
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # growing.py
 
@@ -58,12 +58,11 @@ class Run:
         self.port.started(tick, total_ticks, self.sites)
         return self
 
-    def move(self, site: str, seed: int, target: Stage, blueprint: str = "") -> None:
+    def move(self, site: str, seed: int, target: Stage, blueprint: str = "", why: dict[str, Any] | None = None) -> None:
         """A transition, said on the bus."""
         source, self.stages[site, seed] = self.stages[site, seed], target
-        self.port.emit(
-            Transition(tick=self.tick, site=site, seed=seed, branch=-1, source=source, target=target, cause="test", blueprint=blueprint)
-        )
+        said = {"cause": "test", "blueprint": blueprint, "why": why or {}}
+        self.port.emit(Transition(tick=self.tick, site=site, seed=seed, branch=-1, source=source, target=target, **said))
 
     def until(self, last: int, metrics: Callable[[int], dict[str, float]] | None = None) -> Run:
         """Train up to tick ``last``: apply commands, say telemetry and metrics, end the tick."""
@@ -89,10 +88,13 @@ class Run:
             if place in self.refuse or self.stages.get(place) != Stage.DORMANT:
                 reason = f"{place} cannot germinate"
             else:
-                self.move(*place, Stage.GERMINATED, command.blueprint or "mlp")
+                self.move(*place, Stage.GERMINATED, command.blueprint or "mlp", command.why)
         elif isinstance(command, Cancel):
             for seed in command.select.seeds or []:
                 self.move(command.select.site, seed, Stage.CANCELLED)
+        elif isinstance(command, EmergencyStop):
+            for seed in command.select.seeds or []:
+                self.move(command.select.site, seed, Stage.CULLED, why=command.why)
         self.port.acknowledge(command.id, "refused" if reason else "applied", reason, self.tick)
 
     @property

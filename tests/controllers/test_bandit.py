@@ -176,3 +176,17 @@ def test_settings_under_which_nothing_could_grow_end_the_run_at_its_start(run, s
 
 def test_it_germinates_no_more_than_the_run_allows(run):
     assert len(World(run, bandit(most=3), at_fc1).start().until(95).commands) == 3
+
+
+def test_without_experience_it_begins_where_growth_is_needed(run):
+    def found(**settings: Any) -> int:
+        """How often the first branch of a run grows at the seed that is silent, over eight runs."""
+        there = 0
+        for seed in range(8):
+            controller = bandit(seed, count=1, **settings)
+            ran = run(controller, f"need {seed} {settings}")
+            ran.health["fc1", 2] = (0.0, 1.0, 0.0)
+            there += ran.start().until(8).germinated.get(6) == [("fc1", 2)]
+        return there
+
+    assert found() >= 7 > 5 > found(need=0.0)

@@ -11,11 +11,12 @@ from esper.controllers import CONFIGS, Controller
 from esper.controllers.base import command_id
 from esper.errors import UserError
 from esper.messages import Message
+from tests.controllers.policies import saved
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_controller_says_nothing_before_it_has_heard_of_a_run(name):
-    controller: Controller = CONFIGS[name]().build(0)
+def test_a_controller_says_nothing_before_it_has_heard_of_a_run(name, tmp_path):
+    controller: Controller = CONFIGS[name](**({"weights": saved(tmp_path)} if name == "policy" else {})).build(0)
     controller.observe(Message())
     assert controller.decide(0) == []
     assert controller.decide(10_000) == []

@@ -67,10 +67,10 @@ def flat(made: Credit, value: float = 1.0) -> Credit:
 
 def test_a_kept_branch_earns_its_gain_for_its_cost_less_its_rent():
     ended = life(flat(credit(), 2.0), final_gain=0.2, no_harm=0.3)
-    assert ended.kept and ended.gain == pytest.approx(0.1), "a share of the loss"
+    assert ended.kept and ended.gain == pytest.approx(0.2 / 2.2), "a share of the loss without it"
     assert ended.cost == pytest.approx(1.5), "300 of a mean of 200"
     assert ended.squat == pytest.approx(40 / TOTAL), "alpha was 0 from tick 100 to 140"
-    assert ended.reward == pytest.approx(0.1 / 1.5 - 0.1 * 0.04)
+    assert ended.reward == pytest.approx(0.2 / 2.2 / 1.5 - 0.1 * 0.04)
 
 
 def test_the_same_gain_is_worth_more_from_a_smaller_branch_but_not_without_end():
@@ -118,6 +118,27 @@ def test_an_early_fossil_of_a_host_that_learns_fast_earns_less_than_the_judge_sa
     loss(made, {0: 2.3, 20: 1.9, 40: 1.6, 60: 1.4, 80: 1.25, 100: 1.15, 120: 1.1})
     ended = life(made, born=40, blending=60, full=80, final_gain=0.4, no_harm=0.5)
     assert ended.gain < 0.6 * 0.4 / 1.1
+
+
+def test_branches_that_lean_on_each_other_are_told_apart():
+    """Each is worth more than the whole loss that is left, since without it the others are nothing."""
+    small, large = (life(flat(credit(), 0.1), final_gain=worth, no_harm=5.0) for worth in (0.2, 2.0))
+    assert 0.6 < small.gain < 0.7 < 0.95 < large.gain < 1.0
+
+
+def test_a_host_that_has_just_begun_to_fall_steeply_is_not_expected_to_fall_below_nothing():
+    """The loss falls faster and faster before the blending, and has nearly reached its end when the branch is kept."""
+    made = credit()
+    loss(made, {0: 5.5, 20: 5.3, 40: 5.0, 60: 4.5, 80: 3.8, 100: 2.9, 120: 2.0} | {150: 0.5, 300: 0.2})
+    ended = life(made, final_gain=0.3, no_harm=1.8)
+    assert ended.gain == pytest.approx(0.3 / 0.5), "at least half of the fall is not the host's own"
+
+
+def test_a_loss_that_may_be_negative_is_extrapolated_freely():
+    learning = OwnLearning()
+    for tick, value in ((0, 1.0), (50, 0.2), (100, -0.5)):
+        learning.observe(tick, value)
+    assert learning.fall(100, 200) > 1.0
 
 
 def test_squatting_at_small_alpha_costs_rent_until_the_run_ends():

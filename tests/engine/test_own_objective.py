@@ -10,7 +10,7 @@ from growing import Loop, germinate, same, short
 
 from esper.blueprints import Width
 from esper.lifecycle import Stage
-from esper.messages import Germinate
+from esper.messages import EmergencyStop, Germinate
 
 LASTING = {"lifecycle": short(readiness=1.0, training_max="200step")}
 
@@ -62,3 +62,10 @@ def test_the_event_repeats_the_explanation_and_names_the_objective(why: dict[str
     first, second = loop.port.transitions[:2]
     assert first.why == why and second.why == {}
     assert first.objective == second.objective == "functional_gradient"
+
+
+def test_the_event_of_a_stop_repeats_its_explanation():
+    why = {"controller": "mine", "expected": -0.1}
+    loop = Loop("mlp", commands={1: [germinate("fc1", 0)], 2: [EmergencyStop(id="stop", why=why)]}, settings=LASTING).run(3)
+    stopped = [event for event in loop.port.transitions if event.target == Stage.CANCELLED]
+    assert [event.why for event in stopped] == [why]

@@ -11,6 +11,7 @@ import pytest
 
 from esper.app import main
 from esper.inventory.find import find
+from esper.learn.command import main as learn
 from esper.tracking.recorded_tables import read_recorded
 
 
@@ -112,3 +113,18 @@ def test_a_run_that_has_not_ended_is_compared_as_far_as_it_came(outputs: Path, c
     said = capsys.readouterr().out
     assert said.startswith(f"no end yet of {other}; so far:") and "telemetry" not in said and "step" not in said
     assert find(str(other), {}).status == "DIED"
+
+
+def test_a_policy_is_learnt_from_the_jobs_of_a_sweep_and_from_the_store_where_their_folders_are_gone(
+    outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for passes in ("IMITATION", "IMPROVEMENT"):
+        monkeypatch.setattr(f"esper.learn.training.{passes}", 2)
+    assert learn([str(outputs / "s"), f"output={outputs}", f"to={tmp_path / 'first.safetensors'}"]) == 0
+    there = capsys.readouterr().out
+    for gone in ("s", "day"):
+        shutil.rmtree(outputs / gone)
+    assert learn([f"output={outputs}", f"to={tmp_path / 'second.safetensors'}"]) == 0
+    stored = capsys.readouterr().out
+    for said in (there, stored):
+        assert said.startswith("runs          4, 1 of them held out") and "16 germinate" in said

@@ -59,7 +59,7 @@ def test_a_smaller_multitude_of_seeds_goes_the_same_way(checkout: Path, tmp_path
 def test_a_few_sites_measure_every_controller_the_same_way(checkout: Path) -> None:
     done = _bench(checkout, "controllers", "--sites", "3", "--seeds", "20", "--ticks", "12")
     assert done.returncode in (0, 1), done.stdout + done.stderr  # 1: slower than the limit, as a busy machine may be
-    for name in ("heuristic", "bandit", "hierarchical"):
+    for name in ("heuristic", "bandit", "policy", "hierarchical"):
         assert f"{name} " in done.stdout and f"{name} decided nothing" not in done.stdout
 
 

@@ -22,6 +22,21 @@ def test_every_arm_runs_and_spends_at_most_its_six_events(checkout: Path, tmp_pa
     assert (tmp_path / "memory.json").exists() is (arm == "wiser_bandit")
 
 
+@pytest.mark.usefixtures("whole_runs")
+def test_the_policy_is_learnt_from_the_pilots_and_decides_in_the_study(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = study(checkout, "ab_controller")
+    for passes in ("IMITATION", "IMPROVEMENT"):
+        monkeypatch.setattr(f"esper.learn.training.{passes}", 5)
+    for jobs in module.pilots("mnist1d", 1, 60, tmp_path)[-2:]:
+        module.chain(jobs)
+    module.learnt("mnist1d", tmp_path)
+    (job,) = [job for jobs in module.studied("mnist1d", 1, 60, tmp_path) for job in jobs if job["arm"] == "by_policy"]
+    (row,) = module.chain([job])
+    assert set(row) == set(module.COLUMNS) and row["germinated"] <= 6
+
+
 def rows(module: ModuleType, lead: dict[str, float]) -> list[dict[str, object]]:
     """A study of ten seeds in which some arms lead ``at_20``, the best fixed schedule, by so much."""
     common = {"phase": "study", "task": "mnist1d", "macs": 10, "parameters": 5, "germinated": 6, "fossilized": 2}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from studies import study
 
+import esper.learn.training
 from esper.seeds import find_sites
 
 
@@ -37,7 +38,9 @@ def test_a_crippled_layer_keeps_few_working_units_and_the_others_are_whole(folde
 
 
 @pytest.mark.usefixtures("whole_runs")
-def test_the_quick_form_runs_every_kind_of_arm_and_writes_the_page(checkout: Path, folder: Path, tmp_path: Path) -> None:
+def test_the_quick_form_runs_every_kind_of_arm_and_writes_the_page(
+    checkout: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = study(checkout, "crippled_layer")
     memory = {"memory": str(tmp_path / "memory.json"), "steps": 120}
     jobs = [{"phase": "pilot", "arm": "wiser_bandit", "seed": 7, "remember": True} | memory]
@@ -50,6 +53,14 @@ def test_the_quick_form_runs_every_kind_of_arm_and_writes_the_page(checkout: Pat
     assert by_arm["by_health"]["there"] >= 5 and by_arm["by_allocator"]["there"] >= 5, "of six, at one of six layers"
     assert by_arm["by_probe"]["kept"] <= 2 < by_arm["by_probe"]["germinated"], "losers go, also those that have passed their first look"
     assert (tmp_path / "memory.json").exists() and by_arm["wiser_bandit"]["crippled"] == 1
+    taught = module.lessons(2, 120, tmp_path)
+    assert [(job["arm"], job["seed"]) for job in taught] == [("by_lot", 1000), ("by_lot", 1001), ("by_health", 1000), ("by_health", 1001)]
+    monkeypatch.setattr(esper.learn.training, "IMITATION", 5)
+    lesson = module.chain(taught[1:3])
+    weights = module.learnt(taught[1:3], tmp_path / "policy.safetensors")
+    (decided,) = module.chain([{"phase": "study", "arm": "by_policy", "seed": 1, "steps": 120, "weights": str(weights)}])
+    assert decided["germinated"] <= 6 and {row["phase"] for row in lesson} == {"lesson"}
+    rows += [*lesson, decided]
     module.machine(tmp_path, "--seeds 1", "in a moment")
     text = module.write_up(rows, tmp_path, module.LAYERS, module.EVENTS, list(module.ARMS))
     assert "by_health" in text and (tmp_path / "found.png").stat().st_size > 1000

@@ -194,7 +194,7 @@ def test_tracking_none_keeps_the_parquet_files_alone(bus, info, story, publish):
     runner.start()
     publish(info.run, story(30))
     runner.close("FINISHED")
-    assert sorted(path.name for path in Path(info.folder).iterdir()) == sorted(f"{name}.parquet" for name in TABLES)
+    assert sorted(path.name for path in Path(info.folder).iterdir()) == sorted(["started.json", *(f"{name}.parquet" for name in TABLES)])
 
 
 def test_a_full_disk_is_an_error_at_close_not_a_shorter_file(bus, info, story, publish, monkeypatch):

@@ -1,0 +1,1 @@
+"""``esper learn``: a policy from recorded runs."""
