@@ -1,13 +1,13 @@
 """Reasoning primitives: copying, variable assignment of depth 0, 1 and 2, and sums, each answered in one forward pass.
 
-After the synthetic primitives of Saunshi et al. 2024 (arXiv 2409.19044), in a form of a few bytes a problem: ``a3`` gives a variable its
+After the synthetic primitives of Saunshi et al. 2024 (arXiv 2409.19044), in a form of a few bytes a problem: ``A3`` gives a variable its
 value, or the name of another one. A marker says that an answer follows, one a kind of problem (``>`` below); in an assignment the
 name that is asked for stands between the two::
 
     qwerty>qwerty
-    a3;k7;>k7>a3
-    a3;k7;ck;xk;>x7>c7
-    a3;k7;ck;xk;mx;bc;>b7>m7
+    A3;K7;>K7>A3
+    B3;Q7;CQ;XB;>X3>C7
+    H3;T7;ET;PH;MP;IP;>I3>M3
     07+58>065
 
 The loss is over text and answers. What a problem states is drawn by lot, so there is nothing in it to be predicted.
@@ -37,6 +37,7 @@ DEPTHS = (0, 1, 2)
 KINDS = ("copying", *(f"assignment_{depth}" for depth in DEPTHS), "adding")
 """In the order of their markers, tokens ``BYTES`` and up."""
 LETTERS = 26
+"""Words are of small ones, and variables have capitals for names."""
 HELD_OUT_SUMS = 0.05
 """Share of all sums for each of judge, validation, test."""
 
@@ -127,9 +128,12 @@ class Form:
 def problems(form: Form, samples: int, which: str, seed: int) -> Tensor:
     """Problems of every kind for one of the sets, in an order drawn for every sample: int16 ``[samples, tokens]``."""
     drawn, sums = generator(seed, "primitives", which), _dealt_sums(form.digits, seed)[which]
+    levels = [depth + 1 for depth in DEPTHS]
+    names = torch.rand(samples, LETTERS, generator=drawn).argsort(1)[:, : sum(levels) * form.variables] + ord("A")  # none twice in a sample
+    of_depths = names.unflatten(1, (-1, form.variables)).split(levels, 1)
     parts = (
         _copying(samples, form.letters, drawn),
-        *(_assignment(samples, depth, form.variables, drawn) for depth in DEPTHS),
+        *(_assignment(depth, names, drawn) for depth, names in zip(DEPTHS, of_depths, strict=True)),
         torch.cat([_adding(samples, form.digits, sums, drawn) for _ in range(form.sums)], 1),
     )
     orders = list(permutations(parts))
@@ -146,10 +150,12 @@ def _copying(samples: int, letters: int, drawn: torch.Generator) -> Tensor:
     return torch.cat((word, _same("copying", samples), word, _same("\n", samples)), 1)
 
 
-def _assignment(samples: int, depth: int, variables: int, drawn: torch.Generator) -> Tensor:
-    """Values for the variables of the first level; each of a further level names one of the level before. The last level is asked for."""
-    levels = depth + 1
-    names = ord("a") + torch.rand(samples, LETTERS, generator=drawn).argsort(1)[:, : levels * variables].view(samples, levels, variables)
+def _assignment(depth: int, names: Tensor, drawn: torch.Generator) -> Tensor:
+    """Values for the variables of the first level; each of a further level names one of the level before. The last level is asked for.
+
+    ``names``: ``[samples, levels, variables]``.
+    """
+    samples, levels, variables = names.shape
     held = ord("0") + torch.randint(10, (samples, variables), generator=drawn)
     written = [_joined(names[:, 0], held, ";")]
     for level in range(1, levels):

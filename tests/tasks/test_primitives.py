@@ -37,6 +37,7 @@ def test_every_answer_is_right_and_every_sample_has_problems_of_every_kind() -> 
         kinds = [re.findall("<(.*?)>", line)[0] for line in lines]
         orders.add(tuple(kinds))
         assert sorted(kinds) == sorted([*KINDS, "adding"])
+        names: list[str] = []
         for line, kind in zip(lines, kinds, strict=True):
             stated, *asked = line.split(f"<{kind}>")
             if kind == "copying":
@@ -47,11 +48,13 @@ def test_every_answer_is_right_and_every_sample_has_problems_of_every_kind() -> 
             else:
                 given, depth = dict(stated.removesuffix(";").split(";")), int(kind[-1])  # type: ignore[arg-type]
                 assert len(given) == 3 * (depth + 1) and len(asked) == 3
+                names += given
                 for name, answer in asked:
                     steps, value = 0, given[name]
                     while value in given:
                         steps, value = steps + 1, given[value]
                     assert (value, steps) == (answer, depth)
+        assert len(names) == len(set(names)) == 3 * (1 + 2 + 3)
     assert len(orders) > 20
 
 
