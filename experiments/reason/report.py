@@ -129,6 +129,8 @@ def main() -> None:
     for row in rows_of(given.sweep):
         if row["kind"] == "compared" and row["status"] == "FINISHED":
             arms[row["arm"]][int(row["seed"])] = row
+    if not arms[GROWN].keys() & arms[FEWER].keys() & arms[ALL].keys():
+        raise SystemExit(f"No pair of {given.sweep} has finished with {GROWN}, {FEWER} and {ALL}: there is nothing to compare.")
     frames = {loss: matched(arms, loss) for loss in LOSSES}
     pd.concat([frame.assign(loss=loss) for loss, frame in frames.items()]).to_csv(given.out / "matched.csv", index=False)
     verdicts = {loss: judged(frame) for loss, frame in frames.items()}
