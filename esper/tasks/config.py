@@ -112,10 +112,10 @@ class PrimitivesConfig:
     """Copying, variable assignment of depth 0, 1 and 2, and sums, behind a stretch of text if you like: every sample has some of each."""
 
     name: str = "primitives"
-    train: int = setting(50_000, low=10, high=10_000_000, unit="samples", help="training samples")
-    held_out: int = setting(1000, low=10, high=1_000_000, unit="samples", help="samples of each of judge, validation, test")
+    train: int = setting(20_000, low=10, high=10_000_000, unit="samples", help="training samples")
+    held_out: int = setting(500, low=10, high=1_000_000, unit="samples", help="samples of each of judge, validation, test")
     letters: int = setting(6, low=1, high=100, help="letters of a word to be copied")
-    variables: int = setting(4, low=2, high=4, help="variables a level of an assignment; all those of its last level are asked for")
+    variables: int = setting(4, low=2, high=4, help="variables a level of an assignment, and questions about those of its last level")
     sums: int = setting(2, low=1, high=100, help="sums of a sample")
     digits: int = setting(2, low=1, high=3, help="digits of what is added; held-out sums are none of the training's")
     text: int = setting(0, low=0, high=65536, unit="bytes", help="text in front of the problems; 0: none")

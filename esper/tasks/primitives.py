@@ -5,7 +5,7 @@ value, or the name of another one. A marker says that an answer follows, one a k
 name that is asked for stands between the two::
 
     qwerty>qwerty
-    A3;K7;>K7>A3
+    A3;K7;>K7>K7
     B3;Q7;CQ;XB;>X3>C7
     H3;T7;ET;PH;MP;IP;>I3>M3
     07+58>065
@@ -151,7 +151,7 @@ def _copying(samples: int, letters: int, drawn: torch.Generator) -> Tensor:
 
 
 def _assignment(depth: int, names: Tensor, drawn: torch.Generator) -> Tensor:
-    """Values for the variables of the first level; each of a further level names one of the level before. The last level is asked for.
+    """Values for the variables of the first level; each of a further level names one of the level before. Those of the last are asked for.
 
     ``names``: ``[samples, levels, variables]``.
     """
@@ -162,9 +162,9 @@ def _assignment(depth: int, names: Tensor, drawn: torch.Generator) -> Tensor:
         chosen = torch.randint(variables, (samples, variables), generator=drawn)
         held = held.gather(1, chosen)
         written.append(_joined(names[:, level], names[:, level - 1].gather(1, chosen), ";"))
-    order = torch.rand(samples, variables, generator=drawn).argsort(1)
+    asked = torch.randint(variables, (samples, variables), generator=drawn)  # one may come twice, so that none is known by elimination
     sign = _same(f"assignment_{depth}", samples).expand(-1, variables)
-    written.append(_joined(sign, names[:, -1].gather(1, order), held.gather(1, order)))
+    written.append(_joined(sign, names[:, -1].gather(1, asked), held.gather(1, asked)))
     return torch.cat([*written, _same("\n", samples)], 1)
 
 
@@ -228,13 +228,16 @@ class Measures:
 
         The tokens before are the right ones, as in training: the answer is not generated.
         """
-        right = logits(output).argmax(2) == batch[1]
-        whole = right.unfold(1, self._length(kind), 1).all(2)
-        return _mean(whole.float(), self._begins(kind, batch[0])[:, : whole.shape[1]])
+        return self._solved_of(kind, output.argmax(2) == batch[1], batch[0])
 
     def solved(self, output: Tensor, batch: Batch) -> Tensor:
         """The mean over the kinds of what ``solved_of`` gives."""
-        return torch.stack([self.solved_of(kind, output, batch) for kind in KINDS]).mean(0)
+        right = output.argmax(2) == batch[1]
+        return torch.stack([self._solved_of(kind, right, batch[0]) for kind in KINDS]).mean(0)
+
+    def _solved_of(self, kind: str, right: Tensor, inputs: Tensor) -> Tensor:
+        whole = right.unfold(1, self._length(kind), 1).all(2)
+        return _mean(whole.float(), self._begins(kind, inputs)[:, : whole.shape[1]])
 
     def _length(self, kind: str) -> int:
         """Tokens of an answer."""

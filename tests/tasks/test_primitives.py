@@ -31,7 +31,7 @@ def read(given: Task, which: str = "train") -> list[str]:
 
 
 def test_every_answer_is_right_and_every_sample_has_problems_of_every_kind() -> None:
-    orders = set()
+    orders, asked_again = set(), 0
     for sample in read(task(variables=3, sums=2, digits=2)):
         lines = sample.removesuffix("\n").split("\n")
         kinds = [re.findall("<(.*?)>", line)[0] for line in lines]
@@ -49,12 +49,14 @@ def test_every_answer_is_right_and_every_sample_has_problems_of_every_kind() -> 
                 given, depth = dict(stated.removesuffix(";").split(";")), int(kind[-1])  # type: ignore[arg-type]
                 assert len(given) == 3 * (depth + 1) and len(asked) == 3
                 names += given
+                asked_again += len({name for name, _ in asked}) < 3
                 for name, answer in asked:
                     steps, value = 0, given[name]
                     while value in given:
                         steps, value = steps + 1, given[value]
                     assert (value, steps) == (answer, depth)
         assert len(names) == len(set(names)) == 3 * (1 + 2 + 3)
+    assert asked_again > 20  # what was answered already tells nothing of what was not
     assert len(orders) > 20
 
 
