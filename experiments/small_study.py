@@ -26,6 +26,7 @@ class Study:
     costs: tuple[str, ...]
     reference: str
     effect: float
+    rates: tuple[float, ...] = RATES
     steps: int = 600
     seeds: int = 15
     tune_seeds: int = 3
@@ -48,7 +49,7 @@ class Study:
         limit, quick = TimeLimit(options.minutes), options.quick
         note_machine(options.out, options.workers)
         steps = 100 if quick else self.steps
-        grid = [{"lr": rate} for rate in (RATES[1:3] if quick else RATES)]
+        grid = [{"lr": rate} for rate in (self.rates[1:3] if quick else self.rates)]
         tuned = {arm: grid for arm in self.arms if arm not in self.untuned}
         jobs = tuning_jobs(tuned, self.blocks, 1 if quick else self.tune_seeds, steps=steps)
         chosen = best(carry_out(self.one, jobs, options.out / "tuning.csv", options.workers, limit), "judge")

@@ -108,6 +108,31 @@ class TextConfig:
 
 
 @dataclass
+class PrimitivesConfig:
+    """Copying, variable assignment of depth 0, 1 and 2, and sums, behind a stretch of text if you like: every sample has some of each."""
+
+    name: str = "primitives"
+    train: int = setting(20_000, low=10, high=10_000_000, unit="samples", help="training samples")
+    held_out: int = setting(500, low=10, high=1_000_000, unit="samples", help="samples of each of judge, validation, test")
+    letters: int = setting(6, low=1, high=100, help="letters of a word to be copied")
+    variables: int = setting(4, low=2, high=4, help="variables a level of an assignment, and questions about those of its last level")
+    sums: int = setting(2, low=1, high=100, help="sums of a sample")
+    digits: int = setting(2, low=1, high=3, help="digits of what is added; held-out sums are none of the training's")
+    text: int = setting(0, low=0, high=65536, unit="bytes", help="text in front of the problems; 0: none")
+    path: str = setting("", help="the text, as for task=text: a file, a folder, python; empty: the King James Bible")
+    files: list[str] = setting(["*"], help="which files of a folder, by name, with * and ?")
+    held_out_bytes: int = setting(1_000_000, low=1000, unit="bytes", help="text of each of judge, validation, test, at most")
+    cache: str = setting("", help="folder for the prepared text; empty: esper in the user's cache folder")
+    split_seed: int = setting(0, low=0, help="draws the problems and divides the text, whatever the run's seed")
+
+    def build(self) -> Task:
+        """The task as the settings say it; raises UserError for a text that is absent or cannot be used."""
+        from esper.tasks import primitives
+
+        return primitives.build(self)
+
+
+@dataclass
 class FolderConfig:
     """Classification of your own files, one a sample: a folder of class folders."""
 
@@ -158,6 +183,7 @@ CONFIGS: dict[str, type] = {
     "fashion_mnist": FashionMnistConfig,
     "cifar10": Cifar10Config,
     "text": TextConfig,
+    "primitives": PrimitivesConfig,
     "folder": FolderConfig,
     "table": TableConfig,
 }

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from second_training import WIDTH, accuracy, digits, network, second_training, train, trained_host  # noqa: E402
-from small_study import Study  # noqa: E402
+from small_study import RATES, Study  # noqa: E402
 from study_runs import Row  # noqa: E402
 
 from esper.randomness import generator  # noqa: E402
@@ -89,6 +89,7 @@ STUDY = Study(
     costs=("added", "trained"),
     reference="fine_tune",
     effect=0.01,
+    rates=(*RATES, 0.1),
 )
 
 if __name__ == "__main__":

@@ -115,6 +115,24 @@ def test_every_net_of_the_growth_map_ends_with_as_many_blocks_and_grown_ones_cos
 
 
 @pytest.mark.usefixtures("whole_runs")
+def test_the_nets_of_the_study_of_reasoning_end_alike_and_their_problems_are_measured(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (number * number) % 23) for number in range(20_000)))
+    words = [f"task.path={text}", f"task.cache={tmp_path}", "task.held_out_bytes=1000", "task.train=200", "task.held_out=20"]
+    found = {}
+    for arm in ("half_50", "deep", "half"):
+        config = compose(["experiment=reason_quick", f"arm={arm}", *words, "trainer.steps=20", "trainer.batch_size=2", "tracking=none"])
+        found[arm] = run(config, tmp_path / arm, quiet=True, controls=()).summary
+    sizes = {arm: summary["parameters"]["after"] for arm, summary in found.items()}
+    assert sizes["half"] < sizes["half_50"] == sizes["deep"]
+    assert 0.7 < found["half_50"]["macs"] / found["deep"]["macs"] < 0.8 and found["half_50"]["seeds"]["germinated"] == 1
+    for summary in found.values():
+        ended = summary["metrics"]["final"]
+        kinds = [ended[f"test/{kind}"] for kind in ("copying", "assignment_0", "assignment_1", "assignment_2", "adding")]
+        assert ended["test/solved"] == pytest.approx(sum(kinds) / 5) and ended["test/text_loss"] > 0.0
+
+
+@pytest.mark.usefixtures("whole_runs")
 def test_the_arms_of_the_study_of_the_default_run_are_what_they_are_called(tmp_path: Path) -> None:
     def of(*words: str) -> dict[str, Any]:
         brief = ["experiment=digits_why_quick", "tracking=none", "trainer.control=false", "seed=3", *words]

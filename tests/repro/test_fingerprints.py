@@ -19,8 +19,8 @@ from esper.running.run import run
 pytestmark = pytest.mark.usefixtures("whole_runs")
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
-STUDIES = {"growth_map", "growth_map_adamw", "growth_frontier", "defaults"}
-"""They have several blocks; ``tests/compare/test_studies.py`` runs their arms."""
+STUDIES = {"growth_map", "growth_map_adamw", "growth_frontier", "defaults", "reason"}
+"""They have several blocks or a large text; ``tests/compare/test_studies.py`` runs their arms."""
 EXPERIMENTS = sorted({path.stem for path in FOLDER.glob("*.yaml") if not path.stem.endswith("_quick")} - STUDIES)
 BRIEF = ["trainer.steps=80", "tracking=none", "trainer.control=false", "trainer.validate_every=50%"]
 BRIEFER = ["trainer.steps=40", *BRIEF[1:], "trainer.checkpoint_every="]
