@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -52,7 +54,7 @@ def saving(folder: Path, count: int) -> bool:
 
 
 class Cluster:
-    """The servers of ``scripts/cluster``, with two nodes for a job each."""
+    """The servers of ``scripts/cluster``."""
 
     def __init__(self, folder: Path, checkout: Path) -> None:
         self.script = [sys.executable, str(checkout / "scripts" / "cluster_servers.py")]
@@ -63,6 +65,18 @@ class Cluster:
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
         return done.returncode, done.stdout + done.stderr
 
+    def rows_in_postgresql(self) -> int:
+        """How many runs its database has; its socket is for this account alone."""
+        import psycopg2
+
+        place = json.loads((self.folder / "cluster.json").read_text())["servers"]["database"][0]
+        assert Path(place).stat().st_mode & 0o077 == 0
+        with contextlib.closing(psycopg2.connect(host=place, dbname="postgres")) as database, database.cursor() as cursor:
+            cursor.execute("SELECT count(*), (SELECT setting FROM pg_settings WHERE name = 'listen_addresses') FROM runs")
+            count, addresses = cursor.fetchone()
+        assert addresses == "", "no port is open"
+        return int(count)
+
     def lose_a_node(self) -> None:
         """Kill the process that makes a node one; Ray's other processes on it end with it."""
         keeper = int((self.folder / "lock").read_text())
@@ -72,7 +86,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(processes: None, heavy_libraries: None, tmp_path: Path, checkout: Path) -> Iterator[Cluster]:
-    """A real Ray cluster, a real MLflow server and a real bus server."""
+    """A real Ray cluster, real MLflow, PostgreSQL and bus servers, once they are up."""
     found = Cluster(tmp_path / "cluster", checkout)
     yield found
     found.ask("down")
@@ -144,8 +158,8 @@ def refusals_of(address: str) -> None:
 def test_the_job_of_a_lost_node_goes_on_elsewhere_and_every_result_counts_once(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, said = cluster.ask("up", "--nodes", "2")
-    assert code == 0 and said.count(" answers") == 3, said
+    code, said = cluster.ask("up", "--nodes", "2", "--store", "postgresql")
+    assert code == 0 and said.count(" answers") == 4, said
     assert (cluster.folder / "ray-token").stat().st_mode & 0o077 == 0
     told = [line for line in said.splitlines() if not line.startswith("#")]
     password = subprocess.run(["bash", "-c", f"{told[1]}; printenv ESPER_BUS_PASSWORD"], capture_output=True, text=True, check=True)
@@ -166,9 +180,20 @@ def test_the_job_of_a_lost_node_goes_on_elsewhere_and_every_result_counts_once(
     run(compose([*WORDS, f"seed={found.index(again[0])}", f"output={tmp_path}"]), tmp_path / "whole", quiet=True)
     assert read_summary(again[0])["fingerprint"] == read_summary(tmp_path / "whole")["fingerprint"]
     assert kept(next(word for word in words if word.startswith("tracking.uri=")).removeprefix("tracking.uri=")) == 3
+    assert cluster.rows_in_postgresql() == 4
     code, said = cluster.ask("down")
     assert code == 0 and "It is down." in said
     assert cluster.ask("status")[0] == 1
+
+
+def test_a_database_with_a_password_in_its_address_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts.cluster_servers import main
+
+    for store in ("postgresql+psycopg2://me:hush-hush@host/runs", "postgres", "mysql"):
+        assert main(["up", "--folder", str(tmp_path / "cluster"), "--store", store]) == 2
+        said = capsys.readouterr().err
+        assert "--store is sqlite, postgresql, or an address without a password" in said and "hush" not in said
+    assert not (tmp_path / "cluster").exists()
 
 
 def kept(uri: str) -> int:
