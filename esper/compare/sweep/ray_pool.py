@@ -46,7 +46,7 @@ class RayWorker:
         """The answer; ``lost`` is in it where the node was lost over the job."""
         import ray
 
-        assert goes_on is None, "a search runs on one machine"
+        assert goes_on is None, "a job elsewhere reports nothing while it trains"
         try:
             answer: Answer = ray.get(self._actor.ask.remote(request))
         except ray.exceptions.RayActorError as error:

@@ -74,7 +74,7 @@ class BatchWorker:
         """The answer; a job whose node is lost is sent again."""
         import submitit
 
-        assert goes_on is None, "a search runs on one machine"
+        assert goes_on is None, "a job elsewhere reports nothing while it trains"
         request = request | {"wait_s": 60.0 * self.config.timeout_min}  # for the same job of a killed sweep, still in the queue
         self._idle.clear()
         try:
