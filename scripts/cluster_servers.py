@@ -180,6 +180,7 @@ def mlflow(folder: Path, store: str, workers: int = 1) -> Iterator[tuple[str, in
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(number), "--workers", str(workers)]
     command += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
+    quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # judges of language models: three more processes, for nothing here
     with (folder / "mlflow.log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)
     try:
