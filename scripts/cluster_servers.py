@@ -95,7 +95,7 @@ def status(options: argparse.Namespace) -> int:
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     lost = False
     for name, (host, number) in note["servers"].items():
-        there = _answers(host, number)
+        there = answers(host, number)
         lost |= not there
         print(f"# {name:<8} {host}:{number:<6} {'answers' if there else 'DOES NOT ANSWER'}")
     bus = json.loads((folder / "bus" / "address.json").read_text(encoding="utf-8"))
@@ -161,7 +161,7 @@ def keep(options: argparse.Namespace) -> int:
             servers.callback(bus.stop)
             found["bus"] = (HOST, bus.note.tcp_port)
             found["ray"] = servers.enter_context(ray_cluster(folder, options.nodes, options.cpus))
-            while not _answers(*found["mlflow"]):
+            while not answers(*found["mlflow"]):
                 time.sleep(0.1)
             partial = folder / f".{NOTE}"
             partial.write_text(json.dumps({"servers": found}) + "\n", encoding="utf-8")
@@ -293,7 +293,7 @@ def _free() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(host: str, number: int) -> bool:
+def answers(host: str, number: int) -> bool:
     """Whether anything listens there; a folder has a socket of PostgreSQL's."""
     try:
         if host.startswith("/"):

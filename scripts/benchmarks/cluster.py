@@ -13,12 +13,12 @@ import contextlib
 import csv
 import json
 import os
-import resource
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from scripts.benchmarks._machine import machine
-from scripts.cluster_servers import mlflow, postgresql, postgresql_uri
+from scripts.cluster_servers import answers, mlflow, postgresql, postgresql_uri
 
 LIMIT = 1.10
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +74,15 @@ def store(kind: str, folder: Path) -> Iterator[str]:
         return
     with postgresql(folder / "postgresql") as (place, _):
         yield postgresql_uri(place)
+
+
+@contextmanager
+def server(folder: Path, uri: str) -> Iterator[str]:
+    """The address of an MLflow server of one process on this database, once it answers."""
+    with mlflow(folder, uri) as (host, number):
+        while not answers(host, number):
+            time.sleep(0.1)
+        yield f"http://{host}:{number}"
 
 
 def bytes_and_rows(uri: str) -> tuple[int, int]:
@@ -152,8 +161,7 @@ def row_rates(batches: int) -> Iterator[Row]:
             yield Row(f"{kind}, 1 writer", rate_of(uri, 1, batches), "rows/s", f"{batches} batches of 1,000 metrics")
             if kind == "postgresql":
                 yield Row(f"{kind}, 4 writers", rate_of(uri, 4, batches), "rows/s", f"4 processes with {batches} batches each")
-            host, number = stack.enter_context(mlflow(folder, uri))
-            address = f"http://{host}:{number}"
+            address = stack.enter_context(server(folder, uri))
             for writers in (1, 4):
                 rate = rate_of(address, writers, batches)
                 yield Row(f"server on {kind}, {writers} writer{'s' * (writers > 1)}", rate, "rows/s", "through mlflow server --workers 1")
@@ -172,8 +180,7 @@ def run_sizes(jobs: int) -> Iterator[Row]:
             uri = stack.enter_context(store(kind, folder))
             quiet_client(uri)
             before, _ = bytes_and_rows(uri)
-            host, number = stack.enter_context(mlflow(folder, uri))
-            words = [f"tracking.uri=http://{host}:{number}", "trainer.control=false", "compare.figures=false"]
+            words = [f"tracking.uri={stack.enter_context(server(folder, uri))}", "trainer.control=false", "compare.figures=false"]
             seconds = sweep(words, jobs, os.cpu_count() or 1, environment()).clock
             after, count = bytes_and_rows(uri)
             how = f"{jobs} default runs through a server, {os.cpu_count()} at once"
@@ -194,27 +201,53 @@ class Sweep:
     processor: float
 
 
-def processor_s(keeper: int) -> float:
-    """Processor time of this process's children that have ended, and of a cluster's processes by their keeper's number, 0 for none."""
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    used = ended.ru_utime + ended.ru_stime
-    for one in [psutil.Process(keeper), *psutil.Process(keeper).children(recursive=True)] if keeper else ():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            used += sum(one.cpu_times()[:4])  # its own, and that of its children that have ended
-    return used
+class Used(threading.Thread):
+    """Processor time of everything below these processes, until :meth:`end`, looked at once a second.
+
+    The system's own sums would not do: Ray's processes leave no account of their children that have ended.
+    """
+
+    def __init__(self, *roots: int) -> None:
+        super().__init__(daemon=True)
+        self.roots = [psutil.Process(root) for root in roots]
+        self.before, self.seen = self._look(), dict[psutil.Process, float]()
+        self.over = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Look, until it is over."""
+        while not self.over.wait(1.0):
+            self.seen |= self._look()
+
+    def end(self) -> float:
+        """Seconds of processors since the beginning."""
+        self.over.set()
+        self.join()
+        return sum(seconds - self.before.get(one, 0.0) for one, seconds in self.seen.items())
+
+    def _look(self) -> dict[psutil.Process, float]:
+        found = {}
+        for root in self.roots:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for one in [root, *root.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        found[one] = sum(one.cpu_times()[:2])
+        return found
 
 
 def sweep(words: list[str], jobs: int, workers: int, variables: dict[str, str], keeper: int = 0) -> Sweep:
     """Run a sweep of so many seeds. On a cluster all that its processes do meanwhile is counted."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "esper", "-m", f"seed=range(0,{jobs})", f"output={folder}", *words]
-        began, used = time.monotonic(), processor_s(keeper)
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-        seconds, used = time.monotonic() - began, processor_s(keeper) - used
+        began = time.monotonic()
+        process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        used = Used(*filter(None, (process.pid, keeper)))
+        said = process.communicate()[0]
+        seconds, processor = time.monotonic() - began, used.end()
         found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("sweeps/*/*/*/summary.json")]
-    if done.returncode or len(found) != jobs:
-        raise SystemExit(f"{len(found)} of {jobs} jobs ended:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return Sweep(seconds, seconds - sum(one["seconds"]["total"] for one in found) / workers, used)
+    if process.returncode or len(found) != jobs:
+        raise SystemExit(f"{len(found)} of {jobs} jobs ended:\n{said[-4000:]}")
+    return Sweep(seconds, seconds - sum(one["seconds"]["total"] for one in found) / workers, processor)
 
 
 def launchers(jobs: int, workers: int, repeats: int) -> Iterator[Row]:
