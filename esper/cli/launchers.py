@@ -34,11 +34,15 @@ class LauncherConfig:
 class RayConfig(LauncherConfig):
     """The jobs of a sweep on the nodes of a Ray cluster, each in a worker that is reused."""
 
-    workers: int = setting(0, low=0, help="jobs at once; 0: as many as the cluster has free CPUs (or GPUs) for")
+    workers: int = setting(0, low=0, help="jobs at once; 0: as many as the nodes of the cluster have CPUs (and GPUs) for")
     address: str = setting("auto", help="address of the cluster, as in 10.0.0.1:6379; auto: RAY_ADDRESS, or the one of this machine")
     cpus: float = setting(1.0, low=0.0, help="CPUs of a node that each worker takes")
     gpus: float = setting(0.0, low=0.0, help="GPUs of a node that each worker takes; 0.5: two workers share one")
     lost: int = setting(3, low=0, help="how often a job begins again elsewhere after its node was lost, before it counts as failed")
+
+    def __post_init__(self) -> None:
+        if self.gpus > 1.0 and self.gpus % 1.0:
+            raise UserError(f"hydra.launcher.gpus={self.gpus:g} is not accepted: a worker has a share of one GPU (0.5), or whole ones (2).")
 
 
 @dataclass

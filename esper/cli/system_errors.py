@@ -37,8 +37,8 @@ EXTRAS = {"optuna": "search", "mlflow": "mlflow", "requests": "mlflow", "sqlalch
 
 def missing_package(error: ModuleNotFoundError) -> str:
     """What to install where a part of esper was installed without what it needs; empty for any other module."""
-    name = (error.name or "").partition(".")[0]
-    if name not in EXTRAS:
+    name = error.name or ""
+    if name not in EXTRAS:  # a part of one that is there is missing too: the traceback says which
         return ""
     return f"This needs the Python package {name}, which is not installed; pip install 'esper-grow[{EXTRAS[name]}]'."
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from esper.errors import UserError
+from esper.extras import import_extra
 
 LEARNT = 32_000_000
 """Bytes of the training set that the merges are learnt from."""
@@ -21,10 +22,9 @@ def trained(path: Path, vocabulary: int, save: Path) -> Encode:
     Raises:
         UserError: the package is not installed, or the text is too short for so many tokens.
     """
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise UserError("task.tokens=bpe needs the package tokenizers, which is not installed; run: pip install tokenizers") from error
+    import_extra("tokenizers", "task.tokens=bpe", "tokenizers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

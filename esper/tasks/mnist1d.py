@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from esper.errors import UserError
+from esper.extras import import_extra
 from esper.randomness import seed_for
 from esper.tasks.base import Task
 from esper.tasks.classification import Samples, classification, divide
@@ -61,11 +61,10 @@ def _generated(count: int, seed: int, data: Any, transform: Any) -> Samples:
 
 
 def _generator() -> tuple[Any, Any]:
-    try:
-        from mnist1d import data
-        from mnist1d.transform import transform
-    except ImportError as error:
-        raise UserError("task=mnist1d needs the package mnist1d, which is not installed; run: pip install mnist1d") from error
+    import_extra("mnist1d", "task=mnist1d", "mnist1d")
+    from mnist1d import data
+    from mnist1d.transform import transform
+
     return data, transform
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Sequence
 
-from esper.errors import UserError
+from esper.extras import import_extra
 from esper.messages import Alert, Message, Metrics, RunStarted, Telemetry
 from esper.tracking.run_page import Point, SeedAverages
 
@@ -37,15 +36,12 @@ class Curves:
         return found
 
 
-def import_now(module: str, option: str, package: str, figures: bool) -> None:
+def import_now(module: str, option: str, figures: bool) -> None:
     """Import what the end of a run needs: the ``module`` of a tracker's library, which is an extra, and Matplotlib for ``figures``.
 
     Raises:
-        UserError: the library is not installed.
+        UserError: the library is not installed, or cannot be imported.
     """
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"tracking={option} needs {package}, which is not installed: pip install 'esper-grow[{option}]'.") from None
+    import_extra(module, f"tracking={option}", f"esper-grow[{option}]", package=option)
     if figures:
         import matplotlib.figure  # noqa: F401

@@ -33,7 +33,7 @@ class TensorBoardEvents:
         Raises:
             UserError: TensorBoard is not installed.
         """
-        import_now("torch.utils.tensorboard", "tensorboard", "TensorBoard", self.config.figures)
+        import_now("torch.utils.tensorboard", "tensorboard", self.config.figures)
 
     def open(self, info: RunInfo) -> None:
         """Begin an event file, with the settings by which TensorBoard's HParams page tells runs apart."""

@@ -35,7 +35,7 @@ class WandbRun:
         Raises:
             UserError: wandb is not installed.
         """
-        import_now("wandb", "wandb", "wandb", self.config.figures)
+        import_now("wandb", "wandb", self.config.figures)
 
     def open(self, info: RunInfo) -> None:
         """Begin the W&B run, or go on with the one of this folder.

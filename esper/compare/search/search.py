@@ -1,4 +1,4 @@
-"""A search from its first trial to its report: ``hydra/sweeper=optuna`` in the workers of ``hydra/launcher=local``."""
+"""A search from its first trial to its report: ``hydra/sweeper=optuna`` in the workers of any launcher of esper's."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from esper.compare.sweep.dependencies import MissingSource, controls_to_train, d
 from esper.compare.sweep.launch import JobComposer, prepare_job
 from esper.compare.sweep.mlflow_process import MlflowProcess
 from esper.compare.sweep.plan_sweep import common_metric
+from esper.compare.sweep.pools import pool_of, refuse_local_store
 from esper.compare.sweep.progress import Progress
 from esper.compare.sweep.resume import can_resume, read_note, sweep_lock, sweep_to_resume, write_note
 from esper.compare.sweep.sweep import PreparedJob, Sweep, TrialJob, resume_command, save_outcome, set_aside
 from esper.compare.sweep.worker import LOG
-from esper.compare.sweep.worker_pool import Given, WorkerPool, local_pool, worker_environments
+from esper.compare.sweep.worker_pool import Given, WorkerPool
 from esper.config import structure
 from esper.errors import Preempted, Terminated, UserError
 from esper.search.config import SearchConfig
@@ -130,6 +131,7 @@ def start(composer: JobComposer, launcher: LauncherConfig, keys: Mapping[str, An
     config = example.config
     if config.resume == "auto":
         folder = sweep_to_resume(folder, sys.argv[1:], Path(config.output))
+    refuse_local_store(launcher, config)
     proposals = _Proposals(composer, given, folder)
     _refuse_dependent(given.space, config.compare)
     layout = Layout((), ("",), ("",), given.seeds or (config.seed,))
@@ -139,9 +141,8 @@ def start(composer: JobComposer, launcher: LauncherConfig, keys: Mapping[str, An
         note = read_note(folder)
         one.id, one.parent = note.get("id") or secrets.token_hex(4), note.get("parent", "")
         most = settings.n_trials * len(layout.seeds)
-        environments = worker_environments(min(launcher.workers, most), launcher.threads, config.trainer.device != "cpu")[:most]
         with MlflowProcess(one) as mlflow:
-            workers = local_pool([{**variables, **mlflow.environment} for variables in environments])
+            workers = pool_of(launcher, most, config.trainer.device != "cpu", folder)(mlflow.environment)
             try:
                 with workers:
                     return _run(one, proposals, workers, mlflow, resumed=bool(note))
@@ -204,16 +205,16 @@ def _run_trials(one: Search, trials: Trials, workers: WorkerPool, mlflow: Mlflow
             if frozen.state.is_finished():
                 for at in range(seeds):
                     progress.kept(rows[frozen.number * seeds + at], "kept")
-        runner = _TrialRunner(one, trials, mlflow, progress)
+        runner = _TrialRunner(one, trials, mlflow, progress, workers.away)
         for number, answer in workers.feed(runner.take):
             runner.ended(number, answer)
 
 
 class _TrialRunner:
-    """Gives the workers their jobs, and hears how they end."""
+    """Gives the workers their jobs, and hears how they end. Jobs that are ``away``, on other machines, report nothing while they train."""
 
-    def __init__(self, one: Search, trials: Trials, mlflow: MlflowProcess, progress: Progress) -> None:
-        self.search, self.trials, self.mlflow, self.progress = one, trials, mlflow, progress
+    def __init__(self, one: Search, trials: Trials, mlflow: MlflowProcess, progress: Progress, away: bool) -> None:
+        self.search, self.trials, self.mlflow, self.progress, self.away = one, trials, mlflow, progress, away
         self._running: dict[int, PreparedJob] = {}
 
     def take(self) -> Given | None:
@@ -231,7 +232,10 @@ class _TrialRunner:
                 set_aside(job.folder)
             self.mlflow.add(job)
             self.progress.started(job.job)
-            request = job.request("run") | {"controls": controls_to_train(job, ()), "watched": True}
+            request = job.request("run") | {"controls": controls_to_train(job, ())}
+            if self.away:
+                return job.job.number, request | {"store": self.mlflow.opening(job)}, None
+            request["watched"] = True
             return job.job.number, request, lambda report, job=job: self.trials.goes_on(job, report)
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esper.compare.sources.table import METRIC, NAME, PARAM, RUN, SECONDS, START, RunsTable
-from esper.errors import UserError
+from esper.extras import import_extra
 from esper.tracking.run_info import flatten
 
 if TYPE_CHECKING:
@@ -32,10 +32,9 @@ def tensorboard_runs(folder: Path) -> RunsTable:
     """
     import pandas as pd
 
-    try:
-        from tensorboard.backend.event_processing import event_accumulator
-    except ImportError:
-        raise UserError("Event files are read with TensorBoard's own reader, which is not installed: pip install tensorboard.") from None
+    event_accumulator = import_extra(
+        "tensorboard.backend.event_processing.event_accumulator", "Reading event files", "tensorboard", package="tensorboard"
+    )
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     rows: list[dict[str, Any]] = []
     values: list[tuple[str, str, int, float]] = []

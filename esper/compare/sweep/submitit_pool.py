@@ -15,6 +15,7 @@ from esper.compare.sweep.forks import thread_limits
 from esper.compare.sweep.node import LOST, Node
 from esper.compare.sweep.worker_pool import Answer, GoesOn, Request, WorkerPool, local_pool
 from esper.errors import UserError
+from esper.extras import import_extra
 
 FOLDER = "submitit"  # in the sweep's: scripts, logs and results
 LOOK_S = 0.2  # between two looks at a job; submitit itself asks Slurm more rarely
@@ -29,6 +30,9 @@ class BatchJob:
 
     def __call__(self, request: Request) -> Answer:
         """Run the job of ``request``; SIGTERM, by which a job is cancelled, has it save its state."""
+        import submitit
+
+        _begun(submitit.JobEnvironment().paths).touch()
         node = self._node = Node(self.variables)
         answers: list[Answer] = []
         asking = threading.Thread(target=lambda: answers.append(node.ask(request)), daemon=True)
@@ -43,9 +47,15 @@ class BatchJob:
         """Called by submitit where the job is queued again: save the state; the same job goes on from it."""
         import submitit
 
-        if self._node is not None:
-            self._node.end()
+        if self._node is not None and self._node.end():
+            _begun(submitit.JobEnvironment().paths).unlink(missing_ok=True)  # from here on there is nothing to lose
         return submitit.helpers.DelayedSubmission(BatchJob(self.variables), request)
+
+
+def _begun(paths: Any) -> Path:
+    """The file that a job leaves beside submitit's own where there is something that it has not saved."""
+    folder: Path = paths.folder
+    return folder / f"{paths.job_id}_begun"
 
 
 class BatchWorker:
@@ -64,7 +74,7 @@ class BatchWorker:
         """The answer; a job whose node is lost is sent again."""
         import submitit
 
-        assert goes_on is None, "a search runs on one machine"
+        assert goes_on is None, "a job elsewhere reports nothing while it trains"
         request = request | {"wait_s": 60.0 * self.config.timeout_min}  # for the same job of a killed sweep, still in the queue
         self._idle.clear()
         try:
@@ -77,13 +87,15 @@ class BatchWorker:
                     except submitit.core.utils.FailedJobError as error:
                         said = " ".join(str(error).split())
                         return {"status": "FAILED", "error": f"Slurm did not take the job: {said}", "seconds": 0.0}
-                while not self._job.done():
+                while not (off := self._is_called_off()) and not self._job.done():
                     time.sleep(LOOK_S)
+                if off:
+                    break
                 try:
                     answer: Answer = self._job.result()
                 except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
                     if self._over.is_set():
-                        self.saved = False
+                        self.saved = not _begun(self._job.paths).exists()
                         break
                     continue
                 if answer.get("stopped"):
@@ -100,13 +112,18 @@ class BatchWorker:
     def stop(self) -> None:
         """Cancel the job under way, which saves its state."""
         with self._lock:
+            job = self._job
             self._over.set()
-            if (job := self._job) is None or job.done():
+            if job is None or job.done():
                 return
             if self.config.cluster == BatchSystem.local:
                 os.kill(int(job.job_id), signal.SIGTERM)  # its own way to cancel kills after a second
             else:
                 job.cancel(check=False)
+
+    def _is_called_off(self) -> bool:
+        """Whether the job was cancelled before it began. It has nothing to save, and it may be minutes until submitit asks Slurm again."""
+        return self._over.is_set() and self.config.cluster == BatchSystem.slurm and not _begun(self._job.paths).exists()
 
     def wait(self, seconds: float) -> bool:
         """Wait for the job under way to end, for ``seconds`` at most; whether it did."""
@@ -156,10 +173,7 @@ def executor_for(config: SubmititConfig, folder: Path) -> Any:
     Raises:
         UserError: no submitit, or no Slurm on this machine.
     """
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        raise UserError("hydra/launcher=submitit needs submitit: pip install 'esper-grow[slurm]'.") from error
+    submitit = import_extra("submitit", "hydra/launcher=submitit", "esper-grow[slurm]")
     try:
         executor = submitit.AutoExecutor(folder / FOLDER, cluster=config.cluster.value)
     except RuntimeError as error:

@@ -38,7 +38,7 @@ class Worker(Protocol):
         """The answer to a request. Blocks its caller; ``goes_on`` as in :meth:`WorkerProcess.ask`."""
 
     def revive(self) -> None:
-        """Wait until it is there again after its node was lost, which an answer says by ``lost``."""
+        """Wait until it is there again after its node was lost, which an answer says by ``lost``; raises where it never will be."""
 
     def stop(self) -> None:
         """Begin to end, and the run under way too."""
@@ -132,7 +132,7 @@ def _how(code: int | None) -> str:
 
 
 Answers = queue.SimpleQueue[tuple[Worker, int | None, Answer | Exception]]
-"""Of a worker and the job's index; without one, the worker is there again."""
+"""Of a worker and the job's index; without one, the worker is there again, or has been given up."""
 
 
 class WorkerPool:
@@ -220,15 +220,22 @@ class _Feeding:
         self.again: deque[Given] = deque()
         self.lost: Counter[int] = Counter()  # how often, by job
         self.reviving = 0
+        self.given_up: Exception | None = None  # why the last worker that will not come back does not
         self.answers: Answers = queue.SimpleQueue()
 
     def run(self) -> Iterator[tuple[int, Answer]]:
-        """The answers as they come in."""
+        """The answers as they come in.
+
+        Raises:
+            Exception: jobs are left, and every worker has been given up, the last one for this reason.
+        """
         self._begin()
         while self.busy or self._left_for_revived():
             if (heard := self.heard()) is not None:
                 yield heard
             self._begin()
+        if self.given_up and not self.idle and (self.again or self.take() is not None):
+            raise self.given_up
 
     def _left_for_revived(self) -> bool:
         """Whether a job is left for a worker that is coming back."""
@@ -242,11 +249,14 @@ class _Feeding:
             threading.Thread(target=_ask, args=(self.idle.popleft(), *given, self.answers), daemon=True).start()
 
     def heard(self) -> tuple[int, Answer] | None:
-        """Wait for the next answer; None where it was a worker that is there again, or the loss of one whose job begins again."""
+        """Wait for the next answer; None for a worker that is there again or given up, or the loss of one whose job begins again."""
         worker, index, answer = _next(self.answers)
         if index is None:
             self.reviving -= 1
-            self.idle.append(worker)
+            if isinstance(answer, Exception):
+                self.given_up = answer
+            else:
+                self.idle.append(worker)
             return None
         given = self.busy.pop(index)
         if isinstance(answer, Exception):
@@ -283,9 +293,11 @@ def _ask(worker: Worker, index: int, request: Request, goes_on: GoesOn | None, a
 
 
 def _revive(worker: Worker, answers: Answers) -> None:
-    with contextlib.suppress(Exception):  # the pool was closed meanwhile
+    try:
         worker.revive()
         answers.put((worker, None, {}))
+    except Exception as error:
+        answers.put((worker, None, error))
 
 
 def _next(answers: Answers) -> tuple[Worker, int | None, Answer | Exception]:

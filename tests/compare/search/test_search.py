@@ -93,6 +93,17 @@ def test_in_parallel_it_ends_in_the_same_report_and_store(tmp_path: Path, heavy_
     assert {run.info.status for run in children} == {"FINISHED"}
 
 
+def test_its_trials_run_elsewhere_where_none_is_ended_early(tmp_path: Path, processes: None) -> None:
+    elsewhere = ("hydra/launcher=submitit", "hydra.launcher.cluster=local", "hydra.launcher.workers=2", "hydra.sweeper.pruner=none")
+    said = searched(*elsewhere, "hydra.sweeper.n_trials=2", "trainer.steps=20", f"hydra.sweep.dir={tmp_path}/search", "tracking=csv")
+    assert "2 trials: 2 finished." in said
+    for number, one in enumerate(trials(tmp_path / "search")):
+        (folder,) = (tmp_path / "search").glob(f"{number}-*")
+        summary = read_summary(folder)
+        assert summary["steps"] == 20 and float(one["quality"]) == summary["metrics"]["final"]["validation/accuracy"]
+    assert len([*(tmp_path / "search" / "submitit").glob("*_begun")]) == 2, "each was a job of submitit's"
+
+
 def better(one: dict[str, str], other: dict[str, str]) -> list[bool]:
     """Whether one trial is at least as good as the other in quality, parameters and MACs, and not equal."""
     signs = {"quality": 1, "parameters": -1, "macs": -1}
@@ -108,6 +119,7 @@ def better(one: dict[str, str], other: dict[str, str]) -> list[bool]:
         (["hydra/sweeper=optuna", "hydra.sweeper.objectives=[beauty]", "optimizer.lr=0.1,0.2"], "there are quality, parameters and macs"),
         (["hydra/sweeper=optuna", "optimizer.lr=interval(-1,1)"], "optimizer.lr=-1.0 is not accepted"),
         (["hydra/sweeper=optuna", "hydra/launcher=basic", "optimizer.lr=0.1,0.2"], "leave the other launcher out"),
+        (["hydra/sweeper=optuna", "hydra/launcher=submitit", "optimizer.lr=0.1,0.2"], "add hydra.sweeper.pruner=none to train every trial"),
         (["hydra/sweeper=optuna", "seed=0,1"], "Nothing to search"),
         (["hydra/sweeper=optuna", "experiment=controls"], "leave it out, as in arm=grown,host,all_on,random_places,naive"),
         (["hydra/sweeper=optuna", "optimizer.lr=0.1,0.2", "hydra.sweeper.metric=beauty"], "beauty is no metric"),

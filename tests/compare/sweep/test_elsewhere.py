@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +18,8 @@ from typing import Any
 import pytest
 
 from esper.cli.compose import compose
-from esper.cli.launchers import SubmititConfig
+from esper.cli.launchers import RayConfig, SubmititConfig
+from esper.compare.sweep.ray_pool import room
 from esper.compare.sweep.submitit_pool import BatchWorker, executor_for
 from esper.errors import UserError
 from esper.report.summary_file import read_summary
@@ -51,7 +54,7 @@ def saving(folder: Path, count: int) -> bool:
 
 
 class Cluster:
-    """The servers of ``scripts/cluster``, with two nodes for a job each."""
+    """The servers of ``scripts/cluster``."""
 
     def __init__(self, folder: Path, checkout: Path) -> None:
         self.script = [sys.executable, str(checkout / "scripts" / "cluster_servers.py")]
@@ -62,6 +65,18 @@ class Cluster:
         done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
         return done.returncode, done.stdout + done.stderr
 
+    def rows_in_postgresql(self) -> int:
+        """How many runs its database has; its socket is for this account alone."""
+        import psycopg2
+
+        place = json.loads((self.folder / "cluster.json").read_text())["servers"]["database"][0]
+        assert Path(place).stat().st_mode & 0o077 == 0
+        with contextlib.closing(psycopg2.connect(host=place, dbname="postgres")) as database, database.cursor() as cursor:
+            cursor.execute("SELECT count(*), (SELECT setting FROM pg_settings WHERE name = 'listen_addresses') FROM runs")
+            count, addresses = cursor.fetchone()
+        assert addresses == "", "no port is open"
+        return int(count)
+
     def lose_a_node(self) -> None:
         """Kill the process that makes a node one; Ray's other processes on it end with it."""
         keeper = int((self.folder / "lock").read_text())
@@ -71,24 +86,87 @@ class Cluster:
 
 @pytest.fixture
 def cluster(processes: None, heavy_libraries: None, tmp_path: Path, checkout: Path) -> Iterator[Cluster]:
-    """A real Ray cluster, a real MLflow server and a real bus server."""
+    """A real Ray cluster, real MLflow, PostgreSQL and bus servers, once they are up."""
     found = Cluster(tmp_path / "cluster", checkout)
     yield found
     found.ask("down")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "fit"),
+    [
+        (4.0, 2.0, (2, 0, 0)),  # the cluster has 12 CPUs and 8 GPUs, and one node both together
+        (1.0, 0.0, (8, 3, 1)),
+        (0.1, 0.0, (80, 30, 10)),
+        (0.0, 1.0, (4, 4, 0)),
+        (0.0, 0.6, (4, 4, 0)),  # two such shares are more than one GPU
+        (0.0, 0.5, (8, 8, 0)),
+        (4.0, 0.0, (2, 0, 0)),
+    ],
+)
+def test_a_worker_has_room_on_one_node_or_none(cpus: float, gpus: float, fit: tuple[int, ...]) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 4.0, "memory": 1e9}, {"CPU": 3.0, "GPU": 4.0}, {"CPU": 1.0}]
+    assert tuple(room(node, RayConfig(cpus=cpus, gpus=gpus)) for node in nodes) == fit
+
+
+def test_one_and_a_half_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="a share of one GPU"):
+        RayConfig(gpus=1.5)
+
+
+NO_WORKER = """
+import sys
+from esper.cli.launchers import RayConfig
+from esper.compare.sweep.ray_pool import RayWorker, ray_pool
+from esper.compare.sweep.worker_pool import WorkerPool
+from esper.errors import UserError
+
+address = sys.argv[1]
+try:
+    ray_pool(RayConfig(address=address, cpus=2.0), 1)
+except UserError as error:
+    print(error)
+pool = ray_pool(RayConfig(address=address), 1)
+pool._workers = [RayWorker(RayConfig(address=address, lost=1), {"ESPER_IT": "no\\0text"})]
+print(pool.ask({"ask": "describe"})["error"])
+try:
+    with pool:
+        list(pool.run([{"ask": "run"}]))
+except UserError as error:
+    print(error)
+"""
+
+
+def refusals_of(address: str) -> None:
+    """What no worker of the cluster can do, or may."""
+    said = subprocess.run([sys.executable, "-c", NO_WORKER, address], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    told = said.stdout.splitlines()
+    assert len(told) == 3, said.stdout + said.stderr
+    assert told[0].startswith("No node of the Ray cluster has room for a worker of 2 CPUs and 0 GPUs: its largest have 1 CPUs and ")
+    assert "a node could not start its worker (ValueError: embedded null byte)" in told[1]
+    assert told[2].startswith("A worker of the Ray cluster did not come up in 2 tries: a node could not start its worker")
+    for wrong in ({"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": "another"}, {"RAY_AUTH_TOKEN_PATH": "/no/such/file"}):
+        words = ["-m", "seed=0,1", "tracking=none", "hydra/launcher=ray", f"hydra.launcher.address={address}"]
+        refused = subprocess.run(
+            [sys.executable, "-m", "esper", *words], env=ENVIRONMENT | wrong, capture_output=True, text=True, timeout=120
+        )
+        assert refused.returncode == 2 and "asks for its token and was given none, or another one" in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.e2e
 def test_the_job_of_a_lost_node_goes_on_elsewhere_and_every_result_counts_once(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, said = cluster.ask("up", "--nodes", "2")
-    assert code == 0 and said.count(" answers") == 3, said
+    code, said = cluster.ask("up", "--nodes", "2", "--store", "postgresql")
+    assert code == 0 and said.count(" answers") == 4, said
     assert (cluster.folder / "ray-token").stat().st_mode & 0o077 == 0
     told = [line for line in said.splitlines() if not line.startswith("#")]
     password = subprocess.run(["bash", "-c", f"{told[1]}; printenv ESPER_BUS_PASSWORD"], capture_output=True, text=True, check=True)
     for key, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(cluster.folder / "ray-token")}.items():
         monkeypatch.setitem(ENVIRONMENT, key, value)
     monkeypatch.setitem(ENVIRONMENT, "ESPER_BUS_PASSWORD", password.stdout.strip())
+    refusals_of(next(word for word in told[2].split() if word.startswith("hydra.launcher.address=")).partition("=")[2])
     shared = [word for word in WORDS if not word.startswith("tracking=")]
     words = [*shared, *told[2].split()[3:], "tracking.system_s=0"]
     process = begin("-m", "seed=0,1,2", *words, f"output={tmp_path}")
@@ -102,9 +180,20 @@ def test_the_job_of_a_lost_node_goes_on_elsewhere_and_every_result_counts_once(
     run(compose([*WORDS, f"seed={found.index(again[0])}", f"output={tmp_path}"]), tmp_path / "whole", quiet=True)
     assert read_summary(again[0])["fingerprint"] == read_summary(tmp_path / "whole")["fingerprint"]
     assert kept(next(word for word in words if word.startswith("tracking.uri=")).removeprefix("tracking.uri=")) == 3
+    assert cluster.rows_in_postgresql() == 4
     code, said = cluster.ask("down")
     assert code == 0 and "It is down." in said
     assert cluster.ask("status")[0] == 1
+
+
+def test_a_database_with_a_password_in_its_address_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from scripts.cluster_servers import main
+
+    for store in ("postgresql+psycopg2://me:hush-hush@host/runs", "postgres", "mysql"):
+        assert main(["up", "--folder", str(tmp_path / "cluster"), "--store", store]) == 2
+        said = capsys.readouterr().err
+        assert "--store is sqlite, postgresql, or an address without a password" in said and "hush" not in said
+    assert not (tmp_path / "cluster").exists()
 
 
 def kept(uri: str) -> int:
@@ -150,6 +239,42 @@ def test_slurm_is_sent_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.Mo
     assert "#SBATCH --requeue" in script, "where a node dies, Slurm runs the job again"
     assert any(line.startswith("#SBATCH --signal=USR2@") for line in script), "so that it saves its state before the time limit"
     assert any(line.startswith("srun ") and "submitit.core._submit" in line for line in script)
+
+
+SLURM = {
+    "srun": "exit 1",
+    "sbatch": "echo Submitted batch job $NUMBER",
+    "scancel": "echo $1 >> $HERE/cancelled",
+    "sacct": 'echo "JobID|State|NodeList"; [ -e $HERE/cancelled ] && echo "$NUMBER|CANCELLED|" || echo "$NUMBER|$STATE|"',
+}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_job_that_is_cancelled_in_the_queue_has_nothing_to_save(
+    begun: bool, processes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+
+    for name, line in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HERE": str(tmp_path), "NUMBER": str(4711 + begun)}
+    monkeypatch.setattr(SlurmJob, "watcher", SlurmInfoWatcher(delay_s=0))
+    monkeypatch.setattr(SlurmJob, "_results_timeout_s", 0.0)
+    for key, value in (variables | {"STATE": "RUNNING" if begun else "PENDING"}).items():
+        monkeypatch.setenv(key, value)
+    worker = BatchWorker(SubmititConfig(), executor_for(SubmititConfig(), tmp_path), {}, threading.Lock())
+    asking = threading.Thread(target=worker.ask, args=({"ask": "run"},))
+    asking.start()
+    while worker._job is None:
+        time.sleep(0.01)
+    if begun:  # and killed before it could save
+        (worker._job.paths.folder / f"{variables['NUMBER']}_begun").touch()
+    worker.stop()
+    assert worker.wait(60.0)
+    asking.join()
+    assert worker.saved is not begun
+    assert (tmp_path / "cancelled").read_text().split() == [variables["NUMBER"]]
 
 
 def test_nothing_of_a_setting_becomes_a_line_of_the_script() -> None:

@@ -24,7 +24,7 @@ from esper.compare.sweep.arms import Job
 from esper.compare.sweep.forks import ForkServerClient, early_server
 from esper.compare.sweep.sweep import PreparedJob
 from esper.compare.sweep.worker_pool import WorkerPool, WorkerProcess, _Feeding, _gpus, local_pool, worker_environments
-from esper.errors import Terminated
+from esper.errors import Terminated, UserError
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -292,3 +292,30 @@ def test_where_all_workers_are_lost_with_their_last_chance_the_jobs_that_are_lef
     feeding = _Feeding([worker], lambda: next(jobs, None), losses=0)
     answers = dict(feeding.run())
     assert answers[0]["lost"] and answers[1] == {"done": 1} and answers[2] == {"done": 2}
+
+
+class _GivenUp(_LostOnce):
+    """A worker that is lost over its first job and never comes back."""
+
+    def revive(self) -> None:
+        raise UserError("no node can start it")
+
+
+def test_a_worker_that_is_given_up_leaves_its_job_to_others_and_where_none_is_left_the_sweep_ends() -> None:
+    def jobs() -> Any:
+        return iter([(number, {"job": number}, None) for number in range(3)])
+
+    given: Any = jobs()
+    workers: list[Any] = [_GivenUp(), _LostOnce()]
+    workers[1].asked = 1  # it is lost no more
+    feeding = _Feeding(workers, lambda: next(given, None), losses=1)
+    assert dict(feeding.run()) == {number: {"done": number} for number in range(3)}
+    given = jobs()
+    workers = [_GivenUp(), _GivenUp()]
+    feeding = _Feeding(workers, lambda: next(given, None), losses=1)
+    with pytest.raises(UserError, match="no node can start it"):
+        list(feeding.run())
+    given = iter([(0, {"job": 0}, None)])
+    workers = [_GivenUp()]
+    feeding = _Feeding(workers, lambda: next(given, None), losses=0)
+    assert [index for index, _ in feeding.run()] == [0], "nothing is left for it to do"
