@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from esper.blueprints.bank import SlotBank
     from esper.blueprints.base import Blueprint
     from esper.blueprints.block import Block, BlockBank
-    from esper.blueprints.catalogue import BLUEPRINTS, blueprint_of
+    from esper.blueprints.catalogue import BLUEPRINTS, blueprint_of, unshardable
     from esper.blueprints.conv import Conv
     from esper.blueprints.geometry import BehindHidden, Geometry, LinearLayer
     from esper.blueprints.glu import GLU
@@ -38,6 +38,7 @@ __all__ = [
     "WideConv",
     "Width",
     "blueprint_of",
+    "unshardable",
 ]
 
 _MODULES = {
@@ -45,7 +46,7 @@ _MODULES = {
     "esper.blueprints.bank": ("SlotBank",),
     "esper.blueprints.base": ("Blueprint",),
     "esper.blueprints.block": ("Block", "BlockBank"),
-    "esper.blueprints.catalogue": ("BLUEPRINTS", "blueprint_of"),
+    "esper.blueprints.catalogue": ("BLUEPRINTS", "blueprint_of", "unshardable"),
     "esper.blueprints.conv": ("Conv",),
     "esper.blueprints.geometry": ("BehindHidden", "Geometry", "LinearLayer"),
     "esper.blueprints.glu": ("GLU",),

@@ -32,3 +32,10 @@ BLUEPRINTS: dict[str, type[Blueprint] | type[Block]] = {
 def blueprint_of(settings: BlueprintSettings | BlockSettings | HeadsSettings) -> Blueprint | Block:
     """The blueprint that has these settings."""
     return BLUEPRINTS[settings.name](**{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)})
+
+
+def unshardable(blueprint: Blueprint | Block) -> str | None:
+    """Why this blueprint cannot grow on a host that FSDP shares out among processes, or None."""
+    if isinstance(blueprint, Block) or blueprint.part_of_layer:
+        return f"{blueprint.name} works on weights of the host, of which FSDP leaves no process a whole layer"
+    return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.blueprints import BLUEPRINTS, Block, Heads, LoRA, Width
+from esper.blueprints import BLUEPRINTS, Block, Heads, LoRA, Width, unshardable
 from esper.blueprints.heads import is_attention
 from esper.distributed import Ranks
 from esper.distributed.sharding import class_name, is_sharded, let_go
@@ -38,7 +38,7 @@ from esper.seeds import SeedRegistry, Site, TelemetryConfig, find_sites
 from esper.seeds.block_trial import refuse_rigid, refuse_uncallable_blocks
 from esper.seeds.compiled_modules import host_modules
 from esper.seeds.layer import device_of
-from esper.seeds.registry import AnyBlueprint, unshardable
+from esper.seeds.registry import AnyBlueprint
 
 SAMPLES_FOR_WIDTH = 64
 """A narrow layer's few outputs may all be positive for one sample; then nothing shows that a ReLU follows."""

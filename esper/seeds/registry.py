@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Generator, nn
 
-from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, SlotBank, WideConv, Width
+from esper.blueprints import BLUEPRINTS, Block, BlockBank, Blueprint, SlotBank, WideConv, Width, unshardable
 from esper.distributed.sharding import class_name, is_sharded
 from esper.feature_flags import Flags
 from esper.kernels import Kernels
@@ -28,13 +28,6 @@ from esper.seeds.layer import SeedLayer, device_of
 from esper.seeds.sites import Site, stack_of
 
 AnyBlueprint = Blueprint | Block
-
-
-def unshardable(blueprint: AnyBlueprint) -> str | None:
-    """Why this blueprint cannot grow on a host that FSDP shares out among processes, or None."""
-    if isinstance(blueprint, Block) or blueprint.part_of_layer:
-        return f"{blueprint.name} works on weights of the host, of which FSDP leaves no process a whole layer"
-    return None
 
 
 class SeedRegistry:
