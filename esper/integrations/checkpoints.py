@@ -37,10 +37,18 @@ def keep_in(checkpoint: dict[str, Any], grow: Grow | None) -> None:
     checkpoint["esper"] = NOTHING if grow is None else grow.state()
 
 
-def refuse_sharded(model: nn.Module, why: str) -> None:
-    """Raise UserError for a host that FSDP shards: ``why`` the other trainer cannot keep what grows beside it."""
-    if is_sharded(model):
+LIGHTNING = (
+    "Lightning's checkpoints hold that of one process: use Trainer(enable_checkpointing=False), and save with "
+    "callback.grow.save_branches(folder) in all processes."
+)
+TRANSFORMERS = "this callback keeps that of one: train with DDP, or in a loop of your own with esper.attach."
+
+
+def not_sharded(model: nn.Module, why: str) -> nn.Module:
+    """The model. Raises UserError if FSDP shards it and there is a reason ``why`` the other trainer cannot keep what grows on it."""
+    if why and is_sharded(model):
         raise UserError(f"FSDP leaves no process the whole state of what grows here, and {why}")
+    return model
 
 
 def found(name: str, *places: Path) -> Path:

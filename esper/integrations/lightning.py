@@ -12,12 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from esper import Grow, attach
 from esper.engine.saved_state import expect_host_alone
 from esper.errors import UserError
-from esper.integrations.checkpoints import grown_in, keep_in, plain, refuse_sharded
-
-NO_CHECKPOINTS = (
-    "Lightning's checkpoints hold that of one process: use Trainer(enable_checkpointing=False), and save with "
-    "callback.grow.save_branches(folder) in all processes."
-)
+from esper.integrations.checkpoints import LIGHTNING, grown_in, keep_in, not_sharded, plain
 
 
 class GrowCallback(Callback):
@@ -41,10 +36,8 @@ class GrowCallback(Callback):
             given["total_steps"] = steps = trainer.estimated_stepping_batches
             if not 0 < steps < float("inf"):
                 raise UserError("Lightning cannot tell how many optimizer steps this run has: say so, GrowCallback(…, total_steps=…).")
-        optimizer, model = trainer.optimizers[0], pl_module.get_submodule(self.module)
-        if trainer.checkpoint_callbacks:
-            refuse_sharded(model, NO_CHECKPOINTS)
-        self.grow = attach(model, loss=self.loss, optimizer=optimizer, state=self._state, **(given | self.settings))
+        model = not_sharded(pl_module.get_submodule(self.module), LIGHTNING if trainer.checkpoint_callbacks else "")
+        self.grow = attach(model, loss=self.loss, optimizer=trainer.optimizers[0], state=self._state, **(given | self.settings))
         for average in filter(None, (getattr(one, "_average_model", None) for one in trainer.callbacks)):  # type: ignore[attr-defined]
             self.grow.follow(average)
         self._step, self._losses = trainer.global_step, list[torch.Tensor]()

@@ -13,7 +13,7 @@ from esper import Grow, attach
 from esper.engine.extra_passes import to_device
 from esper.engine.learning.losses import told_without
 from esper.engine.saved_state import HostAlone
-from esper.integrations.checkpoints import found, grown_in, refuse_sharded
+from esper.integrations.checkpoints import TRANSFORMERS, found, grown_in, not_sharded
 
 
 class GrowCallback(TrainerCallback):
@@ -33,10 +33,9 @@ class GrowCallback(TrainerCallback):
         trainer = next(one for call in inspect.stack(0) if isinstance(one := call.frame.f_locals.get("self"), Trainer))
         optimizer, output, steps = parts["optimizer"], Path(args.output_dir or ""), args.gradient_accumulation_steps
         given: dict[str, Any] = {"loss": told_without(trainer.compute_loss), "accumulate": steps, "total_steps": state.max_steps}
-        given |= {"seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
+        given |= {"model": not_sharded(parts["model"], TRANSFORMERS), "seed": args.seed, "scaler": getattr(optimizer, "scaler", None)}
         given |= {"state": _beside(state, output, self._moved_to)} if state.global_step else {}
-        refuse_sharded(parts["model"], "this callback keeps that of one: train with DDP, or in a loop of your own with esper.attach.")
-        self.grow = attach(parts["model"], optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
+        self.grow = attach(optimizer=getattr(optimizer, "optimizer", optimizer), **(given | self.settings))
         self._hook, self._trainer, self._step = HostAlone.on(parts["model"]), trainer, trainer.training_step
         self._parts: list[Any] = []
         trainer.training_step = self._grow  # type: ignore[method-assign, assignment]  # the Trainer has no hook there

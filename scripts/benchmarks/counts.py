@@ -138,7 +138,7 @@ def graphs() -> dict[str, int]:
     torch._dynamo.reset()
     counters.clear()
     ordinary = torch.compile
-    torch.compile = lambda model, mode: ordinary(model, backend="eager")  # type: ignore[assignment]
+    torch.compile = lambda model, **_: ordinary(model, backend="eager")  # type: ignore[assignment]
     try:
         trainer, _ = built("trainer.compile=true")
         found = {}

@@ -30,9 +30,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "grafting": set(),
     "blueprints": set(),
     "kernels": set(),
-    "checkpoint": set(),
+    "checkpoint": {"distributed"},
     "distributed": set(),
-    "seeds": MODEL,
+    "seeds": {"distributed", *MODEL},
     "engine": {"seeds", "checkpoint", "distributed", *MODEL},
     "trainer": {"engine", "seeds", "checkpoint", "distributed", "tasks", *MODEL},
 }
