@@ -22,12 +22,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from esper.bus.server.embedded import EmbeddedServer
+from esper.atomic_files import replacing
+from esper.bus.server.embedded import EmbeddedServer, end_with_parent
 from esper.errors import UserError
 from esper.secrets import holds_secret
 
@@ -61,6 +62,9 @@ def main(words: list[str]) -> int:
     except UserError as error:
         print(f"scripts/cluster: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("scripts/cluster: ended by Ctrl-C", file=sys.stderr)
+        return 130
 
 
 def up(options: argparse.Namespace) -> int:
@@ -77,12 +81,17 @@ def up(options: argparse.Namespace) -> int:
             [*command, "--store", options.store], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     deadline = time.monotonic() + START_S
-    while not (folder / NOTE).exists():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.terminate()
-            last = ((folder / LOG).read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
-            raise UserError(f"the servers did not come up ({last}); see {folder / LOG}")
-        time.sleep(0.1)
+    try:
+        while not (folder / NOTE).exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.terminate()
+                last = ((folder / LOG).read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
+                raise UserError(f"the servers did not come up ({last.removeprefix('scripts/cluster: ')}); see {folder / LOG}")
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait(STOP_S)
+        raise
     return status(options)
 
 
@@ -136,7 +145,9 @@ def keeper(folder: Path) -> int:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return int(file.read() or 0)
+            while not (text := path.read_text(encoding="utf-8")):  # it has just locked the file
+                time.sleep(0.01)
+            return int(text)
     return 0
 
 
@@ -144,8 +155,13 @@ def keep(options: argparse.Namespace) -> int:
     """Have the servers as children until SIGTERM."""
     folder: Path = options.folder
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ExitStack() as servers, (folder / LOCK).open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock, ExitStack() as servers:  # locked until the last server has ended
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another keeper has the servers of {folder}; scripts/cluster down --folder … ends it") from error
+        lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         try:
@@ -161,8 +177,6 @@ def keep(options: argparse.Namespace) -> int:
             servers.callback(bus.stop)
             found["bus"] = (HOST, bus.note.tcp_port)
             found["ray"] = servers.enter_context(ray_cluster(folder, options.nodes, options.cpus))
-            while not answers(*found["mlflow"]):
-                time.sleep(0.1)
             partial = folder / f".{NOTE}"
             partial.write_text(json.dumps({"servers": found}) + "\n", encoding="utf-8")
             partial.replace(folder / NOTE)
@@ -175,18 +189,31 @@ def keep(options: argparse.Namespace) -> int:
 
 @contextmanager
 def mlflow(folder: Path, store: str, workers: int = 1) -> Iterator[tuple[str, int]]:
-    """An MLflow server of so many processes, on the database ``store``: where it listens."""
+    """An MLflow server of so many processes, on the database ``store``: where it listens, and answers.
+
+    Raises:
+        UserError: it does not start.
+    """
     number = _free()
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(number), "--workers", str(workers)]
     command += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
     quiet["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # judges of language models: three more processes, for nothing here
-    with (folder / "mlflow.log").open("a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | quiet, start_new_session=True)
+    log = folder / "mlflow.log"
+    with log.open("a") as said:
+        process = subprocess.Popen(
+            command, stdout=said, stderr=said, env=os.environ | quiet, start_new_session=True, preexec_fn=end_with_parent
+        )
     try:
+        while not answers(HOST, number):
+            if process.poll() is not None:
+                last = (log.read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
+                raise UserError(f"MLflow's server did not start ({last}); see {log}")
+            time.sleep(0.1)
         yield HOST, number
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(STOP_S / 4)
         except subprocess.TimeoutExpired:
@@ -235,7 +262,9 @@ def postgresql(folder: Path) -> Iterator[tuple[str, int]]:
             new.rename(folder)
         settings = [f"unix_socket_directories={place}", "unix_socket_permissions=0700", "listen_addresses="]
         command = [*_unprivileged(), postgres, "-D", str(folder), *(word for one in settings for word in ("-c", one))]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True, preexec_fn=end_with_parent
+        )
         try:
             while subprocess.run([is_ready, "--quiet", "--host", place, "--dbname", "postgres"], check=False).returncode:
                 if process.poll() is not None:
@@ -271,8 +300,9 @@ def ray_cluster(folder: Path, nodes: int, cpus: int) -> Iterator[tuple[str, int]
     """A Ray cluster whose head takes no jobs: where it listens."""
     token = folder / TOKEN
     if not token.exists():
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32), encoding="utf-8")
+        with replacing(token) as aside:
+            aside.touch(mode=0o600)
+            aside.write_text(secrets.token_hex(32), encoding="utf-8")
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token), RAY_USAGE_STATS_ENABLED="0")
     from ray.cluster_utils import Cluster
 

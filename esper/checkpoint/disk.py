@@ -19,7 +19,7 @@ from typing import Any
 import esper
 from esper.checkpoint.files import Written, fsync_folder, map_bytes, parse_tensors, read_bytes, write_bytes, write_tensors, written
 from esper.checkpoint.schema import SCHEMA, manifest_of_today, state_of_today
-from esper.checkpoint.shards import SHARDS, locate
+from esper.checkpoint.shards import SHARDS, locate, refuse_missing
 from esper.checkpoint.tree import join, split
 from esper.errors import UserError
 
@@ -94,6 +94,7 @@ def write(taken: Copy, folder: Path) -> Checkpoint:
 
 
 def _move_in(shards: Path, temporary: Path) -> dict[str, Written]:
+    refuse_missing(shards)
     os.rename(shards, temporary / SHARDS)
     files = sorted((temporary / SHARDS).iterdir())
     fsync_folder(temporary / SHARDS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -24,8 +24,6 @@ NOTE, PLACE = "sharded", "in"
 #: The classes and functions of which DCP's list of contents consists; nothing else is built from a file.
 _CONTENTS = {
     ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
     ("torch", "Size"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
@@ -142,9 +140,26 @@ def _read(tensors: dict[str, Tensor], folder: Path) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is")  # for one process, as is intended
             load(dict(tensors), storage_reader=Reader(folder), no_dist=True)
     except CheckpointException as error:  # which is no Exception
-        raise ValueError("; ".join(str(one) for one, _ in error.failures.values())) from error
+        if not any(isinstance(one, OSError) for one, _ in error.failures.values()):
+            raise ValueError("; ".join(str(one) for one, _ in error.failures.values())) from error
+        raise UserError(_unseen(folder)) from error
     except OSError as error:
-        raise UserError(f"This process cannot read {folder}: {error}; all processes must see the folder of the checkpoint.") from error
+        raise UserError(_unseen(folder)) from error
+
+
+def _unseen(folder: Path) -> str:
+    return f"This process cannot read the shards of a checkpoint in {folder}: all processes must see one folder under this name."
+
+
+def refuse_missing(folder: Path) -> None:
+    """Raise UserError where the folder lacks files of other processes, which wrote them to one of their own under the same name."""
+    with (folder / ".metadata").open("rb") as file:
+        told = _Contents(file).load()
+    if missing := sorted({info.relative_path for info in told.storage_data.values()} - {path.name for path in folder.iterdir()}):
+        raise UserError(
+            f"The checkpoint is not whole: {', '.join(missing[:3])} of other processes is not in {folder}. Give all processes one "
+            "folder for outputs, on a file system that they share."
+        )
 
 
 class _Contents(pickle.Unpickler):
@@ -152,6 +167,8 @@ class _Contents(pickle.Unpickler):
         super().__init__(file)
 
     def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name in ("Path", "PosixPath"):  # Python 3.13 has them elsewhere
+            return PurePosixPath
         if (module, name) not in _CONTENTS and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             raise ValueError(f"its list of shards names {module}.{name}, which has no place there")
         return super().find_class(module, name)

@@ -14,7 +14,7 @@ from torch import nn
 from esper.blueprints import BLUEPRINTS, Block, Heads, LoRA, Width, unshardable
 from esper.blueprints.heads import is_attention
 from esper.distributed import Ranks
-from esper.distributed.sharding import class_name, is_sharded, let_go
+from esper.distributed.sharding import class_name, is_shard, is_sharded, let_go, local
 from esper.engine.agreement import refuse_different_starts
 from esper.engine.arguments import GrowSettings, check_arguments
 from esper.engine.extra_passes import drawing_alike, to_device, untouched_buffers
@@ -137,6 +137,7 @@ def attach(
     ranks = Ranks() if ranks is None else ranks
     ranks.sharded = is_sharded(model)
     let_go(model)
+    _refuse_mesh(model, ranks)
     refuse_different_starts(ranks, registry, settings, judge, kept)
     port = _port(port, controller, seed, debug, kept, strategy) if ranks.first else NullPort()
     return Grow(registry, settings, loss, judge, judged, rate, scaler, port, ranks, kept)
@@ -221,6 +222,18 @@ def _refuse_objective(blueprint: AnyBlueprint, lifecycle: LifecycleConfig) -> No
 def _refuse_sharded(blueprint: AnyBlueprint, model: nn.Module) -> None:
     if is_sharded(model) and (reason := unshardable(blueprint)):
         raise UserError(f"blueprint={blueprint.name} cannot grow here: {reason}; use another blueprint, or DistributedDataParallel.")
+
+
+def _refuse_mesh(model: nn.Module, ranks: Ranks) -> None:
+    """Raise UserError for a host whose weights are shared out among others than these processes, or lie elsewhere between passes."""
+    shards: list[Any] = [parameter for parameter in model.parameters() if is_shard(parameter)]
+    if any(shard.device_mesh.size() != ranks.size for shard in shards):
+        raise UserError(
+            f"FSDP shares out a part of the host among fewer processes than train together ({ranks.size}), and branches are averaged over "
+            "all of them: give fully_shard a mesh of all processes."
+        )
+    if any(local(shard).device.type != shard.device_mesh.device_type for shard in shards):
+        raise UserError("FSDP keeps this host's weights on another device than it computes on; leave CPUOffloadPolicy out.")
 
 
 def _port(

@@ -33,6 +33,11 @@ class Readings:
         else:
             read(detached)
 
+    def forget(self) -> None:
+        """Read what was sent, and drop what was posted in this step: it is not to count."""
+        self.arrive()
+        self._posted = []
+
     def send(self) -> None:
         """End of a step: start the copy of everything posted."""
         if not self._posted:

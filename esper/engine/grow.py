@@ -43,7 +43,7 @@ from esper.kernels import MISMATCH
 from esper.lifecycle import Machine, Stage
 from esper.lifecycle.transitions import BLENDED, LEARNS_FROM_TASK
 from esper.messages import Metrics
-from esper.seeds import Branch, SeedRegistry
+from esper.seeds import SeedRegistry
 
 
 class Grow:
@@ -79,6 +79,7 @@ class Grow:
         config, ages = settings.lifecycle, settings.ages
         self.machine = Machine(registry.table, ages, config.reseed, config.training_slots)
         self.objective = Objective(config.objective, registry, loss, self.replay, self.meter, self.readings)
+        self.objective.micro_batches, self.objective.counts = settings.accumulate, settings.count_macs
         self.transitions = Transitions(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
         self.transitions.ranks = ranks
         self.agreement = Agreement(ranks, registry, self.objective, self.meter)
@@ -136,15 +137,15 @@ class Grow:
 
     # --- the loop's calls ---
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after_backward(self, batch: Any, loss: Tensor | float | None = None) -> None:
         """Call after ``loss.backward()`` of each micro-batch, with that batch as the model saw it (on its device).
 
         TRAINING seeds learn here. ``loss`` (unscaled, not divided for accumulation) saves a measuring forward, and is used
         where ``tick`` is given none.
         """
-        if loss is not None:
-            loss = loss.detach() if isinstance(loss, Tensor) else loss
-            self._losses.append(loss)
+        loss = loss.detach() if isinstance(loss, Tensor) else loss
+        self._losses += [] if loss is None else [loss]
         self._scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         self.measurements.note_batch(batch, self._scale)
         self.set_aside()
@@ -157,6 +158,7 @@ class Grow:
                 self.objective.learn(batch, 1.0 / self.settings.accumulate, loss, self.tick_number)
         self.agreement.note_micro_batch()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def set_aside(self) -> None:
         """Under a gradient scaler: keep the branches' gradients, which only a tick unscales, out of clipping before the tick.
 
@@ -165,6 +167,7 @@ class Grow:
         if self.scaler is not None:
             self.objective.set_aside(parameter for layer in self.registry.layers for parameter in layer.parameters())
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def tick(self, metric: Tensor | float | None = None) -> bool:
         """Call after ``optimizer.step()``; ``metric`` is the step's training loss, else the mean of the losses given to ``after_backward``.
 
@@ -174,6 +177,7 @@ class Grow:
         self.readings.arrive()
         if self.signal.diverging and self.readings.late:
             self.forget_arrived()
+        self.objective.excuse(self.branch_optimizer.failures)
         if self._skipped():
             self.branch_optimizer.clear()
             self.objective.pending.clear()
@@ -185,7 +189,7 @@ class Grow:
         self.objective.merge()
         if learning:
             self.agreement.average_gradients()
-        self._unscale(learning)
+        self.branch_optimizer.unscale(learning, self._scale)
         if self.observer.due:
             self.observer.note_gradients(self._scale)
         factor = self.host_rate.factor()
@@ -194,8 +198,7 @@ class Grow:
             self.branch_optimizer.step(learning, factor, frozenset(scaled))
         self.measurements.note_gradients(self.branch_optimizer.norms if learning else {})
         self.steps += 1
-        at_boundary = self.steps % self.settings.steps_per_tick == 0
-        if at_boundary:
+        if at_boundary := self.steps % self.settings.steps_per_tick == 0:
             self.tick_number += 1
             self.boundary.run(self.tick_number)
         self.readings.send()
@@ -209,21 +212,20 @@ class Grow:
         """The step's training loss: the mean of these."""
         if not losses:
             return
-        known = [loss for loss in losses if not isinstance(loss, Tensor)]
+        known = [float(loss) for loss in losses if not isinstance(loss, Tensor)]
         there = [loss for loss in losses if isinstance(loss, Tensor)]
-        self.readings.post(
-            there,
-            lambda values: self.signal.update(sum([*(float(loss) for loss in known), *(float(value) for value in values)]) / len(losses)),
-        )
+        self.readings.post(there, lambda values: self.signal.update(sum([*known, *map(float, values)]) / len(losses)))
 
     def forget_step(self) -> None:
         """Let nothing be learned from the present step: its forward or backward was not healthy. Call ``tick(None)`` next."""
         self._losses.clear()
+        self.readings.forget()
         self._learn_nothing()
 
     def forget_arrived(self) -> None:
         """Let no failure count that the device told of the step before: that step was not healthy, and was made all the same."""
         self.branch_optimizer.failures.clear()
+        self.objective.failed.clear()
         self.measurements.error_rates.clear()
 
     def _learn_nothing(self) -> None:
@@ -261,15 +263,6 @@ class Grow:
         self.port.close()
 
     # --- a step ---
-
-    def _unscale(self, learning: list[Branch]) -> None:
-        """Undo the loss scale of the task's gradients; gradients from an objective were never scaled."""
-        if self._scale == 1.0:
-            return
-        for branch in learning:
-            bank = self.registry.layers[branch.site].bank(branch.blueprint)
-            if branch.stage in BLENDED:
-                bank.scale_gradient(branch.slot, 1.0 / self._scale)
 
     def _prepare(self) -> None:
         """Set up the recordings of the next forward, and bring the averages up to date with the model."""
@@ -336,6 +329,7 @@ class Grow:
         """
         with fitting():
             refuse_misfit(state.get("topology"), topology(self.registry), "The saved state")
+            self.readings.forget()  # what is under way belongs to the state that goes
             state = kept(put_in(state, mesh_of(self.registry.model)))
             self.tick_number = self.transitions.tick = int(state["tick"])
             self.steps = int(state["step"])
@@ -394,5 +388,6 @@ class Grow:
     def _exported(self) -> tuple[nn.Module, list[Any]]:
         from esper.seeds.exporting import export_with_cards
 
+        self.agreement.ranks.come_to("the export")
         with whole(self.registry.model), self.exported_values():
             return export_with_cards(self.registry)

@@ -139,7 +139,7 @@ class ExtraPasses:
             if first is None:
                 ranks.come_to("a pass that counts operations")
                 self.count_step(key, batch)
-                self._first = {structure: (key, _samples(shapes))}
+                self._first[structure] = key, _samples(shapes)
             else:
                 self.meter.scale("step", key, first[0], _samples(shapes) / first[1])
         self.meter.add("step", key)

@@ -63,6 +63,7 @@ def lora_settings(model: nn.Module, config: LoraConfig, **settings: Any) -> dict
     _refuse_variants(config)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     sites, config.modules_to_save = _asked_of_peft(model, config)
+    _refuse_tied(model, config)
     model.requires_grad_(False)
     for module in _learning(model, config).values():
         module.requires_grad_(True)
@@ -87,7 +88,7 @@ def save_adapter(grow: Grow, folder: str | Path, config: LoraConfig) -> Path:
     """Write what grew into ``folder`` as an adapter in peft's format, and return the folder.
 
     ``PeftModel.from_pretrained(host, folder)`` then computes what ``grow.export()`` computes. Ranks and scalings of the layers are in
-    ``rank_pattern`` and ``alpha_pattern``. Weights are float32.
+    ``rank_pattern`` and ``alpha_pattern``. The ranks' weights are float32.
 
     Raises:
         UserError: no rank was kept, something else grew, or the host learnt too, so that an adapter alone would not be the model.
@@ -135,6 +136,19 @@ def _learning(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """The host's modules that learn beside the ranks, by the rule by which peft finds them."""
     ends = tuple(config.modules_to_save or ())
     return {name: module for name, module in host_modules(model).items() if name.endswith(ends)} if ends else {}
+
+
+def _refuse_tied(model: nn.Module, config: LoraConfig) -> None:
+    """Raise UserError where a module that learns shares a weight with one that does not: peft would train a copy of its own."""
+    learning = tuple(f"{name}." for name in _learning(model, config))
+    named = [(name, parameter) for name, parameter in model.named_parameters(remove_duplicate=False)] if learning else []
+    inside = {id(parameter): name for name, parameter in named if name.startswith(learning)}
+    for name, parameter in named:
+        if id(parameter) in inside and not name.startswith(learning):
+            raise UserError(
+                f"modules_to_save would let '{inside[id(parameter)]}' learn, which is tied to '{name}': an adapter of peft's holds the two "
+                "apart. Leave it out, name both modules, or untie them first (tie_word_embeddings=False)."
+            )
 
 
 def _asked_of_peft(model: nn.Module, config: LoraConfig) -> tuple[list[str], list[str] | None]:
@@ -193,6 +207,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: LoraConfig) -> None
     from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # of an earlier adapter, whose ranks were others
     with replacing(folder / WEIGHTS) as aside:
         aside.write_bytes(save(tensors, metadata={"format": "pt"}))
     with replacing(folder / CONFIG) as aside:

@@ -163,6 +163,11 @@ def learn(runs: list[Learnt], left_out: list[str], target: Path, seed: int) -> l
     words = words_of([example for run in runs if run not in apart for example in run.examples])
     kept = [example for run in runs if run not in apart for example in run.examples]
     unseen = [example for run in apart for example in run.examples if example.kind != GERMINATE or _known(example, words)]
+    if not any(example.kind == GERMINATE for example in unseen):
+        raise UserError(
+            f"What grew in {', '.join(run.name for run in apart[:MOST_NAMED])} grew nowhere else, so nothing says how well a policy "
+            "predicts that learnt from the others: learn from more runs of the same kind, or have others held out, seed=…."
+        )
     first = tensors(kept, words)
     mean = float(first.reward[first.grown].mean())
     imitating, improved = train(first, words, seed)

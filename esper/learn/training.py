@@ -85,7 +85,10 @@ def _growths(grown: list[Example], words: Words) -> Growths:
     known = words.all()
     chosen = [torch.tensor([known[place].index(one.words[place]) for one in grown], dtype=torch.int64) for place in range(len(WORDS))]
     fits = torch.tensor([[word in one.blueprints[one.site] for word in words.blueprint] for one in grown], dtype=torch.bool)
-    could = (fits.reshape(len(grown), -1), *(torch.ones(len(grown), len(known[place]), dtype=torch.bool) for place in (1, 2)))
+    could = (
+        fits.reshape(len(grown), len(words.blueprint)),
+        *(torch.ones(len(grown), len(known[place]), dtype=torch.bool) for place in (1, 2)),
+    )
     site, seed = (torch.tensor([getattr(one, name) for one in grown], dtype=torch.int64) for name in ("site", "seed"))
     return Growths(site, torch.from_numpy(seeds), torch.from_numpy(may), seed, tuple(chosen), could)  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 """Calling the code of a branch: an exception is kept for the engine, and the branch adds nothing to that forward.
 
-A branch that raises cannot affect the host, just as one that gives NaN cannot.
+A branch that raises cannot affect the host, just as one that gives NaN cannot. On a host that FSDP shares out it ends the run instead:
+the passes of all processes must be alike, and FSDP does not survive a backward pass that breaks off.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run_contained(group: Group | BlockGroup, like: Tensor, compute: Callable[[],
         if delta.shape != like.shape:
             raise ValueError(f"the branch gave {list(delta.shape)} where it writes {list(like.shape)}")
     except Exception as error:
-        if not containable(error):
+        if not (group.contained and containable(error)):
             raise
         group.error = group.error or error
         return torch.zeros_like(like)

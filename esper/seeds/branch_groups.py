@@ -37,8 +37,9 @@ class Group:
     seeds: Tensor | None = None
     learns: bool = True
     forwards: int = 0
+    contained: bool = True
     error: Exception | None = None
-    """The last exception of the blueprint's code, until the engine has taken it."""
+    """The last exception of the blueprint's code, until the engine has taken it; one that is not ``contained`` is raised."""
 
     def bank_parameters(self) -> list[nn.Parameter]:
         """The stacked parameters these branches are rows of."""
@@ -64,6 +65,7 @@ class BlockGroup:
     failures: Tensor
     fork_rng: bool = False
     forwards: int = 0
+    contained: bool = True
     error: Exception | None = None
 
     def bank_parameters(self) -> list[nn.Parameter]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,26 +26,57 @@ def host_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def uncompiled() -> AbstractContextManager[Any]:
+_lock = threading.Lock()
+_entered: list[Any] = []
+"""One entry for everybody within ``uncompiled``, in whatever thread: torch has one stance for the whole process."""
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Within: what ``torch.compile`` has compiled runs as it is written, and nothing is compiled.
 
     A graph knows the live forward alone. Torch would also never again compile code that it met while something counts its operations.
     """
-    eager: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    return eager
+    with _lock:
+        stance = _entered[0] if _entered else torch.compiler.set_stance("force_eager")
+        _entered.append(stance)
+    try:
+        yield
+    finally:
+        with _lock:
+            _entered.pop()
+            if not _entered:
+                stance.__exit__(None, None, None)
 
 
-def compiled_again() -> AbstractContextManager[Any]:
-    """Within ``uncompiled``: as without it."""
-    again: AbstractContextManager[Any] = torch.compiler.set_stance("default")
-    return again
+@contextmanager
+def compiled_again() -> Iterator[None]:
+    """Within ``uncompiled``: as without it, by the stance that the user had."""
+    before = getattr(getattr(_entered[0], "prev", None), "stance", "default") if _entered else "default"
+    with torch.compiler.set_stance(before):
+        yield
 
 
 def compiled_whole(model: nn.Module, backend: Any) -> Any:
-    """The model as a graph of its own, compiled as the host is; None where parts of it are compiled one by one."""
+    """What calls the model as a graph of its own; None where parts of it are compiled one by one. ``called_by`` has the model call it."""
     if any(_is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules() if module is not model):
         return None
-    return model if model._compiled_call_impl is not None else torch.compile(model, backend=backend)
+    return torch.compile(model._call_impl, backend=backend)
+
+
+@contextmanager
+def called_by(model: nn.Module, call: Any) -> Iterator[None]:
+    """Within: calling the model calls this, as ``model.compile()`` arranges it. A loss gets the model itself and no wrapper."""
+    own = "_compiled_call_impl" in model.__dict__
+    before = model._compiled_call_impl
+    model.__dict__["_compiled_call_impl"] = call
+    try:
+        yield
+    finally:
+        if own:
+            model.__dict__["_compiled_call_impl"] = before
+        else:
+            del model.__dict__["_compiled_call_impl"]
 
 
 def backend_at_work() -> Any:
@@ -55,8 +86,12 @@ def backend_at_work() -> Any:
     """
     from torch._dynamo import symbolic_convert
 
-    find = getattr(symbolic_convert.InstructionTranslator, "current_tx", None)
-    backend = None if find is None else getattr(getattr(find(), "output", None), "compiler_fn", None)
+    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return None
+    try:
+        backend: Any = symbolic_convert.InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # nothing is being traced by the compiler, or by one of another version of torch
+        return None
     while (inner := getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)) is not None:
         backend = inner
     return "inductor" if getattr(backend, "compiler_name", "") == "inductor" else backend

@@ -10,6 +10,7 @@ A compiled graph must reach these tensors through ``SITES``, because sizes of at
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -79,7 +80,8 @@ class GraphSite:
         self.forwards, self.rows = torch.zeros(1, device=device), torch.zeros(1, device=device)
         self.health = torch.full((seeds, 4), float("nan"), device=device)
         self.probe = torch.zeros(seeds, device=device, requires_grad=True)
-        self.probe.register_post_accumulate_grad_hook(self._take)
+        take = weakref.WeakMethod(self._take)  # no collector sees through a tensor's hooks
+        self.probe.register_post_accumulate_grad_hook(lambda probe: (take() or _nothing)(probe))
         for tensor in [value for value in vars(self).values() if isinstance(value, Tensor)]:
             stays_where_it_is(tensor)
 
@@ -101,6 +103,10 @@ class GraphSite:
         self.kinds, self.layer_kinds = (",".join(kind for kind, _ in banks) for banks in (chunk, layer))
         self.parameters, self.layer_parameters = ([leaf(stack) for _, stacks in banks for stack in stacks] for banks in (chunk, layer))
         self.traced = [TracedBank(blueprint, {name: leaf(stack) for name, stack in stacks.items()}) for blueprint, stacks in traced]
+
+
+def _nothing(probe: Tensor) -> None:
+    """Of a site that is gone."""
 
 
 def stays_where_it_is(tensor: Tensor) -> None:

@@ -63,6 +63,7 @@ class SeedRegistry:
         self.layers = [SeedLayer(site) for site in sites]
         self.by_name = {site.name: number for number, site in enumerate(sites)}
         self.device = device_of(model)
+        self.sharded = is_sharded(model)
         self.reseed = False
         """Whether a fossilized seed may germinate again; controllers are told of it."""
         self._changed: set[int] = set()
@@ -374,6 +375,8 @@ class SeedRegistry:
         """The groups of a site: one for all that the kernels can take, and the rest."""
         geometry = self.layers[number].geometry
         groups = build(members, self.banks(number), geometry, self.device)
+        for group in groups:
+            group.contained = not self.sharded
         return fuse(
             groups,
             self.sites[number].name,

@@ -60,7 +60,9 @@ def shadow_sites(compiled: CompiledSites, training: list[Branch]) -> ShadowSites
     registry = compiled.registry
     if compiled.backend is None or compiled.leaves_graph or not all(compiled.way(branch.blueprint) for branch in training):
         return None
-    replaced = {branch.replaces for branch in training}
+    replaced = {branch.replaces for branch in training if branch.replaces >= 0}
+    if not all(compiled.way(registry.branches[branch].blueprint) for branch in replaced):
+        return None
     blended = [b for number in range(len(registry.layers)) for b in registry.blended(number) if b.id not in replaced]
     rows = [branch.row for branch in (*blended, *training)]
     if len(set(rows)) != len(rows):

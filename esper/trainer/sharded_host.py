@@ -28,10 +28,14 @@ def share_out(host: nn.Module, device: torch.device, ranks: Ranks) -> None:
 
 
 def _blocks(host: nn.Module) -> Iterator[nn.Module]:
-    """The modules in the outermost lists and sequences of a host."""
+    """The modules in the outermost lists and sequences of a host; a list in a list is none that is called, but holds some."""
     for child in host.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            yield from (block for block in child if next(block.parameters(), None) is not None)
+            for block in child:
+                if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+                    yield from _blocks(nn.ModuleList([block]))
+                elif next(block.parameters(), None) is not None:
+                    yield block
         else:
             yield from _blocks(child)
 

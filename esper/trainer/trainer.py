@@ -85,10 +85,11 @@ class Trainer:
             name = growth.blueprint.name
             raise UserError(f"trainer.compile=true cannot see what blueprint={name} listens to: use trainer.compile=false, or another one.")
         self.scheduler = scheduler
-        self.model = host.to(device).requires_grad_(not config.freeze_host)
+        self.model = host.requires_grad_(not config.freeze_host)
         if config.sharded and self.ranks.size > 1:
             refuse_unshardable(optimizer)
-            share_out(self.model, device, self.ranks)
+            share_out(self.model, device, self.ranks)  # from where it was made: no device has ever to hold the whole host
+        self.model.to(device)
         with fitting():
             state = put_in(state, mesh_of(self.model))
         self.port: Port = port or NullPort()

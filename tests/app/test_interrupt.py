@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from esper.__main__ import run
 
 
 @pytest.mark.e2e
@@ -28,3 +32,14 @@ def test_an_interrupted_run_ends_cleanly(
     last = rest.splitlines()[-1]
     assert last.startswith(sentence) and str(log.parent) in last
     assert "Traceback" not in rest
+
+
+def test_so_does_one_that_is_interrupted_while_it_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "esper.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "esper.app", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    assert run() == 130 and capsys.readouterr().err == "esper: ended by Ctrl-C\n"

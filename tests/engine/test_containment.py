@@ -173,6 +173,25 @@ def test_a_batch_that_is_not_finite_is_held_against_no_branch(stage: Stage, late
     assert all(bool(torch.isfinite(stack).all()) for stack in bank.stacks.values())
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read a step later"])
+def test_nor_is_a_micro_batch_whose_step_has_a_finite_metric(late: bool):
+    lifecycle = short(**PATIENT, readiness=1.0)
+    loop = Loop(settings={"lifecycle": lifecycle}, commands={1: [germinate()]}, accumulate=2)
+    loop.grow.readings.late = late
+    branch = loop.until(S.TRAINING)
+    inputs, targets = loop.batch(500)
+    bank: Any = loop.grow.registry.layers[0].bank("mlp")
+    before = bank.stacks["w2"].detach().clone()
+    loop.backward((inputs, targets))
+    loop.backward((inputs * float("nan"), targets))
+    loop.optimizer.zero_grad()
+    loop.grow.tick(1.0)
+    assert not torch.equal(bank.stacks["w2"], before) and bool(torch.isfinite(bank.stacks["w2"]).all()), "it learns from the other"
+    for number in range(2):
+        loop.step(loop.batch(number), loop.batch(number + 10))
+    assert branch.stage is S.TRAINING and branch.alive
+
+
 def test_rarely_failing_is_borne_and_a_failing_strategy_is_not():
     loop, branch = brought_to(S.GRAFTING)
     loop.grow.boundary.judge(loop.grow.tick_number, Measured(error_rates={branch.id: 0.4}))

@@ -68,7 +68,7 @@ class EmbeddedServer:
                 stdout=log,
                 stderr=log,
                 pass_fds=[lock.fileno()],
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
             lock.truncate(0)
             lock.write(str(self.process.pid).encode())
@@ -185,7 +185,7 @@ def _binary() -> Path:
     return Path(found.get_binary_path())
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Runs in the new process: have the kernel end it when its parent dies, however that happens (prctl(2))."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

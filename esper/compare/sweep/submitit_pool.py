@@ -78,14 +78,16 @@ class BatchWorker:
         request = request | {"wait_s": 60.0 * self.config.timeout_min}  # for the same job of a killed sweep, still in the queue
         self._idle.clear()
         try:
-            for _ in range(1 + self.config.lost):
+            lost = 0
+            error = LOST
+            while lost <= self.config.lost:
                 with self._lock:
                     if self._over.is_set():
                         break
                     try:
                         self._job = self.executor.submit(BatchJob(self.variables), request)
-                    except submitit.core.utils.FailedJobError as error:
-                        said = " ".join(str(error).split())
+                    except submitit.core.utils.FailedJobError as refused:
+                        said = " ".join(str(refused).split())
                         return {"status": "FAILED", "error": f"Slurm did not take the job: {said}", "seconds": 0.0}
                 while not (off := self._is_called_off()) and not self._job.done():
                     time.sleep(LOOK_S)
@@ -93,15 +95,21 @@ class BatchWorker:
                     break
                 try:
                     answer: Answer = self._job.result()
-                except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
+                except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as failure:
                     if self._over.is_set():
                         self.saved = not _begun(self._job.paths).exists()
                         break
+                    lost, error = lost + 1, f"{LOST}: {(str(failure).strip().splitlines() or [''])[-1].strip()}"
+                    continue
+                if (
+                    answer.get("stopped") and not self._over.is_set()
+                ):  # by Slurm, for a job of more importance: it goes on from what is saved
+                    self._job.cancel(check=False)  # Slurm may have queued it again too
                     continue
                 if answer.get("stopped"):
                     self.saved = bool(answer["saved"])
                 return answer
-            return {"status": "FAILED", "error": LOST, "seconds": 0.0}
+            return {"status": "FAILED", "error": error, "seconds": 0.0}
         finally:
             self._job = None
             self._idle.set()

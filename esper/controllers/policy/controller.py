@@ -39,7 +39,7 @@ class PolicyController:
         self.leaving: dict[str, Seed] = {}
         self.complaints: list[str] = []
         self.instead: HeuristicController | None = None
-        self._wave = 0
+        self._wave, self._second = 0, ""
         self.because = ""
         self.draws = 0
         self.total = 0
@@ -91,9 +91,19 @@ class PolicyController:
         self._fits = np.array(fits).reshape(len(started.sites), -1)
         costs = [[site["blueprints"].get(name, {"parameters": 0})["parameters"] for name in known.blueprint] for site in started.sites]
         self._costs = np.array(costs, float).reshape(self._fits.shape)
+        self._second = self._second_choice(fitting)
         can = started.sites[0].get("objectives", []) if started.sites else []
         self._strategies = self._allowed("strategies", known.strategy, config.strategies, list(STRATEGIES))
         self._objectives = self._allowed("objectives", known.objective, config.objectives, can)
+
+    def _second_choice(self, fitting: list[str]) -> str:
+        """What the heuristic grows, if it decides: the run's own blueprint (empty) where allowed and affordable, else the smallest."""
+        sites = self._started.sites
+        own = {site.get("blueprint", "") for site in sites}
+        costs = {name: min(self.budget.cost(site["name"], name) for site in sites if name in site["blueprints"]) for name in fitting}
+        if any(costs.get(name, self.budget.limit + 1) <= self.budget.limit for name in own):
+            return ""
+        return min(costs, key=lambda name: (costs[name], name))
 
     def _allowed(self, key: str, known: tuple[str, ...], wanted: list[str], can: list[str]) -> np.ndarray:
         """Which of the ``known`` words are wanted and can be, bool; every one can be where nothing is said of it."""
@@ -214,9 +224,11 @@ class PolicyController:
         return min(self.config.count, max(0, left)) if self.config.most else self.config.count
 
     def _heuristic(self) -> HeuristicController:
-        """A heuristic with this policy's limits; with ``most`` it starts one wave."""
+        """A heuristic with this policy's limits, which knows of no objectives; with ``most`` it starts one wave."""
         config = self.config
         return HeuristicConfig(
+            blueprint=self._second,
+            strategy=config.strategies[0] if config.strategies else "",
             germinate_at=config.germinate_at,
             plateau="" if config.most else config.every,
             until=config.until,
@@ -246,7 +258,7 @@ class PolicyController:
             "leaving": {id: list(seed) for id, seed in self.leaving.items()},
             "draws": self.draws,
             "because": self.because,
-            "instead": None if self.instead is None else {"wave": self._wave, "heuristic": self.instead.state()},
+            "instead": None if self.instead is None else {"wave": self._wave, "blueprint": self._second, "heuristic": self.instead.state()},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -260,7 +272,7 @@ class PolicyController:
         self.leaving = {id: (site, seed) for id, (site, seed) in state["leaving"].items()}
         self.draws, self.because = state["draws"], state["because"]
         if state["instead"] is not None:
-            self._wave = state["instead"]["wave"]
+            self._wave, self._second = state["instead"]["wave"], state["instead"]["blueprint"]
             self.instead = self._heuristic()
             self.instead.load_state(state["instead"]["heuristic"])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def unpacked(data: bytes, name: str) -> Policy:
         network.load_state_dict(load(data), strict=True)
         learnt = {str(key): float(value) for key, value in said["learnt"].items()}
         whole = all(bool(torch.isfinite(value).all()) for value in network.state_dict().values())
+        whole = whole and all(map(math.isfinite, learnt.values()))
         if not whole or not {"runs", "decisions", "error", "rent", "trend"} <= learnt.keys():
             raise ValueError("it has numbers that are none, or lacks some")
     except Exception as error:  # safetensors and torch have errors of several kinds for a file that is damaged

@@ -24,6 +24,7 @@ from esper.engine.learning.branch_rows import BranchLearning as BranchLearning
 from esper.engine.learning.branch_step import BranchStep, Moved, shaped
 from esper.engine.learning.muon import MuonAdamW
 from esper.errors import UserError
+from esper.lifecycle.transitions import BLENDED
 from esper.seeds import Branch, SeedRegistry
 
 PATIENCE = 10
@@ -86,6 +87,13 @@ class BranchOptimizer:
         self.failures: dict[int, int] = {}
         self.norms = GradientNorms()
         self.scaled: frozenset[int] = frozenset()
+
+    def unscale(self, branches: list[Branch], scale: float) -> None:
+        """Undo the loss scale of the task's gradients; gradients from an objective were never scaled."""
+        for branch in branches if scale != 1.0 else ():
+            bank = self.registry.layers[branch.site].bank(branch.blueprint)
+            if branch.stage in BLENDED:
+                bank.scale_gradient(branch.slot, 1.0 / scale)
 
     @torch.no_grad()
     def step(self, branches: list[Branch], factor: float, scaled: frozenset[int] = frozenset()) -> None:

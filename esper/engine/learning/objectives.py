@@ -6,8 +6,9 @@ clipping of the host's gradients either.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from esper.distributed import Ranks
 from esper.engine.costs import Meter
 from esper.engine.device_readings import Readings
-from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
+from esper.engine.extra_passes import DropoutReplay, numbers_in, shapes_of, untouched_buffers
 from esper.engine.judging.judge import LossFunction
 from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
@@ -27,12 +28,14 @@ from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
 from esper.seeds.branch_exceptions import containable, take_errors
 from esper.seeds.branch_groups import BlockGroup, Group, GroupMember, Injection, build
-from esper.seeds.compiled_modules import compiled_again, compiled_whole
+from esper.seeds.compiled_modules import called_by, compiled_again, compiled_whole
 from esper.seeds.registry import AnyBlueprint
 from esper.seeds.shadow_sites import ShadowSites, in_shadow
 
 Failures = list[tuple[dict[int, int], Tensor]]
 """Branches by their places in a tensor that counts the failures of each."""
+
+log = logging.getLogger(__name__)
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Line search of the functional gradient: steps as shares of the activation's RMS."""
@@ -72,8 +75,11 @@ class Objective:
         self.ranks = Ranks.alone()
         """With others, the scores wait in ``scores`` until those of all ranks are known."""
         self.scores: list[tuple[int, float]] = []
+        self.micro_batches, self.counts = 1, True  # batches of a step, and whether costs are counted
         self._compiled: Any = None
         self._fits_graph = True
+        self._counted: dict[Hashable, tuple[Hashable, int]] = {}
+        self._excused: set[int] = set()
         self._searched = -search_every
         self._looked = False
 
@@ -121,6 +127,12 @@ class Objective:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self.pending = {}
 
+    def excuse(self, failures: dict[int, int]) -> None:
+        """Take out of these ``failures`` what a loss of the host's that was not finite has done, as far as is known now."""
+        for branch in self._excused:
+            failures.pop(branch, None)
+        self._excused.clear()
+
     def forget(self, branch: int) -> None:
         """Forget a branch that left TRAINING."""
         self.readiness.pop(branch, None)
@@ -147,22 +159,26 @@ class Objective:
     def _shadow(self, training: list[Branch], batch: Any, scale: float, host_loss: Tensor | float | None) -> None:
         self.ranks.come_to(f"a shadow pass for {len(training)} branches")
         with self.replay.again(), untouched_buffers(self.registry.model):
-            host, sound = self._measured("host", batch) if host_loss is None else host_loss, True
-            if not (self.readings.late and isinstance(host, Tensor)):
+            host = self._measured("host", batch) if host_loss is None else host_loss
+            sound: bool | Tensor = True
+            if self.readings.late and isinstance(host, Tensor) and not self.ranks.many:
+                sound = host.isfinite()
+            else:
                 host = float(host)
                 sound = math.isfinite(host)
                 if not (sound or self.ranks.sharded):
                     return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
-            found = self._in_graph(training, batch, scale)
+            # without a loss of the live forward both are measured outside the graph, which may draw other masks
+            found = None if host_loss is None else self._in_graph(training, batch, scale, sound)
             loss, failures = self._shadow_forward(training, batch, scale, sound) if found is None else found
-        if not sound:
+        if sound is False:
             return  # as above, after a pass that the other ranks could not make without this one
         scored = [branch for branch in training if branch.id not in self.raised]
         told = [host] if isinstance(host, Tensor) else []
         note = partial(self._note_shadow, scored, [places for places, _ in failures], host if isinstance(host, float) else None)
         self._read([loss, *(found for _, found in failures), *told], note)
 
-    def _shadow_forward(self, training: list[Branch], batch: Any, scale: float, sound: bool) -> tuple[Tensor, Failures]:
+    def _shadow_forward(self, training: list[Branch], batch: Any, scale: float, sound: bool | Tensor) -> tuple[Tensor, Failures]:
         """The loss, how often each branch failed; the gradients are pending, unless the host's own loss is not ``sound``."""
         with self.replay.again(), self.registry.shadow(training) as groups:
             key = (self.registry.cost_key(), shapes_of(batch))
@@ -172,37 +188,61 @@ class Objective:
                 with self._containing([branch.id for branch in training]):
                     parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
                     self._collect(loss * scale, [(parameter, parameter) for parameter in parameters], sound)
-        self.raised |= raised if sound else {}
+        self.raised |= raised if sound is not False else {}
         return loss, [(dict(enumerate(group.branches)), group.failures) for group in groups]
 
-    def _in_graph(self, training: list[Branch], batch: Any, scale: float) -> tuple[Tensor, Failures] | None:
-        """The same in a compiled host's graph; None if that does not hold all of it.
-
-        The MACs are counted in a pass beside it, once for every mixture of branches.
-        """
+    def _in_graph(self, training: list[Branch], batch: Any, scale: float, sound: bool | Tensor) -> tuple[Tensor, Failures] | None:
+        """The same in a compiled host's graph; None if that does not hold all of it."""
+        model = self.registry.model
         sites = self.registry.compiled.shadow(training) if self._fits_graph else None
         if sites is None:
             return None
         if self._compiled is None:
-            self._compiled = compiled_whole(self.registry.model, self.registry.compiled.backend)
+            self._compiled = compiled_whole(model, self.registry.compiled.backend)
             self._fits_graph = self._compiled is not None
-        if self._fits_graph:
-            with self.replay.again(), self.replay.resting(), in_shadow(self.registry, sites), compiled_again(), torch.enable_grad():
-                loss = self.loss(self._compiled, batch).mean()
-            self._fits_graph = not any(layer.ran_eagerly for layer in self.registry.layers)
         if not self._fits_graph:
             return None
+        with self.replay.again(), self.replay.resting(), in_shadow(self.registry, sites), compiled_again(), torch.enable_grad():
+            try:
+                with called_by(model, self._compiled):
+                    loss = self.loss(model, batch).mean()
+            except Exception as error:
+                if not containable(error):
+                    raise
+                self._leave_graph(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+                return None
+            if any(layer.ran_eagerly for layer in self.registry.layers):
+                self._leave_graph("the graph does not hold the whole host")
+                return None
+            self._collect(loss * scale, sites.parameters, sound)
+        loss = loss.detach()
         self._count(sites, training, batch)
-        self._collect(loss * scale, sites.parameters)
         return loss, [(sites.branches(), sites.failures())]
 
+    def _leave_graph(self, why: str) -> None:
+        self._fits_graph = False
+        log.warning("seeds learn in forwards that are not compiled: %s", why)
+
     def _count(self, sites: ShadowSites, training: list[Branch], batch: Any) -> None:
-        key = (sites.key, shapes_of(batch))
+        """Add the cost of a shadow pass: counted once a mixture of branches, and in proportion for batches of other shapes."""
+        if not self.counts:
+            return
+        shapes = shapes_of(batch)
+        key = (sites.key, shapes)
         if not self.meter.knows("shadow", key):
-            with self.replay.again(), self.registry.shadow(training) as groups, self.meter.learning("shadow", key), torch.enable_grad():
-                loss = self._looked_at(self.loss(self.registry.model, batch).mean())
-                torch.autograd.grad(loss, [p for group in groups for p in group.bank_parameters()], allow_unused=True)
+            first, size = self._counted.setdefault(sites.key, (key, numbers_in(shapes)))
+            if first == key:
+                self._count_eagerly(key, training, batch)
+            else:
+                self.meter.scale("shadow", key, first, numbers_in(shapes) / size)
         self.meter.add("shadow", key)
+
+    def _count_eagerly(self, key: Hashable, training: list[Branch], batch: Any) -> None:
+        with self.replay.again(), self.registry.shadow(training) as groups, self.meter.learning("shadow", key), torch.enable_grad():
+            loss = self._looked_at(self.loss(self.registry.model, batch).mean())
+            parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
+            if parameters and loss.requires_grad:
+                torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def _looked_at(self, loss: Tensor) -> Tensor:
         if not self._looked:
@@ -214,6 +254,7 @@ class Objective:
         loss, found = float(values[0]), values[1:]
         host = float(found.pop()) if host is None else host
         if not math.isfinite(host):
+            self._excused |= {branch.id for branch in scored}
             return
         for branches, failures in zip(places, found, strict=True):
             counts = failures.tolist()
@@ -306,7 +347,7 @@ class Objective:
         try:
             yield
         except Exception as error:
-            if not containable(error):
+            if self.registry.sharded or not containable(error):
                 raise
             self.raised |= dict.fromkeys(branches, error)
 
@@ -316,14 +357,20 @@ class Objective:
         with torch.no_grad(), self.meter.counting("objective", key):
             return self.loss(self.registry.model, batch).mean()
 
-    def _collect(self, loss: Tensor, parameters: list[tuple[nn.Parameter, Tensor]], keeps: bool = True) -> None:
-        """Gradients of parameters, each by the tensor that stands for it in the forward."""
+    def _collect(self, loss: Tensor, parameters: list[tuple[nn.Parameter, Tensor]], keeps: bool | Tensor = True) -> None:
+        """Gradients of parameters, each by the tensor that stands for it in the forward.
+
+        Whether they are kept may be known to the device alone. Those of one micro-batch among several are then zero if they are not; those
+        of a lone one are not finite, so that no branch moves, and that is excused.
+        """
         if not parameters or not loss.requires_grad:
             return
         gradients = torch.autograd.grad(loss, [used for _, used in parameters], allow_unused=True)
         for (parameter, _), gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None and keeps:
+            if gradient is not None and keeps is not False:
                 held = self.pending.get(parameter)
+                if isinstance(keeps, Tensor) and self.micro_batches > 1:
+                    gradient = torch.where(keeps, gradient, 0.0)
                 self.pending[parameter] = gradient if held is None else held + gradient
 
     def _read(self, values: list[Tensor], read: Callable[[list[Tensor]], None]) -> None:
