@@ -156,6 +156,7 @@ def test_every_grown_cnn_is_the_final_net_in_the_end_and_costs_at_most_four_fift
     assert found["cnn_small"]["macs"] < found["cnn_copy"]["macs"] == found["cnn_fresh"]["macs"] <= 0.8 * found["cnn_deep"]["macs"]
 
 
+@pytest.mark.slow
 def test_every_arm_of_the_defaults_changes_only_what_it_is_about() -> None:
     def of(arm: str) -> dict[str, Any]:
         return flatten(plain(compose(["experiment=defaults", "task=digits", f"arm={arm}"])))

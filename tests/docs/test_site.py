@@ -18,7 +18,11 @@ pytestmark = pytest.mark.usefixtures("processes")
 
 def _build(checkout: Path, source: Path, place: Path) -> subprocess.CompletedProcess[str]:
     """Sphinx as scripts/docs calls it."""
-    (line,) = [line for line in (checkout / "scripts" / "docs").read_text(encoding="utf-8").splitlines() if "-m sphinx" in line and "-b html" in line]
+    (line,) = [
+        line
+        for line in (checkout / "scripts" / "docs").read_text(encoding="utf-8").splitlines()
+        if "-m sphinx" in line and "-b html" in line
+    ]
     values = {"$python": sys.executable, "$place/.doctrees": str(place / ".doctrees"), "$place": str(place), ".": str(source)}
     words = [values.get(word, word) for word in shlex.split(line)]
     return subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=600)

@@ -33,6 +33,7 @@ def test_a_step_does_no_more_than_what_is_committed(step: str, found: dict[str, 
     assert found["steps"][step]["host forwards"] == then["host forwards"] and found["steps"][step]["optimizer steps"] == 1
 
 
+@pytest.mark.slow
 def test_growing_compiles_no_more_graphs_than_what_is_committed(found: dict[str, Any], committed: dict[str, Any]) -> None:
     assert {name: found["graphs so far"][name] <= count for name, count in committed["graphs so far"].items()} == dict.fromkeys(STEPS, True)
     assert found["graphs so far"]["grafting and telemetry"] == found["graphs so far"]["grafting"], "telemetry compiles nothing"

@@ -195,6 +195,7 @@ def test_opcheck_passes():
     torch.library.opcheck(branches, inputs(make_case(6, 8, 2, "affine,low_rank", hidden=2, share=1.0)))
 
 
+@pytest.mark.slow
 def test_compiled_stage_and_alpha_changes_recompile_nothing():
     torch.use_deterministic_algorithms(False)
     case = make_case(12, 16, 4, "mlp_relu", hidden=4, share=1.0)

@@ -71,6 +71,7 @@ def spoilt(case: Case, what: str, seed: int, dy: Tensor) -> tuple[Case, Tensor]:
     return Case(x, case.alpha, case.route, case.kinds, parameters), dy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["w1", *(pytest.param(one, marks=pytest.mark.slow) for one in ("w2", "x", "large", "dy"))])
 def test_no_branch_is_felt_by_another_of_its_tile(what: str) -> None:
     case = make_case(40, 32, 10, "mlp_relu", hidden=6, share=1.0, dtype=torch.bfloat16)

@@ -77,7 +77,8 @@ def test_asleep_the_host_is_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("stage", [pytest.param(Stage.TRAINING, marks=pytest.mark.slow), Stage.GRAFTING])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [Stage.TRAINING, Stage.GRAFTING])
 def test_compiled_and_eager_agree_for_a_model_that_draws_dropout_in_eager(stage: Stage) -> None:
     """``backend="eager"`` keeps torch's own dropout: the shadow forward replays its masks through the compiled host."""
     torch.compiler.reset()

@@ -387,6 +387,7 @@ class CapturedRun(Run):
         self.call = torch.compile(self.model, mode=CAPTURED, backend="inductor" if CAPTURED else BACKEND)
 
 
+@pytest.mark.slow
 def test_captured_graphs_go_through_a_whole_life(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the seeds do is felt in every replay, and what the host does beside a graph is done at every step."""
     torch.compiler.reset()

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from esper.bus.config import MemoryConfig
@@ -98,10 +99,12 @@ def test_a_terminal_gets_a_bar_and_warnings(tmp_path: Path):
     assert "seed [3] has NaN" in text and "quiet" not in text
 
 
+@pytest.mark.slow
 def test_a_log_gets_plain_lines(tmp_path: Path):
     text = show(False, tmp_path)
     assert "40/100 · train loss 0.5123" in text and "\x1b" not in text
 
 
+@pytest.mark.slow
 def test_a_log_gets_at_least_the_last_line_of_a_short_run(tmp_path: Path):
     assert show(False, tmp_path, plain_s=3600.0).count("40/100") == 1

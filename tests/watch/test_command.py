@@ -80,6 +80,7 @@ def test_ctrl_c_ends_the_page_and_leaves_the_run_alone(start: Start, tmp_path: P
     assert run.poll() is None
 
 
+@pytest.mark.slow
 def test_what_cannot_be_watched_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.joinpath("a").mkdir()
     for words, said in (

@@ -282,6 +282,7 @@ def test_nothing_of_a_setting_becomes_a_line_of_the_script() -> None:
         SubmititConfig(partition="long\nrm -r /")
 
 
+@pytest.mark.slow
 def test_without_slurm_or_a_cluster_a_sentence_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
