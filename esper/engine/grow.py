@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from esper.checkpoint.shards import put_in
 from esper.checkpoint.tree import fitting, join, kept, split
 from esper.distributed import Ranks, whole
-from esper.distributed.sharding import mesh_of
+from esper.distributed.sharding import is_sharded, mesh_of
 from esper.engine.agreement import Agreement
 from esper.engine.arguments import GrowSettings
 from esper.engine.branch_replacement import Replacing
@@ -388,6 +388,7 @@ class Grow:
     def _exported(self) -> tuple[nn.Module, list[Any]]:
         from esper.seeds.exporting import export_with_cards
 
-        self.agreement.ranks.come_to("the export")
+        if is_sharded(self.registry.model):
+            self.agreement.ranks.come_to("the export")
         with whole(self.registry.model), self.exported_values():
             return export_with_cards(self.registry)

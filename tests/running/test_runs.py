@@ -150,7 +150,7 @@ def test_a_run_asked_to_compile_trains_the_compiled_model(tmp_path: Path, monkey
     torch.compiler.reset()
     graphs = CompileCounterWithBackend("eager")
     ordinary = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, mode: ordinary(model, backend=graphs))
+    monkeypatch.setattr(torch, "compile", lambda model, **_: ordinary(model, backend=graphs))
     words = ["trainer.save=false", "trainer.checkpoint_every="]
     eager = run(config(tmp_path, *words), tmp_path / "eager", quiet=True).summary
     assert graphs.frame_count == 0
