@@ -116,6 +116,7 @@ def test_what_is_asked_wrongly_is_a_sentence() -> None:
         judge(pd.concat([frame, frame]), arm="arm", metric="acc", pair="seed")
 
 
+@pytest.mark.slow
 def test_the_result_is_shown_in_every_form(tmp_path: Path) -> None:
     judged = judge(table(tasks=("digits", "a|b & <c>")), arm="arm", metric="acc", pair="seed", block="task", reference="plain")
     assert judged.sentences[0].startswith("better is better than plain in ") and judged.sentences[0] in " ".join(str(judged).split())

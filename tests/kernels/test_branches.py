@@ -190,6 +190,7 @@ def inputs(case):
     return x, case.alpha, case.route, None, case.kinds, parameters, True, 0.1
 
 
+@pytest.mark.slow
 def test_opcheck_passes():
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(branches, inputs(make_case(6, 8, 2, "affine,low_rank", hidden=2, share=1.0)))

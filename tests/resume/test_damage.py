@@ -62,6 +62,7 @@ def test_a_damaged_epoch_note_is_said_with_the_way_out(tmp_path: Path, content: 
     assert _epoch_in(tmp_path / "epoch") == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_a_folder_that_goes_away_ends_its_run_with_a_sentence(
     again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -107,6 +107,7 @@ def test_a_run_whose_own_server_ended_with_it_says_so_and_what_can_still_be_seen
     assert "bus.url" not in str(said.value) and "bus=embedded" not in str(said.value)
 
 
+@pytest.mark.slow
 def test_a_server_of_others_that_is_gone_is_not_said_to_have_ended_with_the_run(tmp_path):
     invite(tmp_path, "run", RedisConfig(url="redis://127.0.0.1:1/0"), {})
     with pytest.raises(UserError, match=r"no bus answers at .*: start the server or correct bus.url"):

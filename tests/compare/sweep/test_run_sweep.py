@@ -180,6 +180,7 @@ def test_pairs_are_complete_early(tmp_path: Path) -> None:
     assert [config.seed for config in workers.ran] == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_what_the_time_limit_leaves_out_is_said_judged_without_and_run_by_the_next_start(tmp_path: Path) -> None:
     arms = {"a": [], "b": ["grafting=drift"]}
 
