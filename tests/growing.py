@@ -21,6 +21,19 @@ from esper.seeds import Branch, TelemetryConfig
 
 Batch = tuple[Tensor, Tensor]
 
+#: A run of 80 steps in which branches live for about 15, with a checkpoint every 8.
+SHORT_LIVES = [
+    "trainer.steps=80",
+    "trainer.batch_size=32",
+    "trainer.control=false",
+    "trainer.checkpoint_every=10%",
+    "trainer.checkpoint_keep=50",
+    "trainer.validate_every=10%",
+    "telemetry.every=2",
+    "lifecycle.fine_tuning_min=5%",
+    "lifecycle.embargo=2%",
+]
+
 
 def short(**changes: Any) -> LifecycleConfig:
     """A lifecycle of a few ticks a stage, with gates that open by themselves unless ``changes`` say otherwise."""

@@ -7,10 +7,12 @@ floating-point operations, and added up from then on. Additions, norms and activ
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
@@ -43,6 +45,7 @@ class Meter:
         self.kernels = kernels
         self.spent: dict[str, int] = {}
         self._known: dict[Hashable, int] = {}
+        self._first: dict[Hashable, tuple[Any, ...]] = {}
 
     @property
     def total(self) -> int:
@@ -71,9 +74,20 @@ class Meter:
             yield
         self._known[(kind, key)] = counter.get_total_flops() // 2
 
-    def scale(self, kind: str, key: Hashable, known: Hashable, share: float) -> None:
-        """Take for the cost of a pass this ``share`` of a known one."""
-        self._known[(kind, key)] = round(self._known[(kind, known)] * share)
+    def knows_in_proportion(self, kind: str, structure: Hashable, shapes: tuple[Any, ...]) -> bool:
+        """Whether a pass with the key ``(structure, shapes)`` was counted, or one of this structure with a batch of other shapes.
+
+        Its cost is then taken in proportion to the numbers in the batch.
+        """
+        if self.knows(kind, (structure, shapes)):
+            return True
+        first = self._first.get((kind, structure))
+        if first is None or not self.knows(kind, (structure, first)):
+            self._first[(kind, structure)] = shapes
+            return False
+        share = numbers_in(shapes) / numbers_in(first)
+        self._known[(kind, (structure, shapes))] = round(self._known[(kind, (structure, first))] * share)
+        return True
 
     @contextmanager
     def _counter(self) -> Iterator[FlopCounterMode]:
@@ -103,6 +117,13 @@ class Meter:
     def load(self, state: dict[str, int]) -> None:
         """Take over a saved state."""
         self.spent = {name: int(macs) for name, macs in state.items()}
+
+
+def numbers_in(shapes: tuple[Any, ...]) -> int:
+    """How many numbers the first tensor of a batch has, whose ``shapes_of`` these are."""
+    while shapes and not isinstance(shapes[0], int):
+        shapes = shapes[0] if not isinstance(shapes[0], str) else shapes[1]
+    return int(max(1, math.prod(shapes)))
 
 
 def compiled_so_far() -> tuple[int, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -163,13 +162,6 @@ def shapes_of(batch: Any) -> tuple[Any, ...]:
     if isinstance(batch, (tuple, list)):
         return tuple(shapes_of(value) for value in batch)
     return ()
-
-
-def numbers_in(shapes: tuple[Any, ...]) -> int:
-    """How many numbers the first tensor of a batch has, whose ``shapes_of`` these are."""
-    while shapes and not isinstance(shapes[0], int):
-        shapes = shapes[0] if not isinstance(shapes[0], str) else shapes[1]
-    return int(max(1, math.prod(shapes)))
 
 
 def freeze_statistics(model: nn.Module) -> None:

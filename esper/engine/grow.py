@@ -79,7 +79,7 @@ class Grow:
         config, ages = settings.lifecycle, settings.ages
         self.machine = Machine(registry.table, ages, config.reseed, config.training_slots)
         self.objective = Objective(config.objective, registry, loss, self.replay, self.meter, self.readings)
-        self.objective.micro_batches, self.objective.counts = settings.accumulate, settings.count_macs
+        self.objective.micro_batches, self.objective.in_graph.counts = settings.accumulate, settings.count_macs
         self.transitions = Transitions(registry, self.machine, settings.grafting, self.objective, self.port, self.optimizer)
         self.transitions.ranks = ranks
         self.agreement = Agreement(ranks, registry, self.objective, self.meter)

@@ -117,7 +117,6 @@ class ExtraPasses:
     meter: Meter
     clock: Stopwatch
     silent: Callable[[], AbstractContextManager[None]]
-    _first: dict[Any, tuple[Hashable, int]] = field(default_factory=dict)
 
     def counterfactual(self, branch: Branch, batch: Any) -> float:
         """Loss of a batch with the branch off minus the loss with it on."""
@@ -132,16 +131,10 @@ class ExtraPasses:
 
         Of a host that ``ranks`` share out it is counted once for every structure alone: with another shape this process might be alone.
         """
-        structure, shapes = self.registry.cost_key(), shapes_of(batch)
-        key = (structure, shapes)
-        if not self.meter.knows("step", key):
-            first = self._first.get(structure) if ranks.sharded else None
-            if first is None:
-                ranks.come_to("a pass that counts operations")
-                self.count_step(key, batch)
-                self._first[structure] = key, _samples(shapes)
-            else:
-                self.meter.scale("step", key, first[0], _samples(shapes) / first[1])
+        key = (self.registry.cost_key(), shapes_of(batch))
+        if not (self.meter.knows_in_proportion("step", *key) if ranks.sharded else self.meter.knows("step", key)):
+            ranks.come_to("a pass that counts operations")
+            self.count_step(key, batch)
         self.meter.add("step", key)
 
     def count_step(self, key: Hashable, batch: Any) -> None:
@@ -160,13 +153,6 @@ class ExtraPasses:
         key = ("counterfactual", self.registry.cost_key(), shapes_of(batch))
         with self.replay.again(), self.meter.counting("objective", key):
             return float(self.loss(self.registry.model, batch).mean())
-
-
-def _samples(shapes: tuple[Any, ...]) -> int:
-    """Samples of a batch of these shapes, as its first tensor has them."""
-    while shapes and not isinstance(shapes[0], int):
-        shapes = shapes[0] if not isinstance(shapes[0], str) else shapes[1]
-    return max(1, shapes[0]) if shapes else 1
 
 
 class Measurements:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from growing import SHORT_LIVES
 
 from esper.cli.compose import compose
 from esper.cli.resume import resume
@@ -23,19 +24,7 @@ from esper.running.run import run
 from tests.controllers.policies import saved
 from tests.resume.conftest import copied
 
-#: A run of 80 steps in which branches live for about 15.
-SHORT = [
-    "trainer.steps=80",
-    "trainer.batch_size=32",
-    "trainer.control=false",
-    "trainer.checkpoint_every=10%",
-    "trainer.checkpoint_keep=50",
-    "trainer.validate_every=10%",
-    "telemetry.every=2",
-    "lifecycle.fine_tuning_min=5%",
-    "lifecycle.embargo=2%",
-    "tracking=none",
-]
+SHORT = [*SHORT_LIVES, "tracking=none"]
 LOT = ("controller=random", "controller.count=6", "controller.earliest=10%", "controller.latest=40%")
 AT = ("controller.germinate_at=10%", "controller.every=5%", "controller.until=90%", "controller.embargo=2%")
 

@@ -33,9 +33,9 @@ def grow(model: torch.nn.Module) -> tuple[Grow, torch.optim.Optimizer]:
     return attach(model, optimizer=optimizer, total_steps=400, sites=["fc1", "fc2"], port=Commands(), **given), optimizer
 
 
-def learn(step: int, model: Any, handle: Grow, optimizer: torch.optim.Optimizer) -> None:
+def learn(step: int, model: Any, handle: Grow, optimizer: torch.optim.Optimizer, host: str = "mlp") -> None:
     """One step of a user's loop."""
-    data = batch("mlp", step)
+    data = batch(host, step)
     loss = sample_loss(model, data).mean()
     loss.backward()
     handle.after_backward(data, loss.detach())
@@ -122,13 +122,7 @@ def test_a_model_that_carries_its_graphs_keeps_them_and_is_judged_without_them(c
             judge=[batch("decoder", 900, 64)], per_site=2, blueprint=MLP(receptive_field="chunk", hidden=4),
         )  # fmt: skip
         for step in range(40):
-            data = batch("decoder", step)
-            loss = sample_loss(one, data).mean()
-            loss.backward()
-            handle.after_backward(data, loss.detach())
-            optimizer.step()
-            handle.tick(loss.detach())
-            optimizer.zero_grad()
+            learn(step, one, handle, optimizer, "decoder")
         ran.append(handle)
     assert len(ran[1].registry.compiled.sites) == 2, "the graph holds the sites"
     paths = [[entry.path for entry in handle.registry.branches.entries] for handle in ran]

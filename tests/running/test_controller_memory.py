@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from growing import SHORT_LIVES
 
 from esper.checkpoint import disk
 from esper.cli.compose import compose
@@ -29,15 +30,7 @@ SHORT = [
     "controller.every=5%",
     "controller.until=90%",
     "controller.embargo=2%",
-    "trainer.steps=80",
-    "trainer.batch_size=32",
-    "trainer.control=false",
-    "trainer.checkpoint_every=10%",
-    "trainer.checkpoint_keep=50",
-    "trainer.validate_every=10%",
-    "telemetry.every=2",
-    "lifecycle.fine_tuning_min=5%",
-    "lifecycle.embargo=2%",
+    *SHORT_LIVES,
 ]
 
 

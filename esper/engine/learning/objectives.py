@@ -6,9 +6,8 @@ clipping of the host's gradients either.
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from esper.distributed import Ranks
 from esper.engine.costs import Meter
 from esper.engine.device_readings import Readings
-from esper.engine.extra_passes import DropoutReplay, numbers_in, shapes_of, untouched_buffers
+from esper.engine.extra_passes import DropoutReplay, shapes_of, untouched_buffers
 from esper.engine.judging.judge import LossFunction
+from esper.engine.learning.shadow_in_graph import Failures, ShadowInGraph
 from esper.engine.supported_models import refuse_reentrant
 from esper.lifecycle import Stage
 from esper.lifecycle.config import OBJECTIVES
@@ -28,14 +28,7 @@ from esper.seeds import Branch, Recording, SeedRegistry
 from esper.seeds.blend import branch_outputs, chunks_of
 from esper.seeds.branch_exceptions import containable, take_errors
 from esper.seeds.branch_groups import BlockGroup, Group, GroupMember, Injection, build
-from esper.seeds.compiled_modules import called_by, compiled_again, compiled_whole
 from esper.seeds.registry import AnyBlueprint
-from esper.seeds.shadow_sites import ShadowSites, in_shadow
-
-Failures = list[tuple[dict[int, int], Tensor]]
-"""Branches by their places in a tensor that counts the failures of each."""
-
-log = logging.getLogger(__name__)
 
 STEP_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Line search of the functional gradient: steps as shares of the activation's RMS."""
@@ -75,10 +68,8 @@ class Objective:
         self.ranks = Ranks.alone()
         """With others, the scores wait in ``scores`` until those of all ranks are known."""
         self.scores: list[tuple[int, float]] = []
-        self.micro_batches, self.counts = 1, True  # batches of a step, and whether costs are counted
-        self._compiled: Any = None
-        self._fits_graph = True
-        self._counted: dict[Hashable, tuple[Hashable, int]] = {}
+        self.micro_batches = 1
+        self.in_graph = ShadowInGraph(registry, loss, replay, meter)
         self._excused: set[int] = set()
         self._searched = -search_every
         self._looked = False
@@ -93,7 +84,7 @@ class Objective:
             return f"there is no objective '{kind}'; there are {', '.join(OBJECTIVES)}"
         if "reconstruction" in (kind, self.kind) and kind != self.kind:
             return f"objective {kind} cannot stand beside the run's {self.kind}: reconstruction starts from other weights"
-        if kind != "shadow" and blueprint.name in ("width", "heads"):
+        if kind != "shadow" and blueprint.part_of_layer:
             return f"blueprint {blueprint.name} learns by objective shadow alone: it reads elsewhere"
         return None
 
@@ -169,7 +160,8 @@ class Objective:
                 if not (sound or self.ranks.sharded):
                     return  # the host's own doing: nothing to learn from, and nothing to hold against a branch
             # without a loss of the live forward both are measured outside the graph, which may draw other masks
-            found = None if host_loss is None else self._in_graph(training, batch, scale, sound)
+            collect = partial(self._collect, scale=scale, keeps=sound)
+            found = None if host_loss is None else self.in_graph.run(training, batch, collect)
             loss, failures = self._shadow_forward(training, batch, scale, sound) if found is None else found
         if sound is False:
             return  # as above, after a pass that the other ranks could not make without this one
@@ -183,72 +175,16 @@ class Objective:
         with self.replay.again(), self.registry.shadow(training) as groups:
             key = (self.registry.cost_key(), shapes_of(batch))
             with self.meter.counting("shadow", key), torch.enable_grad():
-                loss = self._looked_at(self.loss(self.registry.model, batch).mean())
+                loss = self.loss(self.registry.model, batch).mean()
+                if not self._looked:
+                    refuse_reentrant(loss)
+                    self._looked = True
                 raised = take_errors(groups)
                 with self._containing([branch.id for branch in training]):
                     parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
-                    self._collect(loss * scale, [(parameter, parameter) for parameter in parameters], sound)
+                    self._collect(loss, [(parameter, parameter) for parameter in parameters], scale, sound)
         self.raised |= raised if sound is not False else {}
         return loss, [(dict(enumerate(group.branches)), group.failures) for group in groups]
-
-    def _in_graph(self, training: list[Branch], batch: Any, scale: float, sound: bool | Tensor) -> tuple[Tensor, Failures] | None:
-        """The same in a compiled host's graph; None if that does not hold all of it."""
-        model = self.registry.model
-        sites = self.registry.compiled.shadow(training) if self._fits_graph else None
-        if sites is None:
-            return None
-        if self._compiled is None:
-            self._compiled = compiled_whole(model, self.registry.compiled.backend)
-            self._fits_graph = self._compiled is not None
-        if not self._fits_graph:
-            return None
-        with self.replay.again(), self.replay.resting(), in_shadow(self.registry, sites), compiled_again(), torch.enable_grad():
-            try:
-                with called_by(model, self._compiled):
-                    loss = self.loss(model, batch).mean()
-            except Exception as error:
-                if not containable(error):
-                    raise
-                self._leave_graph(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-                return None
-            if any(layer.ran_eagerly for layer in self.registry.layers):
-                self._leave_graph("the graph does not hold the whole host")
-                return None
-            self._collect(loss * scale, sites.parameters, sound)
-        loss = loss.detach()
-        self._count(sites, training, batch)
-        return loss, [(sites.branches(), sites.failures())]
-
-    def _leave_graph(self, why: str) -> None:
-        self._fits_graph = False
-        log.warning("seeds learn in forwards that are not compiled: %s", why)
-
-    def _count(self, sites: ShadowSites, training: list[Branch], batch: Any) -> None:
-        """Add the cost of a shadow pass: counted once a mixture of branches, and in proportion for batches of other shapes."""
-        if not self.counts:
-            return
-        shapes = shapes_of(batch)
-        key = (sites.key, shapes)
-        if not self.meter.knows("shadow", key):
-            first, size = self._counted.setdefault(sites.key, (key, numbers_in(shapes)))
-            if first == key:
-                self._count_eagerly(key, training, batch)
-            else:
-                self.meter.scale("shadow", key, first, numbers_in(shapes) / size)
-        self.meter.add("shadow", key)
-
-    def _count_eagerly(self, key: Hashable, training: list[Branch], batch: Any) -> None:
-        with self.replay.again(), self.registry.shadow(training) as groups, self.meter.learning("shadow", key), torch.enable_grad():
-            loss = self._looked_at(self.loss(self.registry.model, batch).mean())
-            parameters = [p for group in groups for p in group.bank_parameters() if p.requires_grad]
-            if parameters and loss.requires_grad:
-                torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    def _looked_at(self, loss: Tensor) -> Tensor:
-        if not self._looked:
-            refuse_reentrant(loss)
-            self._looked = True
-        return loss
 
     def _note_shadow(self, scored: list[Branch], places: list[dict[int, int]], host: float | None, values: list[Tensor]) -> None:
         loss, found = float(values[0]), values[1:]
@@ -285,7 +221,7 @@ class Objective:
                     self.meter.counting("objective", key),
                 ):
                     loss = self._regression_loss(group, number, recording, kind)
-                    self._collect(loss * scale, [(p, p) for p in group.bank_parameters() if p.requires_grad])
+                    self._collect(loss, [(p, p) for p in group.bank_parameters() if p.requires_grad], scale)
 
     def _regression_loss(self, group: Group | BlockGroup, number: int, recording: Recording, kind: str) -> Tensor:
         assert recording.input is not None
@@ -357,15 +293,15 @@ class Objective:
         with torch.no_grad(), self.meter.counting("objective", key):
             return self.loss(self.registry.model, batch).mean()
 
-    def _collect(self, loss: Tensor, parameters: list[tuple[nn.Parameter, Tensor]], keeps: bool | Tensor = True) -> None:
-        """Gradients of parameters, each by the tensor that stands for it in the forward.
+    def _collect(self, loss: Tensor, parameters: list[tuple[nn.Parameter, Tensor]], scale: float, keeps: bool | Tensor = True) -> None:
+        """Gradients of ``loss·scale`` for parameters, each by the tensor that stands for it in the forward.
 
         Whether they are kept may be known to the device alone. Those of one micro-batch among several are then zero if they are not; those
         of a lone one are not finite, so that no branch moves, and that is excused.
         """
         if not parameters or not loss.requires_grad:
             return
-        gradients = torch.autograd.grad(loss, [used for _, used in parameters], allow_unused=True)
+        gradients = torch.autograd.grad(loss * scale, [used for _, used in parameters], allow_unused=True)
         for (parameter, _), gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and keeps is not False:
                 held = self.pending.get(parameter)
